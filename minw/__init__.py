@@ -1,0 +1,3 @@
+"""Low-bit networks in JAX: estimators, quantizers, MINW-Nets."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,294 @@
+"""The layers of MINW-Nets: the only place where bits meet Flax.
+
+A layer is called as layer(x, alpha, mode). The modes:
+
+    "train"  quantizers through the estimator, batch norm with the batch's statistics
+    "mixed"  the same with the running statistics
+    "hard"   the network that is deployed, on the variables that `minw.fold` makes
+    "fold"   makes those variables; x is a stacked `fold.Probe`
+
+With alpha = 1 the first two use the hard quantizers of Eq 20.
+"""
+
+import fnmatch
+from typing import Any, Callable, NamedTuple, Sequence
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from minw import estimators
+from minw import fold
+from minw import quantizers
+
+Bits = int | str  # 1 to 5, or a float format; `quantizers.is_grid` tells which.
+BitsOf = Bits | Callable[[str], Bits]  # ... or a function of the layer's path
+
+_aqe = estimators.by_name("aqe")
+
+
+class LayerInfo(NamedTuple):
+  """A layer as `trace` found it.
+
+  Attributes:
+    path: its name, with those of the modules around it: "block1/conv2".
+    kind: "conv", "dense" or "norm".
+    bits: of its weights; of its output for a norm, None if that is not quantized.
+    input_bits: the bits of what it receives, 16 for an image, 32 for accumulators.
+    input_shape, output_shape: without the batch.
+    kernel_shape: (..., inputs, outputs); empty for a norm.
+    channel_parameters: how many float32 numbers a norm keeps besides.
+  """
+
+  path: str
+  kind: str
+  bits: Bits | None
+  input_bits: int
+  input_shape: tuple[int, ...]
+  output_shape: tuple[int, ...]
+  kernel_shape: tuple[int, ...]
+  channel_parameters: int
+
+
+def bits_by_rule(default: Bits, rules: Sequence[tuple[str, Bits]]) -> BitsOf:
+  """Bits that depend on the layer's path; the last rule that matches decides.
+
+  Args:
+    default: where no rule matches.
+    rules: pairs of a path pattern ("conv1", "norm_*", "block?/*") and bits.
+  """
+  def bits(path: str) -> Bits:
+    matching = [b for pattern, b in rules if fnmatch.fnmatchcase(path, pattern)]
+    return matching[-1] if matching else default
+
+  return bits
+
+
+class QuantConv(nn.Module):
+  """A convolution with quantized weights, no bias, and float32 accumulators.
+
+  Its input is expected on the grid that a `NormQuant` put it on.
+
+  Attributes:
+    features: output channels.
+    kernel_size: (height, width).
+    strides: (vertical, horizontal).
+    padding: "SAME" or "VALID".
+    pad_value: what SAME padding consists of; 0 is a third value over -1 and 1.
+    bits: of the weights.
+    threshold_rule, thresholds: see `quantizers.weight_grid`.
+    estimator: f(kernel, alpha, grid, make_key), see `estimators.by_name`.
+    dtype: of the operands in training; sums are float32 always.
+  """
+
+  features: int
+  kernel_size: Sequence[int] = (3, 3)
+  strides: Sequence[int] = (1, 1)
+  padding: str = "SAME"
+  pad_value: float = 0.0
+  bits: BitsOf = 1
+  threshold_rule: str = "layer_mean"
+  thresholds: Sequence[float] = ()
+  estimator: Callable = _aqe
+  kernel_init: Callable = nn.initializers.glorot_uniform()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode: str = "hard"):
+    shape = (*self.kernel_size, x.shape[-1], self.features)
+    pad = self.pad_value if self.padding == "SAME" else 0.0
+    return _linear(
+        self, x, shape, alpha, mode, pad,
+        lambda x, kernel, **how: conv(
+            x, kernel, self.strides, self.padding, pad, **how))
+
+
+class QuantDense(nn.Module):
+  """A dense layer with quantized weights, no bias, and float32 accumulators.
+
+  Attributes: as those of `QuantConv`.
+  """
+
+  features: int
+  bits: BitsOf = 1
+  threshold_rule: str = "layer_mean"
+  thresholds: Sequence[float] = ()
+  estimator: Callable = _aqe
+  kernel_init: Callable = nn.initializers.glorot_uniform()
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode: str = "hard"):
+    shape = (x.shape[-1], self.features)
+    return _linear(self, x, shape, alpha, mode, 0.0, dense)
+
+
+class NormQuant(nn.Module):
+  """Batch norm (-> + shortcut) -> HardTanh -> quantize: the next layer's inputs.
+
+  Attributes:
+    bits: of the output; None for logits, which get batch norm alone.
+    thresholds: fixed, see `quantizers.input_grid`.
+    estimator: f(x, alpha, grid, make_key), see `estimators.by_name`.
+    momentum, epsilon, use_scale: batch norm's.
+  """
+
+  bits: BitsOf | None = 1
+  thresholds: Sequence[float] = ()
+  estimator: Callable = _aqe
+  momentum: float = 0.9
+  epsilon: float = 1e-4
+  use_scale: bool = True
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode: str = "hard", shortcut=None):
+    bits = bits_of(self)
+    if mode == "hard":
+      y = fold.apply_norm(
+          x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
+    elif mode == "fold":
+      return self._fold(x, bits)
+    else:
+      y = nn.BatchNorm(
+          use_running_average=mode == "mixed", momentum=self.momentum,
+          epsilon=self.epsilon, use_scale=self.use_scale, dtype=jnp.float32,
+          name="batch_norm")(x)
+    if shortcut is not None:
+      y = y + shortcut
+    if bits is None:
+      return y
+    y = jax.nn.hard_tanh(y)
+    if not quantizers.is_grid(bits):
+      return estimators.round_ste(y, bits)
+    grid = quantizers.input_grid(bits, self.thresholds)
+    if mode == "hard":
+      return quantizers.quantize(y, grid)
+    if mode == "mixed":  # One number an example: padding can be left out of the mean.
+      distance = jnp.abs(y - quantizers.quantize(y, grid))
+      self.sow("distance", "mean", jnp.mean(distance, axis=tuple(range(1, y.ndim))))
+    return self.estimator(y, alpha, grid, lambda: self.make_rng("estimator"))
+
+  def _fold(self, x, bits):
+    params = self.variables["params"]["batch_norm"]
+    stats = self.variables["batch_stats"]["batch_norm"]
+    rows = np.asarray(x).reshape(3, -1, x.shape[-1])
+    norm = fold.fold_norm(
+        stats["mean"], stats["var"],
+        params["scale"] if self.use_scale else np.ones_like(params["bias"]),
+        params["bias"], self.epsilon, rows[0].max(0), rows[1].min(0))
+    for name, value in zip(norm._fields, norm):
+      self.put_variable("hard", name, value)
+    if bits is None:
+      return x
+    probe = fold.Probe(1.0, quantizers.step_size(bits), operand_bits(bits))
+    return jnp.stack([jnp.full_like(x[0], row) for row in probe])
+
+
+def max_pool(x, window: int = 2, share_gradient: bool = False):
+  """Maximum over windows, with a stride of one window; borders that do not fill one
+  are dropped.
+
+  Args:
+    x: (batch, height, width, channels).
+    window: its height and width.
+    share_gradient: where values of a window tie, which integers often do, share the
+      gradient among them instead of giving it to one: faster on CPUs, but another
+      network than that of TensorFlow and PyTorch.
+  """
+  if not share_gradient:
+    return nn.max_pool(x, (window, window), (window, window))
+  n, h, w, c = x.shape
+  h, w = h // window, w // window
+  x = x[:, :h * window, :w * window].reshape(n, h, window, w, window, c)
+  return x.max((2, 4))
+
+
+def conv(x, kernel, strides, padding, pad_value, *, dtype, precision=None):
+  """A convolution (NHWC, HWIO) with a border of `pad_value` and float32 sums."""
+  if pad_value:
+    pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=pad_value)
+    padding = "VALID"
+  return lax.conv_general_dilated(
+      x.astype(dtype), kernel.astype(dtype), strides, padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision,
+      preferred_element_type=jnp.float32)
+
+
+def dense(x, kernel, *, dtype, precision=None):
+  """A matrix product with float32 sums."""
+  return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=precision,
+                    preferred_element_type=jnp.float32)
+
+
+def bits_of(layer: nn.Module) -> Bits | None:
+  """The bits of a layer, by its rule if it has one."""
+  return layer.bits("/".join(layer.path)) if callable(layer.bits) else layer.bits
+
+
+def operand_bits(bits: Bits) -> int:
+  """The number of bits that `bits`, a count or a dtype's name, comes to."""
+  return bits if quantizers.is_grid(bits) else 8 * jnp.dtype(bits).itemsize
+
+
+def _linear(layer, x, shape, alpha, mode, pad_value, apply):
+  """What QuantConv and QuantDense share: the kernel of each mode."""
+  bits = bits_of(layer)
+  if mode == "hard":  # Operands are exact; float32 sums of them must be, too.
+    return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32,
+                 precision=lax.Precision.HIGHEST)
+  kernel = layer.param("kernel", layer.kernel_init, shape)
+  if mode == "fold":
+    levels = fold.fold_kernel(
+        kernel, bits, rule=layer.threshold_rule, thresholds=layer.thresholds)
+    layer.put_variable("hard", "kernel", levels)
+    output = jax.eval_shape(lambda x: apply(x, levels, dtype=jnp.float32), x)
+    return fold.probe_linear(x, levels, bits, pad_value, output.shape[1:])
+  if quantizers.is_grid(bits):
+    grid = quantizers.weight_grid(
+        kernel, bits, layer.threshold_rule, layer.thresholds)
+    kernel = layer.estimator(
+        kernel, alpha, grid, lambda: layer.make_rng("estimator"))
+  else:
+    kernel = estimators.round_ste(kernel, bits)
+  return apply(x, kernel, dtype=layer.dtype)
+
+
+def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> Any:
+  """Fresh variables {"params", "batch_stats"} for images (height, width, channels)."""
+  keys = dict(zip(("params", "estimator"), jax.random.split(jax.random.key(seed))))
+  return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
+
+
+def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
+  """The layers of a network in the order of their calls, without training it."""
+  infos = []
+
+  def record(call, args, kwargs, context):
+    layer, x = context.module, args[0]
+    out = call(*args, **kwargs)
+    if context.method_name != "__call__" or not isinstance(
+        layer, (QuantConv, QuantDense, NormQuant)):
+      return out
+    params = layer.variables["params"]
+    is_norm = isinstance(layer, NormQuant)
+    infos.append(LayerInfo(
+        path="/".join(layer.path),
+        kind={QuantConv: "conv", QuantDense: "dense", NormQuant: "norm"}[type(layer)],
+        bits=bits_of(layer),
+        input_bits=int(np.max(x[2])),
+        input_shape=x.shape[1:],
+        output_shape=out.shape[1:],
+        kernel_shape=() if is_norm else params["kernel"].shape,
+        channel_parameters=sum(map(np.size, jax.tree.leaves(params)))
+        if is_norm else 0))
+    return out
+
+  shapes = jax.eval_shape(lambda: initialize(model, image_shape))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  probe = fold.Probe(*(np.full(image_shape, row) for row in (1.0, 1.0, 16.0)))
+  with nn.intercept_methods(record):
+    fold.fold(model, zeros, probe)
+  return infos

@@ -1,0 +1,286 @@
+"""The quantizers h of MINW-Nets: odd step functions onto a symmetric grid.
+
+Equation numbers refer to Chen et al., "Propagating Asymptotic-Estimated Gradients
+for Low Bitwidth Quantized Neural Networks" (arXiv 2003.04296).
+
+An operand is either on a grid, named by its number of bits n = 1..5, or in a float
+format, named by its dtype. A grid of n bits has the levels
+
+    n = 1:  -1, 1                                   (Eq 4)
+    n = 2:  -1, 0, 1                                (Eq 21)
+    n > 2:  0, +-2^-(q-1), ..., +-1/2, +-1          (Eq 22), q = 2^(n-1) - 1
+
+All functions are pure: they work under jit, vmap, scan and sharding, and keep the
+dtype of `x`. XLA flushes denormal inputs to zero, so h(1e-40) = -1 for one bit.
+"""
+
+import functools
+from typing import NamedTuple, Sequence
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+GRID_BITS = (1, 2, 3, 4, 5)
+FLOAT_FORMATS = ("float8_e4m3fn", "bfloat16", "float16", "float32")
+THRESHOLD_RULES = ("layer_mean", "channel_mean", "fixed")
+
+# Chosen, not from the paper, which does not give its thresholds: for the powers of
+# two the midpoint between two levels; for ternary activations the paper's figures
+# show a gap of 0.05 to 0.1; for ternary weights the rule of Ternary Weight Networks.
+_TERNARY_THRESHOLD = 0.1
+_TERNARY_FACTOR = 0.7
+_POWERS_FACTOR = 2.5
+
+
+class Grid(NamedTuple):
+  """A symmetric grid and where inputs fall onto it; a pytree.
+
+  Attributes:
+    thresholds: float (q, ...), positive and ascending along axis 0; the other axes
+      broadcast against the trailing axes of the input. Empty (q = 0) for one bit.
+    magnitudes: float (max(q, 1),), the ascending positive levels.
+  """
+
+  thresholds: jax.Array
+  magnitudes: jax.Array
+
+
+def is_grid(bits: int | str) -> bool:
+  """Whether `bits` names a grid (True) or a float format (False).
+
+  Raises:
+    ValueError: `bits` is neither one of `GRID_BITS` nor one of `FLOAT_FORMATS`.
+  """
+  if type(bits) is int and bits in GRID_BITS:
+    return True
+  if isinstance(bits, str) and bits in FLOAT_FORMATS:
+    return False
+  raise ValueError(
+      f"bits={bits!r}: must be one of {', '.join(map(str, GRID_BITS))} or a float"
+      f" format named by its dtype: {', '.join(FLOAT_FORMATS)}")
+
+
+def num_thresholds(bits: int) -> int:
+  """q: how many positive thresholds a grid of `bits` has (0, 1, 3, 7, 15)."""
+  return 2 ** (bits - 1) - 1
+
+
+def level_magnitudes(bits: int) -> np.ndarray:
+  """The ascending positive levels of a grid: float32 (max(q, 1),) (Eq 4, 21, 22)."""
+  q = max(num_thresholds(bits), 1)
+  return np.exp2(np.arange(1.0 - q, 1.0)).astype(np.float32)
+
+
+def step_size(bits: int | str) -> float:
+  """The largest number of which all levels are multiples; 0 for a float format."""
+  return float(level_magnitudes(bits)[0]) if is_grid(bits) else 0.0
+
+
+def fixed_thresholds(bits: int) -> np.ndarray:
+  """The default fixed thresholds: float64 (q,); 0.1 for two bits, else midpoints."""
+  if bits <= 2:
+    return np.full(num_thresholds(bits), _TERNARY_THRESHOLD)
+  levels = level_magnitudes(bits).astype(np.float64)
+  return (np.concatenate([[0.0], levels[:-1]]) + levels) / 2
+
+
+def mean_factors(bits: int) -> np.ndarray:
+  """The default factors of `mean_thresholds`: float64 (q,).
+
+  0.7 for two bits (Ternary Weight Networks, after which Eq 21 is modelled); for the
+  powers of two 2.5 times the midpoints, (0.31, 0.94, 1.88) for three bits.
+  """
+  if bits <= 2:
+    return np.full(num_thresholds(bits), _TERNARY_FACTOR)
+  return _POWERS_FACTOR * fixed_thresholds(bits)
+
+
+def mean_thresholds(
+    weights: jax.Array,
+    bits: int,
+    *,
+    per_channel: bool = False,
+    factors: Sequence[float] | None = None,
+) -> jax.Array:
+  """Thresholds proportional to the mean magnitude of the weights (after TWN).
+
+  Args:
+    weights: float (..., channels).
+    bits: the grid's bits.
+    per_channel: one mean for each output channel (the last axis), else one in all.
+    factors: (q,) ascending; `mean_factors(bits)` if None.
+
+  Returns:
+    float32 (or float64, as the weights) (q,), or (q, channels) if `per_channel`,
+    with no gradient to the weights.
+  """
+  factors = mean_factors(bits) if factors is None else np.asarray(factors)
+  wide = _wide(weights)
+  axes = tuple(range(weights.ndim - 1)) if per_channel else None
+  mean = jnp.mean(jnp.abs(lax.stop_gradient(weights)).astype(wide), axis=axes)
+  return factors.astype(wide).reshape((-1,) + (1,) * mean.ndim) * mean[None]
+
+
+def grid(bits: int, thresholds: jax.Array | Sequence[float] | None = None) -> Grid:
+  """The grid of `bits` bits (Eq 4, 21, 22).
+
+  Args:
+    bits: 1 to 5.
+    thresholds: (q, ...) positive, ascending along axis 0, q = 2^(bits-1) - 1; may
+      be traced. `fixed_thresholds(bits)` if None.
+
+  Raises:
+    ValueError: no such grid, the wrong number of thresholds, or (where they are
+      concrete) thresholds that are not positive and ascending.
+  """
+  if not is_grid(bits):
+    raise ValueError(f"bits={bits!r} is a float format; a grid has 1 to 5 bits")
+  q = num_thresholds(bits)
+  if thresholds is None:
+    thresholds = fixed_thresholds(bits)
+  if not isinstance(thresholds, jax.core.Tracer):
+    values = np.asarray(thresholds)
+    if values.shape[:1] != (q,):
+      raise ValueError(f"thresholds={thresholds!r}: must be {q} for bits={bits}")
+    if not (np.diff(values.astype(np.float64), axis=0, prepend=0.0) > 0).all():
+      raise ValueError(
+          f"thresholds={thresholds!r}: must be positive and ascending")
+  elif thresholds.shape[:1] != (q,):
+    raise ValueError(
+        f"thresholds of shape {thresholds.shape}: must be {q} for bits={bits}")
+  dtype = jnp.result_type(float)
+  return Grid(jnp.asarray(thresholds, dtype),
+              jnp.asarray(level_magnitudes(bits), dtype))
+
+
+def weight_factors(
+    bits: int, rule: str, thresholds: Sequence[float] = ()
+) -> np.ndarray:
+  """What `weight_grid` takes as thresholds, or as factors on the mean: float64 (q,).
+
+  The given `thresholds` where they are as many as `bits` needs, else the defaults:
+  a network with bits of several kinds has one setting.
+
+  Raises:
+    ValueError: unknown rule.
+  """
+  if rule not in THRESHOLD_RULES:
+    raise ValueError(f"rule={rule!r}: must be one of {', '.join(THRESHOLD_RULES)}")
+  if len(thresholds) == num_thresholds(bits):
+    return np.asarray(thresholds, np.float64)
+  return fixed_thresholds(bits) if rule == "fixed" else mean_factors(bits)
+
+
+def weight_grid(
+    weights: jax.Array,
+    bits: int,
+    rule: str = "layer_mean",
+    thresholds: Sequence[float] = (),
+) -> Grid:
+  """The grid that weights are quantized on.
+
+  Args:
+    weights: float (..., output channels).
+    bits: 1 to 5.
+    rule: "fixed", or thresholds proportional to the mean magnitude of the layer's
+      weights ("layer_mean") or of each output channel's ("channel_mean").
+    thresholds: see `weight_factors`.
+  """
+  factors = weight_factors(bits, rule, thresholds)
+  if rule == "fixed":
+    return grid(bits, factors)
+  return grid(bits, mean_thresholds(
+      weights, bits, per_channel=rule == "channel_mean", factors=factors))
+
+
+def input_grid(bits: int, thresholds: Sequence[float] = ()) -> Grid:
+  """The grid of activations: fixed thresholds, chosen as by `weight_factors`."""
+  return grid(bits, weight_factors(bits, "fixed", thresholds))
+
+
+def quantize(x: jax.Array, grid: Grid) -> jax.Array:
+  """h(x): the level of `grid` that `x` falls on (Eq 4, 21, 22).
+
+  h(0) = -1 for one bit; an |x| equal to a threshold falls to the lower level.
+
+  Args:
+    x: float, any shape.
+    grid: its thresholds broadcast against the trailing axes of `x`.
+
+  Returns:
+    The shape and dtype of `x`; NaN where `x` is NaN.
+  """
+  levels = _staircase(x, grid, grid.magnitudes.astype(x.dtype))
+  return jnp.where(jnp.isnan(x), x, levels)
+
+
+def encode(x: jax.Array, grid: Grid) -> jax.Array:
+  """The code of `quantize(x, grid)`: the signed index of its level.
+
+  Returns:
+    int8 of the shape of `x`: -1 or 1 for one bit, -q..q otherwise. NaN has no code;
+    it gets that of 0.
+  """
+  count = grid.magnitudes.shape[0]
+  return _staircase(x, grid, jnp.arange(1, count + 1, dtype=jnp.int8))
+
+
+def decode(codes: jax.Array, grid: Grid) -> jax.Array:
+  """The levels of int8 `codes`: the shape of `codes`, the dtype of the grid."""
+  levels = jnp.concatenate(
+      [-grid.magnitudes[::-1], jnp.zeros(1, grid.magnitudes.dtype), grid.magnitudes])
+  return levels[codes.astype(jnp.int32) + grid.magnitudes.shape[0]]
+
+
+def round_to(x: jax.Array, dtype: str) -> jax.Array:
+  """`x` rounded to a float format, saturating, in its own dtype (Tables I, II, IV).
+
+  The gradient is not rounded: it passes unchanged where |x| is in the format's range.
+
+  Args:
+    x: float, any shape.
+    dtype: one of `FLOAT_FORMATS`; "8 (float)" of Table IV is float8_e4m3fn.
+  """
+  return x if dtype == "float32" else _round_to(x, dtype)
+
+
+def _wide(x: jax.Array) -> jnp.dtype:
+  """Thresholds are compared in float32, or float64: never rounded to 16 bits."""
+  return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def _staircase(x: jax.Array, grid: Grid, heights: jax.Array) -> jax.Array:
+  """Signed `heights[i]` for the last i with |x| > thresholds[i]; 0 if none."""
+  if not grid.thresholds.shape[0]:
+    return jnp.where(x > 0, heights[0], -heights[0])
+  wide = x.astype(_wide(x))
+  out = jnp.zeros(x.shape, heights.dtype)
+  for threshold, height in zip(grid.thresholds.astype(wide.dtype), heights):
+    out = jnp.where(wide > threshold, height,
+                    jnp.where(wide < -threshold, -height, out))
+  return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _round_to(x: jax.Array, dtype: str) -> jax.Array:
+  # Not two casts: XLA may drop the pair on a GPU (openxla/xla#41605).
+  info = jnp.finfo(dtype)
+  limit = float(info.max)
+  wide = jnp.clip(x.astype(_wide(x)), -limit, limit)
+  rounded = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=info.nmant)
+  # Below the smallest normal the format is a fixed-point one.
+  unit = max(float(info.smallest_subnormal), 2.0 ** -126)
+  small = jnp.round(wide / unit) * unit
+  return jnp.where(jnp.abs(wide) < float(info.smallest_normal), small,
+                   rounded).astype(x.dtype)
+
+
+def _round_to_backward(dtype, x, g):
+  # As casts differentiate, g would be rounded too: float8 has nothing below 2^-10.
+  inside = jnp.abs(x.astype(_wide(x))) <= float(jnp.finfo(dtype).max)
+  return (g * inside.astype(g.dtype),)
+
+
+_round_to.defvjp(lambda x, dtype: (_round_to(x, dtype), x), _round_to_backward)
