@@ -10,7 +10,7 @@ from absl import flags
 from absl import logging
 
 
-class UsageError(ValueError):
+class UsageError(Exception):
   """What the user gave can not be used; the message is one line for them."""
 
 
@@ -52,9 +52,9 @@ def _parse(argv: list[str]) -> list[str]:
   return rest
 
 
-def _guarded(function: Callable, argument: Any) -> Any:
+def _guarded(function: Callable, *arguments: Any) -> Any:
   try:
-    return function(argument)
+    return function(*arguments)
   except UsageError as error:
     if logging.get_verbosity() >= logging.DEBUG:
       raise
@@ -69,7 +69,9 @@ def run(main: Callable[[], int | None]) -> None:
   the process with code 2; any other exception keeps its traceback. What `main`
   returns is the exit code. `--verbosity=1` shows tracebacks of usage errors too.
   """
-  app.run(
-      lambda _: _guarded(lambda _: main(), None),
-      flags_parser=lambda argv: _guarded(_parse, argv),
-  )
+  def absl_main(_):
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # Libraries say a lot at INFO.
+    return _guarded(main)
+
+  app.run(absl_main, flags_parser=lambda argv: _guarded(_parse, argv))

@@ -60,10 +60,15 @@ def bits_by_rule(default: Bits, rules: Sequence[tuple[str, Bits]]) -> BitsOf:
     rules: pairs of a path pattern ("conv1", "norm_*", "block?/*") and bits.
   """
   def bits(path: str) -> Bits:
-    matching = [b for pattern, b in rules if fnmatch.fnmatchcase(path, pattern)]
+    matching = [b for pattern, b in rules if matches(pattern, path)]
     return matching[-1] if matching else default
 
   return bits
+
+
+def matches(pattern: str, path: str) -> bool:
+  """Whether a layer's path fits a shell-style pattern: "norm_*", "block?/conv1"."""
+  return fnmatch.fnmatchcase(path, pattern)
 
 
 class QuantConv(nn.Module):

@@ -10,6 +10,7 @@ from typing import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
+from minw import cli
 from minw import layers
 
 # Convolutional and hidden dense widths; A is 128C3 128C3 MP2 256C3 256C3 MP2 512C3
@@ -20,6 +21,17 @@ CONVNETS = {
     "C": ((64, 64, 128, 128, 256, 256), (512, 512)),
     "D": ((64, 64, 128, 128, 256, 256), (256, 256)),
 }
+
+
+def convnet_widths(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The convolutional and hidden dense widths of ConvNet "A", "B", "C" or "D".
+
+  Raises:
+    cli.UsageError: another name.
+  """
+  if name not in CONVNETS:
+    raise cli.unknown_name("ConvNet", str(name), CONVNETS)
+  return CONVNETS[name]
 
 
 class ConvNet(nn.Module):

@@ -1,0 +1,262 @@
+"""All fields of a run's config, their defaults and what they may hold.
+
+Every config has the same fields. An experiment file starts from `default_config()` and
+changes some; any field can be overridden on the command line (--config.seed=1).
+"""
+
+import ast
+import json
+import math
+from typing import Any
+
+from ml_collections import config_dict
+
+from minw import cli
+from minw import datasets
+from minw import estimators
+from minw import quantizers
+from minw import schedules
+
+
+def default_config() -> config_dict.ConfigDict:
+  """The paper's recipe for CIFAR-10: ConvNet D, 1/1, AQE."""
+  c = config_dict.ConfigDict()
+  c.seed = 0  # Of initialization, order and augmentation.
+
+  # Data.
+  c.dataset = "cifar10"  # digits, cifar10, cifar100.
+  c.data_dir = "~/tensorflow_datasets"  # Where `python -m minw.prepare` put it.
+  c.crop_size = 24  # Random in training, central in evaluation.
+  c.crop_padding = 0  # Pixels of mean value added on each side before random crops.
+  c.random_flip = True  # Left to right.
+  c.pixels = "integer"  # (pixel - round(mean)) / 64; "standardized": (p - mean) / std.
+
+  # Network.
+  c.conv_widths = (64, 64, 128, 128, 256, 256)  # Of the 3x3 convolutions.
+  c.dense_widths = (256, 256)  # Of the hidden dense layers.
+  c.first_padding = "SAME"  # Of the first convolution; "VALID".
+  c.pad_value = 0.0  # Border of the other convolutions: 0, 1 or -1.
+  c.share_pool_gradient = False  # Among tied values of a pooling window.
+  c.norm_momentum = 0.9  # Batch norm: of the running statistics.
+  c.norm_epsilon = 1e-4
+  c.norm_scale = True  # Whether batch norm has a scale beside its shift.
+  c.kernel_init = "glorot_uniform"  # A function of jax.nn.initializers.
+  c.compute_dtype = "float32"  # Of operands in training; "bfloat16" on accelerators.
+
+  # Bits: 1 to 5, or a float format: float8_e4m3fn, bfloat16, float16, float32.
+  c.input_bits = config_dict.placeholder(object)
+  c.input_bits = 1  # M: of every activation but the image and the logits.
+  c.weight_bits = config_dict.placeholder(object)
+  c.weight_bits = 1  # N: of every weight.
+  c.bits_rules = ()  # Exceptions, as (layer name pattern, bits), ...; the last counts.
+  c.input_thresholds = ()  # Fixed; () for the defaults.
+  c.weight_threshold_rule = "layer_mean"  # "channel_mean", "fixed".
+  c.weight_thresholds = ()  # Fixed, or factors on the mean; () for the defaults.
+
+  # Estimator. alpha runs from start to final within alpha_end of the run.
+  c.estimator = "aqe"  # A function of minw.estimators: ste, aqe, stochastic_aqe.
+  c.estimator_gradient = "eq18"  # "algorithm1", "eq15".
+  c.alpha_start = 0.5
+  c.alpha_final = 1.0
+  c.alpha_end = 0.465  # As a fraction of the run: epoch 93 of 200.
+  c.alpha_shape = "linear"  # "cosine".
+  c.alpha_per_layer = False  # One layer after another, from the input on.
+
+  # Optimization.
+  c.batch_size = 256
+  c.num_epochs = 200
+  c.optimizer = "adam"  # "sgd".
+  c.adam_epsilon = 1e-8
+  c.momentum = 0.9  # Of sgd.
+  c.weight_decay = 0.0  # L2 penalty on all kernels, added to the gradient.
+  c.learning_rate = 0.01
+  c.learning_rate_schedule = "staircase"  # "exponential", "steps", "constant".
+  c.learning_rate_decay = 0.9**35  # Whole decay of the run (of each step: "steps").
+  c.learning_rate_stairs = 35  # "staircase": how many stairs the decay is made in.
+  c.learning_rate_steps = (0.5, 0.75)  # "steps": where, as fractions of the run.
+  c.init_from = ""  # Workdir of another run whose last weights this one starts from.
+
+  # Evaluation and records.
+  c.eval_every_epochs = 1  # Validation, metrics and a checkpoint.
+  c.eval_batch_size = 1000
+  c.reestimate_batches = 0  # Batches to re-estimate batch norm's statistics on.
+  c.deterministic = True  # On GPUs: same numbers to the bit, at some cost in speed.
+  return c
+
+
+def validate(c: config_dict.ConfigDict) -> None:
+  """Checks every field that can be checked without data or devices.
+
+  Raises:
+    cli.UsageError: naming the field, its value and what is allowed.
+  """
+  defaults = default_config()
+  for name in c:
+    if name not in defaults:
+      raise cli.unknown_name("config field", name, defaults.keys())
+  for name, default in defaults.items():
+    if name not in c:
+      raise cli.UsageError(f"config field {name!r} is missing")
+    if name not in ("input_bits", "weight_bits"):
+      cli.check(type(c[name]) is type(default), f"config.{name}", c[name],
+                f"of type {type(default).__name__}")
+
+  def check(name, ok, allowed):
+    cli.check(ok, f"config.{name}", c[name], allowed)
+
+  def one_of(name, allowed):
+    check(name, c[name] in allowed, "one of " + ", ".join(map(str, allowed)))
+
+  def at_least(name, low):
+    check(name, c[name] >= low, f"at least {low}")
+
+  def fraction(name):
+    check(name, 0 <= c[name] <= 1, "in [0, 1]")
+
+  def positive(name):
+    check(name, 0 < c[name] < math.inf, "positive and finite")
+
+  def widths(name):
+    check(name, all(type(w) is int and w > 0 for w in c[name]),
+          "a tuple of positive integers")
+
+  def bits(name, value):
+    try:
+      quantizers.is_grid(value)
+    except ValueError as error:
+      raise cli.UsageError(f"config.{name}: {error}") from error
+
+  one_of("dataset", datasets.NAMES)
+  one_of("pixels", ("integer", "standardized"))
+  one_of("first_padding", ("SAME", "VALID"))
+  one_of("pad_value", (0.0, 1.0, -1.0))
+  one_of("kernel_init", KERNEL_INITS)
+  one_of("compute_dtype", ("float32", "bfloat16"))
+  one_of("weight_threshold_rule", quantizers.THRESHOLD_RULES)
+  one_of("estimator", estimators.network_estimators())
+  one_of("estimator_gradient", tuple(estimators.GRADIENTS))
+  one_of("alpha_shape", schedules.ALPHA_SHAPES)
+  one_of("optimizer", ("adam", "sgd"))
+  one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
+
+  check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
+  for name in ("batch_size", "num_epochs", "eval_every_epochs", "eval_batch_size",
+               "learning_rate_stairs", "crop_size"):
+    at_least(name, 1)
+  for name in ("crop_padding", "reestimate_batches"):
+    at_least(name, 0)
+  for name in ("norm_epsilon", "learning_rate", "learning_rate_decay"):
+    positive(name)
+  check("adam_epsilon", 0 <= c.adam_epsilon < math.inf, "at least 0 and finite")
+  check("weight_decay", 0 <= c.weight_decay < math.inf, "at least 0 and finite")
+  for name in ("alpha_start", "alpha_final", "alpha_end", "norm_momentum", "momentum"):
+    fraction(name)
+  for name in ("conv_widths", "dense_widths"):
+    widths(name)
+  check("learning_rate_steps",
+        _ascending(c.learning_rate_steps) and max(c.learning_rate_steps, default=0) < 1,
+        "ascending fractions of the run between 0 and 1")
+
+  info = datasets.info(c.dataset)
+  largest = min(info.image_shape[:2]) + 2 * c.crop_padding
+  check("crop_size", c.crop_size <= largest,
+        f"at most {largest}, the image of {c.dataset} with crop_padding")
+  # Evaluation has no padding: a larger crop than the image has no centre.
+  check("crop_size", c.crop_size <= min(info.image_shape[:2]),
+        f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
+  check("conv_widths", _final_size(c) > 0,
+        f"few enough: crop_size={c.crop_size} leaves nothing to the last pooling")
+
+  bits("input_bits", c.input_bits)
+  bits("weight_bits", c.weight_bits)
+  for rule in c.bits_rules:
+    check("bits_rules", isinstance(rule, tuple) and len(rule) == 2
+          and isinstance(rule[0], str),
+          "pairs of a layer name pattern and bits: (('conv1', 'bfloat16'),)")
+    bits("bits_rules", rule[1])
+  _check_thresholds(c, "input_thresholds", c.input_bits)
+  _check_thresholds(c, "weight_thresholds", c.weight_bits)
+  if c.estimator == "stochastic_aqe":
+    for value in (c.input_bits, c.weight_bits, *(b for _, b in c.bits_rules)):
+      check("estimator", not (quantizers.is_grid(value) and value > 1),
+            f"another where bits are {value}: it is defined for one bit")
+
+
+KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",
+                "lecun_uniform", "lecun_normal")
+
+
+def copy(config: config_dict.ConfigDict, **changes: Any) -> config_dict.ConfigDict:
+  """A copy with some fields changed."""
+  result = config_dict.ConfigDict(config)
+  result.update(changes)
+  return result
+
+
+def from_json(text: str) -> config_dict.ConfigDict:
+  """The config that `to_json` wrote.
+
+  Raises:
+    cli.UsageError: fields are unknown or missing.
+  """
+  values, config = json.loads(text), default_config()
+  for name, value in values.items():
+    if name not in config:
+      raise cli.unknown_name("config field", name, config.keys())
+    config[name] = _tuples(value)
+  return config
+
+
+def to_json(config: config_dict.ConfigDict) -> str:
+  """The config as sorted, indented JSON."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def differing_fields(a: config_dict.ConfigDict, b: config_dict.ConfigDict) -> list[str]:
+  """One string "name: value in a, value in b" for each field that differs."""
+  return [f"{name}: {a.get(name)!r}, {b.get(name)!r}"
+          for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+
+
+def parse_argument(text: str, **defaults: Any) -> config_dict.ConfigDict:
+  """What follows the colon in --config=experiments/x.py:name=value,name=value.
+
+  Args:
+    text: the part after the colon.
+    **defaults: the names there may be, with their default values.
+
+  Raises:
+    cli.UsageError: an unknown name, or a part that is not name=value.
+  """
+  result = config_dict.ConfigDict(defaults, type_safe=False)
+  for part in filter(None, text.split(",")):
+    name, equals, value = part.partition("=")
+    cli.check(bool(equals), "config argument", part, "name=value")
+    if name not in defaults:
+      raise cli.unknown_name("config argument", name, defaults)
+    try:
+      result[name] = ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+      result[name] = value
+  return result
+
+
+def _tuples(value: Any) -> Any:
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _ascending(values: tuple) -> bool:
+  numbers = all(type(v) in (int, float) and 0 < v < math.inf for v in values)
+  return numbers and all(a < b for a, b in zip(values, values[1:]))
+
+
+def _final_size(c: config_dict.ConfigDict) -> int:
+  size = c.crop_size - 2 * (c.first_padding == "VALID")
+  return size >> (len(c.conv_widths) // 2)
+
+
+def _check_thresholds(c: config_dict.ConfigDict, name: str, bits: int | str) -> None:
+  q = quantizers.num_thresholds(bits) if quantizers.is_grid(bits) else 0
+  cli.check(_ascending(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
+            f"() or {q} positive, ascending numbers, for bits={bits!r}" if q
+            else f"(): bits={bits!r} has no thresholds")

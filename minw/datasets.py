@@ -1,0 +1,256 @@
+"""Data sets, read into memory as NumPy arrays.
+
+The digits come with scikit-learn. CIFAR is read from a TensorFlow Datasets
+directory of array_record files, without TensorFlow: `python -m minw.prepare`
+writes such a directory, and nothing here downloads anything.
+"""
+
+import io
+import os
+import pathlib
+import re
+import shlex
+from typing import NamedTuple
+
+import numpy as np
+
+from minw import cli
+
+
+class Info(NamedTuple):
+  """What is known of a data set without reading it.
+
+  Attributes:
+    name: as in `info`, `load` and the directory of the prepared data.
+    image_shape: (height, width, channels).
+    label_names: one name per class, in the order of the labels.
+    mean: per channel, over the training images, in units of 0..1.
+    std: standard deviation per channel, likewise.
+    splits: number of images in 'train', 'validation' and 'test'.
+  """
+
+  name: str
+  image_shape: tuple[int, int, int]
+  label_names: tuple[str, ...]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  splits: dict[str, int]
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.label_names)
+
+
+_CIFAR10_NAMES = """
+    airplane automobile bird cat deer dog frog horse ship truck
+"""
+
+_CIFAR100_NAMES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
+    bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee
+    clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+    leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
+    sweet_pepper table tank telephone television tiger tractor train trout tulip
+    turtle wardrobe whale willow_tree wolf woman worm
+"""
+
+# The means and deviations of CIFAR are those in common use, which are of all
+# 50,000 images; those of the 45,000 here differ by less than 0.0005.
+_INFOS = {
+    "digits": Info(
+        name="digits",
+        image_shape=(8, 8, 1),
+        label_names=tuple("0123456789"),
+        mean=(0.3055,),
+        std=(0.3761,),
+        splits={"train": 1257, "validation": 180, "test": 360},
+    ),
+    "cifar10": Info(
+        name="cifar10",
+        image_shape=(32, 32, 3),
+        label_names=tuple(_CIFAR10_NAMES.split()),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        splits={"train": 45_000, "validation": 5_000, "test": 10_000},
+    ),
+    "cifar100": Info(
+        name="cifar100",
+        image_shape=(32, 32, 3),
+        label_names=tuple(_CIFAR100_NAMES.split()),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        splits={"train": 45_000, "validation": 5_000, "test": 10_000},
+    ),
+}
+
+NAMES = tuple(_INFOS)
+
+
+def info(name: str) -> Info:
+  """Returns what is known of the data set `name` without reading it.
+
+  Args:
+    name: 'digits', 'cifar10' or 'cifar100'.
+
+  Raises:
+    UsageError: there is no such data set.
+  """
+  if name not in _INFOS:
+    raise cli.unknown_name("dataset", name, _INFOS)
+  return _INFOS[name]
+
+
+def load(
+    name: str, split: str, data_dir: str | os.PathLike | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Reads one split of a data set into memory.
+
+  The digits are split by their index i: test where i % 5 == 0, validation where
+  i % 10 == 1, train else; their values 0..16 are scaled to 0..255 and rounded.
+  CIFAR is read in the order of TensorFlow Datasets, from the newest version that
+  is there; validation is the last 5,000 of the 50,000 training images.
+
+  Args:
+    name: 'digits', 'cifar10' or 'cifar100'.
+    split: 'train', 'validation' or 'test'.
+    data_dir: the directory of prepared data sets, with `~` for the home
+      directory; of no effect for the digits.
+
+  Returns:
+    images: uint8, (n, height, width, channels), 0..255.
+    labels: int32, (n,).
+
+  Raises:
+    UsageError: there is no such data set or split, or its files are not there,
+      damaged, or in another format.
+  """
+  wanted = info(name)
+  if split not in wanted.splits:
+    raise cli.unknown_name("split", split, wanted.splits)
+  if name == "digits":
+    return _digits(split)
+  return _records(name, split, data_dir)
+
+
+def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
+  """Checks, within a second, that `load` will find the data.
+
+  Args:
+    name: 'digits', 'cifar10' or 'cifar100'.
+    data_dir: the directory of prepared data sets.
+
+  Raises:
+    UsageError: there is no such data set, or its files are not there, in another
+      format, or do not open. Damage further inside a file is found by `load`.
+  """
+  splits = info(name).splits
+  if name != "digits":
+    for split in splits:
+      _records(name, split, data_dir, limit=1)
+
+
+def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
+  """Returns the shell command that prepares the data set in `data_dir`."""
+  where = shlex.quote(os.path.expanduser(data_dir)) if data_dir else "DIR"
+  return f"python -m minw.prepare --dataset={name} --data_dir={where}"
+
+
+def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+  from sklearn import datasets as sklearn_datasets
+
+  digits = sklearn_datasets.load_digits()
+  index = np.arange(len(digits.target))
+  test = index % 5 == 0
+  validation = index % 10 == 1
+  chosen = {
+      "train": ~(test | validation), "validation": validation, "test": test
+  }[split]
+  images = np.round(digits.images[chosen] * 255 / 16).astype(np.uint8)
+  return images[..., None], digits.target[chosen].astype(np.int32)
+
+
+def _records(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike | None,
+    limit: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The first `limit` images and labels of a split of a TFDS directory."""
+  directory = _newest_version(name, data_dir)
+
+  from PIL import Image
+  import tensorflow_datasets as tfds
+
+  image_shape, sizes = info(name).image_shape, info(name).splits
+  kept_in, part = {
+      "train": ("train", f"train[:{sizes['train']}]"),
+      "validation": ("train", f"train[{sizes['train']}:]"),
+      "test": ("test", "test"),
+  }[split]
+  expected = {
+      "train": sizes["train"] + sizes["validation"], "test": sizes["test"]
+  }
+
+  try:
+    builder = tfds.builder_from_directory(directory)
+    found = {key: value.num_examples for key, value in builder.info.splits.items()}
+    formats = {format_.value for format_ in builder.info.available_file_formats()}
+  except Exception as error:  # Of TFDS, JSON or protobuf, whose have no base.
+    raise _refusal(directory, f"its description can not be read ({error})") from error
+  if "array_record" not in formats:
+    raise _refusal(
+        directory,
+        f"its files are {' and '.join(sorted(formats))}, which TensorFlow would have "
+        "to read, and must be array_record")
+  if found != expected:
+    raise _refusal(directory, f"it holds {found} records and must hold {expected}")
+
+  files = ", ".join(map(str, builder.info.splits[kept_in].filepaths))
+  try:
+    source = builder.as_data_source(
+        part,
+        decoders={"image": tfds.decode.SkipDecoding()},
+        file_format="array_record",
+    )
+    records = source.__getitems__(range(len(source) if limit is None else limit))
+    images = np.empty((len(records), *image_shape), np.uint8)
+    # More threads would not help: of a small image's time, Python has the most.
+    for image, record in zip(images, records):
+      image[...] = np.asarray(Image.open(io.BytesIO(record["image"])))
+    labels = np.array([record["label"] for record in records], np.int32)
+  except _DAMAGE as error:
+    raise _refusal(directory, f"{files} can not be read ({error})") from error
+  return images, labels
+
+
+# What array_record (RuntimeError), TFDS and Pillow raise where files are damaged.
+_DAMAGE = (RuntimeError, OSError, ValueError, LookupError, TypeError)
+
+
+def _refusal(directory: pathlib.Path, what: str) -> cli.UsageError:
+  """The error for a `directory` (DATA_DIR/name/version) that does not serve."""
+  name, data_dir = directory.parent.name, directory.parent.parent
+  return cli.UsageError(
+      f"data_dir={str(data_dir)!r}: {directory} is of no use: {what}; delete it, or "
+      f"choose another data_dir, and run: {prepare_command(name, data_dir)}")
+
+
+def _newest_version(
+    name: str, data_dir: str | os.PathLike | None
+) -> pathlib.Path:
+  """The directory of the newest version of a data set below `data_dir`."""
+  versions = []
+  if data_dir:
+    for path in pathlib.Path(os.path.expanduser(data_dir), name).glob("*"):
+      if re.fullmatch(r"\d+\.\d+\.\d+", path.name):
+        versions.append(path)
+  if not versions:
+    raise cli.bad_value(
+        "data_dir", data_dir and os.fspath(data_dir),
+        f"a directory that holds {name}, which this command prepares: "
+        + prepare_command(name, data_dir))
+  return max(versions, key=lambda path: [int(n) for n in path.name.split(".")])

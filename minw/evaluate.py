@@ -1,0 +1,158 @@
+"""Evaluation, always of the hard network: `python -m minw.evaluate --workdir=DIR`."""
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from minw import checkpoint
+from minw import cli
+from minw import pipeline
+from minw import workdir as workdir_lib
+from minw.experiment import Experiment
+
+
+class Evaluator:
+  """Loss and accuracy over a split, every example counted once."""
+
+  def __init__(self, experiment: Experiment):
+    self._experiment = experiment
+    self._step = experiment.jit(self._eval_step, static_argnames="mode")
+
+  def hard(self, variables: Any, data: pipeline.Data) -> dict[str, float]:
+    """The hard network (Eq 20): {"loss", "accuracy"}.
+
+    Args:
+      variables: the trained ones, {"params", "batch_stats"}.
+      data: the split.
+    """
+    sums = self._sums(self._experiment.fold(variables), data, 1.0, mode="hard")
+    return _means(sums)
+
+  def mixed(
+      self, variables: Any, data: pipeline.Data, alpha: jax.Array
+  ) -> dict[str, Any]:
+    """The network as it is in training, with batch norm's running statistics.
+
+    Args:
+      variables: {"params", "batch_stats"}.
+      data: the split.
+      alpha: of the estimator.
+
+    Returns:
+      {"loss", "accuracy", "input_distance"}, the last by layer: the mean distance of
+      activations from their grid.
+    """
+    sums = self._sums(variables, data, alpha, mode="mixed")
+    distance = {path: value / sums["count"] for path, value in sums["distance"].items()}
+    return {**_means(sums), "input_distance": distance}
+
+  def _sums(self, variables, data, alpha, mode):
+    size = self._experiment.config.eval_batch_size
+    sums = [self._step(variables, data, start, alpha, mode=mode)
+            for start in range(0, data.labels.shape[0], size)]
+    return jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
+                        *jax.device_get(sums))
+
+  def _eval_step(self, variables, data, start, alpha, mode):
+    images, labels, mask = self._experiment.eval_batch(data, start)
+    key = jax.random.fold_in(jax.random.key(0), start)
+    logits, sown = self._experiment.model.apply(
+        variables, images, alpha, mode=mode, mutable=["distance"],
+        rngs={"estimator": key})
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    total = lambda values: jnp.sum(jnp.where(mask, values, 0.0))
+    distance = {
+        "/".join(str(part.key) for part in path[:-2]): total(values) for path, values
+        in jax.tree_util.tree_leaves_with_path(sown.get("distance", {}))}
+    return {"loss": total(losses), "correct": total(correct),
+            "count": total(jnp.ones(mask.shape)), "distance": distance}
+
+
+def _means(sums: dict[str, Any]) -> dict[str, float]:
+  return {"loss": sums["loss"] / sums["count"],
+          "accuracy": sums["correct"] / sums["count"]}
+
+
+def trained_variables(tree: dict[str, Any]) -> dict[str, Any]:
+  """The variables of a checkpoint's tree, with batch norm's running statistics."""
+  return {"params": tree["params"], "batch_stats": tree["batch_stats"]}
+
+
+def hard_variables(tree: dict[str, Any]) -> dict[str, Any]:
+  """The variables of a checkpoint's tree that the hard network is folded from.
+
+  Where batch norm's statistics were re-estimated, those count.
+  """
+  stats = tree.get("reestimated_batch_stats", tree["batch_stats"])
+  return {"params": tree["params"], "batch_stats": stats}
+
+
+def read_run(workdir: str, which: str = "last") -> tuple[Any, checkpoint.Restored]:
+  """The config and a checkpoint of a run.
+
+  Args:
+    workdir: of the run.
+    which: "last", or "best" in validation accuracy.
+
+  Raises:
+    cli.UsageError: there is no run, or no checkpoint.
+  """
+  config = workdir_lib.read_config(workdir)
+  saved = None
+  if (pathlib.Path(workdir) / "checkpoints").is_dir():
+    with checkpoint.open_manager(workdir, read_only=True) as manager:
+      best = checkpoint.best_step(manager) if which == "best" else None
+      saved = (checkpoint.restore_newest(manager) if best is None
+               else checkpoint.restore(manager, best))
+  cli.check(saved is not None, "workdir", workdir, "a run that has a checkpoint")
+  return config, saved
+
+
+def evaluate_workdir(
+    workdir: str, split: str = "test", which: str = "last", data_dir: str | None = None
+) -> dict[str, Any]:
+  """Evaluates the hard network of a run, from its checkpoint.
+
+  Args:
+    workdir: of the run.
+    split: "train", "validation" or "test".
+    which: "last" or "best" (validation accuracy) checkpoint.
+    data_dir: where the data are now, if not where the run's config says.
+
+  Returns:
+    {"step", "loss", "accuracy"}.
+
+  Raises:
+    cli.UsageError: no run or no checkpoint there, or no data.
+  """
+  config, saved = read_run(workdir, which)
+  if data_dir is not None:
+    config.data_dir = data_dir
+  experiment = Experiment(config)
+  variables = hard_variables(saved.tree)
+  result = Evaluator(experiment).hard(variables, experiment.load(split))
+  return {"step": saved.step, **result}
+
+
+if __name__ == "__main__":
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+  _SPLIT = flags.DEFINE_enum(
+      "split", "test", ["train", "validation", "test"], "Which examples.")
+  _CHECKPOINT = flags.DEFINE_enum(
+      "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
+  _DATA_DIR = flags.DEFINE_string(
+      "data_dir", None, "Where the data are now, if not where the run had them.")
+
+  def main() -> None:
+    result = evaluate_workdir(
+        _WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _DATA_DIR.value)
+    print(json.dumps({"split": _SPLIT.value, "mode": "hard", **result}))
+
+  cli.run(main)

@@ -1,0 +1,91 @@
+"""Learning-rate and alpha schedules, stated as fractions of the run.
+
+A schedule is a function of the step (traced or not); a short run is the long one scaled.
+"""
+
+from typing import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+ALPHA_SHAPES = ("linear", "cosine")
+LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant")
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+def learning_rate(
+    kind: str,
+    initial: float,
+    num_steps: int,
+    *,
+    decay: float,
+    stairs: int,
+    steps: Sequence[float],
+) -> Schedule:
+  """The learning rate as a function of the step.
+
+  Args:
+    kind: "constant"; "exponential": continuous decay; "staircase": the same decay in
+      equal stairs; "steps": a factor at given points.
+    initial: the learning rate at step 0.
+    num_steps: of the run.
+    decay: the factor over the whole run, or at each of `steps`.
+    stairs: how many stairs a "staircase" has.
+    steps: where the "steps" are, as fractions of the run.
+  """
+  if kind == "constant":
+    return optax.constant_schedule(initial)
+  if kind == "exponential":
+    return optax.exponential_decay(initial, num_steps, decay)
+  if kind == "staircase":
+    return optax.exponential_decay(
+        initial, num_steps / stairs, decay ** (1 / stairs), staircase=True)
+  if kind == "steps":
+    return optax.piecewise_constant_schedule(
+        initial, {round(fraction * num_steps): decay for fraction in steps})
+  raise ValueError(
+      f"kind={kind!r}: must be one of {', '.join(LEARNING_RATE_SCHEDULES)}")
+
+
+def alpha(
+    shape: str,
+    start: float,
+    final: float,
+    end: float,
+    num_steps: int,
+    *,
+    depth: int | None = None,
+) -> Schedule:
+  """alpha of AQE as a function of the step.
+
+  Args:
+    shape: "linear" or "cosine" (slow at both ends).
+    start: the value at step 0.
+    final: the value from `end` on.
+    end: when `final` is reached, as a fraction of the run.
+    num_steps: of the run.
+    depth: if given, that many layers are annealed one after another, each in an equal
+      share of the time, from the input on (the order of StoMPP, arXiv 2601.22660).
+
+  Returns:
+    A function of the step to float32 () or (depth,).
+  """
+  if shape not in ALPHA_SHAPES:
+    raise ValueError(f"shape={shape!r}: must be one of {', '.join(ALPHA_SHAPES)}")
+  layers = 1 if depth is None else depth
+
+  def schedule(step):
+    # max: with end = 0 every step, the first included, is past the end.
+    progress = (jnp.asarray(step, jnp.float32) + (end == 0)) / max(end * num_steps, 1)
+    done = progress * layers
+    if depth is not None:
+      done = done - jnp.arange(depth, dtype=jnp.float32)
+    done = jnp.clip(done, 0.0, 1.0)
+    if shape == "cosine":
+      done = (1 - jnp.cos(jnp.pi * done)) / 2
+    # Exactly `final` in the end: rounding would leave networks almost hard.
+    return jnp.where(done >= 1, final, start + (final - start) * done)
+
+  return schedule

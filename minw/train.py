@@ -1,0 +1,454 @@
+"""A training run, top to bottom: `train_and_evaluate`."""
+
+import collections
+import json
+import logging
+import signal
+import threading
+import time
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from minw import checkpoint
+from minw import cli
+from minw import datasets
+from minw import evaluate
+from minw import experiment as experiment_lib
+from minw import layers
+from minw import metrics
+from minw import optim
+from minw import pipeline
+from minw import plots
+from minw import quantizers
+from minw import workdir as workdir_lib
+from minw.experiment import Experiment
+
+_log = logging.getLogger(__name__)
+
+_STEPS_IN_FLIGHT = 4  # How far the loop may run ahead of the device.
+_PROGRESS_SECONDS = 10.0
+
+
+class Totals(NamedTuple):
+  """Sums over the training examples since the last report.
+
+  Attributes:
+    loss, correct, count: float32 ().
+    diverged_at: int32 (), the first step whose loss or update was not finite; -1: none.
+  """
+
+  loss: jax.Array
+  correct: jax.Array
+  count: jax.Array
+  diverged_at: jax.Array
+
+
+class TrainState(NamedTuple):
+  """All that training goes on from; random numbers follow from seed and step."""
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  totals: Totals
+
+
+def init_state(experiment: Experiment) -> TrainState:
+  """The state before the first step."""
+  variables = layers.initialize(
+      experiment.model, experiment.image_shape, experiment.config.seed)
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=variables["params"],
+      batch_stats=variables["batch_stats"],
+      opt_state=experiment.optimizer.init(variables["params"]),
+      totals=_no_totals())
+
+
+def _no_totals() -> Totals:
+  return Totals(*jnp.zeros(3, jnp.float32), jnp.full((), -1, jnp.int32))
+
+
+def update(
+    experiment: Experiment,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+) -> tuple[TrainState, jax.Array]:
+  """One step on one batch (Algorithm 1).
+
+  Args:
+    experiment: network, schedules and optimizer.
+    state: before the step.
+    images: float32 (batch, height, width, channels), normalized.
+    labels: int32 (batch,).
+    key: of the estimator's noise, where it has any.
+
+  Returns:
+    The state after it, and the batch's mean loss.
+  """
+  alpha = experiment.alpha(state.step)
+
+  def loss_of(params):
+    logits, changed = experiment.model.apply(
+        {"params": params, "batch_stats": state.batch_stats}, images, alpha,
+        mode="train", mutable=["batch_stats"], rngs={"estimator": key})
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), (logits, changed["batch_stats"])
+
+  (loss, (logits, batch_stats)), gradients = jax.value_and_grad(
+      loss_of, has_aux=True)(state.params)
+  updates, opt_state = experiment.optimizer.update(
+      gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  on_grid = experiment.grid_layers
+  params = optim.clip_kernels(params, jax.tree_util.tree_map_with_path(
+      lambda path, _: "/".join(part.key for part in path[:-1]) in on_grid, params))
+
+  totals = state.totals
+  finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+  correct = jnp.argmax(logits, axis=-1) == labels
+  totals = Totals(
+      loss=totals.loss + loss * labels.shape[0],
+      correct=totals.correct + jnp.sum(correct, dtype=jnp.float32),
+      count=totals.count + labels.shape[0],
+      diverged_at=jnp.where(
+          finite | (totals.diverged_at >= 0), totals.diverged_at, state.step))
+  return TrainState(state.step + 1, params, batch_stats, opt_state, totals), loss
+
+
+def make_train_step(
+    experiment: Experiment,
+) -> Callable[..., tuple[TrainState, jax.Array]]:
+  """The compiled step f(state, data, order) -> (state, loss); it donates the state.
+
+  The batch is a function of the seed and `state.step`, given the epoch's `order`.
+  """
+  def train_step(state, data, order):
+    key = jax.random.fold_in(jax.random.key(experiment.config.seed), state.step)
+    batch_key, estimator_key = jax.random.split(key)
+    images, labels = experiment.train_batch(
+        data, order, state.step % experiment.steps_per_epoch, batch_key)
+    return update(experiment, state, images, labels, estimator_key)
+
+  return experiment.jit(train_step, donate_argnums=0)
+
+
+def make_epoch_order(experiment: Experiment) -> Callable[[int], jax.Array]:
+  """The compiled f(epoch) -> order of its examples."""
+  size = experiment.info.splits["train"]
+  return experiment.jit(
+      lambda epoch: pipeline.epoch_order(experiment.config.seed, epoch, size))
+
+
+def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
+  """f(params, batch_stats, data, order): batch norm's statistics of the hard network.
+
+  In training batch norm sees mixed values, and weights that flip from step to step
+  corrupt its running statistics. These are means over `reestimate_batches` batches.
+  """
+  # With no momentum, what a step leaves is the batch's own; the straight-through
+  # estimator is the hard quantizer at any alpha.
+  model = experiment_lib.build_model(
+      experiment.config, estimator="ste", norm_momentum=0.0)
+
+  @experiment.jit
+  def statistics(params, batch_stats, data, order, position):
+    key = jax.random.fold_in(jax.random.key(experiment.config.seed), position)
+    images, _ = experiment.train_batch(data, order, position, key)
+    _, changed = model.apply({"params": params, "batch_stats": batch_stats}, images,
+                             mode="train", mutable=["batch_stats"])
+    return changed["batch_stats"]
+
+  def reestimate(params, batch_stats, data, order):
+    count = min(experiment.config.reestimate_batches, experiment.steps_per_epoch)
+    parts = [statistics(params, batch_stats, data, order, i) for i in range(count)]
+    return jax.tree.map(lambda *stats: jnp.mean(jnp.stack(stats), axis=0), *parts)
+
+  return reestimate
+
+
+def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, dict]]:
+  """The compiled f(params) -> (codes, mean distance from the grid), each by layer."""
+  c = experiment.config
+
+  def report(params):
+    codes, distance = {}, {}
+    for path, layer in experiment.grid_layers.items():
+      kernel = params
+      for name in path.split("/"):
+        kernel = kernel[name]
+      kernel = kernel["kernel"]
+      grid = quantizers.weight_grid(
+          kernel, layer.bits, c.weight_threshold_rule, c.weight_thresholds)
+      codes[path] = quantizers.encode(kernel, grid)
+      distance[path] = jnp.mean(jnp.abs(kernel - quantizers.quantize(kernel, grid)))
+    return codes, distance
+
+  return experiment.jit(report)
+
+
+def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
+  """Trains the network of `config`, or goes on from the last checkpoint in `workdir`.
+
+  A run that was interrupted, at whatever moment, and started again ends with the same
+  parameters and metrics, rates apart, as one that was not.
+
+  Args:
+    config: see `config.default_config`.
+    workdir: receives config.json, metrics.jsonl, status.json, curves.png, tensorboard/
+      and checkpoints/; made if missing.
+
+  Returns:
+    What status.json holds in the end: `state` ("done", "diverged" or "preempted"),
+    `step` and, when done, the hard network's `test_accuracy` and `test_loss`.
+
+  Raises:
+    cli.UsageError: the config can not be run, `workdir` belongs to another config or
+      can not be written to, or data are missing; before training starts.
+  """
+  experiment = Experiment(config)
+  datasets.check_available(config.dataset, config.data_dir)
+  source = read_source(config.init_from, experiment) if config.init_from else {}
+  workdir_lib.claim(workdir, config)
+  status = workdir_lib.read_status(workdir)
+  if status and status["state"] in ("done", "diverged"):
+    _log.warning("%s: already %s at step %d; nothing to do",
+                    workdir, status["state"], status["step"])
+    return status
+  train_data, validation_data, test_data = (
+      experiment.load(split) for split in ("train", "validation", "test"))
+
+  train_step = make_train_step(experiment)
+  epoch_order = make_epoch_order(experiment)
+  reestimate = make_reestimate(experiment)
+  weight_report = make_weight_report(experiment)
+  evaluator = evaluate.Evaluator(experiment)
+
+  with checkpoint.open_manager(workdir) as manager, StopSignal() as stop:
+    restored = checkpoint.restore_newest(manager, checkpoint_target(experiment))
+    if restored:
+      state = TrainState(*(restored.tree[name] for name in TrainState._fields))
+    else:
+      state = jax.device_put(
+          init_state(experiment)._replace(**source), experiment.replicated)
+    step = int(state.step)
+    _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
+    status = workdir_lib.write_status(workdir, "running", step)
+    writer = metrics.Writer(workdir, step)
+    progress = Progress(step, experiment.num_steps, config.batch_size)
+    order, order_epoch = None, None
+
+    while step < experiment.num_steps:
+      epoch = step // experiment.steps_per_epoch
+      if order_epoch != epoch:
+        order, order_epoch = epoch_order(epoch), epoch
+      epochs_done, rest = divmod(step + 1, experiment.steps_per_epoch)
+      report = rest == 0 and (epochs_done % config.eval_every_epochs == 0
+                              or epochs_done == config.num_epochs)
+      codes = weight_report(state.params)[0] if report else None
+
+      state, loss = train_step(state, train_data, order)
+      step += 1
+      progress.stepped(loss)
+
+      if not (report or stop.requested or progress.due()):
+        continue
+      totals = jax.device_get(state.totals)
+      if totals.diverged_at >= 0:
+        status = workdir_lib.write_status(
+            workdir, "diverged", int(totals.diverged_at))
+        break
+      if not (report or stop.requested):
+        _log.info("step %d/%d: loss %.4f; %s", step, experiment.num_steps,
+                     totals.loss / totals.count, progress.line())
+        continue
+
+      rate = progress.pause()
+      if report:
+        state = state._replace(
+            totals=jax.device_put(_no_totals(), experiment.replicated))
+      tree = state._asdict()
+      if config.reestimate_batches:
+        tree["reestimated_batch_stats"] = reestimate(
+            state.params, state.batch_stats, train_data, epoch_order(0))
+      accuracy = None
+      if report:
+        lines = [
+            _train_line(experiment, step, totals, rate, codes,
+                        *weight_report(state.params)),
+            {"split": "validation", "mode": "mixed", **evaluator.mixed(
+                evaluate.trained_variables(state._asdict()), validation_data,
+                experiment.alpha(step - 1))},
+            {"split": "validation", "mode": "hard", **evaluator.hard(
+                evaluate.hard_variables(tree), validation_data)}]
+        for line in lines:
+          writer.write({"step": step, "epoch": epochs_done, **line})
+        accuracy = lines[-1]["accuracy"]
+        _log.info(
+            "epoch %d/%d: loss %.4f, validation accuracy %.4f; %s", epochs_done,
+            config.num_epochs, lines[0]["loss"], accuracy, progress.line())
+      checkpoint.save(manager, step, tree, accuracy)
+      status = workdir_lib.write_status(workdir, "running", step)
+      if stop.requested and step < experiment.num_steps:
+        manager.wait_until_finished()
+        status = workdir_lib.write_status(workdir, "preempted", step)
+        break
+      progress.resume()
+
+    if status["state"] == "running":
+      manager.wait_until_finished()
+      best_step = checkpoint.best_step(manager)
+      results = {}
+      for which, at in (("last", step), ("best", best_step)):
+        saved = checkpoint.restore(manager, at, checkpoint_target(experiment))
+        results[which] = evaluator.hard(evaluate.hard_variables(saved.tree), test_data)
+        writer.write({"step": step, "epoch": config.num_epochs, "split": "test",
+                      "mode": "hard", "checkpoint": which, "checkpoint_step": at,
+                      **results[which]})
+    writer.close()
+
+  plots.curves(workdir)
+  if status["state"] == "running":
+    status = workdir_lib.write_status(
+        workdir, "done", step, test_accuracy=results["last"]["accuracy"],
+        test_loss=results["last"]["loss"], best_step=best_step,
+        best_test_accuracy=results["best"]["accuracy"],
+        best_test_loss=results["best"]["loss"])
+  _log.info("%s: %s", workdir, json.dumps(status))
+  return status
+
+
+def _train_line(experiment, step, totals, rate, codes, new_codes, distance):
+  """What is recorded of the training split: means since the last report."""
+  return {
+      "split": "train",
+      "mode": "mixed",
+      "loss": float(totals.loss / totals.count),
+      "accuracy": float(totals.correct / totals.count),
+      "alpha": np.asarray(experiment.alpha(step - 1)).tolist(),
+      "learning_rate": float(experiment.learning_rate(step - 1)),
+      "examples_per_second": rate,
+      # Of the last step alone.
+      "flip_rate": {path: float(np.mean(codes[path] != new_codes[path]))
+                    for path in codes},
+      "weight_distance": {path: float(value) for path, value in distance.items()},
+  }
+
+
+def checkpoint_target(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes, dtypes and shardings of what a checkpoint of the run holds."""
+  state = jax.eval_shape(lambda: init_state(experiment))
+  tree = state._asdict()
+  if experiment.config.reestimate_batches:
+    tree["reestimated_batch_stats"] = state.batch_stats
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=experiment.replicated), tree)
+
+
+def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
+  """The trained variables of another run, for this one to start from.
+
+  Args:
+    workdir: of a run whose network has the same shapes, of whatever bits.
+    experiment: of this run.
+
+  Returns:
+    {"params", "batch_stats"}.
+
+  Raises:
+    cli.UsageError: there is no such run, or the shapes differ.
+  """
+  _, saved = evaluate.read_run(workdir)
+  source = evaluate.trained_variables(saved.tree)
+  shapes = lambda tree: {
+      jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  theirs = shapes(source)
+  ours = shapes(evaluate.trained_variables(
+      jax.eval_shape(lambda: init_state(experiment))._asdict()))
+  different = [f"{path} {theirs.get(path, 'missing')} there, "
+               f"{ours.get(path, 'missing')} here"
+               for path in sorted({*theirs, *ours})
+               if theirs.get(path) != ours.get(path)]
+  cli.check(not different, "config.init_from", workdir,
+            "a run of the same shapes: " + "; ".join(different[:3]))
+  return source
+
+
+class StopSignal:
+  """Notes SIGTERM, as sent before a preemption, instead of dying of it."""
+
+  def __init__(self):
+    self.requested = False
+
+  def __enter__(self):
+    self._previous = None
+    if threading.current_thread() is threading.main_thread():
+      self._previous = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, *_):
+    self.requested = True
+
+  def __exit__(self, *_):
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+
+class Progress:
+  """Keeps the loop a few steps ahead of the device, and times it."""
+
+  def __init__(self, step: int, num_steps: int, batch_size: int):
+    self._left = num_steps - step
+    self._batch_size = batch_size
+    self._in_flight = collections.deque()
+    self._steps = 0  # Since the clock was started.
+    self._since = None  # The clock starts after the first step, which compiles.
+    self._next_line = time.monotonic() + _PROGRESS_SECONDS
+
+  def stepped(self, loss: jax.Array) -> None:
+    """One more step was dispatched; waits if the device is far behind."""
+    self._left -= 1
+    self._in_flight.append(loss)
+    if self._since is None:
+      loss.block_until_ready()
+      self._since = time.monotonic()
+      return
+    self._steps += 1
+    if len(self._in_flight) > _STEPS_IN_FLIGHT:
+      self._in_flight.popleft().block_until_ready()
+
+  def due(self) -> bool:
+    """Whether a line was not printed for a while."""
+    return time.monotonic() >= self._next_line
+
+  def line(self) -> str:
+    """Rate and time left; the next is due in a while."""
+    self._next_line = time.monotonic() + _PROGRESS_SECONDS
+    rate = self._rate()
+    if not rate:
+      return "measuring the rate"
+    minutes = self._left * self._batch_size / rate / 60
+    return f"{rate:.0f} examples/s, {minutes:.1f} minutes left"
+
+  def pause(self) -> float | None:
+    """Stops the clock; returns the examples per second since the last pause."""
+    if self._in_flight:
+      self._in_flight[-1].block_until_ready()
+    return self._rate()
+
+  def resume(self) -> None:
+    """Starts the clock again."""
+    self._steps, self._since = 0, time.monotonic()
+
+  def _rate(self) -> float | None:
+    if not self._steps:
+      return None
+    return self._steps * self._batch_size / (time.monotonic() - self._since)

@@ -1,0 +1,62 @@
+"""The files of a run beside its metrics and checkpoints, whole at any moment."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from minw import cli
+from minw import config as config_lib
+
+
+def write_file(path: pathlib.Path, text: str) -> None:
+  """Replaces a file in one move, so that no reader sees half of it."""
+  part = path.with_name(path.name + ".part")
+  part.write_text(text)
+  os.replace(part, path)
+
+
+def claim(workdir: str, config: Any) -> None:
+  """Makes `workdir` that of a run of `config`, unless it is so already.
+
+  Raises:
+    cli.UsageError: it can not be written to, or is another config's.
+  """
+  path = pathlib.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / "config.json").exists():
+      different = config_lib.differing_fields(read_config(workdir), config)
+      if different:
+        raise cli.UsageError(
+            f"workdir={workdir!r} holds a run of another config (field: there, here):"
+            f" {'; '.join(different)}")
+    write_file(path / "config.json", config_lib.to_json(config))
+  except OSError as error:
+    raise cli.UsageError(
+        f"workdir={workdir!r} can not be written to: {error}") from error
+
+
+def read_config(workdir: str) -> Any:
+  """The config of the run in `workdir`.
+
+  Raises:
+    cli.UsageError: there is none, or it is not one of this package.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  cli.check(path.is_file(), "workdir", workdir,
+            "the workdir of a run (there is no config.json)")
+  return config_lib.from_json(path.read_text())
+
+
+def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, Any]:
+  """Writes status.json; `state` is running, done, diverged or preempted."""
+  status = {"state": state, "step": step, **more}
+  write_file(pathlib.Path(workdir) / "status.json", json.dumps(status) + "\n")
+  return status
+
+
+def read_status(workdir: str) -> dict[str, Any] | None:
+  """What `write_status` wrote; None if nothing."""
+  path = pathlib.Path(workdir) / "status.json"
+  return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,504 @@
+"""Estimators against closed forms, exact expectations and the paper's theorems.
+
+Monte Carlo checks allow 5 sigma, which a correct estimator exceeds with probability
+5.7e-7 a comparison; the keys are fixed, so that they never do so now and then.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from minw import estimators
+from minw import quantizers
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+ALPHAS = (0.0, 0.25, 0.5, 0.7, 1.0)
+# Eq 18: 2 alpha; Algorithm 1: 1; Eq 15: 1 - alpha.
+FACTORS = {
+    "eq18": (0.0, 0.5, 1.0, 1.4, 2.0),
+    "algorithm1": (1.0, 1.0, 1.0, 1.0, 1.0),
+    "eq15": (1.0, 0.75, 0.5, 0.3, 0.0),
+}
+ONE, ABOVE = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
+X = np.array([-2, -ABOVE, -1, -0.9, -0.3, -0.05, 0, 0.05, 0.3, 0.9, 1, ABOVE, 2],
+             np.float32)
+MASK = np.array([0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0], np.float32)  # Eq 5.
+# Eq 4, and Eq 21 and 22 with the thresholds 0.1 and (1/8, 3/8, 3/4).
+HARD = {
+    1: np.array([-1, -1, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1, 1], np.float32),
+    2: np.array([-1, -1, -1, -1, -1, 0, 0, 0, 1, 1, 1, 1, 1], np.float32),
+    3: np.array([-1, -1, -1, -1, -.25, 0, 0, 0, .25, 1, 1, 1, 1], np.float32),
+}
+G = np.linspace(-3, 4.7, X.size).astype(np.float32)  # No cotangent is 0 or 1.
+
+
+def pull(function, *arguments):
+  """The value of `function` and its cotangents for the cotangent G."""
+  value, pullback = jax.vjp(function, *arguments)
+  return value, pullback(jnp.asarray(G, value.dtype))
+
+
+def assert_zeros_like(got, arrays) -> None:
+  assert jax.tree.structure(got) == jax.tree.structure(arrays)
+  for zero, array in zip(jax.tree.leaves(got), jax.tree.leaves(arrays)):
+    assert zero.shape == np.shape(array)
+    np.testing.assert_array_equal(zero, np.zeros(np.shape(array)))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_ste(bits):
+  grid = quantizers.grid(bits)
+  y, (dx, dgrid) = jax.jit(functools.partial(pull, estimators.ste))(X, grid)
+  np.testing.assert_array_equal(y, HARD[bits])
+  np.testing.assert_array_equal(dx, G * MASK)
+  assert_zeros_like(dgrid, grid)
+
+
+@pytest.mark.parametrize("gradient", FACTORS)
+def test_aqe(gradient):
+  aqe = functools.partial(estimators.aqe, gradient=gradient)
+  sweep = jax.jit(jax.vmap(functools.partial(pull, aqe), (None, 0, None)))
+  for bits in (1, 3) if gradient == "eq18" else (2,):
+    grid = quantizers.grid(bits)
+    y, (dx, dalpha, dgrid) = sweep(X, np.array(ALPHAS, np.float32), grid)
+    for i, (alpha, factor) in enumerate(zip(ALPHAS, FACTORS[gradient])):
+      want = alpha * HARD[bits].astype(np.float64) + (1 - alpha) * X
+      np.testing.assert_allclose(y[i], want, rtol=3e-7, atol=1e-7)
+      np.testing.assert_allclose(dx[i], factor * G * MASK, rtol=3e-7)
+    # The ends and the middle of the schedule are exact.
+    np.testing.assert_array_equal(y[0], X)
+    np.testing.assert_array_equal(y[-1], HARD[bits])
+    if gradient == "eq18":
+      np.testing.assert_array_equal(dx[2], G * MASK)
+    assert_zeros_like(dalpha, np.array(ALPHAS))
+    assert_zeros_like(dgrid, jax.tree.map(lambda a: np.stack([a] * 5), grid))
+
+
+def test_aqe_takes_eq18_unless_told():
+  grid = quantizers.grid(1)
+  slope = jax.jit(jax.grad(estimators.aqe))
+  assert slope(np.float32(0.5), np.float32(0.75), grid) == 1.5
+  sample = jax.jit(jax.grad(estimators.stochastic_aqe))
+  assert sample(np.float32(0.5), np.float32(0.75), jax.random.key(0)) == 1.5
+
+
+def test_alpha_of_each_channel_and_plain_numbers():
+  x = np.array([[0.5, 0.5, -0.5], [-1.5, 1.0, 0.25]], np.float32)
+  alpha = np.array([[0, 0.5, 1]], np.float32)
+  grid = quantizers.grid(1)
+  y, pullback = jax.vjp(lambda x, alpha: estimators.aqe(x, alpha, grid), x, alpha)
+  np.testing.assert_array_equal(y, [[0.5, 0.75, -1], [-1.5, 1, 1]])
+  dx, dalpha = pullback(jnp.ones_like(y))
+  np.testing.assert_array_equal(dx, [[0, 1, 2], [0, 1, 2]])
+  assert_zeros_like(dalpha, alpha)
+  np.testing.assert_array_equal(estimators.aqe(x, 1, grid),
+                                [[1, 1, -1], [-1, 1, 1]])
+  np.testing.assert_array_equal(estimators.aqe(x, 0, grid), x)
+
+
+@pytest.mark.parametrize("gradient", FACTORS)
+def test_stochastic_aqe(gradient):
+  key = jax.random.key(5)
+  alphas = np.array(ALPHAS, np.float32)
+  run = functools.partial(
+      pull, lambda x, alpha: estimators.stochastic_aqe(
+          x, alpha, key, gradient=gradient))
+  y, (dx, dalpha) = jax.jit(jax.vmap(run, (None, 0)))(X, alphas)
+  np.testing.assert_array_equal(y[0], X)
+  # One key is one z: the same side for every alpha, 1 or -1, at |x| > 1 that of x.
+  side = np.asarray(y[-1])
+  np.testing.assert_array_equal(np.abs(side), 1)
+  outside = MASK == 0
+  np.testing.assert_array_equal(side[outside], np.sign(X[outside]))
+  for i, (alpha, factor) in enumerate(zip(ALPHAS, FACTORS[gradient])):
+    want = alpha * side.astype(np.float64) + (1 - alpha) * X
+    np.testing.assert_allclose(y[i], want, rtol=3e-7, atol=1e-7)
+    np.testing.assert_allclose(dx[i], factor * G * MASK, rtol=3e-7)
+  assert_zeros_like(dalpha, alphas)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtype_is_kept_and_the_mixture_is_wide(dtype):
+  with jax.enable_x64(dtype == "float64"):
+    x = np.linspace(-1.25, 1.25, 101).astype(dtype)
+    g = np.linspace(0.1, 1, 101).astype(dtype)
+    grid = quantizers.grid(1)
+    key = jax.random.key(0)
+    functions = {
+        "ste": lambda x: estimators.ste(x, grid),
+        "aqe": lambda x: estimators.aqe(x, 0.7, grid),
+        "stochastic_aqe": lambda x: estimators.stochastic_aqe(x, 0.7, key),
+        "log_prob": lambda x: estimators.stochastic_neuron(x, key)[1],
+        "neuron": lambda x: estimators.stochastic_neuron(x, key)[0],
+    }
+
+    @jax.jit
+    def run(x, g):
+      results = {}
+      for name, function in functions.items():
+        y, pullback = jax.vjp(function, x)
+        results[name] = y, pullback(g)[0]
+      return results
+
+    results = jax.tree.map(np.asarray, run(x, g))
+  for name, (y, dx) in results.items():
+    assert y.dtype == dtype, name
+    assert dx.dtype == dtype, name
+  a = x.astype(np.float64)
+  inside = np.abs(a) <= 1
+  # In 16 bits, what is formed there differs in dozens of the last digits.
+  tolerance = dict(float32=3e-7, float64=1e-15).get(dtype, 0)
+  want = (0.7 * np.where(a > 0, 1, -1) + (1 - 0.7) * a).astype(dtype)
+  slope = (1.4 * g.astype(np.float64) * inside).astype(dtype)
+  np.testing.assert_allclose(results["aqe"][0].astype("f8"), want.astype("f8"),
+                             rtol=tolerance, atol=tolerance)
+  np.testing.assert_allclose(results["aqe"][1].astype("f8"), slope.astype("f8"),
+                             rtol=tolerance)
+  np.testing.assert_array_equal(results["ste"][1].astype("f8"), g * inside)
+
+
+@pytest.mark.parametrize("name", ["ste", "aqe", "stochastic_aqe"])
+def test_transformations_change_nothing(name):
+  x = np.stack([X, X / 3])
+  key = jax.random.key(1)
+  grid = quantizers.grid(1)
+  # The key is split by row, so that a row's z is the same however rows are mapped.
+  estimator = estimators.by_name(name)
+
+  def row(x, key):
+    return pull(lambda x: estimator(x, np.float32(0.7), grid, lambda: key), x)
+
+  keys = jax.random.split(key)
+  plain = [row(x[i], keys[i]) for i in range(2)]
+  want = jax.tree.map(lambda *parts: np.stack(parts), *plain)
+  mapped = jax.jit(jax.vmap(row))(x, keys)
+  scanned = jax.jit(lambda x, keys: jax.lax.scan(
+      lambda carry, args: (carry, row(*args)), None, (x, keys))[1])(x, keys)
+  for got in (mapped, scanned):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=3e-7), got, want)
+
+
+def test_one_compilation_serves_the_schedule():
+  traces = []
+
+  @jax.jit
+  def step(x, alpha, thresholds):
+    traces.append(None)
+    grid = quantizers.grid(2, thresholds)
+    return jax.value_and_grad(lambda x: estimators.aqe(x, alpha, grid))(x)
+
+  for alpha, threshold, value, slope in [
+      (0.5, 0.25, 0.75, 1.0), (0.75, 0.25, 0.875, 1.5), (1.0, 0.5, 0.0, 2.0)]:
+    got = step(np.float32(0.5), np.float32(alpha), np.array([threshold], np.float32))
+    assert tuple(map(float, got)) == (value, slope)
+  assert len(traces) == 1
+
+
+@pytest.mark.parametrize("function", [
+    lambda gradient: estimators.aqe(X, 0.5, quantizers.grid(1), gradient=gradient),
+    lambda gradient: estimators.stochastic_aqe(X, 0.5, jax.random.key(0),
+                                               gradient=gradient),
+    lambda gradient: estimators.by_name("aqe", gradient=gradient),
+], ids=["aqe", "stochastic_aqe", "by_name"])
+def test_gradient_that_is_unknown(function):
+  with pytest.raises(ValueError, match="gradient='eq5': must be one of eq18, algo"):
+    function("eq5")
+
+
+def test_theorem_1():
+  """Eq 13: the stochastic forward's mean has slope 1; 2 alpha g has it at 1/2 only.
+
+  Mean: sigma = alpha sqrt((1 - a^2) / n). Slope, as the difference over 2d with a
+  common z: z falls between a - d and a + d with probability d and then adds alpha / d,
+  so sigma = alpha sqrt((1 - d) / (d n)). 5 sigma, 24 comparisons: 1.4e-5 in all.
+  """
+  n, d = 2**17, 0.1
+  centers = np.array([-0.8, -0.25, 0.0, 0.6])
+  key = jax.random.key(11)
+
+  @jax.jit
+  def run(a, alpha):
+    x = jnp.broadcast_to(a[:, None], (4, n))
+    y = [estimators.stochastic_aqe(x + shift, alpha, key) for shift in (-d, 0, d)]
+    coded = jax.grad(lambda x: estimators.stochastic_aqe(x, alpha, key).sum())(x)
+    return [value.mean(axis=1) for value in y], coded[:, 0]
+
+  for alpha in (0.25, 0.5, 1.0):
+    (low, mean, high), coded = run(np.float32(centers), np.float32(alpha))
+    # Sums of 2^17 float32 numbers below 2 in pairs: 1e-6, far below sigma.
+    sigma = alpha * np.sqrt((1 - centers**2) / n)
+    np.testing.assert_array_less(np.abs(mean - centers), 5 * sigma + 1e-6)
+    slope = (np.asarray(high, np.float64) - low) / (2 * d)
+    bound = 5 * alpha * np.sqrt((1 - d) / (d * n)) + 2e-5
+    assert bound < 0.05
+    np.testing.assert_array_less(np.abs(slope - 1), bound)
+    np.testing.assert_array_equal(coded, 2 * alpha)
+    if alpha == 0.5:
+      np.testing.assert_array_less(np.abs(slope - coded), bound)
+    else:  # Off by 1/2 and by 1.
+      np.testing.assert_array_less(10 * bound, np.abs(slope - coded))
+
+
+def test_noise_is_uniform_and_independent_of_its_neighbours():
+  """h = 1 has probability (1 + a) / 2, and for two elements that of independence.
+
+  sigma of a mean of n products of +-1 is at most 1 / sqrt(n).
+  """
+  n = 2**16
+  for a in (0.0, 0.5):
+    side = np.asarray(estimators.stochastic_aqe(
+        np.full((n, 2), a, np.float32), 1.0, jax.random.key(2)), np.float64)
+    assert abs((side[:, 0] * side[:, 1]).mean() - a * a) < 5 / np.sqrt(n)
+    assert abs((side[:-1, 0] * side[1:, 0]).mean() - a * a) < 5 / np.sqrt(n)
+  ends = np.array([[-1, 1]] * n, np.float32)
+  np.testing.assert_array_equal(
+      estimators.stochastic_aqe(ends, 1.0, jax.random.key(3)), ends)
+
+
+@jax.jit
+def iterate(a, alpha, grid):
+  """a(1), a(2), ..., a(30) of Theorem 3."""
+  def step(a, _):
+    return estimators.aqe(a, alpha, grid), a
+  return jax.lax.scan(step, a, None, length=30)[1]
+
+
+def test_theorem_3_for_one_bit():
+  """Eq 17 with the starting term that its printed form drops."""
+  start = np.array([-1, -0.7, -0.05, 0, 0.02, 0.4, 1], np.float32)
+  side = np.array([-1, -1, -1, -1, 1, 1, 1])
+  for alpha in (0.1, 0.3, 0.8):
+    path = np.asarray(iterate(start, np.float32(alpha), quantizers.grid(1)))
+    kept = (1 - alpha) ** np.arange(30)[:, None]
+    np.testing.assert_allclose(path, side * (1 - kept) + kept * start, atol=1e-6)
+    gap = np.abs(path[:5, 1:-1] - side[1:-1])  # Rate 1 - alpha.
+    np.testing.assert_allclose(gap[1:] / gap[:-1], 1 - alpha, rtol=3e-4)
+
+
+def test_theorem_3_for_more_bits():
+  start = np.linspace(-1, 1, 81, dtype=np.float32)
+  kept = 0.6 ** np.arange(30)[:, None]
+  for bits, thresholds, levels in [(2, [0.1], [1]), (3, [1/8, 3/8, 3/4], [.25, .5, 1])]:
+    passed = (np.abs(start)[:, None] > np.float32(thresholds)).sum(axis=1)
+    level = np.sign(start) * np.array([0, *levels])[passed]
+    path = iterate(start, np.float32(0.4), quantizers.grid(bits))
+    np.testing.assert_allclose(path, (1 - kept) * level + kept * start, atol=1e-6)
+  # The level 1/2 lies above the third threshold here: h(0.35) = 1/2 leads to 1.
+  path = iterate(np.float32([0.25, 0.35]), np.float32(0.4),
+                 quantizers.grid(3, [0.2, 0.3, 0.4]))
+  np.testing.assert_allclose(path[1], [0.25, 0.41], rtol=1e-6)
+  np.testing.assert_allclose(path[-1], [0.25, 1], rtol=1e-6)
+
+
+def sigmoid(a):
+  return 1 / (1 + np.exp(-np.asarray(a, np.result_type(a, np.float64))))
+
+
+def test_stochastic_neuron():
+  """P(h = 1) = sigmoid(a) within 5 sigma, and the gradient of log P is Eq 3's."""
+  n = 2**17
+  a = np.array([-3, -0.5, 0, 1, 8], np.float32)
+
+  @jax.jit
+  def run(x):
+    def both(x):
+      h, log_prob = estimators.stochastic_neuron(x, jax.random.key(4))
+      return log_prob, h
+    log_prob, pullback, h = jax.vjp(both, x, has_aux=True)
+    blocked = jax.grad(lambda x: both(x)[1].sum())(x)
+    return h, log_prob, pullback(jnp.ones_like(x))[0], blocked
+
+  x = np.broadcast_to(a, (n, 5))
+  h, log_prob, slope, blocked = map(np.asarray, run(x))
+  assert set(np.unique(h)) == {0, 1}
+  p = sigmoid(a)
+  sigma = np.sqrt(p * (1 - p) / n)
+  np.testing.assert_array_less(np.abs(h.mean(axis=0, dtype=np.float64) - p), 5 * sigma)
+  # Two neurons fire independently: the covariance has sigma below 1 / (4 sqrt(n)).
+  joint = (h[:, 1] * h[:, 2]).mean(dtype=np.float64)
+  assert abs(joint - p[1] * p[2]) < 5 / (2 * np.sqrt(n))
+  np.testing.assert_allclose(
+      log_prob, np.log(np.where(h == 1, p, 1 - p)), rtol=2e-5)
+  np.testing.assert_allclose(slope, h - p, rtol=1e-5, atol=1e-7)
+  np.testing.assert_array_equal(blocked, np.zeros_like(x))
+
+
+def test_score_function_is_unbiased_by_enumeration():
+  """Both neurons' outcomes weighed exactly; the printed z > sigmoid(a) is biased."""
+  a = np.array([0.8, -0.4])
+
+  def loss(h0, h1, a0):  # Not linear in h, and dependent on a directly as well.
+    return (h0 + 2 * h1 - 0.5) ** 3 + 0.7 * a0 * h0
+
+  def probability(outcome, a, reverse=False):
+    on = sigmoid(-a if reverse else a)
+    return np.prod([p if h else 1 - p for h, p in zip(outcome, on)])
+
+  outcomes = list(itertools.product([0, 1], repeat=2))
+
+  def derivative(reverse):  # By complex steps, exact to rounding.
+    def expected(a):
+      return sum(probability(outcome, a, reverse) * loss(*outcome, a[0])
+                 for outcome in outcomes)
+    return np.array([expected(a + 1e-20j * unit).imag / 1e-20 for unit in np.eye(2)])
+
+  @jax.jit
+  @jax.vmap
+  def sample(key):
+    def surrogate(a):
+      h, log_prob = estimators.stochastic_neuron(a, key)
+      value = estimators.score_function_surrogate(loss(h[0], h[1], a[0]), log_prob)
+      return value, h
+    return jax.grad(surrogate, has_aux=True)(np.float32(a))
+
+  gradients, fired = map(np.asarray, sample(jax.random.split(jax.random.key(6), 64)))
+  of_outcome = {tuple(map(int, h)): g for h, g in zip(fired, gradients)}
+  assert set(of_outcome) == set(outcomes)
+  mean, printed = (
+      sum(probability(outcome, a, reverse) * of_outcome[outcome].astype(np.float64)
+          for outcome in outcomes) for reverse in (False, True))
+  np.testing.assert_allclose(mean, derivative(False), rtol=1e-5)
+  assert (np.abs(printed - derivative(True)) > 1).all()
+
+
+def test_score_function_surrogate():
+  loss = np.array([0.5, -2, 3], np.float32)
+  log_prob = -np.arange(1, 13, dtype=np.float32).reshape(3, 2, 2)
+  value, pullback = jax.vjp(estimators.score_function_surrogate, loss, log_prob)
+  np.testing.assert_array_equal(value, loss)
+  dloss, dlog_prob = pullback(np.array([1, 10, 100], np.float32))
+  np.testing.assert_array_equal(dloss, [1, 10, 100])
+  np.testing.assert_array_equal(
+      dlog_prob, np.broadcast_to(np.float32([0.5, -20, 300])[:, None, None],
+                                 (3, 2, 2)))
+  # One loss of all neurons, and one neuron for each loss.
+  value, pullback = jax.vjp(
+      estimators.score_function_surrogate, np.float32(3), log_prob)
+  assert value.shape == () and value == 3
+  np.testing.assert_array_equal(pullback(np.float32(1))[1], np.full((3, 2, 2), 3))
+  value, pullback = jax.vjp(
+      estimators.score_function_surrogate, loss, log_prob[:, 0, 0])
+  np.testing.assert_array_equal(value, loss)
+  np.testing.assert_array_equal(pullback(np.ones(3, np.float32))[1], loss)
+
+
+def test_by_name():
+  assert estimators.network_estimators() == ("aqe", "ste", "stochastic_aqe")
+  made = []
+
+  def make_key():
+    made.append(None)
+    return jax.random.key(7)
+
+  one, three = quantizers.grid(1), quantizers.grid(3)
+  np.testing.assert_array_equal(
+      estimators.by_name("ste")(X, 0.5, three, make_key), HARD[3])
+  np.testing.assert_array_equal(
+      estimators.by_name("aqe")(X, 1.0, three, make_key), HARD[3])
+  slope = jax.grad(lambda x: estimators.by_name("aqe", gradient="eq15")(
+      x, 0.75, one, make_key))
+  assert slope(np.float32(0.5)) == 0.25
+  assert not made
+  got = estimators.by_name("stochastic_aqe", gradient="algorithm1")(
+      X, 0.5, one, make_key)
+  assert len(made) == 1
+  np.testing.assert_array_equal(
+      got, estimators.stochastic_aqe(X, 0.5, jax.random.key(7)))
+  slope = jax.grad(lambda x: estimators.by_name(
+      "stochastic_aqe", gradient="algorithm1")(x, 0.75, one, make_key))
+  assert slope(np.float32(0.5)) == 1
+
+
+def test_by_name_refuses():
+  for name in ("STE", "stochastic_neuron", "score_function_surrogate", "by_name",
+               "_aqe", "quantizers", ""):
+    with pytest.raises(ValueError, match=f"estimator='{name}': must be one of aqe, s"):
+      estimators.by_name(name)
+  for bits in (2, 3):
+    with pytest.raises(ValueError, match="'stochastic_aqe' is defined for one bit"):
+      estimators.by_name("stochastic_aqe")(
+          X, 0.5, quantizers.grid(bits), lambda: jax.random.key(0))
+
+
+# Runs of a network of two one-bit layers with a two-bit activation between them, in
+# float64: estimators apart, 30 steps differ by rounding alone, 1e-16 an operation.
+STEPS = 30
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def train(estimator, optimizer, alpha, data, targets, weights):
+  """Algorithm 1; the weights after `STEPS` updates, and the first gradients."""
+  one, two = quantizers.grid(1), quantizers.grid(2)
+
+  def loss(weights):
+    hidden = jax.nn.hard_tanh(data @ estimator(weights[0], alpha, one) / 3)
+    hidden = estimator(hidden, alpha, two)
+    logits = hidden @ estimator(weights[1], alpha, one) / 4
+    return jax.nn.softplus(-logits * targets).mean()
+
+  def step(carry, _):
+    weights, state = carry
+    gradients = jax.grad(loss)(weights)
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic.
+      updates, state = optimizer.update(gradients, state)
+    weights = jax.tree.map(lambda w, u: jnp.clip(w + u, -1, 1), weights, updates)
+    return (weights, state), gradients
+
+  (weights, _), gradients = jax.lax.scan(
+      step, (weights, optimizer.init(weights)), None, length=STEPS)
+  return weights, jax.tree.map(lambda g: g[0], gradients)
+
+
+def test_which_runs_are_equal():
+  """Adam is invariant to the constant by which a tensor's gradient is scaled.
+
+  Equal for epsilon -> 0 (1e-30 here), whence the tolerance 1e-9: the constants are
+  factors of 2 for alpha = 1, else rounded; Adam's ratios carry that to the weights.
+  """
+  generator = np.random.default_rng(8)
+  adam, sgd = optax.adam(0.02, eps=1e-30), optax.sgd(0.02)
+
+  def ste(x, alpha, grid):
+    return estimators.ste(x, grid)
+
+  readings = [functools.partial(estimators.aqe, gradient=gradient)
+              for gradient in ("eq18", "algorithm1", "eq15")]
+  with jax.enable_x64(True):
+    # Two classes, one logit: the gradient of a softmax over equal binary weights
+    # cancels to rounding errors, which Adam would blow up.
+    targets = generator.choice([-1.0, 1.0], (24, 1))
+    data = generator.normal(0, 1, (24, 6)) + targets * generator.normal(0, 1, (1, 6))
+    weights = (generator.uniform(-0.4, 0.4, (6, 10)),
+               generator.uniform(-0.4, 0.4, (10, 1)))
+
+    def run(estimator, optimizer, alpha):
+      return jax.tree.map(np.asarray, train(
+          estimator, optimizer, np.float64(alpha), data, targets, weights))
+
+    straight, straight_gradients = run(ste, adam, 1)
+    hard, hard_gradients = run(readings[0], adam, 1)
+    by_adam = [run(reading, adam, 0.7)[0] for reading in readings]
+    by_sgd = [run(reading, sgd, 0.7)[0] for reading in readings]
+
+  def distance(a, b):
+    return max(np.abs(x - y).max() for x, y in zip(a, b))
+
+  # Something was learnt, and it moved binary weights.
+  flips = sum((np.sign(a) != np.sign(b)).sum() for a, b in zip(straight, weights))
+  assert flips > 10
+  # One quantizer lies between the last weights and the loss, three before the first.
+  for constant, a, b in zip((2**2, 2), hard_gradients, straight_gradients):
+    assert np.abs(b).max() > 1e-3
+    np.testing.assert_allclose(a, constant * b, rtol=1e-12)
+  assert distance(hard, straight) < 1e-9
+  assert distance(by_adam[0], straight) > 0.1
+  for a, b in itertools.combinations(range(3), 2):
+    assert distance(by_adam[a], by_adam[b]) < 1e-9
+    assert distance(by_sgd[a], by_sgd[b]) > 0.01
