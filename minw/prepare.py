@@ -235,7 +235,7 @@ def _fetch(url: str, size: int, part: pathlib.Path, done: int) -> None:
       file.truncate(done)
       while done < size:
         try:
-          chunk = response.read(min(1 << 20, size - done))
+          chunk = response.read1(min(1 << 20, size - done))
         except (OSError, http.client.HTTPException) as error:
           raise failed(error) from error
         if not chunk:
