@@ -1,25 +1,36 @@
 """ConvNets A-D on CIFAR-10 and CIFAR-100: Tables I and II.
 
---config=experiments/cifar_convnet.py:network=D,input_bits=1,weight_bits=1,estimator=aqe
-takes the names below; the paper's test accuracies (inputs/weights) are
+--config=experiments/cifar_convnet.py:network=A,input_bits=1,weight_bits=1,estimator=ste
+takes the names below. The paper's test accuracies (inputs/weights) are
 
                A     B     C     D
   CIFAR-10   1/1   .884  .851  .847  .844      32/32  .918  .910  .912  .910
   CIFAR-100  1/1   .596  .554  .546  .530      32/32  .646  .634  .630  .623
   CIFAR-100  1/1, straight-through estimator:  .596  .552  .535  .515
 
-The paper's "16" is bfloat16 or float16 here, its "32" float32.
+The paper's "16" is bfloat16 or float16 here, its "32" float32. It does not say which
+geometry it used; each of these leads to its numbers of weights.
 """
 
+from minw import cli
 from minw import config
 from minw import models
+
+GEOMETRIES = {
+    "crop24": dict(crop_size=24),
+    "crop30": dict(crop_size=30),
+    "valid32": dict(crop_size=32, crop_padding=4, first_padding="VALID"),
+}
 
 
 def get_config(argument: str = ""):
   a = config.parse_argument(
       argument, network="D", dataset="cifar10", input_bits=1, weight_bits=1,
-      estimator="aqe", seed=0)
+      estimator="aqe", geometry="crop24", seed=0)
+  if a.geometry not in GEOMETRIES:
+    raise cli.unknown_name("geometry", a.geometry, GEOMETRIES)
   c = config.default_config()
+  c.update(GEOMETRIES[a.geometry])
   c.conv_widths, c.dense_widths = models.convnet_widths(a.network)
   c.dataset = a.dataset
   c.input_bits = a.input_bits
