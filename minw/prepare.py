@@ -19,6 +19,7 @@ import shlex
 import shutil
 import tarfile
 from typing import Any, Iterator, NamedTuple
+import urllib.error
 import urllib.request
 import zlib
 
@@ -224,6 +225,9 @@ def _fetch(url: str, size: int, part: pathlib.Path, done: int) -> None:
   try:
     response = urllib.request.urlopen(
         urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)
+  except urllib.error.HTTPError as error:  # An error page, which is open.
+    error.close()
+    raise failed(error) from error
   except (OSError, http.client.HTTPException) as error:
     raise failed(error) from error
   with response:

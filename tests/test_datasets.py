@@ -92,7 +92,8 @@ def directory(tmp_path, data):
 
 
 def test_digits_are_scaled_and_split_by_index():
-  loaded = {s: datasets.load("digits", s, None) for s in ("train", "validation", "test")}
+  splits = ("train", "validation", "test")
+  loaded = {split: datasets.load("digits", split, None) for split in splits}
   for split, count in (("train", 1257), ("validation", 180), ("test", 360)):
     images, labels = loaded[split]
     assert images.shape == (count, 8, 8, 1) and images.dtype == np.uint8
@@ -121,7 +122,8 @@ def test_digits_statistics_are_those_of_the_training_images():
 def test_info_needs_no_data():
   assert datasets.NAMES == ("digits", "cifar10", "cifar100")
   assert [datasets.info(n).num_classes for n in datasets.NAMES] == [10, 10, 100]
-  assert datasets.info("cifar10").label_names[::3] == ("airplane", "cat", "frog", "truck")
+  names = datasets.info("cifar10").label_names
+  assert names[::3] == ("airplane", "cat", "frog", "truck")
   names = datasets.info("cifar100").label_names
   assert names == tuple(sorted(set(names)))  # CIFAR-100's labels are alphabetical.
   assert names[0] == "apple" and names[19] == "cattle" and names[99] == "worm"

@@ -101,6 +101,9 @@ def test_alpha_of_each_channel_and_plain_numbers():
   np.testing.assert_array_equal(estimators.aqe(x, 1, grid),
                                 [[1, 1, -1], [-1, 1, 1]])
   np.testing.assert_array_equal(estimators.aqe(x, 0, grid), x)
+  # x + alpha (h - x) would give 0 here.
+  far = np.array([[1e9, -1e9, 1e9]], np.float32)
+  np.testing.assert_array_equal(estimators.aqe(far, 1, grid), [[1, -1, 1]])
 
 
 @pytest.mark.parametrize("gradient", FACTORS)
@@ -252,14 +255,33 @@ def test_noise_is_uniform_and_independent_of_its_neighbours():
   sigma of a mean of n products of +-1 is at most 1 / sqrt(n).
   """
   n = 2**16
-  for a in (0.0, 0.5):
+  for a in (0.0, 0.3):
     side = np.asarray(estimators.stochastic_aqe(
         np.full((n, 2), a, np.float32), 1.0, jax.random.key(2)), np.float64)
+    assert set(np.unique(side)) == {-1, 1}
     assert abs((side[:, 0] * side[:, 1]).mean() - a * a) < 5 / np.sqrt(n)
     assert abs((side[:-1, 0] * side[1:, 0]).mean() - a * a) < 5 / np.sqrt(n)
   ends = np.array([[-1, 1]] * n, np.float32)
   np.testing.assert_array_equal(
       estimators.stochastic_aqe(ends, 1.0, jax.random.key(3)), ends)
+
+
+def test_noise_is_finer_than_bfloat16():
+  """A z on multiples of 2^-7, or a sigmoid of 8 bits, would miss P(h = 1) by > 2^-9.
+
+  sigma of a mean of n numbers in {0, 1} is at most 1 / (2 sqrt(n)).
+  """
+  n = 2**21
+  bound = 5 / (2 * np.sqrt(n))
+  assert bound < 2**-9
+
+  a, b = (np.full(n, value, ml_dtypes.bfloat16) for value in (2**-9, 2**-7))
+  key = jax.random.key(9)
+  # Not under jit, where XLA may skip the rounding of what is between.
+  up = np.asarray(estimators.stochastic_aqe(a, 1.0, key)) > 0
+  fired = np.asarray(estimators.stochastic_neuron(b, key)[0]) > 0
+  assert abs(up.mean() - (0.5 + 2**-10)) < bound
+  assert abs(fired.mean() - sigmoid(2.0**-7)) < bound
 
 
 @jax.jit
@@ -389,6 +411,20 @@ def test_score_function_surrogate():
   np.testing.assert_array_equal(pullback(np.ones(3, np.float32))[1], loss)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_round_ste(dtype):
+  """The rounding itself, bit for bit, and a gradient that is not rounded."""
+  # In float8: 1/8 apart from 1, 2^-9 below 2^-6, and 448 the largest.
+  x = np.array([0.3, -1.3125, 1.0625, -1.1875, 0.0026, 2**-11, 0, 448], dtype)
+  want = [0.3125, -1.25, 1, -1.25, 2**-9, 0, 0, 448]
+  g = np.full(x.shape, 1.2345e-5, dtype)
+  y, dx = jax.jit(lambda x, g: (lambda y, pullback: (y, pullback(g)[0]))(
+      *jax.vjp(lambda x: estimators.round_ste(x, "float8_e4m3fn"), x)))(x, g)
+  assert y.dtype == dx.dtype == dtype
+  np.testing.assert_array_equal(y.astype(np.float32), want)
+  np.testing.assert_array_equal(dx, g)
+
+
 def test_by_name():
   assert estimators.network_estimators() == ("aqe", "ste", "stochastic_aqe")
   made = []
@@ -402,9 +438,10 @@ def test_by_name():
       estimators.by_name("ste")(X, 0.5, three, make_key), HARD[3])
   np.testing.assert_array_equal(
       estimators.by_name("aqe")(X, 1.0, three, make_key), HARD[3])
-  slope = jax.grad(lambda x: estimators.by_name("aqe", gradient="eq15")(
-      x, 0.75, one, make_key))
-  assert slope(np.float32(0.5)) == 0.25
+  for options, want in [({}, 1.5), ({"gradient": "eq15"}, 0.25)]:
+    slope = jax.grad(lambda x, estimator=estimators.by_name("aqe", **options): (
+        estimator(x, 0.75, one, make_key)))
+    assert slope(np.float32(0.5)) == want
   assert not made
   got = estimators.by_name("stochastic_aqe", gradient="algorithm1")(
       X, 0.5, one, make_key)

@@ -1,5 +1,6 @@
 """minw.prepare: small CIFAR sources, in every form a user may have them in."""
 
+import contextlib
 import fcntl
 import hashlib
 import http.server
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import types
 
 import numpy as np
@@ -70,7 +72,8 @@ def python2_pickle(value) -> bytes:
         items = (dump(part) for item in value.items() for part in item)
         return b"}(" + b"".join(items) + b"u"
       case np.ndarray():
-        head = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\1b\x87R"
+        head = b"cnumpy.core.multiarray\n_reconstruct\n"
+        head += b"cnumpy\nndarray\nK\0\x85U\1b\x87R"
         dtype = b"cnumpy\ndtype\nU\2u1K\0K\1\x87R(K\3U\1|NNN" + dump(-1) * 2 + b"K\0tb"
         shape = b"(" + b"".join(map(dump, value.shape)) + b"t"
         return head + b"(K\1" + shape + dtype + b"\x89" + dump(value.tobytes()) + b"tb"
@@ -166,8 +169,9 @@ def check_prepared(name: str, directory: pathlib.Path) -> None:
     names = info.features["coarse_label"].names
     assert names == sorted(names) and len(names) == 20  # Alphabetical, too.
   for split in ("train", "test"):
-    rows = np.concatenate(
-        [part for file, part in records(name).items() if is_test(file) == (split == "test")])
+    rows = np.concatenate([
+        part for file, part in records(name).items()
+        if is_test(file) == (split == "test")])
     assert info.splits[split].num_examples == len(rows)
     assert info.splits[split].shard_lengths == [len(rows)]
     file = directory / f"{name}-{split}.array_record-00000-of-00001"
@@ -238,7 +242,8 @@ def test_names_that_can_not_be_prepared(tmp_path):
   assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["missing", "empty directory", "text", "other archive"])
+@pytest.mark.parametrize(
+    "source", ["missing", "empty directory", "text", "other archive"])
 def test_a_wrong_source_is_refused(small, source, tmp_path):
   path = tmp_path / source
   if source == "empty directory":
@@ -320,11 +325,11 @@ def test_an_unwritable_data_dir_is_refused(small, tmp_path):
 
 def test_too_little_space_is_noticed_before_writing(small, tmp_path, monkeypatch):
   source = write_directory(tmp_path / "source", "cifar10", "binary")
-  usage = shutil.disk_usage(tmp_path)
-  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=19 * 3073 - 1))
+  usage = shutil.disk_usage(tmp_path)._replace(free=19 * 3073 - 1)
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
   assert "free space" in refusal("cifar10", tmp_path / "data", source)
   assert not os.listdir(tmp_path / "data/cifar10")
-  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=19 * 3073))
+  usage = usage._replace(free=19 * 3073)
   prepare.prepare("cifar10", tmp_path / "data", source)
 
 
@@ -347,9 +352,34 @@ def test_two_at_once_are_refused(small, tmp_path):
   work = tmp_path / "data/cifar10/incomplete.minw"
   work.mkdir(parents=True)
   with open(work / "lock", "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    fcntl.flock(lock, fcntl.LOCK_SH)  # Even so weak a lock keeps others out.
     assert "another preparation" in refusal("cifar10", tmp_path / "data", source)
   prepare.prepare("cifar10", tmp_path / "data", source)
+
+
+def test_what_another_run_finished_meanwhile_is_kept(small, tmp_path, monkeypatch):
+  source = write_directory(tmp_path / "source", "cifar10", "binary")
+  theirs = prepare.prepare("cifar10", tmp_path / "theirs", source)
+  before = tree(theirs)
+  own_directory = prepare._work_directory
+
+  @contextlib.contextmanager
+  def late(path):
+    with own_directory(path):
+      theirs.rename(path.parent / "3.0.2")
+      yield
+
+  monkeypatch.setattr(prepare, "_work_directory", late)
+  directory = prepare.prepare("cifar10", tmp_path / "data", tmp_path / "no source")
+  assert tree(directory) == before
+
+
+def test_home_directory_is_expanded(small, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  write_directory(tmp_path / "source", "cifar10", "binary")
+  directory = prepare.prepare("cifar10", "~/data", "~/source")
+  assert directory == tmp_path / "data/cifar10/3.0.2" and directory.is_dir()
 
 
 KILLED = """
@@ -365,8 +395,9 @@ def kill(*_):
   os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "record":
-  png, calls = prepare._png, []
-  prepare._png = lambda image: calls.append(0) or (kill() if len(calls) == 17 else png(image))
+  png, images = prepare._png, []
+  prepare._png = lambda image: kill() if len(images) == 16 else (
+      images.append(0) or png(image))
 elif moment == "before the rename":
   os.replace = kill
 elif moment == "after the rename":
@@ -393,6 +424,8 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(small, moment, tmp_path
     with pytest.raises(cli.UsageError):
       datasets.check_available("cifar10", data_dir)
     assert os.listdir(data_dir / "cifar10") == ["incomplete.minw"]
+    for file in data_dir.glob("**/*.array_record-*"):
+      os.truncate(file, 100)  # What is left of it must not be used.
   directory = prepare.prepare("cifar10", data_dir, source)
   assert os.listdir(data_dir / "cifar10") == ["3.0.2"]
   check_prepared("cifar10", directory)
@@ -448,7 +481,7 @@ class Server:
     request.wfile.write(self.content[begin:end])
     if self.stall_at:
       request.wfile.flush()
-      self.release.wait(10)
+      self.release.wait(30)
 
   def close(self) -> None:
     self.release.set()
@@ -464,7 +497,8 @@ def server(small, tmp_path, monkeypatch):
   served = Server(content)
   monkeypatch.setitem(
       prepare._CIFAR, "cifar10", prepare._CIFAR["cifar10"]._replace(
-          url=served.url, size=len(content), sha256=hashlib.sha256(content).hexdigest()))
+          url=served.url, size=len(content),
+          sha256=hashlib.sha256(content).hexdigest()))
   yield served
   served.close()
 
@@ -533,7 +567,9 @@ def test_an_error_of_the_server_is_reported(server, tmp_path):
 def test_a_server_that_stalls_is_given_up(server, tmp_path, monkeypatch):
   monkeypatch.setattr(prepare, "_TIMEOUT", 0.2)
   server.stall_at = 1000
+  start = time.monotonic()
   assert "timed out" in refusal("cifar10", tmp_path / "data")
+  assert time.monotonic() - start < 15
   assert part(tmp_path).read_bytes() == server.content[:1000]
 
 

@@ -169,12 +169,13 @@ def test_float64():
 
 
 def test_thresholds_per_channel():
-  thresholds = np.array([[0.1, 0.3, 0.5], [0.2, 0.6, 0.7], [0.4, 0.9, 2.0]], "f4")
-  x = np.array([[0.2, 0.2, 0.2], [0.3, 0.3, 0.3], [-0.6, -0.6, -0.6],
+  # Ascending for each channel, not from one channel to the next.
+  thresholds = np.array([[0.2, 0.1, 0.5], [0.6, 0.3, 0.7], [0.7, 0.4, 2.0]], "f4")
+  x = np.array([[0.2, 0.2, 0.2], [0.65, 0.35, 0.6], [-0.65, -0.35, -0.6],
                 [1.0, 1.0, 1.0], [-9.0, -9.0, -9.0]], np.float32)
-  want = np.array([[0.25, 0, 0], [0.5, 0, 0], [-1, -0.25, -0.25], [1, 1, 0.5],
+  want = np.array([[0, 0.25, 0], [0.5, 0.5, 0.25], [-0.5, -0.5, -0.25], [1, 1, 0.5],
                    [-1, -1, -1]])
-  codes = np.array([[1, 0, 0], [2, 0, 0], [-3, -1, -1], [3, 3, 2], [-3, -3, -3]])
+  codes = np.array([[0, 1, 0], [2, 2, 1], [-2, -2, -1], [3, 3, 2], [-3, -3, -3]])
   grid = quantizers.grid(3, thresholds[:, None, :])
   np.testing.assert_array_equal(quantize(x, grid), want)
   np.testing.assert_array_equal(encode(x, grid), codes)
@@ -257,6 +258,34 @@ def test_mean_thresholds_against_numpy_and_without_gradient(per_channel):
                                 np.zeros_like(weights))
 
 
+def test_grids_of_weights_and_inputs():
+  weights = np.array([[1, -3], [-2, 4]], np.float32)  # Means 2.5; 1.5 and 3.5.
+  for arguments, want in [
+      ((2,), [1.75]),
+      ((2, "layer_mean"), [1.75]),
+      ((2, "channel_mean"), [[1.05, 2.45]]),
+      ((2, "fixed"), [0.1]),
+      ((2, "layer_mean", (0.4,)), [1]),
+      ((2, "channel_mean", (0.4,)), [[0.6, 1.4]]),
+      ((2, "fixed", (0.4,)), [0.4]),
+      ((3, "fixed", (0.4,)), DEFAULTS[3]),  # Meant for the two-bit operands.
+      ((3, "layer_mean", (0.1, 0.2, 0.4)), [0.25, 0.5, 1]),
+      ((1, "layer_mean"), []),
+      ((1, "fixed", (0.4,)), []),
+  ]:
+    grid = quantizers.weight_grid(weights, *arguments)
+    assert grid.thresholds.shape == np.shape(want), arguments
+    np.testing.assert_allclose(grid.thresholds, want, rtol=1e-6)
+    np.testing.assert_array_equal(grid.magnitudes, LEVELS[arguments[0]])
+  for arguments, want in [((3,), DEFAULTS[3]), ((2, (0.4,)), [0.4]),
+                          ((3, (0.4,)), DEFAULTS[3]), ((1, (0.4,)), [])]:
+    np.testing.assert_allclose(quantizers.input_grid(*arguments).thresholds, want)
+  with pytest.raises(ValueError, match="rule='mean': must be one of layer_mean, cha"):
+    quantizers.weight_factors(2, "mean")
+  with pytest.raises(ValueError, match="positive and ascending"):
+    quantizers.input_grid(3, (0.1, 0.3, 0.2))
+
+
 @pytest.mark.parametrize("bits", [0, 6, 8, 16, -1, True, False, 2.0, None, "float64",
                                   "3", "int8", "bf16", (2,)])
 def test_bits_that_nobody_has(bits):
@@ -290,8 +319,8 @@ def test_bits_are_a_grid_or_a_float_format():
     (3, [0.1, 0.1, 0.2], "positive and ascending"),
     (3, [0.1, NAN, 0.2], "positive and ascending"),
     (3, [-0.1, 0.1, 0.2], "positive and ascending"),
-    # The second of two channels is the wrong one.
-    (3, [[0.1, 0.1], [0.2, 0.3], [0.3, 0.2]], "positive and ascending"),
+    # The first of two channels is the wrong one.
+    (3, [[0.1, 0.2], [0.3, 0.4], [0.2, 0.5]], "positive and ascending"),
     (2, [[0.1, 0.0]], "positive and ascending"),
 ])
 def test_thresholds_that_are_wrong(bits, thresholds, message):
@@ -406,7 +435,7 @@ def grids_and_inputs(draw):
 
 
 @hypothesis.given(grids_and_inputs())
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=100)
 def test_any_grid(case):
   bits, thresholds, x = case
   levels = np.array(LEVELS[bits])
