@@ -1,0 +1,203 @@
+"""What a network costs to keep and to run: `python -m minw.summary --config=FILE`."""
+
+import math
+from typing import Any, NamedTuple, Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from minw import cli
+from minw import layers as layers_lib
+
+OPERATIONS = ("XNOR", "XNOR ADDER", "SHIFT", "SHIFT ADDER", "MAC")
+
+_MIB = 2 ** 20
+
+
+def operation(weight_bits: int, input_bits: int) -> str:
+  """What a multiply-accumulate is made of in inference (the paper's section on costs).
+
+  With m and p the smaller and the larger number of bits:
+
+      m       p = 1..5    p = 8, 16, 32
+      1, 2    XNOR        XNOR ADDER
+      3..5    SHIFT       SHIFT ADDER
+      8..                 MAC
+
+  The paper has 1, 2, 3 and 16 bits. Here 4 and 5 bits, powers of two as well, count
+  as 3, and all float formats as 16.
+
+  Args:
+    weight_bits, input_bits: of the two operands; an image counts as 16.
+
+  Returns:
+    One of `OPERATIONS`.
+  """
+  small, large = sorted((weight_bits, input_bits))
+  if small > 5:
+    return "MAC"
+  return ("XNOR" if small <= 2 else "SHIFT") + (" ADDER" if large > 5 else "")
+
+
+class LayerSummary(NamedTuple):
+  """What one layer with weights costs.
+
+  Attributes:
+    path: its name.
+    output_shape: without the batch.
+    bits: of the weights: 1 to 5, or a float format.
+    input_bits: of what it receives, 16 for the image.
+    weights: how many.
+    packed_bytes: that they take, bits / 8 each; a layer starts on a whole byte.
+    macs: multiply-accumulates for one image, those with padding included.
+    operation: what each of these is made of.
+  """
+
+  path: str
+  output_shape: tuple[int, ...]
+  bits: layers_lib.Bits
+  input_bits: int
+  weights: int
+  packed_bytes: int
+  macs: int
+  operation: str
+
+  @property
+  def compression(self) -> float:
+    """How many times smaller the weights are than in float32."""
+    return 4 * self.weights / self.packed_bytes
+
+
+class Summary(NamedTuple):
+  """What a network costs.
+
+  Attributes:
+    layers: those that have weights.
+    norm_parameters: how many float32 parameters batch norm has, in no other number.
+  """
+
+  layers: tuple[LayerSummary, ...]
+  norm_parameters: int
+
+  @property
+  def weights(self) -> int:
+    """How many weights there are."""
+    return sum(layer.weights for layer in self.layers)
+
+  @property
+  def packed_bytes(self) -> int:
+    """The bytes that all weights take."""
+    return sum(layer.packed_bytes for layer in self.layers)
+
+  @property
+  def macs(self) -> int:
+    """Multiply-accumulates for one image."""
+    return sum(layer.macs for layer in self.layers)
+
+  @property
+  def compression(self) -> float:
+    """How many times smaller the weights are than in float32."""
+    return 4 * self.weights / self.packed_bytes
+
+  @property
+  def weights_by_bits(self) -> dict[layers_lib.Bits, int]:
+    """The weights of each bit width, the narrowest first."""
+    widths = {layer.bits for layer in self.layers}
+    return {bits: sum(layer.weights for layer in self.layers if layer.bits == bits)
+            for bits in sorted(widths, key=layers_lib.operand_bits)}
+
+  @property
+  def macs_by_operation(self) -> dict[str, int]:
+    """The multiply-accumulates of each operation that occurs, the cheapest first."""
+    used = {layer.operation for layer in self.layers}
+    return {name: sum(layer.macs for layer in self.layers if layer.operation == name)
+            for name in OPERATIONS if name in used}
+
+
+def summarize(layers: Sequence[layers_lib.LayerInfo]) -> Summary:
+  """What the network costs whose layers `layers.trace` found."""
+  rows = []
+  for layer in layers:
+    if layer.kind == "norm":
+      continue
+    bits = layers_lib.operand_bits(layer.bits)
+    weights = math.prod(layer.kernel_shape)
+    rows.append(LayerSummary(
+        path=layer.path,
+        output_shape=layer.output_shape,
+        bits=layer.bits,
+        input_bits=layer.input_bits,
+        weights=weights,
+        packed_bytes=math.ceil(weights * bits / 8),
+        # A dense layer has one position, a convolution height * width.
+        macs=math.prod(layer.output_shape[:-1]) * weights,
+        operation=operation(bits, layer.input_bits)))
+  return Summary(tuple(rows), sum(layer.channel_parameters for layer in layers))
+
+
+def format_table(network: Summary) -> str:
+  """A table with a row for each layer, and the totals by bits and by operation."""
+  header = ("layer", "output", "input bits", "weight bits", "weights", "bytes",
+            "smaller", "MACs", "operation")
+  rows = [(layer.path, "x".join(map(str, layer.output_shape)), f"{layer.input_bits}",
+           f"{layer.bits}", f"{layer.weights:,}", f"{layer.packed_bytes:,}",
+           f"{layer.compression:.1f}x", f"{layer.macs:,}", layer.operation)
+          for layer in network.layers]
+  total = ("total", "", "", "", f"{network.weights:,}", f"{network.packed_bytes:,}",
+           f"{network.compression:.1f}x", f"{network.macs:,}", "")
+  table = _align([header, *rows, total], left=(0, 1, 8))
+  rule = "-" * max(map(len, table))
+
+  weights = [(f"{count:,}", _bits_name(bits), f"{count / network.weights:.1%}")
+             for bits, count in network.weights_by_bits.items()]
+  macs = [(f"{count:,}", name, f"{count / network.macs:.1%}")
+          for name, count in network.macs_by_operation.items()]
+  totals = _align([
+      *_titled("weights", weights),
+      ("packed", f"{network.packed_bytes / _MIB:.3f}", "MiB", ""),
+      ("in float32", f"{4 * network.weights / _MIB:.3f}", "MiB", ""),
+      *_titled("MACs", macs),
+      ("batch norm", f"{network.norm_parameters:,}", "float32, beside", "")],
+      left=(0, 2))
+  return "\n".join(
+      [table[0], rule, *table[1:-1], rule, table[-1], "", *totals]) + "\n"
+
+
+def summary(model: Any, image_shape: Sequence[int]) -> str:
+  """The table of `format_table` for a network.
+
+  Args:
+    model: made of `minw.layers`.
+    image_shape: (height, width, channels) of its input.
+  """
+  return format_table(summarize(layers_lib.trace(model, image_shape)))
+
+
+def _bits_name(bits: layers_lib.Bits) -> str:
+  return {1: "1 bit"}.get(bits, f"{bits} bits" if isinstance(bits, int) else bits)
+
+
+def _titled(title: str, rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+  return [("" if i else title, *row) for i, row in enumerate(rows)]
+
+
+def _align(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+  """Rows as lines of equal columns, the `left` ones aligned to the left."""
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return ["  ".join(
+      cell.ljust(width) if i in left else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+
+
+if __name__ == "__main__":
+  _CONFIG = config_flags.DEFINE_config_file(
+      "config", None, "Experiment file; --config.FIELD=VALUE overrides a field.")
+  flags.mark_flag_as_required("config")
+
+  def main() -> None:
+    from minw import experiment  # Takes seconds: bad flags are reported before.
+
+    layers = experiment.Experiment(_CONFIG.value).layers
+    print(format_table(summarize(layers)), end="")
+
+  cli.run(main)

@@ -1,0 +1,190 @@
+"""minw.summary: against the paper's sizes, and counts worked out by hand."""
+
+import functools
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from minw import config as config_lib
+from minw import experiment
+from minw import layers
+from minw import models
+from minw import summary
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = f"--config={ROOT / 'experiments' / 'cifar_convnet.py'}"
+
+# The paper's, which prints MiB cut to two digits.
+SIZES = {"A": (10_352_000, 1.234), "B": (4_562_624, 0.544), "C": (2_591_424, 0.309),
+         "D": (1_802_432, 0.215)}
+
+
+def build(network="A", **fields):
+  """The model and image shape of a ConvNet for CIFAR-10."""
+  config = config_lib.default_config()
+  config.conv_widths, config.dense_widths = models.convnet_widths(network)
+  config.update(fields)
+  config_lib.validate(config)
+  return experiment.build_model(config), (config.crop_size, config.crop_size, 3)
+
+
+@functools.cache  # Tracing takes a second.
+def summarize(network="A", **fields):
+  return summary.summarize(layers.trace(*build(network, **fields)))
+
+
+def small(**fields):
+  """Of a network of two convolutions and two dense layers on 8x8 images."""
+  return summarize(conv_widths=(5, 7), dense_widths=(11,), crop_size=8, **fields)
+
+
+@pytest.mark.parametrize("weight_bits, input_bits, expected", [
+    # The paper's rule, every pair of 1, 2, 3 and 16.
+    (1, 1, "XNOR"), (1, 2, "XNOR"), (2, 2, "XNOR"), (1, 3, "XNOR"), (2, 3, "XNOR"),
+    (1, 16, "XNOR ADDER"), (2, 16, "XNOR ADDER"),
+    (3, 3, "SHIFT"), (3, 16, "SHIFT ADDER"), (16, 16, "MAC"),
+    # Beyond it: longer powers of two, other floats.
+    (1, 4, "XNOR"), (2, 5, "XNOR"), (1, 8, "XNOR ADDER"), (2, 32, "XNOR ADDER"),
+    (3, 4, "SHIFT"), (3, 5, "SHIFT"), (4, 4, "SHIFT"), (4, 5, "SHIFT"),
+    (5, 5, "SHIFT"), (3, 8, "SHIFT ADDER"), (4, 16, "SHIFT ADDER"),
+    (5, 32, "SHIFT ADDER"), (8, 8, "MAC"), (8, 16, "MAC"), (32, 32, "MAC"),
+])
+def test_operation(weight_bits, input_bits, expected):
+  assert summary.operation(weight_bits, input_bits) == expected
+  assert summary.operation(input_bits, weight_bits) == expected
+
+
+@pytest.mark.parametrize("network, crop_size, first_padding", [
+    ("A", 24, "SAME"), *((name, 30, "SAME") for name in SIZES),
+    *((name, 32, "VALID") for name in SIZES)])
+def test_sizes_of_the_paper(network, crop_size, first_padding):
+  result = summarize(network, crop_size=crop_size, first_padding=first_padding)
+  weights, mebibytes = SIZES[network]
+  assert result.weights == weights
+  assert result.weights_by_bits == {1: weights}
+  assert result.packed_bytes * 8 == weights
+  assert round(result.packed_bytes / 2**20, 3) == mebibytes
+  packed, = re.findall(r"^packed +([0-9.]+)  MiB$", summary.format_table(result), re.M)
+  assert packed == str(mebibytes)
+  assert result.compression == 32
+
+
+def test_a_last_map_of_4x4_is_not_the_papers():
+  result = summarize("A", crop_size=32, first_padding="SAME")
+  assert result.weights == 10_352_000 + 7 * 512 * 1024
+  assert round(result.packed_bytes / 2**20, 2) == 1.67
+
+
+def test_macs_of_convnet_a():
+  result = summarize("A", crop_size=24, first_padding="SAME")
+  assert [(layer.path, layer.output_shape, layer.macs) for layer in result.layers] == [
+      ("conv1", (24, 24, 128), 1_990_656),  # 576 positions of 27 x 128
+      ("conv2", (24, 24, 128), 84_934_656),  # 576 of 1152 x 128
+      ("conv3", (12, 12, 256), 42_467_328),  # 144 of 1152 x 256
+      ("conv4", (12, 12, 256), 84_934_656),  # 144 of 2304 x 256
+      ("conv5", (6, 6, 512), 42_467_328),  # 36 of 2304 x 512
+      ("conv6", (6, 6, 512), 84_934_656),  # 36 of 4608 x 512
+      ("dense1", (1024,), 4_718_592),  # 4608 x 1024
+      ("dense2", (1024,), 1_048_576),
+      ("dense3", (10,), 10_240),
+  ]
+  assert result.macs == 347_506_688
+  assert result.macs_by_operation == {"XNOR": 345_516_032, "XNOR ADDER": 1_990_656}
+  assert list(result.macs_by_operation) == ["XNOR", "XNOR ADDER"]
+  # A scale and a shift of each channel.
+  assert result.norm_parameters == 2 * (2 * (128 + 256 + 512) + 2 * 1024 + 10) == 7700
+
+
+def test_a_valid_convolution_has_fewer_positions():
+  same, valid = (summarize("A", crop_size=32, first_padding=padding).layers[0]
+                 for padding in ("SAME", "VALID"))
+  assert same.macs == 32 * 32 * 27 * 128
+  assert valid.macs == 30 * 30 * 27 * 128
+
+
+def test_mixed_bits():
+  result = small(
+      input_bits=2, weight_bits=3,
+      bits_rules=(("conv1", "bfloat16"), ("dense*", 1), ("norm_dense1", 5)))
+  assert [(layer.path, layer.bits, layer.input_bits, layer.weights, layer.packed_bytes,
+           layer.operation) for layer in result.layers] == [
+      ("conv1", "bfloat16", 16, 135, 270, "MAC"),
+      ("conv2", 3, 2, 315, 119, "XNOR"),  # 945 bits: 118.1 bytes
+      ("dense1", 1, 2, 1232, 154, "XNOR"),
+      ("dense2", 1, 5, 110, 14, "XNOR"),  # 13.75
+  ]
+  assert list(result.weights_by_bits.items()) == [
+      (1, 1342), (3, 315), ("bfloat16", 135)]
+  assert list(result.macs_by_operation.items()) == [
+      ("XNOR", 64 * 315 + 1232 + 110), ("MAC", 64 * 135)]
+  assert result.packed_bytes == 270 + 119 + 154 + 14
+  assert result.compression == pytest.approx(4 * 1792 / 557)
+  assert result.layers[0].compression == 2
+
+
+@pytest.mark.parametrize("bits, size, compression", [
+    ("float8_e4m3fn", 10, 4), ("float16", 20, 2), ("bfloat16", 20, 2),
+    ("float32", 40, 1), (1, 2, 20), (2, 3, 40 / 3), (3, 4, 10), (4, 5, 8),
+    (5, 7, 40 / 7)])
+def test_bytes_of_ten_weights(bits, size, compression):
+  layer = layers.LayerInfo("dense1", "dense", bits, 16, (5,), (2,), (5, 2), 0)
+  result = summary.summarize([layer])
+  assert result.packed_bytes == result.layers[0].packed_bytes == size
+  assert result.compression == pytest.approx(compression)
+  assert result.weights_by_bits == {bits: 10}
+
+
+@pytest.mark.parametrize("weight_bits, input_bits, counts, operations", [
+    (3, 3, [16, 3, 3, 3], ["SHIFT ADDER"] + ["SHIFT"] * 3),
+    ("float16", "float8_e4m3fn", [16, 8, 8, 8], ["MAC"] * 4)])
+def test_inputs_of_a_network(weight_bits, input_bits, counts, operations):
+  result = small(weight_bits=weight_bits, input_bits=input_bits)
+  assert [layer.input_bits for layer in result.layers] == counts
+  assert [layer.operation for layer in result.layers] == operations
+
+
+def test_table():
+  model, image_shape = build(
+      conv_widths=(5, 7), dense_widths=(11,), crop_size=8,
+      bits_rules=(("dense2", "float16"), ("conv2", 2)))
+  assert summary.summary(model, image_shape) == """\
+layer   output  input bits  weight bits  weights  bytes  smaller    MACs  operation
+------------------------------------------------------------------------------------
+conv1   8x8x5           16            1      135     17    31.8x   8,640  XNOR ADDER
+conv2   8x8x7            1            2      315     79    15.9x  20,160  XNOR
+dense1  11               1            1    1,232    154    32.0x   1,232  XNOR
+dense2  10               1      float16      110    220     2.0x     110  XNOR ADDER
+------------------------------------------------------------------------------------
+total                                      1,792    470    15.3x  30,142
+
+weights      1,367  1 bit            76.3%
+               315  2 bits           17.6%
+               110  float16           6.1%
+packed       0.000  MiB
+in float32   0.007  MiB
+MACs        21,392  XNOR             71.0%
+             8,750  XNOR ADDER       29.0%
+batch norm      66  float32, beside
+"""
+
+
+def command(*arguments):
+  return subprocess.run([sys.executable, "-m", "minw.summary", *arguments], cwd=ROOT,
+                        capture_output=True, text=True, check=False)
+
+
+def test_command():
+  ended = command(CONFIG + ":network=D")
+  assert ended.returncode == 0 and not ended.stderr
+  assert re.search(r"^total +1,802,432  225,304 +32\.0x", ended.stdout, re.M)
+  assert re.search(r"^packed +0\.215  MiB$", ended.stdout, re.M)
+
+
+def test_command_with_a_bad_value():
+  ended = command(CONFIG, "--config.weight_bits=7")
+  assert ended.returncode == 2 and not ended.stdout
+  assert ended.stderr.startswith("error: config.weight_bits: bits=7")
+  assert len(ended.stderr.splitlines()) == 1
