@@ -1,15 +1,15 @@
 """Checkpoints of a run: Orbax, with a checksum, and a step back from a damaged one."""
 
+import json
 import logging
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence
 import zlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from minw import cli
 
@@ -30,21 +30,33 @@ class Restored(NamedTuple):
 
 def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager:
   """The checkpoints of `workdir`: the two newest and that with the best accuracy."""
-  accuracy = lambda metrics: metrics["accuracy"]
+  directory = pathlib.Path(workdir).resolve() / "checkpoints"
   if read_only:
     options = ocp.CheckpointManagerOptions(
-        best_fn=accuracy, read_only=True, create=False, save_interval_steps=0)
+        read_only=True, create=False, save_interval_steps=0)
   else:
     options = ocp.CheckpointManagerOptions(
-        best_fn=accuracy, cleanup_tmp_directories=True,
-        preservation_policy=policies.AnyPreservationPolicy([
-            policies.LatestN(2),
-            policies.BestN(get_metric_fn=accuracy, n=1,
-                           keep_checkpoints_without_metrics=False)]))
+        cleanup_tmp_directories=True, preservation_policy=_NewestAndBest(directory))
   return ocp.CheckpointManager(
-      pathlib.Path(workdir).resolve() / "checkpoints", options=options,
+      directory, options=options,
       item_handlers={"tree": ocp.StandardCheckpointHandler(),
-                     "checksum": ocp.JsonCheckpointHandler()})
+                     "record": ocp.JsonCheckpointHandler()})
+
+
+class _NewestAndBest:
+  """Tells Orbax what to keep. (It has such policies, but they rely on a record of
+  metrics that it neither protects nor can do without once it is damaged.)"""
+
+  def __init__(self, directory: pathlib.Path):
+    self._directory = directory
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    ranks = [  # The newest is still being written.
+        (info.metrics["accuracy"], info.step) if info.metrics
+        else _rank(self._directory, info.step) for info in checkpoints]
+    return [rank == max(ranks) or rank[1] in [info.step for info in checkpoints[-2:]]
+            for rank in ranks]
 
 
 def save(
@@ -65,7 +77,8 @@ def save(
       step,
       args=ocp.args.Composite(
           tree=ocp.args.StandardSave(tree),
-          checksum=ocp.args.JsonSave({"crc32": _crc32(tree)})),
+          record=ocp.args.JsonSave(
+              {"accuracy": accuracy, "crc32": _crc32(tree, accuracy)})),
       metrics=None if accuracy is None else {"accuracy": accuracy})
 
 
@@ -91,8 +104,8 @@ def restore(
   saved = manager.restore(
       step,
       args=ocp.args.Composite(
-          tree=ocp.args.StandardRestore(target), checksum=ocp.args.JsonRestore()))
-  if _crc32(saved.tree) != saved.checksum["crc32"]:
+          tree=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()))
+  if _crc32(saved.tree, saved.record["accuracy"]) != saved.record["crc32"]:
     raise ValueError("the checksum differs")
   return Restored(step, saved.tree)
 
@@ -108,14 +121,30 @@ def restore_newest(
   Raises:
     cli.UsageError: there are checkpoints, and none of them can be read.
   """
+  return _restore_first(manager, sorted(manager.all_steps(), reverse=True), target)
+
+
+def restore_best(
+    manager: ocp.CheckpointManager, target: Any = None
+) -> Restored | None:
+  """Reads the checkpoint of the best validation accuracy, the latest of equals.
+
+  Damaged ones, None and errors: as `restore_newest`.
+  """
+  rank = lambda step: _rank(manager.directory, step)
+  return _restore_first(
+      manager, sorted(manager.all_steps(), key=rank, reverse=True), target)
+
+
+def _restore_first(manager, steps, target):
   damaged = []
-  for step in sorted(manager.all_steps(), reverse=True):
+  for step in steps:
     try:
       restored = restore(manager, step, target)
     except Exception as error:  # pylint: disable=broad-exception-caught
       reason = str(error).strip().split("\n")[0]
-      _log.warning("checkpoint %d in %s is damaged (%s); trying the one before",
-                      step, manager.directory, reason)
+      _log.warning("checkpoint %d in %s is damaged (%s); trying another",
+                   step, manager.directory, reason)
       damaged.append(step)
     else:
       break
@@ -135,15 +164,17 @@ def restore_newest(
   return restored
 
 
-def best_step(manager: ocp.CheckpointManager) -> int | None:
-  """The step of the best validation accuracy, the latest of equals; None if none."""
-  scored = [(metrics["accuracy"], step) for step in manager.all_steps()
-            if (metrics := manager.metrics(step))]
-  return max(scored)[1] if scored else None
+def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
+  """What checkpoints are ordered by: accuracy, or -1 where it is not known, and step."""
+  try:
+    record = (pathlib.Path(directory) / str(step) / "record" / "metadata").read_text()
+    return float(json.loads(record)["accuracy"]), step
+  except (OSError, ValueError, LookupError, TypeError):
+    return -1.0, step
 
 
-def _crc32(tree: Any) -> int:
+def _crc32(tree: Any, accuracy: float | None) -> int:
   """A checksum of all arrays, in any order: Orbax does not notice every flipped bit."""
   leaves = jax.tree.leaves(jax.device_get(tree))
-  return sum(zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
-             for leaf in leaves) % 2**32
+  parts = [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves]
+  return sum(map(zlib.crc32, [*parts, repr(accuracy).encode()])) % 2**32

@@ -5,6 +5,7 @@ changes some; any field can be overridden on the command line (--config.seed=1).
 """
 
 import ast
+import copy as copy_lib
 import json
 import math
 from typing import Any
@@ -114,7 +115,10 @@ def validate(c: config_dict.ConfigDict) -> None:
     check(name, 0 <= c[name] <= 1, "in [0, 1]")
 
   def positive(name):
-    check(name, 0 < c[name] < math.inf, "positive and finite")
+    check(name, _TINY <= c[name] < _HUGE, "positive and finite, in float32")
+
+  def not_negative(name):
+    check(name, 0 <= c[name] < _HUGE, "at least 0 and finite, in float32")
 
   def widths(name):
     check(name, all(type(w) is int and w > 0 for w in c[name]),
@@ -147,8 +151,8 @@ def validate(c: config_dict.ConfigDict) -> None:
     at_least(name, 0)
   for name in ("norm_epsilon", "learning_rate", "learning_rate_decay"):
     positive(name)
-  check("adam_epsilon", 0 <= c.adam_epsilon < math.inf, "at least 0 and finite")
-  check("weight_decay", 0 <= c.weight_decay < math.inf, "at least 0 and finite")
+  for name in ("adam_epsilon", "weight_decay"):
+    not_negative(name)
   for name in ("alpha_start", "alpha_final", "alpha_end", "norm_momentum", "momentum"):
     fraction(name)
   for name in ("conv_widths", "dense_widths"):
@@ -158,12 +162,11 @@ def validate(c: config_dict.ConfigDict) -> None:
         "ascending fractions of the run between 0 and 1")
 
   info = datasets.info(c.dataset)
-  largest = min(info.image_shape[:2]) + 2 * c.crop_padding
-  check("crop_size", c.crop_size <= largest,
-        f"at most {largest}, the image of {c.dataset} with crop_padding")
-  # Evaluation has no padding: a larger crop than the image has no centre.
+  # Whatever the padding: in evaluation there is none.
   check("crop_size", c.crop_size <= min(info.image_shape[:2]),
         f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
+  check("crop_padding", c.crop_padding < c.crop_size,
+        f"less than crop_size={c.crop_size}: every crop holds part of the image")
   check("conv_widths", _final_size(c) > 0,
         f"few enough: crop_size={c.crop_size} leaves nothing to the last pooling")
 
@@ -182,13 +185,14 @@ def validate(c: config_dict.ConfigDict) -> None:
             f"another where bits are {value}: it is defined for one bit")
 
 
+_TINY, _HUGE = 2.0**-126, 2.0**128  # Less is 0 in float32, and more infinite.
 KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",
                 "lecun_uniform", "lecun_normal")
 
 
 def copy(config: config_dict.ConfigDict, **changes: Any) -> config_dict.ConfigDict:
   """A copy with some fields changed."""
-  result = config_dict.ConfigDict(config)
+  result = copy_lib.deepcopy(config)  # ConfigDict(config) would share the bits.
   result.update(changes)
   return result
 
@@ -197,13 +201,24 @@ def from_json(text: str) -> config_dict.ConfigDict:
   """The config that `to_json` wrote.
 
   Raises:
-    cli.UsageError: fields are unknown or missing.
+    cli.UsageError: it is damaged, or fields are unknown, missing or of another type.
   """
-  values, config = json.loads(text), default_config()
+  config = default_config()
+  try:
+    values = dict(json.loads(text))
+  except (ValueError, TypeError) as error:
+    raise cli.UsageError(f"config.json is damaged: {error}") from error
   for name, value in values.items():
     if name not in config:
       raise cli.unknown_name("config field", name, config.keys())
-    config[name] = _tuples(value)
+    try:
+      config[name] = _tuples(value)
+    except TypeError as error:
+      raise cli.bad_value(f"config.{name}", value,
+                          f"of type {type(config[name]).__name__}") from error
+  for name in config:
+    if name not in values:
+      raise cli.UsageError(f"config field {name!r} is missing")
   return config
 
 

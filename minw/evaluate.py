@@ -108,9 +108,8 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, checkpoint.Restore
   saved = None
   if (pathlib.Path(workdir) / "checkpoints").is_dir():
     with checkpoint.open_manager(workdir, read_only=True) as manager:
-      best = checkpoint.best_step(manager) if which == "best" else None
-      saved = (checkpoint.restore_newest(manager) if best is None
-               else checkpoint.restore(manager, best))
+      saved = (checkpoint.restore_best(manager) if which == "best"
+               else checkpoint.restore_newest(manager))
   cli.check(saved is not None, "workdir", workdir, "a run that has a checkpoint")
   return config, saved
 

@@ -81,8 +81,13 @@ class Experiment:
     config_lib.validate(c)
     self.info = datasets.info(c.dataset)
     examples = self.info.splits["train"]
-    cli.check(c.batch_size <= examples, "config.batch_size", c.batch_size,
-              f"at most {examples}, the training examples of {c.dataset}")
+    for name in ("batch_size", "eval_batch_size"):
+      cli.check(c[name] <= examples, f"config.{name}", c[name],
+                f"at most {examples}, the training examples of {c.dataset}")
+    self.steps_per_epoch = examples // c.batch_size
+    self.num_steps = self.steps_per_epoch * c.num_epochs
+    cli.check(self.num_steps < 2**31, "config.num_epochs", c.num_epochs,
+              f"at most {(2**31 - 1) // self.steps_per_epoch}: steps are int32")
     devices = jax.local_devices()
     for name in ("batch_size", "eval_batch_size"):
       cli.check(c[name] % len(devices) == 0, f"config.{name}", c[name],
@@ -94,8 +99,6 @@ class Experiment:
     self.layers = layers.trace(self.model, self.image_shape)
     self._check_bits_rules()
 
-    self.steps_per_epoch = examples // c.batch_size
-    self.num_steps = self.steps_per_epoch * c.num_epochs
     self.alpha = schedules.alpha(
         c.alpha_shape, c.alpha_start, c.alpha_final, c.alpha_end, self.num_steps,
         depth=self.model.depth if c.alpha_per_layer else None)

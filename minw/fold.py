@@ -102,10 +102,13 @@ def fold_norm(
     bound: (channels,) the largest magnitude of an accumulator.
     unit: (channels,) the power of two of which accumulators are multiples, or 0 where
       they are floats (then no rounding of `center` is needed, or exactness claimed).
+      A bound over 2^22 units, which 4 and 5 bits can reach, counts as floats too.
   """
   mean, var, scale, bias, bound, unit = (
       np.asarray(a, np.float64) for a in (mean, var, scale, bias, bound, unit))
   slope = scale / np.sqrt(var + epsilon)
+  # With more units no center in the range leaves acc - center exact: floats.
+  unit = np.where(bound > 2.0 ** 22 * unit, 0.0, unit)
   with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
     center = np.where(slope == 0, 0.0, mean - bias / slope)
     # acc - center needs 24 bits at most if both are multiples of `tick`.
@@ -116,11 +119,11 @@ def fold_norm(
         (slope == 0) | (smallest < _SMALLEST_NORMAL)
         | ~(np.abs(rounded) <= np.finfo(np.float32).max)
         | ((unit > 0) & (tick > unit)))
-  bias = np.where(np.abs(bias) < _SMALLEST_NORMAL, 0.0, bias)
+  normal = lambda x: np.where(np.abs(x) < _SMALLEST_NORMAL, 0.0, x)  # Also no -0.
   return Norm(
-      center=np.where(flat, 0.0, rounded).astype(np.float32),
+      center=np.where(flat, 0.0, normal(rounded)).astype(np.float32),
       scale=np.where(flat, 0.0, slope).astype(np.float32),
-      constant=np.where(flat, bias, 0.0).astype(np.float32))
+      constant=np.where(flat, normal(bias), 0.0).astype(np.float32))
 
 
 def probe_linear(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from typing import Any
 
 import tensorboardX
@@ -32,17 +33,28 @@ class Writer:
     path = pathlib.Path(workdir) / "metrics.jsonl"
     workdir_lib.write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = path.open("a")
+    # Shown anew: a run that was killed may not have written all of it. The suffix
+    # tells apart files begun in the same second, which would overwrite each other.
     self._board = tensorboardX.SummaryWriter(
-        os.path.join(workdir, "tensorboard"), purge_step=step + 1)
+        os.path.join(workdir, "tensorboard"), purge_step=0,
+        filename_suffix=f".{time.time_ns()}")
+    for line in kept:
+      self._show(line)
 
   def write(self, line: dict[str, Any]) -> None:
     """Writes a line: step, epoch, split, mode ("hard" or "mixed") and measurements.
 
     A measurement is a number, a list with one for each layer, or a dict by layer.
     """
-    self._file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+    line = _finite(line)
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
     self._file.flush()
+    self._show(line)
+
+  def _show(self, line):
     prefix = f"{line['split']}/{line['mode']}"
+    if "checkpoint" in line:  # The test split has lines of two, at the same step.
+      prefix += f"_{line['checkpoint']}"
     for name, value in line.items():
       if name not in ("step", "epoch", "split", "mode"):
         for suffix, number in _numbers(value):
@@ -58,6 +70,8 @@ def _finite(value: Any) -> Any:
   """JSON has no infinities: what is not finite becomes null."""
   if isinstance(value, dict):
     return {name: _finite(part) for name, part in value.items()}
+  if isinstance(value, list):
+    return [_finite(part) for part in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
@@ -66,8 +80,6 @@ def _finite(value: Any) -> Any:
 def _numbers(value: Any) -> list[tuple[str, float]]:
   if isinstance(value, (int, float)):
     return [("", value)]
-  if isinstance(value, dict):
-    return [(f"/{name}", part) for name, part in value.items()]
-  if isinstance(value, list):
-    return [(f"/{i}", part) for i, part in enumerate(value)]
-  return []
+  parts = (value.items() if isinstance(value, dict)
+           else enumerate(value) if isinstance(value, list) else ())
+  return [(f"/{name}", part) for name, part in parts if part is not None]

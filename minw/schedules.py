@@ -1,8 +1,9 @@
 """Learning-rate and alpha schedules, stated as fractions of the run.
 
-A schedule is a function of the step (traced or not); a short run is the long one scaled.
+A schedule is a function of the step, traced or not; a short run is the long one scaled.
 """
 
+import collections
 from typing import Callable, Sequence
 
 import jax
@@ -43,8 +44,10 @@ def learning_rate(
     return optax.exponential_decay(
         initial, num_steps / stairs, decay ** (1 / stairs), staircase=True)
   if kind == "steps":
+    # In a short run several may fall on one step.
+    drops = collections.Counter(round(fraction * num_steps) for fraction in steps)
     return optax.piecewise_constant_schedule(
-        initial, {round(fraction * num_steps): decay for fraction in steps})
+        initial, {step: decay**count for step, count in drops.items()})
   raise ValueError(
       f"kind={kind!r}: must be one of {', '.join(LEARNING_RATE_SCHEDULES)}")
 

@@ -303,21 +303,22 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
 
     if status["state"] == "running":
       manager.wait_until_finished()
-      best_step = checkpoint.best_step(manager)
+      target = checkpoint_target(experiment)
+      last = checkpoint.restore(manager, step, target)
+      best = checkpoint.restore_best(manager, target)
       results = {}
-      for which, at in (("last", step), ("best", best_step)):
-        saved = checkpoint.restore(manager, at, checkpoint_target(experiment))
+      for which, saved in (("last", last), ("best", best)):
         results[which] = evaluator.hard(evaluate.hard_variables(saved.tree), test_data)
         writer.write({"step": step, "epoch": config.num_epochs, "split": "test",
-                      "mode": "hard", "checkpoint": which, "checkpoint_step": at,
-                      **results[which]})
+                      "mode": "hard", "checkpoint": which,
+                      "checkpoint_step": saved.step, **results[which]})
     writer.close()
 
   plots.curves(workdir)
   if status["state"] == "running":
     status = workdir_lib.write_status(
         workdir, "done", step, test_accuracy=results["last"]["accuracy"],
-        test_loss=results["last"]["loss"], best_step=best_step,
+        test_loss=results["last"]["loss"], best_step=best.step,
         best_test_accuracy=results["best"]["accuracy"],
         best_test_loss=results["best"]["loss"])
   _log.info("%s: %s", workdir, json.dumps(status))

@@ -1,0 +1,321 @@
+"""Timings, each beside what it is compared with: `python -m minw.bench train`.
+
+  python -m minw.bench train [--config=experiments/x.py] [--config.FIELD=VALUE]
+      [--rounds=N] [--json=FILE]
+
+times a step of training: of AQE, of the straight-through estimator and of the float32
+network, with a fixed batch and with its data, and in PyTorch where that is installed.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from typing import Any, Callable
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minw import cli
+from minw import config as config_lib
+from minw import pipeline
+from minw import train
+from minw.experiment import Experiment
+
+get_config = config_lib.default_config  # This file is the default of --config.
+
+_SECONDS = 0.2  # What one measurement takes at least, compilers and caches apart.
+
+# Ratios of times, and what they may be at most.
+_RATIOS = {
+    ("aqe", "float32"): 1.10,
+    ("ste", "float32"): None,
+    ("aqe with data", "aqe"): 1.05,
+    ("float32", "torch eager"): None,
+    ("float32", "torch compiled"): None,
+    ("aqe", "torch eager"): None,
+    ("aqe", "torch compiled"): None,
+}
+
+Run = Callable[[int], None]  # Does that many steps, and waits for the last.
+
+
+def bench_train(config: Any, rounds: int) -> dict[str, Any]:
+  """Times steps of training side by side, on random images and labels.
+
+  Args:
+    config: see `config.default_config`; its estimator does not count.
+    rounds: how often each step is measured.
+
+  Returns:
+    What --json writes: `steps` and `ratios` by name, each a summary of one number for
+    each round; `left_out`, why a step was not measured, by name; config and machine.
+
+  Raises:
+    cli.UsageError: the config can not be run.
+  """
+  aqe, ste, floats = (Experiment(config_lib.copy(config, **changes)) for changes in (
+      dict(estimator="aqe"), dict(estimator="ste"),
+      dict(input_bits="float32", weight_bits="float32", bits_rules=(),
+           input_thresholds=(), weight_thresholds=())))
+  data = random_data(aqe)
+  order = train.make_epoch_order(aqe)(0)
+  key = jax.random.key(config.seed)
+  batch = aqe.jit(aqe.train_batch)(data, order, 0, key)
+
+  init = aqe.jit(lambda: train.init_state(aqe))  # Bits do not change it.
+  state = jax.device_put(init(), aqe.replicated)
+  runs = {}
+  for name, experiment in (("float32", floats), ("ste", ste), ("aqe", aqe)):
+    step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
+    runs[name] = _run(step, state, *batch, key)
+  runs["aqe with data"] = _run(train.make_train_step(aqe), state, data, order)
+  torch_runs, left_out = _torch_runs(floats, *map(np.asarray, batch))
+  seconds = measure(runs | torch_runs, rounds)
+
+  ratios = {
+      f"{a} / {b}": {
+          **summary([x / y for x, y in zip(seconds[a], seconds[b])]), "at_most": limit}
+      for (a, b), limit in _RATIOS.items() if a in seconds and b in seconds}
+  return {
+      "bench": "train",
+      "data": "random images and labels of the data set's shape",
+      "rounds": rounds,
+      "config": config.to_dict(),
+      "machine": machine(),
+      "steps": {
+          name: {**summary(values),
+                 "examples_per_second": config.batch_size / np.median(values)}
+          for name, values in seconds.items()},
+      "ratios": ratios,
+      "left_out": left_out,
+      "peak_bytes": peak_bytes(),
+  }
+
+
+def random_data(experiment: Experiment) -> pipeline.Data:
+  """Random images and labels, as many and as large as the training split's."""
+  info = experiment.info
+  generator = np.random.default_rng(experiment.config.seed)
+  size = info.splits["train"]
+  data = pipeline.Data(
+      generator.integers(0, 256, (size, *info.image_shape), np.uint8),
+      generator.integers(0, info.num_classes, size, np.int32))
+  return jax.device_put(data, experiment.replicated)
+
+
+def _run(step: Callable, state: train.TrainState, *arguments: Any) -> Run:
+  """Runs a compiled `step`, state -> (state, loss), from a copy of `state` on."""
+  state = jax.tree.map(jnp.copy, state)  # The step donates it.
+
+  def run(count):
+    nonlocal state
+    for _ in range(count):
+      state, _ = step(state, *arguments)
+    jax.block_until_ready(state)
+
+  return run
+
+
+def torch_network(experiment: Experiment) -> Any:
+  """The network in PyTorch, in floats, for images (batch, channels, height, width).
+
+  Args:
+    experiment: of a network whose layers follow one another.
+
+  Returns:
+    A torch.nn.Module; its output is the logits.
+  """
+  from torch import nn
+
+  c = experiment.config
+  parts = []
+  size = experiment.image_shape[:2]
+  for layer in experiment.layers:
+    if layer.kind == "conv":
+      *window, inputs, outputs = layer.kernel_shape
+      padding = "same" if layer.output_shape[:2] == size else "valid"
+      if c.pad_value and len(parts):  # The image is padded with zeros.
+        parts.append(nn.ConstantPad2d(1, c.pad_value))
+        padding = "valid"
+      parts.append(nn.Conv2d(inputs, outputs, window, padding=padding, bias=False))
+    elif layer.kind == "dense":
+      parts.append(nn.Flatten())
+      parts.append(nn.Linear(*layer.kernel_shape, bias=False))
+    else:
+      spatial = len(layer.input_shape) == 3
+      if spatial and layer.input_shape[:2] != size:
+        parts.append(nn.MaxPool2d(2))
+      kind = nn.BatchNorm2d if spatial else nn.BatchNorm1d
+      parts.append(kind(layer.input_shape[-1], eps=c.norm_epsilon,
+                        momentum=1 - c.norm_momentum))
+      parts[-1].weight.requires_grad_(c.norm_scale)
+      if layer.bits is not None:
+        parts.append(nn.Hardtanh())
+    size = layer.output_shape[:2]
+  return nn.Sequential(*parts)
+
+
+def _torch_runs(
+    experiment: Experiment, images: np.ndarray, labels: np.ndarray
+) -> tuple[dict[str, Run], dict[str, str]]:
+  """PyTorch's steps on a fixed batch; and why not, for those that do not run."""
+  names = {"torch eager": False, "torch compiled": True}
+  try:
+    import torch
+  except ImportError:
+    return {}, dict.fromkeys(names, "PyTorch is not installed")
+  device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+  if len(jax.local_devices()) > 1 or device is None or (
+      device == "cuda" and not torch.cuda.is_available()):
+    return {}, dict.fromkeys(names, "PyTorch would not run on the same device")
+
+  c = experiment.config
+  torch.backends.cuda.matmul.allow_tf32 = True  # As JAX does.
+  torch.backends.cudnn.benchmark = True  # Takes the fastest algorithms.
+  images = torch.tensor(images, device=device).permute(0, 3, 1, 2)  # channels_last
+  labels = torch.tensor(labels, device=device, dtype=torch.int64)
+
+  def run_of(compiled):
+    network = torch_network(experiment).to(device, memory_format=torch.channels_last)
+    if c.optimizer == "adam":
+      optimizer = torch.optim.Adam(
+          network.parameters(), c.learning_rate, eps=c.adam_epsilon, fused=True)
+    else:
+      optimizer = torch.optim.SGD(
+          network.parameters(), c.learning_rate, c.momentum, fused=True)
+
+    def loss_of(images, labels):
+      with torch.autocast(device, torch.bfloat16, c.compute_dtype == "bfloat16"):
+        return torch.nn.functional.cross_entropy(network(images), labels)
+
+    if compiled:
+      loss_of = torch.compile(loss_of)
+
+    def run(count):
+      for _ in range(count):
+        optimizer.zero_grad()
+        loss_of(images, labels).backward()
+        optimizer.step()
+      if device == "cuda":
+        torch.cuda.synchronize()
+
+    run(1)
+    return run
+
+  runs, left_out = {}, {}
+  for name, compiled in names.items():
+    try:
+      runs[name] = run_of(compiled)
+    except Exception as error:  # Compilers fail in many ways.
+      left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+  return runs, left_out
+
+
+def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+  """The seconds that a step of each takes, once in each round.
+
+  They take turns, so that whatever else the machine does meets all of them alike.
+  """
+  def seconds(run, count):
+    start = time.perf_counter()
+    run(count)
+    return (time.perf_counter() - start) / count
+
+  counts = {}
+  for name, run in runs.items():
+    run(2)  # Compiles.
+    counts[name] = math.ceil(_SECONDS / seconds(run, 1))
+  result = {name: [] for name in runs}
+  for i in range(rounds):
+    for name in list(runs)[::(-1) ** i]:  # Every second round goes backwards.
+      result[name].append(seconds(runs[name], counts[name]))
+  return result
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+  """The values and their quartiles."""
+  low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+  return {"low": low, "median": median, "high": high, "values": values}
+
+
+def machine() -> dict[str, Any]:
+  """Names of the processors, and versions."""
+  versions = {"python": platform.python_version(), "jax": jax.__version__}
+  if "torch" in sys.modules:
+    versions["torch"] = sys.modules["torch"].__version__
+  cpu = platform.processor() or platform.machine()
+  if os.path.exists("/proc/cpuinfo"):
+    with open("/proc/cpuinfo") as lines:
+      cpu = next((line.split(":", 1)[1].strip() for line in lines
+                  if line.startswith("model name")), cpu)
+  linux = hasattr(os, "sched_getaffinity")
+  cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+  devices = jax.local_devices()
+  return {"device": devices[0].device_kind, "num_devices": len(devices), "cpu": cpu,
+          "cores": cores, "versions": versions}
+
+
+def peak_bytes() -> dict[str, int]:
+  """The most memory that this process had, and JAX on a device that counts it."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  result = {"process": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+  statistics = jax.local_devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in statistics:
+    result["device"] = statistics["peak_bytes_in_use"]
+  return result
+
+
+def table(result: dict[str, Any]) -> str:
+  """The result of `bench_train` for a reader."""
+  c, m = result["config"], result["machine"]
+  widths = lambda name: "-".join(map(str, c[name]))
+  lines = [
+      f"One step of training: ConvNet {widths('conv_widths')} + "
+      f"{widths('dense_widths')}, {c['dataset']}, crop {c['crop_size']}, batch "
+      f"{c['batch_size']}, {c['input_bits']}/{c['weight_bits']} bits, "
+      f"{c['compute_dtype']}",
+      f"on {m['num_devices']} x {m['device']}; CPU: {m['cores']} x {m['cpu']}; "
+      + ", ".join(f"{name} {version}" for name, version in m["versions"].items()),
+      f"Data: {result['data']}. Medians and quartiles of "
+      f"{result['rounds']} rounds.",
+      "",
+      f"{'step':24}{'ms':>9}{'quartiles':>20}{'examples/s':>12}"]
+  for name, s in result["steps"].items():
+    spread = f"{1e3 * s['low']:.1f} - {1e3 * s['high']:.1f}"
+    lines.append(f"{name:24}{1e3 * s['median']:9.1f}{spread:>20}"
+                 f"{s['examples_per_second']:12.0f}")
+  lines += [f"{name:24} left out: {why}" for name, why in result["left_out"].items()]
+  lines += ["", f"{'ratio of times':24}{'':9}{'quartiles':>20}{'goal':>12}"]
+  for name, r in result["ratios"].items():
+    spread = f"{r['low']:.3f} - {r['high']:.3f}"
+    goal = f"<= {r['at_most']:.2f}" if r["at_most"] else ""
+    lines.append(f"{name:24}{r['median']:9.3f}{spread:>20}{goal:>12}".rstrip())
+  lines += ["", "Peak memory, all of these in one process: " + ", ".join(
+      f"{name} {size / 2**20:.0f} MiB" for name, size in result["peak_bytes"].items())]
+  return "\n".join(lines)
+
+
+def main_train() -> None:
+  path = flags.FLAGS.json
+  if path:  # Found out now rather than after minutes.
+    cli.check(os.path.isdir(os.path.dirname(path) or "."), "json", path,
+              "a file in a directory that exists")
+  result = bench_train(flags.FLAGS.config, flags.FLAGS.rounds)
+  print(table(result))
+  if path:
+    with open(path, "w") as file:
+      file.write(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  cli.define_config(default=__file__)
+  flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
+  flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
+  cli.run({"train": main_train})

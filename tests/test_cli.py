@@ -1,0 +1,540 @@
+"""Every command with bad input: one line that names it, exit code 2, no traceback.
+
+The commands are run as `python -m` runs them, with their real exit codes and output,
+but forked from one process that has imported everything, which takes 30 ms each.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from minw import cli
+from minw import config as config_lib
+from minw import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = str(ROOT / "experiments" / "digits_convnet.py")
+CIFAR = str(ROOT / "experiments" / "cifar_convnet.py")
+TRAINING = 99  # Exit code of a run that would have started.
+
+_SERVER = """
+import json, os, runpy, sys, tempfile, traceback
+import ml_collections.config_flags
+from minw import datasets, evaluate, prepare, train
+
+train.make_train_step = lambda _: os._exit(99)
+
+def child(case):
+  os.environ.update(case["env"])
+  sys.argv = [case["module"], *case["argv"]]
+  try:
+    if "code" in case:
+      exec(case["code"], {"__name__": "__main__"})
+    else:
+      sys.modules.pop(case["module"], None)  # runpy warns of it.
+      runpy.run_module(case["module"], run_name="__main__", alter_sys=True)
+    return 0
+  except SystemExit as error:
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
+  except BaseException:
+    traceback.print_exc()
+    return 1
+
+print("ready", flush=True)
+for line in sys.stdin:
+  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    pid = os.fork()
+    if not pid:
+      os.dup2(out.fileno(), 1)
+      os.dup2(err.fileno(), 2)
+      code = child(json.loads(line))
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    texts = []
+    for file in (out, err):
+      file.seek(0)
+      texts.append(file.read().decode())
+    print(json.dumps([code, *texts]), flush=True)
+"""
+
+# Experiment files, most of them broken.
+_CHANGED = """
+from minw import config
+def get_config():
+  c = config.default_config()
+  {}
+  return c
+"""
+FILES = {
+    "syntax.py": "def get_config(:\n",
+    "nothing_in_it.py": "",
+    "no_function.py": "get_config = 3\n",
+    "import_error.py": "import minw.nothing\n",
+    "value_error.py": "def get_config():\n  raise ValueError('seven\\n  lines')\n",
+    "key_error.py": "def get_config():\n  return {}['a']\n",
+    "division.py": "x = 1 / 0\n",
+    "assertion.py": "def get_config():\n  assert 1 > 2, 'an assertion'\n",
+    "os_error.py": "def get_config():\n  open('no such file')\n",
+    "none.py": "def get_config():\n  pass\n",
+    "dict.py": "def get_config():\n  return {'seed': 1}\n",
+    "unknown_field.py": _CHANGED.format("c.learning_rte = 0.1"),
+    "wrong_type.py": _CHANGED.format("c.seed = 'x'"),
+    "list.py": _CHANGED.format("c.input_bits = [1, 2]"),
+    "nan.py": _CHANGED.format("c.alpha_end = float('nan')"),
+    "frozen.py": "from ml_collections import FrozenConfigDict\n" + _CHANGED.format(
+        "c = FrozenConfigDict(c)"),
+    "good.py": _CHANGED.format("c.update(dataset='digits', crop_size=8)"),
+    "grüße.py": _CHANGED.format("c.seed = -1"),
+    "file": "neither Python",
+}
+
+
+class Result(NamedTuple):
+  code: int
+  out: str
+  err: str
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("cli")
+  for name, text in FILES.items():
+    (path / name).write_text(text)
+  (path / "null.py").write_bytes(b"\xff\xfe\x00")
+  (path / "folder").mkdir()
+  config = config_lib.to_json(config_lib.default_config())
+  for name, text in (
+      ("empty", None), ("no_json", "no JSON"), ("cut_off", config[:200]),
+      ("null", "null"), ("other_type", config.replace('"seed": 0', '"seed": "a"')),
+      ("misspelt", config.replace('"seed": 0', '"sed": 0')),
+      ("bad_value", config.replace('"seed": 0', '"seed": -1')), ("no_run", config)):
+    (path / name).mkdir()
+    if text is not None:
+      (path / name / "config.json").write_text(text)
+  return path
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+  """run(module, *argv, env={}, code=None): the `Result` of a command in `folder`."""
+  environment = os.environ | {
+      "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+      "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
+  with subprocess.Popen(
+      [sys.executable, "-c", _SERVER], cwd=folder, env=environment, text=True,
+      encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+    assert server.stdout.readline() == "ready\n"
+
+    def run(module, *argv, env={}, code=None):
+      case = {"module": module, "argv": argv, "env": env}
+      case |= {} if code is None else {"code": code}
+      server.stdin.write(json.dumps(case) + "\n")
+      server.stdin.flush()
+      return Result(*json.loads(server.stdout.readline()))
+
+    yield run
+    server.stdin.close()
+
+
+@pytest.fixture
+def refuses(run, folder):
+  """refuses(message, module, *argv): the line it prints begins with `message`.
+
+  It has it somewhere if `message` begins with an ellipsis.
+  """
+  def refuses(message, module, *argv, **options):
+    before = sorted(folder.rglob("*"))
+    result = run(module, *argv, **options)
+    assert result.code == 2 and result.out == ""
+    assert "Traceback" not in result.err and result.err.count("\n") == 1
+    assert begins(result.err.removeprefix("error: "), message)
+    assert result.err.startswith("error: ")
+    assert sorted(folder.rglob("*")) == before
+    return result.err
+
+  return refuses
+
+
+def begins(text, message):
+  if message.startswith("..."):
+    return message.removeprefix("...") in text
+  return text.startswith(message)
+
+
+FILE = ("must be FILE or FILE:ARGUMENT, of a Python file whose get_config returns a "
+        "config")
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("", "FileNotFoundError: "),
+    ("nothing.py", "FileNotFoundError: "),
+    ("folder", "IsADirectoryError: "),
+    ("good.py/x", "NotADirectoryError: "),
+    ("file", "SyntaxError: "),
+    ("syntax.py", "SyntaxError: "),
+    ("null.py", "SyntaxError: "),
+    ("nothing_in_it.py", "AttributeError: module 'config_config' has no attribute"),
+    ("no_function.py", "TypeError: 'int' object is not callable"),
+    ("import_error.py", "ModuleNotFoundError: No module named 'minw.nothing'"),
+    ("value_error.py", "ValueError: seven lines"),
+    ("key_error.py", "KeyError: 'a'"),
+    ("division.py", "ZeroDivisionError: division by zero"),
+    ("assertion.py", "AssertionError: an assertion"),
+    ("os_error.py", "FileNotFoundError: "),
+    ("none.py", "TypeError: it returned NoneType"),
+    ("dict.py", "TypeError: it returned dict"),
+    ("wrong_type.py", "TypeError: Could not override field 'seed'"),
+    ("frozen.py", "AttributeError: "),
+    ("good.py:seed=1", "TypeError: get_config() takes 0 positional arguments but 1"),
+    ("good.py:", "TypeError: get_config() takes 0 positional arguments but 1"),
+    (f"{CIFAR}:seed=a", "TypeError: Could not override field 'seed'"),
+    (f"{CIFAR}:network=[1]", "TypeError: "),
+])
+def test_experiment_files(refuses, name, reason):
+  for override in ((), ("--config.seed=1",)):
+    refuses(f"config={name!r}: {FILE} ({reason}", "minw.main", f"--config={name}",
+            "--workdir=new", *override)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("unknown_field.py",
+     "config field 'learning_rte' does not exist; did you mean 'learning_rate'?"),
+    ("list.py", "config.input_bits: bits=[1, 2]: must be one of 1, 2, 3, 4, 5 or a "),
+    ("nan.py", "config.alpha_end=nan: must be in [0, 1]"),
+    ("grüße.py", "config.seed=-1: must be in [0, 2^32)"),
+    (f"{CIFAR}:sed=1", "config argument 'sed' does not exist; did you mean 'seed'?"),
+    (f"{CIFAR}:seed", "config argument='seed': must be name=value"),
+    (f"{CIFAR}:network=E", "ConvNet 'E' does not exist; known: A, B, C, D"),
+    (f"{CIFAR}:input_bits=6", "config.input_bits: bits=6: must be one of 1, 2, 3, "),
+    (f"{CIFAR}:weight_bits=é", "config.weight_bits: bits='é': must be one of 1, 2, "),
+    (f"{CIFAR}:seed=None", "config.seed=None: must be of type int"),
+    (f"{CIFAR}:dataset=mnist", "config.dataset='mnist': must be one of digits, "),
+])
+def test_what_experiment_files_say(refuses, name, message):
+  refuses(message, "minw.main", f"--config={name}", "--workdir=new")
+
+
+@pytest.mark.parametrize("override, message", [
+    ("--config.lr=0.1", "config field 'lr' does not exist; "),
+    ("--config.sed=1", "config field 'sed' does not exist; did you mean 'seed'?"),
+    ("-config.sed=1", "config field 'sed' does not exist; did you mean 'seed'?"),
+    ("--config.lr", "config field 'lr' does not exist; "),
+    ("--noconfig.random_flp", "config field 'random_flp' does not exist; did you mean"),
+    ("--config.seed.x=1", "config field 'seed.x' does not exist; did you mean 'seed'?"),
+    ("--config.seed[0]=1", "config field 'seed[0]' does not exist; did you mean "),
+    ("--config.=1", "config field '' does not exist; "),
+    ("--config.größe=1", "config field 'größe' does not exist; "),
+    ("--config.lock=1", "config field 'lock' does not exist; "),
+    ("--config.learning_rate=abc",
+     "config.learning_rate='abc': must be of type float"),
+    ("--config.learning_rate=", "config.learning_rate='': must be of type float"),
+    ("--config.learning_rate=1,5",
+     "config.learning_rate='1,5': must be of type float"),
+    ("--config.learning_rate=a b",
+     "config.learning_rate='a b': must be of type float"),
+    ("--config.learning_rate=True",
+     "config.learning_rate='True': must be of type float"),
+    ("--config.learning_rate=(0.1,)",
+     "config.learning_rate='(0.1,)': must be of type float"),
+    ("--config.learning_rate", "Missing value for flag --config.learning_rate"),
+    ("--config.learning_rate=nan", "config.learning_rate=nan: must be positive and "),
+    ("--config.learning_rate=-1", "config.learning_rate=-1.0: must be positive and "),
+    ("--config.learning_rate=1e999", "config.learning_rate=inf: must be positive and "),
+    ("--config.seed=1.0", "config.seed='1.0': must be of type int"),
+    ("--config.seed=1e3", "config.seed='1e3': must be of type int"),
+    ("--config.seed=", "config.seed='': must be of type int"),
+    ("--config.seed==1", "config.seed='=1': must be of type int"),
+    ("--config.seed=é", "config.seed='é': must be of type int"),
+    ("--config.seed=-1", "config.seed=-1: must be in [0, 2^32)"),
+    ("--config.seed=4294967296", "config.seed=4294967296: must be in [0, 2^32)"),
+    ("--noconfig.seed", "Unknown command line flag 'noconfig.seed'"),
+    ("--config.random_flip=maybe", "config.random_flip='maybe': must be of type bool"),
+    ("--config.random_flip=2", "config.random_flip='2': must be of type bool"),
+    ("--config.conv_widths=(32,", "config.conv_widths='(32,': must be of type tuple"),
+    ("--config.conv_widths=(1.5, 2)", "config.conv_widths=(1.5, 2): must be a tuple "),
+    ("--config.conv_widths=('a','b')", "config.conv_widths=('a', 'b'): must be a "),
+    ("--config.conv_widths=abc", "config.conv_widths=('abc',): must be a tuple "),
+    ("--config.conv_widths=", "config.conv_widths=('',): must be a tuple "),
+    ("--config.conv_widths=0", "config.conv_widths=(0,): must be a tuple "),
+    ("--config.conv_widths=" + 8 * "4,", "config.conv_widths=(4, 4, 4, 4, 4, 4, 4, 4): "
+     "must be few enough: crop_size=8 leaves nothing"),
+    ("--config.input_bits=0", "config.input_bits: bits=0: must be one of 1, 2, 3, "),
+    ("--config.input_bits=16", "config.input_bits: bits=16: must be one of 1, 2, 3, "),
+    ("--config.input_bits=True", "config.input_bits: bits=True: must be one of 1, "),
+    ("--config.input_bits", "config.input_bits: bits=True: must be one of 1, 2, 3, "),
+    ("--noconfig.input_bits", "config.input_bits: bits=False: must be one of 1, 2, "),
+    ("--config.input_bits='3'", "config.input_bits: bits='3': must be one of 1, 2, "),
+    ("--config.input_bits 3", "config field 'input_bits 3' does not exist; did you "),
+    ("--config.weight_bits=float64", "config.weight_bits: bits='float64': must be one"),
+    ("--config.weight_bits=", "config.weight_bits: bits='': must be one of 1, 2, 3, "),
+    ("--config.bits_rules=conv1", "config.bits_rules=('conv1',): must be pairs of a "),
+    ("--config.bits_rules=(('conv1',8),)", "config.bits_rules: bits=8: must be one "),
+    ("--config.weight_thresholds=(0.5,)", "config.weight_thresholds=(0.5,): must be "),
+    ("--config.alpha_start=1.1", "config.alpha_start=1.1: must be in [0, 1]"),
+    ("--config.batch_size=0", "config.batch_size=0: must be at least 1"),
+    ("--config.batch_size=1258", "config.batch_size=1258: must be at most 1257, the "),
+    ("--config.eval_batch_size=1258", "config.eval_batch_size=1258: must be at most "),
+    ("--config.num_epochs=113025456", "config.num_epochs=113025456: must be at most "
+     "113025455: steps are int32"),
+    ("--config.crop_size=33", "config.crop_size=33: must be at most 8, the image of "),
+    ("--config.crop_padding=8", "config.crop_padding=8: must be less than crop_size=8"),
+    ("--config.first_padding=same", "config.first_padding='same': must be one of SAME"),
+    ("--config.dataset=mnist", "config.dataset='mnist': must be one of digits, "),
+    ("--config.estimator=", "config.estimator='': must be one of aqe, ste, "),
+    ("--cofig.seed=1", "Unknown command line flag 'cofig.seed'"),
+    ("--configseed=1", "Unknown command line flag 'configseed'"),
+    ("--config", "Missing value for flag --config"),
+    ("--seed=1", "Unknown command line flag 'seed'"),
+    ("-x", "Unknown command line flag 'x'"),
+    ("extra", "argument 'extra' is not a flag (flags are --name=value)"),
+    ("größe", "argument 'größe' is not a flag (flags are --name=value)"),
+    ("-", "argument '-' is not a flag (flags are --name=value)"),
+    ("", "argument '' is not a flag (flags are --name=value)"),
+    ("--verbosity=high", "flag --verbosity=high: "),
+])
+def test_overrides(refuses, override, message):
+  refuses(message, "minw.main", f"--config={DIGITS}", "--workdir=new", override)
+
+
+def test_values_apart_from_their_flags(refuses):
+  refuses("config.seed='x': must be of type int", "minw.main", "--config", DIGITS,
+          "--workdir", "new", "--config.seed", "x")
+  refuses("config field 'lr' does not exist", "minw.main", "--config", DIGITS,
+          "--workdir", "new", "--config.lr", "1")
+  refuses("Missing value for flag --workdir", "minw.main", "--config", DIGITS,
+          "--workdir")
+
+
+def test_required_flags(refuses):
+  for argv, missing in (((), ("workdir", "config")), (("--workdir=new",), ("config",)),
+                        ((f"--config={DIGITS}",), ("workdir",))):
+    line = refuses("flag --", "minw.main", *argv)
+    for name in missing:
+      assert f"Flag --{name} must have a value other than None" in line
+
+
+def test_a_workdir_that_is_empty_text(refuses):
+  refuses("workdir='': must be not empty", "minw.main", f"--config={DIGITS}",
+          "--workdir=")
+
+
+# Of a network without hidden layers: what is checked last takes seconds else.
+FAST = ("--config.conv_widths=()", "--config.dense_widths=()")
+
+
+def test_a_workdir_below_a_file(refuses):
+  refuses("workdir='file/below' can not be written to: ", "minw.main",
+          f"--config={DIGITS}", *FAST, "--workdir=file/below")
+
+
+def test_a_workdir_whose_config_is_cut_off(refuses):
+  refuses("...config.json is damaged: ", "minw.main", f"--config={DIGITS}", *FAST,
+          "--workdir=cut_off")
+
+
+def tiny_config(**changes):
+  c = config_lib.default_config()
+  c.update(dataset="digits", crop_size=8, conv_widths=(), dense_widths=())
+  c.update(changes)
+  return c
+
+
+@pytest.mark.parametrize("workdir, message", [
+    ("file", "workdir='file' can not be written to: "),
+    ("no_json", "...config.json is damaged: "),
+    ("null", "...config.json is damaged: "),
+    ("misspelt", "...config field 'sed' does not exist; did you mean 'seed'?"),
+    ("other_type", "...config.seed='a': must be of type int"),
+    ("bad_value", "workdir='bad_value' holds a run of another config (field: there, "
+     "here): conv_widths: (64, 64, 128, 128, 256, 256), (); crop_size: 24, 8; "
+     "dataset: 'cifar10', 'digits'; dense_widths: (256, 256), (); seed: -1, 0"),
+])
+def test_workdirs(folder, monkeypatch, workdir, message):
+  monkeypatch.chdir(folder)
+  monkeypatch.setattr(train, "make_train_step", None)
+  with pytest.raises(cli.UsageError) as error:
+    train.train_and_evaluate(tiny_config(), workdir)
+  assert begins(str(error.value), message)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"dataset": "cifar10", "data_dir": "nowhere"},
+     "data_dir='nowhere': must be a directory that holds cifar10, which this command "
+     "prepares: python -m minw.prepare --dataset=cifar10 --data_dir=nowhere"),
+    ({"dataset": "cifar100", "data_dir": ""}, "data_dir='': must be a directory that "),
+    ({"init_from": "nowhere"}, "'nowhere': must be the workdir of a run"),
+    ({"init_from": "file"}, "'file': must be the workdir of a run"),
+    ({"init_from": "cut_off"}, "config.json is damaged: "),
+    ({"init_from": "no_run"}, "'no_run': must be a run that has a checkpoint"),
+])
+def test_nothing_is_written_before_all_is_there(folder, monkeypatch, changes, message):
+  monkeypatch.chdir(folder)
+  monkeypatch.setattr(train, "make_train_step", None)
+  with pytest.raises(cli.UsageError) as error:
+    train.train_and_evaluate(tiny_config(**changes), "new")
+  assert message in str(error.value)
+  assert not pathlib.Path("new").exists()
+
+
+def test_batches_that_devices_do_not_share(refuses):
+  env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+         "JAX_PLATFORMS": "cpu"}
+  for field, value in (("batch_size", 64), ("eval_batch_size", 361)):
+    refuses(f"config.{field}={value}: must be a multiple of 3, the number of devices",
+            "minw.main", f"--config={DIGITS}", "--config.eval_batch_size=360",
+            "--config.batch_size=66", f"--config.{field}={value}", "--workdir=new",
+            env=env)
+
+
+def test_good_input_is_not_refused(run, folder):
+  result = run("minw.main", f"--config={DIGITS}", *FAST, "--noconfig.random_flip",
+               "--config.input_bits=bfloat16", "--config.weight_bits=3",
+               "--config.seed", "3", "--config.data_dir=", "--workdir=größe")
+  assert result.code == TRAINING
+  written = json.loads((folder / "größe" / "config.json").read_text())
+  assert written["input_bits"] == "bfloat16" and written["weight_bits"] == 3
+  assert written["conv_widths"] == [] and written["random_flip"] is False
+  assert written["seed"] == 3 and written["data_dir"] == ""
+
+
+@pytest.mark.parametrize("argv, message", [
+    ((), "flag --workdir=None: Flag --workdir must have a value other than None."),
+    (("--workdir=",), "workdir='': must be not empty"),
+    (("--workdir=nowhere",), "workdir='nowhere': must be the workdir of a run "),
+    (("--workdir=größe?",), "workdir='größe?': must be the workdir of a run "),
+    (("--workdir=file",), "workdir='file': must be the workdir of a run "),
+    (("--workdir=empty",), "workdir='empty': must be the workdir of a run "),
+    (("--workdir=no_json",), "...config.json is damaged: "),
+    (("--workdir=cut_off",), "...config.json is damaged: "),
+    (("--workdir=null",), "...config.json is damaged: "),
+    (("--workdir=other_type",), "...config.seed='a': must be of type int"),
+    (("--workdir=misspelt",), "...config field 'sed' does not exist; did you mean"),
+    (("--workdir=no_run",), "workdir='no_run': must be a run that has a checkpoint"),
+    (("--workdir=no_run", "--split=tset"), "flag --split=tset: value should be one "),
+    (("--workdir=no_run", "--checkpoint="), "flag --checkpoint=: value should be one "),
+    (("--workdir=no_run", "--data_dir="), "data_dir='': must be not empty"),
+    (("--workdir=no_run", "--config.seed=1"), "Unknown command line flag 'config."),
+    (("--workdir=no_run", "x"), "argument 'x' is not a flag"),
+    (("no_run",), "flag --workdir=None: "),
+])
+def test_evaluate(refuses, argv, message):
+  refuses(message, "minw.evaluate", *argv)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ((), "flag --dataset=None: Flag --dataset must have a value other than None."),
+    (("--dataset=cifar10",), "flag --data_dir=None: "),
+    (("--dataset=cifar10", "--data_dir="), "data_dir='': must be not empty"),
+    (("--dataset=cifar1", "--data_dir=x"), "dataset 'cifar1' does not exist; did you "),
+    (("--dataset=digits", "--data_dir=x"), "dataset='digits': must be one of cifar"),
+    (("--dataset=cifar10", "--data_dir=file"), "data_dir='file': must be a directory "),
+    (("--dataset=cifar10", "--data_dir=x", "--source="), "source='': must be not "),
+    (("--dataset=cifar10", "--config.seed=1"), "Unknown command line flag 'config."),
+    (("--dataset=cifar10", "--data_dir=x", "y"), "argument 'y' is not a flag"),
+])
+def test_prepare(refuses, argv, message):
+  refuses(message, "minw.prepare", *argv)
+
+
+@pytest.mark.parametrize("module, subcommand", [
+    ("minw.summary", ()), ("minw.bench", ("train",))])
+@pytest.mark.parametrize("argv, message", [
+    (("--config=nothing.py",), f"config='nothing.py': {FILE} (FileNotFoundError: "),
+    (("--config=nothing.py", "--config.seed=1"), f"config='nothing.py': {FILE} ("),
+    (("--config=value_error.py",), f"config='value_error.py': {FILE} (ValueError: "),
+    (("--config=good.py", "--config.sed=1"), "config field 'sed' does not exist; did "),
+    (("--config=good.py", "--config.seed=x"), "config.seed='x': must be of type int"),
+    (("--config=good.py", "--config.seed=-1"), "config.seed=-1: must be in [0, 2^32)"),
+    (("--config=unknown_field.py",), "config field 'learning_rte' does not exist; did"),
+    (("--config=good.py", "--bogus"), "Unknown command line flag 'bogus'"),
+    (("--config=good.py", "x"), "argument 'x' is not a flag"),
+])
+def test_summary_and_bench(refuses, module, subcommand, argv, message):
+  if not (ROOT / "minw" / (module.removeprefix("minw.") + ".py")).exists():
+    pytest.skip(f"there is no {module}")
+  refuses(message, module, *subcommand, *argv)
+
+
+def test_without_a_fork():
+  """As users start them, both at once."""
+  commands = {
+      ("minw.main", f"--config={DIGITS}", "--workdir=x", "--config.lr=1"):
+          "config field 'lr' does not exist; ",
+      ("minw.evaluate", "--workdir=nowhere"): "workdir='nowhere': must be the workdir "}
+  running = [subprocess.Popen([sys.executable, "-m", *argv], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+             for argv in commands]
+  for process, message in zip(running, commands.values()):
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: {message}")
+  assert not (ROOT / "x").exists()
+
+
+_COMMAND = """
+from absl import flags
+from minw import cli
+flags.DEFINE_string("name", None, "", required={required})
+def main():
+  {main}
+cli.run({run})
+"""
+
+
+@pytest.mark.parametrize("main, code, out, err", [
+    ("print(flags.FLAGS.name)", 0, "x\n", ""),
+    ("return 75", 75, "", ""),
+    ("raise cli.UsageError('one\\n  two')", 2, "", "error: one two\n"),
+    ("cli.check(False, 'a', [1], 'two')", 2, "", "error: a=[1]: must be two\n"),
+    ("cli.check(True, 'a', [1], 'two')", 0, "", ""),
+])
+def test_run(run, main, code, out, err):
+  program = _COMMAND.format(required=True, main=main, run="main")
+  assert run("command", "--name=x", code=program) == (code, out, err)
+  assert run("command", "--name=x", "--verbosity=-1", code=program)[0] == code
+
+
+def test_errors_of_ours_keep_their_traceback(run):
+  program = _COMMAND.format(
+      required=False, main="raise ValueError('a bug')", run="main")
+  result = run("command", code=program)
+  assert result.code == 1 and result.err.startswith("Traceback (most recent call last)")
+  assert result.err.endswith("ValueError: a bug\n")
+
+
+def test_verbosity_shows_where_a_usage_error_is_from(run):
+  program = _COMMAND.format(
+      required=False, main="raise cli.UsageError('x')", run="main")
+  result = run("command", "--verbosity=1", code=program)
+  assert result.code == 1 and "Traceback" in result.err
+  result = run("minw.main", "--verbosity=1", "--config=key_error.py", "--workdir=new")
+  assert result.code == 1 and "return {}['a']" in result.err
+
+
+def test_subcommands(run, refuses):
+  program = _COMMAND.format(
+      required=False, main="return 5",
+      run="{'train': main, 'test': lambda: print(flags.FLAGS.name)}")
+  assert run("command", "train", code=program) == (5, "", "")
+  assert run("command", "--name=x", "test", code=program) == (0, "x\n", "")
+  for argv, message in (((), "a subcommand is missing; known: train, test"),
+                        (("tran",), "subcommand 'tran' does not exist; did you mean "),
+                        (("train", "test"), "argument 'test' is not a flag"),
+                        (("train", "--name"), "Missing value for flag --name"),
+                        (("train", "--name="), "name='': must be not empty")):
+    refuses(message, "command", *argv, code=program)
+
+
+def test_unknown_name_suggests():
+  known = ["seed", "learning_rate", "alpha_start"]
+  assert str(cli.unknown_name("field", "sead", known)) == (
+      "field 'sead' does not exist; did you mean 'seed'?")
+  assert str(cli.unknown_name("field", "q", known)) == (
+      "field 'q' does not exist; known: alpha_start, learning_rate, seed")

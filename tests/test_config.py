@@ -1,0 +1,345 @@
+"""minw.config: the paper's recipe, every field's check, and configs as files."""
+
+import json
+import math
+import pathlib
+
+from ml_collections import config_dict
+import numpy as np
+import pytest
+
+from minw import cli
+from minw import config as config_lib
+
+DEFAULT = config_lib.default_config()
+BITS = ("must be one of 1, 2, 3, 4, 5 or a float format named by its dtype: "
+        "float8_e4m3fn, bfloat16, float16, float32")
+
+
+def changed(**changes):
+  """The default config, changed without regard to types or names."""
+  return config_dict.ConfigDict(DEFAULT.to_dict() | changes, type_safe=False)
+
+
+def refusal(**changes):
+  with pytest.raises(cli.UsageError) as error:
+    config_lib.validate(changed(**changes))
+  return str(error.value)
+
+
+def test_default_is_the_papers_recipe():
+  c = DEFAULT
+  # ConvNet D: 64C3 64C3 MP2 128C3 128C3 MP2 256C3 256C3 MP2 256FC 256FC 10FC, 1/1.
+  assert c.dataset == "cifar10"
+  assert c.conv_widths == (64, 64, 128, 128, 256, 256) and c.dense_widths == (256, 256)
+  assert (c.input_bits, c.weight_bits, c.bits_rules) == (1, 1, ())
+  # A map of 3x3 comes out of the last pooling: a crop of 24 to 31.
+  assert (c.crop_size, c.first_padding, c.random_flip) == (24, "SAME", True)
+  assert (c.estimator, c.estimator_gradient) == ("aqe", "eq18")
+  assert (c.optimizer, c.learning_rate, c.batch_size, c.num_epochs) == (
+      "adam", 0.01, 256, 200)
+  assert c.weight_decay == 0.0
+  # 0.9 every 1000 of 200 * (45000 // 256) = 35,000 steps.
+  assert c.learning_rate_schedule == "staircase" and c.learning_rate_stairs == 35
+  assert math.isclose(c.learning_rate_decay, 0.02503155504993)
+  # From 0.5, where AQE equals STE, to 1 at epoch 93.
+  assert (c.alpha_shape, c.alpha_start, c.alpha_final) == ("linear", 0.5, 1.0)
+  assert c.alpha_end * c.num_epochs == 93 and not c.alpha_per_layer
+  assert c.pixels == "integer" and c.pad_value == 0.0 and c.seed == 0
+
+
+def test_each_call_makes_another_config():
+  config_lib.default_config().seed = 7
+  assert config_lib.default_config().seed == 0
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"seed": 2**32 - 1},
+    {"dataset": "cifar100"},
+    {"dataset": "digits", "crop_size": 8},
+    {"crop_size": 32, "crop_padding": 4},
+    {"crop_size": 10, "first_padding": "VALID"},
+    {"crop_size": 8, "crop_padding": 7},
+    {"alpha_start": 0.0, "alpha_final": 0.0, "alpha_end": 0.0},
+    {"alpha_start": 1.0, "alpha_end": 1.0},
+    {"input_bits": "float8_e4m3fn", "weight_bits": "float32"},
+    {"input_bits": 5, "input_thresholds": tuple(i / 16 for i in range(1, 16))},
+    {"weight_bits": 2, "weight_thresholds": (0.7,)},
+    {"weight_bits": 3, "weight_thresholds": (1, 2, 2.5)},
+    {"bits_rules": (("conv1", "bfloat16"), ("norm_*", 3))},
+    {"estimator": "stochastic_aqe", "bits_rules": (("conv1", "float16"),)},
+    {"conv_widths": (), "dense_widths": ()},
+    {"learning_rate_steps": ()},
+    {"adam_epsilon": 0.0},
+    {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 1e-4},
+])
+def test_valid(changes):
+  config_lib.validate(changed(**changes))
+
+
+@pytest.mark.parametrize("name", list(DEFAULT))
+def test_every_field_has_its_type(name):
+  for value in (None, object(), [1], {"a": 1}, config_dict.ConfigDict()):
+    assert refusal(**{name: value}).startswith(f"config.{name}")
+  if type(DEFAULT[name]) is not str and name not in ("input_bits", "weight_bits"):
+    kind = type(DEFAULT[name]).__name__
+    assert refusal(**{name: "1"}) == f"config.{name}='1': must be of type {kind}"
+
+
+@pytest.mark.parametrize("name, value, kind", [
+    ("seed", True, "int"), ("seed", 1.0, "int"), ("seed", np.int32(1), "int"),
+    ("batch_size", 256.0, "int"), ("learning_rate", 1, "float"),
+    ("learning_rate", np.float32(1), "float"), ("pad_value", 0, "float"),
+    ("alpha_end", True, "float"), ("random_flip", 1, "bool"),
+    ("conv_widths", [64, 64], "tuple"), ("bits_rules", "", "tuple"),
+    ("data_dir", pathlib.Path("x"), "str"), ("init_from", b"", "str")])
+def test_near_types_are_others(name, value, kind):
+  assert refusal(**{name: value}).endswith(f": must be of type {kind}")
+
+
+def test_unknown_and_missing_fields():
+  assert refusal(learning_rte=0.1) == (
+      "config field 'learning_rte' does not exist; did you mean 'learning_rate'?")
+  assert refusal(xyz=1).startswith("config field 'xyz' does not exist; known: ")
+  c = changed()
+  del c.alpha_end
+  with pytest.raises(cli.UsageError, match="^config field 'alpha_end' is missing$"):
+    config_lib.validate(c)
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize("name, values, allowed", [
+    ("dataset", ["mnist", "", "CIFAR10"], "one of digits, cifar10, cifar100"),
+    ("pixels", ["float"], "one of integer, standardized"),
+    ("first_padding", ["same", ""], "one of SAME, VALID"),
+    ("pad_value", [0.5, NAN, -2.0], "one of 0.0, 1.0, -1.0"),
+    ("kernel_init", ["zeros", "glorot"], "one of glorot_uniform, glorot_normal, "),
+    ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
+    ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
+    ("estimator", ["stee", "stochastic_neuron", "round_ste", "by_name", ""],
+     "one of aqe, ste, stochastic_aqe"),
+    ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
+    ("alpha_shape", ["cubic"], "one of linear, cosine"),
+    ("optimizer", ["adamw"], "one of adam, sgd"),
+    ("learning_rate_schedule", ["cosine"],
+     "one of exponential, staircase, steps, constant"),
+    ("seed", [-1, 2**32, 10**30], "in [0, 2^32)"),
+    ("batch_size", [0, -256], "at least 1"),
+    ("num_epochs", [0], "at least 1"),
+    ("eval_every_epochs", [0], "at least 1"),
+    ("eval_batch_size", [0], "at least 1"),
+    ("learning_rate_stairs", [0], "at least 1"),
+    ("crop_size", [0, -1], "at least 1"),
+    ("crop_size", [33, 10**9], "at most 32, the image of cifar10"),
+    ("crop_padding", [-1], "at least 0"),
+    ("crop_padding", [24, 10**9], "less than crop_size=24: "),
+    ("reestimate_batches", [-1], "at least 0"),
+    ("norm_epsilon", [0.0, -1e-4, NAN, INF, 1e-50], "positive and finite, in float32"),
+    ("learning_rate", [0.0, -1.0, NAN, INF, -INF, 1e-320, 1e39],
+     "positive and finite, in float32"),
+    ("learning_rate_decay", [0.0, -0.1, NAN, INF], "positive and finite, in float32"),
+    ("adam_epsilon", [-1e-8, NAN, INF, 1e39], "at least 0 and finite, in float32"),
+    ("weight_decay", [-1e-4, NAN, INF, 1e39], "at least 0 and finite, in float32"),
+    ("alpha_start", [-1e-9, 1.0000001, NAN, INF], "in [0, 1]"),
+    ("alpha_final", [-0.5, 2.0, NAN], "in [0, 1]"),
+    ("alpha_end", [-0.1, 1.5, NAN], "in [0, 1]"),
+    ("norm_momentum", [-0.1, 1.1, NAN], "in [0, 1]"),
+    ("momentum", [-0.1, 1.1, NAN], "in [0, 1]"),
+    ("conv_widths", [(0, 64), (64, -1), (64.0,), (True,), ("64",), (None,), ((64,),)],
+     "a tuple of positive integers"),
+    ("dense_widths", [(0,), (2.5,), ("a",)], "a tuple of positive integers"),
+    ("conv_widths", [(4,) * 10], "few enough: crop_size=24 leaves nothing to the last"),
+    ("learning_rate_steps", [(0.75, 0.5), (0.5, 0.5), (0.0,), (1.0,), (0.5, NAN),
+                             ("0.5",), (True,), ((0.5,),), (-0.5,), (0.5, None)],
+     "ascending fractions of the run between 0 and 1"),
+    ("bits_rules", [("conv1", 1), (("conv1",),), ((1, 1),), (("conv1", 1, 1),),
+                    (["conv1", 1],), ("conv1",), (None,), (("conv1", 1), 2)],
+     "pairs of a layer name pattern and bits: (('conv1', 'bfloat16'),)"),
+    ("input_thresholds", [(0.1,)], "(): bits=1 has no thresholds"),
+    ("weight_thresholds", [(0.1, 0.2, 0.3)], "(): bits=1 has no thresholds"),
+])
+def test_bad_values(name, values, allowed):
+  for value in values:
+    message = refusal(**{name: value})
+    assert message.startswith(f"config.{name}={value!r}: must be {allowed}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["input_bits", "weight_bits"])
+@pytest.mark.parametrize("value", [
+    0, 6, 8, 16, 32, -1, True, False, 1.0, "3", "float64", "", "int8", NAN, (1,), [1],
+    None, {}, 10**30])
+def test_bits_that_no_quantizer_has(name, value):
+  message = refusal(**{name: value})
+  assert message.startswith(f"config.{name}") and message.endswith(BITS)
+  assert repr(value) in message
+  rules = (("conv1", 1), ("conv2", value))
+  message = refusal(bits_rules=rules)
+  assert message.startswith("config.bits_rules") and message.endswith(BITS)
+  assert repr(value) in message
+
+
+@pytest.mark.parametrize("bits, values, allowed", [
+    (2, [(0.0,), (-0.1,), (NAN,), (INF,), (0.1, 0.2), ("0.1",), (None,), (True,)],
+     "() or 1 positive, ascending numbers, for bits=2"),
+    (3, [(0.1, 0.2), (0.1, 0.3, 0.2), (0.1, 0.1, 0.2), (0.0, 0.1, 0.2),
+         (0.1, NAN, 0.3), (0.1, 0.2, 0.3, 0.4), ((0.1, 0.2, 0.3),)],
+     "() or 3 positive, ascending numbers, for bits=3"),
+    (4, [(0.1,) * 7], "() or 7 positive, ascending numbers, for bits=4"),
+    ("bfloat16", [(0.1,)], "(): bits='bfloat16' has no thresholds"),
+])
+@pytest.mark.parametrize("operand", ["input", "weight"])
+def test_thresholds(operand, bits, values, allowed):
+  for value in values:
+    name = f"{operand}_thresholds"
+    message = refusal(**{f"{operand}_bits": bits, name: value})
+    assert message == f"config.{name}={value!r}: must be {allowed}"
+
+
+@pytest.mark.parametrize("crop_size, first_padding, widths, fits", [
+    (8, "SAME", 6, True), (7, "SAME", 6, False), (7, "SAME", 5, True),
+    (10, "VALID", 6, True), (9, "VALID", 6, False), (32, "SAME", 11, True),
+    (32, "SAME", 12, False), (3, "VALID", 1, True), (2, "VALID", 1, False),
+    (1, "SAME", 1, True)])
+def test_layers_that_fit_a_crop(crop_size, first_padding, widths, fits):
+  fields = dict(crop_size=crop_size, first_padding=first_padding,
+                conv_widths=(4,) * widths)
+  if fits:
+    config_lib.validate(changed(**fields))
+  else:
+    assert refusal(**fields).startswith("config.conv_widths=(4,")
+
+
+def test_the_image_bounds_the_crop():
+  assert refusal(dataset="digits", crop_size=9, crop_padding=4) == (
+      "config.crop_size=9: must be at most 8, the image of digits")
+
+
+@pytest.mark.parametrize("fields, bits", [
+    ({"input_bits": 2}, 2), ({"weight_bits": 3}, 3),
+    ({"bits_rules": (("conv2", 5),)}, 5)])
+def test_stochastic_aqe_is_for_one_bit(fields, bits):
+  assert refusal(estimator="stochastic_aqe", **fields) == (
+      "config.estimator='stochastic_aqe': must be another where bits are "
+      f"{bits}: it is defined for one bit")
+
+
+def full_config():
+  """Tuples, tuples of tuples, and bits of both kinds."""
+  c = config_lib.default_config()
+  c.update(input_bits="bfloat16", weight_bits=3, weight_thresholds=(0.25, 1, 2.5),
+           bits_rules=(("conv1", "float32"), ("norm_*", 2)), dense_widths=(),
+           learning_rate_steps=(0.1,), init_from="wörk", learning_rate=1e-3)
+  return c
+
+
+@pytest.mark.parametrize("make", [config_lib.default_config, full_config])
+def test_json_round_trip(make):
+  config = make()
+  text = config_lib.to_json(config)
+  back = config_lib.from_json(text)
+  assert config_lib.differing_fields(back, config) == []
+  assert back.to_dict() == config.to_dict()
+  for name in config:
+    assert type(back[name]) is type(config[name])
+  config_lib.validate(back)
+  assert config_lib.to_json(back) == text
+  back.update(input_bits="float16", weight_bits=2)  # Either is still a free choice.
+
+
+def test_json_is_for_people_too():
+  text = config_lib.to_json(full_config())
+  assert text.endswith('"weight_threshold_rule": "layer_mean",\n'
+                       '  "weight_thresholds": [\n    0.25,\n    1,\n    2.5\n  ]\n}\n')
+  values = json.loads(text)
+  assert list(values) == sorted(DEFAULT)
+  assert values["bits_rules"] == [["conv1", "float32"], ["norm_*", 2]]
+
+
+GOOD = config_lib.to_json(DEFAULT)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "config.json is damaged: "),
+    ("not JSON", "config.json is damaged: "),
+    (GOOD[:300], "config.json is damaged: "),
+    (GOOD[:-3], "config.json is damaged: "),
+    ("null", "config.json is damaged: "),
+    ("3", "config.json is damaged: "),
+    ('"text"', "config.json is damaged: "),
+    ("[]", "config field '.*' is missing"),
+    ("{}", "config field '.*' is missing"),
+    (GOOD.replace('"seed": 0', '"sed": 0'),
+     "config field 'sed' does not exist; did you mean 'seed'"),
+    (GOOD.replace('  "seed": 0,\n', ""), "config field 'seed' is missing"),
+    (GOOD.replace('"seed": 0', '"seed": "a"'),
+     "config.seed='a': must be of type int"),
+    (GOOD.replace('"seed": 0', '"seed": NaN'), "config.seed=nan: must be of type int"),
+    (GOOD.replace('"random_flip": true', '"random_flip": 1'),
+     "config.random_flip=1: must be of type bool"),
+    (GOOD.replace('"seed": 0', '"seed": [0]'),
+     r"config.seed=\[0\]: must be of type int"),
+])
+def test_damaged_json(text, message):
+  assert text != GOOD
+  with pytest.raises(cli.UsageError, match=f"^{message}"):
+    config_lib.from_json(text)
+
+
+def test_differing_fields():
+  a, b = config_lib.default_config(), config_lib.default_config()
+  assert config_lib.differing_fields(a, b) == []
+  b.seed, b.conv_widths, a.input_bits = 3, (8,), "bfloat16"
+  assert config_lib.differing_fields(a, b) == [
+      "conv_widths: (64, 64, 128, 128, 256, 256), (8,)",
+      "input_bits: 'bfloat16', 1",
+      "seed: 0, 3"]
+  del a.seed
+  b.more = 1
+  assert config_lib.differing_fields(a, b)[2:] == ["more: None, 1", "seed: None, 3"]
+
+
+def test_a_copy_is_independent():
+  config = config_lib.default_config().lock()
+  copy = config_lib.copy(config, seed=4, input_bits=3, conv_widths=(8,))
+  assert (copy.seed, copy.input_bits, copy.conv_widths) == (4, 3, (8,))
+  copy.weight_bits = "bfloat16"
+  copy.learning_rate = 1.0
+  assert config_lib.differing_fields(config, config_lib.default_config()) == []
+  config.weight_bits = 5
+  assert copy.weight_bits == "bfloat16"
+  assert config_lib.differing_fields(config_lib.copy(config), config) == []
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", {}),
+    ("seed=3", {"seed": 3}),
+    ("network=A,seed=3", {"network": "A", "seed": 3}),
+    ("network='A',bits=bfloat16", {"network": "A", "bits": "bfloat16"}),
+    ("bits=1.5,network=a=b", {"bits": 1.5, "network": "a=b"}),
+    (",seed=1,,seed=2,", {"seed": 2}),
+    ("network=", {"network": ""}),
+    ("bits=True,network=None", {"bits": True, "network": None}),
+    ("network=ü(", {"network": "ü("}),
+])
+def test_parse_argument(text, expected):
+  defaults = {"network": "D", "seed": 0, "bits": 1}
+  parsed = config_lib.parse_argument(text, **defaults)
+  assert parsed.to_dict() == defaults | expected
+  for name, value in expected.items():
+    assert type(parsed[name]) is type(value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sed=1", "config argument 'sed' does not exist; did you mean 'seed'?"),
+    ("seed=1,=2", "config argument '' does not exist; known: network, seed"),
+    ("seed", "config argument='seed': must be name=value"),
+    ("network=A,3", "config argument='3': must be name=value"),
+])
+def test_parse_argument_refuses(text, message):
+  with pytest.raises(cli.UsageError) as error:
+    config_lib.parse_argument(text, network="D", seed=0)
+  assert str(error.value) == message

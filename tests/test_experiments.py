@@ -1,0 +1,279 @@
+"""The files in experiments/, and minw.experiment: what a config comes to."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minw import cli
+from minw import config as config_lib
+from minw import datasets
+from minw import models
+from minw import pipeline
+from minw import train
+from minw.experiment import Experiment, build_model
+
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def load(name, *argument):
+  """What `get_config` of an experiment file returns."""
+  spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*argument)
+
+
+def tiny_config(**changes):
+  c = config_lib.default_config()
+  c.update(dataset="digits", crop_size=8, conv_widths=(4, 6), dense_widths=(5,),
+           batch_size=64, eval_batch_size=64)
+  c.update(changes)
+  return c
+
+
+@functools.cache
+def tiny_experiment():
+  return Experiment(tiny_config())
+
+
+def refusal(**changes):
+  with pytest.raises(cli.UsageError) as error:
+    Experiment(tiny_config(**changes))
+  return str(error.value)
+
+
+def test_there_are_experiments():
+  assert {"cifar_convnet", "digits_convnet"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_gives_a_config_that_can_be_run(name):
+  config = load(name)
+  config_lib.validate(config)
+  experiment = Experiment(config)
+  assert experiment.num_steps > 100
+  assert config_lib.differing_fields(
+      config_lib.from_json(config_lib.to_json(config)), config) == []
+
+
+def test_cifar_without_an_argument_is_the_default():
+  config = load("cifar_convnet")
+  assert config_lib.differing_fields(config, config_lib.default_config()) == []
+  assert config_lib.differing_fields(load("cifar_convnet", ""), config) == []
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("network=A", {"conv_widths": (128, 128, 256, 256, 512, 512),
+                   "dense_widths": (1024, 1024)}),
+    ("network=B", {"dense_widths": (1024, 1024)}),
+    ("network=C", {"dense_widths": (512, 512)}),
+    ("dataset=cifar100,network=D", {"dataset": "cifar100"}),
+    ("input_bits=2,weight_bits=bfloat16", {"input_bits": 2, "weight_bits": "bfloat16"}),
+    ("input_bits=float32,weight_bits=3",
+     {"input_bits": "float32", "weight_bits": 3}),
+    ("estimator=ste,seed=7", {"estimator": "ste", "seed": 7}),
+])
+def test_cifar_with_arguments(argument, expected):
+  config, default = load("cifar_convnet", argument), config_lib.default_config()
+  config_lib.validate(config)
+  assert {name: config[name] for name in config if config[name] != default[name]} == (
+      expected)
+
+
+def test_cifar_with_wrong_arguments():
+  for argument, message in (
+      ("sed=1", "config argument 'sed' does not exist; did you mean 'seed'"),
+      ("network=E", "ConvNet 'E' does not exist; known: A, B, C, D"),
+      ("A", "config argument='A': must be name=value")):
+    with pytest.raises(cli.UsageError, match=message):
+      load("cifar_convnet", argument)
+
+
+def test_digits():
+  config = load("digits_convnet")
+  assert (config.dataset, config.crop_size, config.random_flip) == ("digits", 8, False)
+  assert (config.input_bits, config.weight_bits, config.estimator) == (1, 1, "aqe")
+  # Every evaluation batch is of 360: half of validation, all of test.
+  assert datasets.info("digits").splits["test"] % config.eval_batch_size == 0
+
+
+def quick_jit(function, **options):
+  """`jax.jit` that takes less time to compile than it saves in a test."""
+  return jax.jit(
+      function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def take_a_step(experiment, data):
+  """One training step from the start; the state before and after, and the loss."""
+  experiment.jit = quick_jit
+  state = experiment.jit(lambda: train.init_state(experiment))()
+  before = jax.device_get(state)
+  order = jnp.arange(experiment.info.splits["train"], dtype=jnp.int32)
+  after, loss = train.make_train_step(experiment)(state, data, order)
+  return before, jax.device_get(after), float(loss)
+
+
+def check_step(experiment, data):
+  before, after, loss = take_a_step(experiment, data)
+  classes = experiment.info.num_classes
+  assert 0.3 * np.log(classes) < loss < 3 * np.log(classes)  # As of a guess.
+  assert after.step == 1 and after.totals.diverged_at == -1
+  assert after.totals.count == experiment.config.batch_size
+  np.testing.assert_allclose(after.totals.loss, loss * after.totals.count, rtol=1e-5)
+  for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params)):
+    assert np.isfinite(new).all() and (old != new).any()
+    # Adam's first step is the learning rate, whatever the gradient.
+    assert np.abs(new - old).max() < 1.01 * experiment.config.learning_rate
+
+
+def test_a_step_on_the_digits():
+  experiment = Experiment(load("digits_convnet"))
+  assert (experiment.steps_per_epoch, experiment.num_steps) == (19, 760)
+  check_step(experiment, experiment.load("train"))
+
+
+def test_a_step_on_images_like_cifars(monkeypatch):
+  monkeypatch.setitem(datasets._INFOS, "cifar100", datasets.info("cifar100")._replace(
+      splits={"train": 40, "validation": 8, "test": 8}))
+  config = load("cifar_convnet", "dataset=cifar100,weight_bits=3,input_bits=2")
+  config.update(conv_widths=(8, 8), dense_widths=(8,), batch_size=16,
+                eval_batch_size=8)
+  experiment = Experiment(config)
+  assert experiment.image_shape == (24, 24, 3) and experiment.model.depth == 4
+  assert (experiment.steps_per_epoch, experiment.num_steps) == (2, 400)
+  images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+  check_step(experiment, pipeline.Data(
+      jnp.asarray(images), jnp.arange(40, dtype=jnp.int32)))
+
+
+def test_steps_and_schedules_of_the_paper():
+  experiment = Experiment(load("cifar_convnet"))
+  # 45,000 // 256 = 175 batches in each of 200 epochs.
+  assert (experiment.steps_per_epoch, experiment.num_steps) == (175, 35_000)
+  assert float(experiment.alpha(0)) == 0.5
+  assert float(experiment.alpha(93 * 175)) == 1.0 > float(experiment.alpha(93 * 174))
+  np.testing.assert_allclose(
+      [experiment.learning_rate(step) for step in (999, 1_000, 34_999)],
+      [0.01, 0.009, 0.01 * 0.9**34], rtol=1e-5)
+  # Nine layers have weights: 6 + 2 + 1.
+  assert experiment.model.depth == len(experiment.grid_layers) == 9
+  assert sum(np.prod(layer.kernel_shape)
+             for layer in experiment.layers if layer.kernel_shape) == 1_802_432
+
+
+def test_alpha_by_layer():
+  experiment = Experiment(tiny_config(
+      alpha_per_layer=True, alpha_end=1.0, num_epochs=4, alpha_start=0.25))
+  assert experiment.num_steps == 4 * 19  # Two convolutions, two dense layers.
+  assert experiment.alpha(19).tolist() == [1.0, 0.25, 0.25, 0.25]
+  assert experiment.alpha(0).shape == (4,) and tiny_experiment().alpha(0).shape == ()
+
+
+def test_settings_reach_what_they_are_for():
+  config = tiny_config(
+      input_bits=3, weight_bits=2, input_thresholds=(0.1, 0.2, 0.3),
+      weight_thresholds=(0.6,), weight_threshold_rule="channel_mean", norm_momentum=0.7,
+      norm_epsilon=1e-3, norm_scale=False, first_padding="VALID", pad_value=-1.0,
+      compute_dtype="bfloat16", bits_rules=(("conv1", 5), ("norm_conv?", "bfloat16"),
+                                            ("norm_conv2", 4)))
+  model = build_model(config)
+  conv, norm = model.conv.keywords, model.norm.keywords
+  assert model.first_padding == "VALID" and conv["pad_value"] == -1.0
+  for layer in (conv, model.dense.keywords):
+    assert layer["threshold_rule"] == "channel_mean" and layer["thresholds"] == (0.6,)
+    assert layer["dtype"] == jnp.bfloat16
+    assert [layer["bits"](name) for name in ("conv1", "conv2", "dense1")] == [5, 2, 2]
+  assert norm["thresholds"] == (0.1, 0.2, 0.3) and norm["use_scale"] is False
+  assert norm["momentum"] == 0.7 and norm["epsilon"] == 1e-3
+  names = ("norm_conv1", "norm_conv2", "norm_dense1")
+  assert [norm["bits"](name) for name in names] == ["bfloat16", 4, 3]
+  assert model.pool.keywords == {"share_gradient": False}
+  other = build_model(config, share_pool_gradient=True, dataset="cifar100")
+  assert other.pool.keywords == {"share_gradient": True} and other.num_classes == 100
+  assert config.dataset == "digits"
+
+
+def test_kernels_start_as_told():
+  # 3x3 kernels of 4 inputs and 6 outputs.
+  for name, limit in (("glorot_uniform", np.sqrt(6 / (9 * 4 + 9 * 6))),
+                      ("he_uniform", np.sqrt(6 / (9 * 4)))):
+    model = build_model(tiny_config(kernel_init=name))
+    initialize = model.conv.keywords["kernel_init"]
+    assert model.dense.keywords["kernel_init"] is initialize
+    kernel = np.asarray(initialize(jax.random.key(0), (3, 3, 4, 6)))
+    assert 0.95 * limit < np.abs(kernel).max() <= limit
+
+
+def test_layers_on_a_grid():
+  experiment = Experiment(tiny_config(
+      bits_rules=(("conv1", "float32"), ("dense?", 3), ("dense2", "bfloat16"))))
+  assert list(experiment.grid_layers) == ["conv2", "dense1"]
+  assert list(tiny_experiment().grid_layers) == ["conv1", "conv2", "dense1", "dense2"]
+
+
+def test_batches_are_made_as_configured():
+  experiment = Experiment(tiny_config(
+      crop_size=7, crop_padding=2, random_flip=False, pixels="standardized"))
+  assert experiment.image_shape == (7, 7, 1)
+  assert experiment.pixels == pipeline.pixels("standardized", (0.3055,), (0.3761,))
+  data = experiment.load("validation")
+  assert isinstance(data, pipeline.Data) and data.images.shape == (180, 8, 8, 1)
+  order = pipeline.epoch_order(0, 0, 180)
+  images, labels = quick_jit(experiment.train_batch)(data, order, 1, jax.random.key(4))
+  expected = quick_jit(lambda key: pipeline.train_batch(
+      data, order, 1, key, batch_size=64, crop_size=7, crop_padding=2, flip=False,
+      pixels=experiment.pixels))(jax.random.key(4))
+  np.testing.assert_array_equal(images, expected[0])
+  np.testing.assert_array_equal(labels, np.asarray(data.labels)[order[64:128]])
+  images, labels, mask = quick_jit(experiment.eval_batch)(data, 128)
+  assert images.shape == (64, 7, 7, 1) and int(mask.sum()) == 180 - 128
+  np.testing.assert_allclose(
+      images[3], (data.images[131, :7, :7] / 255 - 0.3055) / 0.3761, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"seed": -1}, "config.seed=-1: must be in [0, 2^32)"),
+    ({"batch_size": 1_258},
+     "config.batch_size=1258: must be at most 1257, the training examples of digits"),
+    ({"eval_batch_size": 10**12}, "config.eval_batch_size=1000000000000: must be at "),
+    ({"num_epochs": 10**11}, "config.num_epochs=100000000000: must be at most 1130254"),
+    ({"bits_rules": (("conv1", 2), ("conv3", 2))},
+     "config.bits_rules='conv3': must be a pattern that matches one of conv1, "
+     "norm_conv1, conv2, norm_conv2, dense1, norm_dense1, dense2"),
+    # The last batch norm gives the logits, which have no bits.
+    ({"bits_rules": (("norm_dense2", 2),)}, "config.bits_rules='norm_dense2': must "),
+    ({"bits_rules": (("Conv1", 2),)}, "config.bits_rules='Conv1': must be a pattern "),
+    ({"bits_rules": (("", 2),)}, "config.bits_rules='': must be a pattern that "),
+])
+def test_refused(changes, message):
+  assert refusal(**changes).startswith(message)
+
+
+def test_an_epoch_of_one_batch():
+  experiment = Experiment(tiny_config(batch_size=1_257, eval_batch_size=1_257,
+                                      num_epochs=3))
+  assert (experiment.steps_per_epoch, experiment.num_steps) == (1, 3)
+
+
+def test_init_from_a_run_of_other_shapes(monkeypatch):
+  other = Experiment(tiny_config(conv_widths=(4, 7)))
+  tree = jax.eval_shape(lambda: train.init_state(other))._asdict()
+  saved = type("Saved", (), {"step": 0, "tree": tree})
+  monkeypatch.setattr(train.evaluate, "read_run", lambda workdir: (None, saved))
+  with pytest.raises(cli.UsageError) as error:
+    train.read_source("there", tiny_experiment())
+  assert str(error.value).startswith(
+      "config.init_from='there': must be a run of the same shapes: ")
+  assert "params/conv2/kernel (3, 3, 4, 7) there, (3, 3, 4, 6) here" in str(error.value)
+
+
+def test_convnets():
+  assert models.convnet_widths("D") == ((64, 64, 128, 128, 256, 256), (256, 256))
+  with pytest.raises(cli.UsageError, match="ConvNet '3' does not exist"):
+    models.convnet_widths(3)

@@ -1,0 +1,508 @@
+"""Layers against NumPy float64: a direct convolution, batch norm and Eq 6 by hand."""
+
+import functools
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minw import estimators
+from minw import layers
+from minw import models
+
+# By bits: the ascending positive levels, thresholds of activations, and factors on the
+# mean magnitude for weights.
+LEVELS = {1: [1.0], 2: [1.0], 3: [0.25, 0.5, 1.0]}
+THRESHOLDS = {1: [], 2: [0.1], 3: [0.125, 0.375, 0.75]}
+FACTORS = {1: [], 2: [0.7], 3: [0.3125, 0.9375, 1.875]}
+
+
+def h(x, thresholds, levels) -> np.ndarray:
+  """Eq 4, 21, 22: the level whose number is that of thresholds passed."""
+  if not len(thresholds):
+    return np.where(x > 0, 1.0, -1.0)
+  passed = sum((np.abs(x) > t).astype(int) for t in thresholds)
+  return np.sign(x) * np.array([0.0, *levels])[passed]
+
+
+def mixed_kernel(kernel, bits, alpha) -> np.ndarray:
+  """alpha h(w) + (1 - alpha) w, thresholds proportional to the layer's mean |w|."""
+  kernel = np.float64(kernel)
+  thresholds = [factor * np.abs(kernel).mean() for factor in FACTORS[bits]]
+  return alpha * h(kernel, thresholds, LEVELS[bits]) + (1 - alpha) * kernel
+
+
+def mixed_input(y, bits, alpha) -> np.ndarray:
+  y = np.clip(y, -1, 1)
+  return alpha * h(y, THRESHOLDS[bits], LEVELS[bits]) + (1 - alpha) * y
+
+
+def convolve(x, kernel, strides, padding, pad_value) -> np.ndarray:
+  """A direct convolution in float64: one product for each place of the kernel."""
+  (height, width), (kh, kw) = x.shape[1:3], kernel.shape[:2]
+  top = left = 0
+  out_h, out_w = (height - kh) // strides[0] + 1, (width - kw) // strides[1] + 1
+  if padding == "SAME":  # As TensorFlow: the odd pixel comes after the image.
+    out_h, out_w = -(-height // strides[0]), -(-width // strides[1])
+    top = max((out_h - 1) * strides[0] + kh - height, 0) // 2
+    left = max((out_w - 1) * strides[1] + kw - width, 0) // 2
+  out = np.zeros((len(x), out_h, out_w, kernel.shape[-1]))
+  for i, j in np.ndindex(out_h, out_w):
+    for k, l in np.ndindex(kh, kw):
+      row, column = i * strides[0] + k - top, j * strides[1] + l - left
+      inside = 0 <= row < height and 0 <= column < width
+      pixel = x[:, row, column] if inside else np.full(
+          (len(x), x.shape[-1]), pad_value)
+      out[:, i, j] += pixel @ kernel[k, l]
+  return out
+
+
+def batch_norm(x, mean, var, scale, bias, epsilon=1e-4) -> np.ndarray:
+  return (x - mean) / np.sqrt(var + epsilon) * scale + bias
+
+
+def norm_variables(mean, var, scale, bias):
+  as_float = lambda **values: {"batch_norm": {
+      name: np.asarray(value, np.float32) for name, value in values.items()}}
+  return {"params": as_float(scale=scale, bias=bias),
+          "batch_stats": as_float(mean=mean, var=var)}
+
+
+def identity_norm(channels):
+  """With epsilon = 0, batch norm that changes nothing."""
+  ones = np.ones(channels)
+  return norm_variables(0 * ones, ones, ones, 0 * ones)
+
+
+# Layers with weights.
+
+
+@pytest.mark.parametrize("bits, size, kernel_size, strides, padding, pad", [
+    (1, (5, 6), (3, 3), (1, 1), "SAME", 0.0),
+    (2, (5, 6), (3, 3), (2, 2), "SAME", 1.0),
+    (3, (6, 7), (3, 3), (2, 2), "SAME", -1.0),
+    (1, (7, 5), (2, 5), (1, 2), "SAME", -1.0),
+    (2, (7, 7), (4, 4), (3, 1), "SAME", 1.0),
+    (3, (7, 6), (5, 5), (1, 1), "SAME", 1.0),
+    (1, (4, 4), (1, 1), (1, 1), "SAME", 1.0),
+    (2, (5, 4), (1, 1), (2, 3), "VALID", -1.0),
+    (3, (7, 6), (5, 4), (2, 1), "VALID", 1.0),  # VALID has nothing to pad.
+    (1, (6, 5), (3, 3), (1, 1), "VALID", 0.0),
+])
+def test_convolution(bits, size, kernel_size, strides, padding, pad):
+  rng = np.random.default_rng(size[0] + kernel_size[1])
+  x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+  kernel = rng.normal(0, 0.5, (*kernel_size, 3, 4)).astype(np.float32)
+  layer = layers.QuantConv(4, kernel_size, strides, padding, pad, bits=bits)
+  fresh = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, 1.0, "train"))
+  assert fresh["params"]["kernel"].shape == kernel.shape
+  apply = jax.jit(functools.partial(layer.apply, mode="mixed"))
+  for alpha in (0.0, 0.3, 1.0):
+    got = apply({"params": {"kernel": kernel}}, x, alpha)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, convolve(
+        x, mixed_kernel(kernel, bits, alpha), strides, padding, pad), atol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_dense(bits):
+  rng = np.random.default_rng(bits)
+  x = rng.normal(size=(3, 20)).astype(np.float32)
+  kernel = rng.normal(0, 0.5, (20, 7)).astype(np.float32)
+  apply = jax.jit(functools.partial(
+      layers.QuantDense(7, bits=bits).apply, mode="mixed"))
+  for alpha in (0.0, 0.3, 1.0):
+    got = apply({"params": {"kernel": kernel}}, x, alpha)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, x @ mixed_kernel(kernel, bits, alpha), atol=2e-5)
+
+
+@pytest.mark.parametrize("rule, thresholds, want", [
+    ("layer_mean", (), [[0.0, 1.0], [1.0, 1.0]]),  # 0.7 * 0.5
+    ("layer_mean", (1.0,), [[0.0, 1.0], [0.0, 0.0]]),
+    ("channel_mean", (), [[0.0, 1.0], [1.0, 0.0]]),  # 0.7 * (0.3, 0.7)
+    ("channel_mean", (0.2,), [[1.0, 1.0], [1.0, 1.0]]),
+    ("fixed", (), [[1.0, 1.0], [1.0, 1.0]]),  # 0.1
+    ("fixed", (0.25,), [[0.0, 1.0], [1.0, 1.0]]),
+])
+def test_threshold_rules_of_weights(rule, thresholds, want):
+  kernel = np.float32([[0.125, -1.0], [0.475, -0.4]])  # Means 0.3 and 0.7.
+  layer = layers.QuantDense(2, bits=2, threshold_rule=rule, thresholds=thresholds)
+  got = layer.apply({"params": {"kernel": kernel}}, np.eye(2, dtype="f4"), 1.0, "mixed")
+  np.testing.assert_array_equal(got, np.sign(kernel) * want)
+  wide = layers.QuantConv(2, (1, 2), padding="VALID", bits=2, threshold_rule=rule,
+                          thresholds=thresholds)
+  got = wide.apply({"params": {"kernel": kernel[None, :, None]}},
+                   np.float32([1, 0, 0, 1]).reshape(2, 1, 2, 1), 1.0, "mixed")
+  np.testing.assert_array_equal(got[:, 0, 0], np.sign(kernel) * want)
+
+
+def test_float32_weights_are_neither_quantized_nor_clipped():
+  kernel = np.float32([[3.0, -0.3], [0.001, -7.5]])
+  layer = layers.QuantDense(2, bits="float32")
+  for alpha in (0.5, 1.0):
+    for mode in ("train", "mixed"):
+      got = layer.apply({"params": {"kernel": kernel}}, np.eye(2, dtype="f4"), alpha,
+                        mode)
+      np.testing.assert_array_equal(got, kernel)
+  gradient = jax.grad(lambda kernel: layer.apply(
+      {"params": {"kernel": kernel}}, np.eye(2, dtype="f4"), 1.0, "train").sum())
+  np.testing.assert_array_equal(gradient(kernel), np.ones((2, 2)))
+
+
+def test_weights_in_a_float_format_are_rounded_and_not_mixed():
+  kernel = np.float32([[1.00390625 + 2**-10, -0.3]])  # bfloat16: 1 + 2^-7, -0.30078125.
+  for alpha in (0.0, 1.0):
+    got = layers.QuantDense(2, bits="bfloat16").apply(
+        {"params": {"kernel": kernel}}, np.ones((1, 1), "f4"), alpha, "mixed")
+    np.testing.assert_array_equal(got, [[1.0078125, -0.30078125]])
+
+
+@pytest.mark.parametrize("mode", ["train", "mixed"])
+def test_sums_are_float32_whatever_the_operands(mode):
+  # Odd numbers above 256 are none of bfloat16's.
+  rng = np.random.default_rng(0)
+  x = np.where(rng.random((2, 4, 5, 45)) < 0.9, 1, -1).astype(np.float32)
+  kernel = np.where(rng.random((4, 4, 45, 4)) < 0.9, 0.25, -0.5).astype(np.float32)
+  conv = layers.QuantConv(4, (4, 4), dtype=jnp.bfloat16, bits=1)
+  want = convolve(x, np.sign(kernel), (1, 1), "SAME", 0.0)
+  assert ((want > 256) & (np.mod(want, 2) == 1)).any()
+  got = conv.apply({"params": {"kernel": kernel}}, x, 1.0, mode)
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, want)
+  x, kernel = x.reshape(2, -1)[:, :719], kernel.reshape(-1, 4)[:719]
+  got = layers.QuantDense(4, dtype=jnp.bfloat16, bits=1).apply(
+      {"params": {"kernel": kernel}}, x, 1.0, mode)
+  assert got.dtype == jnp.float32
+  want = x @ np.sign(kernel)
+  assert (want > 256).any() and (np.mod(want, 2) == 1).all()
+  np.testing.assert_array_equal(got, want)
+
+
+def test_operands_are_rounded_to_the_compute_type():
+  kernel, x = np.full((1, 1), 1 / 3, "f4"), np.full((1, 1), 1.01, "f4")
+  third, one = 0.333984375, 1.0078125  # The nearest bfloat16.
+  layer = layers.QuantDense(1, dtype=jnp.bfloat16, bits=1)
+  apply = lambda kernel: layer.apply({"params": {"kernel": kernel}}, x, 0.0, "train")
+  assert apply(kernel)[0, 0] == third * one
+  conv = layers.QuantConv(1, (1, 1), dtype=jnp.bfloat16, bits=1)
+  loss = lambda kernel: conv.apply(
+      {"params": {"kernel": kernel}}, x[None, None], 0.5, "train").sum()
+  value, gradient = jax.value_and_grad(loss)(kernel[None, None])
+  assert value == 0.66796875 * one  # (1 + 1/3) / 2, rounded.
+  assert gradient.dtype == jnp.float32 and gradient[0, 0, 0, 0] == one
+
+
+# Batch norm, shortcut, HardTanh, quantizer.
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, "float32", None])
+@pytest.mark.parametrize("has_shortcut", [False, True])
+def test_order_of_what_follows_the_sums(bits, has_shortcut):
+  rng = np.random.default_rng(2)
+  x = rng.normal(0, 5, (4, 3, 3, 6)).astype(np.float32)
+  mean, var = rng.normal(0, 2, 6), rng.uniform(5, 90, 6)
+  scale, bias = rng.normal(size=6), rng.normal(size=6) / 2
+  shortcut = rng.choice([-1, -0.5, 0, 0.5, 1], x.shape).astype(np.float32)
+  y = batch_norm(x, mean, var, scale, bias) + has_shortcut * shortcut
+  assert (np.abs(y) > 1).mean() > 0.1  # The order shows.
+  variables = norm_variables(mean, var, scale, bias)
+  apply = jax.jit(functools.partial(
+      layers.NormQuant(bits=bits).apply, mode="mixed",
+      shortcut=shortcut if has_shortcut else None))
+  for alpha in (0.0, 0.3, 1.0):
+    if bits is None:
+      want = y
+    elif bits == "float32":
+      want = np.clip(y, -1, 1)
+    else:
+      want = mixed_input(y, bits, alpha)
+    got = apply(variables, x, alpha)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_activations_in_a_float_format():
+  x = np.float32([[0.3, -0.3, 1.5, 2**-12]])
+  layer = layers.NormQuant(bits="float8_e4m3fn", epsilon=0.0)
+  for alpha in (0.0, 1.0):
+    got = layer.apply(identity_norm(4), x, alpha, "mixed")
+    np.testing.assert_array_equal(got, [[0.3125, -0.3125, 1, 0]])
+
+
+def test_settings_of_batch_norm_and_thresholds():
+  x = np.float32([[0.3], [-0.3], [0.6], [-0.1]])
+  layer = layers.NormQuant(bits=2, thresholds=(0.5,), epsilon=0.0)
+  np.testing.assert_array_equal(
+      layer.apply(identity_norm(1), x, 1.0, "mixed"), [[0], [0], [1], [0]])
+  # Thresholds meant for other bits give way to the defaults.
+  layer = layers.NormQuant(bits=2, thresholds=(0.2, 0.5, 0.9), epsilon=0.0)
+  np.testing.assert_array_equal(
+      layer.apply(identity_norm(1), x, 1.0, "mixed"), [[1], [-1], [1], [0]])
+  unscaled = identity_norm(1)
+  del unscaled["params"]["batch_norm"]["scale"]
+  layer = layers.NormQuant(bits=None, epsilon=3.0, use_scale=False)
+  np.testing.assert_array_equal(layer.apply(unscaled, x, 1.0, "mixed"), x / 2)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.25])
+def test_statistics_of_the_batch_and_running_ones(momentum):
+  rng = np.random.default_rng(3)
+  x = rng.normal([3, -20, 0], [1, 5, 40], (16, 4, 2, 3)).astype(np.float32)
+  mean, var = np.array([1.0, 2, 3]), np.array([4.0, 5, 6])
+  scale, bias = np.array([0.5, -1, 2]), np.array([0.1, 0.2, -0.3])
+  variables = norm_variables(mean, var, scale, bias)
+  layer = layers.NormQuant(bits="float32", momentum=momentum, epsilon=1e-3)
+  batch_mean = x.mean((0, 1, 2), dtype=np.float64)
+  batch_var = x.var((0, 1, 2), dtype=np.float64)  # Of the batch itself: biased.
+  got, updated = layer.apply(variables, x, 1.0, "train", mutable=["batch_stats"])
+  np.testing.assert_allclose(got, np.clip(batch_norm(
+      x, batch_mean, batch_var, scale, bias, 1e-3), -1, 1), atol=1e-5)
+  stats = updated["batch_stats"]["batch_norm"]
+  np.testing.assert_allclose(
+      stats["mean"], momentum * mean + (1 - momentum) * batch_mean, rtol=1e-5)
+  np.testing.assert_allclose(
+      stats["var"], momentum * var + (1 - momentum) * batch_var, rtol=1e-5)
+
+  got, updated = layer.apply(variables, x, 1.0, "mixed", mutable=["batch_stats"])
+  np.testing.assert_allclose(got, np.clip(
+      batch_norm(x, mean, var, scale, bias, 1e-3), -1, 1), atol=1e-5)
+  kept = updated["batch_stats"]["batch_norm"]
+  np.testing.assert_array_equal(kept["mean"], np.float32(mean))
+  np.testing.assert_array_equal(kept["var"], np.float32(var))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, "float32", "bfloat16"])
+def test_hard_tanh_passes_the_gradient_at_exactly_1(bits):
+  x = np.float32([[-1.01], [-1], [-0.5], [0], [0.2], [1], [1.01]])
+  layer = layers.NormQuant(bits=bits, epsilon=0.0)
+  gradient = jax.grad(
+      lambda x: layer.apply(identity_norm(1), x, 0.75, "mixed").sum())(x)
+  factor = 1.0 if isinstance(bits, str) else 1.5  # Eq 18: 2 alpha.
+  np.testing.assert_array_equal(gradient[:, 0],
+                                factor * np.array([0, 1, 1, 1, 1, 1, 0]))
+
+
+def test_gradient_of_clipped_weights():
+  kernel = np.float32([[1.0, -1.0, 1.01, -0.2]])
+  gradient = jax.grad(lambda kernel: layers.QuantDense(4).apply(
+      {"params": {"kernel": kernel}}, np.ones((1, 1), "f4"), 0.5, "train").sum())
+  np.testing.assert_array_equal(gradient(kernel), [[1, 1, 0, 1]])
+
+
+def test_distance_from_the_grid():
+  x = np.float32([[[0.25], [-0.5]], [[2.0], [1.0]]])
+  layer = layers.NormQuant(bits=1, epsilon=0.0)
+  _, sown = layer.apply(identity_norm(1), x, 0.5, "mixed", mutable=["distance"])
+  mean, = sown["distance"]["mean"]
+  np.testing.assert_array_equal(mean, [(0.75 + 0.5) / 2, 0])  # One for each example.
+  _, sown = layer.apply(identity_norm(1), x, 0.5, "train",
+                        mutable=["distance", "batch_stats"])
+  assert "distance" not in sown
+
+
+# Bits.
+
+
+def test_bits_by_rule_the_last_match_decides():
+  bits = layers.bits_by_rule(1, [("conv*", 2), ("conv1", "float32"), ("*2", 3),
+                                 ("block?/conv1", 4), ("[!c]*/x", 5)])
+  assert [bits(path) for path in (
+      "dense1", "conv3", "conv1", "conv2", "dense2", "block1/conv1", "block12/conv1",
+      "xconv1", "Conv1", "b/x", "c/x")] == [1, 2, "float32", 3, 3, 4, 1, 1, 1, 5, 1]
+  assert layers.bits_by_rule("bfloat16", [])("conv1") == "bfloat16"
+  assert layers.matches("norm_*", "norm_conv1")
+  assert not layers.matches("norm", "norm_conv1")
+  assert [layers.operand_bits(bits) for bits in (
+      1, 3, 5, "float8_e4m3fn", "bfloat16", "float16", "float32")] == [
+          1, 3, 5, 8, 16, 16, 32]
+
+
+def test_bits_of_nested_layers():
+  class Block(nn.Module):
+
+    @nn.compact
+    def __call__(self, x):
+      bits = layers.bits_by_rule(1, [("outer/inner", 2)])
+      return layers.QuantDense(1, bits=bits, name="inner")(x, 1.0, "mixed")
+
+  class Network(nn.Module):
+
+    @nn.compact
+    def __call__(self, x):
+      return Block(name="outer")(x) - Block(name="other")(x)
+
+  kernel = {"inner": {"kernel": np.float32([[0.2], [1.0]])}}  # Threshold 0.42.
+  got = Network().apply({"params": {"outer": kernel, "other": kernel}},
+                        np.float32([[1, 0], [0, 1]]))
+  np.testing.assert_array_equal(got, [[-1], [0]])
+
+
+# The stochastic estimator.
+
+# Keys of another kind than the default compile in a tenth of the time.
+key = functools.partial(jax.random.key, impl="unsafe_rbg")
+
+
+def test_stochastic_estimator_needs_its_key():
+  estimator = estimators.by_name("stochastic_aqe")
+  rng = np.random.default_rng(0)
+  x = rng.uniform(-1, 1, (40, 50)).astype(np.float32)
+  norm = layers.NormQuant(estimator=estimator, epsilon=0.0)
+  dense = layers.QuantDense(50, estimator=estimator)
+  weights = {"params": {"kernel": np.float32(x[:1])}}
+  for layer, variables, inputs in (
+      (norm, identity_norm(50), x), (dense, weights, np.ones((1, 1), "f4"))):
+    with pytest.raises(flax.errors.InvalidRngError, match="estimator"):
+      layer.apply(variables, inputs, 0.5, "mixed")
+    values = inputs if layer is norm else x[:1]
+    apply = lambda seed, mode="mixed": np.asarray(layer.apply(
+        variables, inputs, 0.75, mode, rngs={"estimator": key(seed)},
+        mutable=["batch_stats", "distance"])[0])
+    got = apply(1)
+    signs = (got - 0.25 * values) / 0.75  # alpha sign(x - z) + (1 - alpha) x.
+    np.testing.assert_allclose(np.abs(signs), 1, atol=1e-5)
+    np.testing.assert_array_equal(apply(1), got)
+    assert (apply(2) != got).any() and (signs * values < 0).any()
+    assert abs((signs - values).mean()) < 0.25  # Its mean is x.
+    assert np.isfinite(apply(1, "train")).all()
+  with pytest.raises(ValueError, match="one bit"):
+    layers.NormQuant(bits=2, estimator=estimator).apply(
+        identity_norm(50), x, 0.5, "mixed", rngs={"estimator": key(0)})
+
+
+def test_stochastic_estimator_in_a_network():
+  estimator = estimators.by_name("stochastic_aqe")
+  make = lambda layer: functools.partial(layer, estimator=estimator)
+  net = models.ConvNet(3, (4,), (), conv=make(layers.QuantConv),
+                       dense=make(layers.QuantDense), norm=make(layers.NormQuant))
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(4, 6, 6, 1)).astype(np.float32)
+  shapes = jax.eval_shape(lambda: layers.initialize(net, (6, 6, 1)))
+  variables = jax.tree.map(
+      lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
+
+  @jax.jit
+  def run(seed):
+    def loss(params):
+      logits, _ = net.apply(
+          {**variables, "params": params}, images, 0.5, "train",
+          rngs={"estimator": key(seed)}, mutable=["batch_stats"])
+      return (logits * jnp.arange(12.0).reshape(4, 3)).sum(), logits
+    return jax.grad(loss, has_aux=True)(variables["params"])
+
+  (gradient, logits), (_, others), (_, same) = run(0), run(1), run(0)
+  assert (logits != others).any()
+  np.testing.assert_array_equal(logits, same)
+  for leaf in jax.tree.leaves(gradient):
+    assert np.isfinite(leaf).all() and (leaf != 0).any()
+
+
+# Pooling.
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("shape, window", [
+    ((2, 4, 6, 3), 2), ((1, 5, 7, 2), 2), ((2, 7, 8, 1), 3), ((1, 3, 3, 2), 3)])
+def test_max_pool(shape, window, share):
+  x = np.random.default_rng(0).integers(-9, 0, shape).astype(np.float32)
+  h, w = shape[1] // window, shape[2] // window
+  want = np.full((shape[0], h, w, shape[3]), -np.inf)
+  for i, j in np.ndindex(h, w):
+    want[:, i, j] = x[:, i * window:(i + 1) * window,
+                      j * window:(j + 1) * window].max((1, 2))
+  got = layers.max_pool(x, window, share)
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, want)
+
+
+def test_gradient_of_max_pool_at_ties():
+  x = np.float32([[1, 3, 5, 5, 9], [3, 2, 5, 5, 9], [9, 9, 9, 9, 9]])[None, :, :, None]
+  weight = np.float32([4, 8]).reshape(1, 1, 2, 1)
+  gradient = lambda share: jax.grad(lambda x: (
+      weight * layers.max_pool(x, share_gradient=share)).sum())(x)[0, :, :, 0]
+  np.testing.assert_array_equal(
+      gradient(True), [[0, 2, 2, 2, 0], [2, 0, 2, 2, 0], [0, 0, 0, 0, 0]])
+  one = np.asarray(gradient(False))
+  assert sorted(one[:2, :2].ravel()) == [0, 0, 0, 4] and one[0, 0] == one[1, 1] == 0
+  assert sorted(one[:2, 2:4].ravel()) == [0, 0, 0, 8]
+  assert not one[2].any() and not one[:, 4].any()
+
+
+# Networks.
+
+
+def test_fresh_variables():
+  net = models.ConvNet(3, (4, 4), (5,), conv=functools.partial(
+      layers.QuantConv, kernel_init=nn.initializers.constant(0.25)))
+  make = jax.jit(lambda seed: layers.initialize(net, (6, 6, 1), seed))
+  variables, same, other = make(0), make(0), make(1)
+  jax.tree.map(np.testing.assert_array_equal, variables, same)
+  assert sorted(variables) == ["batch_stats", "params"]
+  params = variables["params"]
+  np.testing.assert_array_equal(params["conv2"]["kernel"], np.full((3, 3, 4, 4), 0.25))
+  dense = params["dense1"]["kernel"]  # Glorot, uniform: within sqrt(6 / (36 + 5)).
+  assert dense.shape == (36, 5) and dense.dtype == jnp.float32
+  assert 0.9 < np.abs(dense).max() / np.sqrt(6 / 41) <= 1
+  assert (dense != other["params"]["dense1"]["kernel"]).any()
+  norm = params["norm_conv1"]["batch_norm"]
+  np.testing.assert_array_equal(norm["scale"], np.ones(4))
+  np.testing.assert_array_equal(norm["bias"], np.zeros(4))
+  stats = variables["batch_stats"]["norm_conv1"]["batch_norm"]
+  assert stats["mean"].shape == stats["var"].shape == (4,)
+
+
+def test_trace():
+  rules = [("conv2", 3), ("dense*", "bfloat16"), ("dense2", 1),
+           ("norm_conv1", "float8_e4m3fn"), ("norm_dense1", 3)]
+  weights = dict(bits=layers.bits_by_rule(2, rules))
+  net = models.ConvNet(
+      10, (4, 6), (5,), first_padding="VALID",
+      conv=functools.partial(layers.QuantConv, **weights),
+      dense=functools.partial(layers.QuantDense, **weights),
+      norm=functools.partial(layers.NormQuant, bits=layers.bits_by_rule(1, rules)))
+  want = [
+      # path, kind, bits, input bits, input, output, kernel, channel parameters
+      ("conv1", "conv", 2, 16, (9, 8, 3), (7, 6, 4), (3, 3, 3, 4), 0),
+      ("norm_conv1", "norm", "float8_e4m3fn", 32, (7, 6, 4), (7, 6, 4), (), 8),
+      ("conv2", "conv", 3, 8, (7, 6, 4), (7, 6, 6), (3, 3, 4, 6), 0),
+      ("norm_conv2", "norm", 1, 32, (3, 3, 6), (3, 3, 6), (), 12),
+      ("dense1", "dense", "bfloat16", 1, (54,), (5,), (54, 5), 0),
+      ("norm_dense1", "norm", 3, 32, (5,), (5,), (), 10),
+      ("dense2", "dense", 1, 3, (5,), (10,), (5, 10), 0),
+      ("norm_dense2", "norm", None, 32, (10,), (10,), (), 20),
+  ]
+  infos = layers.trace(net, (9, 8, 3))
+  assert [tuple(info) for info in infos] == want
+  assert infos[2].path == "conv2" and infos[2].input_bits == 8
+  # Without a scale, batch norm keeps a shift alone.
+  net = net.clone(norm=functools.partial(layers.NormQuant, use_scale=False))
+  assert layers.trace(net, (9, 8, 3))[1].channel_parameters == 4
+
+
+def test_trace_names_nested_layers_and_their_shortcuts():
+  class Block(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, mode):
+      y = layers.QuantConv(2, (1, 1), (2, 2), name="conv1")(x, 1.0, mode)
+      shortcut = layers.NormQuant(2, name="norm1")(y, 1.0, mode)
+      return layers.NormQuant(3, name="norm2")(y, 1.0, mode, shortcut)
+
+  class Network(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, alpha=1.0, mode="hard"):
+      return Block(name="block2")(Block(name="block1")(x, mode), mode)
+
+  assert [(info.path, info.bits, info.input_bits, info.output_shape)
+          for info in layers.trace(Network(), (5, 4, 1))] == [
+              ("block1/conv1", 1, 16, (3, 2, 2)),
+              ("block1/norm1", 2, 32, (3, 2, 2)),
+              ("block1/norm2", 3, 32, (3, 2, 2)),
+              ("block2/conv1", 1, 3, (2, 1, 2)),
+              ("block2/norm1", 2, 32, (2, 1, 2)),
+              ("block2/norm2", 3, 32, (2, 1, 2))]

@@ -1,0 +1,330 @@
+"""minw.pipeline: images whose pixels say where they come from, against NumPy."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from minw import datasets
+from minw import pipeline
+from minw import train
+from minw.experiment import Experiment
+from minw import config as config_lib
+
+RAW = pipeline.Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+# round(255 mean), by hand: 255 * 0.4914 = 125.307 and so on.
+OFFSETS = {"digits": (78,), "cifar10": (125, 123, 114), "cifar100": (129, 124, 112)}
+
+
+def coded_data(count, height, width):
+  """Pixels are (row, column, example); labels 3 * example + 1."""
+  example, row, column = np.indices((count, height, width))
+  images = np.stack([row, column, example], axis=-1).astype(np.uint8)
+  return on_device(images, np.arange(count, dtype=np.int32) * 3 + 1)
+
+
+def on_device(images, labels):
+  return pipeline.Data(jnp.asarray(images), jnp.asarray(labels))
+
+
+def pixels_of(name, kind="integer"):
+  info = datasets.info(name)
+  return pipeline.pixels(kind, info.mean, info.std)
+
+
+@pytest.mark.parametrize("name", datasets.NAMES)
+def test_integer_pixels_are_exact_multiples_of_1_64(name):
+  values = np.arange(256, dtype=np.uint8)
+  images = np.stack([values] * len(OFFSETS[name]), axis=-1)
+  pixels = pixels_of(name)
+  assert pixels == (OFFSETS[name], (64,) * len(OFFSETS[name]))
+  # The same in a compiled program, where XLA may divide in another way.
+  for normalize in (pipeline.normalize, jax.jit(pipeline.normalize, static_argnums=1)):
+    got = np.asarray(normalize(images, pixels))
+    assert got.dtype == np.float32
+    for channel, offset in enumerate(OFFSETS[name]):
+      exact = (np.arange(256) - offset) / 64
+      np.testing.assert_array_equal(got[:, channel].astype(np.float64), exact)
+      in_bfloat16 = got[:, channel].astype(ml_dtypes.bfloat16)
+      np.testing.assert_array_equal(in_bfloat16.astype(np.float64), exact)
+
+
+def test_standardized_pixels():
+  images = np.arange(48, dtype=np.uint8).reshape(2, 4, 2, 3) * 5
+  expected = (images / 255 - [0.4914, 0.4822, 0.4465]) / [0.2470, 0.2435, 0.2616]
+  got = pipeline.normalize(images, pixels_of("cifar10", "standardized"))
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_kind_of_pixels():
+  with pytest.raises(ValueError, match="kind='raw': must be integer or standardized"):
+    pipeline.pixels("raw", (0.5,), (0.5,))
+
+
+@pytest.mark.parametrize("kind, unit", [("integer", 1 / 64), ("standardized", 0.0)])
+def test_probe_bounds_what_normalize_gives(kind, unit):
+  pixels = pixels_of("cifar10", kind)
+  ends = pipeline.normalize(np.array([[0] * 3, [255] * 3], np.uint8), pixels)
+  probe = pipeline.probe(pixels, (2, 5, 3))
+  for field in probe:
+    assert field.shape == (2, 5, 3)
+  np.testing.assert_allclose(probe.bound[1, 4], np.abs(ends).max(axis=0), rtol=1e-6)
+  if kind == "integer":
+    assert (probe.bound[0, 0] * 64).tolist() == [130, 132, 141]  # 255 - (125, 123, 114)
+  assert (probe.unit == unit).all() and (probe.bits == 16).all()
+
+
+def test_epoch_order_is_a_permutation_of_its_own():
+  orders = {(seed, epoch): np.asarray(pipeline.epoch_order(seed, epoch, 1_000))
+            for seed in (0, 1, 2**32 - 1) for epoch in (0, 1, 199)}
+  for one in orders.values():
+    assert one.dtype == np.int32
+    assert np.sort(one).tolist() == list(range(1_000))
+  rows = [*orders.values(), np.arange(1_000)]
+  for i, one in enumerate(rows):
+    for other in rows[:i]:
+      assert (one == other).mean() < 0.02  # One place in a thousand is expected.
+  traced = jax.jit(lambda epoch: pipeline.epoch_order(2**32 - 1, epoch, 1_000))
+  np.testing.assert_array_equal(traced(199), orders[2**32 - 1, 199])
+
+
+def crops_of(padded, size):
+  """Every crop of an image and its mirror image: {(top, left, flipped): crop}."""
+  tops, lefts = (n - size + 1 for n in padded.shape[:2])
+  result = {}
+  for top in range(tops):
+    for left in range(lefts):
+      crop = padded[top:top + size, left:left + size]
+      result[top, left, False], result[top, left, True] = crop, crop[:, ::-1]
+  return result
+
+
+def pad(image, amount, fill):
+  padded = np.empty((image.shape[0] + 2 * amount, image.shape[1] + 2 * amount, 3))
+  padded[...] = fill
+  padded[amount:-amount or None, amount:-amount or None] = image
+  return padded
+
+
+def crop_taken(image, candidates):
+  """Which of the crops `image` is; there must be one, and no other."""
+  found = [where for where, crop in candidates.items() if (image == crop).all()]
+  assert len(found) == 1
+  return found[0]
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("flip", [False, True])
+def test_train_batch_is_crops_and_flips_of_the_right_examples(padding, flip):
+  data, size = coded_data(23, 5, 7), 4
+  pixels = pipeline.Pixels((200.0, 201.0, 202.0), (2.0, 4.0, 8.0))
+  order = jnp.asarray(np.random.default_rng(0).permutation(23), jnp.int32)
+  step = jax.jit(lambda position, key: pipeline.train_batch(
+      data, order, position, key, batch_size=6, crop_size=size, crop_padding=padding,
+      flip=flip, pixels=pixels))
+  candidates = [crops_of(pad(image, padding, pixels.offset), size)
+                for image in np.asarray(data.images)]
+  seen = set()
+  for position in range(3):
+    for seed in range(8):
+      images, labels = step(position, jax.random.key(10 * position + seed))
+      assert images.shape == (6, size, size, 3) and images.dtype == jnp.float32
+      assert labels.shape == (6,) and labels.dtype == jnp.int32
+      of = order[6 * position:6 * position + 6]
+      np.testing.assert_array_equal(labels, 3 * of + 1)
+      raw = np.asarray(images, np.float64) * pixels.divisor + pixels.offset
+      seen |= {crop_taken(image, candidates[i]) for image, i in zip(raw, of)}
+  assert {flipped for _, _, flipped in seen} == ({False, True} if flip else {False})
+  assert len(seen) > 0.7 * (2 + 2 * padding) * (4 + 2 * padding) * (1 + flip)
+
+
+def test_crops_and_flips_are_uniform():
+  # 7 x 8 corners, flipped or not: 112 outcomes, each 100 times in 11,200.
+  data, size, padding, count = coded_data(1, 6, 7), 4, 2, 11_200
+  images, _ = pipeline.train_batch(
+      data, jnp.zeros(count, jnp.int32), 0, jax.random.key(0), batch_size=count,
+      crop_size=size, crop_padding=padding, flip=True,
+      pixels=pipeline.Pixels((50.0, 50.0, 50.0), (1.0, 1.0, 1.0)))
+  raw = np.asarray(images, np.uint8) + np.uint8(50)
+  keys = {crop.astype(np.uint8).tobytes(): where for where, crop in crops_of(
+      pad(np.asarray(data.images[0]), padding, 50), size).items()}
+  counts = np.zeros((7, 8, 2))
+  for image in raw:
+    top, left, flipped = keys[image.tobytes()]
+    counts[top, left, int(flipped)] += 1
+  assert len(keys) == counts.size == 112
+  # Chi-squared, 111 degrees of freedom: over 175 in one of 10,000 cases.
+  assert ((counts - 100)**2 / 100).sum() < 175
+  # Half of them flipped, to five standard deviations of 53.
+  assert abs(counts[..., 1].sum() - 5_600) < 265
+  assert counts[[0, 0, -1, -1], [0, -1, 0, -1]].min() > 50  # The corners too.
+
+
+@pytest.mark.parametrize("name", datasets.NAMES)
+def test_padding_is_zero(name):
+  height, width, channels = datasets.info(name).image_shape
+  data = on_device(np.full((1, height, width, channels), 255, np.uint8),
+                   np.zeros(1, np.int32))
+  for kind, limit in (("integer", 0.0), ("standardized", 0.5 / (255 * 0.2435))):
+    images, _ = pipeline.train_batch(
+        data, jnp.zeros(64, jnp.int32), 0, jax.random.key(1), batch_size=64,
+        crop_size=height, crop_padding=3, flip=True, pixels=pixels_of(name, kind))
+    images = np.asarray(images)
+    border = images[images < images.max(axis=(0, 1, 2)) * 0.9]
+    assert 0.1 < border.size / images.size < 0.5
+    assert np.abs(border).max() <= limit  # Standardized: to half a pixel's step.
+
+
+def test_keys_decide():
+  data, order = coded_data(16, 6, 6), jnp.arange(16, dtype=jnp.int32)
+  batch = lambda seed: np.asarray(pipeline.train_batch(
+      data, order, 0, jax.random.key(seed), batch_size=16, crop_size=4, crop_padding=0,
+      flip=True, pixels=RAW)[0])
+  np.testing.assert_array_equal(batch(3), batch(3))
+  assert not (batch(3) == batch(4)).all()
+  # Examples do not share a corner, nor rows a flip with columns.
+  corners = {tuple(image[0, [0, -1], :2].ravel()) for image in batch(3)}
+  assert len(corners) > 4
+
+
+@pytest.mark.parametrize("shape, size, top, left", [
+    ((32, 32), 24, 4, 4), ((32, 32), 32, 0, 0), ((32, 32), 25, 3, 3), ((8, 8), 7, 0, 0),
+    ((9, 6), 4, 2, 1), ((7, 10), 4, 1, 3), ((33, 32), 24, 4, 4)])
+def test_the_centre_is_evaluated(shape, size, top, left):
+  data = coded_data(2, *shape)
+  images, labels, mask = pipeline.eval_batch(
+      data, 0, batch_size=2, crop_size=size, pixels=RAW)
+  assert images.shape == (2, size, size, 3) and images.dtype == jnp.float32
+  for i, image in enumerate(np.asarray(images)):
+    assert image[0, 0].tolist() == [top, left, i]
+    assert image[-1, -1].tolist() == [top + size - 1, left + size - 1, i]
+    np.testing.assert_array_equal(
+        image, data.images[i, top:top + size, left:left + size])
+  assert labels.tolist() == [1, 4] and mask.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("count, size", [(10, 4), (8, 4), (3, 4), (1, 1), (9, 8)])
+def test_every_example_is_evaluated_once(count, size):
+  data = coded_data(count, 4, 4)
+  step = jax.jit(lambda start: pipeline.eval_batch(
+      data, start, batch_size=size, crop_size=2, pixels=pixels_of("cifar10")))
+  seen = []
+  for start in range(0, count, size):
+    images, labels, mask = map(np.asarray, step(start))
+    assert mask.dtype == bool and mask.shape == (size,)
+    left = min(size, count - start)
+    assert mask.tolist() == [True] * left + [False] * (size - left)
+    examples = images[:, 0, 0, 2] * 64 + OFFSETS["cifar10"][2]
+    np.testing.assert_array_equal(labels, 3 * examples + 1)
+    seen += examples[mask].tolist()
+  assert seen == list(range(count))
+
+
+def small_config(**changes):
+  c = config_lib.default_config()
+  c.update(dataset="digits", crop_size=7, crop_padding=2, random_flip=True,
+           conv_widths=(), dense_widths=(), batch_size=64, eval_batch_size=64, seed=5)
+  c.update(changes)
+  return c
+
+
+def test_batch_t_is_a_function_of_seed_and_step(monkeypatch):
+  experiment = Experiment(small_config())
+  experiment.jit = lambda function, **options: jax.jit(  # Compiles in less time.
+      function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+  data = experiment.load("train")
+  monkeypatch.setattr(train, "update", lambda experiment, state, *batch: (
+      state._replace(step=state.step + 1), batch))
+  step_and_batch = train.make_train_step(experiment)
+  order_of = train.make_epoch_order(experiment)
+
+  def batch_at(step, then=1):
+    state = train.TrainState(jnp.int32(step), (), (), (), ())
+    for t in range(step, step + then):
+      state, batch = step_and_batch(state, data, order_of(t // 19))
+    assert int(state.step) == step + then
+    return [np.asarray(part) for part in (*batch[:2], jax.random.key_data(batch[2]))]
+
+  for got, want in zip(batch_at(0, then=22), batch_at(21)):
+    np.testing.assert_array_equal(got, want)
+  images, labels, key = batch_at(21)
+  # The third batch of the second epoch of 19.
+  of = np.asarray(pipeline.epoch_order(5, 1, 1_257))[128:192]
+  digits = np.asarray(data.images)[of]
+  np.testing.assert_array_equal(labels, np.asarray(data.labels)[of])
+  assert images.shape == (64, 7, 7, 1)
+  flips, digits = 0, (digits - 78.0) / 64
+  for image, digit in zip(images, digits):
+    found = [where for where, crop in crops_of(np.pad(
+        digit, ((2, 2), (2, 2), (0, 0))), 7).items() if (image == crop).all()]
+    assert found
+    flips += found[0][2]
+  assert 16 < flips < 48
+  # The estimator's noise is another at each step, as are the batches.
+  for step in (20, 22):
+    other = batch_at(step)
+    assert not (other[0] == images).all() and not (other[2] == key).all()
+  assert not (batch_at(21 + 19)[1] == labels).all()  # Another epoch's order.
+
+
+_ON_DEVICES = """
+import hashlib, json, os
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from minw import datasets, pipeline
+
+assert len(jax.devices()) == 4
+data = pipeline.Data(*datasets.load("digits", "train", None))
+info = datasets.info("digits")
+pixels = pipeline.pixels("integer", info.mean, info.std)
+epoch_order = pipeline.epoch_order(3, 2, 1257)
+result = {}
+for count in (1, 2, 4):
+  mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,),
+                       devices=jax.devices()[:count])
+  replicated = NamedSharding(mesh, PartitionSpec())
+  sharded = NamedSharding(mesh, PartitionSpec("data"))
+  here, order = jax.device_put((data, epoch_order), replicated)
+  train = jax.jit(lambda data, order, position, key: pipeline.train_batch(
+      data, order, position, key, batch_size=64, crop_size=6, crop_padding=1, flip=True,
+      pixels=pixels, sharding=sharded))
+  evaluate = jax.jit(lambda data, start: pipeline.eval_batch(
+      data, start, batch_size=64, crop_size=6, pixels=pixels, sharding=sharded))
+  batches = [train(here, order, t, jax.random.key(t)) for t in (0, 7)]
+  batches.append(evaluate(here, 1216))
+  for images, *_ in batches:
+    assert len(images.sharding.device_set) == count, images.sharding
+    assert images.addressable_shards[0].data.shape[0] == 64 // count
+  result[count] = [hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
+                   for batch in batches for part in batch]
+print(json.dumps(result))
+"""
+
+
+def test_batches_are_the_same_on_any_number_of_devices():
+  flags = " ".join([
+      os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4",
+      "--xla_backend_optimization_level=0"])  # It takes less time to compile.
+  out = subprocess.run(
+      [sys.executable, "-c", _ON_DEVICES], check=True, capture_output=True, text=True,
+      env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}).stdout
+  by_count = json.loads(out)
+  data = on_device(*datasets.load("digits", "train", None))
+  order = pipeline.epoch_order(3, 2, 1_257)
+  batches = [pipeline.train_batch(
+      data, order, t, jax.random.key(t), batch_size=64, crop_size=6, crop_padding=1,
+      flip=True, pixels=pixels_of("digits")) for t in (0, 7)]
+  batches.append(pipeline.eval_batch(
+      data, 1_216, batch_size=64, crop_size=6, pixels=pixels_of("digits")))
+  here = [hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
+          for batch in batches for part in batch]
+  assert len(set(here)) == 7
+  assert by_count == {"1": here, "2": here, "4": here}

@@ -1,0 +1,402 @@
+"""A run that is killed or told to stop, at whatever moment, and started again."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from minw import checkpoint
+from minw import evaluate
+from minw import train
+from test_train import EPOCH
+from test_train import Stop
+from test_train import busy_config
+from test_train import ended
+from test_train import lines_of
+from test_train import outcome
+from test_train import run
+from test_train import run_with
+from test_train import start
+from test_train import stop_before
+from test_train import tiny_config
+
+# Python announces each opening, renaming and removal of a file before it is done.
+# That is where runs are cut here: a checkpoint's write alone has twenty such moments.
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def moment_of(event, args, workdir):
+  """"os.rename checkpoints/38.orbax-checkpoint-tmp"; None if nothing is changed."""
+  if event not in EVENTS or not args or not isinstance(args[0], (str, os.PathLike)):
+    return None
+  path = os.fspath(args[0])
+  if not isinstance(path, str) or not path.startswith(f"{workdir}/"):
+    return None
+  if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
+    return None
+  return f"{event} {path[len(str(workdir)) + 1:]}"
+
+
+class Copies:
+  """Copies of a workdir from all moments of the run in it.
+
+  A killed process leaves what it had given to the operating system, which is what a
+  copy holds. Other threads of the run have to wait before they change another file.
+  """
+
+  def __init__(self, workdir, folder):
+    self._workdir, self._folder = workdir, folder
+    self._lock, self._inside = threading.RLock(), False
+    self.at = {}  # By moment; where it recurs, "#2" and so on follow.
+    self.active = True
+    sys.addaudithook(self._notice)  # There is no way to remove it.
+
+  def _notice(self, event, args):
+    if self.active and (moment := moment_of(event, args, self._workdir)):
+      self.make(moment)
+
+  def make(self, moment):
+    with self._lock:
+      if self._inside:
+        return
+      self._inside = True
+      count = 1 + sum(name.split("#")[0] == moment for name in self.at)
+      name = moment + f"#{count}" * (count > 1)
+      target = self._folder / str(len(self.at))
+      _copy(self._workdir, target)
+      self.at[name] = target
+      self._inside = False
+
+
+def _copy(source, target):
+  target.mkdir(parents=True)
+  # Checkpoints before metrics: none may meet earlier ones.
+  for path in sorted(source.iterdir()):
+    if path.is_dir():
+      _copy(path, target / path.name)
+    else:
+      with contextlib.suppress(FileNotFoundError):  # Orbax' C++ does not wait.
+        shutil.copy(path, target / path.name)
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory):
+  """An uninterrupted run, what came of it, and copies of its workdir."""
+  folder = tmp_path_factory.mktemp("resume")
+  copies = Copies(folder / "run", folder / "copies")
+
+  def action(step, _):
+    if step in (5, EPOCH + 6, 4 * EPOCH - 1):
+      copies.make(f"step {step}")
+
+  run_with(action, busy_config(), folder / "run")
+  copies.active = False
+  return outcome(folder / "run"), copies.at
+
+
+def assert_ends_like(workdir, expected, config):
+  run(config, workdir)
+  found = outcome(workdir)
+  for name in expected:
+    assert found[name] == expected[name], name
+
+
+MOMENTS = [
+    "os.mkdir checkpoints",
+    "open metrics.jsonl.part",
+    "step 5",
+    "os.mkdir checkpoints/19.orbax-checkpoint-tmp",  # All lines, but no checkpoint.
+    "step 25",
+    "open checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp/_METADATA",
+    "os.rename checkpoints/38.orbax-checkpoint-tmp",
+    "shutil.rmtree checkpoints/19",
+    "step 75",
+    "open curves.png.part",  # With the lines of the test split.
+    "last"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_run_goes_on(moment, busy, tmp_path):
+  expected, copies = busy
+  if moment == "last":  # All is done, but status.json does not yet say so.
+    moment = list(copies)[-1]
+    assert moment.startswith("os.rename status.json.part")
+  shutil.copytree(copies[moment], tmp_path / "run")
+  assert_ends_like(tmp_path / "run", expected, busy_config())
+
+
+@pytest.mark.slow
+def test_run_killed_at_any_moment_goes_on(busy, tmp_path):
+  expected, copies = busy
+  assert len(copies) > 80
+  for moment, copy in copies.items():
+    shutil.copytree(copy, tmp_path / "run")
+    try:
+      assert_ends_like(tmp_path / "run", expected, busy_config())
+    except BaseException as error:
+      error.add_note(moment)
+      raise
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_cut_line_of_metrics(busy, tmp_path):
+  """Of a line, the operating system may have got a part."""
+  expected, copies = busy
+  for i, tail in enumerate(('{"step": 38, "epoch": 2, "spl', '{"step": 38}', "{")):
+    workdir = tmp_path / str(i)
+    shutil.copytree(copies["step 25"], workdir)
+    with (workdir / "metrics.jsonl").open("a") as file:
+      file.write(tail)
+    with pytest.raises(Stop):
+      run_with(stop_before(EPOCH + 7), busy_config(), workdir)
+    assert lines_of(workdir) == [line for line in expected["lines"]
+                                 if line["step"] <= EPOCH]
+
+
+def test_cut_again_and_again(busy, tmp_path):
+  expected, _ = busy
+  for step in (3, EPOCH + 1, EPOCH + 1, 2 * EPOCH, 3 * EPOCH + 18):
+    with pytest.raises(Stop):
+      run_with(stop_before(step), busy_config(), tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status == {"state": "running", "step": step // EPOCH * EPOCH}
+    steps = [line["step"] for line in lines_of(tmp_path)]
+    assert sorted(steps) == steps and len(steps) == step // EPOCH * 3
+  assert_ends_like(tmp_path, expected, busy_config())
+
+
+def test_deleting_what_is_too_old_may_be_cut(busy, tmp_path):
+  expected, copies = busy
+  removals = [name for name in copies if name.startswith("shutil.rmtree checkpoints")]
+  assert removals
+  workdir = tmp_path / "run"
+  shutil.copytree(copies[removals[-1]], workdir)
+  old = workdir / removals[-1].split()[1]
+  for path in sorted(path for path in old.rglob("*") if path.is_file())[::2]:
+    path.unlink()
+  assert_ends_like(workdir, expected, busy_config())
+
+
+# SIGTERM.
+
+
+def terminate_at(wanted):
+  def action(step, _):
+    if step == wanted:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  return action
+
+
+@pytest.mark.parametrize("step", [0, EPOCH - 1, EPOCH + 6])
+def test_terminated_run_stops_and_goes_on(step, busy, tmp_path):
+  expected, _ = busy
+  handler = signal.getsignal(signal.SIGTERM)
+  status = run_with(terminate_at(step), busy_config(), tmp_path)
+  # The step is finished and saved.
+  assert status == {"state": "preempted", "step": step + 1}
+  assert json.loads((tmp_path / "status.json").read_text()) == status
+  assert signal.getsignal(signal.SIGTERM) == handler
+  with checkpoint.open_manager(str(tmp_path), read_only=True) as manager:
+    assert manager.latest_step() == step + 1
+  assert (tmp_path / "curves.png").exists() == (step >= EPOCH - 1)
+  assert len(lines_of(tmp_path)) == (step + 1) // EPOCH * 3
+  begun = []
+  run_with(lambda step, _: begun.append(step), busy_config(), tmp_path)
+  assert begun == list(range(step + 1, 4 * EPOCH))
+  assert outcome(tmp_path) == expected
+
+
+def test_terminated_while_it_evaluates(busy, tmp_path, monkeypatch):
+  expected, _ = busy
+  hard = evaluate.Evaluator.hard
+  counted = []
+
+  def terminated(*args):
+    counted.append(1)
+    if len(counted) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return hard(*args)
+
+  monkeypatch.setattr(evaluate.Evaluator, "hard", terminated)
+  assert run(busy_config(), tmp_path) == {"state": "preempted", "step": 2 * EPOCH}
+  assert_ends_like(tmp_path, expected, busy_config())
+
+
+def test_terminated_at_the_end_is_done(busy, tmp_path):
+  expected, _ = busy
+  run_with(terminate_at(4 * EPOCH - 1), busy_config(), tmp_path)
+  assert outcome(tmp_path) == expected
+
+
+# The best checkpoint.
+
+
+def run_with_accuracies(accuracies, workdir, action=lambda *_: None):
+  """A run whose validation has these accuracies, one for each epoch."""
+  hard = evaluate.Evaluator.hard
+
+  def invented(self, variables, data):
+    result = hard(self, variables, data)
+    if data.labels.shape[0] == 180:
+      result["accuracy"] = accuracies[int(now[0]) // EPOCH]
+    return result
+
+  now = [0]
+
+  def note(step, state):
+    now[0] = step
+    return action(step, state)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate.Evaluator, "hard", invented)
+    return run_with(note, busy_config(), workdir)
+
+
+@pytest.mark.parametrize("accuracies, best, kept", [
+    ((0.9, 0.2, 0.3, 0.4), 1, (1, 3, 4)),
+    ((0.1, 0.9, 0.3, 0.4), 2, (2, 3, 4)),
+    ((0.9, 0.1, 0.3, 0.9), 4, (3, 4)),  # The latest of equals.
+    ((0.0, 0.0, 0.0, 0.0), 4, (3, 4))])
+def test_newest_two_and_best_are_kept(accuracies, best, kept, tmp_path):
+  status = run_with_accuracies(accuracies, tmp_path)
+  assert status["best_step"] == best * EPOCH
+  assert [line["checkpoint_step"] for line in lines_of(tmp_path, split="test")] == [
+      4 * EPOCH, best * EPOCH]
+  with checkpoint.open_manager(str(tmp_path), read_only=True) as manager:
+    assert sorted(manager.all_steps()) == [EPOCH * epoch for epoch in kept]
+
+
+def test_best_survives_resumes(tmp_path):
+  accuracies = (0.9, 0.9, 0.3, 0.4)
+  whole = run_with_accuracies(accuracies, tmp_path / "whole")
+  assert whole["best_step"] == 2 * EPOCH
+  with pytest.raises(Stop):
+    run_with_accuracies(accuracies, tmp_path / "cut", stop_before(2 * EPOCH + 3))
+  # A preemption saves what has no accuracy.
+  run_with_accuracies(accuracies, tmp_path / "cut", terminate_at(2 * EPOCH + 7))
+  with pytest.raises(Stop):
+    run_with_accuracies(accuracies, tmp_path / "cut", stop_before(4 * EPOCH - 1))
+  run_with_accuracies(accuracies, tmp_path / "cut")
+  assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+# Real processes, really killed.
+
+KILLER = '''
+import os, signal, sys
+number, moment = os.environ["END_AT"].split(":")
+end = lambda: os.kill(os.getpid(), int(number))
+if moment.startswith("step "):
+  from minw import train
+  make = train.make_train_step
+  def make_train_step(experiment):
+    step = make(experiment)
+    def wrapped(state, *batch):
+      if int(state.step) == int(moment[5:]):
+        end()
+      return step(state, *batch)
+    return wrapped
+  train.make_train_step = make_train_step
+else:
+  def notice(event, args):
+    if event in ("os.mkdir", "os.rename") and f"{event} {args[0]}" == moment:
+      end()
+  sys.addaudithook(notice)
+'''
+
+
+@pytest.fixture
+def start_to_end(tmp_path):
+  """f(config, workdir, signal, moment): a process that gets the signal then."""
+  (tmp_path / "killer").mkdir()
+  (tmp_path / "killer" / "sitecustomize.py").write_text(KILLER)
+  root = pathlib.Path(train.__file__).parents[1]
+
+  def start_(config, workdir, number, moment):
+    event, _, path = moment.partition(" ")
+    if event != "step":
+      moment = f"{event} {workdir}/{path}"
+    return start(config, workdir, END_AT=f"{int(number)}:{moment}",
+                 PYTHONPATH=f"{tmp_path / 'killer'}:{root}")
+
+  return start_
+
+
+def test_really_killed_in_a_checkpoints_write(start_to_end, tmp_path):
+  workdir, config = tmp_path / "run", tiny_config()
+  code, _, err = ended(start_to_end(
+      config, workdir, signal.SIGKILL,
+      "os.rename checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp"))
+  assert code == -signal.SIGKILL, err
+  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [
+      "19", "38.orbax-checkpoint-tmp"]
+  assert json.loads((workdir / "status.json").read_text())["state"] == "running"
+  code, out, err = ended(start(config, workdir))
+  assert code == 0, err
+  assert "'state': 'done', 'step': 76" in out
+  assert "starting from step 19 of 76" in err
+  run(config, tmp_path / "whole")
+  assert outcome(workdir) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_really_killed_at_many_moments(start_to_end, tmp_path):
+  workdir, config = tmp_path / "run", busy_config()
+  kill, terminate = signal.SIGKILL, signal.SIGTERM
+  for number, moment, goes_on_from in (
+      (kill, "os.rename config.json.part", None),
+      (kill, "step 4", 0),
+      (kill, "os.mkdir checkpoints/19.orbax-checkpoint-tmp", 0),
+      (kill, "os.rename checkpoints/19.orbax-checkpoint-tmp", 0),
+      (kill, "step 25", 0),
+      (terminate, "step 29", 19),
+      (kill, "step 31", 30),
+      (kill, "os.mkdir checkpoints/38.orbax-checkpoint-tmp", 30),
+      (kill, "step 75", 30),
+      (kill, "os.rename curves.png.part", 57)):
+    code, _, err = ended(start_to_end(config, workdir, number, moment))
+    assert code == (75 if number == terminate else -kill), (moment, err)
+    if goes_on_from is not None:
+      assert f"starting from step {goes_on_from} of 76" in err, moment
+    status = workdir / "status.json"
+    if number == terminate:
+      assert json.loads(status.read_text()) == {"state": "preempted", "step": 30}
+  code, _, err = ended(start(config, workdir))
+  assert code == 0 and "starting from step 76 of 76" in err, err
+  run(config, tmp_path / "whole")
+  assert outcome(workdir) == outcome(tmp_path / "whole")
+  before = (workdir / "metrics.jsonl").read_bytes()
+  code, _, err = ended(start(config, workdir))
+  assert code == 0 and "already done" in err
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_really_killed_at_random(tmp_path):
+  config = tiny_config(num_epochs=60)
+  workdir = tmp_path / "run"
+  rng = random.Random(0)
+  killed = 0
+  for _ in range(6):
+    process = start(config, workdir)
+    status = workdir / "status.json"
+    begun = status.stat().st_mtime if status.exists() else 0
+    while process.poll() is None and (
+        not status.exists() or status.stat().st_mtime == begun):
+      time.sleep(0.01)
+    time.sleep(rng.uniform(2, 8))
+    process.kill()
+    killed += ended(process)[0] == -signal.SIGKILL
+  assert killed >= 2
+  assert ended(start(config, workdir))[0] == 0
+  run(config, tmp_path / "whole")
+  assert outcome(workdir) == outcome(tmp_path / "whole")

@@ -1,0 +1,200 @@
+"""minw.schedules: against values worked out by hand and closed forms in float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minw import schedules
+
+STEPS = 35_000  # 200 epochs of 175 batches of 256.
+
+
+def values(schedule, steps):
+  return np.array([schedule(step) for step in steps])
+
+
+def default_alpha(**changes):
+  arguments = dict(shape="linear", start=0.5, final=1.0, end=0.465, num_steps=STEPS)
+  return schedules.alpha(**arguments | changes)
+
+
+def learning_rate(kind, num_steps=STEPS, **changes):
+  arguments = dict(initial=0.01, decay=0.9**35, stairs=35, steps=(0.5, 0.75))
+  return schedules.learning_rate(
+      kind, num_steps=num_steps, **arguments | changes)
+
+
+def test_alpha_of_the_paper():
+  alpha = default_alpha()
+  epochs = np.array([0, 1, 5, 25, 55, 92])
+  # From 0.5 to 1 in 93 epochs: 0.00538 each.
+  np.testing.assert_allclose(
+      values(alpha, 175 * epochs),
+      [0.5, 0.50537634, 0.52688172, 0.63440860, 0.79569892, 0.99462366], rtol=1e-6)
+  # As read off the histograms of Figs 1, 2.
+  for epoch, low, high in ((5, 0.51, 0.53), (25, 0.627, 0.635), (55, 0.79, 0.80)):
+    assert low <= alpha(175 * epoch) <= high
+
+
+@pytest.mark.parametrize("shape", schedules.ALPHA_SHAPES)
+@pytest.mark.parametrize("start, final", [(0.5, 1.0), (0.0, 0.7), (0.9, 0.3)])
+def test_alpha_is_exactly_final_from_its_end_on(shape, start, final):
+  alpha = default_alpha(shape=shape, start=start, final=final)
+  end = 16_275  # 0.465 of the run: the last step of epoch 93, and one.
+  for step in (end, end + 1, STEPS - 1, STEPS):
+    assert float(alpha(step)) == np.float32(final)
+  # A cosine is flat there: it takes more than a step to be seen.
+  before = end - (1 if shape == "linear" else 300)
+  assert abs(float(alpha(before)) - final) > 1e-5
+  assert float(alpha(0)) == np.float32(start)
+
+
+def test_cosine_is_slow_at_both_ends():
+  alpha = schedules.alpha("cosine", 0.2, 1.0, 0.5, 80)
+  expected = [0.2, 0.2 + 0.8 * 0.1464466, 0.6, 0.2 + 0.8 * 0.8535534, 1.0, 1.0]
+  np.testing.assert_allclose(
+      values(alpha, (0, 10, 20, 30, 40, 79)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape, fifth", [("linear", 0.28), ("cosine", 0.2381966)])
+def test_layers_are_annealed_one_after_another(shape, fifth):
+  # Four layers in the first half of 80 steps: ten steps each, from 0.2 to 0.6.
+  alpha = schedules.alpha(shape, 0.2, 0.6, 0.5, 80, depth=4)
+  for step, expected in (
+      (0, (0.2, 0.2, 0.2, 0.2)),
+      (5, (0.4, 0.2, 0.2, 0.2)),
+      (10, (0.6, 0.2, 0.2, 0.2)),
+      (15, (0.6, 0.4, 0.2, 0.2)),
+      (20, (0.6, 0.6, 0.2, 0.2)),
+      (25, (0.6, 0.6, 0.4, 0.2)),
+      (35, (0.6, 0.6, 0.6, 0.4)),
+      (40, (0.6, 0.6, 0.6, 0.6)),
+      (79, (0.6, 0.6, 0.6, 0.6))):
+    assert alpha(step).shape == (4,)
+    np.testing.assert_allclose(alpha(step), expected, rtol=1e-6)
+  # A fifth of its way: 0.2 + 0.4 / 5, and 0.2 + 0.2 (1 - cos(pi / 5)).
+  np.testing.assert_allclose(alpha(12), (0.6, fifth, 0.2, 0.2), rtol=1e-6)
+  assert (np.asarray(alpha(40)) == np.float32(0.6)).all()
+
+
+def test_one_layer_is_the_global_schedule():
+  one = default_alpha(depth=1)
+  for step in (0, 7, 9_999, 16_274, 16_275):
+    assert one(step).tolist() == [float(default_alpha()(step))]
+
+
+@pytest.mark.parametrize("shape", schedules.ALPHA_SHAPES)
+@pytest.mark.parametrize("depth", [None, 3])
+def test_an_end_at_once(shape, depth):
+  alpha = schedules.alpha(shape, 0.5, 0.75, 0.0, 100, depth=depth)
+  for step in (0, 1, 99):
+    np.testing.assert_array_equal(
+        alpha(step), np.full(() if depth is None else depth, 0.75, np.float32))
+
+
+def test_an_end_within_the_first_step():
+  alpha = schedules.alpha("linear", 0.5, 0.75, 0.001, 100)
+  assert [float(alpha(step)) for step in (0, 1, 2)] == [0.5, 0.75, 0.75]
+
+
+@pytest.mark.parametrize("shape", schedules.ALPHA_SHAPES)
+@pytest.mark.parametrize("depth", [None, 7])
+def test_alpha_never_falls(shape, depth):
+  alpha = schedules.alpha(shape, 0.5, 1.0, 0.6, 1_001, depth=depth)
+  steps = jnp.arange(1_001)
+  rows = np.asarray(jax.vmap(alpha)(steps)).reshape(1_001, -1)
+  assert (np.diff(rows, axis=0) >= 0).all()
+  assert (rows[0] == 0.5).all() and (rows[601:] == 1.0).all()
+  assert (rows[599] < 1.0).any()
+  # A layer moves only when all those before it are done.
+  assert (np.diff(rows, axis=1) <= 0).all()
+  moving = (rows > 0.5) & (rows < 1.0)
+  assert (moving.sum(axis=1) <= 1).all()
+
+
+@pytest.mark.parametrize("shape", schedules.ALPHA_SHAPES)
+def test_a_short_run_is_the_long_one_scaled(shape):
+  long, short = default_alpha(shape=shape), default_alpha(shape=shape, num_steps=350)
+  for step in (0, 1, 50, 100, 163, 200):
+    np.testing.assert_allclose(short(step), long(100 * step), rtol=1e-6)
+  kinds = ("exponential", "staircase", "steps", "constant")
+  assert schedules.LEARNING_RATE_SCHEDULES == kinds
+  for kind in kinds:
+    long, short = learning_rate(kind), learning_rate(kind, num_steps=350)
+    for step in (0, 9, 10, 174, 175, 349):
+      np.testing.assert_allclose(short(step), long(100 * step), rtol=1e-6)
+
+
+SCHEDULES = {
+    "linear": default_alpha(),
+    "cosine": default_alpha(shape="cosine"),
+    "by layer": default_alpha(depth=5),
+    **{kind: learning_rate(kind) for kind in schedules.LEARNING_RATE_SCHEDULES},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_traced_is_untraced(name):
+  schedule = SCHEDULES[name]
+  traced = jax.jit(schedule)
+  for step in (0, 1, 999, 1_000, 3_255, 16_274, 16_275, 17_500, 34_999):
+    result = traced(jnp.int32(step))
+    assert result.dtype == jnp.float32
+    assert result.shape == ((5,) if name == "by layer" else ())
+    np.testing.assert_allclose(result, schedule(step), rtol=3e-7)
+    if step >= 16_275 and name in ("linear", "cosine", "by layer"):
+      assert (np.asarray(result) == 1.0).all()
+
+
+def test_stairs_of_the_public_code():
+  # 0.9 every 1000 steps.
+  rate = learning_rate("staircase")
+  for stair in range(35):
+    for step in (1_000 * stair, 1_000 * stair + 999):
+      np.testing.assert_allclose(rate(step), 0.01 * 0.9**stair, rtol=2e-6)
+  np.testing.assert_allclose(rate(34_999), 2.781283946e-4, rtol=2e-6)
+
+
+def test_stairs_that_the_run_does_not_divide_by():
+  rate = learning_rate("staircase", num_steps=10, initial=1.0, decay=1 / 8, stairs=3)
+  np.testing.assert_allclose(
+      values(rate, range(10)), [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25],
+      rtol=1e-6)
+
+
+def test_exponential_decay():
+  rate = learning_rate("exponential", num_steps=1_000, initial=0.02, decay=0.01)
+  np.testing.assert_allclose(
+      values(rate, (0, 1, 250, 500, 1_000)),
+      [0.02, 0.02 * math.exp(math.log(0.01) / 1_000), 0.02 * 0.01**0.25, 0.002, 0.0002],
+      rtol=1e-5)
+
+
+def test_steps():
+  # ResNet-110 of He et al.: 0.1, divided by 10 at 32k and 48k of 64k.
+  rate = learning_rate(
+      "steps", num_steps=64_000, initial=0.1, decay=0.1, steps=(0.5, 0.75))
+  np.testing.assert_allclose(
+      values(rate, (0, 31_999, 32_000, 47_999, 48_000, 63_999)),
+      [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-6)
+  assert float(learning_rate("steps", steps=())(STEPS - 1)) == np.float32(0.01)
+
+
+def test_steps_that_coincide_all_count():
+  # Of 4 steps, 0.5 is the second, and so is 0.6.
+  rate = learning_rate("steps", num_steps=4, initial=1.0, decay=0.5, steps=(0.5, 0.6))
+  np.testing.assert_allclose(values(rate, range(4)), [1, 1, 0.25, 0.25], rtol=1e-6)
+
+
+def test_constant():
+  assert values(learning_rate("constant"), (0, 1, STEPS)).tolist() == [0.01] * 3
+
+
+def test_unknown_names():
+  with pytest.raises(ValueError, match="shape='cubic': must be one of linear, cosine"):
+    default_alpha(shape="cubic")
+  with pytest.raises(ValueError, match="kind='cosine': must be one of exponential, "):
+    learning_rate("cosine")

@@ -1,0 +1,831 @@
+"""minw.train: the step, the loop, what a run leaves behind, and how it can end.
+
+The first part is what test_resume.py, test_checkpoint.py, test_evaluate.py and
+test_spmd.py share with this file.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import runpy
+import struct
+import subprocess
+import sys
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tensorboardX.proto import event_pb2
+
+from minw import checkpoint
+from minw import cli
+from minw import config as config_lib
+from minw import evaluate
+from minw import metrics
+from minw import pipeline
+from minw import train
+from minw import workdir as workdir_lib
+from minw.experiment import Experiment
+
+ROOT = pathlib.Path(__file__).parents[1]
+EPOCH = 19  # Steps of 64 in the 1,257 digits to train on.
+
+
+def tiny_config(**changes):
+  """A network on the digits that trains in a second, once it is compiled."""
+  c = config_lib.default_config()
+  c.update(dataset="digits", crop_size=8, random_flip=False, conv_widths=(8, 8),
+           dense_widths=(16,), batch_size=64, num_epochs=4, eval_batch_size=64)
+  c.update(changes)
+  return c
+
+
+def busy_config(**changes):
+  """The same with all that could make a resumed run another one."""
+  return tiny_config(
+      estimator="stochastic_aqe", alpha_per_layer=True, reestimate_batches=2,
+      random_flip=True, crop_padding=1, bits_rules=(("conv1", "float32"),),
+      alpha_end=0.9, **changes)
+
+
+_experiment = functools.cache(lambda text: Experiment(config_lib.from_json(text)))
+_programs = {name: functools.cache(getattr(train, name)) for name in (
+    "make_train_step", "make_epoch_order", "make_reestimate", "make_weight_report")}
+_evaluator = functools.cache(evaluate.Evaluator)
+
+
+def experiment_of(config):
+  """The one Experiment of a config in this process; `init_from` is none of it."""
+  return _experiment(config_lib.to_json(config_lib.copy(config, init_from="")))
+
+
+@contextlib.contextmanager
+def shared_programs():
+  """Runs of equal configs compile their programs once in this process."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "Experiment", experiment_of)
+    patch.setattr(evaluate, "Experiment", experiment_of)
+    for name, make in _programs.items():
+      patch.setattr(train, name, make)
+    patch.setattr(evaluate, "Evaluator", _evaluator)
+    writers, make_writer = [], metrics.Writer
+    patch.setattr(metrics, "Writer", lambda *a: writers.append(make_writer(*a))
+                  or writers[-1])
+    try:
+      yield patch
+    finally:
+      for writer in writers:  # A run that is stopped leaves its files open.
+        writer.close()
+
+
+def run(config, workdir):
+  """`train_and_evaluate` with shared programs."""
+  with shared_programs():
+    return train.train_and_evaluate(config, str(workdir))
+
+
+def run_with(action, config, workdir):
+  """`run` with `action(step, state)` before each training step.
+
+  What it returns, if anything, is the state that the step starts from.
+  """
+  def make_train_step(experiment):
+    step = _programs["make_train_step"](experiment)
+    return lambda state, *batch: step(
+        action(int(state.step), state) or state, *batch)
+
+  with shared_programs() as patch:
+    patch.setattr(train, "make_train_step", make_train_step)
+    return train.train_and_evaluate(config, str(workdir))
+
+
+class Stop(Exception):
+  """What tests end a run with."""
+
+
+def stop_before(wanted):
+  """For `run_with`: raises `Stop` before the step `wanted`."""
+  def action(step, _):
+    if step == wanted:
+      raise Stop
+
+  return action
+
+
+def lines_of(workdir, **fields):
+  """The lines of metrics.jsonl that have these fields, without their rates."""
+  lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+  for line in lines:
+    line.pop("examples_per_second", None)
+  return [line for line in lines if fields.items() <= line.items()]
+
+
+def trees_of(workdir):
+  """The arrays of all checkpoints: {step: {path: (dtype, shape, bytes)}}."""
+  trees = {}
+  with checkpoint.open_manager(str(workdir), read_only=True) as manager:
+    for step in sorted(manager.all_steps()):
+      tree = checkpoint.restore(manager, step).tree
+      trees[step] = {
+          jax.tree_util.keystr(path, simple=True, separator="/"):
+          (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return trees
+
+
+def events_of(workdir):
+  """What TensorBoard shows, without rates: {(tag, step): value}.
+
+  Read from the files' records: a length, a checksum of it, an event, a checksum of
+  that. An event that says START takes back all that is of its step or a later one.
+  """
+  def masked(data):
+    crc = _crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + 0xa282ead8) % 2**32
+
+  shown = {}
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    data, at = path.read_bytes(), 0
+    while at + 12 <= len(data):
+      length, crc = struct.unpack_from("<QI", data, at)
+      assert crc == masked(data[at:at + 8])
+      record = data[at + 12:at + 12 + length]
+      if at + 16 + length > len(data):
+        break  # Of a run that was killed.
+      assert struct.unpack_from("<I", data, at + 12 + length)[0] == masked(record)
+      at += 16 + length
+      event = event_pb2.Event.FromString(record)
+      if event.session_log.status == event.session_log.START:
+        shown = {key: value for key, value in shown.items() if key[1] < event.step}
+      for value in event.summary.value:
+        assert (value.tag, event.step) not in shown, "shown twice"
+        shown[value.tag, event.step] = value.simple_value
+  return {key: value for key, value in shown.items()
+          if not key[0].endswith("examples_per_second")}
+
+
+@functools.cache
+def _crc32c_table():
+  table = []
+  for byte in range(256):
+    for _ in range(8):
+      byte = (byte >> 1) ^ (0x82f63b78 if byte & 1 else 0)
+    table.append(byte)
+  return table
+
+
+def _crc32c(data):
+  crc, table = 2**32 - 1, _crc32c_table()
+  for byte in data:
+    crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
+  return crc ^ (2**32 - 1)
+
+
+def outcome(workdir):
+  """All that two runs must have in common to be the same run."""
+  return {
+      "status": json.loads((workdir / "status.json").read_text()),
+      "lines": lines_of(workdir),
+      "checkpoints": trees_of(workdir),
+      "events": events_of(workdir)}
+
+
+def sign(a):
+  """The quantizer of one bit (Eq 4)."""
+  return np.where(a > 0, 1.0, -1.0)
+
+
+def max_pool(x):
+  """2x2, in NumPy."""
+  n, h, w, c = x.shape
+  return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def network(params, images, quantize, stats=None, epsilon=1e-4, pool=max_pool, xp=np):
+  """A 1/1 ConvNet in float64, from the paper's words.
+
+  Args:
+    params: of a checkpoint.
+    images: normalized, (batch, height, width, channels).
+    quantize: f(values, name): a layer's for weights, "norm_..." for activations.
+    stats: of batch norm; the batch's own if None.
+    epsilon: of batch norm.
+    pool: 2x2 maximum.
+    xp: numpy or jax.numpy.
+
+  Returns:
+    The logits, and what each batch norm received.
+  """
+  names = sorted((name for name in params if not name.startswith("norm_")),
+                 key=lambda name: (name.startswith("dense"), name))
+  x, received = xp.asarray(images, xp.float64), {}
+  for i, name in enumerate(names):
+    kernel = quantize(xp.asarray(params[name]["kernel"], xp.float64), name)
+    if name.startswith("conv"):
+      h, w = x.shape[1:3]
+      padded = xp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+      x = sum(padded[:, dy:dy + h, dx:dx + w] @ kernel[dy, dx]
+              for dy in range(3) for dx in range(3))
+      x = pool(x) if i % 2 else x
+    else:
+      x = x.reshape(x.shape[0], -1) @ kernel
+    received[f"norm_{name}"] = x
+    axes = tuple(range(x.ndim - 1))
+    mean, var = (x.mean(axes), x.var(axes)) if stats is None else (
+        stats[f"norm_{name}"]["batch_norm"][key] for key in ("mean", "var"))
+    norm = params[f"norm_{name}"]["batch_norm"]
+    x = (x - xp.asarray(mean, xp.float64)) / xp.sqrt(xp.float64(epsilon) + var)
+    x = x * norm["scale"] + norm["bias"]
+    if i < len(names) - 1:
+      x = quantize(xp.clip(x, -1, 1), f"norm_{name}")
+  return x, received
+
+
+def cross_entropy(logits, labels, xp=np):
+  """Of each example."""
+  shifted = logits - logits.max(-1, keepdims=True)
+  chosen = shifted[xp.arange(len(labels)), labels]
+  return xp.log(xp.exp(shifted).sum(-1)) - chosen
+
+
+# From here on, of this file alone.
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  """A run of four epochs; its workdir."""
+  workdir = tmp_path_factory.mktemp("train") / "made" / "by it"
+  status = run(tiny_config(), workdir)
+  assert status == json.loads((workdir / "status.json").read_text())
+  return workdir
+
+
+def test_workdir_is_complete(plain):
+  config = json.loads((plain / "config.json").read_text())
+  assert config == json.loads(config_lib.to_json(tiny_config()))
+  last, best = lines_of(plain, split="test")
+  assert json.loads((plain / "status.json").read_text()) == {
+      "state": "done", "step": 4 * EPOCH,
+      "test_accuracy": last["accuracy"], "test_loss": last["loss"],
+      "best_step": best["checkpoint_step"],
+      "best_test_accuracy": best["accuracy"], "best_test_loss": best["loss"]}
+  assert (plain / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+  assert sorted(path.name for path in plain.iterdir()) == [
+      "checkpoints", "config.json", "curves.png", "metrics.jsonl", "status.json",
+      "tensorboard"]
+
+
+def test_lines(plain):
+  text = (plain / "metrics.jsonl").read_text()
+  assert text.endswith("\n")
+  raw = [json.loads(line) for line in text.splitlines()]
+  kinds = [(line["step"], line["epoch"], line["split"], line["mode"]) for line in raw]
+  assert kinds == [
+      (EPOCH * epoch, epoch, *kind) for epoch in range(1, 5)
+      for kind in (("train", "mixed"), ("validation", "mixed"), ("validation", "hard"))
+  ] + 2 * [(4 * EPOCH, 4, "test", "hard")]
+  for line in raw:
+    assert 0 < line["loss"] < 10 and 0 <= line["accuracy"] <= 1
+    count = {"train": 64 * EPOCH, "validation": 180, "test": 360}[line["split"]]
+    right = line["accuracy"] * count
+    assert right == pytest.approx(round(right), abs=1e-3)
+  for line in raw:
+    if line["split"] == "train":
+      step = line["step"] - 1  # The last one that was made.
+      alpha = min(1.0, 0.5 + 0.5 * step / (0.465 * 4 * EPOCH))
+      assert line["alpha"] == pytest.approx(alpha, rel=1e-6)
+      stairs = step // (4 * EPOCH / 35)
+      assert line["learning_rate"] == pytest.approx(0.01 * 0.9 ** stairs, rel=1e-5)
+      assert line["examples_per_second"] > 0
+  assert raw[-1]["accuracy"] > 0.5  # It does learn: chance is 0.1.
+  assert [line["checkpoint"] for line in raw[-2:]] == ["last", "best"]
+  assert raw[-2]["checkpoint_step"] == 4 * EPOCH
+
+
+def test_train_line_is_the_mean_over_the_epoch(tmp_path):
+  losses, correct = [], []
+
+  def make_train_step(experiment):
+    step = _programs["make_train_step"](experiment)
+
+    def spy(state, data, order):
+      if int(state.totals.count) == 0 and losses:
+        losses.append([])
+      elif not losses:
+        losses.append([])
+      state, loss = step(state, data, order)
+      losses[-1].append(float(loss))
+      correct.append(float(state.totals.correct))
+      return state, loss
+
+    return spy
+
+  with shared_programs() as patch:
+    patch.setattr(train, "make_train_step", make_train_step)
+    train.train_and_evaluate(tiny_config(), str(tmp_path))
+  assert [len(epoch) for epoch in losses] == 4 * [EPOCH]
+  for line, epoch, right in zip(
+      lines_of(tmp_path, split="train"), losses, correct[EPOCH - 1::EPOCH]):
+    assert line["loss"] == pytest.approx(np.mean(epoch), rel=1e-5)
+    assert line["accuracy"] == pytest.approx(right / (64 * EPOCH), rel=1e-6)
+
+
+def test_tensorboard_shows_the_lines(plain):
+  expected = {}
+  for line in lines_of(plain):
+    kind = f"{line['split']}/{line['mode']}"
+    if line["split"] == "test":
+      kind += f"_{line['checkpoint']}"
+    for name, value in line.items():
+      parts = value if isinstance(value, dict) else {"": value}
+      for part, number in parts.items():
+        if isinstance(number, (int, float)) and name not in ("step", "epoch"):
+          expected[f"{kind}_{name}" + f"/{part}" * bool(part), line["step"]] = number
+  shown = events_of(plain)
+  assert shown.keys() == expected.keys()
+  for key, number in expected.items():
+    assert shown[key] == np.float32(number), key
+
+
+def test_flips_and_distances(plain, tmp_path):
+  before, after = {}, {}
+
+  def action(step, state):
+    kept = jax.device_get(state.params)
+    (before if step == EPOCH - 1 else after)[step] = kept
+    if step == EPOCH:
+      raise Stop
+
+  with pytest.raises(Stop):
+    run_with(action, tiny_config(), tmp_path)
+  line, = lines_of(plain, split="train", epoch=1)
+  for name in ("conv1", "conv2", "dense1", "dense2"):
+    old, new = (np.float64(p[name]["kernel"])
+                for p in (before[EPOCH - 1], after[EPOCH]))
+    flips = np.mean(sign(old) != sign(new))
+    assert line["flip_rate"][name] == pytest.approx(flips, rel=1e-6)
+    distance = np.abs(new - sign(new)).mean()
+    assert line["weight_distance"][name] == pytest.approx(distance, rel=1e-5)
+  assert any(line["flip_rate"].values())
+
+
+def test_mixed_and_hard_agree_at_alpha_one_only(plain):
+  pairs = zip(lines_of(plain, split="validation", mode="mixed"),
+              lines_of(plain, split="validation", mode="hard"))
+  differences = [abs(mixed["loss"] - hard["loss"]) for mixed, hard in pairs]
+  alphas = [line["alpha"] for line in lines_of(plain, split="train")]
+  assert alphas[0] < 0.8 and alphas[1:] == [1.0, 1.0, 1.0]
+  assert differences[0] > 0.01
+  assert max(differences[1:]) < 1e-5
+
+
+def test_same_seed_same_bits(plain, tmp_path, monkeypatch):
+  # With a look at the device after every step, which must not matter.
+  monkeypatch.setattr(train, "_PROGRESS_SECONDS", 0.0)
+  run(tiny_config(), tmp_path)
+  assert outcome(tmp_path) == outcome(plain)
+
+
+@pytest.mark.slow
+def test_same_seed_same_bits_compiled_anew(plain, tmp_path):
+  train.train_and_evaluate(tiny_config(), str(tmp_path))
+  assert outcome(tmp_path) == outcome(plain)
+
+
+@pytest.mark.slow
+def test_other_seed_other_numbers(plain, tmp_path):
+  run(tiny_config(seed=1), tmp_path)
+  ours, theirs = lines_of(tmp_path), lines_of(plain)
+  for a, b in zip(ours, theirs, strict=True):
+    assert a["loss"] != b["loss"]
+
+
+def test_seed_reaches_initialization_order_and_noise():
+  seen = {}
+  for seed in (0, 1):
+    experiment = experiment_of(tiny_config(seed=seed))
+    state = jax.device_get(train.init_state(experiment))
+    order = _programs["make_epoch_order"](experiment)
+    assert sorted(order(0).tolist()) == list(range(1257))
+    seen[seed] = {"order": order(0).tolist(), "next": order(1).tolist(),
+                  **{name: state.params[name]["kernel"].tolist()
+                     for name in ("conv1", "conv2", "dense1", "dense2")}}
+  for name in seen[0]:
+    assert seen[0][name] != seen[1][name], name
+  assert seen[0]["order"] != seen[0]["next"]
+
+
+@pytest.mark.parametrize("poisoned, kept", [(5, []), (EPOCH + 3, [EPOCH]),
+                                            (4 * EPOCH - 1, [2 * EPOCH, 3 * EPOCH])])
+def test_not_finite_ends_as_diverged(poisoned, kept, plain, tmp_path):
+  def action(step, state):
+    if step == poisoned:
+      return state._replace(params=jax.tree.map(lambda p: p * jnp.nan, state.params))
+
+  expected = {"state": "diverged", "step": poisoned}
+  assert run_with(action, tiny_config(), tmp_path) == expected
+  assert json.loads((tmp_path / "status.json").read_text()) == expected
+  trees = trees_of(tmp_path)
+  best = json.loads((plain / "status.json").read_text())["best_step"]
+  assert [step for step in trees if step in kept or step != best] == kept
+  complete = lines_of(plain)
+  assert lines_of(tmp_path) == [
+      line for line in complete if line["step"] <= poisoned and line["split"] != "test"]
+  # The same command again leaves it at that.
+  before = contents(tmp_path)
+  assert run_with(stop_before(0), tiny_config(), tmp_path) == expected
+  assert contents(tmp_path) == before
+
+
+def test_divergence_is_found_between_reports(tmp_path, monkeypatch):
+  monkeypatch.setattr(train, "_PROGRESS_SECONDS", 0.0)
+  made = []
+
+  def action(step, state):
+    made.append(step)
+    if step == 3:
+      return state._replace(params=jax.tree.map(lambda p: p * jnp.inf, state.params))
+
+  status = run_with(action, tiny_config(), tmp_path)
+  assert status == {"state": "diverged", "step": 3}
+  assert made == [0, 1, 2, 3]
+
+
+def contents(workdir):
+  """All files below, by path."""
+  return {str(path.relative_to(workdir)): path.read_bytes()
+          for path in sorted(workdir.rglob("*")) if path.is_file()}
+
+
+def test_finished_run_is_left_alone(plain, caplog):
+  before = contents(plain)
+  status = run_with(stop_before(0), tiny_config(), plain)
+  assert status["state"] == "done"
+  assert contents(plain) == before
+  assert "already done" in caplog.text
+
+
+def test_workdir_of_another_config_is_refused(plain):
+  before = contents(plain)
+  changes = {"learning_rate": 0.02, "conv_widths": (8, 16)}
+  with pytest.raises(cli.UsageError) as error:
+    run_with(stop_before(0), tiny_config(**changes), plain)
+  assert "learning_rate: 0.01, 0.02" in str(error.value)
+  assert "conv_widths: (8, 8), (8, 16)" in str(error.value)
+  assert "seed" not in str(error.value) and "\n" not in str(error.value)
+  assert contents(plain) == before
+
+
+def test_workdir_that_can_not_be_written(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(cli.UsageError, match="can not be written to"):
+    run(tiny_config(), tmp_path / "file" / "run")
+
+
+# One step, against the method's definition.
+
+
+@pytest.fixture(scope="module")
+def steps():
+  """{"aqe", "ste"}: an experiment and its compiled update."""
+  fields = dict(learning_rate_schedule="constant", learning_rate=0.003,
+                adam_epsilon=1e-30)
+  configs = {
+      "aqe": tiny_config(**fields, alpha_start=0.7, alpha_end=1.0,
+                         alpha_per_layer=True),
+      "ste": tiny_config(**fields, estimator="ste")}
+  return {name: (experiment_of(c),
+                 jax.jit(functools.partial(train.update, experiment_of(c))))
+          for name, c in configs.items()}
+
+
+def tiny_batch(experiment):
+  """32 normalized images and their labels."""
+  data = jax.tree.map(lambda a: a[:32], experiment.load("train"))
+  return pipeline.normalize(data.images, experiment.pixels), data.labels
+
+
+@functools.cache
+def reference_step():
+  """The compiled f(params, images, labels, alphas, factors), in float64.
+
+  alphas and factors: of the forward and of the backward of each quantizer, by name.
+  Gives the loss, the logits, what each batch norm received, and the gradient.
+  """
+  def loss_of(params, images, labels, alphas, factors):
+    def quantize(a, name):
+      mixed = alphas[name] * jnp.where(a > 0, 1.0, -1.0) + (1 - alphas[name]) * a
+      surrogate = factors[name] * jnp.where(jnp.abs(a) <= 1, a, 0.0)
+      return surrogate + lax.stop_gradient(mixed - surrogate)
+
+    pool = lambda x: lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    logits, received = network(params, images, quantize, pool=pool, xp=jnp)
+    return cross_entropy(logits, labels, jnp).mean(), (logits, received)
+
+  step = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+
+  def call(*arguments):
+    with jax.enable_x64(True):
+      wide = jax.tree.map(
+          lambda a: np.asarray(a, np.float64 if a.dtype.kind == "f" else a.dtype),
+          jax.tree.map(np.asarray, arguments))
+      (loss, (logits, received)), gradient = jax.device_get(step(*wide))
+    return loss, logits, received, gradient
+
+  return call
+
+
+@pytest.mark.parametrize("name, at, alphas", [
+    ("aqe", 0, (0.7, 0.7, 0.7, 0.7)),
+    # A run of 76 steps anneals its four layers in 19 steps each.
+    ("aqe", 19 + 10, (1.0, 0.7 + 0.3 * 10 / 19, 0.7, 0.7)),
+    ("ste", 0, None)])
+def test_one_step_is_that_of_the_paper(name, at, alphas, steps):
+  experiment, step = steps[name]
+  images, labels = tiny_batch(experiment)
+  state = train.init_state(experiment)._replace(step=jnp.int32(at))
+  after, loss = jax.device_get(step(state, images, labels, jax.random.key(0)))
+
+  # Eq 4, 5: h and g; Eq 6, 18, 19: the mixture and 2 alpha g.
+  alpha, factor = {}, {}
+  for i, layer in enumerate(("conv1", "conv2", "dense1", "dense2")):
+    for kind in (layer, f"norm_{layer}"):
+      alpha[kind] = alphas[i] if alphas else 1.0
+      factor[kind] = 2 * alphas[i] if alphas else 1.0
+  expected, logits, received, gradient = reference_step()(
+      state.params, images, labels, alpha, factor)
+
+  assert loss == pytest.approx(expected, rel=2e-5)
+  assert after.step == at + 1
+  assert after.totals.loss == pytest.approx(32 * expected, rel=2e-5)
+  assert after.totals.correct == np.sum(logits.argmax(-1) == labels)
+  assert after.totals.count == 32 and after.totals.diverged_at == -1
+  for norm, x in received.items():
+    axes = tuple(range(x.ndim - 1))
+    stats = after.batch_stats[norm]["batch_norm"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * x.mean(axes), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        stats["var"], 0.9 + 0.1 * x.var(axes), rtol=1e-4, atol=1e-5)
+
+  def compare(path, g, mu, nu, old, new):
+    # Adam's first moment after a step from zero is a tenth of the gradient.
+    scale = np.abs(g).max()
+    np.testing.assert_allclose(mu / 0.1, g, rtol=0, atol=1e-4 * scale)
+    np.testing.assert_allclose(nu, 0.001 * (mu / 0.1) ** 2, rtol=1e-5)
+    # Its first step is the learning rate, against the gradient's sign.
+    new_one = old - 0.003 * np.sign(g)
+    if "kernel" in jax.tree_util.keystr(path):
+      new_one = np.clip(new_one, -1, 1)
+    clear = np.abs(g) > 1e-3 * scale  # Other signs may be rounding.
+    assert clear.mean() > 0.7
+    np.testing.assert_allclose(new[clear], new_one[clear], rtol=0, atol=1e-6)
+
+  adam = after.opt_state[0]
+  jax.tree_util.tree_map_with_path(
+      compare, gradient, adam.mu, adam.nu, jax.device_get(state.params), after.params)
+
+
+def test_alpha_one_trains_as_ste_does(steps):
+  """Adam does not see the factor 2 of each quantizer (section 9 of the method)."""
+  images, labels = tiny_batch(steps["aqe"][0])
+  losses, last = {}, {}
+  for case, name, at in (("one", "aqe", 76), ("ste", "ste", 76), ("less", "aqe", 0)):
+    experiment, step = steps[name]
+    state = train.init_state(experiment)._replace(step=jnp.int32(at))
+    losses[case] = []
+    for _ in range(8):
+      state, loss = step(state, images, labels, jax.random.key(0))
+      losses[case].append(float(loss))
+    last[case] = jax.device_get(state.params)
+  np.testing.assert_allclose(losses["one"], losses["ste"], rtol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5),
+               last["one"], last["ste"])
+  assert min(np.abs(np.subtract(losses["less"], losses["ste"]))) > 1e-3
+  assert losses["ste"][-1] < losses["ste"][0] - 0.1
+
+
+def test_kernels_on_a_grid_are_clipped_and_nothing_else(tmp_path):
+  seen = []
+
+  def action(step, state):
+    if step == 1:
+      seen.append(jax.device_get(state))
+      raise Stop
+    edge = lambda p: 0.999 * jnp.sign(p) if p.ndim > 1 else p
+    return state._replace(params=jax.tree.map(edge, state.params))
+
+  with pytest.raises(Stop):
+    run_with(action, busy_config(), tmp_path)
+  after, = seen
+  experiment = experiment_of(busy_config())
+  before = jax.device_get(train.init_state(experiment).params)
+  # Adam's first step is the learning rate, 0.01, whatever the gradient.
+  for name in ("conv1", "conv2", "dense1", "dense2"):
+    new, mu = after.params[name]["kernel"], after.opt_state[0].mu[name]["kernel"]
+    moved = 0.999 * np.sign(before[name]["kernel"]) - 0.01 * np.sign(mu)
+    clear = np.abs(mu) > 1e-3 * np.abs(mu).max()
+    assert np.abs(moved[clear]).max() > 1.008
+    expected = moved if name == "conv1" else np.clip(moved, -1, 1)  # conv1: float32.
+    np.testing.assert_allclose(new[clear], expected[clear], rtol=0, atol=1e-4)
+    assert (np.abs(new).max() == 1) == (name != "conv1")
+  scales = np.concatenate([
+      norm["batch_norm"]["scale"] for name, norm in after.params.items()
+      if name.startswith("norm_")])
+  assert scales.max() == pytest.approx(1.01, abs=1e-4)
+
+
+# Batch norm's statistics of the hard network.
+
+
+def busy_sign(a, name):
+  return a if name == "conv1" else sign(a)
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory):
+  """The workdir of a run that was stopped after its first epoch, and its checkpoint."""
+  workdir = tmp_path_factory.mktemp("busy")
+  with pytest.raises(Stop):
+    run_with(stop_before(EPOCH + 1), busy_config(), workdir)
+  with checkpoint.open_manager(str(workdir), read_only=True) as manager:
+    return workdir, jax.device_get(checkpoint.restore(manager, EPOCH).tree)
+
+
+def test_reestimated_statistics_are_the_hard_networks(busy):
+  _, tree = busy
+  experiment = experiment_of(busy_config())
+  data, order = experiment.load("train"), pipeline.epoch_order(0, 0, 1257)
+  sums = {}
+  for i in range(2):
+    images, _ = experiment.train_batch(
+        data, order, i, jax.random.fold_in(jax.random.key(0), i))
+    _, received = network(tree["params"], np.asarray(images), busy_sign)
+    for norm, x in received.items():
+      axes = tuple(range(x.ndim - 1))
+      mean, var = sums.get(norm, (0.0, 0.0))
+      sums[norm] = mean + x.mean(axes) / 2, var + x.var(axes) / 2
+  for norm, (mean, var) in sums.items():
+    saved = tree["reestimated_batch_stats"][norm]["batch_norm"]
+    np.testing.assert_allclose(saved["mean"], mean, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(saved["var"], var, rtol=1e-4)
+    running = tree["batch_stats"][norm]["batch_norm"]
+    assert np.abs(running["mean"] - mean).max() > 0.01
+
+
+def test_reestimated_statistics_count_in_evaluation(busy):
+  workdir, tree = busy
+  data = experiment_of(busy_config()).load("validation")
+  images = pipeline.normalize(data.images, experiment_of(busy_config()).pixels)
+  losses = {}
+  for name in ("reestimated_batch_stats", "batch_stats"):
+    logits, _ = network(tree["params"], images, busy_sign, tree[name])
+    losses[name] = cross_entropy(logits, np.asarray(data.labels)).mean()
+  hard, = lines_of(workdir, split="validation", mode="hard")
+  assert hard["loss"] == pytest.approx(losses["reestimated_batch_stats"], rel=1e-5)
+  assert abs(losses["batch_stats"] - hard["loss"]) > 1e-3
+
+
+def test_no_batch_is_reestimated_on_twice(busy, monkeypatch):
+  experiment = Experiment(tiny_config(reestimate_batches=10**6))
+  asked = []
+  note = lambda params, batch_stats, data, order, i: asked.append(i) or batch_stats
+  monkeypatch.setattr(experiment, "jit", lambda _: note)
+  train.make_reestimate(experiment)({}, {"mean": jnp.zeros(2)}, None, None)
+  assert asked == list(range(EPOCH))
+
+
+# Starting from another run.
+
+
+def save_run(config, workdir):
+  """A workdir with a checkpoint of random numbers; these."""
+  workdir_lib.claim(str(workdir), config)
+  experiment = Experiment(config)
+  shapes = jax.eval_shape(lambda: train.init_state(experiment))
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+      lambda s: np.asarray(rng.uniform(-2, 2, s.shape), s.dtype), shapes)
+  with checkpoint.open_manager(str(workdir)) as manager:
+    checkpoint.save(manager, 100, state._asdict(), 0.5)
+  return state
+
+
+def test_init_from(tmp_path):
+  source = save_run(tiny_config(weight_bits="float32", input_bits="float32"),
+                    tmp_path / "float")
+  seen = []
+
+  def action(_, state):
+    seen.append(jax.device_get(state))
+    raise Stop
+
+  config = tiny_config(init_from=str(tmp_path / "float"))
+  with pytest.raises(Stop):
+    run_with(action, config, tmp_path / "run")
+  state, = seen
+  jax.tree.map(np.testing.assert_array_equal, state.params, source.params)
+  jax.tree.map(np.testing.assert_array_equal, state.batch_stats, source.batch_stats)
+  assert state.step == 0 and state.totals.count == 0
+  assert not any(np.any(m) for m in jax.tree.leaves(state.opt_state))
+  assert np.abs(state.params["conv1"]["kernel"]).max() > 1
+
+
+def test_init_from_is_for_the_start_alone(tmp_path):
+  save_run(tiny_config(), tmp_path / "source")
+  config = tiny_config(init_from=str(tmp_path / "source"), num_epochs=4)
+  run(config, tmp_path / "whole")
+  with pytest.raises(Stop):
+    run_with(stop_before(EPOCH + 5), config, tmp_path / "cut")
+  run(config, tmp_path / "cut")
+  assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("source, named", [
+    ({"conv_widths": (8, 16)},
+     "params/conv2/kernel (3, 3, 8, 16) there, (3, 3, 8, 8) here"),
+    ({"norm_scale": False},
+     "params/norm_conv1/batch_norm/scale missing there, (8,) here")])
+def test_init_from_other_shapes_is_refused(source, named, tmp_path):
+  save_run(tiny_config(**source), tmp_path / "source")
+  with pytest.raises(cli.UsageError) as error:
+    run(tiny_config(init_from=str(tmp_path / "source")), tmp_path / "run")
+  assert "init_from" in str(error.value) and named in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_init_from_no_run_is_refused(tmp_path):
+  for source in (tmp_path / "nothing", tmp_path):
+    with pytest.raises(cli.UsageError, match="the workdir of a run"):
+      run(tiny_config(init_from=str(source)), tmp_path / "run")
+  workdir_lib.claim(str(tmp_path / "fresh"), tiny_config())
+  with pytest.raises(cli.UsageError, match="a run that has a checkpoint"):
+    run(tiny_config(init_from=str(tmp_path / "fresh")), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+# What the codebase is for.
+
+
+def digits_config(**changes):
+  """That of the experiment on the digits."""
+  c = runpy.run_path(str(ROOT / "experiments" / "digits_convnet.py"))["get_config"]()
+  c.update(changes)
+  return c
+
+
+def test_digits_learn_in_a_short_run(tmp_path, monkeypatch):
+  init_state = train.init_state  # Compiles faster as one program.
+  monkeypatch.setattr(train, "init_state", lambda e: jax.jit(lambda: init_state(e))())
+  status = train.train_and_evaluate(
+      digits_config(num_epochs=4, eval_every_epochs=4), str(tmp_path))
+  assert status["test_accuracy"] > 0.9
+
+
+@pytest.mark.slow
+def test_digits_over_three_seeds(tmp_path):
+  for seed in range(3):
+    status = train.train_and_evaluate(digits_config(seed=seed), str(tmp_path / str(seed)))
+    assert status["state"] == "done" and status["test_accuracy"] >= 0.95
+
+
+# The command.
+
+
+def start(config, workdir, *arguments, **environment):
+  """Starts `python -m minw.main` on a config file that holds `config`."""
+  path = pathlib.Path(f"{workdir}.config.py")
+  path.write_text(
+      "from minw import config\n"
+      f"def get_config(): return config.from_json({config_lib.to_json(config)!r})\n")
+  return subprocess.Popen(
+      [sys.executable, "-m", "minw.main", f"--config={path}", f"--workdir={workdir}",
+       *arguments],
+      env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ended(process):
+  """The exit code, stdout and stderr of what `start` started."""
+  with process:
+    out, err = process.communicate(timeout=600)
+  return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_main_says_how_a_run_ended(tmp_path):
+  code, out, err = ended(
+      start(tiny_config(num_epochs=1), tmp_path / "run", "--config.learning_rate=1e30"))
+  assert code == 3, err
+  assert "'state': 'diverged'" in out
+  status = json.loads((tmp_path / "run" / "status.json").read_text())
+  assert status in ({"state": "diverged", "step": step} for step in (0, 1))
+  code, out, err = ended(start(tiny_config(num_epochs=2), tmp_path / "run"))
+  assert code == 2
+  assert err.startswith("error: ") and err.count("\n") == 1
+  assert "learning_rate: 1e+30, 0.01" in err and "num_epochs: 1, 2" in err
