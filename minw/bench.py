@@ -24,6 +24,7 @@ import numpy as np
 
 from minw import cli
 from minw import config as config_lib
+from minw import config_flag
 from minw import pipeline
 from minw import train
 from minw.experiment import Experiment
@@ -315,7 +316,7 @@ def main_train() -> None:
 
 
 if __name__ == "__main__":
-  cli.define_config(default=__file__)
+  config_flag.define(default=__file__)
   flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
   flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
   cli.run({"train": main_train})

@@ -125,11 +125,6 @@ def score_function_surrogate(loss: jax.Array, log_prob: jax.Array) -> jax.Array:
   return loss + lax.stop_gradient(loss) * (total - lax.stop_gradient(total))
 
 
-def round_ste(x: jax.Array, dtype: str) -> jax.Array:
-  """`quantizers.round_to(x, dtype)` with the gradient of the identity."""
-  return x + lax.stop_gradient(quantizers.round_to(x, dtype) - x)
-
-
 def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
   """The estimator called `name`, with the one signature that networks use.
 

@@ -166,7 +166,7 @@ class NormQuant(nn.Module):
       return y
     y = jax.nn.hard_tanh(y)
     if not quantizers.is_grid(bits):
-      return estimators.round_ste(y, bits)
+      return quantizers.round_to(y, bits)
     grid = quantizers.input_grid(bits, self.thresholds)
     if mode == "hard":
       return quantizers.quantize(y, grid)
@@ -257,7 +257,7 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     kernel = layer.estimator(
         kernel, alpha, grid, lambda: layer.make_rng("estimator"))
   else:
-    kernel = estimators.round_ste(kernel, bits)
+    kernel = quantizers.round_to(kernel, bits)
   return apply(x, kernel, dtype=layer.dtype)
 
 

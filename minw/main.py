@@ -3,20 +3,18 @@
 import logging
 
 from absl import flags
-from ml_collections import config_flags
 
 from minw import cli
+from minw import config_flag
 
 # Exit codes beside 0, done, and 2, bad input.
 DIVERGED = 3
 PREEMPTED = 75  # Start the same command again to go on.
 
 if __name__ == "__main__":
-  _CONFIG = config_flags.DEFINE_config_file(
-      "config", None, "Experiment file; --config.FIELD=VALUE overrides a field.")
+  _CONFIG = config_flag.define()
   _WORKDIR = flags.DEFINE_string(
       "workdir", None, "Where the run is kept.", required=True)
-  flags.mark_flag_as_required("config")
 
   def main() -> int:
     from minw import train  # Takes seconds: bad flags are reported before.

@@ -3,9 +3,6 @@
 import math
 from typing import Any, NamedTuple, Sequence
 
-from absl import flags
-from ml_collections import config_flags
-
 from minw import cli
 from minw import layers as layers_lib
 
@@ -190,9 +187,9 @@ def _align(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
 
 
 if __name__ == "__main__":
-  _CONFIG = config_flags.DEFINE_config_file(
-      "config", None, "Experiment file; --config.FIELD=VALUE overrides a field.")
-  flags.mark_flag_as_required("config")
+  from minw import config_flag
+
+  _CONFIG = config_flag.define()
 
   def main() -> None:
     from minw import experiment  # Takes seconds: bad flags are reported before.

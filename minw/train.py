@@ -314,13 +314,13 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
                       "checkpoint_step": saved.step, **results[which]})
     writer.close()
 
-  plots.curves(workdir)
   if status["state"] == "running":
     status = workdir_lib.write_status(
         workdir, "done", step, test_accuracy=results["last"]["accuracy"],
         test_loss=results["last"]["loss"], best_step=best.step,
         best_test_accuracy=results["best"]["accuracy"],
         best_test_loss=results["best"]["loss"])
+  plots.curves(workdir)
   _log.info("%s: %s", workdir, json.dumps(status))
   return status
 

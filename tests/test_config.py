@@ -119,7 +119,7 @@ NAN, INF = math.nan, math.inf
     ("kernel_init", ["zeros", "glorot"], "one of glorot_uniform, glorot_normal, "),
     ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
     ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
-    ("estimator", ["stee", "stochastic_neuron", "round_ste", "by_name", ""],
+    ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
      "one of aqe, ste, stochastic_aqe"),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
     ("alpha_shape", ["cubic"], "one of linear, cosine"),

@@ -790,7 +790,8 @@ def test_digits_learn_in_a_short_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_digits_over_three_seeds(tmp_path):
   for seed in range(3):
-    status = train.train_and_evaluate(digits_config(seed=seed), str(tmp_path / str(seed)))
+    workdir = tmp_path / str(seed)
+    status = train.train_and_evaluate(digits_config(seed=seed), str(workdir))
     assert status["state"] == "done" and status["test_accuracy"] >= 0.95
 
 

@@ -1,0 +1,64 @@
+"""The flag --config=FILE or FILE:ARGUMENT, with --config.FIELD=VALUE for any field."""
+
+from importlib import machinery
+import re
+import sys
+import types
+from typing import Any
+
+from absl import flags
+from ml_collections import config_dict
+from ml_collections import config_flags
+
+from minw import cli
+from minw import config as config_lib
+
+
+def define(default: str | None = None) -> flags.FlagHolder:
+  """Defines the flag for a command; its value is the config.
+
+  Args:
+    default: the file whose `get_config` counts where there is no --config, which is
+      required if there is no default.
+  """
+  # Now, as a default is overridden when it is defined.
+  cli.guarded(_check_fields, sys.argv)
+  holder = config_flags.DEFINE_config_file(
+      "config", default, "Experiment file; --config.FIELD=VALUE overrides a field.")
+  if default is None:
+    flags.mark_flag_as_required("config")
+  flags.FLAGS["config"].parser = _ExperimentFile()
+  return holder
+
+
+def _check_fields(argv: list[str]) -> None:
+  fields = config_lib.default_config().keys()
+  for argument in argv[1:]:
+    match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+    if match and match[1] not in fields:
+      raise cli.unknown_name("config field", match[1], fields)
+
+
+class _ExperimentFile(flags.ArgumentParser):
+  """Makes FILE or FILE:ARGUMENT what the `get_config` of that file returns.
+
+  Of what may be wrong with a file, the parser of ml_collections keeps some until the
+  config is used, quotes some with its traceback, and lets the rest through.
+  """
+
+  def parse(self, argument: str) -> Any:
+    path, colon, text = argument.partition(":")
+    loader = machinery.SourceFileLoader("config_config", path)
+    module = types.ModuleType(loader.name)
+    try:
+      loader.exec_module(module)
+      config = module.get_config(*([text] if colon else []))
+      if not isinstance(config, config_dict.ConfigDict):
+        raise TypeError(f"it returned {type(config).__name__}")
+      return config.lock()
+    except cli.UsageError:
+      raise
+    except Exception as error:  # The file's own, of whatever kind.
+      raise cli.bad_value(
+          "config", argument, "FILE or FILE:ARGUMENT, of a Python file whose "
+          f"get_config returns a config ({type(error).__name__}: {error})") from error

@@ -1,0 +1,241 @@
+"""minw.evaluate: every example once, and always the hard network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from minw import checkpoint
+from minw import cli
+from minw import config as config_lib
+from minw import evaluate
+from minw import pipeline
+from minw import workdir as workdir_lib
+from test_train import EPOCH
+from test_train import ROOT
+from test_train import contents
+from test_train import cross_entropy
+from test_train import experiment_of
+from test_train import lines_of
+from test_train import network
+from test_train import run
+from test_train import shared_programs
+from test_train import sign
+from test_train import tiny_config
+
+SPLITS = {"train": 1257, "validation": 180, "test": 360}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+  """The workdir of a run whose evaluation batch, 64, divides none of the splits."""
+  workdir = tmp_path_factory.mktemp("evaluate")
+  run(tiny_config(), workdir)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def variables(plain):
+  """What the run trained."""
+  _, saved = evaluate.read_run(str(plain))
+  return jax.device_get(evaluate.trained_variables(saved.tree))
+
+
+def reference(variables, split, alpha=1.0):
+  """Logits in float64 NumPy, what batch norms received, and the labels."""
+  experiment = experiment_of(tiny_config())
+  data = experiment.load(split)
+  images = np.asarray(pipeline.normalize(data.images, experiment.pixels))
+  mix = lambda a, _: alpha * sign(a) + (1 - alpha) * a
+  logits, received = network(
+      variables["params"], images, mix, variables["batch_stats"])
+  return logits, received, np.asarray(data.labels)
+
+
+def measures(logits, labels):
+  return {"loss": cross_entropy(logits, labels).mean(),
+          "accuracy": np.mean(logits.argmax(-1) == labels)}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_hard_is_the_paper_network(split, variables, plain):
+  logits, _, labels = reference(variables, split)
+  assert len(labels) == SPLITS[split]
+  with shared_programs():
+    found = evaluate.evaluate_workdir(str(plain), split)
+  expected = measures(logits, labels)
+  assert found == {"step": 4 * EPOCH, "accuracy": expected["accuracy"],
+                   "loss": pytest.approx(expected["loss"], rel=1e-6)}
+
+
+def test_every_image_gets_the_label_of_the_paper_network(variables):
+  logits, _, _ = reference(variables, "validation")
+  experiment = experiment_of(tiny_config())
+  images = pipeline.normalize(experiment.load("validation").images, experiment.pixels)
+  found = experiment.model.apply(experiment.fold(variables), images, mode="hard")
+  np.testing.assert_array_equal(np.argmax(found, -1), logits.argmax(-1))
+  np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_accuracy_of_the_record_is_the_hard_networks(variables, plain):
+  logits, _, labels = reference(variables, "validation")
+  line = lines_of(plain, split="validation", mode="hard")[-1]
+  assert line["accuracy"] == measures(logits, labels)["accuracy"]
+  logits, _, labels = reference(variables, "test")
+  line = lines_of(plain, split="test", checkpoint="last")[0]
+  assert line["accuracy"] == measures(logits, labels)["accuracy"]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.0, 1.0])
+def test_mixed_is_the_network_in_training(alpha, variables):
+  logits, received, labels = reference(variables, "validation", alpha)
+  experiment = experiment_of(tiny_config())
+  with shared_programs():
+    evaluator = evaluate.Evaluator(experiment)
+  data = experiment.load("validation")
+  found = evaluator.mixed(variables, data, alpha)
+  expected = measures(logits, labels)
+  assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+  assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=0.5 / 180)
+  hard = evaluator.hard(variables, data)
+  assert (abs(found["loss"] - hard["loss"]) < 1e-5) == (alpha == 1)
+  # How far activations are from -1 and 1, before they are quantized.
+  assert sorted(found["input_distance"]) == ["norm_conv1", "norm_conv2", "norm_dense1"]
+  for name, distance in found["input_distance"].items():
+    norm = {**variables["params"][name]["batch_norm"],
+            **variables["batch_stats"][name]["batch_norm"]}
+    y = ((received[name] - norm["mean"]) / np.sqrt(norm["var"] + np.float64(1e-4))
+         * norm["scale"] + norm["bias"])
+    y = np.clip(y, -1, 1)
+    assert distance == pytest.approx(np.abs(y - sign(y)).mean(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65])
+def test_splits_of_any_size(count, variables):
+  """Whatever the last batch is filled up with."""
+  logits, _, labels = reference(variables, "validation")
+  experiment = experiment_of(tiny_config())
+  data = jax.tree.map(lambda a: a[:count], experiment.load("validation"))
+  with shared_programs():
+    found = evaluate.Evaluator(experiment).hard(variables, data)
+  expected = measures(logits[:count], labels[:count])
+  assert found["accuracy"] == expected["accuracy"]
+  assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 7, 60, 180, 1000])
+def test_batches_of_any_size(size, variables):
+  logits, _, labels = reference(variables, "validation")
+  experiment = experiment_of(tiny_config(eval_batch_size=size))
+  found = evaluate.Evaluator(experiment).hard(variables, experiment.load("validation"))
+  expected = measures(logits, labels)
+  assert found["accuracy"] == expected["accuracy"]
+  assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_ties_go_to_the_lowest_label():
+  """As in NumPy and in the packed network."""
+  experiment = experiment_of(tiny_config())
+  shapes = jax.eval_shape(lambda: experiment.model.init(
+      {"params": jax.random.key(0), "estimator": jax.random.key(0)},
+      np.zeros((1, *experiment.image_shape), np.float32), mode="train"))
+  zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+  with shared_programs():
+    found = evaluate.Evaluator(experiment).hard(zeros, experiment.load("validation"))
+  labels = np.asarray(experiment.load("validation").labels)
+  assert found == {"accuracy": np.mean(labels == 0),
+                   "loss": pytest.approx(np.log(10), rel=1e-6)}
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_same_numbers_again(which, plain, tmp_path):
+  """With programs of this process, and in another that calls the command."""
+  line, = lines_of(plain, split="test", checkpoint=which)
+  expected = {"step": line["checkpoint_step"], "loss": line["loss"],
+              "accuracy": line["accuracy"]}
+  with shared_programs():
+    assert evaluate.evaluate_workdir(str(plain), which=which) == expected
+  line, = lines_of(plain, split="validation", mode="hard", step=line["checkpoint_step"])
+  with shared_programs():
+    found = evaluate.evaluate_workdir(str(plain), "validation", which)
+  assert found == {name: line[name] for name in ("step", "loss", "accuracy")}
+
+
+def command(*arguments):
+  return subprocess.run(
+      [sys.executable, "-m", "minw.evaluate", *arguments], text=True,
+      env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=300)
+
+
+def test_command(plain, tmp_path):
+  workdir = tmp_path / "moved"
+  shutil.copytree(plain, workdir)
+  # The best is another than the last.
+  folder = workdir / "checkpoints" / str(4 * EPOCH)
+  other = min(int(path.name) for path in folder.parent.iterdir())
+  with checkpoint.open_manager(str(workdir), read_only=True) as manager:
+    tree = checkpoint.restore(manager, other).tree
+  shutil.rmtree(folder.parent)
+  with checkpoint.open_manager(str(workdir)) as manager:
+    checkpoint.save(manager, other, tree, 0.9)
+    checkpoint.save(manager, 4 * EPOCH, tree, 0.8)
+  before = contents(workdir)
+  done = command(f"--workdir={workdir}", "--split=validation", "--checkpoint=best")
+  assert done.returncode == 0, done.stderr
+  line, = lines_of(plain, split="validation", mode="hard", step=other)
+  assert json.loads(done.stdout) == {
+      "split": "validation", "mode": "hard", "step": other, "loss": line["loss"],
+      "accuracy": line["accuracy"]}
+  assert "damaged" not in done.stderr
+  assert contents(workdir) == before
+
+
+@pytest.mark.slow
+def test_command_by_default(plain):
+  done = command(f"--workdir={plain}")
+  assert done.returncode == 0, done.stderr
+  line, = lines_of(plain, split="test", checkpoint="last")
+  assert json.loads(done.stdout) == {
+      "split": "test", "mode": "hard", "step": line["step"], "loss": line["loss"],
+      "accuracy": line["accuracy"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, said", [
+    (("--workdir=nowhere",), "workdir='nowhere': must be the workdir of a run"),
+    (("--workdir=nowhere", "--split=all"), "split"),
+    ((), "workdir")])
+def test_command_on_bad_input(arguments, said):
+  done = command(*arguments)
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  assert said in done.stderr
+
+
+def test_no_run_and_no_checkpoint(tmp_path):
+  with pytest.raises(cli.UsageError, match="the workdir of a run"):
+    evaluate.evaluate_workdir(str(tmp_path))
+  workdir_lib.claim(str(tmp_path), tiny_config())
+  for _ in range(2):
+    with pytest.raises(cli.UsageError, match="a run that has a checkpoint"):
+      evaluate.evaluate_workdir(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_unknown_split(plain):
+  with pytest.raises(cli.UsageError, match="did you mean 'validation'"):
+    evaluate.evaluate_workdir(str(plain), "valdation")
+
+
+def test_reading_a_run_changes_nothing(plain):
+  before = contents(plain)
+  config, saved = evaluate.read_run(str(plain), "best")
+  assert config_lib.to_json(config) == config_lib.to_json(tiny_config())
+  assert saved.step == json.loads((plain / "status.json").read_text())["best_step"]
+  assert contents(plain) == before

@@ -1,0 +1,187 @@
+"""The same run on four devices as on one.
+
+XLA makes four of one CPU, in a process of their own; what they found is compared here.
+Sums over a batch are made in another order there, so gradients differ in their last
+bits: the tolerance is 1e-5 of a tensor's largest gradient.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from minw import config as config_lib
+from minw import evaluate
+from minw import pipeline
+from test_train import EPOCH
+from test_train import ROOT
+from test_train import Stop
+from test_train import busy_config
+from test_train import experiment_of
+from test_train import lines_of
+from test_train import run_with
+from test_train import shared_programs
+from test_train import trees_of
+
+CONFIG = busy_config()
+STEPS = (0, 5, 30)
+
+# Run with the number of devices, a config and a folder.
+FOUND = '''
+import json, os, signal, sys
+import jax, numpy as np
+from minw import cli, config as config_lib, evaluate, train
+from minw.experiment import Experiment
+
+devices, folder = int(sys.argv[1]), sys.argv[3]
+config = config_lib.from_json(sys.argv[2])
+assert len(jax.devices()) == devices
+found = {}
+
+def whole(tree):
+  "Each device has all of it, and the same."
+  for leaf in jax.tree.leaves(tree):
+    assert leaf.sharding.is_fully_replicated and len(leaf.devices()) == devices
+    first, *others = (
+        np.asarray(part.data).tobytes() for part in leaf.addressable_shards)
+    assert len(others) == devices - 1 and all(other == first for other in others)
+
+# A batch, as the step makes it.
+experiment = Experiment(config)
+data = experiment.load("train")
+whole(data)
+batch = jax.jit(lambda order, step: experiment.train_batch(
+    data, order, step % experiment.steps_per_epoch,
+    jax.random.fold_in(jax.random.key(5), step)))
+epoch_order = train.make_epoch_order(experiment)
+for step in (0, 5, 30):
+  images, labels = batch(epoch_order(step // experiment.steps_per_epoch), step)
+  assert len(images.sharding.device_set) == devices
+  assert images.addressable_shards[0].data.shape[0] == config.batch_size // devices
+  found[f"images{step}"], found[f"labels{step}"] = images, labels
+
+# A run that ends before its step 30, and what it made its programs of.
+steps, programs, evaluators = [], [], []
+make_train_step, Evaluator = train.make_train_step, evaluate.Evaluator
+
+def make(experiment):
+  train_step = make_train_step(experiment)
+  programs.append(train_step)
+  def call(state, *arguments):
+    whole(state)
+    if len(steps) == 1:
+      found.update({f"gradient{jax.tree_util.keystr(path)}": leaf / 0.1 for path, leaf
+                    in jax.tree_util.tree_leaves_with_path(state.opt_state[0].mu)})
+      found["loss"] = state.totals.loss
+    steps.append(int(state.step))
+    if steps[-1] == 30:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(state, *arguments)
+  return call
+
+def make_evaluator(experiment):
+  evaluators.append(Evaluator(experiment))
+  return evaluators[-1]
+
+train.make_train_step, evaluate.Evaluator = make, make_evaluator
+status = train.train_and_evaluate(config, f"{folder}/run")
+assert status == {"state": "preempted", "step": 31}, status
+assert [program._cache_size() for program in programs] == [1]
+assert [evaluator._step._cache_size() for evaluator in evaluators] == [2]  # Two modes.
+
+# Evaluation, from a checkpoint.
+result = evaluate.evaluate_workdir(f"{folder}/run", "validation")
+if devices > 1:
+  for field in ("batch_size", "eval_batch_size"):
+    try:
+      Experiment(config_lib.copy(config, **{field: 4 * devices - 1}))
+    except cli.UsageError as error:
+      assert f"config.{field}={4 * devices - 1}: must be a multiple of 4" in str(error)
+    else:
+      raise AssertionError(field)
+np.savez(f"{folder}/found.npz", **found)
+print(json.dumps(result))
+'''
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+  """The folder that four devices filled, and what they say of their checkpoint."""
+  folder = tmp_path_factory.mktemp("spmd")
+  done = subprocess.run(
+      [sys.executable, "-c", FOUND, "4", config_lib.to_json(CONFIG), str(folder)],
+      text=True, capture_output=True, timeout=600, env={
+          **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+          "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+  assert done.returncode == 0, done.stderr[-5000:]
+  return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_batches_are_the_same(four):
+  found = np.load(four[0] / "found.npz")
+  experiment = experiment_of(CONFIG)
+  data = experiment.load("train")
+  for step in STEPS:
+    images, labels = experiment.train_batch(
+        data, pipeline.epoch_order(0, step // EPOCH, 1257), step % EPOCH,
+        jax.random.fold_in(jax.random.key(5), step))
+    np.testing.assert_array_equal(found[f"images{step}"], images)
+    np.testing.assert_array_equal(found[f"labels{step}"], labels)
+
+
+def test_first_gradient_is_the_same(four, tmp_path):
+  found, ours = np.load(four[0] / "found.npz"), {}
+
+  def action(step, state):
+    if step == 1:
+      ours["loss"] = np.asarray(state.totals.loss)
+      ours.update({
+          f"gradient{jax.tree_util.keystr(path)}": np.asarray(leaf) / np.float32(0.1)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state[0].mu)})
+      raise Stop
+
+  with pytest.raises(Stop):
+    run_with(action, CONFIG, tmp_path)
+  assert len(ours) == 13  # Of four layers a kernel, a scale and a bias.
+  assert sorted(ours) == [name for name in sorted(found.files)
+                          if name.startswith(("gradient", "loss"))]
+  for name, value in ours.items():
+    np.testing.assert_allclose(
+        found[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_evaluation_is_the_same(four):
+  folder, theirs = four
+  with shared_programs():
+    ours = evaluate.evaluate_workdir(str(folder / "run"), "validation")
+  assert ours["accuracy"] == theirs["accuracy"] and ours["step"] == theirs["step"] == 31
+  assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+def test_one_device_goes_on(four, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(four[0] / "run", workdir)
+  saved = trees_of(workdir)
+  assert sorted(saved) == [EPOCH, 31]
+  before, begun = lines_of(workdir), {}
+
+  def action(step, state):
+    begun[step] = None
+    if step == 31:
+      paths = jax.tree_util.tree_leaves_with_path(state._asdict())
+      begun[step] = {jax.tree_util.keystr(path, simple=True, separator="/"):
+                     np.asarray(leaf).tobytes() for path, leaf in paths}
+
+  status = run_with(action, CONFIG, workdir)
+  assert list(begun) == list(range(31, 4 * EPOCH))
+  for path, content in begun[31].items():
+    assert saved[31][path][2] == content, path
+  assert status["state"] == "done" and status["test_accuracy"] > 0.5
+  assert lines_of(workdir)[:3] == before
+  assert [line["step"] for line in lines_of(workdir, mode="hard")] == [
+      19, 38, 57, 76, 76, 76]
