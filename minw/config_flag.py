@@ -34,7 +34,7 @@ def define(default: str | None = None) -> flags.FlagHolder:
 def _check_fields(argv: list[str]) -> None:
   fields = config_lib.default_config().keys()
   for argument in argv[1:]:
-    match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     if match and match[1] not in fields:
       raise cli.unknown_name("config field", match[1], fields)
 

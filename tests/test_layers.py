@@ -131,8 +131,12 @@ def test_dense(bits):
 def test_threshold_rules_of_weights(rule, thresholds, want):
   kernel = np.float32([[0.125, -1.0], [0.475, -0.4]])  # Means 0.3 and 0.7.
   layer = layers.QuantDense(2, bits=2, threshold_rule=rule, thresholds=thresholds)
-  got = layer.apply({"params": {"kernel": kernel}}, np.eye(2, dtype="f4"), 1.0, "mixed")
+  variables = {"params": {"kernel": kernel}}
+  got = layer.apply(variables, np.eye(2, dtype="f4"), 1.0, "mixed")
   np.testing.assert_array_equal(got, np.sign(kernel) * want)
+  _, folded = layer.apply(variables, np.ones((3, 2), "f4"), mode="fold",
+                          mutable=["hard"])
+  np.testing.assert_array_equal(folded["hard"]["kernel"], np.sign(kernel) * want)
   wide = layers.QuantConv(2, (1, 2), padding="VALID", bits=2, threshold_rule=rule,
                           thresholds=thresholds)
   got = wide.apply({"params": {"kernel": kernel[None, :, None]}},
@@ -194,6 +198,14 @@ def test_operands_are_rounded_to_the_compute_type():
   value, gradient = jax.value_and_grad(loss)(kernel[None, None])
   assert value == 0.66796875 * one  # (1 + 1/3) / 2, rounded.
   assert gradient.dtype == jnp.float32 and gradient[0, 0, 0, 0] == one
+
+
+def test_the_hard_network_computes_in_float32():
+  kernel, x = np.full((1, 1, 1, 1), 1 / 3, "f4"), np.full((1, 1, 1, 1), 1.01, "f4")
+  conv = layers.QuantConv(1, (1, 1), dtype=jnp.bfloat16, bits="float32")
+  assert conv.apply({"hard": {"kernel": kernel}}, x) == kernel * x
+  dense = layers.QuantDense(1, dtype=jnp.bfloat16, bits="float32")
+  assert dense.apply({"hard": {"kernel": kernel[0, 0]}}, x[0, 0]) == (kernel * x)[0, 0]
 
 
 # Batch norm, shortcut, HardTanh, quantizer.

@@ -24,6 +24,7 @@ from test_train import Stop
 from test_train import busy_config
 from test_train import experiment_of
 from test_train import lines_of
+from test_train import run
 from test_train import run_with
 from test_train import shared_programs
 from test_train import trees_of
@@ -181,7 +182,13 @@ def test_one_device_goes_on(four, tmp_path):
   assert list(begun) == list(range(31, 4 * EPOCH))
   for path, content in begun[31].items():
     assert saved[31][path][2] == content, path
-  assert status["state"] == "done" and status["test_accuracy"] > 0.5
+  assert status["state"] == "done"
   assert lines_of(workdir)[:3] == before
+  # As if on one device all along, as far as rounding leaves runs alike.
+  run(CONFIG, tmp_path / "one")
+  pairs = zip(lines_of(workdir, split="train"), lines_of(tmp_path / "one", split="train"))
+  for ours, theirs in pairs:
+    print(ours["loss"], theirs["loss"])
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
   assert [line["step"] for line in lines_of(workdir, mode="hard")] == [
       19, 38, 57, 76, 76, 76]
