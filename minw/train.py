@@ -219,7 +219,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
   status = workdir_lib.read_status(workdir)
   if status and status["state"] in ("done", "diverged"):
     _log.warning("%s: already %s at step %d; nothing to do",
-                    workdir, status["state"], status["step"])
+                 workdir, status["state"], status["step"])
     return status
   train_data, validation_data, test_data = (
       experiment.load(split) for split in ("train", "validation", "test"))
@@ -266,7 +266,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         break
       if not (report or stop.requested):
         _log.info("step %d/%d: loss %.4f; %s", step, experiment.num_steps,
-                     totals.loss / totals.count, progress.line())
+                  totals.loss / totals.count, progress.line())
         continue
 
       rate = progress.pause()

@@ -127,10 +127,11 @@ def test_batches_are_the_same(four):
   found = np.load(four[0] / "found.npz")
   experiment = experiment_of(CONFIG)
   data = experiment.load("train")
+  batch = jax.jit(lambda step: experiment.train_batch(
+      data, pipeline.epoch_order(0, step // EPOCH, 1257), step % EPOCH,
+      jax.random.fold_in(jax.random.key(5), step)))
   for step in STEPS:
-    images, labels = experiment.train_batch(
-        data, pipeline.epoch_order(0, step // EPOCH, 1257), step % EPOCH,
-        jax.random.fold_in(jax.random.key(5), step))
+    images, labels = batch(step)
     np.testing.assert_array_equal(found[f"images{step}"], images)
     np.testing.assert_array_equal(found[f"labels{step}"], labels)
 
@@ -188,7 +189,6 @@ def test_one_device_goes_on(four, tmp_path):
   run(CONFIG, tmp_path / "one")
   pairs = zip(lines_of(workdir, split="train"), lines_of(tmp_path / "one", split="train"))
   for ours, theirs in pairs:
-    print(ours["loss"], theirs["loss"])
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.1)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
   assert [line["step"] for line in lines_of(workdir, mode="hard")] == [
       19, 38, 57, 76, 76, 76]
