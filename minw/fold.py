@@ -7,8 +7,8 @@ differently, and codes next to a threshold flip. The hard network therefore comp
 
 with variables made here, once, on the host in float64, such that the product is the
 only rounding: accumulators are integer multiples of a power of two, `center` is rounded
-to a multiple fine enough for every sign to be batch norm's and coarse enough for
-`acc - center` to be exact, and `constant` is zero unless `scale` is. Eager, jit and
+to the finest multiple for which `acc - center` is exact (so that y has the sign of batch
+norm, or is 0 where batch norm is that near to it), and `constant` is 0 unless `scale` is. Eager, jit and
 NumPy then give the same bits on every backend. Weights are put on their grid here too,
 as the mean magnitude in their thresholds also depends on the order of its sum.
 """
@@ -16,6 +16,7 @@ as the mean magnitude in their thresholds also depends on the order of its sum.
 from typing import Any, NamedTuple, Sequence
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -51,6 +52,8 @@ class Probe(NamedTuple):
 
 def apply_norm(acc: jax.Array, norm: Norm) -> jax.Array:
   """The hard network's batch norm: float32 (..., channels) -> the same."""
+  # Where XLA sees a constant of 0 it may fuse the product into the next addition.
+  norm = Norm(*lax.optimization_barrier(tuple(norm)))
   return (acc - norm.center) * norm.scale + norm.constant
 
 
@@ -166,9 +169,15 @@ def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
   Returns:
     {"hard": tree of float32 NumPy arrays}: for each layer its `kernel`, or the fields
     of its `Norm`.
+
+  Raises:
+    ValueError: a variable is not finite, which a grid would hide.
   """
   variables = jax.device_get(
       {name: variables[name] for name in ("params", "batch_stats")})
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    if not np.isfinite(leaf).all():
+      raise ValueError(f"{jax.tree_util.keystr(path)} is not finite")
   _, hard = model.apply(
       variables, jnp.stack([jnp.asarray(row, jnp.float32) for row in probe]),
       mode="fold", mutable=["hard"])

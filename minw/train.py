@@ -38,7 +38,8 @@ class Totals(NamedTuple):
 
   Attributes:
     loss, correct, count: float32 ().
-    diverged_at: int32 (), the first step whose loss or update was not finite; -1: none.
+    diverged_at: int32 (), the first step whose loss, update or batch norm statistics
+      were not finite; -1: none.
   """
 
   loss: jax.Array
@@ -111,7 +112,7 @@ def update(
       lambda path, _: "/".join(part.key for part in path[:-1]) in on_grid, params))
 
   totals = state.totals
-  finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+  finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((updates, batch_stats)))
   correct = jnp.argmax(logits, axis=-1) == labels
   totals = Totals(
       loss=totals.loss + loss * labels.shape[0],

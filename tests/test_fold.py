@@ -792,3 +792,31 @@ def test_pixels_that_are_not_multiples_of_1_64():
   assert (rounded != got).any()
   np.testing.assert_allclose(rounded, got, atol=2.0**-16)  # Below 128: 2^(7 - 23) / 2.
   jax.tree.map(assert_bitwise, hard["integer"], hard["standardized"])
+
+
+def test_constants_do_not_change_the_sum_with_a_shortcut():
+  """As an exported network has them: XLA may drop + 0 and fuse what it then sees."""
+  generator = np.random.default_rng(0)
+  size = 4096
+  norm = fold.Norm(*(np.asarray(part, np.float32) for part in (
+      np.round(generator.normal(0, 20, size) * 1024) / 1024,
+      generator.normal(0, 0.1, size), np.zeros(size))))
+  acc = np.round(generator.normal(0, 40, (32, size))).astype(np.float32)
+  shortcut = generator.choice(np.float32([-1, -0.5, 0.25, 1]), acc.shape)
+  want = (acc - norm.center) * norm.scale + shortcut
+  got = jax.jit(lambda acc, shortcut: fold.apply_norm(acc, norm) + shortcut)(
+      acc, shortcut)
+  assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("leaf", [("params", "dense1", "kernel"),
+                                  ("batch_stats", "norm_dense1", "batch_norm", "mean")])
+def test_variables_that_are_not_finite_are_refused(leaf, value):
+  net = models.ConvNet(3, (), ())
+  variables = jax.device_get(layers.initialize(net, (2, 2, 1)))
+  broken = traverse_util.flatten_dict(variables)
+  broken[leaf] = np.full_like(broken[leaf], value)
+  probe = pipeline.probe(pipeline.pixels("integer", [0.5], [0.2]), (2, 2, 1))
+  with pytest.raises(ValueError, match=f"{leaf[-1]}.* is not finite"):
+    fold.fold(net, traverse_util.unflatten_dict(broken), probe)
