@@ -215,7 +215,8 @@ def _torch_runs(
     try:
       runs[name] = run_of(compiled)
     except Exception as error:  # Compilers fail in many ways.
-      left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+      why = f"{type(error).__name__}: {error}"
+      left_out[name] = " ".join(why.split())[:200]
   return runs, left_out
 
 
@@ -276,12 +277,12 @@ def peak_bytes() -> dict[str, int]:
 def table(result: dict[str, Any]) -> str:
   """The result of `bench_train` for a reader."""
   c, m = result["config"], result["machine"]
-  widths = lambda name: "-".join(map(str, c[name]))
+  widths = " + ".join("-".join(map(str, c[name]))
+                      for name in ("conv_widths", "dense_widths") if c[name])
   lines = [
-      f"One step of training: ConvNet {widths('conv_widths')} + "
-      f"{widths('dense_widths')}, {c['dataset']}, crop {c['crop_size']}, batch "
-      f"{c['batch_size']}, {c['input_bits']}/{c['weight_bits']} bits, "
-      f"{c['compute_dtype']}",
+      f"One step of training: ConvNet {widths}, {c['dataset']}, crop "
+      f"{c['crop_size']}, batch {c['batch_size']}, {c['input_bits']}/"
+      f"{c['weight_bits']} bits, {c['compute_dtype']}",
       f"on {m['num_devices']} x {m['device']}; CPU: {m['cores']} x {m['cpu']}; "
       + ", ".join(f"{name} {version}" for name, version in m["versions"].items()),
       f"Data: {result['data']}. Medians and quartiles of "

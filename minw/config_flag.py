@@ -22,7 +22,7 @@ def define(default: str | None = None) -> flags.FlagHolder:
       required if there is no default.
   """
   # Now, as a default is overridden when it is defined.
-  cli.guarded(_check_fields, sys.argv)
+  cli.guarded(_check_arguments, sys.argv)
   holder = config_flags.DEFINE_config_file(
       "config", default, "Experiment file; --config.FIELD=VALUE overrides a field.")
   if default is None:
@@ -31,9 +31,13 @@ def define(default: str | None = None) -> flags.FlagHolder:
   return holder
 
 
-def _check_fields(argv: list[str]) -> None:
+def _check_arguments(argv: list[str]) -> None:
   fields = config_lib.default_config().keys()
-  for argument in argv[1:]:
+  try:
+    arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+  except flags.Error as error:
+    raise cli.UsageError(str(error)) from error
+  for argument in arguments:
     match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     if match and match[1] not in fields:
       raise cli.unknown_name("config field", match[1], fields)

@@ -367,7 +367,10 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   Raises:
     cli.UsageError: there is no such run, or the shapes differ.
   """
-  _, saved = evaluate.read_run(workdir)
+  try:
+    _, saved = evaluate.read_run(workdir)
+  except cli.UsageError as error:
+    raise cli.UsageError(f"config.init_from={workdir!r}: {error}") from error
   source = evaluate.trained_variables(saved.tree)
   shapes = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape

@@ -46,7 +46,10 @@ def read_config(workdir: str) -> Any:
   path = pathlib.Path(workdir) / "config.json"
   cli.check(path.is_file(), "workdir", workdir,
             "the workdir of a run (there is no config.json)")
-  return config_lib.from_json(path.read_text())
+  try:
+    return config_lib.from_json(path.read_text())
+  except (UnicodeDecodeError, cli.UsageError) as error:
+    raise cli.UsageError(f"workdir={workdir!r}: {error}") from error
 
 
 def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, Any]:

@@ -149,8 +149,7 @@ def test_damaged_newest_is_not_used(damage, cut, caplog):
                              for name, data in before.items() if name.startswith(place)}
 
 
-@pytest.mark.parametrize("damage", [
-    "arrays flipped in the middle", "record emptied", "no accuracy", "empty"])
+@pytest.mark.parametrize("damage", ["arrays flipped in the middle", "no accuracy"])
 def test_run_with_damaged_newest_ends_alike(damage, runs, cut):
   DAMAGES[damage](cut / "checkpoints" / str(NEWEST))
   begun = []
@@ -273,6 +272,29 @@ def test_saved_is_what_was_there_when_it_was_saved(tmp_path):
     for step, value in ((2, 6.0), (3, 11.0)):
       found = checkpoint.restore(manager, step).tree
       assert all((leaf == value).all() for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("accuracies, best", [
+    ((0.9, 0.2, 0.3, 0.4, 0.5), 1), ((0.1, 0.9, 0.3, 0.4, 0.5), 2),
+    ((0.9, 0.9, 0.3, 0.4, 0.5), 2), ((0.9, 0.1, 0.9, 0.2, 0.3), 3),
+    ((0.1, 0.2, 0.3, 0.4, 0.5), 5), ((0.5, 0.1, 0.1, 0.1, 0.5), 5),
+    ((0.0, 0.0, 0.0, 0.0, 0.0), 5), ((0.5, None, 0.4, None, None), 1),
+    ((None, 0.0, None, None, None), 2)])
+@pytest.mark.parametrize("reopened", [False, True])
+def test_newest_two_and_best_are_kept(accuracies, best, reopened, tmp_path):
+  manager = checkpoint.open_manager(str(tmp_path))
+  for step, accuracy in enumerate(accuracies, start=1):
+    checkpoint.save(manager, step, {"a": jnp.full(3, step)}, accuracy)
+    if reopened:
+      manager.close()
+      manager = checkpoint.open_manager(str(tmp_path))
+  manager.wait_until_finished()
+  assert sorted(manager.all_steps()) == sorted({best, 4, 5})
+  step, tree = checkpoint.restore_best(manager)
+  assert step == best and (tree["a"] == best).all()
+  step, tree = checkpoint.restore_newest(manager)
+  assert step == 5 and (tree["a"] == 5).all()
+  manager.close()
 
 
 def test_no_checkpoint_yet(tmp_path):

@@ -68,6 +68,7 @@ class Copies:
       if self._inside:
         return
       self._inside = True
+      # Of this process' own threads none may find this half done.
       count = 1 + sum(name.split("#")[0] == moment for name in self.at)
       name = moment + f"#{count}" * (count > 1)
       target = self._folder / str(len(self.at))
@@ -78,13 +79,14 @@ class Copies:
 
 def _copy(source, target):
   target.mkdir(parents=True)
-  # Checkpoints before metrics: none may meet earlier ones.
-  for path in sorted(source.iterdir()):
-    if path.is_dir():
-      _copy(path, target / path.name)
-    else:
-      with contextlib.suppress(FileNotFoundError):  # Orbax' C++ does not wait.
-        shutil.copy(path, target / path.name)
+  with contextlib.suppress(FileNotFoundError):  # What is in C++ does not wait.
+    # Checkpoints before metrics: none may meet earlier ones.
+    for path in sorted(source.iterdir()):
+      if path.is_dir():
+        _copy(path, target / path.name)
+      else:
+        with contextlib.suppress(FileNotFoundError):
+          shutil.copy(path, target / path.name)
 
 
 @pytest.fixture(scope="module")
@@ -109,26 +111,15 @@ def assert_ends_like(workdir, expected, config):
     assert found[name] == expected[name], name
 
 
-MOMENTS = [
-    "os.mkdir checkpoints",
-    "open metrics.jsonl.part",
+@pytest.mark.parametrize("moment", [
     "step 5",
     "os.mkdir checkpoints/19.orbax-checkpoint-tmp",  # All lines, but no checkpoint.
     "step 25",
-    "open checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp/_METADATA",
     "os.rename checkpoints/38.orbax-checkpoint-tmp",
-    "shutil.rmtree checkpoints/19",
     "step 75",
-    "open curves.png.part",  # With the lines of the test split.
-    "last"]
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
+    "os.rename curves.png.part"])  # With the lines of the test split.
 def test_killed_run_goes_on(moment, busy, tmp_path):
   expected, copies = busy
-  if moment == "last":  # All is done, but status.json does not yet say so.
-    moment = list(copies)[-1]
-    assert moment.startswith("os.rename status.json.part")
   shutil.copytree(copies[moment], tmp_path / "run")
   assert_ends_like(tmp_path / "run", expected, busy_config())
 
@@ -137,6 +128,8 @@ def test_killed_run_goes_on(moment, busy, tmp_path):
 def test_run_killed_at_any_moment_goes_on(busy, tmp_path):
   expected, copies = busy
   assert len(copies) > 80
+  # The last is of a run that has ended, but for the word "done".
+  assert list(copies)[-1].startswith("os.rename status.json.part")
   for moment, copy in copies.items():
     shutil.copytree(copy, tmp_path / "run")
     try:
@@ -196,7 +189,7 @@ def terminate_at(wanted):
   return action
 
 
-@pytest.mark.parametrize("step", [0, EPOCH - 1, EPOCH + 6])
+@pytest.mark.parametrize("step", [EPOCH - 1, EPOCH + 6])
 def test_terminated_run_stops_and_goes_on(step, busy, tmp_path):
   expected, _ = busy
   handler = signal.getsignal(signal.SIGTERM)
@@ -261,24 +254,12 @@ def run_with_accuracies(accuracies, workdir, action=lambda *_: None):
     return run_with(note, busy_config(), workdir)
 
 
-@pytest.mark.parametrize("accuracies, best, kept", [
-    ((0.9, 0.2, 0.3, 0.4), 1, (1, 3, 4)),
-    ((0.1, 0.9, 0.3, 0.4), 2, (2, 3, 4)),
-    ((0.9, 0.1, 0.3, 0.9), 4, (3, 4)),  # The latest of equals.
-    ((0.0, 0.0, 0.0, 0.0), 4, (3, 4))])
-def test_newest_two_and_best_are_kept(accuracies, best, kept, tmp_path):
-  status = run_with_accuracies(accuracies, tmp_path)
-  assert status["best_step"] == best * EPOCH
-  assert [line["checkpoint_step"] for line in lines_of(tmp_path, split="test")] == [
-      4 * EPOCH, best * EPOCH]
-  with checkpoint.open_manager(str(tmp_path), read_only=True) as manager:
-    assert sorted(manager.all_steps()) == [EPOCH * epoch for epoch in kept]
-
-
 def test_best_survives_resumes(tmp_path):
   accuracies = (0.9, 0.9, 0.3, 0.4)
   whole = run_with_accuracies(accuracies, tmp_path / "whole")
   assert whole["best_step"] == 2 * EPOCH
+  assert [line["checkpoint_step"] for line in lines_of(
+      tmp_path / "whole", split="test")] == [4 * EPOCH, 2 * EPOCH]
   with pytest.raises(Stop):
     run_with_accuracies(accuracies, tmp_path / "cut", stop_before(2 * EPOCH + 3))
   # A preemption saves what has no accuracy.
@@ -321,26 +302,31 @@ def start_to_end(tmp_path):
   (tmp_path / "killer" / "sitecustomize.py").write_text(KILLER)
   root = pathlib.Path(train.__file__).parents[1]
 
-  def start_(config, workdir, number, moment):
+  def start_(config, workdir, number, moment, **environment):
     event, _, path = moment.partition(" ")
     if event != "step":
       moment = f"{event} {workdir}/{path}"
     return start(config, workdir, END_AT=f"{int(number)}:{moment}",
-                 PYTHONPATH=f"{tmp_path / 'killer'}:{root}")
+                 PYTHONPATH=f"{tmp_path / 'killer'}:{root}", **environment)
 
   return start_
 
 
 def test_really_killed_in_a_checkpoints_write(start_to_end, tmp_path):
   workdir, config = tmp_path / "run", tiny_config()
+  # What the first process compiles the second need not, which is all that this does.
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+           "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
   code, _, err = ended(start_to_end(
       config, workdir, signal.SIGKILL,
-      "os.rename checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp"))
+      "os.rename checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp",
+      **cache))
   assert code == -signal.SIGKILL, err
   assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [
       "19", "38.orbax-checkpoint-tmp"]
   assert json.loads((workdir / "status.json").read_text())["state"] == "running"
-  code, out, err = ended(start(config, workdir))
+  code, out, err = ended(start(config, workdir, **cache))
   assert code == 0, err
   assert "'state': 'done', 'step': 76" in out
   assert "starting from step 19 of 76" in err

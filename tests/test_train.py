@@ -28,6 +28,7 @@ from minw import config as config_lib
 from minw import evaluate
 from minw import metrics
 from minw import pipeline
+from minw import plots
 from minw import train
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
@@ -65,9 +66,15 @@ def experiment_of(config):
 
 
 @contextlib.contextmanager
-def shared_programs():
-  """Runs of equal configs compile their programs once in this process."""
+def shared_programs(draw=False):
+  """Runs of equal configs compile their programs once in this process.
+
+  Without `draw`, curves.png is a file of nothing.
+  """
   with pytest.MonkeyPatch.context() as patch:
+    if not draw:
+      patch.setattr(plots, "curves", lambda workdir: workdir_lib.write_file(
+          pathlib.Path(workdir) / "curves.png", ""))
     patch.setattr(train, "Experiment", experiment_of)
     patch.setattr(evaluate, "Experiment", experiment_of)
     for name, make in _programs.items():
@@ -83,9 +90,9 @@ def shared_programs():
         writer.close()
 
 
-def run(config, workdir):
+def run(config, workdir, draw=False):
   """`train_and_evaluate` with shared programs."""
-  with shared_programs():
+  with shared_programs(draw):
     return train.train_and_evaluate(config, str(workdir))
 
 
@@ -260,7 +267,7 @@ def cross_entropy(logits, labels, xp=np):
 def plain(tmp_path_factory):
   """A run of four epochs; its workdir."""
   workdir = tmp_path_factory.mktemp("train") / "made" / "by it"
-  status = run(tiny_config(), workdir)
+  status = run(tiny_config(), workdir, draw=True)
   assert status == json.loads((workdir / "status.json").read_text())
   return workdir
 
