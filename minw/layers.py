@@ -11,6 +11,7 @@ With alpha = 1 the first two use the hard quantizers of Eq 20.
 """
 
 import fnmatch
+import functools
 from typing import Any, Callable, NamedTuple, Sequence
 
 import flax.linen as nn
@@ -199,15 +200,38 @@ def max_pool(x, window: int = 2, share_gradient: bool = False):
     x: (batch, height, width, channels).
     window: its height and width.
     share_gradient: where values of a window tie, which integers often do, share the
-      gradient among them instead of giving it to one: faster on CPUs, but another
-      network than that of TensorFlow and PyTorch.
+      gradient among them instead of giving it to the first, as TensorFlow and PyTorch
+      do: another network.
   """
-  if not share_gradient:
-    return nn.max_pool(x, (window, window), (window, window))
+  if share_gradient:
+    return _windows(x, window).max((2, 4))
+  return _max_pool_first(x, window)
+
+
+def _windows(x, window):
   n, h, w, c = x.shape
   h, w = h // window, w // window
-  x = x[:, :h * window, :w * window].reshape(n, h, window, w, window, c)
-  return x.max((2, 4))
+  return x[:, :h * window, :w * window].reshape(n, h, window, w, window, c)
+
+
+# The gradient of `nn.max_pool`, which XLA computes by a slow scatter.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _max_pool_first(x, window):
+  return _windows(x, window).max((2, 4))
+
+
+def _max_pool_first_backward(window, x, g):
+  parts = _windows(x, window).transpose(0, 1, 3, 5, 2, 4)
+  first = jnp.argmax(parts.reshape(*g.shape, -1), axis=-1)[:, :, None, :, None]
+  place = jnp.arange(window**2).reshape(1, 1, window, 1, window, 1)
+  spread = jnp.where(first == place, g[:, :, None, :, None], 0)
+  n, h, w, c = x.shape
+  spread = spread.reshape(n, h // window * window, w // window * window, c)
+  return (jnp.pad(spread, [(0, 0), (0, h % window), (0, w % window), (0, 0)]),)
+
+
+_max_pool_first.defvjp(
+    lambda x, window: (_max_pool_first(x, window), x), _max_pool_first_backward)
 
 
 def conv(x, kernel, strides, padding, pad_value, *, dtype, precision=None):

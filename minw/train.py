@@ -236,8 +236,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     if restored:
       state = TrainState(*(restored.tree[name] for name in TrainState._fields))
     else:
-      state = jax.device_put(
-          init_state(experiment)._replace(**source), experiment.replicated)
+      state = experiment.jit(lambda: init_state(experiment))()
+      state = jax.device_put(state._replace(**source), experiment.replicated)
     step = int(state.step)
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
     status = workdir_lib.write_status(workdir, "running", step)
