@@ -7,6 +7,7 @@ import time
 from typing import Any, NamedTuple, Sequence
 import zlib
 
+from absl import logging as absl_logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -37,10 +38,16 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
   else:
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True, preservation_policy=_NewestAndBest(directory))
-  return ocp.CheckpointManager(
-      directory, options=options,
-      item_handlers={"tree": ocp.StandardCheckpointHandler(),
-                     "record": ocp.JsonCheckpointHandler()})
+  verbosity = absl_logging.get_verbosity()
+  if read_only:  # Orbax warns that it is so.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+  try:
+    return ocp.CheckpointManager(
+        directory, options=options,
+        item_handlers={"tree": ocp.StandardCheckpointHandler(),
+                       "record": ocp.JsonCheckpointHandler()})
+  finally:
+    absl_logging.set_verbosity(verbosity)
 
 
 class _NewestAndBest:
