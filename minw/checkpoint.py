@@ -172,7 +172,7 @@ def _restore_first(manager, steps, target):
 
 
 def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
-  """What checkpoints are ordered by: accuracy, or -1 where it is not known, and step."""
+  """What checkpoints are ordered by: accuracy, -1 if it is not known, and step."""
   try:
     record = (pathlib.Path(directory) / str(step) / "record" / "metadata").read_text()
     return float(json.loads(record)["accuracy"]), step

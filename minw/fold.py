@@ -7,10 +7,11 @@ differently, and codes next to a threshold flip. The hard network therefore comp
 
 with variables made here, once, on the host in float64, such that the product is the
 only rounding: accumulators are integer multiples of a power of two, `center` is rounded
-to the finest multiple for which `acc - center` is exact (so that y has the sign of batch
-norm, or is 0 where batch norm is that near to it), and `constant` is 0 unless `scale` is. Eager, jit and
-NumPy then give the same bits on every backend. Weights are put on their grid here too,
-as the mean magnitude in their thresholds also depends on the order of its sum.
+to the finest multiple for which `acc - center` is exact (so that y has the sign of
+batch norm, or is 0 where batch norm is that near to it), and `constant` is 0 unless
+`scale` is. Eager, jit and NumPy then give the same bits on every backend. Weights are
+put on their grid here too, as the mean magnitude in their thresholds also depends on
+the order of its sum.
 """
 
 from typing import Any, NamedTuple, Sequence

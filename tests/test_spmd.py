@@ -79,7 +79,7 @@ def make(experiment):
     if len(steps) == 1:
       found.update({f"gradient{jax.tree_util.keystr(path)}": leaf / 0.1 for path, leaf
                     in jax.tree_util.tree_leaves_with_path(state.opt_state[0].mu)})
-      found["loss"] = state.totals.loss
+      found["loss"] = np.asarray(state.totals.loss)
     steps.append(int(state.step))
     if steps[-1] == 30:
       os.kill(os.getpid(), signal.SIGTERM)
