@@ -120,7 +120,8 @@ def assert_ends_like(workdir, expected, config):
     "step 25",
     "os.rename checkpoints/38.orbax-checkpoint-tmp",
     "step 75",
-    "os.rename curves.png.part"])  # With the lines of the test split.
+    "os.rename status.json.part#6",  # Nothing is left to do but to say so.
+    "os.rename curves.png.part"])
 def test_killed_run_goes_on(moment, busy, tmp_path):
   expected, copies = busy
   shutil.copytree(copies[moment], tmp_path / "run")
@@ -132,8 +133,6 @@ def test_run_killed_at_any_moment_goes_on(tmp_path):
   config = busy_config(estimator="stochastic_aqe")
   expected, copies = run_with_copies(config, tmp_path)
   assert len(copies) > 80
-  # The last is of a run that has ended, but for the word "done".
-  assert list(copies)[-1].startswith("os.rename status.json.part")
   for moment, copy in copies.items():
     try:
       assert_ends_like(copy, expected, config)
@@ -277,8 +276,8 @@ def test_best_survives_resumes(tmp_path):
 # Real processes, really killed.
 
 KILLER = '''
-import os, signal, sys
-number, moment = os.environ["END_AT"].split(":")
+import glob, os, sys, time
+number, moment, workdir = os.environ["END_AT"].split(":")
 end = lambda: os.kill(os.getpid(), int(number))
 if moment.startswith("step "):
   from minw import train
@@ -287,14 +286,21 @@ if moment.startswith("step "):
     step = make(experiment)
     def wrapped(state, *batch):
       if int(state.step) == int(moment[5:]):
+        while glob.glob(f"{workdir}/checkpoints/*tmp"):
+          time.sleep(0.01)
         end()
       return step(state, *batch)
     return wrapped
   train.make_train_step = make_train_step
 else:
-  def notice(event, args):
-    if event in ("os.mkdir", "os.rename") and f"{event} {args[0]}" == moment:
-      end()
+  moment, _, count = moment.partition("#")
+  event, path = moment.split()
+  times = []
+  def notice(event_, args):
+    if event_ == event and str(args[0]) == f"{workdir}/{path}":
+      times.append(1)
+      if len(times) == int(count or 1):
+        end()
   sys.addaudithook(notice)
 '''
 
@@ -307,21 +313,22 @@ def start_to_end(tmp_path):
   root = pathlib.Path(train.__file__).parents[1]
 
   def start_(config, workdir, number, moment, **environment):
-    event, _, path = moment.partition(" ")
-    if event != "step":
-      moment = f"{event} {workdir}/{path}"
-    return start(config, workdir, END_AT=f"{int(number)}:{moment}",
+    return start(config, workdir, END_AT=f"{int(number)}:{moment}:{workdir}",
                  PYTHONPATH=f"{tmp_path / 'killer'}:{root}", **environment)
 
   return start_
 
 
+def compiled_in(folder):
+  """The environment in which a process need not compile what one before it did."""
+  return {"JAX_COMPILATION_CACHE_DIR": str(folder),
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+          "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
 def test_really_killed_in_a_checkpoints_write(start_to_end, tmp_path):
   workdir, config = tmp_path / "run", tiny_config()
-  # What the first process compiles the second need not, which is all that this does.
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-           "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+  cache = compiled_in(tmp_path / "cache")
   code, _, err = ended(start_to_end(
       config, workdir, signal.SIGKILL,
       "os.rename checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp",
@@ -340,6 +347,7 @@ def test_really_killed_in_a_checkpoints_write(start_to_end, tmp_path):
 
 @pytest.mark.slow
 def test_really_killed_at_many_moments(start_to_end, tmp_path):
+  cache = compiled_in(tmp_path / "cache")
   workdir, config = tmp_path / "run", busy_config(estimator="stochastic_aqe")
   kill, terminate = signal.SIGKILL, signal.SIGTERM
   for number, moment, goes_on_from in (
@@ -352,14 +360,16 @@ def test_really_killed_at_many_moments(start_to_end, tmp_path):
       (kill, "step 31", 30),
       (kill, "os.mkdir checkpoints/38.orbax-checkpoint-tmp", 30),
       (kill, "step 75", 30),
-      (kill, "os.rename curves.png.part", 57)):
-    code, _, err = ended(start_to_end(config, workdir, number, moment))
+      # Written at the start, after the one checkpoint, and when all is done.
+      (kill, "os.rename status.json.part#3", 57)):
+    code, _, err = ended(start_to_end(config, workdir, number, moment, **cache))
     assert code == (75 if number == terminate else -kill), (moment, err)
     if goes_on_from is not None:
-      assert f"starting from step {goes_on_from} of 76" in err, moment
+      assert f"starting from step {goes_on_from} of 76" in err, (moment, err)
     status = workdir / "status.json"
     if number == terminate:
       assert json.loads(status.read_text()) == {"state": "preempted", "step": 30}
+  # The last two without what others compiled.
   code, _, err = ended(start(config, workdir))
   assert code == 0 and "starting from step 76 of 76" in err, err
   run(config, tmp_path / "whole")

@@ -42,8 +42,6 @@ from minw.experiment import Experiment
 config, folder = config_lib.from_json(sys.argv[1]), sys.argv[2]
 devices, found = 4, {}
 assert len(jax.devices()) == devices
-init_state = train.init_state  # Compiles faster as one program.
-train.init_state = lambda experiment: jax.jit(lambda: init_state(experiment))()
 
 def whole(tree):
   "Each device has all of it, and the same."

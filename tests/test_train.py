@@ -67,6 +67,16 @@ def experiment_of(config):
   return _experiment(config_lib.to_json(config_lib.copy(config, init_from="")))
 
 
+@functools.cache
+def fresh_state(seed=0):
+  """`train.init_state` of the tiny network, in NumPy."""
+  experiment = experiment_of(tiny_config(seed=seed))
+  return jax.device_get(jax.jit(lambda: _init_state(experiment))())
+
+
+_init_state = train.init_state
+
+
 @contextlib.contextmanager
 def shared_programs(draw=False):
   """Runs of equal configs compile their programs once in this process.
@@ -77,8 +87,11 @@ def shared_programs(draw=False):
     if not draw:
       patch.setattr(plots, "curves", lambda workdir: workdir_lib.write_file(
           pathlib.Path(workdir) / "curves.png", ""))
-    patch.setattr(train, "Experiment", experiment_of)
-    patch.setattr(evaluate, "Experiment", experiment_of)
+    for module in (train, evaluate):
+      patch.setattr(module, "Experiment", lambda c: fresh_state(c.seed)
+                    and experiment_of(c))
+    patch.setattr(train, "init_state", lambda experiment: jax.tree.map(
+        jnp.asarray, fresh_state(experiment.config.seed)))
     for name, make in _programs.items():
       patch.setattr(train, name, make)
     patch.setattr(evaluate, "Evaluator", _evaluator)
@@ -418,7 +431,7 @@ def test_seed_reaches_initialization_order_and_noise():
   seen = {}
   for seed in (0, 1):
     experiment = experiment_of(tiny_config(seed=seed))
-    state = jax.device_get(train.init_state(experiment))
+    state = fresh_state(seed)
     order = _programs["make_epoch_order"](experiment)
     assert sorted(order(0).tolist()) == list(range(1257))
     seen[seed] = {"order": order(0).tolist(), "next": order(1).tolist(),
@@ -558,7 +571,7 @@ def reference_step():
 def test_one_step_is_that_of_the_paper(name, at, alphas, steps):
   experiment, step = steps[name]
   images, labels = tiny_batch(experiment)
-  state = train.init_state(experiment)._replace(step=jnp.int32(at))
+  state = fresh_state()._replace(step=np.int32(at))
   after, loss = jax.device_get(step(state, images, labels, jax.random.key(0)))
 
   # Eq 4, 5: h and g; Eq 6, 18, 19: the mixture and 2 alpha g.
@@ -597,7 +610,7 @@ def test_one_step_is_that_of_the_paper(name, at, alphas, steps):
 
   adam = after.opt_state[0]
   jax.tree_util.tree_map_with_path(
-      compare, gradient, adam.mu, adam.nu, jax.device_get(state.params), after.params)
+      compare, gradient, adam.mu, adam.nu, state.params, after.params)
 
 
 def test_alpha_one_trains_as_ste_does(steps):
@@ -606,7 +619,7 @@ def test_alpha_one_trains_as_ste_does(steps):
   losses, last = {}, {}
   for case, name, at in (("one", "aqe", 76), ("ste", "ste", 76), ("less", "aqe", 0)):
     experiment, step = steps[name]
-    state = train.init_state(experiment)._replace(step=jnp.int32(at))
+    state = fresh_state()._replace(step=np.int32(at))
     losses[case] = []
     for _ in range(8):
       state, loss = step(state, images, labels, jax.random.key(0))
@@ -632,8 +645,7 @@ def test_kernels_on_a_grid_are_clipped_and_nothing_else(tmp_path):
   with pytest.raises(Stop):
     run_with(action, busy_config(), tmp_path)
   after, = seen
-  experiment = experiment_of(busy_config())
-  before = jax.device_get(train.init_state(experiment).params)
+  before = fresh_state().params
   # Adam's first step is the learning rate, 0.01, whatever the gradient.
   for name in ("conv1", "conv2", "dense1", "dense2"):
     new, mu = after.params[name]["kernel"], after.opt_state[0].mu[name]["kernel"]
@@ -788,9 +800,7 @@ def digits_config(**changes):
   return c
 
 
-def test_digits_learn_in_a_short_run(tmp_path, monkeypatch):
-  init_state = train.init_state  # Compiles faster as one program.
-  monkeypatch.setattr(train, "init_state", lambda e: jax.jit(lambda: init_state(e))())
+def test_digits_learn_in_a_short_run(tmp_path):
   status = train.train_and_evaluate(
       digits_config(num_epochs=4, eval_every_epochs=4), str(tmp_path))
   assert status["test_accuracy"] > 0.9
