@@ -33,9 +33,9 @@ pytestmark = pytest.mark.filterwarnings(
 OLDER, NEWEST = EPOCH, 2 * EPOCH
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def collected():
-  """What Orbax dropped is found here, not in another test."""
+  """What Orbax dropped is found here, not in the tests of another file."""
   yield
   gc.collect()
 

@@ -29,6 +29,8 @@ from test_train import run_with
 from test_train import shared_programs
 from test_train import trees_of
 
+pytestmark = pytest.mark.slow
+
 CONFIG = busy_config()
 STEPS = (0, 5, 30)
 

@@ -427,6 +427,7 @@ def test_other_seed_other_numbers(plain, tmp_path):
     assert a["loss"] != b["loss"]
 
 
+@pytest.mark.slow
 def test_seed_reaches_initialization_order_and_noise():
   seen = {}
   for seed in (0, 1):
