@@ -101,9 +101,6 @@ DAMAGES = {
     "arrays truncated": lambda folder: halve(array_file(folder)),
     "arrays emptied": lambda folder: array_file(folder).write_bytes(b""),
     "arrays missing": lambda folder: array_file(folder).unlink(),
-    "arrays flipped at the start": lambda folder: flip(array_file(folder), 0),
-    "arrays flipped in the middle":
-        lambda folder: flip(array_file(folder), array_file(folder).stat().st_size // 2),
     "metadata emptied": lambda folder: (folder / "tree" / "_METADATA").write_text(""),
     "metadata of nothing":
         lambda folder: (folder / "tree" / "_METADATA").write_text("{}"),
