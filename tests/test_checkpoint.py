@@ -146,7 +146,7 @@ def test_damaged_newest_is_not_used(damage, cut, caplog):
                              for name, data in before.items() if name.startswith(place)}
 
 
-@pytest.mark.parametrize("damage", ["arrays flipped in the middle", "no accuracy"])
+@pytest.mark.parametrize("damage", ["arrays truncated", "no accuracy"])
 def test_run_with_damaged_newest_ends_alike(damage, runs, cut):
   DAMAGES[damage](cut / "checkpoints" / str(NEWEST))
   begun = []
