@@ -39,6 +39,7 @@ def float_experiment(**changes) -> Experiment:
   return Experiment(c)
 
 
+@pytest.mark.slow
 def test_train_command(tmp_path):
   path = tmp_path / "result.json"
   process = command(

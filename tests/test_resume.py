@@ -326,6 +326,7 @@ def compiled_in(folder):
           "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
+@pytest.mark.slow
 def test_really_killed_in_a_checkpoints_write(start_to_end, tmp_path):
   workdir, config = tmp_path / "run", tiny_config()
   cache = compiled_in(tmp_path / "cache")
