@@ -1,0 +1,1 @@
+"""The packed network's kernels: what computes, not what it is (`minw.packed`)."""

@@ -1,0 +1,125 @@
+"""The packed network in NumPy: slow, plain, and what the kernels are held against.
+
+Products are of float64, which holds every sum that a file may ask for exactly.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from minw import packed
+
+
+def run(program: packed.Program, images: np.ndarray) -> list[np.ndarray]:
+  """All values of a batch.
+
+  Args:
+    program: the network.
+    images: uint8 (batch, *program.source_shape).
+
+  Returns:
+    For the image and each operation int32 (INT), int8 (CODE) or float32 (FLOAT)
+    (batch, height, width, channels).
+  """
+  kinds = packed.infer_values(program)
+  (h, w, _), (crop_h, crop_w) = program.source_shape, program.crop
+  top, left = (h - crop_h) // 2, (w - crop_w) // 2
+  image = images[:, top:top + crop_h, left:left + crop_w].astype(np.int32)
+  values = [image - np.asarray(program.offset, np.int32)]
+  for op, kind in zip(program.ops, kinds[1:]):
+    given = [values[i] for i in packed.inputs(op)]
+    result = _run_op(op, given, [kinds[i] for i in packed.inputs(op)])
+    dtype = {"INT": np.int32, "CODE": np.int8, "FLOAT": np.float32}[kind.kind]
+    assert result.shape[1:] == kind.shape, (op.name, result.shape, kind.shape)
+    values.append(result.astype(dtype))
+  return values
+
+
+def logits(program: packed.Program, images: np.ndarray) -> np.ndarray:
+  """float32 (batch, classes)."""
+  return run(program, images)[-1].reshape(len(images), program.num_classes)
+
+
+def _run_op(op: packed.Op, given: list[np.ndarray], kinds: list[packed.Value]) -> Any:
+  x, kind = given[0], kinds[0]
+  if isinstance(op, packed.Conv):
+    return _conv(op, x, kind)
+  if isinstance(op, packed.Pool):
+    x = _level(x, kind) if op.kind == "sum" else x.astype(np.float64)
+    windows = _windows(x, op.window, op.strides, op.pads,
+                       0 if op.kind == "sum" else -np.inf)
+    return windows.max((-2, -1)) if op.kind == "max" else windows.sum((-2, -1))
+  if isinstance(op, packed.Threshold):
+    q = packed.max_code(kinds[1].bits) if op.shortcut is not None else 0
+    table = given[1].astype(int) + q if q else np.zeros(x.shape, int)
+    channel = np.arange(x.shape[-1])
+    count = np.zeros(x.shape, int)
+    for j in range(op.thresholds.shape[1]):
+      threshold = op.thresholds[table, j, channel]
+      count += np.where(op.falling, x <= threshold, x >= threshold)
+    return 2 * count - 1 if op.bits == 1 else count - packed.max_code(op.bits)
+  if isinstance(op, packed.Logits):
+    return _norm(op, x)
+  if isinstance(op, packed.FloatNorm):
+    return _float_norm(op, x, given[1:], kinds[1:])
+  if isinstance(op, packed.Concat):
+    return np.concatenate([v << s if s else v for v, s in zip(given, op.shifts)], -1)
+  if isinstance(op, packed.Shortcut):
+    x = x[:, ::op.strides[0], ::op.strides[1]]
+    return np.pad(x, [(0, 0)] * 3 + [(op.before, op.after)])
+  a, b = (_level(v, k).astype(np.int64) for v, k in zip(given, kinds))
+  return (a << op.shift_a) + (b << op.shift_b)
+
+
+def _level(x, kind):
+  """Integer levels of a CODE; other values as they are."""
+  return packed.levels(x, kind.bits) if kind.kind == "CODE" else x
+
+
+def _windows(x, window, strides, pads, fill):
+  """float64 (batch, h, w, channels, *window)."""
+  top, bottom, left, right = pads
+  x = np.pad(x.astype(np.float64), [(0, 0), (top, bottom), (left, right), (0, 0)],
+             constant_values=fill)
+  windows = np.lib.stride_tricks.sliding_window_view(x, window, (1, 2))
+  return windows[:, ::strides[0], ::strides[1]]
+
+
+def _conv(op, x, kind):
+  kernel, fill = op.kernel, op.pad
+  if kind.kind == "CODE":
+    fill = packed.levels(np.int8([op.pad]), kind.bits)[0]
+  x = _level(x, kind).astype(np.float64)
+  if not isinstance(op.bits, str):
+    kernel = packed.levels(kernel, op.bits)
+  kernel = kernel.astype(np.float64)
+  exact = kind.kind != "FLOAT" and not isinstance(op.bits, str)
+  if not exact:
+    x = x * (1 if kind.kind == "FLOAT" else op.input_unit)
+    kernel = kernel * (1 if isinstance(op.bits, str) else op.weight_unit)
+    fill = fill * op.input_unit
+  windows = _windows(x, op.kernel.shape[1:3], op.strides, op.pads, fill)
+  n, h, w = windows.shape[:3]
+  patches = windows.reshape(n * h * w, -1)  # (in, height, width), flat.
+  matrix = kernel.transpose(0, 3, 1, 2).reshape(len(kernel), -1)
+  return (patches @ matrix.T).reshape(n, h, w, -1)
+
+
+def _norm(op, x):
+  y = x.astype(np.float32) * np.float32(op.unit)
+  return (y - op.center) * op.scale + op.constant
+
+
+def _float_norm(op, x, shortcut, kinds):
+  y = _norm(op, x)
+  if shortcut:
+    y = y + _level(shortcut[0], kinds[0]).astype(np.float32) * np.float32(
+        op.shortcut_unit)
+  if op.bits is None:
+    return y
+  y = np.clip(y, np.float32(-1), np.float32(1))
+  if isinstance(op.bits, str):
+    return y.astype(packed.float_dtype(op.bits)).astype(np.float32)
+  if op.bits == 1:
+    return np.where(y > 0, 1, -1)
+  return np.sign(y) * sum(np.abs(y) > threshold for threshold in op.grid)

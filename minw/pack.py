@@ -1,0 +1,547 @@
+"""Trained network -> packed network: `python -m minw.pack --workdir=DIR --out=FILE`.
+
+The network's structure is read from the jaxpr of its hard mode, in which every layer of
+`minw.layers` stands as one equation; between them may stand what `_RULES` names. Nothing
+is registered, and what is not understood is refused. The thresholds are found by
+bisecting the hard layers themselves over all sums that there can be.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any, NamedTuple, Sequence
+
+from absl import flags
+import flax.linen as nn
+import jax
+from jax.extend import core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from minw import cli
+from minw import config as config_lib
+from minw import evaluate
+from minw import fold
+from minw import layers
+from minw import packed
+from minw import pipeline
+from minw import quantizers
+from minw.experiment import Experiment
+
+
+def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
+  """The packed network of a run.
+
+  Args:
+    workdir: of the run.
+    which: "last" or "best" (validation accuracy) checkpoint.
+
+  Raises:
+    cli.UsageError: there is no run or checkpoint, or its network does not pack.
+  """
+  config, saved = evaluate.read_run(workdir, which)
+  experiment = Experiment(config)
+  text = config_lib.to_json(config)
+  try:
+    return pack(
+        experiment.model, evaluate.hard_variables(saved.tree),
+        pixels=experiment.pixels, source_shape=experiment.info.image_shape,
+        crop=experiment.image_shape[:2],
+        labels=experiment.info.label_names,
+        metadata={"config": json.loads(text), "step": saved.step,
+                  "config_hash": hashlib.sha256(text.encode()).hexdigest()})
+  except ValueError as error:
+    raise cli.UsageError(f"workdir={workdir!r}: {error}") from error
+
+
+def pack(
+    model: nn.Module,
+    variables: Any,
+    *,
+    pixels: pipeline.Pixels,
+    source_shape: Sequence[int],
+    crop: Sequence[int] | None = None,
+    labels: Sequence[str] = (),
+    metadata: dict[str, Any] | None = None,
+) -> packed.Program:
+  """Packs any network that is made of minw's layers.
+
+  Args:
+    model: called as model(images, mode="hard"). Between minw's layers it may reshape
+      to (batch, height * width * channels), take maxima, sums, or means of 2^n
+      numbers, over windows or whole maps, add, concatenate channels, take every n-th
+      pixel and pad channels with zeros.
+    variables: the trained ones, {"params", "batch_stats"}.
+    pixels: their normalization; `pipeline.pixels("integer", ...)`.
+    source_shape: (height, width, channels) of the images that it will get.
+    crop: (height, width) that the network sees, from the centre; all if None.
+    labels: a name for each class.
+    metadata: more to be kept in the file, of JSON.
+
+  Raises:
+    ValueError: something in the network can not be packed; names the layer.
+  """
+  crop = tuple(crop or source_shape[:2])
+  offset = np.asarray(pixels.offset)
+  if (np.asarray(pixels.divisor) != 64).any() or (offset != np.round(offset)).any():
+    raise ValueError(
+        f"pixels={pixels}: only integer pixels pack, (value - offset) / 64")
+  image_shape = (*crop, source_shape[2])
+  hard = fold.fold(model, variables, pipeline.probe(pixels, image_shape))
+  walk = _Walk(image_shape, offset)
+  closed, calls = _trace(model, hard, image_shape)
+  walk.calls = calls
+  result, = walk.run(closed.jaxpr, closed.consts, [walk.image])
+  name = walk.ops[-1].name if walk.ops else "the network"
+  if not walk.ops or result.value != len(walk.ops):
+    raise ValueError(f"{name}: is not what the network returns")
+  labels = tuple(labels)
+  num_classes = math.prod(result.shape)
+  if labels and len(labels) != num_classes:
+    raise ValueError(f"{len(labels)} labels for {num_classes} classes")
+  program = packed.Program(
+      tuple(source_shape), crop, offset.astype(np.uint8), num_classes,
+      tuple(walk.ops), {"labels": labels, **(metadata or {})})
+  packed.infer_values(program)
+  return program
+
+
+class _Call(NamedTuple):
+  """A call of one of minw's layers."""
+
+  layer: nn.Module  # Unbound.
+  path: str
+  hard: dict[str, np.ndarray]
+
+
+_layer = jex.Primitive("minw_layer")
+_layer.def_abstract_eval(
+    lambda *args, index, shape: jax.core.ShapedArray(shape, np.dtype(np.float32)))
+
+
+def _trace(model, hard, image_shape):
+  """The jaxpr of the hard network, for a batch of two, and its layers' calls."""
+  calls = []
+
+  def call(original, args, kwargs, context):
+    layer = context.module
+    if context.method_name != "__call__" or not isinstance(
+        layer, (layers.QuantConv, layers.QuantDense, layers.NormQuant)):
+      return original(*args, **kwargs)
+    # How a layer may be called: (x, alpha, mode, shortcut).
+    given = dict(zip(("x", "alpha", "mode", "shortcut"), args), **kwargs)
+    operands = [x for x in (given["x"], given.get("shortcut")) if x is not None]
+    shape = jax.eval_shape(lambda: original(*args, **kwargs)).shape
+    calls.append(_Call(
+        layer.clone(parent=None, name=None, bits=layers.bits_of(layer)),
+        "/".join(layer.path), dict(layer.variables["hard"])))
+    return _layer.bind(*operands, index=len(calls) - 1, shape=shape)
+
+  with nn.intercept_methods(call):
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    jaxpr = jax.make_jaxpr(
+        lambda images: model.apply(hard, images, mode="hard"))(images)
+  return jaxpr, calls
+
+
+class _Array(NamedTuple):
+  """An array of the jaxpr that depends on the image.
+
+  Attributes:
+    value: of the program, that holds its numbers.
+    unit: what an integer of it is worth; 1 for FLOAT.
+    shape: (height, width, channels) of the map; less than the value's where borders
+      that fill no window are cut off.
+    form: "map" (batch, height, width, channels), "flat" (batch, all of these), or
+      "windows" (batch, height / h, h, width / w, w, channels).
+    window: (h, w) of these.
+  """
+
+  value: int
+  unit: float
+  shape: tuple[int, int, int]
+  form: str = "map"
+  window: tuple[int, int] = (1, 1)
+
+  @property
+  def dims(self) -> tuple[int, ...]:
+    """Of the array, for a batch of two."""
+    h, w, c = self.shape
+    if self.form == "map":
+      return (2, h, w, c)
+    if self.form == "flat":
+      return (2, h * w * c)
+    return (2, h // self.window[0], self.window[0], w // self.window[1],
+            self.window[1], c)
+
+
+class _Walk:
+  """Walks a jaxpr and writes the program."""
+
+  def __init__(self, image_shape, offset):
+    bound = np.maximum(offset, 255 - offset).astype(np.int64)
+    self.values = [packed.Value(image_shape, "INT", 0, bound)]
+    self.ops: list[packed.Op] = []
+    self.image = _Array(0, 1 / 64, image_shape)
+    self.calls: list[_Call] = []
+
+  def run(self, jaxpr, consts, args):
+    """Walks equations; returns what they come to: `_Array`s and NumPy arrays."""
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
+    read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
+    for eqn in jaxpr.eqns:
+      given = [read(atom) for atom in eqn.invars]
+      inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
+      if inner is not None and eqn.primitive.name in _CALLS:
+        closed = inner if hasattr(inner, "consts") else jex.ClosedJaxpr(inner, ())
+        results = self.run(closed.jaxpr, closed.consts, given)
+      elif any(isinstance(x, _Array) for x in given):
+        results = [self._apply(eqn, given)]
+      else:
+        results = eqn.primitive.bind(*given, **eqn.params)
+        results = results if eqn.primitive.multiple_results else [results]
+      env.update(zip(eqn.outvars, results))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def _apply(self, eqn, given):
+    name = eqn.primitive.name
+    if name == "minw_layer":
+      result = self._layer(self.calls[eqn.params["index"]], given)
+    elif name in _IDENTITIES:
+      result = given[0]
+    elif name in _RULES:
+      result = _RULES[name](self, eqn, given)
+    else:
+      raise self.refuse(f"{name} of {self.after(given)} does not pack")
+    if result.dims != eqn.outvars[0].aval.shape:
+      raise self.refuse(
+          f"{name} of {self.after(given)}, from {given[0].dims} to"
+          f" {eqn.outvars[0].aval.shape}, does not pack")
+    return result
+
+  def after(self, given) -> str:
+    """Says where arrays come from."""
+    values = [x.value for x in given if isinstance(x, _Array)]
+    return " and ".join(
+        self.ops[v - 1].name if v else "the image" for v in values)
+
+  def refuse(self, problem: str) -> ValueError:
+    return ValueError(f"this network can not be packed: {problem}")
+
+  def emit(self, op: packed.Op, unit: float, form: str = "map") -> _Array:
+    """Adds an operation to the program."""
+    value = packed.infer_value(op, self.values)
+    self.values.append(value)
+    self.ops.append(op)
+    return _Array(len(self.ops), unit, value.shape, form)
+
+  def whole(self, x: _Array) -> _Array:
+    """`x`, if it is all of its value."""
+    if x.form == "windows" or x.shape != self.values[x.value].shape:
+      raise self.refuse(f"a part of {self.after([x])}, other than for pooling")
+    return x
+
+  def _layer(self, call, given):
+    for x in given:
+      if not isinstance(x, _Array):
+        raise self.refuse(f"{call.path}: gets a constant")
+    given = [self.whole(x) for x in given]
+    if isinstance(call.layer, layers.NormQuant):
+      return self._norm(call, *given)
+    return self._linear(call, *given)
+
+  def _linear(self, call, x):
+    layer, kernel, kind = call.layer, call.hard["kernel"], self.values[x.value]
+    kernel = np.asarray(kernel)
+    options = {}
+    if isinstance(layer, layers.QuantConv):
+      if x.form != "map":
+        raise self.refuse(f"{call.path}: a convolution of flat inputs")
+      form = "map"
+      pads = ((0, 0), (0, 0))
+      if layer.padding == "SAME":
+        pads = jax.lax.padtype_to_pads(
+            x.shape[:2], kernel.shape[:2], layer.strides, "SAME")
+      options = dict(strides=tuple(layer.strides),
+                     pads=tuple(int(n) for pair in pads for n in pair))
+      if any(options["pads"]):
+        options["pad"] = self._pad_code(call, x, kind)
+    else:
+      form = x.form
+      window = x.shape[:2] if form == "flat" else (1, 1)
+      kernel = kernel.reshape(*window, x.shape[2], -1)
+    kernel = np.ascontiguousarray(kernel.transpose(3, 0, 1, 2), np.float32)
+    if quantizers.is_grid(layer.bits):
+      if layer.bits not in packed.LEVELS:
+        raise self.refuse(f"{call.path}: weights of {layer.bits} bits; 1 to 3 do")
+      step = quantizers.step_size(layer.bits)
+      kernel = _codes(kernel, layer.bits)
+      options.update(weight_unit=step)
+    op = packed.Conv(call.path, x.value, layer.bits, kernel, input_unit=x.unit,
+                     **options)
+    integer = quantizers.is_grid(layer.bits) and kind.kind != "FLOAT"
+    return self.emit(op, step * x.unit if integer else 1.0, form)
+
+  def _pad_code(self, call, x, kind):
+    """The code of the border: 0, or of the levels -1 and 1."""
+    pad = call.layer.pad_value
+    codes = {0: 0}
+    if kind.kind == "CODE":
+      q = packed.max_code(kind.bits)
+      codes.update({-1: -q, 1: q})
+    if pad not in codes:
+      raise self.refuse(f"{call.path}: pad_value={pad}; it may be"
+                        f" {', '.join(map(str, sorted(codes)))} here")
+    return codes[pad]
+
+  def _norm(self, call, x, shortcut=None):
+    layer, kind = call.layer, self.values[x.value]
+    if kind.kind == "CODE":
+      raise self.refuse(f"{call.path}: batch norm of what has just been quantized")
+    if x.form == "flat" and x.shape[:2] != (1, 1):
+      raise self.refuse(f"{call.path}: batch norm of a flattened map")
+    grid = layer.bits is not None and quantizers.is_grid(layer.bits)
+    if grid and layer.bits not in packed.LEVELS:
+      raise self.refuse(f"{call.path}: activations of {layer.bits} bits; 1 to 3 do")
+    side = self.values[shortcut.value] if shortcut else None
+    if side and side.kind == "INT":
+      raise self.refuse(f"{call.path}: a shortcut that is not quantized")
+    source = dict(name=call.path, input=x.value,
+                  shortcut=shortcut.value if shortcut else None)
+    norm = fold.Norm(*(np.asarray(call.hard[field]) for field in fold.Norm._fields))
+    unit = quantizers.step_size(layer.bits) if grid else 1.0
+    integer = kind.kind == "INT" and not (side and side.kind == "FLOAT")
+    if integer and grid:
+      falling, thresholds = _thresholds(
+          layer, call.hard, kind.bound, x.unit,
+          [level * shortcut.unit for level in packed.LEVELS[side.bits]]
+          if side else [0.0])
+      return self.emit(packed.Threshold(
+          bits=layer.bits, falling=falling, thresholds=thresholds, **source),
+                       unit, x.form)
+    if integer and layer.bits is None and not side:
+      del source["shortcut"]
+      return self.emit(packed.Logits(unit=x.unit, **source, **norm._asdict()),
+                       unit, x.form)
+    if grid:
+      source["grid"] = np.asarray(
+          quantizers.input_grid(layer.bits, layer.thresholds).thresholds, np.float32)
+    return self.emit(packed.FloatNorm(
+        bits=layer.bits, unit=x.unit, **source, **norm._asdict(),
+        shortcut_unit=shortcut.unit if shortcut else 1.0), unit, x.form)
+
+
+def _codes(values, bits):
+  """int8 codes of levels that are on a grid already."""
+  if bits == 1:
+    return np.where(values > 0, 1, -1).astype(np.int8)
+  magnitudes = quantizers.level_magnitudes(bits)
+  size = np.searchsorted(magnitudes, np.abs(values), side="right")
+  return (np.sign(values) * size).astype(np.int8)
+
+
+def _thresholds(layer, hard, bound, unit, shortcuts):
+  """Where the codes of a hard NormQuant change, over integer accumulators.
+
+  Args:
+    layer: the NormQuant, unbound.
+    hard: its variables.
+    bound: (channels,) the largest accumulator.
+    unit: what it counts in.
+    shortcuts: the levels that may be added.
+
+  Returns:
+    See `packed.Threshold`: falling (channels,), thresholds (shortcuts, j, channels).
+  """
+  if bound.max() > 2 ** 24:
+    raise ValueError("sums beyond what float32 holds exactly")
+  q, t = packed.max_code(layer.bits), packed.num_thresholds(layer.bits)
+  falling = np.asarray(hard["scale"]) < 0
+
+  @jax.jit
+  def level(acc, shortcut):
+    return layer.apply({"hard": hard}, acc * np.float32(unit), mode="hard",
+                       shortcut=shortcut if len(shortcuts) > 1 else None)
+
+  def reached(acc):
+    """Whether the j-th code is reached: acc int (s, j, channels)."""
+    acc = np.where(falling, -acc, acc).astype(np.float32)
+    s = np.asarray(shortcuts, np.float32)[:, None, None] + np.zeros_like(acc)
+    codes = _codes(np.asarray(level(acc, s)), layer.bits)
+    count = codes > 0 if layer.bits == 1 else codes + q
+    return count >= np.arange(1, t + 1)[:, None]
+
+  # The first acc that reaches the code; bound + 1 where none does. Falling channels
+  # are mirrored. At -bound - 1 nothing counts as reached.
+  below = np.broadcast_to(-bound - 1, (len(shortcuts), t, len(bound))).copy()
+  above = -below
+  while (above - below > 1).any():
+    middle = (above + below) // 2
+    yes = reached(middle)
+    above, below = np.where(yes, middle, above), np.where(yes, below, middle)
+  return falling, np.where(falling, -above, above).astype(np.int32)
+
+
+# What may stand between layers. Each rule gives the array that its equation makes;
+# that it is of the shape that JAX says is checked after it.
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint",
+          "custom_jvp_call", "custom_vjp_call")
+_IDENTITIES = ("convert_element_type", "copy", "copy_p", "stop_gradient",
+               "optimization_barrier", "reduce_precision")
+
+
+def _reshape(walk, eqn, given):
+  x = given[0]
+  dims, (h, w, c) = eqn.outvars[0].aval.shape, x.shape
+  if dims == x.dims:
+    return x
+  if dims == (2, h * w * c) and x.form == "map":
+    return walk.whole(x)._replace(form="flat")
+  if dims == (2, h, w, c) and x.form == "flat":
+    return x._replace(form="map")
+  if len(dims) == 6 and x.form == "map":
+    return x._replace(form="windows", window=(dims[2], dims[4]))
+  raise walk.refuse(
+      f"reshaping {walk.after(given)} from {x.dims} to {dims}; height, width and"
+      " channels may be flattened together")
+
+
+def _slice(walk, eqn, given):
+  x = given[0]
+  starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+  strides = eqn.params["strides"] or (1,) * len(starts)
+  h, w, c = x.shape
+  if (x.form != "map" or any(starts) or limits[0] != 2 or limits[3] != c
+      or strides[0] != 1 or strides[3] != 1):
+    raise walk.refuse(f"a slice of {walk.after(given)} that is not of its pixels")
+  if strides[1:3] == (1, 1):
+    return x._replace(shape=(limits[1], limits[2], c))
+  if limits[1:3] != (h, w):
+    raise walk.refuse(f"a slice with strides of a part of {walk.after(given)}")
+  return _emit_shortcut(walk, x, strides[1:3], 0, 0)
+
+
+def _emit_shortcut(walk, x, strides, before, after):
+  walk.whole(x)
+  if walk.values[x.value].kind != "CODE":
+    raise walk.refuse(f"a shortcut of {walk.after([x])}, which is not quantized")
+  name = f"shortcut{len(walk.ops)}"
+  return walk.emit(
+      packed.Shortcut(name, x.value, tuple(strides), before, after), x.unit)
+
+
+def _pad(walk, eqn, given):
+  x, fill = given
+  config = eqn.params["padding_config"]
+  if (not isinstance(x, _Array) or isinstance(fill, _Array) or np.asarray(fill) != 0
+      or x.form != "map" or any(any(part) for part in config[:3]) or config[3][2]
+      or min(config[3]) < 0):
+    raise walk.refuse(
+        f"padding {walk.after(given)} other than its channels with zeros")
+  return _emit_shortcut(walk, x, (1, 1), *map(int, config[3][:2]))
+
+
+def _pool(kind):
+  def pool(walk, eqn, given):
+    x = given[0]
+    axes = eqn.params["axes"]
+    if x.form == "windows" and axes == (2, 4):
+      window, form = x.window, "map"
+    elif x.form == "map" and axes == (1, 2):
+      walk.whole(x)
+      window, form = x.shape[:2], "flat"
+    else:
+      raise walk.refuse(f"a {kind} of {walk.after(given)} over axes {axes}")
+    name = f"{kind}_pool{len(walk.ops)}"
+    return walk.emit(packed.Pool(name, x.value, kind, window, window), x.unit, form)
+  return pool
+
+
+def _window_pool(kind):
+  def pool(walk, eqn, given):
+    x, p = walk.whole(given[0]), eqn.params
+    sides = (p["window_dimensions"], p["window_strides"], p["base_dilation"],
+             p["window_dilation"])
+    pads = tuple(int(n) for pair in p["padding"] for n in pair)
+    if (x.form != "map" or any(side[0] != 1 or side[3] != 1 for side in sides)
+        or set(sides[2] + sides[3]) != {1} or any(pads[:2] + pads[6:])):
+      raise walk.refuse(f"a {kind} over windows of {walk.after(given)} that are not"
+                        " of its pixels")
+    name = f"{kind}_pool{len(walk.ops)}"
+    return walk.emit(
+        packed.Pool(name, x.value, kind, sides[0][1:3], sides[1][1:3], pads[2:6]),
+        x.unit)
+  return pool
+
+
+def _concatenate(walk, eqn, given):
+  first = given[0]
+  for x in given:
+    if not isinstance(x, _Array):
+      raise walk.refuse(f"a constant beside {walk.after(given)}")
+    if x.form == "flat" and x.shape[:2] != (1, 1):
+      raise walk.refuse(f"flattened {walk.after([x])} beside others")
+    walk.whole(x)
+  if eqn.params["dimension"] != len(first.dims) - 1:
+    raise walk.refuse(f"{walk.after(given)} side by side other than in channels")
+  unit = min(x.unit for x in given)
+  shifts = tuple(_shift(walk, x, unit) for x in given)
+  name = f"concat{len(walk.ops)}"
+  return walk.emit(
+      packed.Concat(name, tuple(x.value for x in given), shifts), unit, first.form)
+
+
+def _add(walk, eqn, given):
+  a, b = given
+  if not (isinstance(a, _Array) and isinstance(b, _Array) and a.dims == b.dims):
+    raise walk.refuse(f"adding a constant to {walk.after(given)}")
+  walk.whole(a), walk.whole(b)
+  unit = min(a.unit, b.unit)
+  op = packed.Add(f"add{len(walk.ops)}", a.value, b.value, _shift(walk, a, unit),
+                  _shift(walk, b, unit))
+  return walk.emit(op, unit, a.form)
+
+
+def _shift(walk, x, unit):
+  """By how many bits numbers move to count in `unit`; both are powers of two."""
+  return int(math.log2(x.unit / unit))
+
+
+def _scale(sign):
+  def scale(walk, eqn, given):
+    x, factor = given if isinstance(given[0], _Array) else given[::-1]
+    factor = np.asarray(0 if isinstance(factor, _Array) else factor)
+    mantissa = np.frexp(factor.astype(np.float64))[0] if factor.ndim == 0 else 0
+    if (mantissa != 0.5 or not isinstance(given[0], _Array) and sign < 0
+        or walk.values[x.value].kind != "INT"):
+      raise walk.refuse(
+          f"scaling {walk.after(given)}: only sums may be, by powers of two (instead of"
+          " the mean over a window of another size, take the sum)")
+    return x._replace(unit=x.unit * float(factor) ** sign)
+  return scale
+
+
+def _squeeze(walk, eqn, given):
+  return walk.whole(given[0])._replace(form="flat")
+
+
+def _broadcast(walk, eqn, given):
+  return walk.whole(given[0])._replace(form="map")
+
+
+_RULES = {
+    "reshape": _reshape,
+    "slice": _slice,
+    "pad": _pad,
+    "reduce_max": _pool("max"),
+    "reduce_sum": _pool("sum"),
+    "reduce_window_max": _window_pool("max"),
+    "reduce_window_sum": _window_pool("sum"),
+    "concatenate": _concatenate,
+    "add": _add,
+    "mul": _scale(1),
+    "div": _scale(-1),
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+}

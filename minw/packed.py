@@ -1,0 +1,638 @@
+"""The packed network: an integer program, and the file (.minw) that holds it.
+
+A program is a list of operations on values. Value 0 is the image; operation i makes
+value i + 1. A value is a batch of
+
+    INT    int32: pixels less their offset, sums of products, in units of their own
+    CODE   int8: activations on a grid of 1, 2 or 3 bits, by the signed index of their
+           level: -1, 1; -1..1; -3..3
+    FLOAT  float32, where an operand is in a float format
+
+Sums are of integer levels: -1, 1; -1, 0, 1; 0, +-1, +-2, +-4 for 1, 2 and 3 bits.
+This module needs NumPy alone. A file is not trusted: `read` checks all of it before
+it allocates anything that the file's own size does not bound.
+"""
+
+import json
+import math
+import struct
+from typing import Any, NamedTuple, Sequence
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+MAGIC = b"MINW\r\n\x1a\0"
+VERSION = 1
+
+LEVELS = {1: (-1, 0, 1), 2: (-1, 0, 1), 3: (-4, -2, -1, 0, 1, 2, 4)}  # By code + q.
+FLOAT_FORMATS = {
+    "float8_e4m3fn": 8, "float16": 16, "bfloat16": 17, "float32": 32}
+_FORMAT_NAMES = {number: name for name, number in FLOAT_FORMATS.items()}
+
+# A file beyond these limits is refused.
+_MAX_SIZE = 2 ** 16  # Of a dimension,
+_MAX_STEP = 64  # of a stride or a border,
+_MAX_OPS = 2 ** 12
+_MAX_ELEMENTS = 2 ** 24  # of a value, for one image,
+_MAX_SUM = 2 ** 31 - 1  # of an INT,
+_MAX_LOGIT_SUM = 2 ** 24  # and of one that float32 must hold exactly.
+
+
+class Conv(NamedTuple):
+  """A convolution; a dense layer is one with a kernel of its input's size.
+
+  Attributes:
+    name: the layer's path.
+    input: a value.
+    bits: 1, 2, 3 or a float format.
+    kernel: (out, height, width, in): int8 codes, or float32 in the format's range.
+    strides: (vertical, horizontal).
+    pads: (top, bottom, left, right).
+    pad: the code that the border consists of.
+    weight_unit, input_unit: what an integer level is worth, for FLOAT results.
+  """
+
+  name: str
+  input: int
+  bits: int | str
+  kernel: np.ndarray
+  strides: tuple[int, int] = (1, 1)
+  pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+  pad: int = 0
+  weight_unit: float = 1.0
+  input_unit: float = 1.0
+
+
+class Pool(NamedTuple):
+  """The maximum ("max") or the sum ("sum") over windows; borders never count."""
+
+  name: str
+  input: int
+  kind: str
+  window: tuple[int, int]
+  strides: tuple[int, int]
+  pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+class Threshold(NamedTuple):
+  """Batch norm, shortcut, HardTanh and quantizer, as integers.
+
+  count = how many j have acc >= thresholds[s, j, channel], or <= where the channel
+  falls; the code is 2 count - 1 for one bit, else count - q.
+
+  Attributes:
+    name: the layer's path.
+    input: an INT value.
+    bits: of the codes.
+    falling: bool (channels,).
+    thresholds: int32 (s, j, channels), s = 1, or by a shortcut's code + its q.
+    shortcut: a CODE value, or None.
+  """
+
+  name: str
+  input: int
+  bits: int
+  falling: np.ndarray
+  thresholds: np.ndarray
+  shortcut: int | None = None
+
+
+class Logits(NamedTuple):
+  """The last batch norm: (acc * unit - center) * scale + constant, in float32."""
+
+  name: str
+  input: int
+  unit: float
+  center: np.ndarray
+  scale: np.ndarray
+  constant: np.ndarray
+
+
+class FloatNorm(NamedTuple):
+  """What `Threshold` and `Logits` are where an operand is in a float format.
+
+  Attributes:
+    name: the layer's path.
+    input: an INT or FLOAT value.
+    bits: of the result: 1, 2, 3, a float format, or None for logits.
+    unit: what an INT of the input is worth.
+    center, scale, constant: float32 (channels,).
+    grid: the thresholds of a grid, float32 (q,).
+    shortcut: a CODE or FLOAT value, or None.
+    shortcut_unit: what a level of it is worth.
+  """
+
+  name: str
+  input: int
+  bits: int | str | None
+  unit: float
+  center: np.ndarray
+  scale: np.ndarray
+  constant: np.ndarray
+  grid: np.ndarray = np.zeros(0, np.float32)
+  shortcut: int | None = None
+  shortcut_unit: float = 1.0
+
+
+class Concat(NamedTuple):
+  """Values side by side, INTs times 2 ** shift each so that they share a unit."""
+
+  name: str
+  inputs: tuple[int, ...]
+  shifts: tuple[int, ...]
+
+
+class Shortcut(NamedTuple):
+  """Every stride-th pixel of a CODE value, between channels of level 0."""
+
+  name: str
+  input: int
+  strides: tuple[int, int]
+  before: int
+  after: int
+
+
+class Add(NamedTuple):
+  """a * 2 ** shift_a + b * 2 ** shift_b of two INT or two CODE values: an INT."""
+
+  name: str
+  a: int
+  b: int
+  shift_a: int = 0
+  shift_b: int = 0
+
+
+Op = Conv | Pool | Threshold | Logits | FloatNorm | Concat | Shortcut | Add
+
+
+class Program(NamedTuple):
+  """A packed network.
+
+  Attributes:
+    source_shape: (height, width, channels) of the images it takes.
+    crop: (height, width) that it cuts from their centre.
+    offset: uint8 (channels,), subtracted from pixels.
+    num_classes: of the logits.
+    ops: the operations; the last one makes the logits.
+    metadata: of JSON: "labels", "config", "config_hash", ...
+  """
+
+  source_shape: tuple[int, int, int]
+  crop: tuple[int, int]
+  offset: np.ndarray
+  num_classes: int
+  ops: tuple[Op, ...]
+  metadata: dict[str, Any]
+
+
+class Value(NamedTuple):
+  """What is known of a value without data.
+
+  Attributes:
+    shape: (height, width, channels).
+    kind: "INT", "CODE" or "FLOAT".
+    bits: of a CODE.
+    bound: int64 (channels,), the largest magnitude of an INT or of a CODE's level.
+  """
+
+  shape: tuple[int, int, int]
+  kind: str
+  bits: int = 0
+  bound: np.ndarray = np.zeros(0, np.int64)
+
+
+def num_thresholds(bits: int) -> int:
+  """How many comparisons make a code: 1, 2, 6."""
+  return (1, 2, 6)[bits - 1]
+
+
+def max_code(bits: int) -> int:
+  """q: 1, 1, 3."""
+  return len(LEVELS[bits]) // 2
+
+
+def float_dtype(name: str) -> np.dtype:
+  """The dtype of a float format; ml_dtypes has those that NumPy has not."""
+  return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def levels(codes: np.ndarray, bits: int) -> np.ndarray:
+  """The integer levels of codes: int8 of the same shape."""
+  return np.asarray(LEVELS[bits], np.int8)[codes.astype(np.int64) + max_code(bits)]
+
+
+def inputs(op: Op) -> tuple[int, ...]:
+  """The values that an operation reads."""
+  if isinstance(op, Concat):
+    return op.inputs
+  if isinstance(op, Add):
+    return op.a, op.b
+  shortcut = getattr(op, "shortcut", None)
+  return (op.input,) if shortcut is None else (op.input, shortcut)
+
+
+def infer_values(program: Program) -> list[Value]:
+  """The shape, kind and bound of every value, from the image on.
+
+  Raises:
+    ValueError: the program does not fit together, or is larger than allowed.
+  """
+  p = program
+  values = [_image(p.source_shape, p.crop, p.offset)]
+  for op in p.ops:
+    values.append(infer_value(op, values))
+  makes_logits = [
+      isinstance(op, Logits) or isinstance(op, FloatNorm) and op.bits is None
+      for op in p.ops]
+  _require(makes_logits == [False] * (len(p.ops) - 1) + [True], "",
+           "logits are made by the last operation, and by no other")
+  _require(values[-1].shape == (1, 1, p.num_classes), p.ops[-1].name,
+           f"logits of shape {values[-1].shape} for {p.num_classes} classes")
+  return values
+
+
+def _image(source_shape, crop, offset):
+  h, w, c = (_size(n, "image") for n in source_shape)
+  for n, size in zip(crop, (h, w)):
+    _require(1 <= n <= size, "", f"a crop of {n} from an image of {size}")
+  offset = np.asarray(offset, np.int64)
+  _require(offset.shape == (c,) and (offset.clip(0, 255) == offset).all(), "",
+           "a pixel offset, 0 to 255, for each channel")
+  shape = (*crop, c)
+  _require(math.prod(shape) <= _MAX_ELEMENTS, "", f"an image of {shape}")
+  return Value(shape, "INT", 0, np.maximum(offset, 255 - offset))
+
+
+def infer_value(op: Op, values: Sequence[Value]) -> Value:
+  """The value that `op` makes, after `values`."""
+  for index in inputs(op):
+    _require(0 <= index < len(values), op.name,
+             f"input {index} of operation {len(values) - 1}")
+  value = _result(op, [values[index] for index in inputs(op)])
+  for n in value.shape:
+    _size(n, op.name)
+  _require(math.prod(value.shape) <= _MAX_ELEMENTS, op.name,
+           f"a value of shape {value.shape}")
+  if value.kind == "INT":
+    _require(value.bound.max() <= _MAX_SUM, op.name, "sums beyond 32 bits")
+  return value
+
+
+def _result(op, given):
+  name, x = op.name, given[0]
+  h, w, c = x.shape
+  bound = x.bound
+  if isinstance(op, Conv):
+    out, kh, kw, channels = op.kernel.shape
+    _require(channels == c, name, f"{channels} input channels, there are {c}")
+    if x.kind == "CODE":
+      codes = (-1, 0, 1) if op.bits != 3 and x.bits != 3 else (-3, -1, 0, 1, 3)
+      _require(op.pad in codes and abs(op.pad) <= max_code(x.bits), name,
+               f"a border of {op.pad}")
+    else:
+      _require(op.pad == 0, name, f"a border of {op.pad} around {x.kind}")
+    shape = (*_windows(name, (h, w), (kh, kw), op.strides, op.pads), out)
+    if isinstance(op.bits, str) or x.kind == "FLOAT":
+      return Value(shape, "FLOAT")
+    size = np.abs(levels(op.kernel, op.bits)).sum((1, 2), dtype=np.int64)
+    return Value(shape, "INT", 0, size @ bound)
+  if isinstance(op, Pool):
+    _require(op.kind in ("max", "sum"), name, f"a pool of kind {op.kind!r}")
+    shape = (*_windows(name, (h, w), op.window, op.strides, op.pads), c)
+    for pad, size in zip(op.pads, (op.window[0],) * 2 + (op.window[1],) * 2):
+      _require(pad < size, name, "a border as wide as the window")
+    if op.kind == "max":
+      return x._replace(shape=shape)
+    kind = "FLOAT" if x.kind == "FLOAT" else "INT"
+    return Value(shape, kind, 0, bound * math.prod(op.window))
+  if isinstance(op, Threshold):
+    _require(x.kind == "INT", name, f"thresholds over {x.kind}")
+    _grid_bits(op.bits, name)
+    tables = 1
+    if op.shortcut is not None:
+      _require(given[1].kind == "CODE" and given[1].shape == x.shape, name,
+               f"a shortcut of shape {given[1].shape} and kind {given[1].kind}")
+      tables = len(LEVELS[given[1].bits])
+    _require(op.thresholds.shape == (tables, num_thresholds(op.bits), c), name,
+             f"thresholds of shape {op.thresholds.shape}")
+    _require(op.falling.shape == (c,), name, "one direction for each channel")
+    return _codes(x.shape, op.bits)
+  if isinstance(op, Logits):
+    _require(x.kind == "INT", name, f"integer logits of {x.kind}")
+    _require(x.bound.max() <= _MAX_LOGIT_SUM, name,
+             "sums that float32 does not hold exactly")
+    _norm(op, c)
+    return Value(x.shape, "FLOAT")
+  if isinstance(op, FloatNorm):
+    _require(x.kind != "CODE", name, "batch norm of codes")
+    _norm(op, c)
+    if op.shortcut is not None:
+      _require(given[1].kind != "INT" and given[1].shape == x.shape, name,
+               f"a shortcut of shape {given[1].shape} and kind {given[1].kind}")
+    if op.bits is None or isinstance(op.bits, str):
+      return Value(x.shape, "FLOAT")
+    _grid_bits(op.bits, name)
+    q = 0 if op.bits == 1 else max_code(op.bits)
+    _require(op.grid.shape == (q,), name, f"{len(op.grid)} thresholds of a grid")
+    return _codes(x.shape, op.bits)
+  if isinstance(op, Concat):
+    _require(len(op.shifts) == len(op.inputs), name, "one shift for each input")
+    for value, shift in zip(given, op.shifts):
+      _require(value.kind == x.kind and value.bits == x.bits
+               and value.shape[:2] == (h, w), name,
+               f"{value.kind} of shape {value.shape} beside {x.kind} of {x.shape}")
+      _require(0 <= shift < 24 and (not shift or x.kind == "INT"), name,
+               f"a shift of {shift}")
+    bounds = [v.bound << shift for v, shift in zip(given, op.shifts)]
+    return x._replace(shape=(h, w, sum(v.shape[2] for v in given)),
+                      bound=np.concatenate(bounds))
+  if isinstance(op, Shortcut):
+    _require(x.kind == "CODE", name, f"a shortcut of {x.kind}")
+    for stride in op.strides:
+      _require(1 <= stride <= _MAX_STEP, name, f"a stride of {stride}")
+    for n in (op.before, op.after):
+      _require(0 <= n <= _MAX_SIZE, name, f"{n} channels of zeros")
+    sh, sw = op.strides
+    return _codes((-(-h // sh), -(-w // sw), op.before + c + op.after), x.bits)
+  assert isinstance(op, Add), op
+  _require(x.kind == given[1].kind != "FLOAT" and x.shape == given[1].shape, name,
+           f"{given[1].kind} of shape {given[1].shape} added to {x.kind} of {x.shape}")
+  for shift in (op.shift_a, op.shift_b):
+    _require(0 <= shift < 24, name, f"a shift of {shift}")
+  return Value(x.shape, "INT", 0,
+               (x.bound << op.shift_a) + (given[1].bound << op.shift_b))
+
+
+def _codes(shape, bits):
+  return Value(shape, "CODE", bits, np.full(shape[2], LEVELS[bits][-1], np.int64))
+
+
+def _norm(op, channels):
+  for field in ("center", "scale", "constant"):
+    _require(getattr(op, field).shape == (channels,), op.name, f"{field}'s shape")
+
+
+def _windows(name, size, window, strides, pads):
+  """The number of windows, vertically and horizontally."""
+  for n in window:
+    _size(n, name)
+  for n in strides:
+    _require(1 <= n <= _MAX_STEP, name, f"a stride of {n}")
+  for n in pads:
+    _require(0 <= n <= _MAX_STEP, name, f"a border of {n}")
+  room = (size[0] + pads[0] + pads[1] - window[0],
+          size[1] + pads[2] + pads[3] - window[1])
+  _require(min(room) >= 0, name, f"a window of {window} over {size}")
+  return room[0] // strides[0] + 1, room[1] // strides[1] + 1
+
+
+def _grid_bits(bits, name):
+  _require(bits in LEVELS, name, f"{bits!r} bits; a packed grid has 1, 2 or 3")
+  return bits
+
+
+def _size(n, name):
+  _require(1 <= n <= _MAX_SIZE, name, f"a size of {n}; it is 1 to {_MAX_SIZE}")
+  return n
+
+
+def _require(ok: bool, name: str, problem: str) -> None:
+  if not ok:
+    raise ValueError(f"packed network{', layer ' if name else ''}{name}: {problem}")
+
+
+# The file. Little-endian throughout; weights ordered (out, height, width, in).
+
+
+def to_bytes(program: Program) -> bytes:
+  """The file's content; `from_bytes` gives the program back."""
+  infer_values(program)
+  p = program
+  parts = [struct.pack("<5I", *p.source_shape, *p.crop),
+           np.asarray(p.offset, np.uint8).tobytes(),
+           struct.pack("<2I", p.num_classes, len(p.ops))]
+  for op in p.ops:
+    name = op.name.encode()
+    _require(len(name) < 256, op.name, "a name longer than 255 bytes")
+    kind, fields = _write_op(op)
+    parts.append(struct.pack("<2B", kind, len(name)) + name + fields)
+  body = b"".join(parts)
+  metadata = json.dumps(p.metadata, separators=(",", ":")).encode()
+  rest = struct.pack("<Q2I", 32 + len(body) + len(metadata), len(body),
+                     len(metadata)) + body + metadata
+  return MAGIC + struct.pack("<2I", VERSION, zlib.crc32(rest)) + rest
+
+
+def from_bytes(data: bytes) -> Program:
+  """The program that a file holds.
+
+  Raises:
+    ValueError: it is not such a file, of another version, damaged or impossible.
+  """
+  if data[:8] != MAGIC:
+    raise ValueError("not a packed network: it does not begin as one")
+  if len(data) < 32:
+    raise ValueError(f"packed network: {len(data)} bytes are less than its head")
+  version, crc, size, body_size, metadata_size = struct.unpack_from("<2IQ2I", data, 8)
+  if version != VERSION:
+    raise ValueError(
+        f"packed network of format version {version}; this package reads {VERSION}:"
+        " pack it again")
+  if size != len(data) or size != 32 + body_size + metadata_size:
+    raise ValueError(f"packed network: {len(data)} bytes where it says {size}")
+  if crc != zlib.crc32(data[16:]):
+    raise ValueError("packed network: its checksum does not match: it is damaged")
+  try:
+    metadata = json.loads(data[32 + body_size:])
+    if not isinstance(metadata, dict):
+      raise TypeError
+  except (UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
+    raise ValueError("packed network: its metadata are not a JSON object") from error
+  r = _Reader(data[32:32 + body_size])
+  source_shape, crop = r.unpack("3I"), r.unpack("2I")
+  offset = r.array(np.uint8, source_shape[2])
+  num_classes, num_ops = r.unpack("2I")
+  _require(num_ops <= _MAX_OPS, "", f"{num_ops} operations")
+  ops, values = [], [_image(source_shape, crop, offset)]
+  for _ in range(num_ops):
+    kind, length = r.unpack("2B")
+    try:
+      name = r.take(length).decode()
+    except UnicodeDecodeError as error:
+      raise ValueError("packed network: a layer's name is not UTF-8") from error
+    ops.append(_read_op(r, kind, name, values))
+    values.append(infer_value(ops[-1], values))
+  _require(r.done(), "", "bytes after the last operation")
+  program = Program(source_shape, crop, offset, num_classes, tuple(ops), metadata)
+  infer_values(program)
+  return program
+
+
+def write(path: str, program: Program) -> int:
+  """Writes the file; returns its size in bytes."""
+  data = to_bytes(program)
+  with open(path, "wb") as file:
+    file.write(data)
+  return len(data)
+
+
+def read(path: str) -> Program:
+  """Reads a file; see `from_bytes`."""
+  with open(path, "rb") as file:
+    return from_bytes(file.read())
+
+
+class _Reader:
+  """Reads a program's bytes from the front, and never beyond the end."""
+
+  def __init__(self, data):
+    self._data = data
+    self._at = 0
+
+  def take(self, size):
+    _require(size <= len(self._data) - self._at, "", "it ends inside an operation")
+    self._at += size
+    return self._data[self._at - size:self._at]
+
+  def unpack(self, layout):
+    return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
+
+  def array(self, dtype, *shape):
+    dtype = np.dtype(dtype).newbyteorder("<")
+    data = self.take(math.prod(shape) * dtype.itemsize)
+    return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+  def done(self):
+    return self._at == len(self._data)
+
+
+# The numbers of operations in the file.
+_CONV, _MAX_POOL, _SUM_POOL, _THRESHOLD, _LOGITS = 1, 2, 3, 4, 5
+_CONCAT, _SHORTCUT, _FLOAT_NORM, _ADD = 6, 7, 8, 10
+
+
+def _write_op(op):
+  if isinstance(op, Conv):
+    out, kh, kw, channels = op.kernel.shape
+    floats = isinstance(op.bits, str)
+    weights = op.kernel.astype(float_dtype(op.bits)).tobytes() if floats else _planes(op)
+    form = FLOAT_FORMATS[op.bits] if floats else op.bits
+    return _CONV, struct.pack(
+        "<IB10Ib2f", op.input, form, kh, kw, channels, out, *op.strides, *op.pads,
+        op.pad, op.weight_unit, op.input_unit) + weights
+  if isinstance(op, Pool):
+    return _MAX_POOL if op.kind == "max" else _SUM_POOL, struct.pack(
+        "<9I", op.input, *op.window, *op.strides, *op.pads)
+  if isinstance(op, Threshold):
+    width = 2 if (op.thresholds.astype(np.int16) == op.thresholds).all() else 4
+    return _THRESHOLD, struct.pack(
+        "<Ii2B", op.input, _or_none(op.shortcut), op.bits, width
+    ) + np.packbits(op.falling, bitorder="little").tobytes() + op.thresholds.astype(
+        f"<i{width}").tobytes()
+  if isinstance(op, Logits):
+    return _LOGITS, struct.pack("<If", op.input, op.unit) + _floats(
+        op.center, op.scale, op.constant)
+  if isinstance(op, FloatNorm):
+    form = 0 if op.bits is None else FLOAT_FORMATS.get(op.bits, op.bits)
+    return _FLOAT_NORM, struct.pack(
+        "<IiB2f", op.input, _or_none(op.shortcut), form, op.unit, op.shortcut_unit
+    ) + _floats(op.center, op.scale, op.constant) + struct.pack(
+        "<B", len(op.grid)) + _floats(op.grid)
+  if isinstance(op, Concat):
+    return _CONCAT, struct.pack("<I", len(op.inputs)) + b"".join(
+        struct.pack("<IB", *pair) for pair in zip(op.inputs, op.shifts))
+  if isinstance(op, Shortcut):
+    return _SHORTCUT, struct.pack("<5I", op.input, *op.strides, op.before, op.after)
+  return _ADD, struct.pack("<2I2B", op.a, op.b, op.shift_a, op.shift_b)
+
+
+def _read_op(r, kind, name, values):
+  """Reads an operation; `values` are those before it, of which channels are asked."""
+  def value(index):
+    _require(index < len(values), name, f"input {index} of operation {len(values) - 1}")
+    return values[index]
+
+  if kind == _CONV:
+    (source, form, kh, kw, channels, out, sh, sw, *pads, pad, weight_unit,
+     input_unit) = r.unpack("IB10Ib2f")
+    shape = tuple(_size(n, name) for n in (out, kh, kw, channels))
+    if form in _FORMAT_NAMES:
+      bits = _FORMAT_NAMES[form]
+      kernel = r.array(float_dtype(bits), *shape).astype(np.float32)
+    else:
+      bits = _grid_bits(form, name)
+      kernel = _unplanes(r, bits, shape)
+    return Conv(name, source, bits, kernel, (sh, sw), tuple(pads), pad, weight_unit,
+                input_unit)
+  if kind in (_MAX_POOL, _SUM_POOL):
+    source, *n = r.unpack("9I")
+    return Pool(name, source, "max" if kind == _MAX_POOL else "sum",
+                tuple(n[:2]), tuple(n[2:4]), tuple(n[4:]))
+  if kind == _THRESHOLD:
+    source, shortcut, bits, width = r.unpack("Ii2B")
+    _grid_bits(bits, name)
+    _require(width in (2, 4), name, f"thresholds of {width} bytes")
+    channels = value(source).shape[2]
+    tables = 1
+    if shortcut >= 0:
+      tables = len(LEVELS[_grid_bits(value(shortcut).bits, name)])
+    falling = np.unpackbits(r.array(np.uint8, -(-channels // 8)), count=channels,
+                            bitorder="little").astype(bool)
+    thresholds = r.array(f"i{width}", tables, num_thresholds(bits), channels)
+    return Threshold(name, source, bits, falling, thresholds.astype(np.int32),
+                     _from_none(shortcut))
+  if kind == _LOGITS:
+    source, unit = r.unpack("If")
+    channels = value(source).shape[2]
+    return Logits(name, source, unit, *r.array(np.float32, 3, channels))
+  if kind == _FLOAT_NORM:
+    source, shortcut, form, unit, shortcut_unit = r.unpack("IiB2f")
+    channels = value(source).shape[2]
+    norm = r.array(np.float32, 3, channels)
+    grid = r.array(np.float32, *r.unpack("B"))
+    bits = _FORMAT_NAMES.get(form, form) or None
+    return FloatNorm(name, source, bits, unit, *norm, grid, _from_none(shortcut),
+                     shortcut_unit)
+  if kind == _CONCAT:
+    count, = r.unpack("I")
+    _require(count >= 1, name, "nothing to put side by side")
+    pairs = [r.unpack("IB") for _ in range(min(count, _MAX_SIZE + 1))]
+    return Concat(name, *map(tuple, zip(*pairs)))
+  if kind == _SHORTCUT:
+    source, sh, sw, before, after = r.unpack("5I")
+    return Shortcut(name, source, (sh, sw), before, after)
+  _require(kind == _ADD, name, f"an operation of kind {kind}")
+  return Add(name, *r.unpack("2I2B"))
+
+
+def _planes(op):
+  """Codes as bit planes, each a whole number of bytes."""
+  codes = op.kernel
+  planes = [codes > 0]
+  if op.bits == 2:
+    planes.append(codes != 0)
+  if op.bits == 3:
+    planes += [np.abs(codes) & 1 != 0, np.abs(codes) & 2 != 0]
+  return b"".join(np.packbits(p, bitorder="little").tobytes() for p in planes)
+
+
+def _unplanes(r, bits, shape):
+  n = math.prod(shape)
+  sign, *size = (
+      np.unpackbits(r.array(np.uint8, -(-n // 8)), count=n, bitorder="little")
+      .astype(np.int8) for _ in range(bits))
+  magnitude = sum(plane << i for i, plane in enumerate(size)) if size else 1
+  return np.where(sign, magnitude, -magnitude).astype(np.int8).reshape(shape)
+
+
+def _floats(*arrays):
+  return np.concatenate(arrays).astype("<f4").tobytes()
+
+
+def _or_none(index):
+  return -1 if index is None else index
+
+
+def _from_none(index):
+  return None if index < 0 else index
