@@ -1,4 +1,8 @@
-"""Evaluation, always of the hard network: `python -m minw.evaluate --workdir=DIR`."""
+"""Evaluation, always of the hard network: of a run or of a packed network.
+
+  python -m minw.evaluate --workdir=DIR [--split=test]
+  python -m minw.evaluate --model=net.minw --dataset=cifar10 --data_dir=DIR
+"""
 
 import json
 import pathlib
@@ -12,6 +16,8 @@ import optax
 
 from minw import checkpoint
 from minw import cli
+from minw import datasets
+from minw import infer
 from minw import pipeline
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
@@ -140,8 +146,56 @@ def evaluate_workdir(
   return {"step": saved.step, **result}
 
 
+def evaluate_model(
+    path: str,
+    split: str = "test",
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    batch_size: int = 256,
+) -> dict[str, Any]:
+  """Evaluates a packed network.
+
+  Args:
+    path: of its file.
+    split: "train", "validation" or "test".
+    dataset, data_dir: what and where the data are; as in training if None.
+    batch_size: images at a time.
+
+  Returns:
+    {"loss", "accuracy"}.
+
+  Raises:
+    cli.UsageError: it is not a packed network, or there are no data for it.
+  """
+  network = infer.load_for_command(path)
+  config = network.program.metadata.get("config") or {}
+  dataset = dataset or config.get("dataset")
+  cli.check(dataset is not None, "dataset", dataset,
+            "given: the file does not say what it was trained on")
+  info = datasets.info(dataset)
+  cli.check(
+      info.image_shape == network.program.source_shape
+      and info.num_classes == network.program.num_classes, "dataset", dataset,
+      f"one of images of shape {network.program.source_shape} in"
+      f" {network.program.num_classes} classes, as the network has")
+  images, labels = datasets.load(dataset, split, data_dir or config.get("data_dir"))
+  loss = correct = 0.0
+  for start in range(0, len(images), batch_size):
+    logits = network.logits(images[start:start + batch_size]).astype(np.float64)
+    wanted = labels[start:start + batch_size]
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(shifted).sum(-1))
+    loss += float((log_sum - np.take_along_axis(
+        shifted, wanted[:, None], -1)[:, 0]).sum())
+    correct += int((logits.argmax(-1) == wanted).sum())
+  return {"loss": loss / len(images), "accuracy": correct / len(images)}
+
+
 if __name__ == "__main__":
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run.")
+  _MODEL = flags.DEFINE_string("model", None, "A packed network, instead of a run.")
+  _DATASET = flags.DEFINE_string(
+      "dataset", None, "For a packed network, if not what it was trained on.")
   _SPLIT = flags.DEFINE_enum(
       "split", "test", ["train", "validation", "test"], "Which examples.")
   _CHECKPOINT = flags.DEFINE_enum(
@@ -150,8 +204,18 @@ if __name__ == "__main__":
       "data_dir", None, "Where the data are now, if not where the run had them.")
 
   def main() -> None:
-    result = evaluate_workdir(
-        _WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _DATA_DIR.value)
+    if (_WORKDIR.value is None) == (_MODEL.value is None):
+      raise cli.UsageError("one of --workdir and --model must be given, not both")
+    if _WORKDIR.value is not None:
+      cli.check(_DATASET.value is None, "dataset", _DATASET.value,
+                "left out with --workdir, whose config names it")
+      result = evaluate_workdir(
+          _WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _DATA_DIR.value)
+    else:
+      cli.check(not flags.FLAGS["checkpoint"].present, "checkpoint", _CHECKPOINT.value,
+                "left out with --model, which is of one checkpoint")
+      result = evaluate_model(
+          _MODEL.value, _SPLIT.value, _DATASET.value, _DATA_DIR.value)
     print(json.dumps({"split": _SPLIT.value, "mode": "hard", **result}))
 
   cli.run(main)

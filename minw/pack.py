@@ -1,9 +1,9 @@
 """Trained network -> packed network: `python -m minw.pack --workdir=DIR --out=FILE`.
 
-The network's structure is read from the jaxpr of its hard mode, in which every layer of
-`minw.layers` stands as one equation; between them may stand what `_RULES` names. Nothing
-is registered, and what is not understood is refused. The thresholds are found by
-bisecting the hard layers themselves over all sums that there can be.
+The structure is read from the jaxpr of the hard mode, in which every layer of
+`minw.layers` stands as one equation; between them may stand what `_RULES` names.
+Nothing is registered, and what is not understood is refused. The thresholds are found
+by bisecting the hard layers themselves over all sums that there can be.
 """
 
 import hashlib
@@ -545,3 +545,31 @@ _RULES = {
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
 }
+
+
+if __name__ == "__main__":
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+  _OUT = flags.DEFINE_string("out", None, "The file to write.", required=True)
+  _CHECKPOINT = flags.DEFINE_enum(
+      "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
+  _VERIFY = flags.DEFINE_bool(
+      "verify", False, "Compare every layer with the trained network, on its test split"
+      " (on random images where there are no data).")
+  _DATA_DIR = flags.DEFINE_string(
+      "data_dir", None, "Where the data are now, if not where the run had them.")
+
+  def main() -> int:
+    program = pack_workdir(_WORKDIR.value, _CHECKPOINT.value)
+    try:
+      size = packed.write(_OUT.value, program)
+    except OSError as error:
+      raise cli.UsageError(f"out={_OUT.value!r} can not be written: {error}") from error
+    print(f"{_OUT.value}: {size / 2**20:.3f} MiB, {len(program.ops)} operations,"
+          f" step {program.metadata['step']}")
+    if not _VERIFY.value:
+      return 0
+    from minw import verify  # It needs data; packing does not.
+    return verify.verify_workdir(
+        _WORKDIR.value, _OUT.value, _CHECKPOINT.value, _DATA_DIR.value)
+
+  cli.run(main)

@@ -295,8 +295,8 @@ def _result(op, given):
     shape = (*_windows(name, (h, w), (kh, kw), op.strides, op.pads), out)
     if isinstance(op.bits, str) or x.kind == "FLOAT":
       return Value(shape, "FLOAT")
-    size = np.abs(levels(op.kernel, op.bits)).sum((1, 2), dtype=np.int64)
-    return Value(shape, "INT", 0, size @ bound)
+    sizes = np.abs(levels(op.kernel, _grid_bits(op.bits, name)))
+    return Value(shape, "INT", 0, sizes.sum((1, 2), dtype=np.int64) @ bound)
   if isinstance(op, Pool):
     _require(op.kind in ("max", "sum"), name, f"a pool of kind {op.kind!r}")
     shape = (*_windows(name, (h, w), op.window, op.strides, op.pads), c)
@@ -516,8 +516,9 @@ def _write_op(op):
   if isinstance(op, Conv):
     out, kh, kw, channels = op.kernel.shape
     floats = isinstance(op.bits, str)
-    weights = op.kernel.astype(float_dtype(op.bits)).tobytes() if floats else _planes(op)
     form = FLOAT_FORMATS[op.bits] if floats else op.bits
+    weights = (op.kernel.astype(float_dtype(op.bits)).tobytes() if floats
+               else _planes(op))
     return _CONV, struct.pack(
         "<IB10Ib2f", op.input, form, kh, kw, channels, out, *op.strides, *op.pads,
         op.pad, op.weight_unit, op.input_unit) + weights

@@ -3,8 +3,6 @@
 Products are of float64, which holds every sum that a file may ask for exactly.
 """
 
-from typing import Any
-
 import numpy as np
 
 from minw import packed
@@ -28,10 +26,7 @@ def run(program: packed.Program, images: np.ndarray) -> list[np.ndarray]:
   values = [image - np.asarray(program.offset, np.int32)]
   for op, kind in zip(program.ops, kinds[1:]):
     given = [values[i] for i in packed.inputs(op)]
-    result = _run_op(op, given, [kinds[i] for i in packed.inputs(op)])
-    dtype = {"INT": np.int32, "CODE": np.int8, "FLOAT": np.float32}[kind.kind]
-    assert result.shape[1:] == kind.shape, (op.name, result.shape, kind.shape)
-    values.append(result.astype(dtype))
+    values.append(run_op(op, given, [kinds[i] for i in packed.inputs(op)], kind))
   return values
 
 
@@ -40,7 +35,20 @@ def logits(program: packed.Program, images: np.ndarray) -> np.ndarray:
   return run(program, images)[-1].reshape(len(images), program.num_classes)
 
 
-def _run_op(op: packed.Op, given: list[np.ndarray], kinds: list[packed.Value]) -> Any:
+def run_op(
+    op: packed.Op,
+    given: list[np.ndarray],
+    kinds: list[packed.Value],
+    result: packed.Value,
+) -> np.ndarray:
+  """One operation: on values of `kinds`, to one of the kind `result`."""
+  dtype = {"INT": np.int32, "CODE": np.int8, "FLOAT": np.float32}[result.kind]
+  value = _run_op(op, given, kinds)
+  assert value.shape[1:] == result.shape, (op.name, value.shape, result.shape)
+  return value.astype(dtype)
+
+
+def _run_op(op, given, kinds):
   x, kind = given[0], kinds[0]
   if isinstance(op, packed.Conv):
     return _conv(op, x, kind)

@@ -1,0 +1,193 @@
+"""Inference of packed networks: `python -m minw.infer --model=FILE --images=FILES`.
+
+  network = infer.load("net.minw")
+  logits = network.logits(images)  # uint8 (batch, height, width, channels)
+
+needs NumPy and the native library, or where that was not built JAX; nothing that
+training needs.
+"""
+
+import functools
+import os
+import pathlib
+from typing import Sequence
+
+from absl import flags
+import numpy as np
+from PIL import Image
+
+from minw import cli
+from minw import packed
+from minw.kernels import native
+from minw.kernels import reference
+
+BACKENDS = ("native", "xla", "reference")
+
+
+class Network:
+  """A packed network, ready to run. `logits` may be called from several threads.
+
+  Attributes:
+    program: what it computes, see `minw.packed`.
+    labels: a name for each class; its number where the file has none.
+    backend: one of `BACKENDS`.
+    threads: how many the native path uses.
+  """
+
+  def __init__(self, data: bytes, backend: str | None, threads: int | None):
+    cli.check(backend in (None, *BACKENDS), "backend", backend,
+              f"one of {', '.join(BACKENDS)}")
+    self.program = packed.from_bytes(data)
+    self.labels = tuple(self.program.metadata.get("labels") or map(
+        str, range(self.program.num_classes)))
+    self.threads = threads or len(os.sched_getaffinity(0))
+    self.backend = backend or ("native" if native.available() else "xla")
+    if self.backend == "native":
+      self._native = native.load(data)
+    elif self.backend == "xla":  # The only one that needs JAX.
+      import jax
+      from minw.kernels import xla
+      operands, function = xla.values(self.program)
+      self._values = functools.partial(jax.jit(function), operands)
+      operands, function = xla.logits(self.program)
+      self._logits = functools.partial(jax.jit(function), operands)
+
+  def logits(self, images: np.ndarray) -> np.ndarray:
+    """The logits of a batch.
+
+    Args:
+      images: uint8 (batch, *program.source_shape); the batch may be of any size.
+
+    Returns:
+      float32 (batch, classes).
+
+    Raises:
+      ValueError: images of another shape or dtype, or none.
+    """
+    images = self._checked(images)
+    if self.backend == "native":
+      return self._native.logits(images, threads=self.threads)
+    if self.backend == "xla":
+      return np.asarray(self._logits(images))
+    return reference.logits(self.program, images)
+
+  def values(self, images: np.ndarray) -> list[np.ndarray]:
+    """All values, of the image and of each operation; see `reference.run`."""
+    images = self._checked(images)
+    if self.backend == "native":
+      return self._native.values(images)
+    if self.backend == "xla":
+      return [np.asarray(value) for value in self._values(images)]
+    return reference.run(self.program, images)
+
+  def kernels(self) -> list[tuple[str, str]]:
+    """Which kernel runs each operation: (name, kernel)."""
+    if self.backend == "native":
+      return self._native.layers()
+    return [(op.name, self.backend) for op in self.program.ops]
+
+  def _checked(self, images):
+    images = np.asarray(images)
+    shape = self.program.source_shape
+    if images.dtype != np.uint8:
+      raise ValueError(f"images of {images.dtype}: must be uint8, 0 to 255")
+    if images.ndim != 4 or images.shape[1:] != shape or not len(images):
+      raise ValueError(
+          f"images of shape {images.shape}: must be (batch, {shape[0]}, {shape[1]},"
+          f" {shape[2]}), a batch of at least one")
+    return images
+
+
+def load(
+    path: str | os.PathLike, *, backend: str | None = None, threads: int | None = None
+) -> Network:
+  """Loads a packed network.
+
+  Args:
+    path: of a file that `minw.pack` wrote.
+    backend: "native", "xla" or "reference"; the first that is there if None.
+    threads: of the native path; as many as there are cores if None.
+
+  Raises:
+    ValueError: the file is not a packed network, or damaged.
+  """
+  return Network(pathlib.Path(path).read_bytes(), backend, threads)
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+  """Softmax over the classes: float32 (batch, classes) -> the same."""
+  powers = np.exp(logits - logits.max(-1, keepdims=True))
+  return powers / powers.sum(-1, keepdims=True)
+
+
+def read_image(path: str | os.PathLike, shape: Sequence[int]) -> np.ndarray:
+  """An image file as uint8 (height, width, channels), of the shape that is asked for.
+
+  If it is of another size, its shorter side is brought to that size and the centre
+  taken.
+  """
+  height, width, channels = shape
+  with Image.open(path) as image:
+    image = image.convert({1: "L", 3: "RGB"}[channels])
+    if image.size != (width, height):
+      ratio = max(width / image.width, height / image.height)
+      size = (max(width, round(image.width * ratio)),
+              max(height, round(image.height * ratio)))
+      image = image.resize(size, Image.Resampling.BILINEAR)
+      left, top = (size[0] - width) // 2, (size[1] - height) // 2
+      image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image).reshape(shape)
+
+
+def image_files(paths: Sequence[str]) -> list[pathlib.Path]:
+  """The image files among `paths` and in the folders among them, in order."""
+  files = []
+  for path in map(pathlib.Path, paths):
+    cli.check(path.exists(), "images", str(path), "a file or folder that exists")
+    found = [path]
+    if path.is_dir():
+      found = sorted(p for p in path.rglob("*")
+                     if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+      cli.check(bool(found), "images", str(path), "a folder with .png or .jpg files")
+    files += found
+  return files
+
+
+def load_for_command(path: str, **options) -> Network:
+  """`load`, with errors for the user of a command."""
+  try:
+    return load(path, **options)
+  except (OSError, ValueError) as error:
+    raise cli.UsageError(f"model={path!r}: {error}") from error
+
+
+if __name__ == "__main__":
+  _MODEL = flags.DEFINE_string("model", None, "The packed network.", required=True)
+  _IMAGES = flags.DEFINE_list(
+      "images", None, "PNG and JPEG files, or folders of them.", required=True)
+  _BACKEND = flags.DEFINE_enum("backend", None, BACKENDS, "What computes.")
+  _THREADS = flags.DEFINE_integer(
+      "threads", None, "Of the native path; all cores by default.", lower_bound=1)
+  _KERNELS = flags.DEFINE_bool("kernels", False, "List what ran each operation.")
+
+  def main() -> None:
+    network = load_for_command(
+        _MODEL.value, backend=_BACKEND.value, threads=_THREADS.value)
+    shape = network.program.source_shape
+    files = image_files(_IMAGES.value)
+    for start in range(0, len(files), 256):
+      part = files[start:start + 256]
+      images = []
+      for file in part:
+        try:
+          images.append(read_image(file, shape))
+        except (OSError, ValueError) as error:
+          raise cli.UsageError(f"images={str(file)!r}: {error}") from error
+      for file, row in zip(part, probabilities(network.logits(np.stack(images)))):
+        best = int(row.argmax())
+        print(f"{file}\t{network.labels[best]}\t{row[best]:.4f}")
+    if _KERNELS.value:
+      for name, kernel in network.kernels():
+        print(f"{name}\t{kernel}")
+
+  cli.run(main)

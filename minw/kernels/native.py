@@ -1,0 +1,187 @@
+"""The native path: packed networks on the CPU, by the C library beside this file.
+
+  network = native.load(data)
+  network.logits(images, threads=2)  # NumPy
+  native.ffi_logits(data)(images)  # JAX, under jit
+
+The library is optional: `available()` says whether it was built. JAX is imported only
+by `ffi_logits`.
+"""
+
+import ctypes
+import functools
+import pathlib
+from typing import Any, Callable
+
+import numpy as np
+
+_KINDS = (np.int32, np.int8, np.float32)  # INT, CODE, FLOAT.
+
+
+class _Shape(ctypes.Structure):
+  _fields_ = [(name, ctypes.c_uint32)
+              for name in ("height", "width", "channels", "kind", "bits")]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+  path = pathlib.Path(__file__).with_name("libminw.so")
+  if not path.exists():
+    return None
+  library = ctypes.CDLL(str(path))
+  pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+  op = [pointer, ctypes.c_uint32]
+  for name, result, arguments in (
+      ("load", pointer, [pointer, size, text, size]),
+      ("free", None, [pointer]),
+      ("source", _Shape, [pointer]),
+      ("classes", ctypes.c_uint32, [pointer]),
+      ("logits", ctypes.c_int,
+       [pointer, pointer, size, pointer, ctypes.c_int, text, size]),
+      ("num_ops", ctypes.c_uint32, [pointer]),
+      ("value_shape", _Shape, op),
+      ("op_name", text, op),
+      ("op_kernel", text, op),
+      ("values", ctypes.c_int, [pointer, pointer, size, pointer, text, size]),
+      ("isa", text, [pointer]),
+      ("isas", text, []),
+      ("hash", ctypes.c_uint64, [pointer, size])):
+    function = getattr(library, "minw_" + name)
+    function.restype, function.argtypes = result, arguments
+  return library
+
+
+def available() -> bool:
+  """Whether the native library was built."""
+  return _library() is not None
+
+
+def isas() -> list[str]:
+  """The instruction sets that run here, best first; MINW_ISA forces one."""
+  return _need().minw_isas().decode().split()
+
+
+class Network:
+  """A packed network in the library. May be used by several threads at once.
+
+  Attributes:
+    isa: the instruction set of its kernels.
+    shape: (height, width, channels) of the images.
+    classes: their number.
+  """
+
+  def __init__(self, data: bytes):
+    self._lib = _need()
+    message = ctypes.create_string_buffer(256)
+    self._network = self._lib.minw_load(data, len(data), message, len(message))
+    if not self._network:
+      raise ValueError(f"packed network: {message.value.decode(errors='replace')}")
+    self.isa = self._lib.minw_isa(self._network).decode()
+    source = self._lib.minw_source(self._network)
+    self.shape = (source.height, source.width, source.channels)
+    self.classes = self._lib.minw_classes(self._network)
+
+  def __del__(self):
+    if getattr(self, "_network", None):
+      self._lib.minw_free(self._network)
+
+  def logits(self, images: np.ndarray, threads: int = 1) -> np.ndarray:
+    """uint8 (batch, *shape) -> float32 (batch, classes)."""
+    images = self._checked(images)
+    logits = np.empty((len(images), self.classes), np.float32)
+    self._call(self._lib.minw_logits, images, logits.ctypes.data, threads)
+    return logits
+
+  def values(self, images: np.ndarray) -> list[np.ndarray]:
+    """The image's value and each operation's, unfused: (batch, h, w, channels)."""
+    images = self._checked(images)
+    results = [np.empty((len(images), s.height, s.width, s.channels),
+                        np.float32 if s.kind == 2 else np.int32)
+               for s in self._shapes()]
+    pointers = (ctypes.c_void_p * len(results))(*(r.ctypes.data for r in results))
+    self._call(self._lib.minw_values, images, pointers)
+    return [r.astype(_KINDS[s.kind], copy=False)
+            for r, s in zip(results, self._shapes())]
+
+  def layers(self) -> list[tuple[str, str]]:
+    """Each operation's name, and the kernel that runs it ("" if it needs no name)."""
+    return [tuple(f(self._network, i).decode(errors="replace")
+                  for f in (self._lib.minw_op_name, self._lib.minw_op_kernel))
+            for i in range(self._lib.minw_num_ops(self._network))]
+
+  def _shapes(self):
+    return [self._lib.minw_value_shape(self._network, i)
+            for i in range(self._lib.minw_num_ops(self._network) + 1)]
+
+  def _checked(self, images):
+    images = np.ascontiguousarray(images)
+    if images.dtype != np.uint8 or images.shape[1:] != self.shape:
+      raise ValueError(f"images of {images.dtype} {images.shape}: must be uint8"
+                       f" (batch, {', '.join(map(str, self.shape))})")
+    return images
+
+  def _call(self, function, images, *arguments):
+    message = ctypes.create_string_buffer(256)
+    if function(self._network, images.ctypes.data, len(images), *arguments, message,
+                len(message)):
+      raise MemoryError(message.value.decode(errors="replace"))
+
+
+def load(data: bytes) -> Network:
+  """Loads the content of a .minw file.
+
+  Raises:
+    ValueError: it is not one, is damaged, or MINW_ISA does not run here.
+    RuntimeError: the library was not built.
+  """
+  return Network(data)
+
+
+def ffi_logits(data: bytes, threads: int = 1) -> Callable[[Any], Any]:
+  """The network as a JAX function on CPUs, for jit and vmap.
+
+  Args:
+    data: the content of a .minw file.
+    threads: how many a call uses.
+
+  Returns:
+    A function uint8 (..., *shape) -> float32 (..., classes).
+
+  Raises:
+    ValueError: see `load`.
+    RuntimeError: the library was not built, or without jaxlib's headers.
+  """
+  import jax  # Only this function needs it.
+
+  network = load(data)
+  _register()
+  file = np.frombuffer(data, np.uint8)
+  key = np.uint64(_need().minw_hash(data, len(data)))
+
+  def logits(images):
+    if images.dtype != np.uint8 or images.shape[-3:] != network.shape:
+      raise ValueError(f"images of {images.dtype} {images.shape}: must be uint8"
+                       f" (..., {', '.join(map(str, network.shape))})")
+    result = jax.ShapeDtypeStruct((*images.shape[:-3], network.classes), np.float32)
+    call = jax.ffi.ffi_call("minw_logits", result, vmap_method="expand_dims")
+    return call(file, images, hash=key, threads=np.int32(threads))
+
+  return logits
+
+
+@functools.cache
+def _register():
+  import jax
+
+  handler = getattr(_need(), "MinwLogits", None)
+  if handler is None:
+    raise RuntimeError("the native library was built without jaxlib's headers")
+  jax.ffi.register_ffi_target(
+      "minw_logits", jax.ffi.pycapsule(handler), platform="cpu")
+
+
+def _need():
+  library = _library()
+  if library is None:
+    raise RuntimeError("the native library was not built")
+  return library

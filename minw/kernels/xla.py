@@ -1,0 +1,461 @@
+"""The packed network in XLA: portable, for any backend.
+
+Weights stay packed in memory, as operands of the computation. What multiplies them is
+
+    "popcount"  words of 32 bits along a sum, exclusive or and population count, output
+                channels in the vector lanes: for CPUs
+    "dot"       weights unpacked inside the computation and multiplied as int8, or as
+                float32 on CPUs, where that is the faster: for accelerators
+
+Either way integers are exact, so logits are those of `kernels.reference` bit for bit.
+"""
+
+import functools
+import math
+from typing import Any, Callable
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from minw import packed
+
+Operands = Any  # A pytree of arrays.
+
+_WORD = 32
+_TERMS = 36  # Words that one fused loop takes at a time,
+_LANES = 128  # and output channels: their weights then stay in the L1 cache.
+_FLOAT_EXACT = 2 ** 24  # float32 holds the integers up to it.
+
+
+def logits(
+    program: packed.Program, products: str | None = None
+) -> tuple[Operands, Callable[[Operands, jax.Array], jax.Array]]:
+  """The packed network as a function.
+
+  Args:
+    program: the network.
+    products: "popcount" or "dot"; the one for JAX's default backend if None.
+
+  Returns:
+    Its operands, and a pure function (operands, uint8 (batch, *program.source_shape))
+    -> float32 (batch, classes), for `jax.jit`.
+  """
+  operands, run = values(program, products)
+  return operands, lambda operands, images: run(operands, images)[-1].reshape(
+      len(images), program.num_classes)
+
+
+def values(
+    program: packed.Program, products: str | None = None
+) -> tuple[Operands, Callable[[Operands, jax.Array], list[jax.Array]]]:
+  """As `logits`, but the function returns all values, as `reference.run` does."""
+  cpu = jax.default_backend() == "cpu"
+  products = products or ("popcount" if cpu else "dot")
+  if products not in ("popcount", "dot"):
+    raise ValueError(f"products={products!r}: must be 'popcount' or 'dot'")
+  kinds = packed.infer_values(program)
+  signs = _only_signs(program)
+  operands, functions, inputs = [np.asarray(program.offset, np.int32)], [], []
+  for op, result in zip(program.ops, kinds[1:]):
+    given = packed.inputs(op)
+    if isinstance(op, packed.Conv):
+      kind = kinds[op.input]
+      if products == "popcount" and _counts(op, kind):
+        arrays, function = _popcount(op, kind, result, signs[op.input])
+      else:
+        arrays, function = _dot(op, kind, result, cpu)
+    else:
+      arrays, function = _RULES[type(op)](op, [kinds[i] for i in given])
+    operands.append(arrays)
+    functions.append(function)
+    inputs.append(given)
+  (h, w, _), (crop_h, crop_w) = program.source_shape, program.crop
+  top, left = (h - crop_h) // 2, (w - crop_w) // 2
+
+  def run(operands, images):
+    image = images[:, top:top + crop_h, left:left + crop_w].astype(np.int32)
+    found = [image - operands[0]]
+    for function, arrays, given in zip(functions, operands[1:], inputs):
+      found.append(function(arrays, *(found[i] for i in given)))
+    return found
+
+  return jax.tree.map(jnp.asarray, operands), run
+
+
+def _only_signs(program):
+  """Of each value whether its codes are -1 and 1, and never the level 0."""
+  signs = [False]
+  for op in program.ops:
+    given = all(signs[i] for i in packed.inputs(op))
+    if isinstance(op, (packed.Threshold, packed.FloatNorm)):
+      given = op.bits == 1
+    elif isinstance(op, packed.Shortcut):
+      given = given and not op.before + op.after
+    elif not isinstance(op, packed.Concat):
+      given = given and isinstance(op, packed.Pool) and op.kind == "max"
+    signs.append(given)
+  return signs
+
+
+def _pad(x, pads, fill=0):
+  top, bottom, left, right = pads
+  return jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)),
+                 constant_values=fill)
+
+
+def _windows(x, window, strides):
+  """For each pixel of a window its value in every window, (batch, h, w, channels)."""
+  h, w = ((size - n) // stride * stride + 1
+          for size, n, stride in zip(x.shape[1:3], window, strides))
+  return [x[:, i:i + h:strides[0], j:j + w:strides[1]]
+          for i in range(window[0]) for j in range(window[1])]
+
+
+def _patches(x, window, strides):
+  """(batch, h, w, window * channels), ordered (height, width, channels)."""
+  return jnp.concatenate(_windows(x, window, strides), -1)
+
+
+def _level(x, kind):
+  """The integer levels of a CODE; other values as they are."""
+  if kind.kind != "CODE" or kind.bits < 3:
+    return x
+  return jnp.sign(x) * (jnp.int8(1) << jnp.abs(x) >> jnp.int8(1))
+
+
+# Products by population count. An operand consists of planes of bits: signs (1 is
+# minus; integers have none) and masks, each with a size that it marks. For the masks M
+# and the signs s of products, a sum of products is
+#
+#   sum of size * (popcount(M) - 2 popcount(M & s)),
+#
+# where the first part is known beforehand unless both operands have masks. Without
+# any, M is all ones.
+
+
+def _counts(op, kind):
+  """Whether popcounts are a way; of integers times 3 bits they would be too many."""
+  return not isinstance(op.bits, str) and (
+      kind.kind == "CODE" or kind.kind == "INT" and op.bits < 3)
+
+
+def _sizes(bits):
+  return ([], [1], [1, 2, 4])[bits - 1]
+
+
+def _code_planes(xp, codes, sizes):
+  """Bits (..., planes) of codes: signs, then where codes are of each size."""
+  masks = [abs(codes) == i + 1 for i in range(len(sizes))]
+  return xp.stack([codes < 0, *masks], -1)
+
+
+def _words(xp, bits):
+  """Bits (..., channels, planes) -> uint32 (..., words * planes).
+
+  Channel c is bit c // words of word c % words: vectors need no shuffles for it.
+  """
+  *rest, channels, planes = bits.shape
+  words = -(-channels // _WORD)
+  bits = xp.pad(bits, [(0, 0)] * len(rest) + [(0, words * _WORD - channels), (0, 0)])
+  bits = bits.reshape(*rest, _WORD, words * planes).astype(np.uint32)
+  shifts = np.arange(_WORD, dtype=np.uint32)[:, None]
+  return (bits << shifts).sum(-2, dtype=np.uint32)
+
+
+def _popcount(op, kind, result, signs):
+  """A convolution of integers: its arrays, and the function of these and the input."""
+  out, *window, channels = op.kernel.shape
+  narrow = channels < _WORD  # Then words go across the window's pixels.
+  integer = kind.kind == "INT"
+  planes = int(kind.bound.max()).bit_length() + 1  # Of two's complement.
+  if integer:
+    x_sizes = [*(1 << i for i in range(planes - 1)), -1 << planes - 1]
+  else:
+    x_sizes = [] if signs else _sizes(max(kind.bits, 2))
+  w_sizes = _sizes(op.bits)
+
+  codes = op.kernel.reshape(out, 1, 1, -1) if narrow else op.kernel
+  words = _words(np, _code_planes(np, codes, w_sizes)).reshape(
+      out, -1, 1 + len(w_sizes))
+  count = words.shape[1]
+  chunks = -(-count * max(1, len(w_sizes), len(x_sizes)) // _TERMS)
+  step = -(-count // chunks)
+  chunks = -(-count // step)
+  # Weights that are used for one pixel gain nothing from the cache.
+  blocks = -(-out // _LANES) if chunks > 1 and result.shape[:2] != (1, 1) else 1
+  lanes = -(-out // blocks)
+  words = np.pad(words, [(0, blocks * lanes - out), (0, chunks * step - count), (0, 0)])
+  words = words.reshape(blocks, lanes, chunks, step, -1).transpose(0, 2, 3, 4, 1)
+  arrays = [words]
+  if not x_sizes:
+    levels = packed.levels(op.kernel, op.bits).astype(np.int32)
+    arrays.append(np.abs(levels).sum((1, 2, 3)))
+  border = not x_sizes and op.pad == 0 and any(op.pads)
+  if border:
+    table, rows, columns = _border(op, levels, kind.shape, result.shape)
+    arrays.append(table)
+
+  def function(arrays, x):
+    x = _pad(x, op.pads, op.pad)
+    if narrow:
+      x = _patches(x, window, op.strides)
+    if integer:
+      x = x[..., None] >> np.arange(planes, dtype=np.int32) & 1
+    else:
+      x = _code_planes(jnp, x, x_sizes)
+    x = lax.optimization_barrier(_words(jnp, x))  # Or each use would pack them anew.
+    if not narrow:
+      x = _patches(x, window, op.strides)
+    shape = x.shape[:3]
+    x = x.reshape(math.prod(shape), count, -1)
+    acc = _sums(x, arrays[0], x_sizes, w_sizes)[:, :out]
+    if not x_sizes:
+      acc = acc + arrays[1]
+    elif not w_sizes:
+      acc = acc + sum(np.int32(size) * _ones(x[:, :, i - len(x_sizes)]).sum(1)
+                      for i, size in enumerate(x_sizes))[:, None]
+    acc = acc.reshape(*shape, out)
+    if border:
+      acc = acc - arrays[2][rows[:, None], columns]
+    return acc
+
+  return arrays, function
+
+
+def _ones(x):
+  return lax.population_count(x).astype(np.int32)
+
+
+def _sums(x, w, x_sizes, w_sizes):
+  """Sums of products, but for what is known beforehand.
+
+  Args:
+    x: uint32 (pixels, words, planes).
+    w: uint32 (blocks, chunks, words of a chunk, planes, lanes).
+    x_sizes, w_sizes: of their last planes; one more before these is of signs.
+
+  Returns:
+    int32 (pixels, blocks * lanes).
+  """
+  blocks, chunks, step, _, lanes = w.shape
+  x = jnp.pad(x, ((0, 0), (0, chunks * step - x.shape[1]), (0, 0)))
+  x = jnp.moveaxis(x.reshape(len(x), chunks, step, -1), 1, 0)
+
+  def add(acc, operands):
+    x, w = operands
+    for k in range(step):
+      planes = [x[:, k, i, None] for i in range(x.shape[2])]
+      acc = acc + _product(planes, list(w[k]), x_sizes, w_sizes)
+    return acc, None
+
+  def block(w):
+    acc = jnp.zeros((x.shape[1], lanes), np.int32)
+    if chunks == 1:
+      return add(acc, (x[0], w[0]))[0]
+    return lax.scan(add, acc, (x, w))[0]
+
+  if blocks == 1:
+    return block(w[0])
+  return jnp.moveaxis(lax.map(block, w), 0, 1).reshape(-1, blocks * lanes)
+
+
+def _product(x, w, x_sizes, w_sizes):
+  """The part of a sum that planes (pixels, 1) and (lanes,) of a word make."""
+  signs = x[0] ^ w[0] if len(x) > len(x_sizes) else w[0]
+  x_masks = zip(x_sizes, x[-len(x_sizes):]) if x_sizes else [(1, None)]
+  w_masks = list(zip(w_sizes, w[1:])) if w_sizes else [(1, None)]
+  masks = {}
+  for a, x_mask in x_masks:
+    for b, w_mask in w_masks:
+      if x_mask is None or w_mask is None:
+        mask = w_mask if x_mask is None else x_mask
+      else:
+        mask = x_mask & w_mask
+      # Of codes no two sizes are marked at once, so a mask may hold several products.
+      masks[a * b] = masks[a * b] | mask if a * b in masks else mask
+  total = 0
+  for size, mask in masks.items():
+    part = -2 * _ones(signs if mask is None else mask & signs)
+    if x_sizes and w_sizes:
+      part = part + _ones(mask)
+    total = total + np.int32(size) * part
+  return total
+
+
+def _border(op, levels, size, result):
+  """What the border would add to sums if it held 1, by kind of row and of column.
+
+  Returns:
+    int32 (rows, columns, out), and each row's and column's index into it.
+  """
+  inside, indices = [], []
+  for axis in range(2):
+    first = np.arange(result[axis]) * op.strides[axis] - op.pads[2 * axis]
+    at = first[:, None] + np.arange(levels.shape[1 + axis])
+    kinds, index = np.unique((0 <= at) & (at < size[axis]), axis=0,
+                             return_inverse=True)
+    inside.append(kinds)
+    indices.append(index.reshape(-1))
+  outside = 1 - np.einsum("rh,sw->rshw", *(kinds.astype(np.int32) for kinds in inside))
+  return np.einsum("rshw,ohwi->rso", outside, levels).astype(np.int32), *indices
+
+
+# Products of numbers.
+
+
+def _dot(op, kind, result, cpu):
+  """As `_popcount`; of floats, too."""
+  out, *window, channels = op.kernel.shape
+  shape = (*window, channels, out)
+  floats = result.kind == "FLOAT"
+  if isinstance(op.bits, str):
+    arrays = op.kernel.transpose(1, 2, 3, 0).astype(packed.float_dtype(op.bits))
+  else:
+    arrays = _pack(op.kernel, op.bits)
+  if floats or (cpu or kind.kind == "INT") and result.bound.max() <= _FLOAT_EXACT:
+    dtype = np.float32
+  else:
+    dtype = np.int8 if kind.kind == "CODE" and not cpu else np.int32
+  fill = packed.levels(np.int8([op.pad]), kind.bits)[0] if kind.bits else 0
+
+  def function(arrays, x):
+    kernel = arrays if isinstance(op.bits, str) else _unpack(arrays, shape)
+    kernel = kernel.astype(dtype)
+    x = _pad(_level(x, kind), op.pads, fill).astype(dtype)
+    if floats and kind.kind != "FLOAT":
+      x = x * np.float32(op.input_unit)
+    if floats and not isinstance(op.bits, str):
+      kernel = kernel * np.float32(op.weight_unit)
+    options = dict(
+        precision=None,
+        preferred_element_type=np.float32 if dtype == np.float32 else np.int32)
+    if cpu:
+      acc = lax.conv_general_dilated(
+          x, kernel, op.strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+          **options)
+    else:  # There algorithms of convolutions may round, and not know int8.
+      acc = lax.dot_general(_patches(x, window, op.strides), kernel.reshape(-1, out),
+                            (((3,), (0,)), ((), ())), **options)
+    return acc.astype(np.float32 if floats else np.int32)
+
+  return arrays, function
+
+
+def _pack(codes, bits):
+  """Planes of bits, of uint8 (sums / 8, out): vectors unpack them without shuffles."""
+  codes = codes.reshape(len(codes), -1).T
+  codes = np.pad(codes, [(0, -len(codes) % 8), (0, 0)]).reshape(8, -1, len(codes.T))
+  size = abs(codes)
+  planes = [codes > 0, size & 1, size >> 1][:bits]
+  return [np.packbits(plane, 0, "little")[0] for plane in planes]
+
+
+def _unpack(planes, shape):
+  """The other way: the levels, int8 of a shape (height, width, in, out)."""
+  shifts = np.arange(8, dtype=np.uint8)[:, None, None]
+  sign, *size = ((plane >> shifts & 1).astype(np.int8) for plane in planes)
+  level = 2 * sign - 1
+  if size:
+    level = level * (size[0] if len(size) == 1 else 1 << size[0] + 2 * size[1] >> 1)
+  return level.reshape(-1, shape[-1])[:math.prod(shape[:-1])].reshape(shape)
+
+
+# What stands between convolutions.
+
+
+def _pool(op, kinds):
+  kind, = kinds
+
+  def function(_, x):
+    if op.kind == "sum":
+      x = _level(x, kind)
+      x = x if kind.kind == "FLOAT" else x.astype(np.int32)
+      combine, fill = lax.add, 0
+    else:
+      combine = lax.max
+      fill = -np.inf if kind.kind == "FLOAT" else jnp.iinfo(x.dtype).min
+    if math.prod(op.window) <= 9:  # Faster on CPUs.
+      return functools.reduce(combine, _windows(
+          _pad(x, op.pads, fill), op.window, op.strides))
+    top, bottom, left, right = op.pads
+    return lax.reduce_window(
+        x, x.dtype.type(fill), combine, (1, *op.window, 1), (1, *op.strides, 1),
+        ((0, 0), (top, bottom), (left, right), (0, 0)))
+
+  return (), function
+
+
+def _threshold(op, kinds):
+  # acc <= t is ~acc >= ~t.
+  flip = -op.falling.astype(np.int32)
+
+  def function(arrays, x, shortcut=None):
+    flip, thresholds = arrays
+    x = x ^ flip
+    counts = [sum((x >= t).astype(np.int8) for t in table) for table in thresholds]
+    count = counts[0]
+    for s, other in enumerate(counts[1:], 1):
+      count = jnp.where(shortcut >= s - len(counts) // 2, other, count)
+    return 2 * count - 1 if op.bits == 1 else count - packed.max_code(op.bits)
+
+  return (flip, op.thresholds ^ flip), function
+
+
+def _affine(op, arrays, x):
+  """Batch norm, rounded as NumPy does: barriers keep products out of other sums."""
+  center, scale, constant = arrays
+  y = lax.optimization_barrier(x.astype(np.float32) * np.float32(op.unit))
+  return lax.optimization_barrier((y - center) * scale) + constant
+
+
+def _logits(op, kinds):
+  return (op.center, op.scale, op.constant), functools.partial(_affine, op)
+
+
+def _float_norm(op, kinds):
+  def function(arrays, x, shortcut=None):
+    y = _affine(op, arrays, x)
+    if shortcut is not None:
+      level = _level(shortcut, kinds[1]).astype(np.float32)
+      y = y + lax.optimization_barrier(level * np.float32(op.shortcut_unit))
+    if op.bits is None:
+      return y
+    y = jnp.clip(y, -1, 1)
+    if isinstance(op.bits, str):
+      return y.astype(packed.float_dtype(op.bits)).astype(np.float32)
+    if op.bits == 1:
+      return jnp.where(y > 0, jnp.int8(1), jnp.int8(-1))
+    size = sum((jnp.abs(y) > threshold).astype(np.int8) for threshold in op.grid)
+    return jnp.where(y < 0, -size, size)
+
+  return (op.center, op.scale, op.constant), function
+
+
+def _concat(op, kinds):
+  return (), lambda _, *given: jnp.concatenate(
+      [x << shift if shift else x for x, shift in zip(given, op.shifts)], -1)
+
+
+def _shortcut(op, kinds):
+  return (), lambda _, x: jnp.pad(
+      x[:, ::op.strides[0], ::op.strides[1]],
+      ((0, 0), (0, 0), (0, 0), (op.before, op.after)))
+
+
+def _add(op, kinds):
+  return (), lambda _, a, b: (
+      (_level(a, kinds[0]).astype(np.int32) << op.shift_a)
+      + (_level(b, kinds[1]).astype(np.int32) << op.shift_b))
+
+
+_RULES = {
+    packed.Pool: _pool,
+    packed.Threshold: _threshold,
+    packed.Logits: _logits,
+    packed.FloatNorm: _float_norm,
+    packed.Concat: _concat,
+    packed.Shortcut: _shortcut,
+    packed.Add: _add,
+}

@@ -1,0 +1,181 @@
+"""Whether a packed network computes what the trained one does, layer by layer."""
+
+from typing import Any, Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minw import cli
+from minw import evaluate
+from minw import infer
+from minw import layers
+from minw import packed
+from minw import pipeline
+from minw import quantizers
+from minw.experiment import Experiment
+from minw.kernels import native
+from minw.kernels import reference
+
+_LAYERS = (packed.Conv, packed.Threshold, packed.Logits, packed.FloatNorm)
+_TOLERANCE = 1e-5  # Of sums of floats, relative to the largest: they depend on order.
+
+
+def hard_outputs(model: nn.Module, hard: Any, images: jax.Array) -> list[jax.Array]:
+  """What each layer of the hard network makes, in the order of their calls."""
+  outputs = []
+
+  def record(call, args, kwargs, context):
+    output = call(*args, **kwargs)
+    if context.method_name == "__call__" and isinstance(
+        context.module, (layers.QuantConv, layers.QuantDense, layers.NormQuant)):
+      outputs.append(output)
+    return output
+
+  with nn.intercept_methods(record):
+    model.apply(hard, images, mode="hard")
+  return outputs
+
+
+def differences(
+    program: packed.Program,
+    model: nn.Module,
+    hard: Any,
+    pixels: pipeline.Pixels,
+    images: np.ndarray,
+    backends: list[infer.Network],
+    batch_size: int = 64,
+) -> Iterator[str]:
+  """Compares all layers, on all images.
+
+  The NumPy reference computes each operation from what the hard network gave the one
+  before it, on the first batch (it is slow); each backend runs the whole network, on
+  all of them. Integers and logits must be equal; where an operand is in a float
+  format, each operation must be within 1e-5 of its largest result on equal inputs,
+  and the backends' labels are counted.
+
+  Args:
+    program: the packed network.
+    model, hard: the trained one, and its hard variables.
+    pixels: their normalization.
+    images: uint8 (n, *program.source_shape).
+    backends: what to compare.
+    batch_size: how many at a time.
+
+  Yields:
+    A line for each difference, the first of a backend only.
+  """
+  kinds = packed.infer_values(program)
+  exact = all(k.kind != "FLOAT" for k in kinds[:-1])
+  (h, w, _), (crop_h, crop_w) = program.source_shape, program.crop
+  top, left = (h - crop_h) // 2, (w - crop_w) // 2
+  run = jax.jit(lambda hard, images: hard_outputs(
+      model, hard, pipeline.normalize(images, pixels)))
+  broken, disagree = set(), {}
+  for start in range(0, len(images), batch_size):
+    batch = images[start:start + batch_size]
+    crop = batch[:, top:top + crop_h, left:left + crop_w]
+    outputs = [np.asarray(x) for x in run(hard, jnp.asarray(crop))]
+    wanted = _program_values(program, kinds, crop, outputs)
+    if start == 0:
+      yield from _against_reference(program, kinds, wanted)
+    for network in backends:
+      if network.backend in broken:
+        continue
+      got = network.values(batch) if exact else [network.logits(batch)]
+      if not exact:
+        labels = wanted[-1].reshape(len(batch), -1).argmax(-1)
+        disagree[network.backend] = disagree.get(network.backend, 0) + int(
+            (got[0].argmax(-1) != labels).sum())
+        continue
+      for op, want, have in zip(program.ops, wanted[1:], got[1:], strict=True):
+        where = np.argwhere(np.asarray(want) != have)
+        if len(where):
+          broken.add(network.backend)
+          first = tuple(int(i) for i in where[0])
+          yield (f"{network.backend}: {op.name} differs first, at image"
+                 f" {start + first[0]}, (row, column, channel) {first[1:]}:"
+                 f" {have[first]} where the trained network has {want[first]};"
+                 f" {len(where)} of {want.size} in this batch differ")
+          break
+  for name, count in disagree.items():
+    if count:
+      yield f"{name}: {count} of {len(images)} labels differ (float operands)"
+
+
+def _program_values(program, kinds, crop, outputs):
+  """The hard network's outputs as the program's values."""
+  values = [crop.astype(np.int32) - np.asarray(program.offset, np.int32)]
+  outputs = iter(outputs)
+  for op, kind in zip(program.ops, kinds[1:]):
+    if not isinstance(op, _LAYERS):
+      given = packed.inputs(op)
+      values.append(reference.run_op(
+          op, [values[i] for i in given], [kinds[i] for i in given], kind))
+      continue
+    output = next(outputs).reshape(len(crop), *kind.shape)
+    if kind.kind == "CODE":
+      levels = output / quantizers.step_size(kind.bits)
+      table = np.asarray(packed.LEVELS[kind.bits])
+      output = np.searchsorted(table, levels) - packed.max_code(kind.bits)
+      np.testing.assert_array_equal(table[output + packed.max_code(kind.bits)], levels)
+    elif kind.kind == "INT":
+      sums = output / (op.weight_unit * op.input_unit)
+      output = sums.astype(np.int32)
+      np.testing.assert_array_equal(output, sums)
+    values.append(output)
+  return values
+
+
+def _against_reference(program, kinds, wanted):
+  for i, op in enumerate(program.ops):
+    given = packed.inputs(op)
+    have = reference.run_op(
+        op, [np.asarray(wanted[j]) for j in given], [kinds[j] for j in given],
+        kinds[i + 1])
+    want = np.asarray(wanted[i + 1])
+    floats = kinds[i + 1].kind == "FLOAT" and not isinstance(op, packed.Logits)
+    bound = _TOLERANCE * np.abs(want).max() if floats else 0
+    if (np.abs(have - want) > bound).any():
+      yield f"reference: {op.name} differs from the trained network on equal inputs"
+      return
+
+
+def verify_workdir(
+    workdir: str, path: str, which: str = "last", data_dir: str | None = None
+) -> int:
+  """Verifies the packed network of a run; prints what differs, or that nothing does.
+
+  Args:
+    workdir: of the run.
+    path: of its packed network.
+    which: checkpoint, "last" or "best".
+    data_dir: where the data are now, if not where the run had them.
+
+  Returns:
+    An exit code: 0 if nothing differs, else 1.
+  """
+  config, saved = evaluate.read_run(workdir, which)
+  if data_dir is not None:
+    config.data_dir = data_dir
+  experiment = Experiment(config)
+  hard = experiment.fold(evaluate.hard_variables(saved.tree))
+  try:
+    images = np.asarray(experiment.load("test").images)
+    name = f"the test split of {config.dataset}"
+  except cli.UsageError as error:
+    print(f"no data, so random images: {error}")
+    shape = (1024, *experiment.info.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    name = "random images"
+  names = [b for b in infer.BACKENDS[:2] if b != "native" or native.available()]
+  backends = [infer.load_for_command(path, backend=b) for b in names]
+  found = list(differences(
+      backends[0].program, experiment.model, hard, experiment.pixels, images, backends))
+  for line in found:
+    print(line)
+  if not found:
+    print(f"equal, layer by layer, on {len(images)} images ({name}):"
+          f" the trained network, {', '.join(names)} and, on the first 64, NumPy")
+  return 1 if found else 0

@@ -1,0 +1,395 @@
+"""The native library against the NumPy reference: equal integers, equal logits."""
+
+import concurrent.futures
+import pathlib
+import shutil
+import struct
+import subprocess
+import zlib
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import numpy as np
+import pytest
+
+from minw import packed
+from minw.kernels import native
+from minw.kernels import reference
+
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="the native library was not built")
+ISAS = native.isas() if native.available() else []
+HERE = pathlib.Path(__file__).parent / "native"
+CSRC = pathlib.Path(native.__file__).parent / "csrc"
+
+
+class Builder:
+  """Adds operations with random weights and thresholds to a program."""
+
+  def __init__(self, rng, shape, crop=None):
+    self.rng, self.source, self.crop = rng, shape, crop or shape[:2]
+    self.offset = rng.integers(0, 256, shape[2])
+    self.ops = []
+    self.values = [packed._image(shape, self.crop, self.offset)]
+
+  def add(self, op):
+    self.values.append(packed.infer_value(op, self.values))
+    self.ops.append(op)
+    return len(self.ops)
+
+  def shape(self, value):
+    return self.values[value].shape
+
+  def kernel(self, bits, *shape):
+    if isinstance(bits, str):
+      kernel = self.rng.normal(size=shape)
+      return kernel.astype(packed.float_dtype(bits)).astype(np.float32)
+    q = packed.max_code(bits)
+    codes = self.rng.integers(-q, q + 1, shape).astype(np.int8)
+    return np.where(codes == 0, 1, codes).astype(np.int8) if bits == 1 else codes
+
+  def conv(self, x, bits, out, size=(3, 3), strides=(1, 1), pads=(1, 1, 1, 1), pad=0):
+    kernel = self.kernel(bits, out, *size, self.shape(x)[2])
+    return self.add(packed.Conv("conv", x, bits, kernel, strides, pads, pad, 0.25, 0.5))
+
+  def threshold(self, x, bits, shortcut=None):
+    c = self.shape(x)[2]
+    tables = 1 if shortcut is None else len(packed.LEVELS[self.values[shortcut].bits])
+    spread = max(2, int(2 * self.values[x].bound.max() ** 0.5))
+    t = self.rng.integers(-spread, spread, (tables, packed.num_thresholds(bits), c))
+    return self.add(packed.Threshold(
+        "norm", x, bits, self.rng.random(c) < 0.5, t.astype(np.int32), shortcut))
+
+  def floats(self, n):
+    return self.rng.normal(size=n).astype(np.float32)
+
+  def norm(self, x, bits, shortcut=None):
+    c = self.shape(x)[2]
+    q = 0 if bits in (None, 1) or isinstance(bits, str) else packed.max_code(bits)
+    grid = np.linspace(0.2, 0.8, q).astype(np.float32)
+    unit = 0.5 if self.values[x].kind == "INT" else 1.0
+    return self.add(packed.FloatNorm(
+        "float_norm", x, bits, unit, self.floats(c), self.floats(c) / 16,
+        self.floats(c), grid, shortcut, 0.25))
+
+  def end(self, x, bits=1, classes=7):
+    x = self.conv(x, bits, classes, self.shape(x)[:2], pads=(0,) * 4)
+    if self.values[x].kind == "FLOAT":
+      self.norm(x, None)
+    else:
+      self.add(packed.Logits("logits", x, 0.25, *(self.floats(classes),) * 2,
+                             np.zeros(classes, np.float32)))
+    return packed.Program(self.source, self.crop, self.offset.astype(np.uint8), classes,
+                          tuple(self.ops), {"name": "é"})
+
+
+def images(program, n, seed=0):
+  shape = (n, *program.source_shape)
+  return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+
+
+def check(program, batch=3):
+  """All values, then the logits of the fused path, on one instruction set."""
+  network = native.load(packed.to_bytes(program))
+  x = images(program, batch)
+  want, have = reference.run(program, x), network.values(x)
+  kinds = packed.infer_values(program)
+  for i, (a, b) in enumerate(zip(want, have, strict=True)):
+    where = f"{network.isa}, value {i}, {network.layers()[i - 1]}"
+    assert a.dtype == b.dtype and a.shape == b.shape, where
+    np.testing.assert_array_equal(a, b, err_msg=where)
+  np.testing.assert_array_equal(network.logits(x), want[-1].reshape(batch, -1))
+  return network
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+  monkeypatch.setenv("MINW_ISA", request.param)
+  return request.param
+
+
+@pytest.mark.parametrize("activations", (1, 2, 3))
+@pytest.mark.parametrize("weights", (1, 2, 3))
+@pytest.mark.parametrize("channels", (1, 3, 63, 65, 128, 130))
+def test_channels(isa, weights, activations, channels):
+  b = Builder(np.random.default_rng(channels), (6, 7, 3), (6, 5))
+  x = b.threshold(b.conv(0, weights, channels), activations)
+  x = b.add(packed.Pool("pool", b.conv(x, weights, 17), "max", (2, 2), (2, 2)))
+  x = b.threshold(x, activations)
+  network = check(b.end(x, weights))
+  assert network.isa == isa
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+def test_kernel_sizes(isa, size):
+  rng = np.random.default_rng(size)
+  b = Builder(rng, (13, 12, 2))
+  x = b.threshold(b.conv(0, 1, 65, (size, 3), pads=(0, 0, 1, 1)), 1)
+  pads = tuple(rng.integers(0, size + 1, 4).tolist())
+  x = b.conv(x, 1, 20, (min(size, 3), size), (2, 1), pads)
+  check(b.end(b.threshold(x, 1)))
+
+
+@pytest.mark.parametrize("pad", (-3, -1, 0, 1, 3))
+@pytest.mark.parametrize("bits", (1, 2, 3))
+def test_borders(isa, bits, pad):
+  if abs(pad) > packed.max_code(bits):
+    pytest.skip("no such code")
+  b = Builder(np.random.default_rng(0), (5, 5, 1))
+  x = b.threshold(b.conv(0, 2, 70), bits)
+  for weights in (1, 2, 3):
+    y = b.conv(x, weights, 9, (5, 4), (1, 2), (4, 2, 6, 3), pad)
+  check(b.end(b.threshold(y, bits)))
+
+
+def test_large_sums_need_wide_thresholds(isa):
+  b = Builder(np.random.default_rng(0), (16, 16, 40))
+  x = b.conv(0, 3, 70, (9, 9), pads=(0,) * 4)
+  assert b.values[x].bound.max() > 2 ** 17
+  x = b.threshold(x, 3)
+  x = b.conv(x, 3, 70, (5, 5))
+  check(b.end(b.threshold(x, 2), 2))
+
+
+@pytest.mark.parametrize("bits", (1, 2, 3))
+def test_residual_and_dense_blocks(isa, bits):
+  b = Builder(np.random.default_rng(bits), (9, 8, 3))
+  x = b.threshold(b.conv(0, bits, 20), bits)
+  short = b.add(packed.Shortcut("short", x, (2, 2), 7, 6))
+  y = b.threshold(b.conv(x, bits, 33, strides=(2, 2)), bits, short)
+  y = b.add(packed.Concat("cat", (y, short, y), (0, 0, 0)))
+  z = b.conv(y, bits, 18)  # Of codes of which some are 0.
+  wide = b.add(packed.Concat("cat", (z, z), (0, 3)))
+  both = b.add(packed.Add("add", wide, wide, 0, 1))
+  level = b.add(packed.Add("add", y, y, 1, 0))
+  level = b.add(packed.Pool("sum", level, "sum", (3, 2), (1, 2), (1, 2, 1, 0)))
+  pool = b.add(packed.Pool("max", both, "max", (3, 3), (2, 1), (1, 1, 2, 0)))
+  codes = b.add(packed.Pool("max", b.threshold(pool, bits), "max", (2, 2), (1, 1)))
+  codes = b.add(packed.Pool("sum", codes, "sum", b.shape(codes)[:2], (1, 1)))
+  b.threshold(level, 3)
+  check(b.end(codes, bits))
+
+
+def test_image_is_read_by_other_operations(isa):
+  b = Builder(np.random.default_rng(0), (7, 9, 3), (6, 5))
+  x = b.add(packed.Pool("sum", 0, "sum", (2, 2), (2, 2)))
+  x = b.add(packed.Add("add", x, x, 2, 0))
+  b.threshold(0, 2)
+  check(b.end(x, 2))
+
+
+def windows(draw, h, w, largest):
+  size = tuple(draw(st.integers(1, min(n + 2, largest))) for n in (h, w))
+  pads = tuple(draw(st.integers(0, size[i // 2] - 1)) for i in range(4))
+  if size[0] > h + pads[0] + pads[1] or size[1] > w + pads[2] + pads[3]:
+    size, pads = (1, 1), (0,) * 4
+  return size, (draw(st.integers(1, 3)), draw(st.integers(1, 3))), pads
+
+
+@st.composite
+def programs(draw):
+  """Networks of a few random operations."""
+  b = Builder(np.random.default_rng(draw(st.integers(0, 2**32))),
+              tuple(draw(st.integers(1, 9)) for _ in range(2)) + (draw(st.integers(1, 4)),))
+  bits = st.integers(1, 3)
+  x = b.conv(0, draw(bits), draw(st.integers(1, 70)), *windows(draw, *b.crop, 11))
+  for _ in range(draw(st.integers(0, 3))):
+    if draw(st.booleans()):
+      x = b.add(packed.Pool("pool", x, draw(st.sampled_from(("max", "sum"))),
+                            *windows(draw, *b.shape(x)[:2], 3)))
+    x = b.threshold(x, draw(bits))
+    pad = draw(st.integers(-1, 1)) * packed.max_code(b.values[x].bits)
+    x = b.conv(x, draw(bits), draw(st.integers(1, 140)),
+               *windows(draw, *b.shape(x)[:2], 5), pad)
+  return b.end(b.threshold(x, draw(bits)), draw(bits))
+
+
+@hypothesis.given(programs(), st.integers(1, 4), st.sampled_from(ISAS or ["none"]))
+@hypothesis.settings(max_examples=120, deadline=None)
+def test_random_networks(program, batch, isa):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("MINW_ISA", isa)
+    check(program, batch)
+
+
+@pytest.mark.parametrize("form", ("float8_e4m3fn", "float16", "bfloat16", "float32"))
+def test_floats(isa, form):
+  """Each operation, given what the library gave the one before it."""
+  b = Builder(np.random.default_rng(0), (8, 7, 3), (7, 6))
+  x = b.norm(b.conv(0, form, 20), form)
+  y = b.norm(b.conv(x, 2, 20), form, x)
+  y = b.add(packed.Pool("max", y, "max", (2, 2), (2, 2)))
+  y = b.add(packed.Pool("sum", y, "sum", (2, 2), (1, 1)))
+  codes = [b.norm(y, bits) for bits in (1, 2, 3)]
+  for code in codes:
+    b.norm(b.conv(code, form, 20, pads=(1, 0, 0, 1), pad=1), 3, y if code == 1 else None)
+  x = b.norm(b.conv(codes[2], 3, 20, (1, 1), pads=(0,) * 4), form, codes[0])
+  program = b.end(x, form)
+  network = native.load(packed.to_bytes(program))
+  x = images(program, 3)
+  have = network.values(x)
+  for i, (op, kind) in enumerate(zip(program.ops, b.values[1:])):
+    given = packed.inputs(op)
+    want = reference.run_op(op, [have[j] for j in given], [b.values[j] for j in given])
+    tolerance = 1e-5 * np.abs(want).max() if isinstance(
+        op, (packed.Conv, packed.Pool)) and kind.kind == "FLOAT" else 0
+    assert np.abs(have[i + 1] - want).max() <= tolerance, op
+  np.testing.assert_array_equal(network.logits(x), have[-1].reshape(3, -1))
+
+
+def test_floats_are_the_same_on_all_isas(monkeypatch):
+  b = Builder(np.random.default_rng(0), (8, 7, 3))
+  program = b.end(b.norm(b.conv(0, "float32", 20), "float32"), "float16")
+  every = []
+  for isa in ISAS:
+    monkeypatch.setenv("MINW_ISA", isa)
+    every.append(native.load(packed.to_bytes(program)).logits(images(program, 5)))
+  for other in every[1:]:
+    np.testing.assert_array_equal(every[0], other)
+
+
+def small():
+  b = Builder(np.random.default_rng(0), (8, 8, 3))
+  x = b.threshold(b.conv(0, 1, 64), 1)
+  return b.end(b.threshold(b.conv(x, 1, 40), 1))
+
+
+@pytest.mark.parametrize("threads", range(1, 5))
+def test_batches_and_threads(isa, threads):
+  program = small()
+  network = native.load(packed.to_bytes(program))
+  want = reference.logits(program, images(program, 40))
+  for batch in (*range(18), 40):
+    have = network.logits(images(program, 40)[:batch], threads=threads)
+    np.testing.assert_array_equal(have, want[:batch])
+
+
+def test_many_callers():
+  program = small()
+  network = native.load(packed.to_bytes(program))
+  x = images(program, 33)
+  want = network.logits(x)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for have in pool.map(lambda i: network.logits(x, threads=i % 4), range(200)):
+      np.testing.assert_array_equal(have, want)
+
+
+def test_names_and_kernels(isa):
+  b = Builder(np.random.default_rng(0), (4, 4, 3))
+  x = b.conv(0, 1, 128)
+  for weights, activations in ((1, 1), (2, 1), (1, 2), (2, 2), (3, 3)):
+    x = b.conv(b.threshold(x, activations), weights, 128)
+  program = b.end(b.threshold(x, 1))
+  layers = native.load(packed.to_bytes(program)).layers()
+  assert [name for name, _ in layers] == [op.name for op in program.ops]
+  kernels = [kernel for name, kernel in layers if name == "conv"]
+  assert kernels[0] == "int16 sums"
+  for kernel in kernels[:5]:
+    assert "product" not in kernel
+  assert "product" in kernels[5]
+
+
+def test_unknown_isa(monkeypatch):
+  monkeypatch.setenv("MINW_ISA", "mmx")
+  with pytest.raises(ValueError, match="MINW_ISA=mmx .*these do: .*portable"):
+    native.load(packed.to_bytes(small()))
+
+
+def test_images_of_another_shape():
+  network = native.load(packed.to_bytes(small()))
+  for wrong in (np.zeros((1, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8),
+                np.zeros((1, 8, 8, 4), np.uint8)):
+    with pytest.raises(ValueError, match="must be uint8"):
+      network.logits(wrong)
+
+
+def with_checksum(data):
+  data = data[:16] + struct.pack("<Q", len(data)) + data[24:]
+  return data[:12] + struct.pack("<I", zlib.crc32(data[16:])) + data[16:]
+
+
+@pytest.mark.parametrize("size", (0, 7, 31, 32, 33, 100, -1))
+def test_truncated(size):
+  data = packed.to_bytes(small())[:size]
+  for damaged in (data, with_checksum(data) if len(data) >= 32 else data):
+    with pytest.raises(ValueError, match="packed network"):
+      native.load(damaged)
+
+
+def test_wrong_checksum_and_version():
+  data = packed.to_bytes(small())
+  with pytest.raises(ValueError, match="checksum"):
+    native.load(data[:60] + b"?" + data[61:])
+  with pytest.raises(ValueError, match="version 2"):
+    native.load(data[:8] + b"\2" + data[9:])
+
+
+@hypothesis.given(programs(), st.data())
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_damaged_files_are_refused_as_the_reader_does(program, data):
+  bad = bytearray(packed.to_bytes(program))
+  for _ in range(data.draw(st.integers(1, 3))):
+    at = data.draw(st.integers(24, len(bad) - 1))
+    bad[at] = data.draw(st.sampled_from((0, 1, 127, 128, 255, bad[at] ^ 1)))
+  bad = with_checksum(bytes(bad))
+  try:
+    network = native.load(bad)
+  except ValueError:
+    return
+  try:
+    program = packed.from_bytes(bad)
+  except ValueError:
+    return  # Such as of metadata, which the library does not read.
+  if max(np.prod(v.shape) for v in packed.infer_values(program)) < 10**5:
+    np.testing.assert_array_equal(  # Floats may have become NaN.
+        network.logits(images(program, 1)), reference.logits(program, images(program, 1)))
+
+
+def test_xla_call():
+  program = small()
+  data = packed.to_bytes(program)
+  logits = native.ffi_logits(data, threads=2)
+  x = images(program, 6)
+  want = reference.logits(program, x)
+  np.testing.assert_array_equal(jax.jit(logits)(x), want)
+  np.testing.assert_array_equal(jax.jit(logits)(x[0]), want[0])
+  np.testing.assert_array_equal(jax.vmap(jax.jit(logits))(x), want)
+  with pytest.raises(ValueError, match="must be uint8"):
+    logits(x[:, 1:])
+
+
+def test_xla_calls_of_many_networks():
+  """More than are kept; each is read again from its operand."""
+  calls = []
+  for seed in range(20):
+    b = Builder(np.random.default_rng(seed), (2, 2, 1))
+    program = b.end(0)
+    x = images(program, 2)
+    calls.append((jax.jit(native.ffi_logits(packed.to_bytes(program))), x,
+                  reference.logits(program, x)))
+  for call, x, want in calls + calls:
+    np.testing.assert_array_equal(call(x), want)
+
+
+def test_c_program(tmp_path):
+  compiler = shutil.which("cc") or shutil.which("gcc")
+  if not compiler:
+    pytest.skip("no C compiler")
+  program = small()
+  x = images(program, 5)
+  (tmp_path / "net.minw").write_bytes(packed.to_bytes(program))
+  (tmp_path / "images").write_bytes(x.tobytes())
+  library = CSRC.parent / "libminw.so"
+  subprocess.run(
+      [compiler, "-std=c99", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}",
+       str(HERE / "example.c"), str(library), f"-Wl,-rpath,{library.parent}",
+       "-o", str(tmp_path / "example")], check=True)
+  run = lambda *arguments: subprocess.run(
+      [tmp_path / "example", *arguments], capture_output=True, text=True, cwd=tmp_path)
+  result = run("net.minw", "images")
+  assert result.returncode == 0, result.stderr
+  labels = reference.logits(program, x).argmax(-1)
+  assert result.stdout.split() == [str(label) for label in labels]
+  result = run("images", "images")
+  assert result.returncode == 1 and "not a packed network" in result.stderr

@@ -1,0 +1,291 @@
+"""Packing: thresholds against all sums, and users' own networks."""
+
+import functools
+
+import flax.linen as nn
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minw import fold
+from minw import infer
+from minw import layers
+from minw import models
+from minw import pack
+from minw import packed
+from minw import pipeline
+from minw import quantizers
+from minw import verify
+
+PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
+
+
+def randomized(model: nn.Module, shape, seed: int = 0):
+  """Variables with batch norms of any sign, also of scale zero and tiny."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(lambda: layers.initialize(model, shape))
+
+  def fill(path, leaf):
+    field = path[-1].key
+    n = leaf.shape
+    if field == "mean":
+      return rng.normal(0, 4, n).astype(np.float32)
+    if field == "var":
+      return rng.uniform(0.1, 40, n).astype(np.float32)
+    if field == "bias":
+      return rng.normal(0, 0.5, n).astype(np.float32)
+    if field == "scale":
+      scale = rng.normal(0, 1, n).astype(np.float32)
+      scale[::5], scale[1::7] = 0, 1e-30
+      return scale
+    return rng.normal(0, 1, n).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def assert_packs(model, size=13, seed=0, count=9):
+  """Packs a network and compares all its layers; returns the program."""
+  shape = (size, size, 3)
+  variables = randomized(model, shape, seed)
+  program = pack.pack(model, variables, pixels=PIXELS, crop=(size, size),
+                      source_shape=(size + 3, size + 2, 3))
+  program = packed.from_bytes(packed.to_bytes(program))
+  hard = fold.fold(model, variables, pipeline.probe(PIXELS, shape))
+  images = np.random.default_rng(seed).integers(
+      0, 256, (count, *program.source_shape), np.uint8)
+  network = infer.Network(packed.to_bytes(program), "reference", 1)
+  assert not list(verify.differences(
+      program, model, hard, PIXELS, images, [network], batch_size=5))
+  crop = images[:, 1:1 + size, 1:1 + size]
+  wanted = jax.jit(lambda hard, images: model.apply(hard, images, mode="hard"))(
+      hard, pipeline.normalize(crop, PIXELS))
+  integer = all(not isinstance(op, packed.FloatNorm) for op in program.ops)
+  if integer:
+    np.testing.assert_array_equal(network.logits(images), np.asarray(wanted))
+  else:
+    np.testing.assert_allclose(network.logits(images), wanted, rtol=1e-4, atol=1e-4)
+  return program
+
+
+@pytest.mark.parametrize("bits, pad", [
+    ((1, 1), 0.0), ((1, 2), -1.0), ((1, 3), 1.0), ((2, 1), 1.0), ((2, 2), 0.0),
+    ((2, 3), 0.0), ((3, 1), 0.0), ((3, 2), 1.0), ((3, 3), -1.0),
+    ((2, "float8_e4m3fn"), 0.0), (("float16", 3), -1.0), ((1, "float32"), 0.0),
+    (("bfloat16", "bfloat16"), 0.0)])
+def test_convnets_of_all_bits(bits, pad):
+  weights, inputs = bits
+  model = models.ConvNet(
+      10, (5, 7, 9, 12), (20, 6),
+      conv=functools.partial(layers.QuantConv, bits=weights, pad_value=pad),
+      dense=functools.partial(layers.QuantDense, bits=weights),
+      norm=functools.partial(layers.NormQuant, bits=inputs))
+  program = assert_packs(model)
+  grids = quantizers.is_grid(weights) and quantizers.is_grid(inputs)
+  assert grids == all(not isinstance(op, packed.FloatNorm) for op in program.ops)
+  assert [op.bits for op in program.ops if isinstance(op, packed.Conv)] == [weights] * 7
+
+
+def threshold_cases():
+  return st.tuples(st.sampled_from((1, 2, 3)), st.integers(0, 2**32),
+                   st.sampled_from((2.0**-6, 0.25, 1.0)), st.integers(0, 60),
+                   st.booleans())
+
+
+@hypothesis.given(threshold_cases())
+@hypothesis.settings(max_examples=40)
+def test_thresholds_give_every_code(case):
+  """Against float64 batch norm, over all sums that there can be."""
+  bits, seed, unit, bound, with_shortcut = case
+  rng = np.random.default_rng(seed)
+  n = 6
+  mean, bias = rng.normal(0, 20 * unit, n), rng.normal(0, 1, n)
+  var, scale = rng.uniform(1e-3, 300, n) * unit ** 2, rng.normal(0, 1, n)
+  scale[0], scale[1] = 0, -scale[1]
+  bounds = np.full(n, bound)
+  bounds[-1] = 0
+  norm = fold.fold_norm(mean, var, scale, bias, 1e-4, bounds * unit, np.full(n, unit))
+  layer = layers.NormQuant(bits=bits)
+  shortcuts = [-1.0, 0.0, 1.0] if with_shortcut else [0.0]
+  falling, table = pack._thresholds(layer, norm._asdict(), bounds, unit, shortcuts)
+  assert falling.tolist() == (norm.scale < 0).tolist()
+  assert table.shape == (len(shortcuts), (1, 2, 6)[bits - 1], n)
+  grid = {1: [], 2: [0.1], 3: [1 / 8, 3 / 8, 3 / 4]}[bits]
+  for s, shortcut in enumerate(shortcuts):
+    for channel in range(n):
+      for acc in range(-bounds[channel], bounds[channel] + 1):
+        y = np.float32(acc * unit) - norm.center[channel]
+        y = y * norm.scale[channel] + norm.constant[channel] + np.float32(shortcut)
+        code = int(y > 0) * 2 - 1 if bits == 1 else int(
+            np.sign(y) * sum(abs(y) > np.float32(t) for t in grid))
+        t = table[s, :, channel]
+        count = (acc <= t if falling[channel] else acc >= t).sum()
+        assert code == (2 * count - 1 if bits == 1 else count - len(grid)), (
+            acc, channel)
+        exact = scale[channel] / np.sqrt(var[channel] + 1e-4) * (
+            acc * unit - mean[channel]) + bias[channel] + shortcut
+        near = min(abs(abs(exact) - edge) for edge in [0, *grid])
+        if near > 1e-4:
+          size = 1 if bits == 1 else sum(abs(exact) > t for t in grid)
+          assert code == (size if exact > 0 else -size)
+
+
+class Residual(nn.Module):
+  """What ResNets are made of: shortcuts of codes, projected, thinned out, filled."""
+
+  bits: int = 1
+  weights: int = 1
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode="hard"):
+    conv = functools.partial(layers.QuantConv, bits=self.weights)
+    norm = functools.partial(layers.NormQuant, bits=self.bits)
+    x = conv(8, (7, 7), (2, 2), name="stem")(x, alpha, mode)
+    x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    x = norm(name="norm0")(x, alpha, mode)
+    y = norm(name="norm1")(conv(8, name="conv1")(x, alpha, mode), alpha, mode)
+    y = conv(8, name="conv2")(y, alpha, mode)
+    x = norm(name="norm2")(y, alpha, mode, shortcut=x)
+    side = conv(12, (1, 1), (2, 2), name="projection")(x, alpha, mode)
+    side = norm(name="norm_side")(side, alpha, mode)
+    y = conv(12, strides=(2, 2), name="conv3")(x, alpha, mode)
+    x = norm(name="norm3")(y, alpha, mode, shortcut=side)
+    y = conv(20, strides=(2, 2), name="conv4")(x, alpha, mode)
+    side = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (4, 4)))
+    x = norm(name="norm4")(y, alpha, mode, shortcut=side)
+    x = jnp.sum(x, (1, 2))
+    x = layers.QuantDense(5, bits=self.weights, name="fc")(x, alpha, mode)
+    return layers.NormQuant(bits=None, name="norm_fc")(x, mode=mode)
+
+
+@pytest.mark.parametrize("weights, bits", [(1, 1), (2, 3), (3, 2)])
+def test_residual_network(weights, bits):
+  program = assert_packs(Residual(bits, weights), size=37)
+  assert sum(isinstance(op, packed.Shortcut) for op in program.ops) == 2
+  assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
+
+
+class Dense(nn.Module):
+  """What DenseNets are made of: sums side by side, each reader with its own norm."""
+
+  bits: int = 1
+  weights: int = 3
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode="hard"):
+    conv = functools.partial(layers.QuantConv, bits=self.weights)
+    norm = functools.partial(layers.NormQuant, bits=self.bits)
+    x = conv(6, name="stem")(x, alpha, mode)
+    for i in range(3):
+      y = norm(name=f"norm{i}")(x, alpha, mode)
+      x = jnp.concatenate([x, conv(4, name=f"conv{i}")(y, alpha, mode)], -1)
+    y = norm(name="norm_transition")(x, alpha, mode)
+    y = nn.avg_pool(conv(9, (1, 1), name="transition")(y, alpha, mode), (2, 2), (2, 2))
+    y = norm(name="norm_last")(y, alpha, mode)
+    y = jnp.sum(y, (1, 2), keepdims=True).reshape(y.shape[0], -1)
+    y = layers.QuantDense(5, bits=self.weights, name="fc")(y, alpha, mode)
+    return layers.NormQuant(bits=None, name="norm_fc")(y, mode=mode)
+
+
+@pytest.mark.parametrize("weights, bits", [(3, 1), (1, 3), (2, 2)])
+def test_dense_network(weights, bits):
+  program = assert_packs(Dense(bits, weights), size=12)
+  concats = [op for op in program.ops if isinstance(op, packed.Concat)]
+  # Pixels count in 1/64, codes of 3 bits in 1/4 (and weights alike on both sides).
+  assert [max(op.shifts) for op in concats] == [{1: 6, 2: 6, 3: 4}[bits]] * 3
+
+
+class Net(nn.Module):
+  """A conv layer, then what a test puts there, then logits."""
+
+  body: object
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode="hard"):
+    x = layers.QuantConv(4, name="conv1")(x, alpha, mode)
+    x = self.body(x, alpha, mode)
+    x = x.reshape(x.shape[0], -1)
+    x = layers.QuantDense(3, name="fc")(x, alpha, mode)
+    return layers.NormQuant(bits=None, name="norm_fc")(x, mode=mode)
+
+
+def quantized(x, alpha, mode, **options):
+  return layers.NormQuant(name="norm1", **options)(x, alpha, mode)
+
+
+@pytest.mark.parametrize("body", [
+    lambda x, *a: quantized(layers.max_pool(x, 3), *a),
+    lambda x, *a: quantized(layers.max_pool(x, 2, True), *a),
+    lambda x, *a: quantized(nn.max_pool(x, (2, 3), (1, 2)), *a),
+    lambda x, *a: quantized(x, *a).max((1, 2)),
+    lambda x, *a: layers.max_pool(quantized(x, *a), 2),
+    lambda x, *a: nn.max_pool(quantized(x, *a, bits=3), (3, 3), (2, 2), "SAME"),
+    lambda x, *a: nn.avg_pool(quantized(x, *a), (4, 2), (1, 1)),
+    lambda x, *a: quantized(2 * x, *a),
+    lambda x, *a: quantized(x + x / 4, *a),
+    lambda x, *a: jnp.concatenate([quantized(x, *a)] * 2, -1),
+    lambda x, *a: layers.QuantDense(6)(quantized(x, *a), *a),
+], ids=range(11))
+def test_what_may_stand_between_layers(body):
+  assert_packs(Net(body), size=9)
+
+
+@pytest.mark.parametrize("body, message", [
+    (lambda x, *a: quantized(nn.relu(x), *a), "max of conv1 does not pack|relu"),
+    (lambda x, *a: quantized(x + 1.0, *a), "adding a constant to conv1"),
+    (lambda x, *a: quantized(x * 3.0, *a), "scaling conv1"),
+    (lambda x, *a: quantized(x.mean((1, 2), keepdims=True), *a),
+     "instead of the mean over a window of another size, take the sum"),
+    (lambda x, *a: quantized(x[:, 1:], *a), "a slice of conv1"),
+    (lambda x, *a: quantized(x[:, :-1], *a), "a part of conv1"),
+    (lambda x, *a: quantized(jnp.transpose(x, (0, 2, 1, 3)), *a),
+     "transpose of conv1 does not pack"),
+    (lambda x, *a: quantized(x, *a, bits=4), "norm1: activations of 4 bits"),
+    (lambda x, *a: quantized(x, *a, bits=1)[:, ::2, ::2, ::2], "a slice of norm1"),
+    (lambda x, *a: layers.QuantConv(3, bits=5, name="conv2")(quantized(x, *a), *a),
+     "conv2: weights of 5 bits"),
+    (lambda x, *a: layers.QuantConv(3, pad_value=0.5, name="conv2")(
+        quantized(x, *a), *a), "conv2: pad_value=0.5; it may be -1, 0, 1 here"),
+    (lambda x, *a: layers.NormQuant(name="again")(quantized(x, *a), *a),
+     "again: batch norm of what has just been quantized"),
+    (lambda x, *a: jnp.pad(quantized(x, *a), ((0, 0), (1, 1), (0, 0), (0, 0))),
+     "padding norm1 other than its channels"),
+    (lambda x, *a: x[:, ::2, ::2], "a shortcut of conv1, which is not quantized"),
+    (lambda x, *a: jnp.concatenate([x, x], 1), "side by side other than in channels"),
+    (lambda x, *a: jnp.sin(x), "sin of conv1 does not pack"),
+], ids=range(16))
+def test_what_may_not_is_refused_by_name(body, message):
+  model = Net(body)
+  variables = randomized(model, (9, 9, 3))
+  with pytest.raises(ValueError, match=message):
+    pack.pack(model, variables, pixels=PIXELS, source_shape=(9, 9, 3))
+
+
+def test_pixels_must_be_integers():
+  model = Net(quantized)
+  pixels = pipeline.pixels("standardized", (0.5,) * 3, (0.2,) * 3)
+  with pytest.raises(ValueError, match="only integer pixels pack"):
+    pack.pack(model, randomized(model, (9, 9, 3)), pixels=pixels,
+              source_shape=(9, 9, 3))
+
+
+def test_labels_are_as_many_as_classes():
+  model = Net(quantized)
+  with pytest.raises(ValueError, match="2 labels for 3 classes"):
+    pack.pack(model, randomized(model, (9, 9, 3)), pixels=PIXELS,
+              source_shape=(9, 9, 3), labels=("a", "b"))
+
+
+def test_size_of_convnet_a():
+  """At most 1.25 MiB with all thresholds, for 1.234 MiB of weights."""
+  model = models.ConvNet(10, *models.CONVNETS["A"])
+  shape = (24, 24, 3)
+  variables = jax.tree.map(
+      lambda leaf: np.ones(leaf.shape, leaf.dtype),
+      jax.eval_shape(lambda: layers.initialize(model, shape)))
+  program = pack.pack(model, variables, pixels=PIXELS, source_shape=(32, 32, 3),
+                      crop=shape[:2], labels=[f"class {i}" for i in range(10)])
+  size = len(packed.to_bytes(program))
+  assert 10_352_000 // 8 < size <= 1.25 * 2**20

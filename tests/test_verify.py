@@ -1,0 +1,133 @@
+"""A run's packed network against the run, and what is found where it is changed."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minw import datasets
+from minw import evaluate
+from minw import infer
+from minw import packed
+from minw import pack
+from minw import verify
+from minw.kernels import native
+from test_train import ROOT
+from test_train import run
+from test_train import tiny_config
+
+BACKENDS = ["native", "xla"] if native.available() else ["xla"]
+
+
+@pytest.fixture(scope="module", name="workdir")
+def trained(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("verify")
+  run(tiny_config(), workdir)
+  return str(workdir)
+
+
+@pytest.fixture(scope="module", name="program")
+def program_of(workdir):
+  return pack.pack_workdir(workdir)
+
+
+def test_metadata(workdir, program):
+  config, saved = evaluate.read_run(workdir)
+  assert program.metadata["config"] == json.loads(config.to_json())
+  assert program.metadata["step"] == saved.step
+  assert program.metadata["labels"] == tuple("0123456789")
+  assert len(program.metadata["config_hash"]) == 64
+
+
+def test_best_checkpoint(workdir):
+  _, saved = evaluate.read_run(workdir, "best")
+  assert pack.pack_workdir(workdir, "best").metadata["step"] == saved.step
+
+
+def test_accuracy_is_the_runs(workdir, program, tmp_path):
+  packed.write(tmp_path / "net.minw", program)
+  for split in ("test", "validation"):
+    run_result = evaluate.evaluate_workdir(workdir, split)
+    result = evaluate.evaluate_model(tmp_path / "net.minw", split)
+    assert result["accuracy"] == run_result["accuracy"]
+    assert result["loss"] == pytest.approx(run_result["loss"], rel=1e-6)
+
+
+def test_nothing_differs(workdir, program, tmp_path, capsys):
+  packed.write(tmp_path / "net.minw", program)
+  assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 0
+  assert "360 images (the test split of digits): the trained network, " in (
+      capsys.readouterr().out)
+
+
+def changed(program, index, **fields):
+  ops = list(program.ops)
+  ops[index] = ops[index]._replace(**fields)
+  return program._replace(ops=tuple(ops))
+
+
+def test_a_changed_weight_is_found(workdir, program, tmp_path, capsys):
+  conv = program.ops[0]
+  kernel = conv.kernel.copy()
+  kernel[1, 1, 1, 0] *= -1
+  packed.write(tmp_path / "net.minw", changed(program, 0, kernel=kernel))
+  assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 1
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == (f"reference: {conv.name} differs from the trained network on"
+                      " equal inputs")
+  for line, backend in zip(lines[1:], BACKENDS, strict=True):
+    assert line.startswith(f"{backend}: {conv.name} differs first, at image 0, ")
+    assert "where the trained network has" in line
+
+
+def test_a_changed_threshold_is_found(workdir, program, tmp_path, capsys):
+  """By one: only an accumulator exactly there tells."""
+  images, _ = datasets.load("digits", "test", None)
+  index, op = next((i, op) for i, op in enumerate(program.ops)
+                   if isinstance(op, packed.Threshold))
+  acc = infer.Network(packed.to_bytes(program), "reference", 1).values(images)[op.input]
+  thresholds = op.thresholds.copy()
+  hit = (acc == thresholds[0, 0]).any((0, 1, 2)) & ~op.falling
+  channel = np.flatnonzero(hit)[0]
+  thresholds[0, 0, channel] += 1
+  packed.write(tmp_path / "net.minw", changed(program, index, thresholds=thresholds))
+  assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 1
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split(":")[0] for line in lines if "differs first" in line] == BACKENDS
+  assert all(f"{op.name} differs" in line for line in lines)
+
+
+def test_a_changed_logit_is_found(workdir, program, tmp_path, capsys):
+  op = program.ops[-1]
+  center = np.nextafter(op.center, np.float32(np.inf))
+  packed.write(tmp_path / "net.minw", changed(program, -1, center=center))
+  assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 1
+  assert f"{op.name} differs" in capsys.readouterr().out
+
+
+def command(*arguments):
+  return subprocess.run(
+      [sys.executable, "-m", "minw.pack", *arguments], capture_output=True, text=True,
+      check=False, cwd=ROOT)
+
+
+def test_command(workdir, program, tmp_path):
+  out = tmp_path / "net.minw"
+  done = command(f"--workdir={workdir}", f"--out={out}", "--verify")
+  assert done.returncode == 0, done.stderr
+  assert out.read_bytes() == packed.to_bytes(program)
+  assert f"{out}: {out.stat().st_size / 2**20:.3f} MiB" in done.stdout
+  assert "equal, layer by layer, on 360 images" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--workdir={tmp}", "--out=x.minw"), "there is no config.json"),
+    (("--workdir={workdir}", "--out={tmp}/none/x.minw"), "can not be written"),
+    (("--workdir={workdir}",), "out"),
+])
+def test_command_refuses_in_one_line(workdir, tmp_path, arguments, message):
+  done = command(*(a.format(workdir=workdir, tmp=tmp_path) for a in arguments))
+  assert done.returncode == 2 and message in done.stderr
+  assert "Traceback" not in done.stderr
