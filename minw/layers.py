@@ -12,7 +12,7 @@ With alpha = 1 the first two use the hard quantizers of Eq 20.
 
 import fnmatch
 import functools
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, ContextManager, NamedTuple, Sequence
 
 import flax.linen as nn
 import jax
@@ -291,16 +291,23 @@ def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> A
   return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
 
 
+def intercept(handle: Callable[..., Any]) -> ContextManager[None]:
+  """Where calls of minw's layers go through handle(layer, call, *args, **kwargs)."""
+  def interceptor(call, args, kwargs, context):
+    if context.method_name == "__call__" and isinstance(
+        context.module, (QuantConv, QuantDense, NormQuant)):
+      return handle(context.module, call, *args, **kwargs)
+    return call(*args, **kwargs)
+
+  return nn.intercept_methods(interceptor)
+
+
 def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
   """The layers of a network in the order of their calls, without training it."""
   infos = []
 
-  def record(call, args, kwargs, context):
-    layer, x = context.module, args[0]
-    out = call(*args, **kwargs)
-    if context.method_name != "__call__" or not isinstance(
-        layer, (QuantConv, QuantDense, NormQuant)):
-      return out
+  def record(layer, call, x, *args, **kwargs):
+    out = call(x, *args, **kwargs)
     params = layer.variables["params"]
     is_norm = isinstance(layer, NormQuant)
     infos.append(LayerInfo(
@@ -318,6 +325,6 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
   shapes = jax.eval_shape(lambda: initialize(model, image_shape))
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
   probe = fold.Probe(*(np.full(image_shape, row) for row in (1.0, 1.0, 16.0)))
-  with nn.intercept_methods(record):
+  with intercept(record):
     fold.fold(model, zeros, probe)
   return infos

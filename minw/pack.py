@@ -123,21 +123,16 @@ def _trace(model, hard, image_shape):
   """The jaxpr of the hard network, for a batch of two, and its layers' calls."""
   calls = []
 
-  def call(original, args, kwargs, context):
-    layer = context.module
-    if context.method_name != "__call__" or not isinstance(
-        layer, (layers.QuantConv, layers.QuantDense, layers.NormQuant)):
-      return original(*args, **kwargs)
-    # How a layer may be called: (x, alpha, mode, shortcut).
-    given = dict(zip(("x", "alpha", "mode", "shortcut"), args), **kwargs)
-    operands = [x for x in (given["x"], given.get("shortcut")) if x is not None]
-    shape = jax.eval_shape(lambda: original(*args, **kwargs)).shape
+  def bind(layer, call, x, alpha=1.0, mode="hard", shortcut=None):
+    operands = [x] if shortcut is None else [x, shortcut]
+    more = {} if shortcut is None else {"shortcut": shortcut}
+    shape = jax.eval_shape(lambda: call(x, alpha, mode, **more)).shape
     calls.append(_Call(
         layer.clone(parent=None, name=None, bits=layers.bits_of(layer)),
-        "/".join(layer.path), dict(layer.variables["hard"])))
+        "/".join(layer.path), layer.variables["hard"]))
     return _layer.bind(*operands, index=len(calls) - 1, shape=shape)
 
-  with nn.intercept_methods(call):
+  with layers.intercept(bind):
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     jaxpr = jax.make_jaxpr(
         lambda images: model.apply(hard, images, mode="hard"))(images)

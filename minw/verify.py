@@ -26,14 +26,11 @@ def hard_outputs(model: nn.Module, hard: Any, images: jax.Array) -> list[jax.Arr
   """What each layer of the hard network makes, in the order of their calls."""
   outputs = []
 
-  def record(call, args, kwargs, context):
-    output = call(*args, **kwargs)
-    if context.method_name == "__call__" and isinstance(
-        context.module, (layers.QuantConv, layers.QuantDense, layers.NormQuant)):
-      outputs.append(output)
-    return output
+  def record(layer, call, *args, **kwargs):
+    outputs.append(call(*args, **kwargs))
+    return outputs[-1]
 
-  with nn.intercept_methods(record):
+  with layers.intercept(record):
     model.apply(hard, images, mode="hard")
   return outputs
 

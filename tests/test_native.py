@@ -31,7 +31,8 @@ class Builder:
     self.rng, self.source, self.crop = rng, shape, crop or shape[:2]
     self.offset = rng.integers(0, 256, shape[2])
     self.ops = []
-    self.values = [packed._image(shape, self.crop, self.offset)]
+    bound = np.maximum(self.offset, 255 - self.offset)
+    self.values = [packed.Value((*self.crop, shape[2]), "INT", 0, bound)]
 
   def add(self, op):
     self.values.append(packed.infer_value(op, self.values))
@@ -231,7 +232,8 @@ def test_floats(isa, form):
   have = network.values(x)
   for i, (op, kind) in enumerate(zip(program.ops, b.values[1:])):
     given = packed.inputs(op)
-    want = reference.run_op(op, [have[j] for j in given], [b.values[j] for j in given])
+    want = reference.run_op(
+        op, [have[j] for j in given], [b.values[j] for j in given], kind)
     tolerance = 1e-5 * np.abs(want).max() if isinstance(
         op, (packed.Conv, packed.Pool)) and kind.kind == "FLOAT" else 0
     assert np.abs(have[i + 1] - want).max() <= tolerance, op

@@ -156,7 +156,7 @@ def ffi_logits(data: bytes, threads: int = 1) -> Callable[[Any], Any]:
   network = load(data)
   _register()
   file = np.frombuffer(data, np.uint8)
-  key = np.uint64(_need().minw_hash(data, len(data)))
+  key = np.uint64(_need().minw_hash(data, len(data))).astype(np.int64)
 
   def logits(images):
     if images.dtype != np.uint8 or images.shape[-3:] != network.shape:

@@ -329,7 +329,7 @@ def _dot(op, kind, result, cpu):
     if floats and not isinstance(op.bits, str):
       kernel = kernel * np.float32(op.weight_unit)
     options = dict(
-        precision=None,
+        precision=lax.Precision.HIGHEST,
         preferred_element_type=np.float32 if dtype == np.float32 else np.int32)
     if cpu:
       acc = lax.conv_general_dilated(
@@ -404,10 +404,16 @@ def _threshold(op, kinds):
 
 
 def _affine(op, arrays, x):
-  """Batch norm, rounded as NumPy does: barriers keep products out of other sums."""
+  """Batch norm, rounded as in NumPy."""
   center, scale, constant = arrays
-  y = lax.optimization_barrier(x.astype(np.float32) * np.float32(op.unit))
-  return lax.optimization_barrier((y - center) * scale) + constant
+  y = _rounded(x.astype(np.float32) * np.float32(op.unit))
+  return _rounded((y - center) * scale) + constant
+
+
+def _rounded(product):
+  """Keeps LLVM from fusing a product into the next sum; barriers do not."""
+  largest = np.finfo(np.float32).max
+  return jnp.clip(product, -largest, largest)
 
 
 def _logits(op, kinds):
@@ -419,7 +425,7 @@ def _float_norm(op, kinds):
     y = _affine(op, arrays, x)
     if shortcut is not None:
       level = _level(shortcut, kinds[1]).astype(np.float32)
-      y = y + lax.optimization_barrier(level * np.float32(op.shortcut_unit))
+      y = y + _rounded(level * np.float32(op.shortcut_unit))
     if op.bits is None:
       return y
     y = jnp.clip(y, -1, 1)
