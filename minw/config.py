@@ -15,6 +15,7 @@ from ml_collections import config_dict
 from minw import cli
 from minw import datasets
 from minw import estimators
+from minw import models
 from minw import quantizers
 from minw import schedules
 
@@ -33,9 +34,10 @@ def default_config() -> config_dict.ConfigDict:
   c.pixels = "integer"  # (pixel - round(mean)) / 64; "standardized": (p - mean) / std.
 
   # Network.
-  c.conv_widths = (64, 64, 128, 128, 256, 256)  # Of the 3x3 convolutions.
-  c.dense_widths = (256, 256)  # Of the hidden dense layers.
-  c.first_padding = "SAME"  # Of the first convolution; "VALID".
+  c.network = "convnet"  # Or one of minw.models.NETWORKS: resnet18, densenet100, ...
+  c.conv_widths = (64, 64, 128, 128, 256, 256)  # convnet: of the 3x3 convolutions,
+  c.dense_widths = (256, 256)  # and of the hidden dense layers;
+  c.first_padding = "SAME"  # "VALID": of its first convolution.
   c.pad_value = 0.0  # Border of the other convolutions: 0, 1 or -1.
   c.share_pool_gradient = False  # Among tied values of a pooling window.
   c.norm_momentum = 0.9  # Batch norm: of the running statistics.
@@ -132,6 +134,7 @@ def validate(c: config_dict.ConfigDict) -> None:
 
   one_of("dataset", datasets.NAMES)
   one_of("pixels", ("integer", "standardized"))
+  one_of("network", ("convnet", *models.NETWORKS))
   one_of("first_padding", ("SAME", "VALID"))
   one_of("pad_value", (0.0, 1.0, -1.0))
   one_of("kernel_init", KERNEL_INITS)
@@ -167,8 +170,11 @@ def validate(c: config_dict.ConfigDict) -> None:
         f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
   check("crop_padding", c.crop_padding < c.crop_size,
         f"less than crop_size={c.crop_size}: every crop holds part of the image")
-  check("conv_widths", _final_size(c) > 0,
-        f"few enough: crop_size={c.crop_size} leaves nothing to the last pooling")
+  if c.network == "convnet":
+    check("conv_widths", _final_size(c) > 0,
+          f"few enough: crop_size={c.crop_size} leaves nothing to the last pooling")
+  else:
+    at_least("crop_size", models.SMALLEST_IMAGE.get(c.network, 1))
 
   bits("input_bits", c.input_bits)
   bits("weight_bits", c.weight_bits)

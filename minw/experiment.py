@@ -24,8 +24,8 @@ from minw import quantizers
 from minw import schedules
 
 
-def build_model(config: Any, **changes: Any) -> models.ConvNet:
-  """The network of a config.
+def build_model(config: Any, **changes: Any) -> Any:
+  """The network of a config, a Flax module.
 
   Args:
     config: see `config.default_config`.
@@ -40,11 +40,8 @@ def build_model(config: Any, **changes: Any) -> models.ConvNet:
       estimator=estimator,
       kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
       dtype=jnp.dtype(c.compute_dtype))
-  return models.ConvNet(
+  make = dict(
       num_classes=datasets.info(c.dataset).num_classes,
-      conv_widths=c.conv_widths,
-      dense_widths=c.dense_widths,
-      first_padding=c.first_padding,
       conv=functools.partial(layers.QuantConv, pad_value=c.pad_value, **weights),
       dense=functools.partial(layers.QuantDense, **weights),
       norm=functools.partial(
@@ -54,9 +51,16 @@ def build_model(config: Any, **changes: Any) -> models.ConvNet:
           estimator=estimator,
           momentum=c.norm_momentum,
           epsilon=c.norm_epsilon,
-          use_scale=c.norm_scale),
+          use_scale=c.norm_scale))
+  if c.network != "convnet":
+    return models.NETWORKS[c.network](**make)
+  return models.ConvNet(
+      conv_widths=c.conv_widths,
+      dense_widths=c.dense_widths,
+      first_padding=c.first_padding,
       pool=functools.partial(
-          layers.max_pool, share_gradient=c.share_pool_gradient))
+          layers.max_pool, share_gradient=c.share_pool_gradient),
+      **make)
 
 
 class Experiment:

@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple, Sequence
 
 from absl import flags
-import flax.linen as nn
 import jax
 from jax.extend import core as jex
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
 
 
 def pack(
-    model: nn.Module,
+    model: Any,
     variables: Any,
     *,
     pixels: pipeline.Pixels,
@@ -109,7 +108,7 @@ def pack(
 class _Call(NamedTuple):
   """A call of one of minw's layers."""
 
-  layer: nn.Module  # Unbound.
+  layer: Any  # Of `minw.layers`, unbound.
   path: str
   hard: dict[str, np.ndarray]
 

@@ -2,7 +2,6 @@
 
 from typing import Any, Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,7 @@ _LAYERS = (packed.Conv, packed.Threshold, packed.Logits, packed.FloatNorm)
 _TOLERANCE = 1e-5  # Of sums of floats, relative to the largest: they depend on order.
 
 
-def hard_outputs(model: nn.Module, hard: Any, images: jax.Array) -> list[jax.Array]:
+def hard_outputs(model: Any, hard: Any, images: jax.Array) -> list[jax.Array]:
   """What each layer of the hard network makes, in the order of their calls."""
   outputs = []
 
@@ -37,7 +36,7 @@ def hard_outputs(model: nn.Module, hard: Any, images: jax.Array) -> list[jax.Arr
 
 def differences(
     program: packed.Program,
-    model: nn.Module,
+    model: Any,
     hard: Any,
     pixels: pipeline.Pixels,
     images: np.ndarray,

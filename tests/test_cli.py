@@ -405,7 +405,7 @@ def test_good_input_is_not_refused(run, folder):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ((), "flag --workdir=None: Flag --workdir must have a value other than None."),
+    ((), "one of --workdir and --model must be given, not both"),
     (("--workdir=",), "workdir='': must be not empty"),
     (("--workdir=nowhere",), "workdir='nowhere': must be the workdir of a run "),
     (("--workdir=größe?",), "workdir='größe?': must be the workdir of a run "),
@@ -422,7 +422,7 @@ def test_good_input_is_not_refused(run, folder):
     (("--workdir=no_run", "--data_dir="), "data_dir='': must be not empty"),
     (("--workdir=no_run", "--config.seed=1"), "Unknown command line flag 'config."),
     (("--workdir=no_run", "x"), "argument 'x' is not a flag"),
-    (("no_run",), "flag --workdir=None: "),
+    (("no_run",), "argument 'no_run' is not a flag"),
 ])
 def test_evaluate(refuses, argv, message):
   refuses(message, "minw.evaluate", *argv)

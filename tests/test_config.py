@@ -61,6 +61,8 @@ def test_each_call_makes_another_config():
     {"crop_size": 32, "crop_padding": 4},
     {"crop_size": 10, "first_padding": "VALID"},
     {"crop_size": 8, "crop_padding": 7},
+    {"network": "densenet100", "crop_size": 4, "conv_widths": ()},
+    {"network": "resnet110", "crop_size": 32, "crop_padding": 4},
     {"alpha_start": 0.0, "alpha_final": 0.0, "alpha_end": 0.0},
     {"alpha_start": 1.0, "alpha_end": 1.0},
     {"input_bits": "float8_e4m3fn", "weight_bits": "float32"},
@@ -115,6 +117,7 @@ NAN, INF = math.nan, math.inf
     ("dataset", ["mnist", "", "CIFAR10"], "one of digits, cifar10, cifar100"),
     ("pixels", ["float"], "one of integer, standardized"),
     ("first_padding", ["same", ""], "one of SAME, VALID"),
+    ("network", ["resnet", "ConvNet"], "one of convnet, resnet18, resnet34, resnet50"),
     ("pad_value", [0.5, NAN, -2.0], "one of 0.0, 1.0, -1.0"),
     ("kernel_init", ["zeros", "glorot"], "one of glorot_uniform, glorot_normal, "),
     ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
@@ -343,3 +346,9 @@ def test_parse_argument_refuses(text, message):
   with pytest.raises(cli.UsageError) as error:
     config_lib.parse_argument(text, network="D", seed=0)
   assert str(error.value) == message
+
+
+def test_crop_of_other_networks():
+  c = config_lib.copy(config_lib.default_config(), network="alexnet", crop_size=32)
+  with pytest.raises(cli.UsageError, match="config.crop_size=32: must be at least 57"):
+    config_lib.validate(c)

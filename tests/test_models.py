@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minw import cli
+from minw import fold
 from minw import layers
 from minw import models
 
@@ -36,14 +37,14 @@ def small(net):
   return net.clone(conv_widths=(4, 3), dense_widths=(5,))
 
 
-def random_variables(net, seed=0):
+def random_variables(net, seed=0, shape=SHAPE):
   rng = np.random.default_rng(seed)
   draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
           "scale": lambda n: rng.choice([-1, 1], n) * rng.uniform(0.5, 1, n),
           "bias": lambda n: rng.normal(0, 0.3, n),
           "mean": lambda n: rng.normal(0, 1, n),
           "var": lambda n: rng.uniform(1, 4, n)}
-  shapes = jax.eval_shape(lambda: layers.initialize(net, SHAPE))
+  shapes = jax.eval_shape(lambda: layers.initialize(net, shape))
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: np.float32(draw[path[-1].key](leaf.shape)), shapes)
 
@@ -327,3 +328,106 @@ def test_the_pool_is_a_choice():
       random_variables(net), random_images(2), mode="mixed"))
   assert logits.shape == (2, CLASSES)
   assert pooled[-1] == (2, 7, 8, 6) and len(set(pooled)) == 2  # Batches of 1 and 2.
+
+
+# Published numbers of parameters (the first three torchvision's), without the dense
+# layers' biases, which batch norm replaces here: one scale and one shift a class.
+@pytest.mark.parametrize("name, parameters, classes", [
+    ("resnet18", 11_689_512 + 1000, 1000),
+    ("resnet34", 21_797_672 + 1000, 1000),
+    ("resnet50", 25_557_032 + 1000, 1000),
+    ("resnet20", 269_722 + 10, 10),
+    ("resnet110", 1_727_962 + 10, 10),
+    ("densenet100", 769_162 + 10, 10),
+    # 61,100,840 with 10,344 biases; batch norm has 20,688 numbers instead.
+    ("alexnet", 61_100_840 + 10_344, 1000)])
+def test_published_sizes(name, parameters, classes):
+  size = 32 if classes == 10 else 224
+  net = models.NETWORKS[name](classes)
+  shapes = jax.eval_shape(lambda: layers.initialize(net, (size, size, 3)))["params"]
+  assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == parameters
+  kernels = [p for p in traverse_util.flatten_dict(shapes) if p[-1] == "kernel"]
+  assert net.depth == len(kernels)
+
+
+@pytest.mark.parametrize("name, maps", [
+    ("resnet18", [112, *[56] * 4, *[28] * 5, *[14] * 5, *[7] * 5, 1]),
+    ("resnet20", [32, *[32] * 6, *[16] * 6, *[8] * 6, 1]),
+    ("alexnet", [56, 27, 13, 13, 13, 1, 1, 1])])
+def test_maps(name, maps):
+  """Heights of the layers' outputs, in the order of their calls."""
+  size = 32 if name == "resnet20" else 224
+  infos = layers.trace(models.NETWORKS[name](10), (size, size, 3))
+  heights = [info.output_shape[0] if len(info.output_shape) == 3 else 1
+             for info in infos if info.kind != "norm"]
+  assert heights == maps
+
+
+@pytest.mark.parametrize("name", models.SMALLEST_IMAGE)
+def test_smallest_image(name):
+  def maps(size):
+    net = models.NETWORKS[name](10, conv_widths=(2,) * 5, dense_widths=(2, 2)) if (
+        name == "alexnet") else models.NETWORKS[name](10, blocks=(1, 1, 1))
+    try:
+      infos = layers.trace(net, (size, size, 3))
+    except (ValueError, ZeroDivisionError):
+      return 0
+    return min(min(info.input_shape) for info in infos)
+
+  assert maps(models.SMALLEST_IMAGE[name]) > 0 == maps(models.SMALLEST_IMAGE[name] - 1)
+
+
+def shallow(name, classes=3, **make):
+  """The code of a network, with few layers and channels."""
+  changes = {
+      "resnet18": dict(stages=(1, 2), widths=(4, 6)),
+      "resnet50": dict(stages=(1, 2), widths=(5, 8)),
+      "resnet110": dict(stages=(1, 1, 2), widths=(4, 6, 8)),
+      "densenet100": dict(blocks=(2, 1, 1), growth=2),
+      "alexnet": dict(conv_widths=(9, 8, 7, 8, 9), dense_widths=(12, 11))}
+  return models.NETWORKS[name](classes, **changes[name], **make)
+
+
+SHALLOW = ("resnet18", "resnet50", "resnet110", "densenet100", "alexnet")
+
+
+def shallow_case(name):
+  """A shallow network, random variables and images on the pixels' grid."""
+  shape = (60, 60, 3) if name == "alexnet" else (16, 16, 3)
+  net = shallow(name, norm=functools.partial(layers.NormQuant, bits=3))
+  rng = np.random.default_rng(2)
+  images = rng.integers(-100, 100, (6, *shape)).astype(np.float32) / 64
+  return net, random_variables(net, 1, shape), images
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_hard_is_mixed_at_the_end(name):
+  """With alpha = 1, where nothing lies beside a threshold."""
+  net, variables, images = shallow_case(name)
+  probe = fold.Probe(
+      *(np.full(images.shape[1:], row) for row in (100 / 64, 1 / 64, 16.0)))
+  run = jax.jit(net.apply, static_argnums=3)
+  logits = run(fold.fold(net, variables, probe), images, 1.0, "hard")
+  np.testing.assert_allclose(
+      logits, run(variables, images, 1.0, "mixed"), rtol=1e-4, atol=1e-4)
+  # Images differ, but for AlexNet, whose last map is a pixel, the maximum of many.
+  assert len(np.unique(np.asarray(logits))) > 3 or name == "alexnet"
+
+
+@pytest.mark.parametrize("name", SHALLOW)
+def test_a_step_reaches_every_weight(name):
+  net, variables, images = shallow_case(name)
+
+  @jax.jit
+  def gradient(params, alpha):
+    def loss(params):
+      logits, _ = net.apply(
+          {**variables, "params": params}, images, alpha, "train",
+          mutable=["batch_stats"])
+      return jnp.sum(logits * jnp.arange(18.0).reshape(6, 3) ** 2)
+    return jax.grad(loss)(params)
+
+  alphas = jnp.linspace(0.5, 1, net.depth)
+  for path, leaf in traverse_util.flatten_dict(gradient(
+      variables["params"], alphas)).items():
+    assert np.isfinite(leaf).all() and (np.asarray(leaf) != 0).any(), path

@@ -26,6 +26,7 @@ Operands = Any  # A pytree of arrays.
 _WORD = 32
 _TERMS = 36  # Words that one fused loop takes at a time,
 _LANES = 128  # and output channels: their weights then stay in the L1 cache.
+_IMAGES = 4  # Of a batch at a time: their sums stay in the cache.
 _FLOAT_EXACT = 2 ** 24  # float32 holds the integers up to it.
 
 
@@ -42,19 +43,26 @@ def logits(
     Its operands, and a pure function (operands, uint8 (batch, *program.source_shape))
     -> float32 (batch, classes), for `jax.jit`.
   """
+  products = _products(products)
   operands, run = values(program, products)
-  return operands, lambda operands, images: run(operands, images)[-1].reshape(
-      len(images), program.num_classes)
+
+  def logits_of(operands, images):
+    last = lambda images: run(operands, images)[-1].reshape(-1, program.num_classes)
+    n = len(images)
+    if products == "dot" or n <= _IMAGES:
+      return last(images)
+    images = jnp.pad(images, [(0, -n % _IMAGES)] + [(0, 0)] * 3)
+    groups = images.reshape(-1, _IMAGES, *images.shape[1:])
+    return lax.map(last, groups).reshape(-1, program.num_classes)[:n]
+
+  return operands, logits_of
 
 
 def values(
     program: packed.Program, products: str | None = None
 ) -> tuple[Operands, Callable[[Operands, jax.Array], list[jax.Array]]]:
   """As `logits`, but the function returns all values, as `reference.run` does."""
-  cpu = jax.default_backend() == "cpu"
-  products = products or ("popcount" if cpu else "dot")
-  if products not in ("popcount", "dot"):
-    raise ValueError(f"products={products!r}: must be 'popcount' or 'dot'")
+  products = _products(products)
   kinds = packed.infer_values(program)
   signs = _only_signs(program)
   operands, functions, inputs = [np.asarray(program.offset, np.int32)], [], []
@@ -65,7 +73,7 @@ def values(
       if products == "popcount" and _counts(op, kind):
         arrays, function = _popcount(op, kind, result, signs[op.input])
       else:
-        arrays, function = _dot(op, kind, result, cpu)
+        arrays, function = _dot(op, kind, result)
     else:
       arrays, function = _RULES[type(op)](op, [kinds[i] for i in given])
     operands.append(arrays)
@@ -82,6 +90,13 @@ def values(
     return found
 
   return jax.tree.map(jnp.asarray, operands), run
+
+
+def _products(products):
+  """Which products there will be."""
+  if products not in ("popcount", "dot", None):
+    raise ValueError(f"products={products!r}: must be 'popcount' or 'dot'")
+  return products or ("popcount" if jax.default_backend() == "cpu" else "dot")
 
 
 def _only_signs(program):
@@ -123,6 +138,17 @@ def _level(x, kind):
   if kind.kind != "CODE" or kind.bits < 3:
     return x
   return jnp.sign(x) * (jnp.int8(1) << jnp.abs(x) >> jnp.int8(1))
+
+
+def _apart(yes, function, *operands):
+  """function(*operands) for a `yes` that is true, which XLA does not know.
+
+  A branch is compiled by itself. On CPUs XLA ignores barriers, and loops that it fuses
+  with what makes their operands, or with each of their uses, are not vectorized.
+  """
+  result = jax.eval_shape(function, *operands)
+  return lax.cond(yes, function, lambda *_: jnp.zeros(result.shape, result.dtype),
+                  *operands)
 
 
 # Products by population count. An operand consists of planes of bits: signs (1 is
@@ -188,7 +214,7 @@ def _popcount(op, kind, result, signs):
   lanes = -(-out // blocks)
   words = np.pad(words, [(0, blocks * lanes - out), (0, chunks * step - count), (0, 0)])
   words = words.reshape(blocks, lanes, chunks, step, -1).transpose(0, 2, 3, 4, 1)
-  arrays = [words]
+  arrays = [np.True_, words]
   if not x_sizes:
     levels = packed.levels(op.kernel, op.bits).astype(np.int32)
     arrays.append(np.abs(levels).sum((1, 2, 3)))
@@ -197,28 +223,33 @@ def _popcount(op, kind, result, signs):
     table, rows, columns = _border(op, levels, kind.shape, result.shape)
     arrays.append(table)
 
+  fill = _words(np, _code_planes(np, np.full(channels, op.pad, np.int8), x_sizes))
+
   def function(arrays, x):
-    x = _pad(x, op.pads, op.pad)
     if narrow:
-      x = _patches(x, window, op.strides)
+      x = _patches(_pad(x, op.pads, op.pad), window, op.strides)
     if integer:
       x = x[..., None] >> np.arange(planes, dtype=np.int32) & 1
     else:
       x = _code_planes(jnp, x, x_sizes)
-    x = lax.optimization_barrier(_words(jnp, x))  # Or each use would pack them anew.
+    x = _words(jnp, x)
     if not narrow:
+      inside = _pad(jnp.ones((1, *x.shape[1:3], 1), bool), op.pads)
+      x = _pad(x, op.pads)
+      if op.pad:
+        x = jnp.where(inside, x, fill)
       x = _patches(x, window, op.strides)
     shape = x.shape[:3]
     x = x.reshape(math.prod(shape), count, -1)
-    acc = _sums(x, arrays[0], x_sizes, w_sizes)[:, :out]
+    acc = _sums(arrays[0], x, arrays[1], x_sizes, w_sizes)[:, :out]
     if not x_sizes:
-      acc = acc + arrays[1]
+      acc = acc + arrays[2]
     elif not w_sizes:
       acc = acc + sum(np.int32(size) * _ones(x[:, :, i - len(x_sizes)]).sum(1)
                       for i, size in enumerate(x_sizes))[:, None]
     acc = acc.reshape(*shape, out)
     if border:
-      acc = acc - arrays[2][rows[:, None], columns]
+      acc = acc - arrays[3][rows[:, None], columns]
     return acc
 
   return arrays, function
@@ -228,7 +259,7 @@ def _ones(x):
   return lax.population_count(x).astype(np.int32)
 
 
-def _sums(x, w, x_sizes, w_sizes):
+def _sums(yes, x, w, x_sizes, w_sizes):
   """Sums of products, but for what is known beforehand.
 
   Args:
@@ -243,18 +274,18 @@ def _sums(x, w, x_sizes, w_sizes):
   x = jnp.pad(x, ((0, 0), (0, chunks * step - x.shape[1]), (0, 0)))
   x = jnp.moveaxis(x.reshape(len(x), chunks, step, -1), 1, 0)
 
-  def add(acc, operands):
-    x, w = operands
+  def add(acc, x, w):
     for k in range(step):
       planes = [x[:, k, i, None] for i in range(x.shape[2])]
       acc = acc + _product(planes, list(w[k]), x_sizes, w_sizes)
-    return acc, None
+    return acc
 
   def block(w):
     acc = jnp.zeros((x.shape[1], lanes), np.int32)
     if chunks == 1:
-      return add(acc, (x[0], w[0]))[0]
-    return lax.scan(add, acc, (x, w))[0]
+      return _apart(yes, add, acc, x[0], w[0])
+    return lax.scan(lambda acc, operands: (_apart(yes, add, acc, *operands), None),
+                    acc, (x, w))[0]
 
   if blocks == 1:
     return block(w[0])
@@ -305,23 +336,25 @@ def _border(op, levels, size, result):
 # Products of numbers.
 
 
-def _dot(op, kind, result, cpu):
+def _dot(op, kind, result):
   """As `_popcount`; of floats, too."""
+  cpu = jax.default_backend() == "cpu"
   out, *window, channels = op.kernel.shape
   shape = (*window, channels, out)
   floats = result.kind == "FLOAT"
   if isinstance(op.bits, str):
-    arrays = op.kernel.transpose(1, 2, 3, 0).astype(packed.float_dtype(op.bits))
+    kernel = op.kernel.transpose(1, 2, 3, 0).astype(packed.float_dtype(op.bits))
   else:
-    arrays = _pack(op.kernel, op.bits)
+    kernel = _pack(op.kernel, op.bits)
   if floats or (cpu or kind.kind == "INT") and result.bound.max() <= _FLOAT_EXACT:
     dtype = np.float32
   else:
     dtype = np.int8 if kind.kind == "CODE" and not cpu else np.int32
   fill = packed.levels(np.int8([op.pad]), kind.bits)[0] if kind.bits else 0
 
-  def function(arrays, x):
-    kernel = arrays if isinstance(op.bits, str) else _unpack(arrays, shape)
+  def product(kernel, x):
+    if not isinstance(op.bits, str):
+      kernel = _unpack(kernel, shape)
     kernel = kernel.astype(dtype)
     x = _pad(_level(x, kind), op.pads, fill).astype(dtype)
     if floats and kind.kind != "FLOAT":
@@ -340,7 +373,11 @@ def _dot(op, kind, result, cpu):
                             (((3,), (0,)), ((), ())), **options)
     return acc.astype(np.float32 if floats else np.int32)
 
-  return arrays, function
+  def function(arrays, x):
+    yes, kernel = arrays
+    return _apart(yes, product, kernel, x) if cpu else product(kernel, x)
+
+  return [np.True_, kernel], function
 
 
 def _pack(codes, bits):
