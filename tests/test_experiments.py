@@ -278,3 +278,16 @@ def test_convnets():
   assert models.convnet_widths("D") == ((64, 64, 128, 128, 256, 256), (256, 256))
   with pytest.raises(cli.UsageError, match="ConvNet '3' does not exist"):
     models.convnet_widths(3)
+
+
+@pytest.mark.parametrize("name, steps, drops", [
+    ("cifar_resnet110", 63_882, (31_941, 37_930)),  # 182 epochs of 45,000 // 128.
+    ("cifar_densenet100", 210_900, (105_450, 158_175))])  # 300 of 45,000 // 64.
+def test_recipes_of_table_three(name, steps, drops):
+  experiment = Experiment(load(name, "dataset=cifar100,seed=3"))
+  assert experiment.num_steps == steps
+  assert experiment.model.num_classes == 100 and experiment.config.seed == 3
+  rates = [float(experiment.learning_rate(at + d)) for at in drops for d in (-1, 1)]
+  np.testing.assert_allclose(rates, [0.1, 0.01, 0.01, 0.001], rtol=1e-5)
+  bits = {info.path: info.bits for info in experiment.layers}
+  assert {bits[path] for path in bits if not path.startswith("norm_")} == {3}

@@ -289,3 +289,17 @@ def test_size_of_convnet_a():
                       crop=shape[:2], labels=[f"class {i}" for i in range(10)])
   size = len(packed.to_bytes(program))
   assert 10_352_000 // 8 < size <= 1.25 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, bits", [
+    ("resnet18", (1, 1)), ("resnet34", (2, 2)), ("resnet50", (3, 1)),
+    ("resnet110", (1, 3)), ("densenet100", (3, 2)), ("alexnet", (3, 3))])
+def test_whole_networks(name, bits):
+  """At full width, integer throughout; on small images, for time's sake."""
+  size = 60 if name == "alexnet" else 32
+  program = assert_packs(models.NETWORKS[name](
+      10, conv=functools.partial(layers.QuantConv, bits=bits[0]),
+      dense=functools.partial(layers.QuantDense, bits=bits[0]),
+      norm=functools.partial(layers.NormQuant, bits=bits[1])), size=size, count=2)
+  assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
