@@ -295,7 +295,10 @@ def _result(op, given):
     shape = (*_windows(name, (h, w), (kh, kw), op.strides, op.pads), out)
     if isinstance(op.bits, str) or x.kind == "FLOAT":
       return Value(shape, "FLOAT")
-    sizes = np.abs(levels(op.kernel, _grid_bits(op.bits, name)))
+    q = max_code(_grid_bits(op.bits, name))
+    _require(np.abs(op.kernel).max() <= q and (op.bits > 1 or op.kernel.all()), name,
+             f"weights that are no codes of {op.bits} bits")
+    sizes = np.abs(levels(op.kernel, op.bits))
     return Value(shape, "INT", 0, sizes.sum((1, 2), dtype=np.int64) @ bound)
   if isinstance(op, Pool):
     _require(op.kind in ("max", "sum"), name, f"a pool of kind {op.kind!r}")

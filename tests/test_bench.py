@@ -1,4 +1,4 @@
-"""minw.bench: what it says of a tiny network, and PyTorch's network beside ours."""
+"""minw.bench: what it says of a tiny network; others' networks compute the same."""
 
 import importlib.util
 import json
@@ -11,9 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from minw import bench
+from minw import cli
 from minw import config as config_lib
 from minw import train
+from minw.bench import inference
+from minw.bench import train as bench
+from minw.kernels import native
+from minw.kernels import reference
 from minw.experiment import Experiment
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "digits_convnet.py"
@@ -80,9 +84,10 @@ def test_train_command(tmp_path):
 
 def test_refuses_in_one_line():
   wrong = {
-      (): "a subcommand is missing; known: train",
+      (): "a subcommand is missing; known: train, inference",
       ("trian",): "subcommand 'trian' does not exist; did you mean 'train'?",
       ("train", "--config.batchsize=8"): "config field 'batchsize' does not exist",
+      ("inference", "--batches=1,x"): "batches='1,x': must be positive integers",
   }
   processes = [command(*arguments) for arguments in wrong]
   for process, message in zip(processes, wrong.values()):
@@ -146,3 +151,130 @@ def test_torch_step_that_fails_is_left_out(monkeypatch):
   assert list(runs) == ["torch eager"]
   assert left_out == {"torch compiled": "RuntimeError: no compiler more of it"}
   runs["torch eager"](2)
+
+
+# Inference.
+
+TINY = dict(dataset="digits", crop_size=8, conv_widths=(4, 6), dense_widths=(8,),
+            input_bits=1, weight_bits=2)
+
+
+def tiny_config(**changes):
+  c = config_lib.default_config()
+  c.update(TINY)
+  c.update(changes)
+  return c
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [False, True])
+def test_inference_command(tmp_path, layers):
+  path = tmp_path / "result.json"
+  process = command(
+      "inference", *(f"--config.{name}={value}" for name, value in TINY.items()),
+      "--batches=1" if layers else "--batches=1,3", "--rounds=2", f"--json={path}",
+      *["--layers"] * layers)
+  output, errors = process.communicate()
+  assert process.returncode == 0, errors
+  result = json.loads(path.read_text())
+  threads = {1} if layers else {1, len(os.sched_getaffinity(0))}
+  batches = {1} if layers else {1, 3}
+  assert {(run["threads"], run["batch"]) for run in result["runs"]} == {
+      (t, b) for t in threads for b in batches}
+  for run in result["runs"]:
+    engines = run["engines"]
+    assert ("native" in engines) == native.available()
+    assert not set(engines) & set(result["left_out"])
+    for name, engine in engines.items():
+      assert len(engine["values"]) == 2 and min(engine["values"]) > 0
+      assert name in output
+    for name, ratio in run["ratios"].items():
+      above, below = (np.array(engines[part]["values"]) for part in name.split(" / "))
+      np.testing.assert_allclose(ratio["values"], above / below)
+  for why in result["left_out"].values():
+    assert why in output
+  if native.available() and not layers:
+    peak = result["peak_bytes"]
+    assert 0 < peak["file"] < peak["process"] < 2**28 and 0 <= peak["network"]
+
+
+def test_random_networks_are_not_degenerate():
+  program, linear = inference.random_network(tiny_config())
+  convolutions = [op.kernel for op in program.ops if hasattr(op, "kernel")]
+  assert [layer.kernel.shape for layer in linear] == [
+      (*kernel.shape[1:], len(kernel)) for kernel in convolutions]
+  assert [layer.pool for layer in linear] == [False, True, False, False]
+  assert [layer.clip for layer in linear] == [True, True, True, False]
+  assert inference.multiplications(program) == (
+      64 * 9 * 4 + 64 * 9 * 4 * 6 + 16 * 6 * 8 + 8 * 10)
+  images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), np.uint8)
+  for op, value in zip(program.ops, reference.run(program, images)[1:]):
+    if hasattr(op, "thresholds"):
+      assert 0.1 < (value > 0).mean() < 0.9 and value.std((0, 1, 2)).any()
+
+
+def float_example(**changes):
+  _, linear = inference.random_network(tiny_config(**changes))
+  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1)).astype(np.float32)
+  weights = [(layer.kernel, layer.bias) for layer in linear]
+  want = jax.jit(lambda w, x: inference.float_logits(linear, w, x))(weights, x)
+  return linear, x, np.asarray(want)
+
+
+def test_float_network_in_xla():
+  linear, x, got = float_example()
+  for layer in linear:
+    h, w = layer.kernel.shape[:2]
+    if layer.same:
+      x = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(x, (h, w), (1, 2))
+    x = np.einsum("nyxchw,hwco->nyxo", windows, layer.kernel) + layer.bias
+    if layer.pool:
+      x = np.maximum(np.maximum(x[:, ::2, ::2], x[:, 1::2, ::2]),
+                     np.maximum(x[:, ::2, 1::2], x[:, 1::2, 1::2]))
+    x = x.clip(-1, 1) if layer.clip else x
+  np.testing.assert_allclose(got, x.reshape(got.shape), atol=1e-4)
+
+
+def test_float_network_in_onnx():
+  onnxruntime = pytest.importorskip("onnxruntime", reason="needs minw[bench]")
+  linear, x, want = float_example(first_padding="VALID")
+  session = onnxruntime.InferenceSession(
+      inference.onnx_float(linear, x.shape[1:]), providers=["CPUExecutionProvider"])
+  got, = session.run(None, {"x": x.transpose(0, 3, 1, 2)})
+  np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
+
+
+def test_int8_network_in_onnx():
+  onnxruntime = pytest.importorskip("onnxruntime", reason="needs minw[bench]")
+  onnx = pytest.importorskip("onnx", reason="needs minw[bench]")
+  linear, x, want = float_example()
+  data = inference.onnx_int8(linear, x.shape[1:])
+  kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
+  assert kinds == {"QLinearConv", "MaxPool"}  # No float kernel is among them.
+  session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+  x = np.round(x * 127 + 128).astype(np.uint8).transpose(0, 3, 1, 2)
+  got, = session.run(None, {"x": x})
+  got = (got.reshape(want.shape).astype(np.float32) - 128) / 127
+  np.testing.assert_allclose(got, want.clip(-1, 1), atol=0.06)
+
+
+def test_float_network_in_torch():
+  torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+  linear, x, want = float_example()
+  with torch.inference_mode():
+    got = inference.torch_inference(linear)(torch.tensor(x).permute(0, 3, 1, 2))
+  np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
+
+
+def test_stacks_are_packed():
+  program, linear = inference.stack(2, 4, 32, 3, 2)
+  assert len(linear) == 2 and linear[0].kernel.shape == (3, 3, 32, 32)
+  values = reference.run(program, np.random.default_rng(0).integers(
+      0, 256, (2, 4, 4, 32), np.uint8))
+  assert [len(np.unique(values[x])) for x in (1, 3, 5)] == [3, 3, 3]
+
+
+def test_refuses_networks_that_are_not_convnets():
+  with pytest.raises(cli.UsageError, match="config.weight_bits|does not pack|bits"):
+    inference.random_network(tiny_config(weight_bits=4))

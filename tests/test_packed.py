@@ -177,6 +177,8 @@ CONV = small().ops[0]
     ((CONV._replace(kernel=CONV.kernel[..., [0, 0]]),), "2 input channels, there"),
     ((CONV._replace(kernel=np.ones((2, 3, 2, 1), np.int8)),), "a window of"),
     ((CONV._replace(bits=4),), "4 bits; a packed grid has 1, 2 or 3"),
+    ((CONV._replace(kernel=2 * CONV.kernel),), "weights that are no codes of 1 bits"),
+    ((CONV._replace(kernel=0 * CONV.kernel),), "weights that are no codes of 1 bits"),
     ((CONV, packed.Threshold("t", 1, 1, np.zeros(2, bool), np.zeros((1, 2, 2), int))),
      r"thresholds of shape \(1, 2, 2\)"),
     ((CONV, packed.Threshold("t", 1, 5, np.zeros(2, bool), np.zeros((1, 2, 2), int))),

@@ -210,7 +210,8 @@ def test_float_formats(name):
   program = net.program(net.float_norm(k, name, shortcut=g), name)
   # A float that rounds to another neighbour in the format would differ by more.
   for products in PRODUCTS:
-    want, _ = assert_as_reference(program, products, net.images(3), rtol=1e-4, atol=1e-4)
+    want, _ = assert_as_reference(
+        program, products, net.images(3), rtol=1e-4, atol=1e-4)
     assert all(len(np.unique(want[x])) > 1 for x in h)
 
 

@@ -234,10 +234,10 @@ def _popcount(op, kind, result, signs):
       x = _code_planes(jnp, x, x_sizes)
     x = _words(jnp, x)
     if not narrow:
-      inside = _pad(jnp.ones((1, *x.shape[1:3], 1), bool), op.pads)
+      inside = np.ones((1, *x.shape[1:3], 1), bool)
       x = _pad(x, op.pads)
       if op.pad:
-        x = jnp.where(inside, x, fill)
+        x = jnp.where(_pad(inside, op.pads), x, fill)
       x = _patches(x, window, op.strides)
     shape = x.shape[:3]
     x = x.reshape(math.prod(shape), count, -1)

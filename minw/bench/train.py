@@ -1,37 +1,17 @@
-"""Timings, each beside what it is compared with: `python -m minw.bench train`.
-
-  python -m minw.bench train [--config=experiments/x.py] [--config.FIELD=VALUE]
-      [--rounds=N] [--json=FILE]
-
-times a step of training: of AQE, of the straight-through estimator and of the float32
-network, with a fixed batch and with its data, and in PyTorch where that is installed.
-"""
+"""Steps of training: of AQE, of STE, of the float32 network, and PyTorch's."""
 
 import functools
-import json
-import math
-import os
-import platform
-import resource
-import sys
-import time
 from typing import Any, Callable
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minw import cli
 from minw import config as config_lib
-from minw import config_flag
 from minw import pipeline
 from minw import train
+from minw.bench import timing
 from minw.experiment import Experiment
-
-get_config = config_lib.default_config  # This file is the default of --config.
-
-_SECONDS = 0.2  # What one measurement takes at least, compilers and caches apart.
 
 # Ratios of times, and what they may be at most.
 _RATIOS = {
@@ -43,8 +23,6 @@ _RATIOS = {
     ("aqe", "torch eager"): None,
     ("aqe", "torch compiled"): None,
 }
-
-Run = Callable[[int], None]  # Does that many steps, and waits for the last.
 
 
 def bench_train(config: Any, rounds: int) -> dict[str, Any]:
@@ -78,25 +56,26 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
     runs[name] = _run(step, state, *batch, key)
   runs["aqe with data"] = _run(train.make_train_step(aqe), state, data, order)
   torch_runs, left_out = _torch_runs(floats, *map(np.asarray, batch))
-  seconds = measure(runs | torch_runs, rounds)
+  seconds = timing.measure(runs | torch_runs, rounds)
 
   ratios = {
       f"{a} / {b}": {
-          **summary([x / y for x, y in zip(seconds[a], seconds[b])]), "at_most": limit}
+          **timing.summary([x / y for x, y in zip(seconds[a], seconds[b])]),
+          "at_most": limit}
       for (a, b), limit in _RATIOS.items() if a in seconds and b in seconds}
   return {
       "bench": "train",
       "data": "random images and labels of the data set's shape",
       "rounds": rounds,
       "config": config.to_dict(),
-      "machine": machine(),
+      "machine": timing.machine(),
       "steps": {
-          name: {**summary(values),
+          name: {**timing.summary(values),
                  "examples_per_second": config.batch_size / np.median(values)}
           for name, values in seconds.items()},
       "ratios": ratios,
       "left_out": left_out,
-      "peak_bytes": peak_bytes(),
+      "peak_bytes": timing.peak_bytes(),
   }
 
 
@@ -111,7 +90,7 @@ def random_data(experiment: Experiment) -> pipeline.Data:
   return jax.device_put(data, experiment.replicated)
 
 
-def _run(step: Callable, state: train.TrainState, *arguments: Any) -> Run:
+def _run(step: Callable, state: train.TrainState, *arguments: Any) -> timing.Run:
   """Runs a compiled `step`, state -> (state, loss), from a copy of `state` on."""
   state = jax.tree.map(jnp.copy, state)  # The step donates it.
 
@@ -165,7 +144,7 @@ def torch_network(experiment: Experiment) -> Any:
 
 def _torch_runs(
     experiment: Experiment, images: np.ndarray, labels: np.ndarray
-) -> tuple[dict[str, Run], dict[str, str]]:
+) -> tuple[dict[str, timing.Run], dict[str, str]]:
   """PyTorch's steps on a fixed batch; and why not, for those that do not run."""
   names = {"torch eager": False, "torch compiled": True}
   try:
@@ -220,60 +199,6 @@ def _torch_runs(
   return runs, left_out
 
 
-def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-  """The seconds that a step of each takes, once in each round.
-
-  They take turns, so that whatever else the machine does meets all of them alike.
-  """
-  def seconds(run, count):
-    start = time.perf_counter()
-    run(count)
-    return (time.perf_counter() - start) / count
-
-  counts = {}
-  for name, run in runs.items():
-    run(2)  # Compiles.
-    counts[name] = math.ceil(_SECONDS / seconds(run, 1))
-  result = {name: [] for name in runs}
-  for i in range(rounds):
-    for name in list(runs)[::(-1) ** i]:  # Every second round goes backwards.
-      result[name].append(seconds(runs[name], counts[name]))
-  return result
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-  """The values and their quartiles."""
-  low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-  return {"low": low, "median": median, "high": high, "values": values}
-
-
-def machine() -> dict[str, Any]:
-  """Names of the processors, and versions."""
-  versions = {"python": platform.python_version(), "jax": jax.__version__}
-  if "torch" in sys.modules:
-    versions["torch"] = sys.modules["torch"].__version__
-  cpu = platform.processor() or platform.machine()
-  if os.path.exists("/proc/cpuinfo"):
-    with open("/proc/cpuinfo") as lines:
-      cpu = next((line.split(":", 1)[1].strip() for line in lines
-                  if line.startswith("model name")), cpu)
-  linux = hasattr(os, "sched_getaffinity")
-  cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-  devices = jax.local_devices()
-  return {"device": devices[0].device_kind, "num_devices": len(devices), "cpu": cpu,
-          "cores": cores, "versions": versions}
-
-
-def peak_bytes() -> dict[str, int]:
-  """The most memory that this process had, and JAX on a device that counts it."""
-  unit = 1 if sys.platform == "darwin" else 1024
-  result = {"process": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-  statistics = jax.local_devices()[0].memory_stats() or {}
-  if "peak_bytes_in_use" in statistics:
-    result["device"] = statistics["peak_bytes_in_use"]
-  return result
-
-
 def table(result: dict[str, Any]) -> str:
   """The result of `bench_train` for a reader."""
   c, m = result["config"], result["machine"]
@@ -302,22 +227,3 @@ def table(result: dict[str, Any]) -> str:
   lines += ["", "Peak memory, all of these in one process: " + ", ".join(
       f"{name} {size / 2**20:.0f} MiB" for name, size in result["peak_bytes"].items())]
   return "\n".join(lines)
-
-
-def main_train() -> None:
-  path = flags.FLAGS.json
-  if path:  # Found out now rather than after minutes.
-    cli.check(os.path.isdir(os.path.dirname(path) or "."), "json", path,
-              "a file in a directory that exists")
-  result = bench_train(flags.FLAGS.config, flags.FLAGS.rounds)
-  print(table(result))
-  if path:
-    with open(path, "w") as file:
-      file.write(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-  config_flag.define(default=__file__)
-  flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
-  flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
-  cli.run({"train": main_train})

@@ -1,0 +1,1 @@
+"""Timings, each beside what it is compared with: see `minw.bench.__main__`."""

@@ -1,0 +1,69 @@
+"""Timings, each beside what it is compared with: `python -m minw.bench train`.
+
+  python -m minw.bench train [--config=experiments/x.py] [--config.FIELD=VALUE]
+      [--rounds=N] [--json=FILE]
+
+times a step of training: of AQE, of the straight-through estimator and of the float32
+network, with a fixed batch and with its data, and in PyTorch where that is installed.
+
+  python -m minw.bench inference [--layers] [--batches=1,64] [...]
+
+times the packed network, of ConvNet A by default, natively and in XLA, beside the same
+network in float32 and in int8 (pip install 'minw[bench]'), on one thread and on all;
+with --layers single convolutions.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+from absl import flags
+
+from minw import cli
+from minw import config as config_lib
+from minw import config_flag
+from minw import models
+from minw.bench import inference
+from minw.bench import train
+
+
+def get_config(network: str = "D") -> Any:
+  """The default of --config, which is this file."""
+  c = config_lib.default_config()
+  c.conv_widths, c.dense_widths = models.convnet_widths(network)
+  return c
+
+
+def main_train() -> None:
+  _report(train, lambda: train.bench_train(flags.FLAGS.config, flags.FLAGS.rounds))
+
+
+def main_inference() -> None:
+  batches = [int(n) for n in flags.FLAGS.batches if n.isdigit() and int(n)]
+  cli.check(len(batches) == len(flags.FLAGS.batches) > 0, "batches",
+            ",".join(flags.FLAGS.batches), "positive integers, 1,64 for example")
+  _report(inference, lambda: inference.bench_inference(
+      flags.FLAGS.config, flags.FLAGS.rounds, batches, flags.FLAGS.layers))
+
+
+def _report(module, measure) -> None:
+  path = flags.FLAGS.json
+  if path:  # Found out now rather than after minutes.
+    cli.check(os.path.isdir(os.path.dirname(path) or "."), "json", path,
+              "a file in a directory that exists")
+  result = measure()
+  print(module.table(result))
+  if path:
+    with open(path, "w") as file:
+      file.write(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  config_flag.define(
+      default=__file__ + (":A" if "inference" in sys.argv[1:2] else ""))
+  flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
+  flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
+  flags.DEFINE_list("batches", ["1", "64"], "inference: sizes of batches.")
+  flags.DEFINE_bool("layers", False, "inference: single convolutions instead.")
+  cli.run({"train": main_train, "inference": main_inference})

@@ -1,0 +1,487 @@
+"""Inference of the packed network beside float32 and int8 of the same network.
+
+Each number of threads has a process of its own, with as many cores. The others have
+it easier: they get images that are cropped, normalized and laid out as they like it.
+"""
+
+import concurrent.futures
+import functools
+import importlib.util
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any, Callable, NamedTuple, Sequence
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from minw import cli
+from minw import config as config_lib
+from minw import layers as layers_lib
+from minw import pack
+from minw import packed
+from minw.bench import timing
+from minw.experiment import Experiment
+from minw.kernels import native
+from minw.kernels import xla
+
+_PAIRS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 3)]  # Bits of --layers: W/A.
+_SHAPES = [(24, 128), (12, 256)]  # Their maps' size, and channels.
+_DEPTHS = (2, 6)  # A layer is the difference of networks of so many, by layer.
+
+
+class Linear(NamedTuple):
+  """A convolution of floats; dense layers are ones of their input's size.
+
+  Attributes:
+    kernel: float32 (height, width, in, out), with batch norm folded into it.
+    bias: float32 (out,).
+    same: whether it is padded to keep the size.
+    pool: whether 2x2 max pooling follows.
+    clip: whether HardTanh follows.
+  """
+
+  kernel: np.ndarray
+  bias: np.ndarray
+  same: bool
+  pool: bool
+  clip: bool
+
+
+def bench_inference(
+    config: Any, rounds: int, batches: Sequence[int], layers: bool = False
+) -> dict[str, Any]:
+  """Times inference side by side, of random weights and images.
+
+  Args:
+    config: of the network, a ConvNet; see `config.default_config`.
+    rounds: how often each is measured.
+    batches: sizes of batches.
+    layers: times single convolutions instead.
+
+  Returns:
+    What --json writes: `runs`, each with its threads, batch, engines and ratios.
+
+  Raises:
+    cli.UsageError: the config can not be run.
+  """
+  if not layers:
+    random_network(config)  # Complains, if it must, in this process.
+  cores = len(os.sched_getaffinity(0))
+  runs, left_out = [], {}
+  for threads in sorted({1, cores}):
+    measure = functools.partial(
+        _layers if layers else _networks, config.to_dict(), rounds, batches, threads)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+      found, left_out = pool.submit(measure).result()
+    runs += found
+    if layers:
+      break
+  return {
+      "bench": "inference", "config": config.to_dict(), "rounds": rounds,
+      "layers": layers, "machine": timing.machine(), "isa": _isa(), "runs": runs,
+      "left_out": left_out,
+      "peak_bytes": {} if layers else native_memory(config),
+  }
+
+
+def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
+  """A config's network with random weights, packed, and in floats."""
+  experiment = Experiment(config)
+  if any("/" in layer.path for layer in experiment.layers):
+    raise cli.bad_value("config.network", config.network, "a ConvNet")
+  generator = np.random.default_rng(config.seed)
+  image = experiment.image_shape
+  variables = jax.tree.map(np.array, jax.device_get(jax.jit(
+      lambda: layers_lib.initialize(experiment.model, image))()))
+  linear, size = [], image[:2]
+  for layer, norm in zip(experiment.layers[::2], experiment.layers[1::2]):
+    fan_in, out = math.prod(layer.kernel_shape[:-1]), layer.kernel_shape[-1]
+    draw = lambda low, high: generator.uniform(low, high, out).astype(np.float32)
+    statistics = variables["batch_stats"][norm.path]["batch_norm"]
+    statistics.update(mean=draw(-1, 1) * fan_in ** 0.5 / 2, var=draw(0.5, 2) * fan_in)
+    variables["params"][norm.path]["batch_norm"].update(
+        scale=draw(0.5, 1) * generator.choice(np.float32([-1, 1]), out),
+        bias=draw(-0.5, 0.5))
+    conv = layer.kind == "conv"
+    window = layer.kernel_shape[:2] if conv else size
+    kernel = generator.normal(0, fan_in ** -0.5, (fan_in, out)).astype(np.float32)
+    same = conv and layer.output_shape[:2] == layer.input_shape[:2]
+    pool = conv and norm.input_shape != layer.output_shape
+    linear.append(Linear(kernel.reshape(*window, -1, out), draw(-0.5, 0.5), same, pool,
+                         clip=norm.bits is not None))
+    size = norm.output_shape[:2] if conv else (1, 1)
+  try:
+    program = pack.pack(
+        experiment.model, variables, pixels=experiment.pixels,
+        source_shape=experiment.info.image_shape, crop=image[:2])
+  except ValueError as error:
+    raise cli.UsageError(str(error)) from error
+  return program, linear
+
+
+def multiplications(program: packed.Program) -> int:
+  """How many an image takes."""
+  return sum(math.prod(value.shape[:2]) * op.kernel.size
+             for op, value in zip(program.ops, packed.infer_values(program)[1:])
+             if isinstance(op, packed.Conv))
+
+
+# The engines: each takes what a network is, a batch and threads, and gives a Run.
+
+
+def _times(call: Callable[[], Any]) -> timing.Run:
+  def run(count):
+    for _ in range(count):
+      call()
+  return run
+
+
+def _native(program, images, threads):
+  network = native.load(packed.to_bytes(program))
+  return _times(lambda: network.logits(images, threads=threads))
+
+
+def _xla(program, images, threads):
+  operands, function = xla.logits(program)
+  function = jax.jit(function)
+  return _times(lambda: function(operands, images).block_until_ready())
+
+
+def float_logits(linear: Sequence[Linear], weights: Any, x: jax.Array) -> jax.Array:
+  """The float network in XLA: float32 (batch, h, w, channels) -> (batch, classes)."""
+  for layer, (kernel, bias) in zip(linear, weights):
+    x = lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME" if layer.same else "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+    if layer.pool:
+      n, h, w, c = x.shape
+      x = x[:, :h // 2 * 2, :w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+    if layer.clip:
+      x = jnp.clip(x, -1, 1)
+  return x.reshape(len(x), -1)
+
+
+def _xla_float(linear, x, threads):
+  weights = jax.device_put([(layer.kernel, layer.bias) for layer in linear])
+  function = jax.jit(functools.partial(float_logits, linear))
+  x = jnp.asarray(x)
+  return _times(lambda: function(weights, x).block_until_ready())
+
+
+def onnx_float(linear: Sequence[Linear], shape: Sequence[int]) -> bytes:
+  """The float network as an ONNX file, for images (batch, channels, h, w)."""
+  import onnx
+  from onnx import helper, numpy_helper
+
+  nodes, constants, x = [], [], "x"
+
+  def constant(value):
+    constants.append(numpy_helper.from_array(value, f"c{len(constants)}"))
+    return constants[-1].name
+
+  def node(kind, *inputs, **attributes):
+    nodes.append(helper.make_node(kind, inputs, [f"y{len(nodes)}"], **attributes))
+    return nodes[-1].output[0]
+
+  low, high = constant(np.float32(-1)), constant(np.float32(1))
+  for layer in linear:
+    kernel = constant(layer.kernel.transpose(3, 2, 0, 1).copy())
+    x = node("Conv", x, kernel, constant(layer.bias), pads=_pads(layer))
+    if layer.pool:
+      x = node("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    if layer.clip:
+      x = node("Clip", x, low, high)
+  return _onnx_model(nodes, constants, shape, x, onnx.TensorProto.FLOAT,
+                     onnx.TensorProto.FLOAT)
+
+
+def onnx_int8(linear: Sequence[Linear], shape: Sequence[int]) -> bytes:
+  """The network of uint8 activations and int8 weights; all operators are integer.
+
+  Scales are fixed, so that saturation is HardTanh.
+  """
+  import onnx
+  from onnx import helper, numpy_helper
+
+  nodes, constants, x = [], [], "x"
+
+  def constant(value):
+    constants.append(numpy_helper.from_array(np.asarray(value), f"c{len(constants)}"))
+    return constants[-1].name
+
+  def node(kind, *inputs, **attributes):
+    nodes.append(helper.make_node(kind, inputs, [f"y{len(nodes)}"], **attributes))
+    return nodes[-1].output[0]
+
+  scale, zero = np.float32(1 / 127), np.uint8(128)
+  activation = constant(scale), constant(zero)
+  for layer in linear:
+    unit = np.float32(np.abs(layer.kernel).max() / 127)
+    kernel = np.round(layer.kernel / unit).astype(np.int8).transpose(3, 2, 0, 1)
+    bias = np.round(layer.bias / (scale * unit)).astype(np.int32)
+    x = node("QLinearConv", x, *activation, constant(kernel.copy()), constant(unit),
+             constant(np.int8(0)), *activation, constant(bias), pads=_pads(layer))
+    if layer.pool:
+      x = node("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+  return _onnx_model(nodes, constants, shape, x, onnx.TensorProto.UINT8,
+                     onnx.TensorProto.UINT8)
+
+
+def _pads(layer):
+  h, w = (size - 1 if layer.same else 0 for size in layer.kernel.shape[:2])
+  return [h // 2, w // 2, h - h // 2, w - w // 2]
+
+
+def _onnx_model(nodes, constants, shape, result, *kinds):
+  from onnx import helper
+
+  values = [helper.make_tensor_value_info(name, kind, dims) for name, kind, dims in zip(
+      ("x", result), kinds, (["n", shape[2], *shape[:2]], ["n", None, None, None]))]
+  graph = helper.make_graph(nodes, "network", values[:1], values[1:], constants)
+  return helper.make_model(
+      graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8
+  ).SerializeToString()
+
+
+def _onnx(make, dtype, linear, x, threads):
+  import onnxruntime
+
+  options = onnxruntime.SessionOptions()
+  options.intra_op_num_threads = threads
+  options.inter_op_num_threads = 1
+  session = onnxruntime.InferenceSession(
+      make(linear, x.shape[1:]), options, providers=["CPUExecutionProvider"])
+  x = np.ascontiguousarray((x * 127 + 128 if dtype == np.uint8 else x).astype(
+      dtype).transpose(0, 3, 1, 2))
+  return _times(lambda: session.run(None, {"x": x}))
+
+
+def torch_inference(linear: Sequence[Linear]) -> Any:
+  """The float network in PyTorch, for images (batch, channels, h, w)."""
+  import torch
+  from torch import nn
+
+  parts = []
+  for layer in linear:
+    *window, channels, out = layer.kernel.shape
+    conv = nn.Conv2d(channels, out, window, padding="same" if layer.same else "valid")
+    conv.weight.data = torch.tensor(layer.kernel).permute(3, 2, 0, 1)
+    conv.bias.data = torch.tensor(layer.bias)
+    parts.append(conv)
+    parts += [nn.MaxPool2d(2)] * layer.pool + [nn.Hardtanh()] * layer.clip
+  return nn.Sequential(*parts).eval().to(memory_format=torch.channels_last)
+
+
+def _torch(linear, x, threads):
+  import torch
+
+  torch.set_num_threads(threads)
+  network = torch_inference(linear)
+  x = torch.tensor(x).permute(0, 3, 1, 2)
+
+  def run(count):
+    with torch.inference_mode():
+      for _ in range(count):
+        network(x)
+
+  return run
+
+
+# What each needs, and what it is given: the program or the float network.
+_ENGINES = {
+    "native": (None, _native),
+    "XLA packed": (None, _xla),
+    "XLA float32": ("jax", _xla_float),
+    "ONNX Runtime float32": (
+        "onnxruntime", functools.partial(_onnx, onnx_float, np.float32)),
+    "ONNX Runtime int8": (
+        "onnxruntime", functools.partial(_onnx, onnx_int8, np.uint8)),
+    "PyTorch float32": ("torch", _torch),
+}
+
+
+def _runs(program, linear, batch, threads, names=tuple(_ENGINES)):
+  """The engines that are there, and why the others are not."""
+  generator = np.random.default_rng(0)
+  images = generator.integers(0, 256, (batch, *program.source_shape), np.uint8)
+  x = generator.uniform(
+      -1, 1, (batch, *program.crop, program.source_shape[2])).astype(np.float32)
+  runs, left_out = {}, {}
+  for name in names:
+    module, engine = _ENGINES[name]
+    if name == "native" and not native.available():
+      left_out[name] = "it was not built"
+    elif module and any(importlib.util.find_spec(part) is None for part in (
+        (module, "onnx") if module == "onnxruntime" else (module,))):
+      left_out[name] = f"{module} is not installed"
+    else:
+      given = (linear, x) if module else (program, images)
+      runs[name] = engine(*given, threads)
+  return runs, left_out
+
+
+def _limit(threads):
+  """Leaves this process that many cores; before JAX starts its threads."""
+  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+
+def _networks(fields, rounds, batches, threads):
+  """`bench_inference`'s runs, in a process of their own."""
+  _limit(threads)
+  config = config_lib.default_config()
+  config.update(fields)
+  program, linear = random_network(config)
+  work = multiplications(program)
+  found, left_out = [], {}
+  for batch in batches:
+    runs, left_out = _runs(program, linear, batch, threads)
+    found.append(_result(timing.measure(runs, rounds), work * batch,
+                         threads=threads, batch=batch))
+  return found, left_out
+
+
+def _layers(fields, rounds, batches, threads):
+  """Runs of single convolutions with their thresholds: differences of networks."""
+  del fields
+  _limit(threads)
+  found, left_out = [], {}
+  low, high = _DEPTHS
+  names = "native", "XLA packed", "ONNX Runtime int8"
+  for batch in batches:
+    for size, width in _SHAPES:
+      for weights, inputs in _PAIRS:
+        runs = {}
+        for depth in _DEPTHS:
+          program, linear = stack(depth, size, width, weights, inputs)
+          made, left_out = _runs(program, linear, batch, threads, names)
+          runs.update({(name, depth): run for name, run in made.items()})
+        seconds = timing.measure(runs, rounds)
+        seconds = {
+            name: [max(b - a, 1e-9) / (high - low)
+                   for a, b in zip(seconds[name, low], seconds[name, high])]
+            for name in made}
+        found.append(_result(
+            seconds, size * size * 9 * width * width * batch, threads=threads,
+            batch=batch, layer=f"{weights}/{inputs} {width} -> {width}, 3x3, {size}x"
+            f"{size}"))
+  return found, left_out
+
+
+def stack(
+    depth: int, size: int, width: int, weights: int, inputs: int
+) -> tuple[packed.Program, list[Linear]]:
+  """Convolutions 3x3 one after another, packed and in floats, and a last dense one."""
+  generator = np.random.default_rng(0)
+  shape = (size, size, width)
+  codes = {1: [-1, 1], 2: [-1, 0, 1], 3: range(-3, 4)}[weights]
+  ops: list[packed.Op] = []
+
+  def threshold(scale):
+    t = generator.normal(0, scale, (1, packed.num_thresholds(inputs), width))
+    ops.append(packed.Threshold(
+        "norm", len(ops), inputs, np.zeros(width, bool),
+        np.sort(t.round().astype(np.int32), 1)))
+
+  def conv(out, window, pads):
+    ops.append(packed.Conv(
+        "conv", len(ops), weights,
+        generator.choice(np.int8(codes), (out, *window, width)), pads=pads))
+
+  threshold(30)
+  for _ in range(depth):
+    conv(width, (3, 3), (1, 1, 1, 1))
+    threshold((9 * width) ** 0.5)
+  ops.append(packed.Pool("pool", len(ops), "max", (size, size), (size, size)))
+  ops.append(packed.Add("codes", len(ops), len(ops)))
+  ops.append(packed.Logits("logits", len(ops), 1.0, *np.ones((3, width), np.float32)))
+  program = packed.Program(
+      shape, shape[:2], np.full(width, 128, np.uint8), width, tuple(ops), {})
+  linear = [Linear(
+      generator.normal(0, (9 * width) ** -0.5, (3, 3, width, width)).astype(np.float32),
+      np.zeros(width, np.float32), True, False, True)] * depth
+  return program, linear
+
+
+def _result(seconds, work, **about):
+  """Summaries of engines, and the ratios of their times to the packed network's."""
+  engines = {name: {**timing.summary(values), "per_second": work / np.median(values)}
+             for name, values in seconds.items()}
+  ratios = {
+      f"{a} / {b}": timing.summary([x / y for x, y in zip(seconds[a], seconds[b])])
+      for b in ("native", "XLA packed") for a in seconds
+      if b in seconds and a not in ("native", b)}
+  return {**about, "engines": engines, "ratios": ratios}
+
+
+def _isa():
+  """The instruction set of the native path, or what the CPU has."""
+  if native.available():
+    return native.isas()[0]
+  flags = ""
+  if os.path.exists("/proc/cpuinfo"):
+    with open("/proc/cpuinfo") as lines:
+      flags = next((line for line in lines if line.startswith("flags")), "")
+  known = [name for name in ("avx512_vpopcntdq", "avx512_vnni", "avx512bw", "avx2")
+           if name in flags.split()]
+  return " ".join(known) or "unknown"
+
+
+def native_memory(config: Any) -> dict[str, int]:
+  """The most memory of a process that loads the network and runs one image."""
+  if not native.available() or not os.path.exists("/proc/self/status"):
+    return {}
+  program, _ = random_network(config)
+  code = (
+      "import re, sys, numpy as np; from minw.kernels import native\n"
+      "status = lambda: open('/proc/self/status').read()\n"
+      "peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', status())[1])\n"
+      "before = peak(); network = native.load(open(sys.argv[1], 'rb').read())\n"
+      "network.logits(np.zeros((1, *network.shape), np.uint8)); print(before, peak())")
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "net.minw")
+    size = packed.write(path, program)
+    output = subprocess.run([sys.executable, "-c", code, path], check=True,
+                            capture_output=True, text=True).stdout
+  before, after = map(int, output.split())
+  return {"file": size, "process": after, "network": after - before}
+
+
+def table(result: dict[str, Any]) -> str:
+  """The result of `bench_inference` for a reader."""
+  c, m = result["config"], result["machine"]
+  widths = "-".join(map(str, (*c["conv_widths"], *c["dense_widths"])))
+  what = "one convolution, W/A" if result["layers"] else (
+      f"ConvNet {widths}, crop {c['crop_size']}, {c['weight_bits']}/{c['input_bits']}"
+      " bits W/A")
+  lines = [
+      f"Inference: {what}; random weights",
+      f"on {m['cores']} x {m['cpu']}, {result['isa']}; "
+      + ", ".join(f"{name} {version}" for name, version in m["versions"].items()),
+      f"Medians and quartiles of {result['rounds']} rounds; ratios of times are"
+      " medians of each round's."]
+  for run in result["runs"]:
+    lines += ["", f"{run.get('layer', 'network')}, batch {run['batch']}, "
+              f"{run['threads']} thread{'s' * (run['threads'] > 1)}",
+              f"{'':22}{'ms':>10}{'quartiles':>22}{'GMAC/s':>9}{'/ native':>10}"
+              f"{'/ XLA':>8}"]
+    for name, e in run["engines"].items():
+      spread = f"{1e3 * e['low']:.3f} - {1e3 * e['high']:.3f}"
+      line = (f"{name:22}{1e3 * e['median']:10.3f}{spread:>22}"
+              f"{e['per_second'] / 1e9:9.0f}")
+      for base, width in (("native", 10), ("XLA packed", 8)):
+        ratio = run["ratios"].get(f"{name} / {base}")
+        line += f"{ratio['median']:{width}.2f}" if ratio else " " * width
+      lines.append(line.rstrip())
+  lines += [f"{name:22} left out: {why}" for name, why in result["left_out"].items()]
+  if result["peak_bytes"]:
+    sizes = (f"{name} {size / 2**20:.1f} MiB"
+             for name, size in result["peak_bytes"].items())
+    lines += ["", "Native path, peak memory at batch 1: " + ", ".join(sizes)]
+  return "\n".join(lines)
