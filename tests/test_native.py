@@ -1,7 +1,11 @@
 """The native library against the NumPy reference: equal integers, equal logits."""
 
+import ast
 import concurrent.futures
+import copy
+import os
 import pathlib
+import platform
 import shutil
 import struct
 import subprocess
@@ -191,8 +195,8 @@ def windows(draw, h, w, largest):
 @st.composite
 def programs(draw):
   """Networks of a few random operations."""
-  b = Builder(np.random.default_rng(draw(st.integers(0, 2**32))),
-              tuple(draw(st.integers(1, 9)) for _ in range(2)) + (draw(st.integers(1, 4)),))
+  shape = tuple(draw(st.integers(1, n)) for n in (9, 9, 4))
+  b = Builder(np.random.default_rng(draw(st.integers(0, 2**32))), shape)
   bits = st.integers(1, 3)
   x = b.conv(0, draw(bits), draw(st.integers(1, 70)), *windows(draw, *b.crop, 11))
   for _ in range(draw(st.integers(0, 3))):
@@ -224,7 +228,7 @@ def test_floats(isa, form):
   y = b.add(packed.Pool("sum", y, "sum", (2, 2), (1, 1)))
   codes = [b.norm(y, bits) for bits in (1, 2, 3)]
   for code in codes:
-    b.norm(b.conv(code, form, 20, pads=(1, 0, 0, 1), pad=1), 3, y if code == 1 else None)
+    b.norm(b.conv(code, form, 20, pads=(1, 0, 0, 1), pad=1), 3)
   x = b.norm(b.conv(codes[2], 3, 20, (1, 1), pads=(0,) * 4), form, codes[0])
   program = b.end(x, form)
   network = native.load(packed.to_bytes(program))
@@ -285,6 +289,9 @@ def test_names_and_kernels(isa):
   program = b.end(b.threshold(x, 1))
   layers = native.load(packed.to_bytes(program)).layers()
   assert [name for name, _ in layers] == [op.name for op in program.ops]
+  assert layers[-1][1] == "plain loops"
+  assert {kernel for name, kernel in layers if name == "norm"} == {
+      "in the pass of its convolution"}
   kernels = [kernel for name, kernel in layers if name == "conv"]
   assert kernels[0] == "int16 sums"
   for kernel in kernels[:5]:
@@ -344,19 +351,25 @@ def test_damaged_files_are_refused_as_the_reader_does(program, data):
   except ValueError:
     return  # Such as of metadata, which the library does not read.
   if max(np.prod(v.shape) for v in packed.infer_values(program)) < 10**5:
-    np.testing.assert_array_equal(  # Floats may have become NaN.
-        network.logits(images(program, 1)), reference.logits(program, images(program, 1)))
+    x = images(program, 1)
+    np.testing.assert_array_equal(network.logits(x), reference.logits(program, x))
+
+
+def xla_call(program, **options):
+  try:
+    return jax.jit(native.ffi_logits(packed.to_bytes(program), **options))
+  except RuntimeError as error:
+    pytest.skip(str(error))  # Built without jaxlib's headers.
 
 
 def test_xla_call():
   program = small()
-  data = packed.to_bytes(program)
-  logits = native.ffi_logits(data, threads=2)
+  logits = xla_call(program, threads=2)
   x = images(program, 6)
   want = reference.logits(program, x)
-  np.testing.assert_array_equal(jax.jit(logits)(x), want)
-  np.testing.assert_array_equal(jax.jit(logits)(x[0]), want[0])
-  np.testing.assert_array_equal(jax.vmap(jax.jit(logits))(x), want)
+  np.testing.assert_array_equal(logits(x), want)
+  np.testing.assert_array_equal(logits(x[0]), want[0])
+  np.testing.assert_array_equal(jax.vmap(logits)(x), want)
   with pytest.raises(ValueError, match="must be uint8"):
     logits(x[:, 1:])
 
@@ -368,8 +381,7 @@ def test_xla_calls_of_many_networks():
     b = Builder(np.random.default_rng(seed), (2, 2, 1))
     program = b.end(0)
     x = images(program, 2)
-    calls.append((jax.jit(native.ffi_logits(packed.to_bytes(program))), x,
-                  reference.logits(program, x)))
+    calls.append((xla_call(program), x, reference.logits(program, x)))
   for call, x, want in calls + calls:
     np.testing.assert_array_equal(call(x), want)
 
@@ -395,3 +407,77 @@ def test_c_program(tmp_path):
   assert result.stdout.split() == [str(label) for label in labels]
   result = run("images", "images")
   assert result.returncode == 1 and "not a packed network" in result.stderr
+
+
+def seeds(folder):
+  """Small networks of all operations, as files."""
+  files = []
+  for bits in (1, 2, 3):
+    b = Builder(np.random.default_rng(bits), (6, 5, 2), (5, 5))
+    x = b.threshold(b.conv(0, bits, 128, strides=(2, 1)), bits)
+    short = b.add(packed.Shortcut("short", x, (1, 1), 1, 2))
+    x = b.threshold(b.conv(x, bits, 131, (1, 2), pads=(0, 0, 1, 0)), bits, short)
+    x = b.add(packed.Concat("cat", (x, short), (0, 0)))
+    x = b.conv(x, bits, 10)
+    x = b.threshold(b.add(packed.Pool("max", x, "max", (2, 2), (2, 2))), bits)
+    x = b.norm(b.add(packed.Add("add", x, x, 0, 1)), "float8_e4m3fn", x)
+    x = b.norm(b.add(packed.Pool("sum", x, "sum", (1, 2), (1, 1))), bits)
+    for form in (bits, "float16", "bfloat16"):
+      files.append(folder / f"{bits}{form}.minw")
+      files[-1].write_bytes(packed.to_bytes(Builder.end(copy.deepcopy(b), x, form)))
+  return files
+
+
+SOURCES = ("program", "engine", "kernels_portable", "kernels_avx2", "kernels_avx512",
+           "kernels_neon")
+
+
+def build(compiler, folder, flags, program, x86):
+  """Compiles the library and a C++ program into one executable."""
+  objects = []
+  for path in (*(CSRC / f"{name}.cc" for name in SOURCES), HERE / program):
+    isa = setup_flags()[path.stem] if x86 and path.stem in setup_flags() else []
+    objects.append(str(folder / f"{path.stem}.o"))
+    subprocess.run([compiler, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror",
+                    "-Wno-psabi", "-ffp-contract=off", *flags, *isa, f"-I{CSRC}", "-c",
+                    str(path), "-o", objects[-1]], check=True)
+  subprocess.run([compiler, *flags, *objects, "-pthread", "-o", str(folder / "run")],
+                 check=True)
+  return folder / "run"
+
+
+def setup_flags():
+  """What setup.py compiles files with, by instruction set."""
+  text = (HERE.parent.parent / "setup.py").read_text()
+  start = text.index("_X86_FLAGS = ") + len("_X86_FLAGS = ")
+  return ast.literal_eval(text[start:text.index("\n}\n") + 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
+def test_sanitizers(tmp_path, sanitizer):
+  compiler = shutil.which("c++") or shutil.which("g++")
+  if not compiler:
+    pytest.skip("no C++ compiler")
+  flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+  run = build(compiler, tmp_path, flags, "fuzz.cc", platform.machine() == "x86_64")
+  rounds = "20" if sanitizer == "thread" else "100"
+  for isa in ISAS:
+    result = subprocess.run(
+        [run, rounds, "3", *seeds(tmp_path)], capture_output=True, text=True,
+        env=os.environ | {"MINW_ISA": isa})
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[0]) > 0
+
+
+@pytest.mark.slow
+def test_arm(tmp_path):
+  """The kernels for NEON, cross-compiled and emulated, as the portable ones."""
+  compiler = shutil.which("aarch64-linux-gnu-g++")
+  emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+  if not compiler or not emulator:
+    pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+  run = build(compiler, tmp_path, ["-static"], "compare.cc", x86=False)
+  result = subprocess.run([emulator, run, "portable", "neon", *seeds(tmp_path)],
+                          capture_output=True, text=True)
+  assert result.returncode == 0, result.stderr

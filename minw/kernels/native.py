@@ -104,7 +104,7 @@ class Network:
             for r, s in zip(results, self._shapes())]
 
   def layers(self) -> list[tuple[str, str]]:
-    """Each operation's name, and the kernel that runs it ("" if it needs no name)."""
+    """Each operation's name, and the kernel that runs it."""
     return [tuple(f(self._network, i).decode(errors="replace")
                   for f in (self._lib.minw_op_name, self._lib.minw_op_kernel))
             for i in range(self._lib.minw_num_ops(self._network))]

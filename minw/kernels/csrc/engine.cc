@@ -1,0 +1,937 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <new>
+#include <utility>
+
+#include "minw.h"
+#include "pool.h"
+#include "program.h"
+
+namespace minw {
+namespace {
+
+constexpr size_t kAlign = 64;
+// Images go through the layers in groups, so that dense layers share their weights.
+constexpr size_t kMaxGroup = 16, kGroupBytes = size_t{1} << 20;
+
+size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Aligned memory that keeps its size.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : size_(bytes) {
+    data_ = static_cast<char*>(::operator new(bytes + 1, std::align_val_t(kAlign)));
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t(kAlign)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  char* data_;
+  size_t size_;
+};
+
+bool runs(const Isa& isa) {
+  if (!isa.name) return false;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&isa == &kAvx2) return __builtin_cpu_supports("avx2");
+  if (&isa == &kAvx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vpopcntdq") &&
+           __builtin_cpu_supports("avx512vnni");
+#endif
+  return true;
+}
+
+const Isa* const kIsas[] = {&kAvx512, &kAvx2, &kNeon, &kPortable};  // Best first.
+
+const Isa& best_isa() {
+  const char* forced = std::getenv("MINW_ISA");
+  std::string names;
+  for (const Isa* isa : kIsas) {
+    if (!runs(*isa)) continue;
+    if (!forced || !*forced || !std::strcmp(forced, isa->name)) return *isa;
+    names += std::string(" ") + isa->name;
+  }
+  throw Error(std::string("MINW_ISA=") + forced +
+              " does not run on this CPU; these do:" + names);
+}
+
+// A convolution with the memory that its plain struct points into.
+struct Layer {
+  Conv conv = {};
+  std::unique_ptr<Buffer> weights;
+  std::vector<int32_t> base;
+  std::vector<int32_t> offsets;
+  std::vector<int> row_class, col_class;
+  std::vector<char> border;
+  const char* kernel = "";
+};
+
+// Which of the taps 0..kernel - 1 lie inside the map, for each output row (or column).
+struct Taps {
+  std::vector<int> of;                     // Class of an output row.
+  std::vector<std::pair<int, int>> range;  // [first, last) of a class.
+};
+
+Taps taps(int out, int in, int kernel, int stride, int before) {
+  Taps t;
+  for (int y = 0; y < out; y++) {
+    int top = y * stride - before;
+    std::pair<int, int> range(std::clamp(-top, 0, kernel),
+                              std::clamp(in - top, 0, kernel));
+    auto at = std::find(t.range.begin(), t.range.end(), range);
+    t.of.push_back(at - t.range.begin());
+    if (at == t.range.end()) t.range.push_back(range);
+  }
+  return t;
+}
+
+// Sums over the weights of a run.
+struct RunSums {
+  int64_t levels = 0, magnitudes = 0, negative = 0;
+  void add(const Bits& b) {
+    for (int m = 0; m < 3; m++) {
+      int all = __builtin_popcountll(b.mask[m]);
+      int minus = __builtin_popcountll(b.mask[m] & ~b.positive);
+      magnitudes += int64_t{all} << m;
+      levels += int64_t{all - 2 * minus} * (1 << m);
+      negative += minus;
+    }
+  }
+};
+
+class LayerBuilder {
+ public:
+  LayerBuilder(const Program& program, const Op& op, const Map& out, const Isa& isa)
+      : op_(op), x_(program.values[op.inputs[0]]), isa_(isa), c_(layer_.conv) {
+    c_.in = x_.map;
+    c_.out = out;
+    c_.window = op.window;
+    c_.source = op.inputs[0] == 0 ? &program.source : nullptr;
+    c_.unit = op.unit;
+    c_.w_bits = op.weights.grid() ? op.weights.format : 0;
+    choose_form();
+    geometry();
+    weights();
+    base();
+    border();
+    layer_.kernel = isa.choose(&c_);
+  }
+
+  Layer take() { return std::move(layer_); }
+
+ private:
+  template <class Visit>  // visit(out, tap, first channel, Bits) for 64 channels each
+  void each(const Visit& visit) const {
+    int in = c_.in.c, taps = c_.window.h * c_.window.w;
+    uint64_t at = 0;
+    for (int o = 0; o < c_.out.c; o++)
+      for (int tap = 0; tap < taps; tap++)
+        for (int i = 0; i < in; i += 64) {
+          int n = std::min(64, in - i);
+          visit(o, tap, i, op_.weights.bits(at, n));
+          at += n;
+        }
+  }
+
+  void choose_form() {
+    bool codes = c_.in.kind == kCode;
+    // A filled shortcut has zeros.
+    c_.a_bits = codes ? (x_.zeros ? std::max(c_.in.bits, 2) : c_.in.bits) : 0;
+    int a = c_.a_bits, w = c_.w_bits;
+    c_.width = 32;
+    if (!w || c_.in.kind == kFloat) {
+      c_.form = kFloat32;
+    } else if (codes && (a == 1 || w == 1 || (a == 2 && w == 2))) {
+      c_.form = kPlanes;
+      c_.width = kLane;
+      c_.words = (c_.in.c + 63) / 64;
+      // Its sums are uint16.
+      int64_t weights = int64_t{c_.window.h} * c_.window.w * c_.in.c;
+      if (isa_.lookup && a == 1 && w == 1 && weights < 65536) {
+        c_.form = kNibbles;
+        c_.width = c_.out.c <= 32 ? 32 : c_.out.c <= 64 ? 64 : 128;
+        return;
+      }
+      c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
+      c_.sums = w == 1 && a > 1;
+    } else if (codes && isa_.dot) {
+      c_.form = kBytes;
+    } else {
+      std::vector<RunSums> sums(c_.out.c);
+      each([&](int o, int, int, const Bits& b) { sums[o].add(b); });
+      int64_t most = 0;
+      for (const RunSums& sum : sums)
+        most = std::max(most, sum.magnitudes * x_.most() + sum.negative);
+      bool narrow = most < 32768 && x_.most() < 32768;
+      c_.form = narrow ? kInt16 : kInt32;
+      c_.width = narrow ? 64 : 32;
+    }
+  }
+
+  void geometry() {
+    const Window& w = c_.window;
+    int step = c_.in.c;  // Steps of a pixel.
+    switch (c_.form) {
+      case kPlanes:
+        step = c_.words;
+        c_.pixel_bytes = c_.words * 8 * (c_.a_bits == 3 ? 4 : c_.a_bits);
+        break;
+      case kNibbles:
+        step = (c_.in.c + 3) / 4;
+        c_.pixel_bytes = c_.words * 16;
+        break;
+      case kBytes:
+        step = (c_.in.c + 3) / 4;
+        c_.pixel_bytes = c_.in.stride;
+        break;
+      case kInt16: c_.pixel_bytes = c_.in.c * 2; break;
+      case kInt32:
+      case kFloat32: c_.pixel_bytes = c_.in.c * 4; break;
+    }
+    if (c_.paired) step /= 2;
+    c_.padded_h = c_.in.h + w.top + w.bottom;
+    c_.padded_w = c_.in.w + w.left + w.right;
+    int bytes = c_.form == kNibbles ? 1 : c_.form == kBytes ? 4 : c_.pixel_bytes / step;
+    for (int y = 0; y < w.h; y++)
+      for (int x = 0; x < w.w; x++)
+        for (int i = 0; i < step; i++)
+          layer_.offsets.push_back((y * c_.padded_w + x) * c_.pixel_bytes + i * bytes);
+    c_.steps = static_cast<int>(layer_.offsets.size());
+    c_.offsets = layer_.offsets.data();
+    c_.groups = (c_.out.c + c_.width - 1) / c_.width;
+  }
+
+  void weights() {
+    size_t taps = static_cast<size_t>(c_.window.h) * c_.window.w, width = c_.width;
+    int in = c_.in.c, w = c_.w_bits;
+    // Elements of a tap and output channel.
+    size_t planes = c_.form == kPlanes   ? (w == 3 ? 4 : w)
+                    : w == 2 && (c_.form == kInt16 || c_.form == kInt32) ? 2
+                                         : 1;
+    bool fours = c_.form == kBytes || c_.form == kNibbles;
+    size_t steps = c_.form == kPlanes ? c_.words : fours ? (in + 3) / 4 : in;
+    size_t size = c_.form == kPlanes    ? 8
+                  : c_.form == kNibbles ? 1
+                  : c_.form == kInt16   ? 2
+                                        : 4;
+    c_.group_bytes = taps * steps * planes * width * size;
+    size_t bytes = c_.group_bytes * c_.groups;
+    layer_.weights = std::make_unique<Buffer>(bytes);
+    char* data = layer_.weights->data();
+    std::memset(data, 0, bytes);
+    c_.weights = data;
+    auto at = [&](int o, size_t tap, size_t step) {
+      size_t group = o / width;
+      return data + group * c_.group_bytes +
+             ((tap * steps + step) * planes * width + o % width) * size;
+    };
+    if (c_.form == kFloat32) {
+      uint64_t next = 0;
+      for (int o = 0; o < c_.out.c; o++)
+        for (size_t tap = 0; tap < taps; tap++)
+          for (int i = 0; i < in; i++) {
+            float x = op_.weights.value(next++) * (w ? op_.weight_unit : 1.0f);
+            std::memcpy(at(o, tap, i), &x, sizeof x);
+          }
+      return;
+    }
+    each([&](int o, int tap, int first, const Bits& b) {
+      if (c_.form == kPlanes) {
+        auto* to = reinterpret_cast<uint64_t*>(at(o, tap, first / 64));
+        to[0] = b.positive;
+        for (size_t p = 1; p < planes; p++) to[p * width] = b.mask[p - 1];
+        if (c_.paired && first / 64 % 2) to[0] ^= to[-static_cast<int>(width)];
+        return;
+      }
+      if (c_.form == kNibbles) {
+        for (int i = 0; i < 16 && first + i * 4 < in; i++)
+          *at(o, tap, first / 4 + i) = b.positive >> (i * 4) & 15;
+        return;
+      }
+      for (int i = 0; i < std::min(64, in - first); i++) {
+        int magnitude = (b.mask[0] >> i & 1) | (b.mask[1] >> i & 1) << 1 |
+                        (b.mask[2] >> i & 1) << 2;
+        int level = b.positive >> i & 1 ? magnitude : -magnitude;
+        if (c_.form == kBytes)
+          at(o, tap, (first + i) / 4)[(first + i) % 4] =
+              static_cast<char>(level);
+        else if (c_.form == kInt16)
+          lane<int16_t>(at(o, tap, first + i), level);
+        else
+          lane<int32_t>(at(o, tap, first + i), level);
+      }
+    });
+  }
+
+  template <class E>
+  void lane(char* to, int level) {
+    E sign = c_.w_bits == 3 ? level : level < 0 ? -1 : 0;
+    E mask = level ? -1 : 0;
+    std::memcpy(to, &sign, sizeof(E));
+    if (c_.w_bits == 2) std::memcpy(to + c_.width * sizeof(E), &mask, sizeof(E));
+  }
+
+  void base() {
+    const Window& w = c_.window;
+    size_t stride = static_cast<size_t>(c_.groups) * c_.width;
+    // Where a bit is 0.
+    bool minus = (c_.form == kPlanes || c_.form == kNibbles) && c_.a_bits == 1;
+    Taps rows = {std::vector<int>(c_.out.h), {{0, w.h}}};
+    Taps cols = {std::vector<int>(c_.out.w), {{0, w.w}}};
+    // Padding by 0 has no 1-bit code: it counts as -1, which is added back here.
+    if (minus && !op_.pad) {
+      rows = taps(c_.out.h, c_.in.h, w.h, w.stride_h, w.top);
+      cols = taps(c_.out.w, c_.in.w, w.w, w.stride_w, w.left);
+    }
+    layer_.base.resize(rows.range.size() * cols.range.size() * stride);
+    if (c_.form != kFloat32) {
+      // inside[y][x]: the sum of the levels of the taps above and left of (y, x).
+      std::vector<int64_t> inside((w.h + 1) * size_t(w.w + 1));
+      auto at = [&](int y, int x) -> int64_t& {
+        return inside[y * size_t(w.w + 1) + x];
+      };
+      uint64_t next = 0;
+      for (int o = 0; o < c_.out.c; o++) {
+        RunSums all;
+        for (int y = 0; y < w.h; y++)
+          for (int x = 0; x < w.w; x++) {
+            int64_t before = all.levels;
+            for (int i = 0; i < c_.in.c; i += 64) {
+              int n = std::min(64, c_.in.c - i);
+              all.add(op_.weights.bits(next, n));
+              next += n;
+            }
+            at(y + 1, x + 1) =
+                at(y, x + 1) + at(y + 1, x) - at(y, x) + all.levels - before;
+          }
+        int64_t start = minus                  ? all.magnitudes
+                        : c_.form == kPlanes   ? 0
+                        : c_.form == kBytes    ? -4 * all.levels
+                        : c_.w_bits < 3        ? all.negative
+                                               : 0;
+        for (size_t r = 0; r < rows.range.size(); r++)
+          for (size_t k = 0; k < cols.range.size(); k++) {
+            auto [top, bottom] = rows.range[r];
+            auto [left, right] = cols.range[k];
+            int64_t here = top < bottom && left < right
+                               ? at(bottom, right) - at(top, right) - at(bottom, left) +
+                                     at(top, left)
+                               : 0;
+            layer_.base[(r * cols.range.size() + k) * stride + o] =
+                static_cast<int32_t>(start + all.levels - here);
+          }
+        if (!minus || op_.pad)  // One class, with all taps.
+          layer_.base[o] = static_cast<int32_t>(start);
+      }
+    }
+    layer_.row_class = std::move(rows.of);
+    layer_.col_class = std::move(cols.of);
+    c_.base = layer_.base.data();
+    c_.row_class = layer_.row_class.data();
+    c_.col_class = layer_.col_class.data();
+    c_.col_classes = static_cast<int>(cols.range.size());
+  }
+
+  void border() {
+    layer_.border.resize(c_.pixel_bytes);
+    if (c_.in.kind == kCode) {
+      std::vector<int8_t> codes(c_.in.stride + kAlign, static_cast<int8_t>(op_.pad));
+      isa_.encode(c_, codes.data(), 1, layer_.border.data(),
+                  c_.sums ? &c_.border_sum : nullptr);
+      if (c_.a_bits == 1 && !op_.pad && c_.form != kFloat32)
+        std::fill(layer_.border.begin(), layer_.border.end(), 0);
+    }
+    c_.border = layer_.border.data();
+  }
+
+  const Op& op_;
+  const Value& x_;
+  const Isa& isa_;
+  Layer layer_;
+  Conv& c_;
+};
+
+// What runs at a time: an operation, or a convolution with what follows it.
+struct Step {
+  int op;             // The last one.
+  int conv = -1;      // The op that is the convolution.
+  int threshold = -1;
+  Finish finish = {};
+};
+
+struct Plan {
+  std::vector<Step> steps;
+  std::vector<size_t> offset;  // Of a value in the arena, for one image.
+  size_t arena = 0;            // Bytes for an image.
+  size_t group = 1;            // Images at a time.
+};
+
+}  // namespace
+}  // namespace minw
+
+using namespace minw;
+
+struct minw_network {
+  minw_network(const uint8_t* bytes, size_t size)
+      : program(parse(bytes, size)), isa(best_isa()) {
+    program.source.offset = program.offset.data();
+    size_t n = program.ops.size();
+    layers.resize(n);
+    thresholds.resize(n);
+    for (size_t i = 0; i < n; i++) {
+      Op& op = program.ops[i];
+      const Map& out = program.values[i + 1].map;
+      if (op.kind == kConv) {
+        layers[i] =
+            std::make_unique<Layer>(LayerBuilder(program, op, out, isa).take());
+        op.weights = {};
+      } else if (op.kind == kThreshold) {
+        thresholds[i] = {op.bits,        op.codes, op.count, out.stride, op.flip.data(),
+                         op.thresholds.data()};
+      }
+    }
+    fast = plan(true);
+    plain = plan(false);
+  }
+
+  Plan plan(bool fused) const;
+  size_t work_bytes(const Plan& plan, size_t images) const;
+  void run(const Plan& plan, const uint8_t* images, size_t n, char* scratch,
+           float* logits) const;
+  std::unique_ptr<Buffer> scratch(size_t bytes) const;
+  void keep(std::unique_ptr<Buffer> buffer) const;
+  size_t image_bytes() const {
+    return static_cast<size_t>(program.source.h) * program.source.w * program.channels;
+  }
+
+  Program program;
+  const Isa& isa;
+  std::vector<std::unique_ptr<Layer>> layers;
+  std::vector<Threshold> thresholds;
+  Plan fast, plain;
+  // Scratch memory between calls: fresh memory costs page faults.
+  mutable std::mutex mutex;
+  mutable std::vector<std::unique_ptr<Buffer>> spare;
+
+  void image(const uint8_t* images, size_t n, char* out) const;
+  template <class T>
+  void pool(const Op& op, const Map& in, const Map& out, const T* x, size_t n,
+            char* to) const;
+  void float_norm(const Op& op, const Map& in, const void* x, const void* shortcut,
+                  size_t n, const Map& out, void* to) const;
+};
+
+std::unique_ptr<Buffer> minw_network::scratch(size_t bytes) const {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (auto& buffer : spare)
+      if (buffer->size() >= bytes) {
+        std::swap(buffer, spare.back());
+        auto taken = std::move(spare.back());
+        spare.pop_back();
+        return taken;
+      }
+    spare.clear();
+  }
+  return std::make_unique<Buffer>(bytes);
+}
+
+void minw_network::keep(std::unique_ptr<Buffer> buffer) const {
+  std::lock_guard<std::mutex> lock(mutex);
+  spare.push_back(std::move(buffer));
+}
+
+Plan minw_network::plan(bool fused) const {
+  const auto& ops = program.ops;
+  int n = static_cast<int>(ops.size());
+  std::vector<int> uses(n + 1), consumer(n + 1, -1);
+  for (int i = 0; i < n; i++) {
+    auto use = [&](int value) { uses[value]++, consumer[value] = i; };
+    for (int value : ops[i].inputs) use(value);
+    if (ops[i].shortcut >= 0) use(ops[i].shortcut);
+  }
+  Plan p;
+  std::vector<Step> at(n, Step{-1});  // A convolution's is where its last op was.
+  std::vector<bool> taken(n);
+  for (int i = 0; i < n; i++) {
+    if (taken[i]) continue;
+    Step step = {i};
+    if (ops[i].kind == kConv) {
+      step.conv = i;
+      step.finish = {1, 1, program.values[i + 1].map, nullptr};
+      auto next = [&](OpKind kind) {
+        int value = step.op + 1;
+        if (!fused || uses[value] != 1 || program.values[value].map.kind != kInt)
+          return false;
+        const Op& op = ops[consumer[value]];
+        const Window& w = op.window;
+        if (op.kind != kind || op.inputs[0] != value) return false;
+        if (kind == kMaxPool &&
+            (w.top || w.bottom || w.left || w.right || w.h != w.stride_h ||
+             w.w != w.stride_w || w.h * w.w > kChunk / 4))
+          return false;
+        step.op = consumer[value];
+        taken[step.op] = true;
+        step.finish.out = program.values[step.op + 1].map;
+        return true;
+      };
+      if (next(kMaxPool)) {
+        step.finish.pool_h = ops[step.op].window.h;
+        step.finish.pool_w = ops[step.op].window.w;
+      }
+      if (next(kThreshold)) step.finish.threshold = &thresholds[step.op];
+      if (step.finish.threshold) step.threshold = step.op;
+    }
+    at[step.op] = step;
+  }
+  for (const Step& step : at)
+    if (step.op >= 0) p.steps.push_back(step);
+
+  // Where values lie: the first gap that is free while the value lives.
+  int count = static_cast<int>(p.steps.size());
+  std::vector<int> last(n + 1, fused ? -1 : count);
+  auto reads = [&](const Step& step, auto visit) {
+    for (int value : ops[step.conv >= 0 ? step.conv : step.op].inputs) visit(value);
+    int tail = step.threshold >= 0 ? step.threshold : step.op;
+    if (ops[tail].shortcut >= 0) visit(ops[tail].shortcut);
+  };
+  for (int s = 0; s < count; s++)
+    reads(p.steps[s], [&](int value) { last[value] = std::max(last[value], s); });
+  struct Piece {
+    size_t begin, end;
+    int last;
+  };
+  std::vector<Piece> pieces;  // Sorted by begin.
+  p.offset.resize(n + 1);
+  auto place = [&](int value, int now) {
+    const Map& m = program.values[value].map;
+    size_t size = aligned(static_cast<size_t>(m.h) * m.w * m.stride * m.size());
+    pieces.erase(std::remove_if(pieces.begin(), pieces.end(),
+                                [&](const Piece& x) { return x.last < now; }),
+                 pieces.end());
+    size_t begin = 0;
+    auto before = pieces.begin();
+    for (; before != pieces.end() && before->begin < begin + size; ++before)
+      begin = before->end;
+    pieces.insert(before, {begin, begin + size, std::max(last[value], now)});
+    p.offset[value] = begin;
+    p.arena = std::max(p.arena, begin + size);
+  };
+  // The image is stored only for what is not a convolution, or if all values are.
+  if (!fused) place(0, 0);
+  for (const Step& step : p.steps)
+    if (step.conv < 0)
+      for (int value : ops[step.op].inputs)
+        if (value == 0 && p.offset[0] == 0 && pieces.empty()) place(0, 0);
+  for (int s = 0; s < count; s++) place(p.steps[s].op + 1, s);
+  size_t one = std::max<size_t>(1, work_bytes(p, 1));
+  p.group = fused ? std::clamp<size_t>(kGroupBytes / one, 1, kMaxGroup) : 1;
+  return p;
+}
+
+namespace {
+
+// The parts of scratch memory after the arena.
+struct Layout {
+  size_t padded = 0, magnitudes = 0, acc = 0;
+  size_t bytes(size_t images) const {
+    return aligned(padded * images) + aligned(magnitudes * images) + aligned(acc) +
+           3 * aligned(kChunk * sizeof(void*));
+  }
+};
+
+Layout layout(const std::vector<std::unique_ptr<Layer>>& layers) {
+  Layout l;
+  for (const auto& layer : layers) {
+    if (!layer) continue;
+    const Conv& c = layer->conv;
+    size_t pixels = static_cast<size_t>(c.padded_h) * c.padded_w;
+    l.padded = std::max(l.padded, pixels * c.pixel_bytes);
+    if (c.sums) l.magnitudes = std::max(l.magnitudes, pixels * sizeof(int32_t));
+    l.acc = std::max(l.acc, size_t{kChunk} * c.width * sizeof(int32_t));
+  }
+  return l;
+}
+
+}  // namespace
+
+// The arena ends with room for vectors that read past the last pixel.
+size_t minw_network::work_bytes(const Plan& plan, size_t images) const {
+  return plan.arena * images + kAlign + layout(layers).bytes(images);
+}
+
+template <class T>
+void minw_network::pool(const Op& op, const Map& in, const Map& out, const T* x,
+                        size_t n, char* to) const {
+  const Window& w = op.window;
+  bool sum = op.kind == kSumPool;
+  auto level = [&](T v) {
+    return sum && in.kind == kCode ? v + (v == 3) - (v == -3) : v;
+  };
+  std::vector<decltype(level(T{}))> acc(in.c);
+  for (size_t image = 0; image < n; image++)
+    for (int y = 0; y < out.h; y++)
+      for (int k = 0; k < out.w; k++) {
+        bool first = true;
+        std::fill(acc.begin(), acc.end(), 0);
+        int top = y * w.stride_h - w.top, left = k * w.stride_w - w.left;
+        for (int iy = std::max(top, 0); iy < std::min(top + w.h, in.h); iy++)
+          for (int ix = std::max(left, 0); ix < std::min(left + w.w, in.w); ix++) {
+            const T* from = x + ((image * in.h + iy) * in.w + ix) * in.stride;
+            for (int c = 0; c < in.c; c++) {
+              auto v = level(from[c]);
+              acc[c] = sum ? acc[c] + v : first || v > acc[c] ? v : acc[c];
+            }
+            first = false;
+          }
+        size_t at = ((image * out.h + y) * out.w + k) * out.stride;
+        for (int c = 0; c < in.c; c++) {
+          if (sum)
+            reinterpret_cast<decltype(level(T{}))*>(to)[at + c] = acc[c];
+          else
+            reinterpret_cast<T*>(to)[at + c] = static_cast<T>(acc[c]);
+        }
+      }
+}
+
+namespace {
+
+int level(int code) { return code + (code == 3) - (code == -3); }
+
+}  // namespace
+
+void minw_network::float_norm(const Op& op, const Map& in, const void* x,
+                              const void* shortcut, size_t n, const Map& out,
+                              void* to) const {
+  size_t pixels = n * in.h * in.w;
+  const Map* other = op.shortcut >= 0 ? &program.values[op.shortcut].map : nullptr;
+  for (size_t i = 0; i < pixels; i++)
+    for (int c = 0; c < in.c; c++) {
+      size_t at = i * in.stride + c;
+      float v = in.kind == kInt ? static_cast<float>(static_cast<const int32_t*>(x)[at])
+                                : static_cast<const float*>(x)[at];
+      float y = (v * op.unit - op.center[c]) * op.scale[c] + op.constant[c];
+      if (other) {
+        float s = other->kind == kCode ? level(static_cast<const int8_t*>(shortcut)[at])
+                                       : static_cast<const float*>(shortcut)[at];
+        y = y + s * op.shortcut_unit;
+      }
+      if (!op.format) {
+        static_cast<float*>(to)[i * in.c + c] = y;
+        continue;
+      }
+      y = std::min(std::max(y, -1.0f), 1.0f);
+      if (out.kind == kFloat) {
+        static_cast<float*>(to)[at] = rounded(y, op.format);
+        continue;
+      }
+      int code = 0;
+      for (float t : op.grid) code += std::fabs(y) > t;
+      if (op.bits == 1) code = 1;
+      static_cast<int8_t*>(to)[at] = static_cast<int8_t>(y > 0 ? code : -code);
+    }
+}
+
+// Value 0.
+void minw_network::image(const uint8_t* images, size_t n, char* out) const {
+  const Map& m = program.values[0].map;
+  const Source& s = program.source;
+  int32_t* to = reinterpret_cast<int32_t*>(out);
+  for (size_t i = 0; i < n; i++)
+    for (int y = 0; y < m.h; y++) {
+      size_t first = (i * s.h + y + s.top) * s.w + s.left;
+      const uint8_t* row = images + first * m.c;
+      for (int x = 0; x < m.w; x++, to += m.stride)
+        for (int c = 0; c < m.c; c++) to[c] = *row++ - s.offset[c];
+    }
+}
+
+void minw_network::run(const Plan& plan, const uint8_t* images, size_t n, char* scratch,
+                       float* logits) const {
+  auto at = [&](int value) { return scratch + plan.offset[value] * n; };
+  Layout l = layout(layers);
+  char* next = scratch + plan.arena * n + kAlign;
+  auto part = [&](size_t bytes) {
+    char* begin = next;
+    next += aligned(bytes);
+    return begin;
+  };
+  Work work;
+  work.padded = part(l.padded * n);
+  work.magnitudes = reinterpret_cast<int32_t*>(part(l.magnitudes * n));
+  work.acc = reinterpret_cast<int32_t*>(part(l.acc));
+  work.pixels = reinterpret_cast<const char**>(part(kChunk * sizeof(void*)));
+  work.base = reinterpret_cast<const int32_t**>(part(kChunk * sizeof(void*)));
+  work.sums = reinterpret_cast<int32_t*>(part(kChunk * sizeof(int32_t)));
+
+  bool stored = false;
+  auto store_image = [&] {
+    if (!std::exchange(stored, true)) image(images, n, at(0));
+  };
+
+  for (const Step& step : plan.steps) {
+    const Op& op = program.ops[step.op];
+    const Map& out = program.values[step.op + 1].map;
+    char* to = at(step.op + 1);
+    if (step.conv >= 0) {
+      int input = program.ops[step.conv].inputs[0];
+      int shortcut = step.threshold >= 0 ? op.shortcut : -1;
+      isa.conv(layers[step.conv]->conv, step.finish, static_cast<int>(n),
+               input ? static_cast<const void*>(at(input)) : images,
+               shortcut >= 0 ? reinterpret_cast<const int8_t*>(at(shortcut)) : nullptr,
+               work, to);
+      continue;
+    }
+    for (int value : op.inputs)
+      if (value == 0) store_image();
+    const Map& in = program.values[op.inputs[0]].map;
+    const char* x = at(op.inputs[0]);
+    const char* shortcut = op.shortcut >= 0 ? at(op.shortcut) : nullptr;
+    auto* codes = reinterpret_cast<const int8_t*>(x);
+    auto* ints = reinterpret_cast<const int32_t*>(x);
+    size_t pixels = n * out.h * out.w;
+    switch (op.kind) {
+      case kConv:
+        break;
+      case kMaxPool:
+      case kSumPool:
+        if (in.kind == kCode)
+          pool(op, in, out, codes, n, to);
+        else if (in.kind == kInt)
+          pool(op, in, out, ints, n, to);
+        else
+          pool(op, in, out, reinterpret_cast<const float*>(x), n, to);
+        break;
+      case kThreshold:
+        isa.threshold(thresholds[step.op], ints,
+                      reinterpret_cast<const int8_t*>(shortcut), pixels,
+                      reinterpret_cast<int8_t*>(to));
+        break;
+      case kLogits:
+        for (size_t i = 0; i < n * in.h * in.w; i++)
+          for (int c = 0; c < in.c; c++) {
+            int k = static_cast<int>(i % (in.h * in.w)) * in.c + c;
+            float v = static_cast<float>(ints[i * in.stride + c]);
+            *logits++ = (v * op.unit - op.center[k]) * op.scale[k] + op.constant[k];
+          }
+        break;
+      case kConcat: {
+        size_t from = 0;  // Channel.
+        for (size_t k = 0; k < op.inputs.size(); k++) {
+          const Map& m = program.values[op.inputs[k]].map;
+          const char* v = at(op.inputs[k]);
+          for (size_t i = 0; i < pixels; i++)
+            if (m.kind == kCode)
+              std::memcpy(to + i * out.stride + from, v + i * m.stride, m.c);
+            else
+              for (int c = 0; c < m.c; c++)
+                reinterpret_cast<int32_t*>(to)[i * out.stride + from + c] =
+                    reinterpret_cast<const int32_t*>(v)[i * m.stride + c] *
+                    (1 << op.shifts[k]);
+          from += m.c;
+        }
+        break;
+      }
+      case kShortcut:
+        for (size_t i = 0; i < n; i++)
+          for (int y = 0; y < out.h; y++)
+            for (int k = 0; k < out.w; k++, to += out.stride) {
+              std::memset(to, 0, out.c);
+              std::memcpy(to + op.before,
+                          codes + ((i * in.h + y * op.window.stride_h) * in.w +
+                                   k * op.window.stride_w) * in.stride,
+                          in.c);
+            }
+        break;
+      case kFloatNorm:
+        float_norm(op, in, x, shortcut, n, out,
+                   op.format ? static_cast<void*>(to) : logits);
+        break;
+      case kAdd:
+        for (size_t i = 0; i < pixels; i++)
+          for (int c = 0; c < in.c; c++) {
+            size_t k = i * in.stride + c;
+            const char* y = at(op.inputs[1]);
+            int a = in.kind == kCode ? level(codes[k]) : ints[k];
+            int b = in.kind == kCode ? level(reinterpret_cast<const int8_t*>(y)[k])
+                                     : reinterpret_cast<const int32_t*>(y)[k];
+            reinterpret_cast<int32_t*>(to)[k] =
+                a * (1 << op.shifts[0]) + b * (1 << op.shifts[1]);
+          }
+        break;
+    }
+  }
+}
+
+// ---- The C interface.
+
+namespace {
+
+template <class Body>
+bool guarded(char* error, size_t size, const Body& body) {
+  const char* message = nullptr;
+  std::string text;
+  try {
+    body();
+    return true;
+  } catch (const std::bad_alloc&) {
+    message = "out of memory";
+  } catch (const std::exception& e) {
+    try {
+      text = e.what();
+      message = text.c_str();
+    } catch (...) {
+      message = "out of memory";
+    }
+  }
+  if (error && size) std::snprintf(error, size, "%s", message);
+  return false;
+}
+
+minw_shape shape(const Map& m) {
+  return {static_cast<uint32_t>(m.h), static_cast<uint32_t>(m.w),
+          static_cast<uint32_t>(m.c), m.kind, static_cast<uint32_t>(m.bits)};
+}
+
+}  // namespace
+
+minw_network* minw_load(const void* bytes, size_t size, char* error,
+                        size_t error_size) {
+  minw_network* network = nullptr;
+  guarded(error, error_size, [&] {
+    network = new minw_network(static_cast<const uint8_t*>(bytes), size);
+  });
+  return network;
+}
+
+void minw_free(minw_network* network) { delete network; }
+
+minw_shape minw_source(const minw_network* network) {
+  const Program& p = network->program;
+  return {static_cast<uint32_t>(p.source.h), static_cast<uint32_t>(p.source.w),
+          static_cast<uint32_t>(p.channels), MINW_INT, 0};
+}
+
+uint32_t minw_classes(const minw_network* network) { return network->program.classes; }
+
+const char* minw_metadata(const minw_network* network, size_t* size) {
+  if (size) *size = network->program.metadata.size();
+  return network->program.metadata.data();
+}
+
+int minw_logits(const minw_network* network, const uint8_t* images, size_t batch,
+                float* logits, int threads, char* error, size_t error_size) {
+  const minw_network& net = *network;
+  bool done = guarded(error, error_size, [&] {
+    if (!batch) return;
+    size_t workers = std::max(threads, 1);
+    size_t group = std::min(net.fast.group, (batch + workers - 1) / workers);
+    size_t bytes = net.work_bytes(net.fast, group);
+    std::atomic<bool> failed{false};
+    Pool::shared().run((batch + group - 1) / group, threads, [&](size_t i) {
+      size_t first = i * group, n = std::min(group, batch - first);
+      try {
+        auto scratch = net.scratch(bytes);
+        net.run(net.fast, images + first * net.image_bytes(), n, scratch->data(),
+                logits + first * net.program.classes);
+        net.keep(std::move(scratch));
+      } catch (const std::bad_alloc&) {
+        failed = true;
+      }
+    });
+    if (failed) throw std::bad_alloc();
+  });
+  return done ? 0 : -1;
+}
+
+uint32_t minw_num_ops(const minw_network* network) {
+  return static_cast<uint32_t>(network->program.ops.size());
+}
+
+minw_shape minw_value_shape(const minw_network* network, uint32_t value) {
+  return shape(network->program.values[value].map);
+}
+
+const char* minw_op_name(const minw_network* network, uint32_t op) {
+  return network->program.ops[op].name.c_str();
+}
+
+const char* minw_op_kernel(const minw_network* network, uint32_t op) {
+  const auto& layer = network->layers[op];
+  if (layer) return layer->kernel;
+  for (const Step& step : network->fast.steps)
+    if (step.op == static_cast<int>(op) && step.conv < 0)
+      return network->program.ops[op].kind == kThreshold ? "thresholds" : "plain loops";
+  return "in the pass of its convolution";
+}
+
+int minw_values(const minw_network* network, const uint8_t* images, size_t batch,
+                void* const* values, char* error, size_t error_size) {
+  const minw_network& net = *network;
+  bool done = guarded(error, error_size, [&] {
+    Buffer scratch(net.work_bytes(net.plain, 1));
+    std::vector<float> logits(net.program.classes);
+    size_t count = net.program.values.size();
+    for (size_t i = 0; i < batch; i++) {
+      const uint8_t* image = images + i * net.image_bytes();
+      net.run(net.plain, image, 1, scratch.data(), logits.data());
+      if (values[0]) net.image(image, 1, scratch.data() + net.plain.offset[0]);
+      for (size_t v = 0; v < count; v++) {
+        if (!values[v]) continue;
+        const Map& m = net.program.values[v].map;
+        size_t pixels = static_cast<size_t>(m.h) * m.w;
+        char* to = static_cast<char*>(values[v]) + i * pixels * m.c * 4;
+        const char* from = scratch.data() + net.plain.offset[v];
+        if (v + 1 == count) {
+          std::memcpy(to, logits.data(), logits.size() * 4);
+          continue;
+        }
+        for (size_t p = 0; p < pixels; p++, to += m.c * size_t{4})
+          for (int c = 0; c < m.c; c++) {
+            size_t k = p * m.stride + c;
+            int32_t wide;
+            if (m.kind == kCode)
+              wide = reinterpret_cast<const int8_t*>(from)[k];
+            else
+              std::memcpy(&wide, from + k * 4, 4);
+            std::memcpy(to + c * 4, &wide, 4);
+          }
+      }
+    }
+  });
+  return done ? 0 : -1;
+}
+
+const char* minw_isa(const minw_network* network) {
+  if (network) return network->isa.name;
+  const char* name = "";
+  guarded(nullptr, 0, [&] { name = best_isa().name; });
+  return name;
+}
+
+const char* minw_isas(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const Isa* isa : kIsas)
+      if (runs(*isa)) all += (all.empty() ? "" : " ") + std::string(isa->name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+uint64_t minw_hash(const void* bytes, size_t size) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (size_t i = 0; i < size; i++)
+    hash = (hash ^ static_cast<const uint8_t*>(bytes)[i]) * 0x100000001b3;
+  return hash;
+}

@@ -1,0 +1,61 @@
+// AVX-512 (F, BW, DQ, VL, VPOPCNTDQ, VNNI): Ice Lake, Zen 4 and later.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace minw {
+namespace {
+
+constexpr int kVector = 64;
+constexpr int kFlush = 0, kDotFlush = 0;
+constexpr int kPairT = 4, kPlaneT = 6, kManyT = 4;
+constexpr int kLaneT = 6, kLaneV = 2, kDotT = 6, kDotV = 2;
+#define MINW_LOOKUP 0
+#define MINW_DOT 1
+
+typedef uint64_t Words __attribute__((vector_size(64)));
+typedef int32_t DotAcc __attribute__((vector_size(64)));
+
+inline Words count(Words x) { return (Words)_mm512_popcnt_epi64((__m512i)x); }
+inline Words total(Words x) { return x; }
+inline Words low_halves(Words a, Words b) {
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return (Words)_mm512_permutex2var_epi32((__m512i)a, even, (__m512i)b);
+}
+template <int kTable>
+inline Words ternary(Words a, Words b, Words c) {
+  return (Words)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, kTable);
+}
+inline Words masked(Words a, Words b, Words m) { return ternary<0x28>(a, b, m); }
+inline Words parity(Words a, Words b, Words c) { return ternary<0x96>(a, b, c); }
+inline Words carry(Words a, Words b, Words sum) { return ternary<0xd4>(a, b, sum); }
+
+template <class Bytes>
+inline uint64_t signs(Bytes x) {
+  return _mm512_movepi8_mask((__m512i)x);
+}
+
+// GCC 12 warns of its own intrinsic for this.
+typedef int8_t Narrow __attribute__((vector_size(16)));
+inline Narrow narrow(DotAcc x) { return __builtin_convertvector(x, Narrow); }
+
+inline DotAcc dot(DotAcc acc, DotAcc x, DotAcc w) {
+  return (DotAcc)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w);
+}
+inline DotAcc dot_total(DotAcc acc) { return acc; }
+
+#include "kernels.inc"
+
+}  // namespace
+
+const Isa kAvx512 = {"avx512", true, false, choose, encode, conv, threshold};
+
+}  // namespace minw
+
+#else
+namespace minw {
+const Isa kAvx512 = {};
+}  // namespace minw
+#endif

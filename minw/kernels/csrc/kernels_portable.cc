@@ -1,0 +1,21 @@
+// Any CPU: vectors of the compiler, no intrinsics.
+#include "kernels.h"
+
+namespace minw {
+namespace {
+
+#include "swar.inc"
+
+inline Words count(Words x) {
+  x -= (x >> 1) & 0x5555555555555555;
+  x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333);
+  return (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
+}
+
+#include "kernels.inc"
+
+}  // namespace
+
+const Isa kPortable = {"portable", false, false, choose, encode, conv, threshold};
+
+}  // namespace minw

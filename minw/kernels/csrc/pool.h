@@ -1,0 +1,103 @@
+// Threads that help with a call. The caller works too and never waits for a helper that
+// has not begun, so a helper that the system does not schedule costs nothing.
+#ifndef MINW_POOL_H_
+#define MINW_POOL_H_
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <list>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+namespace minw {
+
+class Pool {
+ public:
+  static Pool& shared() {
+    // Never destroyed: helpers may outlive static objects. After a fork there are no
+    // helpers, and the lock may be held by one, so the child starts anew.
+    static Pool* pool = [] {
+      pthread_atfork(nullptr, nullptr, [] { new (&shared()) Pool; });
+      return new Pool;
+    }();
+    return *pool;
+  }
+
+  // work(0), ..., work(count - 1), in any order, on up to `threads` threads. `work`
+  // must not throw.
+  template <class Work>
+  void run(size_t count, int threads, const Work& work) {
+    Job job(count, std::min<size_t>(std::max(threads, 1), count));
+    job.call = [](const void* work, size_t i) { (*static_cast<const Work*>(work))(i); };
+    job.work = &work;
+    if (job.helpers) start(&job);
+    job.help();
+    if (job.helpers) finish(&job);
+  }
+
+ private:
+  struct Job {
+    Job(size_t count, int threads) : count(count), helpers(threads - 1) {}
+    void help() {
+      for (size_t i; (i = next.fetch_add(1)) < count;) call(work, i);
+    }
+    const size_t count;
+    const int helpers;
+    int wanted = helpers, active = 0;  // Under the pool's lock.
+    std::atomic<size_t> next{0};
+    void (*call)(const void*, size_t);
+    const void* work;
+  };
+
+  void start(Job* job) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    jobs_.push_back(job);
+    try {
+      for (; threads_ < std::min(job->helpers, kMaxThreads); threads_++)
+        std::thread(&Pool::helper, this).detach();
+    } catch (const std::system_error&) {  // As many as there are.
+    }
+    begun_.notify_all();
+  }
+
+  void finish(Job* job) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    jobs_.remove(job);
+    ended_.wait(lock, [&] { return !job->active; });
+  }
+
+  void helper() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      auto job = std::find_if(jobs_.begin(), jobs_.end(),
+                              [](const Job* job) { return job->wanted; });
+      if (job == jobs_.end()) {
+        begun_.wait(lock);
+        continue;
+      }
+      Job* mine = *job;
+      mine->wanted--;
+      mine->active++;
+      lock.unlock();
+      mine->help();
+      lock.lock();
+      mine->active--;
+      ended_.notify_all();
+    }
+  }
+
+  static constexpr int kMaxThreads = 256;
+  std::mutex mutex_;
+  std::condition_variable begun_, ended_;
+  std::list<Job*> jobs_;
+  int threads_ = 0;
+};
+
+}  // namespace minw
+
+#endif  // MINW_POOL_H_

@@ -1,0 +1,519 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace minw {
+namespace {
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "little-endian only"
+#endif
+
+constexpr int64_t kMaxSize = 65536, kMaxPad = 64, kMaxStride = 64;
+constexpr int64_t kMaxElements = int64_t{1} << 24, kMaxPadded = kMaxElements << 2;
+constexpr int64_t kMaxWeights = int64_t{1} << 31;
+constexpr int64_t kMaxBound = int64_t{1} << 31, kMaxLogits = int64_t{1} << 24;
+constexpr int kMaxOps = 4096, kMaxShift = 23;
+constexpr int kHeader = 32;
+
+std::string str(int64_t x) { return std::to_string(x); }
+
+class Reader {
+ public:
+  Reader(const uint8_t* begin, const uint8_t* end) : at_(begin), end_(end) {}
+
+  const uint8_t* take(uint64_t size) {
+    if (size > static_cast<uint64_t>(end_ - at_))
+      throw Error("the program ends before its data");
+    const uint8_t* from = at_;
+    at_ += size;
+    return from;
+  }
+
+  template <class T>
+  T get() {
+    T x;
+    std::memcpy(&x, take(sizeof x), sizeof x);
+    return x;
+  }
+
+  int limited(const char* what, int64_t low, int64_t high) {
+    int64_t x = get<uint32_t>();
+    if (x < low || x > high)
+      throw Error(std::string(what) + " " + str(x) + " is not in " + str(low) + ".." +
+                  str(high));
+    return static_cast<int>(x);
+  }
+
+  int size(const char* what) { return limited(what, 1, kMaxSize); }
+
+  std::vector<float> floats(size_t n) {
+    const uint8_t* from = take(n * sizeof(float));
+    std::vector<float> x(n);
+    if (n) std::memcpy(x.data(), from, n * sizeof(float));
+    return x;
+  }
+
+  float finite(const char* what) {
+    float x = get<float>();
+    if (!std::isfinite(x)) throw Error(std::string(what) + " is not finite");
+    return x;
+  }
+
+  bool done() const { return at_ == end_; }
+
+ private:
+  const uint8_t *at_, *end_;
+};
+
+uint32_t crc32(const uint8_t* bytes, size_t size) {
+  uint32_t table[256];
+  for (uint32_t i = 0; i < 256; i++) {
+    table[i] = i;
+    for (int k = 0; k < 8; k++)
+      table[i] = (table[i] >> 1) ^ (table[i] & 1 ? 0xedb88320u : 0);
+  }
+  uint32_t crc = ~0u;
+  for (size_t i = 0; i < size; i++) crc = table[(crc ^ bytes[i]) & 255] ^ (crc >> 8);
+  return ~crc;
+}
+
+Map make_map(Kind kind, int bits, int64_t h, int64_t w, int64_t c) {
+  for (int64_t x : {h, w, c})
+    if (x < 1 || x > kMaxSize)
+      throw Error("a value of " + str(h) + " x " + str(w) + " x " + str(c));
+  if (h * w * c > kMaxElements)
+    throw Error("a value of " + str(h) + " x " + str(w) + " x " + str(c) +
+                " has over 2^24 elements");
+  int stride = (c + kLane - 1) / kLane * kLane;
+  return {kind, bits, static_cast<int>(h), static_cast<int>(w), static_cast<int>(c),
+          stride};
+}
+
+int levels_of(int bits) { return bits == 3 ? 3 : 1; }  // q: the largest code.
+
+class Parser {
+ public:
+  Parser(Reader reader, Program* program) : in_(reader), p_(*program) {}
+
+  void run() {
+    Source& s = p_.source;
+    s.h = in_.size("source height");
+    s.w = in_.size("source width");
+    p_.channels = in_.size("channels");
+    int h = in_.limited("crop height", 1, s.h), w = in_.limited("crop width", 1, s.w);
+    s.top = (s.h - h) / 2;
+    s.left = (s.w - w) / 2;
+    const uint8_t* offset = in_.take(p_.channels);
+    Map image = make_map(kInt, 0, h, w, p_.channels);
+    p_.offset.assign(offset, offset + p_.channels);
+    std::vector<int64_t> bound(p_.channels);
+    for (int c = 0; c < p_.channels; c++)
+      bound[c] = std::max<int64_t>(offset[c], 255 - offset[c]);
+    p_.values.push_back({image, false, std::move(bound)});
+    p_.classes = in_.size("number of classes");
+    int ops = in_.limited("number of operations", 1, kMaxOps);
+    for (int i = 0; i < ops; i++) {
+      std::string where = "operation " + str(i);
+      if (ended_) throw Error(where + " follows the logits");
+      try {
+        Op op;
+        int kind = in_.get<uint8_t>();
+        op.kind = static_cast<OpKind>(kind);
+        size_t length = in_.get<uint8_t>();
+        const uint8_t* name = in_.take(length);
+        op.name.assign(name, name + length);
+        p_.values.push_back(fields(&op, kind));
+        p_.ops.push_back(std::move(op));
+      } catch (const Error& error) {
+        throw Error(where + ": " + error.what());
+      }
+    }
+    if (!ended_) throw Error("the last operation does not make logits");
+    if (!in_.done()) throw Error("data after the last operation");
+  }
+
+ private:
+  Value fields(Op* op, int kind) {
+    switch (kind) {
+      case kConv: return conv(op);
+      case kMaxPool:
+      case kSumPool: return pool(op);
+      case kThreshold: return threshold(op);
+      case kLogits: return logits(op);
+      case kConcat: return concat(op);
+      case kShortcut: return shortcut(op);
+      case kFloatNorm: return float_norm(op);
+      case kAdd: return add(op);
+    }
+    throw Error("unknown kind " + str(kind));
+  }
+
+  const Value& input(Op* op) {
+    op->inputs.push_back(in_.limited("input", 0, p_.values.size() - 1));
+    return p_.values[op->inputs.back()];
+  }
+
+  const Value& input(Op* op, Kind kind, const char* name) {
+    const Value& value = input(op);
+    if (value.map.kind != kind) throw Error(std::string("its input is not ") + name);
+    return value;
+  }
+
+  // An op's shortcut, or null.
+  const Value* shortcut_of(Op* op, const Map& like) {
+    op->shortcut = std::max(in_.get<int32_t>(), -1);
+    if (op->shortcut == -1) return nullptr;
+    if (op->shortcut >= static_cast<int64_t>(p_.values.size()))
+      throw Error("shortcut " + str(op->shortcut) + " does not exist");
+    const Value& value = p_.values[op->shortcut];
+    const Map& m = value.map;
+    if (m.h != like.h || m.w != like.w || m.c != like.c)
+      throw Error("its shortcut has another shape");
+    return &value;
+  }
+
+  int pad(const char* what) { return in_.limited(what, 0, kMaxPad); }
+
+  Window window(const Map& map, int kh, int kw) {
+    Window w = {};
+    w.h = kh;
+    w.w = kw;
+    w.stride_h = in_.limited("stride", 1, kMaxStride);
+    w.stride_w = in_.limited("stride", 1, kMaxStride);
+    w.top = pad("padding");
+    w.bottom = pad("padding");
+    w.left = pad("padding");
+    w.right = pad("padding");
+    int64_t h = map.h + w.top + w.bottom, width = map.w + w.left + w.right;
+    if (kh > h || kw > width) throw Error("its window is larger than the padded input");
+    if (h * width * map.c > kMaxPadded)
+      throw Error("its padded input has over 2^26 elements");
+    return w;
+  }
+
+  static int out_h(const Map& m, const Window& w) {
+    return (m.h + w.top + w.bottom - w.h) / w.stride_h + 1;
+  }
+  static int out_w(const Map& m, const Window& w) {
+    return (m.w + w.left + w.right - w.w) / w.stride_w + 1;
+  }
+
+  static int64_t checked(int64_t bound) {
+    if (bound >= kMaxBound) throw Error("its sums may reach " + str(bound));
+    return bound;
+  }
+
+  int shift(Op* op, const Value& x) {
+    int shift = in_.get<uint8_t>();
+    if (shift > kMaxShift) throw Error("a shift of " + str(shift));
+    op->shifts.push_back(shift);
+    for (int64_t bound : x.bound) checked(bound << shift);
+    return shift;
+  }
+
+  Value conv(Op* op) {
+    const Value& x = input(op);
+    int format = in_.get<uint8_t>();
+    int size[4];
+    for (int& s : size) s = in_.size("size");
+    auto [kh, kw, in, out] = size;
+    op->window = window(x.map, kh, kw);
+    op->pad = in_.get<int8_t>();
+    op->weight_unit = in_.finite("weight unit");
+    op->unit = in_.finite("input unit");
+    if (in != x.map.c)
+      throw Error(str(in) + " input channels, but its input has " + str(x.map.c));
+    int edge = x.map.kind == kCode ? levels_of(x.map.bits) : 0;
+    if (std::abs(op->pad) > edge)
+      throw Error("padding by code " + str(op->pad));
+    uint64_t row = uint64_t{1} * kh * kw * in;  // At most 2^48.
+    if (row > static_cast<uint64_t>(kMaxWeights) || weights_ + row * out > kMaxWeights)
+      throw Error("over 2^31 weights");
+    uint64_t count = row * out;
+    weights_ += count;
+    uint64_t bytes;
+    switch (format) {
+      case 1: case 2: case 3: bytes = (count + 7) / 8 * format; break;
+      case kFloat8: bytes = count; break;
+      case kHalf: case kBfloat: bytes = count * 2; break;
+      case kSingle: bytes = count * 4; break;
+      default: throw Error("unknown weight format " + str(format));
+    }
+    op->weights = {format, in_.take(bytes), count};
+    bool exact = format <= 3 && x.map.kind != kFloat;
+    Map map = make_map(exact ? kInt : kFloat, 0, out_h(x.map, op->window),
+                       out_w(x.map, op->window), out);
+    Value value = {map, false, {}};
+    for (int o = 0; exact && o < out; o++)
+      value.bound.push_back(checked(sum_bound(op->weights, o, row, x.bound)));
+    return value;
+  }
+
+  // Of an output channel, which has `row` weights.
+  static int64_t sum_bound(const Weights& weights, int64_t out, int64_t row,
+                           const std::vector<int64_t>& bound) {
+    int64_t in = bound.size(), sum = 0;
+    bool even = std::equal(bound.begin() + 1, bound.end(), bound.begin());
+    for (int64_t tap = 0; tap < row; tap += in)
+      for (int64_t i = 0; i < in; i += 64) {
+        int n = std::min<int64_t>(64, in - i);
+        Bits b = weights.bits(out * row + tap + i, n);
+        for (int m = 0; m < 3; m++) {
+          if (even) sum += (bound[0] * __builtin_popcountll(b.mask[m])) << m;
+          for (int k = 0; !even && k < n; k++)
+            if (b.mask[m] >> k & 1) sum += bound[i + k] << m;
+        }
+      }
+    return sum;
+  }
+
+  Value pool(Op* op) {
+    const Value& x = input(op);
+    int h = in_.size("window"), w = in_.size("window");
+    op->window = window(x.map, h, w);
+    const Window& win = op->window;
+    // A window of nothing but padding has no maximum.
+    if (std::max(win.top, win.bottom) >= h || std::max(win.left, win.right) >= w)
+      throw Error("its padding is as large as its window");
+    Value value = x;
+    bool sum = op->kind == kSumPool;
+    Kind kind = sum && x.map.kind == kCode ? kInt : x.map.kind;
+    value.map = make_map(kind, kind == kCode ? x.map.bits : 0, out_h(x.map, win),
+                         out_w(x.map, win), x.map.c);
+    if (sum)
+      for (int64_t& bound : value.bound) bound = checked(bound * h * w);
+    return value;
+  }
+
+  Value threshold(Op* op) {
+    const Value& x = input(op, kInt, "INT");
+    const Value* shortcut = shortcut_of(op, x.map);
+    if (shortcut && shortcut->map.kind != kCode)
+      throw Error("its shortcut is not CODE");
+    op->bits = in_.get<uint8_t>();
+    int width = in_.get<uint8_t>();
+    if (op->bits < 1 || op->bits > 3)
+      throw Error("codes of " + str(op->bits) + " bits");
+    if (width != 2 && width != 4) throw Error("thresholds of " + str(width) + " bytes");
+    op->codes = shortcut ? 2 * levels_of(shortcut->map.bits) + 1 : 1;
+    op->count = op->bits == 3 ? 6 : op->bits;
+    int c = x.map.c, stride = x.map.stride, rows = op->codes * op->count;
+    const uint8_t* falling = in_.take((c + 7) / 8);
+    const uint8_t* from = in_.take(uint64_t{1} * rows * c * width);
+    op->flip.resize(stride);
+    for (int i = 0; i < c; i++) op->flip[i] = -(falling[i / 8] >> i % 8 & 1);
+    op->thresholds.resize(static_cast<size_t>(rows) * stride);
+    for (int row = 0; row < rows; row++)
+      for (int i = 0; i < c; i++, from += width) {
+        int32_t wide;
+        int16_t narrow;
+        if (width == 4)
+          std::memcpy(&wide, from, 4);
+        else
+          std::memcpy(&narrow, from, 2), wide = narrow;
+        // x <= t is ~x >= ~t.
+        op->thresholds[static_cast<size_t>(row) * stride + i] = wide ^ op->flip[i];
+      }
+    return code(x.map, op->bits);
+  }
+
+  static Value code(const Map& like, int bits, bool zeros = false) {
+    return {make_map(kCode, bits, like.h, like.w, like.c), zeros,
+            std::vector<int64_t>(like.c, bits == 3 ? 4 : 1)};
+  }
+
+  void norm(Op* op, int c) {
+    op->center = in_.floats(c);
+    op->scale = in_.floats(c);
+    op->constant = in_.floats(c);
+  }
+
+  Value finish(const Map& map) {
+    if (map.h != 1 || map.w != 1 || map.c != p_.classes)
+      throw Error("its input has not one element a class");
+    ended_ = true;
+    return {make_map(kFloat, 0, 1, 1, p_.classes), false, {}};
+  }
+
+  Value logits(Op* op) {
+    const Value& x = input(op, kInt, "INT");
+    if (x.most() > kMaxLogits) throw Error("its input may reach " + str(x.most()));
+    op->unit = in_.finite("unit");
+    Value out = finish(x.map);
+    norm(op, p_.classes);
+    return out;
+  }
+
+  Value concat(Op* op) {
+    int count = in_.size("number of inputs");
+    int64_t channels = 0;
+    Value value = {};
+    for (int i = 0; i < count; i++) {
+      const Value& x = input(op);
+      const Map& first = p_.values[op->inputs[0]].map;
+      if (x.map.kind != first.kind || x.map.kind == kFloat || x.map.bits != first.bits)
+        throw Error("its inputs are of different kinds");
+      if (x.map.h != first.h || x.map.w != first.w)
+        throw Error("its inputs have different sizes");
+      int by = shift(op, x);
+      if (by && x.map.kind == kCode) throw Error("a shift of codes");
+      channels += x.map.c;
+      value.map = make_map(first.kind, first.bits, first.h, first.w, channels);
+      value.zeros |= x.zeros;
+      for (int64_t bound : x.bound) value.bound.push_back(bound << by);
+    }
+    return value;
+  }
+
+  Value shortcut(Op* op) {
+    const Value& x = input(op, kCode, "CODE");
+    Window& w = op->window;
+    w.h = w.w = 1;
+    w.stride_h = in_.limited("stride", 1, kMaxStride);
+    w.stride_w = in_.limited("stride", 1, kMaxStride);
+    op->before = in_.limited("channels", 0, kMaxSize);
+    int after = in_.limited("channels", 0, kMaxSize);
+    Map map = make_map(kCode, x.map.bits, out_h(x.map, w), out_w(x.map, w),
+                       int64_t{x.map.c} + op->before + after);
+    return code(map, x.map.bits, x.zeros || op->before || after);
+  }
+
+  Value float_norm(Op* op) {
+    const Value& x = input(op);
+    if (x.map.kind == kCode) throw Error("its input is CODE");
+    const Value* shortcut = shortcut_of(op, x.map);
+    if (shortcut && shortcut->map.kind == kInt) throw Error("its shortcut is INT");
+    op->format = in_.get<uint8_t>();
+    op->unit = in_.finite("unit");
+    op->shortcut_unit = in_.finite("shortcut unit");
+    norm(op, x.map.c);
+    op->bits = op->format <= 3 ? op->format : 0;
+    int q = in_.get<uint8_t>();
+    if (q != (op->bits < 2 ? 0 : levels_of(op->bits)))
+      throw Error(str(q) + " thresholds for format " + str(op->format));
+    op->grid = in_.floats(q);
+    if (op->bits) return code(x.map, op->bits);
+    if (op->format == 0) return finish(x.map);
+    if (op->format != kFloat8 && op->format != kHalf && op->format != kBfloat &&
+        op->format != kSingle)
+      throw Error("unknown format " + str(op->format));
+    return {make_map(kFloat, 0, x.map.h, x.map.w, x.map.c), false, {}};
+  }
+
+  Value add(Op* op) {
+    const Value& a = input(op);
+    const Value& b = input(op);
+    if (a.map.kind != b.map.kind || a.map.kind == kFloat)
+      throw Error("its inputs are of different kinds");
+    if (a.map.h != b.map.h || a.map.w != b.map.w || a.map.c != b.map.c)
+      throw Error("its inputs have different shapes");
+    int shift_a = shift(op, a), shift_b = shift(op, b);
+    Value value = {make_map(kInt, 0, a.map.h, a.map.w, a.map.c), false, {}};
+    for (int c = 0; c < a.map.c; c++)
+      value.bound.push_back(
+          checked((a.bound[c] << shift_a) + (b.bound[c] << shift_b)));
+    return value;
+  }
+
+  Reader in_;
+  Program& p_;
+  uint64_t weights_ = 0;
+  bool ended_ = false;
+};
+
+// Up to 64 bits from bit `first` on; `bytes` in all.
+uint64_t bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n) {
+  uint64_t byte = first / 8, low = 0;
+  std::memcpy(&low, plane + byte, std::min<uint64_t>(8, bytes - byte));
+  int shift = first % 8;
+  low >>= shift;
+  if (shift && byte + 8 < bytes) low |= uint64_t{plane[byte + 8]} << (64 - shift);
+  return n == 64 ? low : low & ((uint64_t{1} << n) - 1);
+}
+
+float float8(uint8_t x) {
+  int exponent = x >> 3 & 15, mantissa = x & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
+  float magnitude = exponent ? std::ldexp(8.0f + mantissa, exponent - 10)
+                             : std::ldexp(static_cast<float>(mantissa), -9);
+  return x & 128 ? -magnitude : magnitude;
+}
+
+float half(uint16_t x) {
+  int exponent = x >> 10 & 31, mantissa = x & 1023;
+  float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                    : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
+                                   : std::ldexp(static_cast<float>(mantissa), -24);
+  return x & 0x8000 ? -magnitude : magnitude;
+}
+
+}  // namespace
+
+int64_t Value::most() const {
+  return bound.empty() ? 0 : *std::max_element(bound.begin(), bound.end());
+}
+
+Bits Weights::bits(uint64_t first, int n) const {
+  uint64_t size = (count + 7) / 8;
+  auto plane = [&](int i) { return bits_at(data + i * size, size, first, n); };
+  uint64_t positive = plane(0);
+  uint64_t all = n == 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+  if (format == 1) return {positive, {all, 0, 0}};
+  uint64_t low = plane(1);
+  if (format == 2) return {positive & low, {low, 0, 0}};
+  uint64_t high = plane(2);
+  return {positive & (low | high), {low & ~high, high & ~low, low & high}};
+}
+
+float Weights::value(uint64_t i) const {
+  uint16_t two;
+  float four;
+  switch (format) {
+    case kFloat8: return float8(data[i]);
+    case kHalf: std::memcpy(&two, data + 2 * i, 2); return half(two);
+    case kBfloat: {
+      std::memcpy(&two, data + 2 * i, 2);
+      uint32_t wide = uint32_t{two} << 16;
+      std::memcpy(&four, &wide, 4);
+      return four;
+    }
+    case kSingle: std::memcpy(&four, data + 4 * i, 4); return four;
+  }
+  Bits b = bits(i, 1);
+  float magnitude = b.mask[0] + 2 * b.mask[1] + 4 * b.mask[2];
+  return b.positive ? magnitude : 0 - magnitude;
+}
+
+float rounded(float x, int format) {
+  if (format == kSingle || x == 0 || !std::isfinite(x)) return x;
+  int mantissa = format == kFloat8 ? 3 : format == kHalf ? 10 : 7;
+  int smallest = format == kFloat8 ? -9 : format == kHalf ? -24 : -133;
+  int exponent = std::max(std::ilogb(x) - mantissa, smallest);
+  if (std::ilogb(x) < -126) exponent = -126;  // XLA has no denormal bfloat16.
+  return std::ldexp(std::nearbyint(std::ldexp(x, -exponent)), exponent);
+}
+
+Program parse(const uint8_t* bytes, size_t size) {
+  static const uint8_t kMagic[8] = {'M', 'I', 'N', 'W', 0x0d, 0x0a, 0x1a, 0};
+  if (size < kHeader) throw Error("too short for a packed network");
+  if (std::memcmp(bytes, kMagic, 8)) throw Error("not a packed network");
+  Reader header(bytes + 8, bytes + kHeader);
+  uint32_t version = header.get<uint32_t>();
+  if (version != 1)
+    throw Error("version " + str(version) + " of the format is not known (1 is)");
+  uint32_t crc = header.get<uint32_t>();
+  if (header.get<uint64_t>() != size) throw Error("the file is cut short or too long");
+  uint64_t program = header.get<uint32_t>(), metadata = header.get<uint32_t>();
+  if (kHeader + program + metadata != size)
+    throw Error("the sizes of its parts do not add up");
+  if (crc32(bytes + 16, size - 16) != crc) throw Error("the checksum is wrong");
+  Program p;
+  const uint8_t* end = bytes + kHeader + program;
+  Parser(Reader(bytes + kHeader, end), &p).run();
+  p.metadata.assign(end, end + metadata);
+  return p;
+}
+
+}  // namespace minw

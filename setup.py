@@ -1,0 +1,59 @@
+"""Builds the native library, minw/kernels/libminw.so, if there is a C++ compiler.
+
+It is no Python module: ctypes and C programs load it. Its kernels are compiled for
+several instruction sets, of which it chooses when it runs. Without a compiler that has
+GCC's vectors, minw is installed all the same, and runs packed networks by XLA.
+"""
+
+import glob
+import os
+import platform
+
+import setuptools
+from setuptools.command.build_ext import build_ext
+
+_SOURCES = "minw/kernels/csrc"
+_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi",
+          "-ffp-contract=off"]  # Float results must not depend on the CPU.
+_X86_FLAGS = {
+    "kernels_avx2": ["-mavx2", "-mpopcnt"],
+    "kernels_avx512": [
+        "-mpopcnt", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+        "-mavx512vpopcntdq", "-mavx512vnni", "-mprefer-vector-width=512"],
+}
+
+
+class BuildLibrary(build_ext):
+  """Compiles each source with flags of its own."""
+
+  def get_ext_filename(self, fullname: str) -> str:
+    return os.path.join(*fullname.split(".")) + ".so"
+
+  def build_extension(self, ext: setuptools.Extension) -> None:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    objects = []
+    for source in ext.sources:
+      name = os.path.splitext(os.path.basename(source))[0]
+      flags = _FLAGS + (_X86_FLAGS.get(name, []) if x86 else [])
+      if name == "ffi":
+        try:
+          import jaxlib
+        except ImportError:
+          print("minw: no jaxlib, so the native library is built without its XLA call")
+          continue
+        flags += ["-isystem", os.path.join(os.path.dirname(jaxlib.__file__), "include")]
+      objects += self.compiler.compile(
+          [source], output_dir=self.build_temp, extra_postargs=flags,
+          depends=ext.depends)
+    self.compiler.link_shared_object(
+        objects, self.get_ext_fullpath(ext.name), libraries=["pthread"],
+        target_lang="c++")
+
+
+setuptools.setup(
+    cmdclass={"build_ext": BuildLibrary},
+    ext_modules=[setuptools.Extension(
+        "minw.kernels.libminw", sorted(glob.glob(f"{_SOURCES}/*.cc")), optional=True,
+        depends=sorted(glob.glob(f"{_SOURCES}/*.h") + glob.glob(f"{_SOURCES}/*.inc")))],
+    package_data={"minw.kernels": ["csrc/minw.h"]},
+)
