@@ -8,6 +8,7 @@ training needs.
 """
 
 import functools
+import logging
 import os
 import pathlib
 from typing import Sequence
@@ -20,6 +21,8 @@ from minw import cli
 from minw import packed
 from minw.kernels import native
 from minw.kernels import reference
+
+_log = logging.getLogger(__name__)
 
 BACKENDS = ("native", "xla", "reference")
 
@@ -41,7 +44,7 @@ class Network:
     self.labels = tuple(self.program.metadata.get("labels") or map(
         str, range(self.program.num_classes)))
     self.threads = threads or len(os.sched_getaffinity(0))
-    self.backend = backend or ("native" if native.available() else "xla")
+    self.backend = backend or _default_backend()
     if self.backend == "native":
       self._native = native.load(data)
     elif self.backend == "xla":  # The only one that needs JAX.
@@ -96,6 +99,15 @@ class Network:
           f"images of shape {images.shape}: must be (batch, {shape[0]}, {shape[1]},"
           f" {shape[2]}), a batch of at least one")
     return images
+
+
+@functools.cache  # To say it once.
+def _default_backend():
+  if native.available():
+    return "native"
+  _log.warning("the native library was not built (is there a C++ compiler?): packed"
+               " networks run through XLA, which is slower")
+  return "xla"
 
 
 def load(

@@ -107,6 +107,19 @@ def test_wrong_backend(model):
     infer.load(model, backend="gpu")
 
 
+def test_without_the_library(model, monkeypatch, caplog):
+  """Networks run all the same, and that is said once."""
+  monkeypatch.setattr(native, "available", lambda: False)
+  infer._default_backend.cache_clear()
+  try:
+    backends = [infer.load(model).backend for _ in range(2)]
+  finally:
+    infer._default_backend.cache_clear()
+  assert backends == ["xla", "xla"]
+  assert [record.getMessage().split(" (")[0] for record in caplog.records
+          if record.name == "minw.infer"] == ["the native library was not built"]
+
+
 def test_probabilities():
   rows = infer.probabilities(np.float32([[0, np.log(3)], [1000, 0], [-1000, -1000]]))
   np.testing.assert_allclose(rows, [[0.25, 0.75], [1, 0], [0.5, 0.5]], rtol=1e-6)

@@ -299,6 +299,13 @@ def test_names_and_kernels(isa):
   assert "product" in kernels[5]
 
 
+def test_peak_counts_products(isa):
+  b = Builder(np.random.default_rng(0), (4, 4, 3), (4, 4))
+  network = native.load(packed.to_bytes(b.end(b.threshold(b.conv(0, 1, 5), 1))))
+  assert network.peak(7) == 7 * network.peak(1) > 0
+
+
+
 def test_unknown_isa(monkeypatch):
   monkeypatch.setenv("MINW_ISA", "mmx")
   with pytest.raises(ValueError, match="MINW_ISA=mmx .*these do: .*portable"):

@@ -327,6 +327,21 @@ def _runs(program, linear, batch, threads, names=tuple(_ENGINES)):
   return runs, left_out
 
 
+_PEAK, _PEAK_PRODUCTS = "1/1 on registers", 10**9
+
+
+def _peak(program):
+  """The native path's instructions for 1/1 alone, if those are what it uses."""
+  if not native.available():
+    return {}
+  network = native.load(packed.to_bytes(program))
+  kernels = [kernel for _, kernel in network.layers()]
+  if not any(k.startswith("1/1") and k.endswith("popcount") for k in kernels):
+    return {}
+  steps = _PEAK_PRODUCTS // network.peak(1)
+  return {_PEAK: _times(lambda: network.peak(steps))}
+
+
 def _limit(threads):
   """Leaves this process that many cores; before JAX starts its threads."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -342,8 +357,13 @@ def _networks(fields, rounds, batches, threads):
   found, left_out = [], {}
   for batch in batches:
     runs, left_out = _runs(program, linear, batch, threads)
-    found.append(_result(timing.measure(runs, rounds), work * batch,
-                         threads=threads, batch=batch))
+    if threads == 1:
+      runs.update(_peak(program))
+    seconds = timing.measure(runs, rounds)
+    peak = seconds.pop(_PEAK, None)
+    found.append(_result(seconds, work * batch, threads=threads, batch=batch))
+    if peak:
+      found[-1]["peak_per_second"] = _PEAK_PRODUCTS / np.median(peak)
   return found, left_out
 
 
@@ -479,6 +499,11 @@ def table(result: dict[str, Any]) -> str:
         ratio = run["ratios"].get(f"{name} / {base}")
         line += f"{ratio['median']:{width}.2f}" if ratio else " " * width
       lines.append(line.rstrip())
+    if "peak_per_second" in run:
+      peak = run["peak_per_second"]
+      share = run["engines"]["native"]["per_second"] / peak
+      lines.append(f"native: {100 * share:.0f} % of the {peak / 1e9:.0f} GMAC/s of its"
+                   " 1/1 instructions on registers alone")
   lines += [f"{name:22} left out: {why}" for name, why in result["left_out"].items()]
   if result["peak_bytes"]:
     sizes = (f"{name} {size / 2**20:.1f} MiB"

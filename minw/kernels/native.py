@@ -45,6 +45,7 @@ def _library() -> ctypes.CDLL | None:
       ("values", ctypes.c_int, [pointer, pointer, size, pointer, text, size]),
       ("isa", text, [pointer]),
       ("isas", text, []),
+      ("peak", ctypes.c_uint64, [pointer, ctypes.c_uint64]),
       ("hash", ctypes.c_uint64, [pointer, size])):
     function = getattr(library, "minw_" + name)
     function.restype, function.argtypes = result, arguments
@@ -108,6 +109,14 @@ class Network:
     return [tuple(f(self._network, i).decode(errors="replace")
                   for f in (self._lib.minw_op_name, self._lib.minw_op_kernel))
             for i in range(self._lib.minw_num_ops(self._network))]
+
+  def peak(self, steps: int) -> int:
+    """Does steps of the 1/1 kernel on registers alone, for benchmarks.
+
+    Returns:
+      How many products were summed.
+    """
+    return self._lib.minw_peak(self._network, steps)
 
   def _shapes(self):
     return [self._lib.minw_value_shape(self._network, i)

@@ -929,6 +929,10 @@ const char* minw_isas(void) {
   return names.c_str();
 }
 
+uint64_t minw_peak(const minw_network* network, uint64_t steps) {
+  return network->isa.peak(steps);
+}
+
 uint64_t minw_hash(const void* bytes, size_t size) {
   uint64_t hash = 0xcbf29ce484222325;
   for (size_t i = 0; i < size; i++)

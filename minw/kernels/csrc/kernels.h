@@ -118,6 +118,7 @@ struct Isa {
                const int8_t* shortcut, const Work& work, void* out);
   void (*threshold)(const Threshold& threshold, const int32_t* in,
                     const int8_t* shortcut, size_t pixels, int8_t* out);
+  uint64_t (*peak)(uint64_t steps);
 };
 
 // The name is null where the compiler's target is another architecture. Constants, as

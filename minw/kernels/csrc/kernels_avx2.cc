@@ -11,6 +11,7 @@ constexpr int kVector = 32;
 constexpr int kFlush = 31, kDotFlush = 256;
 constexpr int kPairT = 2, kPlaneT = 3, kManyT = 2;
 constexpr int kLaneT = 4, kLaneV = 2, kDotT = 4, kDotV = 2;
+#define MINW_KEEP(x) asm volatile("" : "+x"(x))
 #define MINW_LOOKUP 1
 #define MINW_DOT 1
 
@@ -155,7 +156,7 @@ void lookup(const Conv& c, int group, const char* const* pixels,
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", true, true, choose, encode, conv, threshold};
+const Isa kAvx2 = {"avx2", true, true, choose, encode, conv, threshold, peak};
 
 }  // namespace minw
 

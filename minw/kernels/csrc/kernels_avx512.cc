@@ -11,6 +11,7 @@ constexpr int kVector = 64;
 constexpr int kFlush = 0, kDotFlush = 0;
 constexpr int kPairT = 4, kPlaneT = 6, kManyT = 4;
 constexpr int kLaneT = 6, kLaneV = 2, kDotT = 6, kDotV = 2;
+#define MINW_KEEP(x) asm volatile("" : "+v"(x))
 #define MINW_LOOKUP 0
 #define MINW_DOT 1
 
@@ -50,7 +51,7 @@ inline DotAcc dot_total(DotAcc acc) { return acc; }
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", true, false, choose, encode, conv, threshold};
+const Isa kAvx512 = {"avx512", true, false, choose, encode, conv, threshold, peak};
 
 }  // namespace minw
 

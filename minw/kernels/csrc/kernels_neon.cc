@@ -15,7 +15,7 @@ inline Words count(Words x) { return (Words)vcntq_u8((uint8x16_t)x); }
 
 }  // namespace
 
-const Isa kNeon = {"neon", false, false, choose, encode, conv, threshold};
+const Isa kNeon = {"neon", false, false, choose, encode, conv, threshold, peak};
 
 }  // namespace minw
 

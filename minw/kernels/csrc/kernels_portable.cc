@@ -16,6 +16,6 @@ inline Words count(Words x) {
 
 }  // namespace
 
-const Isa kPortable = {"portable", false, false, choose, encode, conv, threshold};
+const Isa kPortable = {"portable", false, false, choose, encode, conv, threshold, peak};
 
 }  // namespace minw
