@@ -57,7 +57,7 @@ def default_config() -> config_dict.ConfigDict:
   c.weight_thresholds = ()  # Fixed, or factors on the mean; () for the defaults.
 
   # Estimator. alpha runs from start to final within alpha_end of the run.
-  c.estimator = "aqe"  # A function of minw.estimators: ste, aqe, stochastic_aqe.
+  c.estimator = "aqe"  # A function of minw.estimators: ste, aqe, ede, ewgs, ....
   c.estimator_gradient = "eq18"  # "algorithm1", "eq15".
   c.alpha_start = 0.5
   c.alpha_final = 1.0
@@ -185,7 +185,7 @@ def validate(c: config_dict.ConfigDict) -> None:
     bits("bits_rules", rule[1])
   _check_thresholds(c, "input_thresholds", c.input_bits)
   _check_thresholds(c, "weight_thresholds", c.weight_bits)
-  if c.estimator == "stochastic_aqe":
+  if c.estimator in estimators.ONE_BIT:
     for value in (c.input_bits, c.weight_bits, *(b for _, b in c.bits_rules)):
       check("estimator", not (quantizers.is_grid(value) and value > 1),
             f"another where bits are {value}: it is defined for one bit")

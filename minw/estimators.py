@@ -26,6 +26,10 @@ GRADIENTS = {
 }
 
 
+# Not defined for more.
+ONE_BIT = ("approx_sign", "ede", "reste", "stochastic_aqe", "swish_sign")
+
+
 def ste(x: jax.Array, grid: Grid) -> jax.Array:
   """The straight-through estimator (Eq 4, 5).
 
@@ -86,6 +90,104 @@ def stochastic_aqe(
   _check_gradient(gradient)
   z = jax.random.uniform(key, x.shape, quantizers._wide(x), -1.0, 1.0)
   return _stochastic_aqe(x, jnp.asarray(alpha, jnp.result_type(float)), z, gradient)
+
+
+# Estimators of others, to compare with. All have the forward of `ste`; alpha, where
+# there is one, is how far annealing has gone, from 0 to 1, and shapes the backward.
+
+
+def approx_sign(x: jax.Array, grid: Grid) -> jax.Array:
+  """Bi-Real Net's, the derivative of a piecewise quadratic (arXiv 1808.00278).
+
+  Backward g * max(2 - 2 |x|, 0).
+
+  Args:
+    x: float, any shape.
+    grid: of one bit.
+
+  Returns:
+    The shape and dtype of `x`.
+
+  Raises:
+    ValueError: a grid of more bits.
+  """
+  return _hard(_slope_approx_sign, x, 0.0, _one_bit(grid))
+
+
+def swish_sign(x: jax.Array, grid: Grid) -> jax.Array:
+  """The derivative of sign-Swish, beta = 5 (Darabi et al., arXiv 1812.11800).
+
+  Backward g * beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta x)).
+
+  Args, returns, raises: as `approx_sign`.
+  """
+  return _hard(_slope_swish_sign, x, 0.0, _one_bit(grid))
+
+
+def ede(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
+  """IR-Net's error decay estimator, a tanh that steepens (arXiv 1909.10788).
+
+  Backward g * k t (1 - tanh(t x)^2), t = 10^(2 alpha - 1) and k = max(1 / t, 1).
+
+  Args:
+    x: float, any shape.
+    alpha: in [0, 1], a scalar or broadcast to the shape of `x`; in IR-Net the share of
+      the epochs that are over.
+    grid: of one bit.
+
+  Returns:
+    The shape and dtype of `x`.
+
+  Raises:
+    ValueError: a grid of more bits.
+  """
+  return _hard(_slope_ede, x, alpha, _one_bit(grid))
+
+
+def reste(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
+  """The rectified straight-through estimator: sign(x) |x|^(1/o) (Wu et al., ICCV 2023).
+
+  Backward g * |x|^(1/o - 1) / o where 0.1 < |x| <= 1.5, with o = 1 + 2 alpha; nearer
+  to zero the slope of the chord from -0.1 to 0.1, and 0 beyond 1.5.
+
+  Args, returns, raises: as `ede`.
+  """
+  return _hard(_slope_reste, x, alpha, _one_bit(grid))
+
+
+def dsq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
+  """Differentiable soft quantization, a staircase of tanh (arXiv 1908.05033).
+
+  With s = 1 / (1 - a) and k = log(2 / a - 1), from one level to the next, D above it,
+  the staircase rises as D / 2 (1 + s tanh(k (x - threshold) / D)). Backward g * its
+  slope, s k / 2 / cosh(k (x - threshold) / D)^2, for |x| <= 1. Here a, which the paper
+  learns, falls from 1/2, nearly straight, to 0.01, nearly steps: a = 0.5 - 0.49 alpha.
+
+  Args:
+    x: float, any shape.
+    alpha: in [0, 1], a scalar or broadcast to the shape of `x`.
+    grid: any; thresholds broadcast against the trailing axes of `x`.
+
+  Returns:
+    The shape and dtype of `x`.
+  """
+  return _hard(_slope_dsq, x, alpha, grid)
+
+
+def ewgs(x: jax.Array, grid: Grid, *, delta: float = 1e-3) -> jax.Array:
+  """Element-wise gradient scaling (Lee et al., arXiv 2104.00903, Eq 4).
+
+  Backward g * (1 + delta sign(g) (x - h(x))) * 1[|x| <= 1].
+
+  Args:
+    x: float, any shape.
+    grid: any; thresholds broadcast against the trailing axes of `x`.
+    delta: at least 0, which is `ste`.
+
+  Returns:
+    The shape and dtype of `x`.
+  """
+  return _ewgs(x, grid, delta)
 
 
 def stochastic_neuron(
@@ -236,3 +338,85 @@ _stochastic_aqe.defvjp(
     lambda gradient, saved, g: (_scaled(g, *saved[:2], gradient),
                                 *_zeros(saved[1:])),
 )
+
+
+def _one_bit(grid: Grid) -> Grid:
+  if grid.thresholds.shape[0]:
+    raise ValueError("this estimator is defined for one bit only")
+  return grid
+
+
+def _hard(slope, x, alpha, grid):
+  return _hard_forward(slope, x, jnp.asarray(alpha, jnp.result_type(float)), grid)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hard_forward(slope, x, alpha, grid):
+  return quantizers.quantize(x, grid)
+
+
+def _hard_backward(slope, saved, g):
+  x, alpha, grid = saved
+  wide = quantizers._wide(x)
+  factor = slope(x.astype(wide), alpha.astype(wide), grid)
+  return (g.astype(wide) * factor).astype(g.dtype), *_zeros((alpha, grid))
+
+
+_hard_forward.defvjp(
+    lambda slope, x, alpha, grid: (_hard_forward(slope, x, alpha, grid),
+                                   (x, alpha, grid)),
+    _hard_backward)
+
+
+def _slope_approx_sign(x, alpha, grid):
+  return jnp.maximum(2 - 2 * jnp.abs(x), 0)
+
+
+def _slope_swish_sign(x, alpha, grid):
+  y = jnp.clip(5 * x, -80, 80)  # cosh is finite there, and the slope 0.
+  return 5 * (2 - y * jnp.tanh(y / 2)) / (1 + jnp.cosh(y))
+
+
+def _slope_ede(x, alpha, grid):
+  t = 10 ** (2 * alpha - 1)
+  # 1 - tanh^2, of which little would be left in the tails.
+  return jnp.maximum(1 / t, 1) * t / jnp.cosh(jnp.clip(t * x, -40, 40)) ** 2
+
+
+def _slope_reste(x, alpha, grid):
+  o, size = 1 + 2 * alpha, jnp.abs(x)
+  power = jnp.maximum(size, 0.1) ** (1 / o - 1)
+  return jnp.where(size > 1.5, 0, jnp.where(size > 0.1, power / o, power))
+
+
+def _slope_dsq(x, alpha, grid):
+  a = 0.5 - 0.49 * alpha
+  s, k = 1 / (1 - a), jnp.log(2 / a - 1)
+  size = jnp.abs(x)
+  levels = grid.magnitudes.astype(x.dtype)
+  if grid.thresholds.shape[0]:
+    below = jnp.concatenate([jnp.zeros(1, x.dtype), levels[:-1]])
+    thresholds = grid.thresholds.astype(x.dtype)
+  else:  # One step, from -1 to 1.
+    below, thresholds = -levels, jnp.zeros(1, x.dtype)
+  slope = jnp.zeros_like(x)
+  for low, high, threshold in zip(below, levels, thresholds):
+    y = k * (size - threshold) / (high - low)
+    slope = jnp.where(size >= jnp.maximum(low, 0), s * k / 2 / jnp.cosh(y) ** 2, slope)
+  return slope * _inside(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _ewgs(x, grid, delta):
+  return quantizers.quantize(x, grid)
+
+
+def _ewgs_backward(delta, saved, g):
+  x, grid = saved
+  wide = quantizers._wide(x)
+  error = x.astype(wide) - quantizers.quantize(x, grid).astype(wide)
+  factor = (1 + delta * jnp.sign(g).astype(wide) * error) * _inside(x).astype(wide)
+  return (g.astype(wide) * factor).astype(g.dtype), _zeros(grid)
+
+
+_ewgs.defvjp(lambda x, grid, delta: (_ewgs(x, grid, delta), (x, grid)), _ewgs_backward)

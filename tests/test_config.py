@@ -123,7 +123,7 @@ NAN, INF = math.nan, math.inf
     ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
     ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
-     "one of aqe, ste, stochastic_aqe"),
+     "one of approx_sign, aqe, dsq, ede, ewgs, reste, ste, stochastic_aqe, swish_sign"),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
     ("alpha_shape", ["cubic"], "one of linear, cosine"),
     ("optimizer", ["adamw"], "one of adam, sgd"),

@@ -167,7 +167,9 @@ def test_dtype_is_kept_and_the_mixture_is_wide(dtype):
   np.testing.assert_array_equal(results["ste"][1].astype("f8"), g * inside)
 
 
-@pytest.mark.parametrize("name", ["ste", "aqe", "stochastic_aqe"])
+@pytest.mark.parametrize("name", [
+    "ste", "aqe", "stochastic_aqe", "approx_sign", "swish_sign", "ede", "reste", "dsq",
+    "ewgs"])
 def test_transformations_change_nothing(name):
   x = np.stack([X, X / 3])
   key = jax.random.key(1)
@@ -412,7 +414,9 @@ def test_score_function_surrogate():
 
 
 def test_by_name():
-  assert estimators.network_estimators() == ("aqe", "ste", "stochastic_aqe")
+  assert estimators.network_estimators() == (
+      "approx_sign", "aqe", "dsq", "ede", "ewgs", "reste", "ste", "stochastic_aqe",
+      "swish_sign")
   made = []
 
   def make_key():
@@ -442,12 +446,122 @@ def test_by_name():
 def test_by_name_refuses():
   for name in ("STE", "stochastic_neuron", "score_function_surrogate", "by_name",
                "_aqe", "quantizers", ""):
-    with pytest.raises(ValueError, match=f"estimator='{name}': must be one of aqe, s"):
+    with pytest.raises(ValueError, match=f"estimator='{name}': must be one of appro"):
       estimators.by_name(name)
   for bits in (2, 3):
     with pytest.raises(ValueError, match="'stochastic_aqe' is defined for one bit"):
       estimators.by_name("stochastic_aqe")(
           X, 0.5, quantizers.grid(bits), lambda: jax.random.key(0))
+
+
+# The smooth functions whose derivatives others take for that of the sign.
+
+
+def bireal(x, alpha):
+  inner = np.where(x < 0, 2 * x + x**2, 2 * x - x**2)
+  return np.where(np.abs(x) > 1, np.sign(x), inner)
+
+
+def sign_swish(x, alpha):
+  sigmoid = 1 / (1 + np.exp(-5 * x))
+  return 2 * sigmoid * (1 + 5 * x * (1 - sigmoid)) - 1
+
+
+def irnet(x, alpha):
+  t = 0.1 * 10 ** (alpha * np.log10(10 / 0.1))
+  return max(1 / t, 1) * np.tanh(t * x)
+
+
+def root(x, alpha):
+  """Of |x|, o-th; near zero its chord, and flat from 1.5 on."""
+  o, size = 1 + 2 * alpha, np.minimum(np.abs(x), 1.5)
+  return np.sign(x) * np.where(size < 0.1, size * 0.1 ** (1 / o) / 0.1, size ** (1 / o))
+
+
+def soft_staircase(x, alpha, levels=(-1, 1), thresholds=(0,)):
+  a = 0.5 - 0.49 * alpha
+  s, k = 1 / (1 - a), np.log(2 / a - 1)
+  result = np.sign(x)
+  for low, high, middle in zip(levels, levels[1:], thresholds):
+    step = low + (high - low) / 2 * (
+        1 + s * np.tanh(k * (x - middle) / (high - low)))
+    result = np.where((low <= x) & (x <= high), step, result)
+  return result
+
+
+SMOOTH = {"approx_sign": bireal, "swish_sign": sign_swish, "ede": irnet, "reste": root,
+          "dsq": soft_staircase}
+# Between the kinks of all of them.
+POINTS = np.array([-2.5, -1.3, -0.95, -0.6, -0.26, -0.12, -0.07, -0.01, 0.02, 0.09,
+                   0.2, 0.45, 0.62, 0.93, 1.2, 1.9, 40.0])
+
+
+def slopes(function, h=1e-6):
+  return (function(POINTS + h) - function(POINTS - h)) / (2 * h)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_slopes_are_of_the_published_functions(name, alpha):
+  estimator = estimators.by_name(name)
+  x = POINTS.astype(np.float32)
+  grid = quantizers.grid(1)
+  y, pullback = jax.vjp(
+      lambda x: estimator(x, np.float32(alpha), grid, None), x)
+  g = np.linspace(-2, 3, x.size).astype(np.float32)
+  np.testing.assert_array_equal(y, np.where(x > 0, 1, -1))
+  want = g * slopes(lambda x: SMOOTH[name](x, alpha))
+  np.testing.assert_allclose(pullback(g)[0], want, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits, levels, thresholds", [
+    (2, (-1, 0, 1), (-0.1, 0.1)),
+    (3, (-1, -0.5, -0.25, 0, 0.25, 0.5, 1),
+     (-0.75, -0.375, -0.125, 0.125, 0.375, 0.75))])
+def test_soft_staircase_of_more_bits(bits, levels, thresholds):
+  x = POINTS.astype(np.float32)
+  for alpha in (0.0, 0.5, 1.0):
+    y, pullback = jax.vjp(
+        lambda x: estimators.dsq(x, alpha, quantizers.grid(bits)), x)
+    np.testing.assert_array_equal(y, quantizers.quantize(x, quantizers.grid(bits)))
+    want = slopes(lambda x: soft_staircase(x, alpha, levels, thresholds))
+    np.testing.assert_allclose(
+        pullback(np.ones_like(x))[0], np.where(np.abs(x) > 1, 0, want), rtol=5e-5,
+        atol=1e-6)
+
+
+def test_slopes_annealed():
+  """Straight at first, a step in the end; reste and ede start as identity, tanh."""
+  grid, x = quantizers.grid(1), np.float32([0.05, 0.5])
+  slope = lambda f, alpha: jax.vjp(lambda x: f(x, alpha, grid), x)[1](
+      np.ones(2, np.float32))[0]
+  np.testing.assert_allclose(slope(estimators.reste, 0.0), [1, 1], rtol=1e-6)
+  np.testing.assert_allclose(slope(estimators.ede, 0.0), [1, 1], rtol=3e-3)
+  for f in (estimators.reste, estimators.ede, estimators.dsq):
+    near, far = slope(f, 1.0)
+    assert near > 2 > 0.7 > far
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_ewgs(bits):
+  grid = quantizers.grid(bits)
+  for delta in (0.0, 1e-3, 0.2):
+    y, (dx, dgrid) = pull(functools.partial(estimators.ewgs, delta=delta), X, grid)
+    np.testing.assert_array_equal(y, HARD[bits])
+    want = G * (1 + delta * np.sign(G) * (X - HARD[bits])) * MASK
+    np.testing.assert_allclose(dx, want, rtol=1e-6)
+    assert_zeros_like(dgrid, grid)
+
+
+@pytest.mark.parametrize("name", estimators.network_estimators())
+def test_of_one_bit_only(name):
+  call = lambda: estimators.by_name(name)(
+      X, 0.5, quantizers.grid(2), lambda: jax.random.key(0))
+  if name not in estimators.ONE_BIT:
+    assert call().shape == X.shape
+    return
+  with pytest.raises(ValueError, match="one bit only"):
+    call()
 
 
 # Runs of a network of two one-bit layers with a two-bit activation between them, in
