@@ -157,6 +157,28 @@ def test_large_sums_need_wide_thresholds(isa):
   check(b.end(b.threshold(x, 2), 2))
 
 
+@pytest.mark.parametrize("activations", (1, 2, 3))
+@pytest.mark.parametrize("weights", (1, 2, 3))
+@pytest.mark.parametrize("sign", (-1, 1))
+def test_largest_counts(isa, weights, activations, sign):
+  """All products are as large as can be, and all of one sign."""
+  b = Builder(np.random.default_rng(0), (15, 15, 1))
+  x = b.threshold(b.conv(0, 1, 90), activations)
+  b.ops[-1].thresholds[:] = np.where(b.ops[-1].falling, 1, -1) * 2**20 * sign
+  x = b.conv(x, weights, 37)
+  b.ops[-1].kernel[:] = packed.max_code(weights)
+  y = b.threshold(x, 1)
+  check(b.end(b.conv(y, 1, 3)), 1)
+
+
+def test_more_steps_than_small_counters_hold(isa):
+  b = Builder(np.random.default_rng(0), (9, 9, 1))
+  for activations, weights in ((1, 3), (3, 1), (2, 2)):
+    x = b.threshold(b.conv(0, 1, 210), activations)
+    b.conv(x, weights, 3, (9, 9), pads=(2,) * 4)
+  check(b.end(0), 1)
+
+
 @pytest.mark.parametrize("bits", (1, 2, 3))
 def test_residual_and_dense_blocks(isa, bits):
   b = Builder(np.random.default_rng(bits), (9, 8, 3))

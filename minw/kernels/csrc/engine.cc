@@ -155,17 +155,22 @@ class LayerBuilder {
       c_.form = kPlanes;
       c_.width = kLane;
       c_.words = (c_.in.c + 63) / 64;
-      // Its sums are uint16.
-      int64_t weights = int64_t{c_.window.h} * c_.window.w * c_.in.c;
-      if (isa_.lookup && a == 1 && w == 1 && weights < 65536) {
-        c_.form = kNibbles;
-        c_.width = c_.out.c <= 32 ? 32 : c_.out.c <= 64 ? 64 : 128;
+      c_.sums = w == 1 && a > 1;
+      c_.fold = a == 2 && w == 2 ? 2 : 4;
+      c_.swapped = a == 1 && w > 1;
+      // Counts are uint16; for few pixels, vectors of them would be mostly empty.
+      int64_t steps = int64_t{c_.window.h} * c_.window.w * (c_.in.c / c_.fold + 1);
+      if (isa_.lookup && steps * (a == 3 || w == 3 ? 16 : 4) < 65536 &&
+          (!c_.swapped || c_.out.h * c_.out.w > 16)) {
+        c_.form = kLookup;
+        c_.width = c_.swapped ? kRowBlock : std::min((c_.out.c + 31) / 32 * 32, 128);
         return;
       }
+      c_.swapped = false;
       c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
-      c_.sums = w == 1 && a > 1;
     } else if (codes && isa_.dot) {
       c_.form = kBytes;
+      c_.fold = 4;
     } else {
       std::vector<RunSums> sums(c_.out.c);
       each([&](int o, int, int, const Bits& b) { sums[o].add(b); });
@@ -186,9 +191,9 @@ class LayerBuilder {
         step = c_.words;
         c_.pixel_bytes = c_.words * 8 * (c_.a_bits == 3 ? 4 : c_.a_bits);
         break;
-      case kNibbles:
-        step = (c_.in.c + 3) / 4;
-        c_.pixel_bytes = c_.words * 16;
+      case kLookup:
+        step = (c_.in.c + c_.fold - 1) / c_.fold;
+        c_.pixel_bytes = c_.in.stride / (c_.a_bits == 3 ? 2 : c_.fold);
         break;
       case kBytes:
         step = (c_.in.c + 3) / 4;
@@ -201,13 +206,16 @@ class LayerBuilder {
     if (c_.paired) step /= 2;
     c_.padded_h = c_.in.h + w.top + w.bottom;
     c_.padded_w = c_.in.w + w.left + w.right;
-    int bytes = c_.form == kNibbles ? 1 : c_.form == kBytes ? 4 : c_.pixel_bytes / step;
+    int bytes = c_.form == kLookup  ? (c_.a_bits == 3 ? 2 : 1)
+                : c_.form == kBytes ? 4
+                                    : c_.pixel_bytes / step;
     for (int y = 0; y < w.h; y++)
       for (int x = 0; x < w.w; x++)
         for (int i = 0; i < step; i++)
           layer_.offsets.push_back((y * c_.padded_w + x) * c_.pixel_bytes + i * bytes);
     c_.steps = static_cast<int>(layer_.offsets.size());
     c_.offsets = layer_.offsets.data();
+    if (c_.form == kLookup) c_.row_bytes = c_.steps * bytes + kRowSlack;
     c_.groups = (c_.out.c + c_.width - 1) / c_.width;
   }
 
@@ -216,12 +224,15 @@ class LayerBuilder {
     int in = c_.in.c, w = c_.w_bits;
     // Elements of a tap and output channel.
     size_t planes = c_.form == kPlanes   ? (w == 3 ? 4 : w)
+                    : c_.form == kLookup ? (w == 3 ? 2 : 1)
                     : w == 2 && (c_.form == kInt16 || c_.form == kInt32) ? 2
                                          : 1;
-    bool fours = c_.form == kBytes || c_.form == kNibbles;
-    size_t steps = c_.form == kPlanes ? c_.words : fours ? (in + 3) / 4 : in;
+    bool folded = c_.form == kBytes || c_.form == kLookup;
+    size_t steps = c_.form == kPlanes ? c_.words
+                   : folded           ? (in + c_.fold - 1) / c_.fold
+                                      : in;
     size_t size = c_.form == kPlanes    ? 8
-                  : c_.form == kNibbles ? 1
+                  : c_.form == kLookup  ? 1
                   : c_.form == kInt16   ? 2
                                         : 4;
     c_.group_bytes = taps * steps * planes * width * size;
@@ -253,7 +264,7 @@ class LayerBuilder {
         if (c_.paired && first / 64 % 2) to[0] ^= to[-static_cast<int>(width)];
         return;
       }
-      if (c_.form == kNibbles) {
+      if (c_.form == kLookup && w == 1) {
         for (int i = 0; i < 16 && first + i * 4 < in; i++)
           *at(o, tap, first / 4 + i) = b.positive >> (i * 4) & 15;
         return;
@@ -262,7 +273,9 @@ class LayerBuilder {
         int magnitude = (b.mask[0] >> i & 1) | (b.mask[1] >> i & 1) << 1 |
                         (b.mask[2] >> i & 1) << 2;
         int level = b.positive >> i & 1 ? magnitude : -magnitude;
-        if (c_.form == kBytes)
+        if (c_.form == kLookup)
+          fold(at(o, tap, 0), first + i, level);
+        else if (c_.form == kBytes)
           at(o, tap, (first + i) / 4)[(first + i) % 4] =
               static_cast<char>(level);
         else if (c_.form == kInt16)
@@ -271,6 +284,15 @@ class LayerBuilder {
           lane<int32_t>(at(o, tap, first + i), level);
       }
     });
+  }
+
+  // Adds a digit to the number of a few channels.
+  void fold(char* tap, int channel, int level) {
+    bool trits = c_.w_bits == 2;
+    int base = trits ? 3 : 7, digit = trits ? level + 1 : level - level / 4 + 3;
+    int shift = trits && c_.fold == 4 ? 2 : 1;  // Of the count of digits.
+    for (int i = channel & ((1 << shift) - 1); i > 0; i--) digit *= base;
+    tap[size_t(channel >> shift) * c_.width] += static_cast<char>(digit << c_.swapped);
   }
 
   template <class E>
@@ -285,7 +307,7 @@ class LayerBuilder {
     const Window& w = c_.window;
     size_t stride = static_cast<size_t>(c_.groups) * c_.width;
     // Where a bit is 0.
-    bool minus = (c_.form == kPlanes || c_.form == kNibbles) && c_.a_bits == 1;
+    bool minus = (c_.form == kPlanes || c_.form == kLookup) && c_.a_bits == 1;
     Taps rows = {std::vector<int>(c_.out.h), {{0, w.h}}};
     Taps cols = {std::vector<int>(c_.out.w), {{0, w.w}}};
     // Padding by 0 has no 1-bit code: it counts as -1, which is added back here.
@@ -316,6 +338,7 @@ class LayerBuilder {
           }
         int64_t start = minus                  ? all.magnitudes
                         : c_.form == kPlanes   ? 0
+                        : c_.form == kLookup   ? (c_.sums ? 0 : 2 * c_.steps)
                         : c_.form == kBytes    ? -4 * all.levels
                         : c_.w_bits < 3        ? all.negative
                                                : 0;
@@ -534,7 +557,7 @@ Plan minw_network::plan(bool fused) const {
       for (int value : ops[step.op].inputs)
         if (value == 0 && p.offset[0] == 0 && pieces.empty()) place(0, 0);
   for (int s = 0; s < count; s++) place(p.steps[s].op + 1, s);
-  size_t one = std::max<size_t>(1, work_bytes(p, 1));
+  size_t one = work_bytes(p, 2) - work_bytes(p, 1) + 1;
   p.group = fused ? std::clamp<size_t>(kGroupBytes / one, 1, kMaxGroup) : 1;
   return p;
 }
@@ -543,10 +566,10 @@ namespace {
 
 // The parts of scratch memory after the arena.
 struct Layout {
-  size_t padded = 0, magnitudes = 0, acc = 0;
+  size_t padded = 0, magnitudes = 0, acc = 0, gathered = 0, counts = 0;
   size_t bytes(size_t images) const {
     return aligned(padded * images) + aligned(magnitudes * images) + aligned(acc) +
-           3 * aligned(kChunk * sizeof(void*));
+           aligned(gathered) + aligned(counts) + 3 * aligned(kChunk * sizeof(void*));
   }
 };
 
@@ -558,7 +581,13 @@ Layout layout(const std::vector<std::unique_ptr<Layer>>& layers) {
     size_t pixels = static_cast<size_t>(c.padded_h) * c.padded_w;
     l.padded = std::max(l.padded, pixels * c.pixel_bytes);
     if (c.sums) l.magnitudes = std::max(l.magnitudes, pixels * sizeof(int32_t));
-    l.acc = std::max(l.acc, size_t{kChunk} * c.width * sizeof(int32_t));
+    size_t sums = size_t{kChunk} * c.width;
+    l.acc = std::max(l.acc, sums * sizeof(int32_t));
+    if (c.form == kLookup) {
+      size_t rows = c.a_bits == c.w_bits ? kChunk / 2 : kChunk;  // Two in one, or not.
+      l.gathered = std::max(l.gathered, rows * c.row_bytes);
+      l.counts = kRowBlock * kChunk * sizeof(uint16_t);
+    }
   }
   return l;
 }
@@ -673,6 +702,8 @@ void minw_network::run(const Plan& plan, const uint8_t* images, size_t n, char* 
   work.pixels = reinterpret_cast<const char**>(part(kChunk * sizeof(void*)));
   work.base = reinterpret_cast<const int32_t**>(part(kChunk * sizeof(void*)));
   work.sums = reinterpret_cast<int32_t*>(part(kChunk * sizeof(int32_t)));
+  work.gathered = reinterpret_cast<uint8_t*>(part(l.gathered));
+  work.counts = reinterpret_cast<uint16_t*>(part(l.counts));
 
   bool stored = false;
   auto store_image = [&] {

@@ -36,20 +36,30 @@ struct Source {
 // What a convolution reads, made from its input with the border around it.
 enum Form : uint8_t {
   kPlanes,   // uint64 [word][plane]: is > 0, then masks of the magnitudes 1, 2, 4.
-  kNibbles,  // uint8: 4 channels' signs, times 16.
+  kLookup,   // What looks up products of `fold` channels in tables.
   kBytes,    // uint8: level + 4.
   kInt16,    // Levels or pixels.
   kInt32,
   kFloat32,
 };
 
+// Scratch memory of a call. Of the output pixels that are convolved at a time: where
+// the window begins, what sums begin with (by its border), its sum of magnitudes.
+struct Work {
+  char* padded;
+  int32_t* magnitudes;
+  const char** pixels;
+  const int32_t** base;
+  int32_t* sums;
+  int32_t* acc;
+  uint8_t* gathered;  // What lookups read of the pixels, and
+  uint16_t* counts;   // what they count.
+};
+
 struct Conv;
 
-// Sums of `n` output pixels and the channels of one group: out is (n, width). A pixel
-// is given by where its window begins, and `base` by its border.
-using Group = void (*)(const Conv& conv, int group, const char* const* pixels,
-                       const int32_t* const* base, const int32_t* sums, int n,
-                       int32_t* out);
+// Sums of `n` output pixels and the channels of one group: work.acc is (n, width).
+using Group = void (*)(const Conv& conv, int group, const Work& work, int n);
 
 struct Conv {
   Map in, out;
@@ -59,7 +69,10 @@ struct Conv {
   int a_bits, w_bits;  // Of planes and grids; w_bits is 0 for float weights.
   bool paired;         // 1/1: of two words, the second is the XOR of both.
   float unit;          // Of the input, for kFloat32.
-  int words;           // Of a pixel and plane (kPlanes, kNibbles).
+  int words;           // Of a pixel and plane (kPlanes).
+  int fold;            // Channels of a step (kLookup, kBytes).
+  int row_bytes;       // Of a pixel's window in work.gathered.
+  bool swapped;        // Weights select the tables, and pixels index them.
   int pixel_bytes;     // Of a pixel in `form`.
   int padded_h, padded_w;
   int steps;           // Of a window; where they are, in bytes from its first pixel:
@@ -93,22 +106,14 @@ struct Finish {
   const Threshold* threshold;  // Or null.
 };
 
-// Scratch memory of a call.
-struct Work {
-  char* padded;
-  int32_t* magnitudes;
-  const char** pixels;
-  const int32_t** base;
-  int32_t* sums;
-  int32_t* acc;
-};
-
 constexpr int kChunk = 192;  // Pixels that are convolved, then finished, at a time.
+constexpr int kRowBlock = 32;  // Rows of lookups whose counts stay in the cache.
+constexpr int kRowSlack = 32;  // Bytes that may be written past a gathered row.
 
 struct Isa {
   const char* name;
   bool dot;     // Has int8 dot products.
-  bool lookup;  // Has table lookups for 1/1.
+  bool lookup;  // Has table lookups.
   // Sets conv.group; returns its name.
   const char* (*choose)(Conv* conv);
   // Makes `n` pixels of conv.form; magnitudes may be null.
