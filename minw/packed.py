@@ -232,6 +232,21 @@ def inputs(op: Op) -> tuple[int, ...]:
   return (op.input,) if shortcut is None else (op.input, shortcut)
 
 
+def only_signs(program: Program) -> list[bool]:
+  """Of each value whether its codes are -1 and 1, and never the level 0."""
+  signs = [False]
+  for op in program.ops:
+    given = all(signs[i] for i in inputs(op))
+    if isinstance(op, (Threshold, FloatNorm)):
+      given = op.bits == 1
+    elif isinstance(op, Shortcut):
+      given = given and not op.before + op.after
+    elif not isinstance(op, Concat):
+      given = given and isinstance(op, Pool) and op.kind == "max"
+    signs.append(given)
+  return signs
+
+
 def infer_values(program: Program) -> list[Value]:
   """The shape, kind and bound of every value, from the image on.
 

@@ -281,5 +281,5 @@ def test_weights_are_packed_operands(products):
 
 def test_refuses_other_products():
   program = Network(0, (2, 2), 1).program(0)
-  with pytest.raises(ValueError, match="products='dots': must be 'popcount' or 'dot'"):
+  with pytest.raises(ValueError, match="products='dots': must be 'popcount', 'dot' or"):
     xla.logits(program, "dots")

@@ -6,6 +6,7 @@ Weights stay packed in memory, as operands of the computation. What multiplies t
                 channels in the vector lanes: for CPUs
     "dot"       weights unpacked inside the computation and multiplied as int8, or as
                 float32 on CPUs, where that is the faster: for accelerators
+    "portable"  "dot" as it is on accelerators, wherever it runs: for `jax.export`
 
 Either way integers are exact, so logits are those of `kernels.reference` bit for bit.
 """
@@ -37,7 +38,8 @@ def logits(
 
   Args:
     program: the network.
-    products: "popcount" or "dot"; the one for JAX's default backend if None.
+    products: "popcount", "dot" or "portable"; the one of the first two for JAX's
+      default backend if None.
 
   Returns:
     Its operands, and a pure function (operands, uint8 (batch, *program.source_shape))
@@ -49,7 +51,7 @@ def logits(
   def logits_of(operands, images):
     last = lambda images: run(operands, images)[-1].reshape(-1, program.num_classes)
     n = len(images)
-    if products == "dot" or n <= _IMAGES:
+    if products != "popcount" or n <= _IMAGES:
       return last(images)
     images = jnp.pad(images, [(0, -n % _IMAGES)] + [(0, 0)] * 3)
     groups = images.reshape(-1, _IMAGES, *images.shape[1:])
@@ -64,7 +66,7 @@ def values(
   """As `logits`, but the function returns all values, as `reference.run` does."""
   products = _products(products)
   kinds = packed.infer_values(program)
-  signs = _only_signs(program)
+  signs = packed.only_signs(program)
   operands, functions, inputs = [np.asarray(program.offset, np.int32)], [], []
   for op, result in zip(program.ops, kinds[1:]):
     given = packed.inputs(op)
@@ -73,7 +75,8 @@ def values(
       if products == "popcount" and _counts(op, kind):
         arrays, function = _popcount(op, kind, result, signs[op.input])
       else:
-        arrays, function = _dot(op, kind, result)
+        cpu = products == "dot" and jax.default_backend() == "cpu"
+        arrays, function = _dot(op, kind, result, cpu)
     else:
       arrays, function = _RULES[type(op)](op, [kinds[i] for i in given])
     operands.append(arrays)
@@ -94,24 +97,10 @@ def values(
 
 def _products(products):
   """Which products there will be."""
-  if products not in ("popcount", "dot", None):
-    raise ValueError(f"products={products!r}: must be 'popcount' or 'dot'")
+  if products not in ("popcount", "dot", "portable", None):
+    raise ValueError(
+        f"products={products!r}: must be 'popcount', 'dot' or 'portable'")
   return products or ("popcount" if jax.default_backend() == "cpu" else "dot")
-
-
-def _only_signs(program):
-  """Of each value whether its codes are -1 and 1, and never the level 0."""
-  signs = [False]
-  for op in program.ops:
-    given = all(signs[i] for i in packed.inputs(op))
-    if isinstance(op, (packed.Threshold, packed.FloatNorm)):
-      given = op.bits == 1
-    elif isinstance(op, packed.Shortcut):
-      given = given and not op.before + op.after
-    elif not isinstance(op, packed.Concat):
-      given = given and isinstance(op, packed.Pool) and op.kind == "max"
-    signs.append(given)
-  return signs
 
 
 def _pad(x, pads, fill=0):
@@ -336,9 +325,8 @@ def _border(op, levels, size, result):
 # Products of numbers.
 
 
-def _dot(op, kind, result):
-  """As `_popcount`; of floats, too."""
-  cpu = jax.default_backend() == "cpu"
+def _dot(op, kind, result, cpu):
+  """As `_popcount`; of floats, too. `cpu`: whether to choose what is fast on CPUs."""
   out, *window, channels = op.kernel.shape
   shape = (*window, channels, out)
   floats = result.kind == "FLOAT"

@@ -71,8 +71,8 @@ MINW_API const char* minw_isa(const minw_network* network);
 /* Names of those that run here, separated by spaces. */
 MINW_API const char* minw_isas(void);
 
-/* For benchmarks: steps of the 1/1 kernel where nothing is loaded or stored; returns how
- * many products of one bit were summed. */
+/* For benchmarks: steps of the 1/1 kernel where nothing is loaded or stored; returns
+ * how many products of one bit were summed. */
 MINW_API uint64_t minw_peak(const minw_network* network, uint64_t steps);
 
 /* FNV-1a of 64 bits: what names a file to the XLA handler MinwLogits. */

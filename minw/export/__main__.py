@@ -1,0 +1,104 @@
+"""A trained or packed network as a file that other tools run, to the same answers:
+
+  python -m minw.export --workdir=DIR --format=FORMAT --out=FILE
+  python -m minw.export --model=net.minw --golden=DIR [--images=FILES_OR_FOLDERS]
+
+The formats: c, one C99 file; stablehlo, for `jax.export` on CPU, GPU and TPU; onnx, for
+ONNX Runtime; qonnx, for FINN and other compilers of quantized networks. --golden writes
+all values of a few images, which --images names; else they are random.
+"""
+
+import importlib
+import pathlib
+
+from absl import flags
+import numpy as np
+
+from minw import cli
+from minw import infer
+from minw import packed
+from minw.export import golden
+
+_MODULES = {"c": "c", "onnx": "onnx_graph", "qonnx": "onnx_graph",
+            "stablehlo": "stablehlo"}
+
+
+def content(program: packed.Program, form: str, images: np.ndarray) -> bytes:
+  """The file of a format; `images` are for the test in it, where it has one.
+
+  Raises:
+    cli.UsageError: the network can not be exported exactly, or a package is missing.
+  """
+  try:
+    module = importlib.import_module(f"minw.export.{_MODULES[form]}")
+    if form == "c":
+      return module.source(program, images).encode()
+    if form == "stablehlo":
+      return module.serialize(program)
+    return module.model(program, qonnx=form == "qonnx").SerializeToString()
+  except ImportError as error:
+    raise cli.UsageError(
+        f"format={form!r} needs a package that is not installed ({error});"
+        " pip install 'minw[export]'") from error
+  except ValueError as error:
+    raise cli.UsageError(f"format={form!r}: {error}") from error
+
+
+def test_images(paths: list[str] | None, shape: tuple[int, int, int]) -> np.ndarray:
+  """The images that files hold; four random ones without any."""
+  if not paths:
+    return np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
+  images = []
+  for file in infer.image_files(paths):
+    try:
+      images.append(infer.read_image(file, shape))
+    except (OSError, ValueError) as error:
+      raise cli.UsageError(f"images={str(file)!r}: {error}") from error
+  return np.stack(images)
+
+
+def _program(workdir: str | None, model: str | None, which: str) -> packed.Program:
+  if (workdir is None) == (model is None):
+    raise cli.UsageError("one of --workdir and --model must be given, not both")
+  if workdir is None:
+    cli.check(not flags.FLAGS["checkpoint"].present, "checkpoint", which,
+              "left out with --model, which is of one checkpoint")
+    return infer.load_for_command(model, backend="reference").program
+  from minw import pack  # It needs what training needs.
+  return pack.pack_workdir(workdir, which)
+
+
+if __name__ == "__main__":
+  _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run.")
+  _MODEL = flags.DEFINE_string("model", None, "A packed network, instead of a run.")
+  _CHECKPOINT = flags.DEFINE_enum(
+      "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
+  _FORMAT = flags.DEFINE_enum("format", None, sorted(_MODULES), "Of the file --out.")
+  _OUT = flags.DEFINE_string("out", None, "The file to write.")
+  _GOLDEN = flags.DEFINE_string("golden", None, "A folder for the values of --images.")
+  _IMAGES = flags.DEFINE_list(
+      "images", None, "PNG and JPEG files, or folders of them, for --golden and for the"
+      " test in a C file; random images if none.")
+
+  def main() -> None:
+    if (_FORMAT.value is None) != (_OUT.value is None) or not (
+        _FORMAT.value or _GOLDEN.value):
+      raise cli.UsageError("--format and --out, or --golden, must be given")
+    program = _program(_WORKDIR.value, _MODEL.value, _CHECKPOINT.value)
+    images = test_images(_IMAGES.value, program.source_shape)
+    if _FORMAT.value:
+      data = content(program, _FORMAT.value, images)
+      try:
+        pathlib.Path(_OUT.value).write_bytes(data)
+      except OSError as error:
+        raise cli.UsageError(
+            f"out={_OUT.value!r} can not be written: {error}") from error
+      print(f"{_OUT.value}: {len(data)} bytes")
+    if _GOLDEN.value:
+      try:
+        golden.write(_GOLDEN.value, program, images)
+      except (OSError, ValueError) as error:
+        raise cli.UsageError(f"golden={_GOLDEN.value!r}: {error}") from error
+      print(f"{_GOLDEN.value}: {len(program.ops) + 1} values of {len(images)} images")
+
+  cli.run(main)

@@ -1,0 +1,41 @@
+"""All values of a packed network for a few images, to check other implementations by.
+
+A folder holds an array for each value, NAME.npy, batch first, then height, width and
+channels: the uint8 images as "input", the pixels less their offset, accumulators
+(int32), codes (int8), logits (float32), and index.json, which says of each operation
+what it reads and makes, and of codes which integer levels they stand for.
+"""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from minw import packed
+from minw.export import common
+from minw.kernels import reference
+
+
+def write(path: str | os.PathLike, program: packed.Program, images: np.ndarray) -> None:
+  """Writes the folder.
+
+  Args:
+    path: of the folder; made if it is not there.
+    program: the network.
+    images: uint8 (batch, *program.source_shape).
+  """
+  kinds, names = common.values(program), common.names(program)
+  folder = pathlib.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  np.save(folder / "input.npy", images)
+  for name, value in zip(names, reference.run(program, images)):
+    np.save(folder / f"{name}.npy", value)
+  values = [{"name": name, "kind": kind.kind, "shape": list(kind.shape)}
+            | ({"levels": packed.LEVELS[kind.bits]} if kind.bits else {})
+            for name, kind in zip(names, kinds)]
+  for value, op in zip(values[1:], program.ops):
+    value["operation"] = type(op).__name__
+    value["inputs"] = [names[i] for i in packed.inputs(op)]
+  (folder / "index.json").write_text(json.dumps(
+      {**common.metadata(program), "values": values}, indent=1) + "\n")

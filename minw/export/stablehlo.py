@@ -1,0 +1,40 @@
+"""A packed network as serialized StableHLO, for `jax.export.deserialize`.
+
+It takes uint8 (batch, height, width, channels), for any batch, and returns the int32
+labels and float32 logits. Weights are in it packed. `fun_name` is JSON: its metadata.
+"""
+
+import dataclasses
+import json
+
+import jax
+from jax import export
+import jax.numpy as jnp
+
+from minw import packed
+from minw.export import common
+from minw.kernels import xla
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def serialize(program: packed.Program) -> bytes:
+  """The file's content.
+
+  Raises:
+    ImportError: flatbuffers is not installed.
+    ValueError: the network can not be exported exactly; names the layer.
+  """
+  common.values(program)
+  batch, = export.symbolic_shape("batch")
+  images = jax.ShapeDtypeStruct((batch, *program.source_shape), jnp.uint8)
+  operands, run = xla.values(program, "portable")
+
+  def network(images):
+    logits = run(operands, images)[-1].reshape(-1, program.num_classes)
+    return logits.argmax(-1).astype(jnp.int32), logits
+
+  exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
+  exported = dataclasses.replace(
+      exported, fun_name=json.dumps(common.metadata(program)))
+  return bytes(exported.serialize())

@@ -1,0 +1,432 @@
+"""Exports to C, StableHLO and golden values: by hand, and as the packed network.
+
+C is compiled with all warnings as errors; StableHLO runs in processes without minw.
+"""
+
+import ctypes
+import functools
+import json
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+from test_infer import digits_network
+from test_native import Builder
+from test_native import images
+from test_native import programs
+from test_pack import randomized
+from test_packed import small
+
+from minw import cli
+from minw import datasets
+from minw import layers
+from minw import models
+from minw import pack
+from minw import packed
+from minw import pipeline
+from minw.export import __main__ as export_command
+from minw.export import c
+from minw.export import golden
+from minw.kernels import reference
+
+ROOT = pathlib.Path(__file__).parents[1]
+GCC = shutil.which("gcc")
+FLAGS = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
+needs_gcc = pytest.mark.skipif(GCC is None, reason="gcc is not installed")
+
+
+@functools.cache
+def convnet(weights=1, inputs=1, *, name=None, shape=(32, 32, 3), crop=(24, 24)):
+  """A packed ConvNet, of random variables; a narrow one without a name."""
+  widths = models.CONVNETS[name] if name else ((6, 40, 8), (33,))
+  model = models.ConvNet(
+      10, *widths, conv=functools.partial(layers.QuantConv, bits=weights),
+      dense=functools.partial(layers.QuantDense, bits=weights),
+      norm=functools.partial(layers.NormQuant, bits=inputs))
+  return packed_model(model, shape, crop)
+
+
+def packed_model(model, shape, crop):
+  pixels = pipeline.pixels("integer", (0.49, 0.48, 0.45)[:shape[2]], (0.2,) * shape[2])
+  return pack.pack(
+      model, randomized(model, (*crop, shape[2])), pixels=pixels, source_shape=shape,
+      crop=crop, labels=[f"number {i}" for i in range(10)],
+      metadata={"config_hash": "a1b2", "step": 7, "config": {}})
+
+
+def digits_convnet():
+  return convnet(shape=(8, 8, 1), crop=(8, 8))
+
+
+def resnet18():
+  """At full size."""
+  shape = (224, 224, 3)
+  return packed_model(models.NETWORKS["resnet18"](10), shape, shape[:2])
+
+
+def residual_and_dense(bits):
+  """Every operation, also with level 0 among signs."""
+  b = Builder(np.random.default_rng(bits), (9, 8, 3), (8, 8))
+  x = b.threshold(b.conv(0, bits, 20), bits)
+  b.ops[-1].thresholds[:, :, :4] = [10**5, -10**5, 2**31 - 1, -2**31]
+  short = b.add(packed.Shortcut("short", x, (2, 2), 7, 6))
+  y = b.threshold(b.conv(x, bits, 33, strides=(2, 2)), bits, short)
+  y = b.add(packed.Concat("cat", (y, short, y), (0, 0, 0)))
+  z = b.conv(y, bits, 18)
+  wide = b.add(packed.Concat("cat", (z, z), (0, 3)))
+  both = b.add(packed.Add("add", wide, wide, 0, 1))
+  level = b.add(packed.Add("add", y, y, 1, 0))
+  level = b.add(packed.Pool("sum", level, "sum", (3, 2), (1, 2), (1, 1, 1, 0)))
+  pool = b.add(packed.Pool("max", both, "max", (3, 3), (2, 1), (1, 1, 2, 0)))
+  codes = b.add(packed.Pool("max", b.threshold(pool, bits), "max", (2, 2), (1, 1)))
+  codes = b.add(packed.Pool("sum", codes, "sum", b.shape(codes)[:2], (1, 1)))
+  b.threshold(level, 3)
+  return b.end(codes, bits)
+
+
+def order(logits):
+  """What C is to return for logits, from their bytes."""
+  bits = [struct.unpack("<i", struct.pack("<f", v + 0.0))[0]
+          for v in np.ravel(logits).tolist()]
+  return np.reshape([v if v >= 0 else -(v & 0x7fffffff) - 1 for v in bits],
+                    np.shape(logits))
+
+
+def compiled(program, folder, *flags):
+  """The function of images that a compiler makes of the C file."""
+  source, library = folder / "net.c", folder / "net.so"
+  source.write_text(c.source(program, images(program, 1)))
+  subprocess.run([GCC, *FLAGS, "-O1", *flags, "-shared", "-fPIC", "-o", library,
+                  source], check=True)
+  function = ctypes.CDLL(str(library)).minw_run
+
+  def run(batch):
+    labels, scores = [], np.zeros((len(batch), program.num_classes), np.int32)
+    for image, row in zip(np.ascontiguousarray(batch), scores):
+      labels.append(function(ctypes.c_void_p(image.ctypes.data),
+                             ctypes.c_void_p(row.ctypes.data)))
+    return labels, scores
+
+  return run
+
+
+def assert_c_equal(program, folder, batch, *flags):
+  logits = reference.logits(program, batch)
+  labels, scores = compiled(program, folder, *flags)(batch)
+  np.testing.assert_array_equal(scores, order(logits))
+  assert labels == logits.argmax(-1).tolist()
+
+
+def test_golden_by_hand(tmp_path):
+  image = np.zeros((1, 4, 3, 1), np.uint8)
+  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  golden.write(tmp_path / "new" / "folder", small(), image)
+  folder = tmp_path / "new" / "folder"
+  index = json.loads((folder / "index.json").read_text())
+  assert index["labels"] == ["no", "yes"] and index["pixel_offset"] == [7]
+  assert [v["name"] for v in index["values"]] == ["00_image", "01_fc", "02_norm"]
+  assert index["values"][1] == {
+      "name": "01_fc", "kind": "INT", "shape": [1, 1, 2], "operation": "Conv",
+      "inputs": ["00_image"]}
+  load = lambda name: np.load(folder / f"{name}.npy")
+  np.testing.assert_array_equal(load("input"), image)
+  assert load("00_image").tolist() == [[[[3], [13]], [[23], [40]]]]
+  assert load("01_fc").tolist() == [[[[-73, -1]]]]
+  assert load("02_norm").tolist() == [[[[-112.5, 10.0]]]]
+  assert load("01_fc").dtype == np.int32 and load("02_norm").dtype == np.float32
+
+
+def test_golden_says_what_codes_stand_for(tmp_path):
+  program = convnet(1, 3)
+  golden.write(tmp_path, program, images(program, 2))
+  values = json.loads((tmp_path / "index.json").read_text())["values"]
+  code = next(v for v in values if v["kind"] == "CODE")
+  assert code["levels"] == [-4, -2, -1, 0, 1, 2, 4]
+  codes = np.load(tmp_path / f"{code['name']}.npy")
+  assert codes.shape == (2, *code["shape"]) and codes.dtype == np.int8
+
+
+@needs_gcc
+def test_c_by_hand(tmp_path):
+  image = np.zeros((1, 4, 3, 1), np.uint8)
+  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  labels, scores = compiled(small(), tmp_path)(image)
+  # 10.0 is 0x41200000 and -112.5 is 0xc2e10000 in float32.
+  assert labels == [1]
+  assert scores.tolist() == [[0xc2e10000 - 2**32 ^ 0x7fffffff, 0x41200000]]
+
+
+@needs_gcc
+def test_c_zeros_are_equal(tmp_path):
+  """The first of equal scores is the label, also where one is -0."""
+  image = np.zeros((1, 4, 3, 1), np.uint8)
+  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  program = small()
+  zeros = program.ops[1]._replace(
+      center=np.float32([-36.5, -0.5]), scale=np.float32([-3, 4]),
+      constant=np.float32([-0.0, -0.0]))
+  program = program._replace(ops=(program.ops[0], zeros))
+  assert np.signbit(reference.logits(program, image)).tolist() == [[True, False]]
+  labels, scores = compiled(program, tmp_path)(image)
+  assert labels == [0] and scores.tolist() == [[0, 0]]
+
+
+@needs_gcc
+def test_c_rounds_every_step(tmp_path):
+  rng = np.random.default_rng(0)
+  program = digits_convnet()
+  last = program.ops[-1]._replace(
+      unit=0.1, **{field: rng.normal(size=10).astype(np.float32)
+                   for field in ("center", "scale", "constant")})
+  program = program._replace(ops=(*program.ops[:-1], last))
+  # -ffast-math would change how the whole process rounds from then on.
+  assert_c_equal(program, tmp_path, images(program, 50), "-O3", "-march=native",
+                 "-ffp-contract=fast")
+
+
+@needs_gcc
+def test_c_gives_labels_alone(tmp_path):
+  program = digits_network()
+  (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
+  subprocess.run([GCC, *FLAGS, "-shared", "-fPIC", "-o", tmp_path / "net.so",
+                  tmp_path / "net.c"], check=True)
+  function = ctypes.CDLL(str(tmp_path / "net.so")).minw_run
+  image, = batch = datasets.load("digits", "test", None)[0][:1]
+  label = function(ctypes.c_void_p(np.ascontiguousarray(image).ctypes.data), None)
+  assert label == reference.logits(program, batch).argmax()
+
+
+@hypothesis.given(st.lists(st.floats(width=32, allow_nan=False), min_size=2))
+def test_scores_order_as_logits(logits):
+  logits = np.float32(logits)
+  scores = c.scores(logits)
+  np.testing.assert_array_equal(scores, order(logits))
+  for a, b in zip(range(len(logits)), range(1, len(logits))):
+    assert (logits[a] < logits[b]) == (scores[a] < scores[b])
+    assert (logits[a] == logits[b]) == (scores[a] == scores[b])
+
+
+@needs_gcc
+@pytest.mark.parametrize("bits", [(1, 1), (2, 2), (3, 3), (1, 3), (3, 1)])
+def test_c_convnets(tmp_path, bits):
+  program = convnet(*bits, shape=(11, 12, 3), crop=(11, 9))
+  assert_c_equal(program, tmp_path, images(program, 20))
+
+
+@needs_gcc
+@pytest.mark.parametrize("bits", (1, 2, 3))
+def test_c_every_operation(tmp_path, bits):
+  program = residual_and_dense(bits)
+  assert_c_equal(program, tmp_path, images(program, 20))
+
+
+@needs_gcc
+@hypothesis.given(programs())
+@hypothesis.settings(
+    max_examples=12, suppress_health_check=list(hypothesis.HealthCheck))
+def test_c_random_networks(tmp_path_factory, program):
+  assert_c_equal(program, tmp_path_factory.mktemp("c"), images(program, 5), "-O0")
+
+
+@needs_gcc
+@pytest.mark.parametrize("flags", [("-O3", "-march=native"), ("-Os",)])
+def test_c_digits(tmp_path, flags):
+  """Equal on every test image."""
+  batch = datasets.load("digits", "test", None)[0]
+  assert_c_equal(digits_convnet(), tmp_path, batch, *flags)
+
+
+@needs_gcc
+def test_c_checks_itself(tmp_path):
+  program, batch = digits_network({"labels": ['"\\?*/é%d', *"bcdefghij"]}), (
+      datasets.load("digits", "test", None)[0][:3])
+  text = c.source(program, batch)
+
+  def run(text):
+    (tmp_path / "net.c").write_text(text)
+    subprocess.run([GCC, *FLAGS, "-DMINW_MAIN", "-o", tmp_path / "net",
+                    tmp_path / "net.c"], check=True)
+    return subprocess.run([tmp_path / "net"], capture_output=True, text=True)
+
+  labels = program.metadata["labels"]
+  found = reference.logits(program, batch).argmax(-1)
+  result = run(text)
+  assert result.returncode == 0
+  assert result.stdout == "".join(
+      f"image {i}: {k} {labels[k]}\n" for i, k in enumerate(found)
+  ) + "all scores are right\n"
+  score = order(reference.logits(program, batch))[0, 0]
+  result = run(text.replace(f"{score},", f"{score - 1},", 1))
+  assert result.returncode == 1 and "1 scores are wrong" in result.stdout
+
+
+@needs_gcc
+@pytest.mark.parametrize("flag", ["-O0", "-O3"])
+def test_c_needs_nothing(tmp_path, flag):
+  """No function of any library, and no more stack than it says."""
+  program = residual_and_dense(3)
+  (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
+  subprocess.run([GCC, *FLAGS, flag, "-fstack-usage", "-c", "net.c"], cwd=tmp_path,
+                 check=True)
+  undefined = subprocess.run(["nm", "-u", "net.o"], cwd=tmp_path, check=True,
+                             capture_output=True, text=True).stdout.split()
+  assert set(undefined) <= {"U", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
+  frames = [line.split("\t")[-2:] for line in
+            (tmp_path / "net.su").read_text().splitlines()]
+  assert {kind for _, kind in frames} == {"static"}
+
+
+@needs_gcc
+def test_c_states_its_memory(tmp_path):
+  program = digits_convnet()
+  text = c.source(program, images(program, 1))
+  (tmp_path / "net.c").write_text(text)
+  subprocess.run([GCC, *FLAGS, "-Os", "-c", "net.c"], cwd=tmp_path, check=True)
+  size = subprocess.run(["size", "-A", "net.o"], cwd=tmp_path, check=True,
+                        capture_output=True, text=True).stdout
+  size = {line.split()[0]: int(line.split()[1]) for line in size.splitlines()
+          if line.startswith(".")}
+  stated = [int(text.split(f"{what}: ")[1].split()[0])
+            for what in ("Constants", "Static memory")]
+  constants = sum(v for k, v in size.items() if k.startswith(".rodata"))
+  assert stated[0] <= constants < stated[0] + 300
+  assert size[".bss"] <= stated[1] + 64  # Of alignment.
+  assert stated[1] < 512  # Codes in words of bits, each map in the room of others.
+
+
+def test_values_in_floats_are_refused_by_name(tmp_path):
+  program = convnet(1, "float32", shape=(9, 9, 3), crop=(9, 9))
+  with pytest.raises(ValueError, match="norm_conv1 has operands in a float format"):
+    c.source(program, images(program, 1))
+  with pytest.raises(ValueError, match="norm_conv1 has operands in a float format"):
+    golden.write(tmp_path, program, images(program, 1))
+
+
+_RUN_STABLEHLO = """
+import sys
+sys.modules["minw"] = None
+import jax
+import numpy as np
+network = jax.export.deserialize(bytearray(open("net.bin", "rb").read()))
+assert network.platforms == ("cpu", "cuda", "tpu")
+calls = network.mlir_module().split("custom_call @")[1:]
+assert all(call.startswith("shape_assertion(") for call in calls)
+labels, logits = jax.jit(network.call)(np.load("images.npy"))
+np.savez("results.npz", labels=labels, logits=logits)
+print(network.fun_name)
+"""
+
+
+def stablehlo():
+  pytest.importorskip("flatbuffers", reason="flatbuffers is not installed")
+  from minw.export import stablehlo as module
+  return module
+
+
+@pytest.mark.parametrize("make", [
+    digits_convnet, lambda: residual_and_dense(3)], ids=["digits", "residual"])
+def test_stablehlo_without_minw(tmp_path, make):
+  program = make()
+  (tmp_path / "net.bin").write_bytes(stablehlo().serialize(program))
+  batch = images(program, 20)
+  if program.source_shape == (8, 8, 1):
+    batch = datasets.load("digits", "test", None)[0]
+  np.save(tmp_path / "images.npy", batch)
+  run = subprocess.run([sys.executable, "-W", "error", "-c", _RUN_STABLEHLO],
+                       cwd=tmp_path, check=True, capture_output=True, text=True)
+  logits = reference.logits(program, batch)
+  with np.load(tmp_path / "results.npz") as results:
+    np.testing.assert_array_equal(results["logits"], logits)
+    np.testing.assert_array_equal(results["labels"], logits.argmax(-1))
+  metadata = json.loads(run.stdout)
+  assert metadata["pixel_offset"] == program.offset.tolist()
+  assert len(metadata["labels"]) == program.num_classes
+
+
+WHOLE = [*(functools.partial(convnet, name=name) for name in "ABCD"), resnet18]
+
+
+@needs_gcc
+@pytest.mark.slow
+@pytest.mark.parametrize("make", WHOLE, ids=[*"ABCD", "resnet18"])
+def test_whole_networks(tmp_path, make):
+  program = make()
+  batch = images(program, 2)
+  assert_c_equal(program, tmp_path, batch, "-O2")
+  data = stablehlo().serialize(program)
+  labels, logits = jax.jit(jax.export.deserialize(bytearray(data)).call)(batch)
+  wanted = reference.logits(program, batch)
+  np.testing.assert_array_equal(logits, wanted)
+  np.testing.assert_array_equal(labels, wanted.argmax(-1))
+  # Weights stay packed.
+  assert len(data) < 1.15 * len(packed.to_bytes(program)) + 100_000
+
+
+def command(*arguments):
+  return subprocess.run([sys.executable, "-m", "minw.export", *arguments],
+                        capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(name="model", scope="module")
+def model_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp("model") / "net.minw"
+  packed.write(path, digits_network({"labels": list("abcdefghij")}))
+  return path
+
+
+@pytest.mark.parametrize("form, needs", [
+    ("c", []), ("stablehlo", ["flatbuffers"]), ("onnx", ["onnx"]), ("qonnx", ["onnx"])])
+def test_command(tmp_path, model, form, needs):
+  for name in needs:
+    pytest.importorskip(name, reason=f"{name} is not installed")
+  out = tmp_path / "net"
+  run = command(f"--model={model}", f"--format={form}", f"--out={out}",
+                f"--golden={tmp_path / 'golden'}")
+  assert run.returncode == 0, run.stderr
+  assert run.stdout == (f"{out}: {out.stat().st_size} bytes\n"
+                        f"{tmp_path / 'golden'}: 3 values of 4 images\n")
+  assert b'"abcdefghij"' in out.read_bytes().replace(b'", "', b"")
+  assert np.load(tmp_path / "golden" / "input.npy").shape == (4, 8, 8, 1)
+
+
+def test_missing_packages_are_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "onnx", None)
+  monkeypatch.delitem(sys.modules, "minw.export.onnx_graph", raising=False)
+  with pytest.raises(cli.UsageError, match="(?s)format='qonnx'.*minw.export"):
+    export_command.content(small(), "qonnx", images(small(), 1))
+
+
+def test_images_from_files(tmp_path):
+  image = datasets.load("digits", "test", None)[0][0]
+  Image.fromarray(image[..., 0]).save(tmp_path / "a.png")
+  found = export_command.test_images([str(tmp_path)], (8, 8, 1))
+  np.testing.assert_array_equal(found, image[None])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--format=c", "--out=x"), "one of --workdir and --model must be given"),
+    (("--model={model}",), "--format and --out, or --golden, must be given"),
+    (("--model={model}", "--format=c"), "--format and --out, or --golden"),
+    (("--model={model}", "--format=tflite", "--out=x"), "c|onnx|qonnx|stablehlo"),
+    (("--model={model}", "--checkpoint=best", "--golden=x"),
+     "checkpoint='best': must be left out with --model"),
+    (("--model=/nowhere", "--golden=x"), "model='/nowhere': "),
+    (("--workdir=/nowhere", "--golden=x"), "workdir='/nowhere'"),
+    (("--model={model}", "--format=c", "--out=/no/where"),
+     "out='/no/where' can not be written"),
+    (("--model={model}", "--golden=/dev/null/x"), "golden='/dev/null/x': "),
+    (("--model={model}", "--golden=x", "--images=/nowhere"),
+     "images='/nowhere': must be a file or folder that exists"),
+])
+def test_bad_commands(model, arguments, message):
+  run = command(*(argument.format(model=model) for argument in arguments))
+  assert run.returncode == 2 and message in run.stderr
+  assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1

@@ -1,0 +1,227 @@
+"""Exports to ONNX and QONNX: by ONNX Runtime and qonnx as the packed network."""
+
+import hypothesis
+import numpy as np
+import pytest
+from test_export import WHOLE
+from test_export import convnet
+from test_export import digits_convnet
+from test_export import residual_and_dense
+from test_native import Builder
+from test_native import images
+from test_native import programs
+from test_packed import small
+
+from minw import datasets
+from minw import packed
+from minw.export import common
+from minw.kernels import reference
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="onnxruntime is not installed")
+from minw.export import onnx_graph  # It imports onnx.
+
+
+def as_qonnx():
+  """Modules of qonnx."""
+  pytest.importorskip("qonnx", reason="qonnx is not installed")
+  from qonnx.core import modelwrapper
+  from qonnx.core import onnx_exec
+  from qonnx.transformation import infer_shapes
+  return modelwrapper.ModelWrapper, onnx_exec.execute_onnx, infer_shapes.InferShapes
+
+
+def assert_onnx_equal(program, batch):
+  model = onnx_graph.model(program)
+  onnx.checker.check_model(model, full_check=True)
+  session = onnxruntime.InferenceSession(model.SerializeToString())
+  logits, labels = session.run(["logits", "label"], {"image": batch})
+  wanted = reference.logits(program, batch)
+  np.testing.assert_array_equal(logits, wanted)
+  np.testing.assert_array_equal(labels, wanted.argmax(-1))
+  return model
+
+
+def assert_qonnx_equal(program, batch):
+  """All accumulators, levels and logits."""
+  wrapper, execute, infer_shapes = as_qonnx()
+  model = onnx_graph.model(program, qonnx=True, batch=len(batch))
+  inputs = {"image": batch.transpose(0, 3, 1, 2).astype(np.float32)}
+  found = execute(wrapper(model).transform(infer_shapes()), inputs, True)
+  values = reference.run(program, batch)
+  names = [*common.names(program)[:-1], "logits"]
+  for name, value, kind in zip(names, values, packed.infer_values(program)):
+    if kind.kind == "CODE":
+      value = packed.levels(value, kind.bits)
+    have = found[name].reshape(len(batch), -1, *kind.shape[:2])
+    np.testing.assert_array_equal(have.transpose(0, 2, 3, 1), value, err_msg=name)
+  return model
+
+
+def test_by_hand():
+  image = np.zeros((1, 4, 3, 1), np.uint8)
+  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  session = onnxruntime.InferenceSession(
+      onnx_graph.model(small()).SerializeToString())
+  logits, labels = session.run(None, {"image": image})
+  assert logits.tolist() == [[-112.5, 10.0]] and labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("equal", [assert_onnx_equal, assert_qonnx_equal])
+@pytest.mark.parametrize("bits", [(1, 1), (2, 2), (3, 3), (1, 3), (3, 1)])
+def test_convnets(bits, equal):
+  program = convnet(*bits, shape=(11, 12, 3), crop=(11, 9))
+  equal(program, images(program, 9))
+
+
+@pytest.mark.parametrize("equal", [assert_onnx_equal, assert_qonnx_equal])
+@pytest.mark.parametrize("bits", (1, 2, 3))
+def test_every_operation(bits, equal):
+  program = residual_and_dense(bits)
+  equal(program, images(program, 5))
+
+
+@pytest.mark.parametrize("equal", [assert_onnx_equal, assert_qonnx_equal])
+@pytest.mark.parametrize("bits", (1, 2, 3))
+@pytest.mark.parametrize("shortcut", (1, 2, 3))
+def test_shortcuts_of_all_bits(shortcut, bits, equal):
+  """Also thresholds that no sum reaches, and that all do."""
+  b = Builder(np.random.default_rng(bits), (5, 4, 2))
+  x = b.threshold(b.conv(0, 1, 30), shortcut)
+  y = b.threshold(b.conv(x, 1, 30), bits, x)
+  b.ops[-1].thresholds[:, :, :4] = [10**6, -10**6, 2**31 - 1, -2**31]
+  program = b.end(y, bits)
+  equal(program, images(program, 9))
+
+
+@pytest.mark.parametrize("equal", [assert_onnx_equal, assert_qonnx_equal])
+@pytest.mark.parametrize("bits", (1, 2, 3))
+def test_shortcuts_beside_the_largest_sums(bits, equal):
+  rng = np.random.default_rng(bits)
+  b = Builder(rng, (9, 9, 2))
+  short = b.threshold(b.conv(0, 1, 2), 2)
+  b.ops[-1].thresholds[...] = [[[-500], [500]]]  # All three levels, side by side.
+  x = b.threshold(b.conv(0, 1, 2), 3)
+  y = b.threshold(b.conv(x, 1, 2, (1, 1), pads=(0,) * 4), bits, short)
+  thresholds = b.ops[-1].thresholds
+  thresholds[...] = rng.choice([-9, -8, -7, 7, 8, 9], thresholds.shape)  # Of 8.
+  program = b.end(y, bits)
+  equal(program, images(program, 9))
+
+
+@hypothesis.given(programs())
+@hypothesis.settings(
+    max_examples=10, suppress_health_check=list(hypothesis.HealthCheck))
+def test_random_networks(program):
+  assert_onnx_equal(program, images(program, 3))
+
+
+def test_digits():
+  """Equal on every test image."""
+  batch = datasets.load("digits", "test", None)[0]
+  program = digits_convnet()
+  assert_onnx_equal(program, batch)
+  assert_qonnx_equal(program, batch)
+
+
+def test_tools_of_qonnx():
+  wrapper, execute, _ = as_qonnx()
+  from qonnx.util import cleanup
+  from qonnx.util import inference_cost
+  program = digits_convnet()
+  model = onnx_graph.model(program, qonnx=True)
+  clean = cleanup.cleanup_model(wrapper(model))
+  image = images(program, 1)
+  result, = execute(clean, {
+      clean.graph.input[0].name: image.transpose(0, 3, 1, 2).astype(np.float32)
+  }).values()
+  np.testing.assert_array_equal(result, reference.logits(program, image))
+  kinds = [node.op_type for node in clean.graph.node]
+  convs = [op for op in program.ops if isinstance(op, packed.Conv)]
+  assert kinds.count("BipolarQuant") == len(convs)
+  cost = inference_cost.inference_cost(clean)["total_cost"]
+  assert cost["total_mem_w_bits"] == sum(op.kernel.size for op in convs)
+  sizes = [kind.shape[0] * kind.shape[1] for kind in packed.infer_values(program)]
+  macs = [op.kernel.size * sizes[i + 1] for i, op in enumerate(program.ops)
+          if isinstance(op, packed.Conv)]
+  assert cost["total_macs"] == sum(macs)
+  # Convolutions have borders of 0, a third level.
+  assert cost["op_mac_INT2_BIPOLAR"] == sum(macs[1:3])
+  assert cost["op_mac_BIPOLAR_BIPOLAR"] == sum(macs[3:])
+
+
+def test_convolutions_lower_as_finn_lowers_them():
+  wrapper, execute, infer_shapes = as_qonnx()
+  from qonnx.transformation import fold_constants
+  from qonnx.transformation import infer_datatypes
+  from qonnx.transformation import lower_convs_to_matmul
+  from qonnx.util import cleanup
+  program = digits_convnet()
+  model = cleanup.cleanup_model(wrapper(onnx_graph.model(program, qonnx=True)))
+  for transformation in (
+      infer_datatypes.InferDataTypes(), fold_constants.FoldConstants([]),
+      lower_convs_to_matmul.LowerConvsToMatMul(), infer_shapes(),
+      infer_datatypes.InferDataTypes()):
+    model = model.transform(transformation)
+  assert not model.get_nodes_by_op_type("Conv")
+  for node in model.get_nodes_by_op_type("MatMul"):
+    assert model.get_tensor_datatype(node.input[1]).name == "BIPOLAR"
+  image = images(program, 1)
+  result, = execute(model, {
+      model.graph.input[0].name: image.transpose(0, 3, 1, 2).astype(np.float32)
+  }).values()
+  np.testing.assert_array_equal(result, reference.logits(program, image))
+
+
+@pytest.mark.parametrize("bits, container", [(1, "BipolarQuant"), (2, 2), (3, 4)])
+def test_weights_in_their_bits(bits, container):
+  """Powers of two in 4 bits: those of 3 end at 3."""
+  model = onnx_graph.model(
+      convnet(bits, shape=(9, 9, 3), crop=(9, 9)), qonnx=True)
+  constants = {c.name: onnx.numpy_helper.to_array(c) for c in model.graph.initializer}
+  for node in model.graph.node:
+    if node.op_type in ("Conv", "MatMul"):
+      weights, = (n for n in model.graph.node if n.output[0] == node.input[1])
+      if bits == 1:
+        assert weights.op_type == container
+      else:
+        assert weights.op_type == "Quant" and constants[weights.input[3]] == container
+        attributes = {a.name: a.i for a in weights.attribute}
+        assert attributes["narrow"] == attributes["signed"] == 1
+      assert constants[weights.input[1]] == 1
+  levels = np.unique(np.concatenate(
+      [v.ravel() for k, v in constants.items() if k.endswith("_levels")]))
+  assert levels.tolist() == {
+      1: [-1, 1], 2: [-1, 0, 1], 3: [-4, -2, -1, 0, 1, 2, 4]}[bits]
+
+
+@pytest.mark.parametrize("qonnx", [True, False])
+def test_metadata(qonnx):
+  model = onnx_graph.model(digits_convnet(), qonnx=qonnx)
+  metadata, = (p.value for p in model.metadata_props if p.key == "minw")
+  assert '"config_hash": "a1b2"' in metadata and '"number 9"' in metadata
+  assert '"pixel_offset": [125]' in metadata
+  domains = {node.domain for node in model.graph.node}
+  assert domains == ({"", "qonnx.custom_op.general"} if qonnx else {""})
+  assert {o.domain for o in model.opset_import} == domains
+
+
+def test_what_float32_does_not_hold_is_refused_by_name():
+  b = Builder(np.random.default_rng(0), (3, 3, 1))
+  x = b.add(packed.Concat("wide", (b.conv(0, 3, 2),), (15,)))
+  program = b.end(b.threshold(x, 1))
+  with pytest.raises(ValueError, match="wide: sums beyond what float32 holds exactly"):
+    onnx_graph.model(program)
+  program = convnet(1, "float32", shape=(9, 9, 3), crop=(9, 9))
+  with pytest.raises(ValueError, match="norm_conv1 has operands in a float format"):
+    onnx_graph.model(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", WHOLE, ids=[*"ABCD", "resnet18"])
+def test_whole_networks(make):
+  program = make()
+  batch = images(program, 2)
+  assert_onnx_equal(program, batch)
+  assert_qonnx_equal(program, batch)
