@@ -26,11 +26,16 @@ def default_config() -> config_dict.ConfigDict:
   c.seed = 0  # Of initialization, order and augmentation.
 
   # Data.
-  c.dataset = "cifar10"  # digits, cifar10, cifar100.
+  c.dataset = "cifar10"  # digits, cifar10, cifar100, imagenet2012.
   c.data_dir = "~/tensorflow_datasets"  # Where `python -m minw.prepare` put it.
   c.crop_size = 24  # Random in training, central in evaluation.
   c.crop_padding = 0  # Pixels of mean value added on each side before random crops.
   c.random_flip = True  # Left to right.
+  # Of imagenet2012 alone, which is read from files all along (and not padded):
+  c.crop_scale = (0.08, 1.0)  # Area of random crops before they are resized, by image.
+  c.eval_resize = 256  # Shorter side before the central crop; 0: as it is.
+  c.data_workers = 0  # Processes that decode; 0: threads of the training process.
+  c.max_damaged = 0.001  # Share of a split's images; with more, a run stops.
   c.pixels = "integer"  # (pixel - round(mean)) / 64; "standardized": (p - mean) / std.
 
   # Network.
@@ -150,13 +155,14 @@ def validate(c: config_dict.ConfigDict) -> None:
   for name in ("batch_size", "num_epochs", "eval_every_epochs", "eval_batch_size",
                "learning_rate_stairs", "crop_size"):
     at_least(name, 1)
-  for name in ("crop_padding", "reestimate_batches"):
+  for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers"):
     at_least(name, 0)
   for name in ("norm_epsilon", "learning_rate", "learning_rate_decay"):
     positive(name)
   for name in ("adam_epsilon", "weight_decay"):
     not_negative(name)
-  for name in ("alpha_start", "alpha_final", "alpha_end", "norm_momentum", "momentum"):
+  for name in ("alpha_start", "alpha_final", "alpha_end", "norm_momentum", "momentum",
+               "max_damaged"):
     fraction(name)
   for name in ("conv_widths", "dense_widths"):
     widths(name)
@@ -164,10 +170,17 @@ def validate(c: config_dict.ConfigDict) -> None:
         _ascending(c.learning_rate_steps) and max(c.learning_rate_steps, default=0) < 1,
         "ascending fractions of the run between 0 and 1")
 
+  check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
+        and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,
+        "two ascending fractions of the image's area, (0.08, 1.0) for example")
+
   info = datasets.info(c.dataset)
-  # Whatever the padding: in evaluation there is none.
-  check("crop_size", c.crop_size <= min(info.image_shape[:2]),
-        f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
+  if info.streamed:
+    check("eval_resize", c.eval_resize == 0 or c.eval_resize >= c.crop_size,
+          f"0 or at least crop_size={c.crop_size}")
+  else:  # Whatever the padding: in evaluation there is none.
+    check("crop_size", c.crop_size <= min(info.image_shape[:2]),
+          f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
   check("crop_padding", c.crop_padding < c.crop_size,
         f"less than crop_size={c.crop_size}: every crop holds part of the image")
   if c.network == "convnet":
@@ -204,10 +217,10 @@ def copy(config: config_dict.ConfigDict, **changes: Any) -> config_dict.ConfigDi
 
 
 def from_json(text: str) -> config_dict.ConfigDict:
-  """The config that `to_json` wrote.
+  """The config that `to_json` wrote; fields that are newer have their defaults.
 
   Raises:
-    cli.UsageError: it is damaged, or fields are unknown, missing or of another type.
+    cli.UsageError: it is damaged, or fields are unknown or of another type.
   """
   config = default_config()
   try:
@@ -222,9 +235,6 @@ def from_json(text: str) -> config_dict.ConfigDict:
     except TypeError as error:
       raise cli.bad_value(f"config.{name}", value,
                           f"of type {type(config[name]).__name__}") from error
-  for name in config:
-    if name not in values:
-      raise cli.UsageError(f"config field {name!r} is missing")
   return config
 
 
@@ -267,8 +277,11 @@ def _tuples(value: Any) -> Any:
 
 
 def _ascending(values: tuple) -> bool:
-  numbers = all(type(v) in (int, float) and 0 < v < math.inf for v in values)
-  return numbers and all(a < b for a, b in zip(values, values[1:]))
+  return _numbers(values) and all(a < b for a, b in zip(values, values[1:]))
+
+
+def _numbers(values: tuple) -> bool:
+  return all(type(v) in (int, float) and 0 < v < math.inf for v in values)
 
 
 def _final_size(c: config_dict.ConfigDict) -> int:

@@ -1,16 +1,19 @@
-"""Data sets, read into memory as NumPy arrays.
+"""Data sets, read into memory as NumPy arrays, or image by image where too large.
 
-The digits come with scikit-learn. CIFAR is read from a TensorFlow Datasets
-directory of array_record files, without TensorFlow: `python -m minw.prepare`
+The digits come with scikit-learn. CIFAR and ImageNet are read from a TensorFlow
+Datasets directory of array_record files, without TensorFlow: `python -m minw.prepare`
 writes such a directory, and nothing here downloads anything.
 """
 
+import contextlib
+import importlib.util
 import io
+import json
 import os
 import pathlib
 import re
 import shlex
-from typing import NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -22,11 +25,12 @@ class Info(NamedTuple):
 
   Attributes:
     name: as in `info`, `load` and the directory of the prepared data.
-    image_shape: (height, width, channels).
+    image_shape: (height, width, channels); ImageNet's differ and are brought to it.
     label_names: one name per class, in the order of the labels.
     mean: per channel, over the training images, in units of 0..1.
     std: standard deviation per channel, likewise.
     splits: number of images in 'train', 'validation' and 'test'.
+    streamed: whether it is too large for memory: see `open_records`, not `load`.
   """
 
   name: str
@@ -35,6 +39,7 @@ class Info(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   splits: dict[str, int]
+  streamed: bool = False
 
   @property
   def num_classes(self) -> int:
@@ -57,6 +62,19 @@ _CIFAR100_NAMES = """
     sweet_pepper table tank telephone television tiger tractor train trout tulip
     turtle wardrobe whale willow_tree wolf woman worm
 """
+
+
+def tfds_file(name: str) -> pathlib.Path:
+  """A file of TensorFlow Datasets, found without importing it: that takes seconds."""
+  package = importlib.util.find_spec("tensorflow_datasets").origin
+  return pathlib.Path(package).parent / name
+
+
+def _imagenet_splits(train: int, validation: int) -> dict[str, int]:
+  """ImageNet's own validation images are the test split: nothing is chosen on them."""
+  held_out = min(10_000, -(-train // 10))  # A tenth of a part of it.
+  return {"train": train - held_out, "validation": held_out, "test": validation}
+
 
 # The means and deviations of CIFAR are those in common use, which are of all
 # 50,000 images; those of the 45,000 here differ by less than 0.0005.
@@ -85,23 +103,46 @@ _INFOS = {
         std=(0.2673, 0.2564, 0.2762),
         splits={"train": 45_000, "validation": 5_000, "test": 10_000},
     ),
+    "imagenet2012": Info(
+        name="imagenet2012",
+        image_shape=(256, 256, 3),
+        label_names=(),  # `info` reads them.
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        splits=_imagenet_splits(train=1_281_167, validation=50_000),
+        streamed=True,
+    ),
 }
 
 NAMES = tuple(_INFOS)
 
 
-def info(name: str) -> Info:
+def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
   """Returns what is known of the data set `name` without reading it.
 
   Args:
-    name: 'digits', 'cifar10' or 'cifar100'.
+    name: 'digits', 'cifar10', 'cifar100' or 'imagenet2012'.
+    data_dir: the directory of prepared data sets; if a part of ImageNet is there, the
+      splits are of its size.
 
   Raises:
     UsageError: there is no such data set.
   """
   if name not in _INFOS:
     raise cli.unknown_name("dataset", name, _INFOS)
-  return _INFOS[name]
+  found = _INFOS[name]
+  if found.streamed:
+    wordnet_ids = tfds_file("datasets/imagenet2012/labels.txt").read_text().split()
+    found = found._replace(label_names=tuple(wordnet_ids))
+    try:
+      text = (_newest_version(name, data_dir) / "dataset_info.json").read_text()
+      sizes = {split["name"]: sum(map(int, split["shardLengths"]))
+               for split in json.loads(text)["splits"]}
+      found = found._replace(
+          splits=_imagenet_splits(sizes["train"], sizes["validation"]))
+    except (cli.UsageError, OSError, ValueError, LookupError, TypeError):
+      pass  # `check_available` says what is wrong.
+  return found
 
 
 def load(
@@ -133,24 +174,37 @@ def load(
     raise cli.unknown_name("split", split, wanted.splits)
   if name == "digits":
     return _digits(split)
-  return _records(name, split, data_dir)
+  from PIL import Image
+
+  records = open_records(name, split, data_dir)
+  with _reading(records.dataset_info, name, split):
+    encoded = records.__getitems__(range(len(records)))
+    images = np.empty((len(records), *wanted.image_shape), np.uint8)
+    # More threads would not help: of a small image's time, Python has the most.
+    for image, record in zip(images, encoded):
+      image[...] = np.asarray(Image.open(io.BytesIO(record["image"])))
+    labels = np.array([record["label"] for record in encoded], np.int32)
+  return images, labels
 
 
 def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
-  """Checks, within a second, that `load` will find the data.
+  """Checks, within a second, that `load` or `open_records` will find the data.
 
   Args:
-    name: 'digits', 'cifar10' or 'cifar100'.
+    name: of the data set.
     data_dir: the directory of prepared data sets.
 
   Raises:
     UsageError: there is no such data set, or its files are not there, in another
       format, or do not open. Damage further inside a file is found by `load`.
   """
-  splits = info(name).splits
+  splits = info(name, data_dir).splits
   if name != "digits":
-    for split in splits:
-      _records(name, split, data_dir, limit=1)
+    for split, size in splits.items():
+      records = open_records(name, split, data_dir)
+      with _reading(records.dataset_info, name, split):
+        if size and records[0]["image"] is None:
+          raise ValueError("the file was cut off")
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
@@ -173,27 +227,37 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
   return images[..., None], digits.target[chosen].astype(np.int32)
 
 
-def _records(
-    name: str,
-    split: str,
-    data_dir: str | os.PathLike | None,
-    limit: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """The first `limit` images and labels of a split of a TFDS directory."""
+def open_records(
+    name: str, split: str, data_dir: str | os.PathLike | None
+) -> Sequence[dict[str, Any]]:
+  """The records of a split of a TFDS directory, to be read one by one.
+
+  Args:
+    name: any but 'digits'.
+    split: 'train', 'validation' or 'test'. The second is the last 10,000 of ImageNet's
+      training records, whose order is random (the last tenth of a part of ImageNet),
+      and the last its 50,000 validation records.
+    data_dir: the directory of prepared data sets.
+
+  Returns:
+    A sequence of {"image": bytes of a file, "label": int, ...}.
+
+  Raises:
+    UsageError: there is no such data set, or its files are not there, or in another
+      format.
+  """
   directory = _newest_version(name, data_dir)
 
-  from PIL import Image
   import tensorflow_datasets as tfds
 
-  image_shape, sizes = info(name).image_shape, info(name).splits
-  kept_in, part = {
-      "train": ("train", f"train[:{sizes['train']}]"),
-      "validation": ("train", f"train[{sizes['train']}:]"),
-      "test": ("test", "test"),
+  wanted, tests = info(name, data_dir), _kept_in(name, "test")
+  sizes = wanted.splits
+  expected = {"train": sizes["train"] + sizes["validation"], tests: sizes["test"]}
+  part = {
+      "train": f"train[:{sizes['train']}]",
+      "validation": f"train[{sizes['train']}:]",
+      "test": tests,
   }[split]
-  expected = {
-      "train": sizes["train"] + sizes["validation"], "test": sizes["test"]
-  }
 
   try:
     builder = tfds.builder_from_directory(directory)
@@ -206,25 +270,34 @@ def _records(
         directory,
         f"its files are {' and '.join(sorted(formats))}, which TensorFlow would have "
         "to read, and must be array_record")
+  if wanted.streamed:
+    found.pop("test", None)  # Has no labels.
   if found != expected:
     raise _refusal(directory, f"it holds {found} records and must hold {expected}")
-
-  files = ", ".join(map(str, builder.info.splits[kept_in].filepaths))
-  try:
-    source = builder.as_data_source(
+  with _reading(builder.info, name, split):
+    return builder.as_data_source(
         part,
         decoders={"image": tfds.decode.SkipDecoding()},
         file_format="array_record",
     )
-    records = source.__getitems__(range(len(source) if limit is None else limit))
-    images = np.empty((len(records), *image_shape), np.uint8)
-    # More threads would not help: of a small image's time, Python has the most.
-    for image, record in zip(images, records):
-      image[...] = np.asarray(Image.open(io.BytesIO(record["image"])))
-    labels = np.array([record["label"] for record in records], np.int32)
+
+
+def _kept_in(name: str, split: str) -> str:
+  """What TFDS calls the split that `split` is, or is a part of."""
+  if split == "test":
+    return "validation" if info(name).streamed else "test"
+  return "train"
+
+
+@contextlib.contextmanager
+def _reading(tfds_info: Any, name: str, split: str) -> Iterator[None]:
+  """Refuses a directory in which the files of a split are damaged."""
+  try:
+    yield
   except _DAMAGE as error:
-    raise _refusal(directory, f"{files} can not be read ({error})") from error
-  return images, labels
+    files = ", ".join(map(str, tfds_info.splits[_kept_in(name, split)].filepaths))
+    raise _refusal(pathlib.Path(tfds_info.data_dir),
+                   f"{files} can not be read ({error})") from error
 
 
 # What array_record (RuntimeError), TFDS and Pillow raise where files are damaged.

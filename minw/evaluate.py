@@ -4,6 +4,7 @@
   python -m minw.evaluate --model=net.minw --dataset=cifar10 --data_dir=DIR
 """
 
+import collections
 import json
 import pathlib
 from typing import Any
@@ -19,23 +20,31 @@ from minw import cli
 from minw import datasets
 from minw import infer
 from minw import pipeline
+from minw import streaming
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 
 
+_TOP5_CLASSES = 100  # From how many on the five likeliest are counted, too.
+
+
 class Evaluator:
-  """Loss and accuracy over a split, every example counted once."""
+  """Loss and accuracy over a split, every example counted once.
+
+  Images that are damaged are left out. With 100 classes or more there is the top-5
+  accuracy beside the accuracy: how often the label is among the five largest logits.
+  """
 
   def __init__(self, experiment: Experiment):
     self._experiment = experiment
     self._step = experiment.jit(self._eval_step, static_argnames="mode")
 
   def hard(self, variables: Any, data: pipeline.Data) -> dict[str, float]:
-    """The hard network (Eq 20): {"loss", "accuracy"}.
+    """The hard network (Eq 20): {"loss", "accuracy"}, perhaps "top5_accuracy".
 
     Args:
       variables: the trained ones, {"params", "batch_stats"}.
-      data: the split.
+      data: the split, see `Experiment.load`.
     """
     sums = self._sums(self._experiment.fold(variables), data, 1.0, mode="hard")
     return _means(sums)
@@ -59,9 +68,10 @@ class Evaluator:
     return {**_means(sums), "input_distance": distance}
 
   def _sums(self, variables, data, alpha, mode):
-    size = self._experiment.config.eval_batch_size
-    sums = [self._step(variables, data, start, alpha, mode=mode)
-            for start in range(0, data.labels.shape[0], size)]
+    sums = []
+    for part, start in self._experiment.eval_batches(data):
+      sums.append(self._step(variables, part, start, alpha, mode=mode))
+      jax.block_until_ready(sums[-2:-1])  # Streamed batches would pile up.
     return jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
                         *jax.device_get(sums))
 
@@ -77,13 +87,17 @@ class Evaluator:
     distance = {
         "/".join(str(part.key) for part in path[:-2]): total(values) for path, values
         in jax.tree_util.tree_leaves_with_path(sown.get("distance", {}))}
-    return {"loss": total(losses), "correct": total(correct),
+    sums = {"loss": total(losses), "correct": total(correct),
             "count": total(jnp.ones(mask.shape)), "distance": distance}
+    if logits.shape[-1] >= _TOP5_CLASSES:
+      best = jax.lax.top_k(logits, 5)[1]
+      sums["top5"] = total((best == labels[:, None]).any(-1).astype(jnp.float32))
+    return sums
 
 
 def _means(sums: dict[str, Any]) -> dict[str, float]:
-  return {"loss": sums["loss"] / sums["count"],
-          "accuracy": sums["correct"] / sums["count"]}
+  names = {"loss": "loss", "accuracy": "correct", "top5_accuracy": "top5"}
+  return {name: sums[key] / sums["count"] for name, key in names.items() if key in sums}
 
 
 def trained_variables(tree: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +146,8 @@ def evaluate_workdir(
     data_dir: where the data are now, if not where the run's config says.
 
   Returns:
-    {"step", "loss", "accuracy"}.
+    {"step"} and what `Evaluator.hard` returns; of streamed data also "damaged", how
+    many images were left out, and "decode_rate", see `streaming.Split`.
 
   Raises:
     cli.UsageError: no run or no checkpoint there, or no data.
@@ -142,8 +157,9 @@ def evaluate_workdir(
     config.data_dir = data_dir
   experiment = Experiment(config)
   variables = hard_variables(saved.tree)
-  result = Evaluator(experiment).hard(variables, experiment.load(split))
-  return {"step": saved.step, **result}
+  data = experiment.load(split)
+  result = {"step": saved.step, **Evaluator(experiment).hard(variables, data)}
+  return result | (data.report() if experiment.info.streamed else {})
 
 
 def evaluate_model(
@@ -162,7 +178,7 @@ def evaluate_model(
     batch_size: images at a time.
 
   Returns:
-    {"loss", "accuracy"}.
+    {"loss", "accuracy"}, and "top5_accuracy" as `Evaluator` does.
 
   Raises:
     cli.UsageError: it is not a packed network, or there are no data for it.
@@ -173,22 +189,38 @@ def evaluate_model(
   cli.check(dataset is not None, "dataset", dataset,
             "given: the file does not say what it was trained on")
   info = datasets.info(dataset)
+  source_shape = network.program.source_shape
   cli.check(
-      info.image_shape == network.program.source_shape
+      (info.image_shape == source_shape or info.streamed and source_shape[2] == 3)
       and info.num_classes == network.program.num_classes, "dataset", dataset,
       f"one of images of shape {network.program.source_shape} in"
       f" {network.program.num_classes} classes, as the network has")
-  images, labels = datasets.load(dataset, split, data_dir or config.get("data_dir"))
-  loss = correct = 0.0
-  for start in range(0, len(images), batch_size):
-    logits = network.logits(images[start:start + batch_size]).astype(np.float64)
-    wanted = labels[start:start + batch_size]
+  data_dir = data_dir or config.get("data_dir")
+  if info.streamed:
+    limits = {"workers": config.get("data_workers", 0),
+              "max_damaged": config.get("max_damaged", 0.0)}
+    batches = streaming.Split(
+        datasets.open_records(dataset, split, data_dir), f"{dataset}, {split}", **limits
+    ).eval_batches(batch_size, source=source_shape[:2], crop=source_shape[:2],
+                   shrink=infer.shrinks(network.program))
+  else:
+    images, labels = datasets.load(dataset, split, data_dir)
+    batches = ((images[start:start + batch_size], labels[start:start + batch_size])
+               for start in range(0, len(images), batch_size))
+  sums = collections.Counter()
+  for part, wanted in batches:
+    logits = network.logits(part).astype(np.float64)[wanted >= 0]
+    wanted = wanted[wanted >= 0, None]
     shifted = logits - logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(shifted).sum(-1))
-    loss += float((log_sum - np.take_along_axis(
-        shifted, wanted[:, None], -1)[:, 0]).sum())
-    correct += int((logits.argmax(-1) == wanted).sum())
-  return {"loss": loss / len(images), "accuracy": correct / len(images)}
+    order = np.argsort(-logits, kind="stable")
+    sums["count"] += len(wanted)
+    sums["loss"] += float((
+        log_sum - np.take_along_axis(shifted, wanted, -1)[:, 0]).sum())
+    sums["correct"] += int((order[:, :1] == wanted).sum())
+    if info.num_classes >= _TOP5_CLASSES:
+      sums["top5"] += int((order[:, :5] == wanted).sum())
+  return _means(sums)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ Training, evaluation and packing all start from here.
 """
 
 import functools
-from typing import Any, Callable
+import itertools
+from typing import Any, Callable, Iterator
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from minw import cli
@@ -22,6 +24,7 @@ from minw import optim
 from minw import pipeline
 from minw import quantizers
 from minw import schedules
+from minw import streaming
 
 
 def build_model(config: Any, **changes: Any) -> Any:
@@ -68,7 +71,7 @@ class Experiment:
 
   Attributes:
     config: see `config.default_config`.
-    info: of the data set.
+    info: of the data set; `image_shape` is that of a packed network's images.
     image_shape: of the network's input.
     pixels: their normalization.
     model: the network.
@@ -83,7 +86,10 @@ class Experiment:
     """Raises `cli.UsageError` where the config can not be run."""
     c = self.config = config
     config_lib.validate(c)
-    self.info = datasets.info(c.dataset)
+    self.info = datasets.info(c.dataset, c.data_dir)
+    if self.info.streamed:
+      side = c.eval_resize or c.crop_size
+      self.info = self.info._replace(image_shape=(side, side, 3))
     examples = self.info.splits["train"]
     for name in ("batch_size", "eval_batch_size"):
       cli.check(c[name] <= examples, f"config.{name}", c[name],
@@ -140,22 +146,86 @@ class Experiment:
           "xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
     return jax.jit(function, **options)
 
-  def load(self, split: str) -> pipeline.Data:
-    """A split ("train", "validation", "test") of the data, on all devices."""
-    data = datasets.load(self.config.dataset, split, self.config.data_dir)
+  def load(self, split: str) -> pipeline.Data | streaming.Split:
+    """A split ("train", "validation", "test"): on all devices, or to be streamed."""
+    c = self.config
+    if self.info.streamed:
+      return streaming.Split(
+          datasets.open_records(c.dataset, split, c.data_dir), f"{c.dataset}, {split}",
+          workers=c.data_workers, max_damaged=c.max_damaged)
+    data = datasets.load(c.dataset, split, c.data_dir)
     return jax.device_put(pipeline.Data(*data), self.replicated)
 
-  def train_batch(self, data, order, position, key) -> tuple[jax.Array, jax.Array]:
-    """See `pipeline.train_batch`."""
+  def train_batches(
+      self,
+      data: pipeline.Data | streaming.Split,
+      epoch_order: Callable[[int], jax.Array],
+      step: int,
+  ) -> Iterator[tuple[pipeline.Data, jax.Array | None]]:
+    """What the training steps from `step` on take, without end.
+
+    Args:
+      data: the training split.
+      epoch_order: the order of an epoch's examples; not called if they are streamed.
+      step: the first.
+
+    Yields:
+      For `train_batch`: data and the epoch's order; of streamed data a batch, and None.
+    """
     c = self.config
+    if self.info.streamed:
+      for batch in data.train_batches(
+          step, seed=c.seed, batch_size=c.batch_size, crop_size=c.crop_size,
+          crop_scale=c.crop_scale, flip=c.random_flip):
+        yield jax.device_put(pipeline.Data(*batch), self.sharded), None
+    epoch, position = divmod(step, self.steps_per_epoch)
+    for epoch in itertools.count(epoch):
+      order = epoch_order(epoch)
+      for _ in range(position, self.steps_per_epoch):
+        yield data, order
+      position = 0
+
+  def eval_batches(
+      self, data: pipeline.Data | streaming.Split
+  ) -> Iterator[tuple[pipeline.Data, int]]:
+    """What `eval_batch` takes to see all of a split, in order."""
+    c = self.config
+    if not self.info.streamed:
+      for start in range(0, data.labels.shape[0], c.eval_batch_size):
+        yield data, start
+      return
+    for i, batch in enumerate(data.eval_batches(
+        c.eval_batch_size, source=self.info.image_shape[:2],
+        crop=self.image_shape[:2], shrink=c.eval_resize > 0)):
+      yield jax.device_put(pipeline.Data(*batch), self.sharded), i * c.eval_batch_size
+
+  def source_images(self, split: str, most: int = 1000) -> np.ndarray:
+    """A split's images as a packed network takes them; if streamed, the first of it."""
+    data = self.load(split)
+    if not self.info.streamed:
+      return np.asarray(data.images)
+    shape = self.info.image_shape[:2]
+    return next(data.eval_batches(
+        min(most, len(data)), source=shape, crop=shape,
+        shrink=self.config.eval_resize > 0)).images
+
+  def train_batch(self, data, order, position, key) -> tuple[jax.Array, jax.Array]:
+    """See `pipeline.train_batch`; what is streamed is a batch already."""
+    c = self.config
+    if self.info.streamed:
+      return pipeline.normalize(data.images, self.pixels), data.labels
     return pipeline.train_batch(
         data, order, position, key, batch_size=c.batch_size, crop_size=c.crop_size,
         crop_padding=c.crop_padding, flip=c.random_flip, pixels=self.pixels,
         sharding=self.sharded)
 
   def eval_batch(self, data, start) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `pipeline.eval_batch`."""
+    """See `pipeline.eval_batch`; what is streamed is a batch already."""
     c = self.config
+    if self.info.streamed:
+      mask = data.labels >= 0
+      labels = jnp.where(mask, data.labels, 0)
+      return pipeline.normalize(data.images, self.pixels), labels, mask
     return pipeline.eval_batch(
         data, start, batch_size=c.eval_batch_size, crop_size=c.crop_size,
         pixels=self.pixels, sharding=self.sharded)

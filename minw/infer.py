@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from minw import cli
+from minw import images as images_lib
 from minw import packed
 from minw.kernels import native
 from minw.kernels import reference
@@ -132,23 +133,21 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
   return powers / powers.sum(-1, keepdims=True)
 
 
-def read_image(path: str | os.PathLike, shape: Sequence[int]) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike, shape: Sequence[int], shrink: bool = True
+) -> np.ndarray:
   """An image file as uint8 (height, width, channels), of the shape that is asked for.
 
-  If it is of another size, its shorter side is brought to that size and the centre
-  taken.
+  If it is of another size, its shorter side is brought to that size (unless it is
+  larger and `shrink` is false) and the centre taken: see `images.centre`.
   """
-  height, width, channels = shape
   with Image.open(path) as image:
-    image = image.convert({1: "L", 3: "RGB"}[channels])
-    if image.size != (width, height):
-      ratio = max(width / image.width, height / image.height)
-      size = (max(width, round(image.width * ratio)),
-              max(height, round(image.height * ratio)))
-      image = image.resize(size, Image.Resampling.BILINEAR)
-      left, top = (size[0] - width) // 2, (size[1] - height) // 2
-      image = image.crop((left, top, left + width, top + height))
-    return np.asarray(image).reshape(shape)
+    return images_lib.centre(image, *shape, shrink=shrink)
+
+
+def shrinks(program: packed.Program) -> bool:
+  """Whether larger images are made smaller for it, as they were in its evaluation."""
+  return (program.metadata.get("config") or {}).get("eval_resize") != 0
 
 
 def image_files(paths: Sequence[str]) -> list[pathlib.Path]:
@@ -192,7 +191,7 @@ if __name__ == "__main__":
       images = []
       for file in part:
         try:
-          images.append(read_image(file, shape))
+          images.append(read_image(file, shape, shrinks(network.program)))
         except (OSError, ValueError) as error:
           raise cli.UsageError(f"images={str(file)!r}: {error}") from error
       for file, row in zip(part, probabilities(network.logits(np.stack(images)))):

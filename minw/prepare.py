@@ -1,6 +1,7 @@
 """Prepares a data set for training: download (or take), verify, convert.
 
   python -m minw.prepare --dataset=cifar10 --data_dir=DIR [--source=PATH]
+  python -m minw.prepare --dataset=imagenet2012 --data_dir=DIR --source=DIR_WITH_TARS
 
 The result is a TensorFlow Datasets directory of array_record files, with the
 records, keys and order that TFDS itself would write; TensorFlow is not needed.
@@ -15,10 +16,13 @@ import os
 import pathlib
 import pickle
 import posixpath
+import resource
 import shlex
 import shutil
 import tarfile
-from typing import Any, Iterator, NamedTuple
+import types
+from typing import Any, Iterator, NamedTuple, Sequence
+from unittest import mock
 import urllib.error
 import urllib.request
 import zlib
@@ -28,11 +32,14 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
+from tensorflow_datasets.core import shuffle
+from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 import tqdm
 
 from minw import cli
 from minw import datasets
+from minw import imagenet
 
 
 class _Cifar(NamedTuple):
@@ -96,7 +103,11 @@ _CIFAR = {
     ),
 }
 
-_TFDS_CLASS = {"cifar10": tfds_cifar.Cifar10, "cifar100": tfds_cifar.Cifar100}
+_TFDS_CLASS = {
+    "cifar10": tfds_cifar.Cifar10,
+    "cifar100": tfds_cifar.Cifar100,
+    "imagenet2012": imagenet2012_dataset_builder.Builder,
+}
 
 _PIXELS = 3 * 32 * 32  # Bytes of an image: all red, all green, all blue.
 _TIMEOUT = 30  # Seconds without a byte, after which a download is given up.
@@ -106,6 +117,7 @@ def prepare(
     dataset: str,
     data_dir: str | os.PathLike,
     source: str | os.PathLike | None = None,
+    partial: bool = False,
 ) -> pathlib.Path:
   """Prepares `dataset` in `data_dir`, unless it is there already.
 
@@ -114,12 +126,14 @@ def prepare(
   download and makes the rest anew.
 
   Args:
-    dataset: 'cifar10' or 'cifar100'.
+    dataset: 'cifar10', 'cifar100' or 'imagenet2012'.
     data_dir: the directory of prepared data sets, with `~` for the home
       directory; made where needed.
     source: the original archive, or the directory it was extracted to, in the
       binary or the Python version; it is only read. By default the archive of
-      the binary version is downloaded.
+      the binary version is downloaded. For ImageNet, which can not be downloaded
+      without an account, the folder of its archives.
+    partial: whether archives with a part of ImageNet will do.
 
   Returns:
     The directory written, or found: DATA_DIR/DATASET/VERSION.
@@ -144,7 +158,11 @@ def prepare(
       with _work_directory(work):
         already = target.exists()  # Another run may have made it meanwhile.
         if not already:
-          os.replace(_build_cifar(dataset, source, work), target)
+          if dataset == "imagenet2012":
+            built = _build_imagenet(source, work, partial)
+          else:
+            built = _build_cifar(dataset, source, work)
+          os.replace(built, target)
   except OSError as error:
     raise cli.UsageError(
         f"data_dir={str(root)!r}: must be a directory that can be written to "
@@ -193,7 +211,59 @@ def _build_cifar(
   if source is None:
     source = _download(_CIFAR[dataset], work)
   path = pathlib.Path(os.path.expanduser(source))
-  return _write(dataset, _read_source(dataset, path), work)
+  rows = _read_source(dataset, path)
+  # The files are smaller than the records: PNG saves a fifth.
+  _check_space(work, sum(part.nbytes for part in rows.values()))
+  names = {"label": datasets.info(dataset).label_names,
+           "coarse_label": _COARSE_NAMES.split()}
+  label_names = {key: names[key] for key in _CIFAR[dataset].label_keys}
+  splits = {split: _cifar_records(split, part, tuple(label_names))
+            for split, part in rows.items()}
+  return _write(dataset, label_names, splits, work)
+
+
+def _cifar_records(
+    split: str, rows: np.ndarray, label_keys: tuple[str, ...]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+  for index, row in enumerate(rows):
+    labels, pixels = np.split(row, [len(label_keys)])
+    yield index, {
+        "id": f"{split}_{index:05d}",
+        "image": _png(pixels.reshape(3, 32, 32).transpose(1, 2, 0)),
+        **dict(zip(label_keys, labels.tolist())),
+    }
+
+
+def _build_imagenet(
+    source: str | os.PathLike | None, work: pathlib.Path, partial: bool
+) -> pathlib.Path:
+  """Writes ImageNet below `work` and returns the directory that holds it."""
+  folder = imagenet.check_source(source, partial)
+  # Once in the order of the archives, then in that of the records.
+  _check_space(work, 2 * sum(
+      (folder / name).stat().st_size for name in (imagenet.TRAIN, imagenet.VALIDATION)))
+  unreadable, counts = [], {}
+
+  def counted(split):
+    for record in imagenet.examples(folder, split, unreadable):
+      counts[split] = counts.get(split, 0) + 1
+      yield record
+
+  directory = _write(
+      "imagenet2012", {}, {split: counted(split) for split in ("train", "validation")},
+      work)
+  for name in unreadable[:10]:
+    print(f"no image, kept as it is: {name}")
+  if unreadable:
+    print(f"{len(unreadable):,} files are no images")
+  splits = datasets.info("imagenet2012").splits
+  complete = {"train": splits["train"] + splits["validation"],
+              "validation": splits["test"]}
+  if counts != complete and not partial:
+    raise cli.UsageError(
+        f"source={str(source)!r}: its archives hold {counts} images and must hold"
+        f" {complete}; --partial prepares what is there")
+  return directory
 
 
 def _download(cifar: _Cifar, work: pathlib.Path) -> pathlib.Path:
@@ -351,50 +421,64 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _write(
-    dataset: str, rows: dict[str, np.ndarray], work: pathlib.Path
+    dataset: str,
+    label_names: dict[str, Sequence[str]],
+    splits: dict[str, Iterator[tuple[int | str, dict[str, Any]]]],
+    work: pathlib.Path,
 ) -> pathlib.Path:
-  """Writes the records as TFDS does, below `work`; returns their directory."""
-  keys = _CIFAR[dataset].label_keys
-  label_names = {
-      "label": datasets.info(dataset).label_names,
-      "coarse_label": _COARSE_NAMES.split(),
-  }
+  """Writes records as TFDS does, below `work`; returns their directory.
 
+  Args:
+    dataset: its name.
+    label_names: by feature, where TFDS would read them from the source.
+    splits: the keys and records of each.
+    work: where to.
+  """
   with registered.skip_registration():  # TFDS has a class of this name.
 
     class Builder(_TFDS_CLASS[dataset]):
-      """TFDS's own, but for TensorFlow's part: to read files and encode PNG."""
+      """TFDS's own, but for TensorFlow's part: to read files and encode images."""
 
       name = dataset
+      __module__ = _TFDS_CLASS[dataset].__module__  # Where it looks for its texts.
 
       def _split_generators(self, dl_manager):
-        for key in keys:
-          self.info.features[key].names = label_names[key]
-        return {split: self._generate_examples(split, rows[split]) for split in rows}
+        for key, names in label_names.items():
+          self.info.features[key].names = names
+        return {split: self._generate_examples(split) for split in splits}
 
-      def _generate_examples(self, split, rows_of_split):
-        progress = tqdm.tqdm(
-            rows_of_split, desc=f"{dataset} {split}", unit=" records", disable=None)
-        for index, row in enumerate(progress):
-          labels, pixels = np.split(row, [len(keys)])
-          yield index, {
-              "id": f"{split}_{index:05d}",
-              "image": _png(pixels.reshape(3, 32, 32).transpose(1, 2, 0)),
-              **dict(zip(keys, labels.tolist())),
-          }
+      def _generate_examples(self, split):
+        return tqdm.tqdm(splits[split], desc=f"{dataset} {split}", unit=" records",
+                         disable=None)
 
-  # The files are smaller than the records: PNG saves a fifth.
-  _check_space(work, sum(part.nbytes for part in rows.values()))
+  _allow_open_files(shuffle.BUCKETS_NUMBER + 100)
   builder = Builder(data_dir=work / "tfds", file_format="array_record")
   tfds.disable_progress_bar()  # For ours.
   try:
-    with contextlib.redirect_stdout(io.StringIO()):  # It tells of a download.
+    with contextlib.redirect_stdout(io.StringIO()), \
+        mock.patch.object(shuffle, "tf", _FILES):  # It tells of a download.
       builder.download_and_prepare()
   except RuntimeError as error:  # From array_record, where a write fails.
     raise OSError(str(error)) from error
   finally:
     tfds.enable_progress_bar()
   return pathlib.Path(builder.data_dir)
+
+
+def _allow_open_files(count: int) -> None:
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  unlimited = resource.RLIM_INFINITY
+  if soft != unlimited and soft < count:
+    soft = count if hard == unlimited else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# What TFDS needs of TensorFlow to sort more records than it keeps in memory.
+_FILES = types.SimpleNamespace(
+    io=types.SimpleNamespace(gfile=types.SimpleNamespace(
+        GFile=lambda path, mode: open(path, mode),
+        exists=os.path.exists, remove=os.remove)),
+    errors=types.SimpleNamespace(ResourceExhaustedError=()))
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -406,19 +490,25 @@ def _png(image: np.ndarray) -> bytes:
 
 def main() -> None:
   dataset, data_dir = flags.FLAGS.dataset, flags.FLAGS.data_dir
-  print(prepare(dataset, data_dir, flags.FLAGS.source))
-  for split, count in datasets.info(dataset).splits.items():
+  print(prepare(dataset, data_dir, flags.FLAGS.source, flags.FLAGS.partial))
+  for split, count in datasets.info(dataset, data_dir).splits.items():
     print(f"  {split}: {count:,} images")
-  which = "" if dataset == "cifar10" else f" --config.dataset={dataset}"
-  print("Train with: python -m minw.main --config=experiments/cifar_convnet.py"
-        f"{which} --config.data_dir={shlex.quote(os.path.expanduser(data_dir))}")
+  which = {"cifar10": "cifar_convnet.py",
+           "cifar100": f"cifar_convnet.py --config.dataset={dataset}",
+           "imagenet2012": "imagenet_resnet18.py"}[dataset]
+  print(f"Train with: python -m minw.main --config=experiments/{which} "
+        f"--config.data_dir={shlex.quote(os.path.expanduser(data_dir))}")
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("dataset", None, "Data set to prepare: cifar10 or cifar100.")
+  flags.DEFINE_string(
+      "dataset", None, "Data set to prepare: cifar10, cifar100, imagenet2012.")
   flags.DEFINE_string("data_dir", None, "Directory of prepared data sets.")
   flags.DEFINE_string(
       "source", None,
-      "Original archive, or the directory it was extracted to, if you have it.")
+      "Original archive, or the directory it was extracted to, if you have it; of "
+      "imagenet2012, the directory with its two archives.")
+  flags.DEFINE_bool(
+      "partial", False, "imagenet2012: archives with a part of it will do.")
   flags.mark_flags_as_required(["dataset", "data_dir"])
   cli.run(main)

@@ -1,6 +1,7 @@
 """A training run, top to bottom: `train_and_evaluate`."""
 
 import collections
+import itertools
 import json
 import logging
 import signal
@@ -128,7 +129,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
   """The compiled step f(state, data, order) -> (state, loss); it donates the state.
 
-  The batch is a function of the seed and `state.step`, given the epoch's `order`.
+  It takes data and order from `Experiment.train_batches`. The batch is a function of
+  the seed and `state.step`.
   """
   def train_step(state, data, order):
     key = jax.random.fold_in(jax.random.key(experiment.config.seed), state.step)
@@ -148,10 +150,11 @@ def make_epoch_order(experiment: Experiment) -> Callable[[int], jax.Array]:
 
 
 def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
-  """f(params, batch_stats, data, order): batch norm's statistics of the hard network.
+  """f(params, batch_stats, batches): batch norm's statistics of the hard network.
 
   In training batch norm sees mixed values, and weights that flip from step to step
-  corrupt its running statistics. These are means over `reestimate_batches` batches.
+  corrupt its running statistics. These are means over `reestimate_batches` batches,
+  the first of what `Experiment.train_batches` gives.
   """
   # With no momentum, what a step leaves is the batch's own; the straight-through
   # estimator is the hard quantizer at any alpha.
@@ -166,9 +169,10 @@ def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
                              mode="train", mutable=["batch_stats"])
     return changed["batch_stats"]
 
-  def reestimate(params, batch_stats, data, order):
+  def reestimate(params, batch_stats, batches):
     count = min(experiment.config.reestimate_batches, experiment.steps_per_epoch)
-    parts = [statistics(params, batch_stats, data, order, i) for i in range(count)]
+    parts = [statistics(params, batch_stats, data, order, i)
+             for i, (data, order) in enumerate(itertools.islice(batches, count))]
     return jax.tree.map(lambda *stats: jnp.mean(jnp.stack(stats), axis=0), *parts)
 
   return reestimate
@@ -243,18 +247,15 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     status = workdir_lib.write_status(workdir, "running", step)
     writer = metrics.Writer(workdir, step)
     progress = Progress(step, experiment.num_steps, config.batch_size)
-    order, order_epoch = None, None
+    batches = experiment.train_batches(train_data, epoch_order, step)
 
     while step < experiment.num_steps:
-      epoch = step // experiment.steps_per_epoch
-      if order_epoch != epoch:
-        order, order_epoch = epoch_order(epoch), epoch
       epochs_done, rest = divmod(step + 1, experiment.steps_per_epoch)
       report = rest == 0 and (epochs_done % config.eval_every_epochs == 0
                               or epochs_done == config.num_epochs)
       codes = weight_report(state.params)[0] if report else None
 
-      state, loss = train_step(state, train_data, order)
+      state, loss = train_step(state, *next(batches))
       step += 1
       progress.stepped(loss)
 
@@ -277,12 +278,14 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       tree = state._asdict()
       if config.reestimate_batches:
         tree["reestimated_batch_stats"] = reestimate(
-            state.params, state.batch_stats, train_data, epoch_order(0))
+            state.params, state.batch_stats,
+            experiment.train_batches(train_data, epoch_order, 0))
       accuracy = None
       if report:
         lines = [
             _train_line(experiment, step, totals, rate, codes,
-                        *weight_report(state.params)),
+                        *weight_report(state.params))
+            | (train_data.report() if experiment.info.streamed else {}),
             {"split": "validation", "mode": "mixed", **evaluator.mixed(
                 evaluate.trained_variables(state._asdict()), validation_data,
                 experiment.alpha(step - 1))},
@@ -302,6 +305,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         break
       progress.resume()
 
+    batches.close()
     if status["state"] == "running":
       manager.wait_until_finished()
       target = checkpoint_target(experiment)
@@ -317,10 +321,9 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
 
   if status["state"] == "running":
     status = workdir_lib.write_status(
-        workdir, "done", step, test_accuracy=results["last"]["accuracy"],
-        test_loss=results["last"]["loss"], best_step=best.step,
-        best_test_accuracy=results["best"]["accuracy"],
-        best_test_loss=results["best"]["loss"])
+        workdir, "done", step, best_step=best.step,
+        **{f"test_{name}": value for name, value in results["last"].items()},
+        **{f"best_test_{name}": value for name, value in results["best"].items()})
   plots.curves(workdir)
   _log.info("%s: %s", workdir, json.dumps(status))
   return status

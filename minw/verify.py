@@ -158,7 +158,7 @@ def verify_workdir(
   experiment = Experiment(config)
   hard = experiment.fold(evaluate.hard_variables(saved.tree))
   try:
-    images = np.asarray(experiment.load("test").images)
+    images = experiment.source_images("test")
     name = f"the test split of {config.dataset}"
   except cli.UsageError as error:
     print(f"no data, so random images: {error}")

@@ -26,7 +26,9 @@ def claim(workdir: str, config: Any) -> None:
   try:
     path.mkdir(parents=True, exist_ok=True)
     if (path / "config.json").exists():
-      different = config_lib.differing_fields(read_config(workdir), config)
+      before = read_config(workdir)
+      before.data_workers = config.data_workers  # Batches do not depend on it.
+      different = config_lib.differing_fields(before, config)
       if different:
         raise cli.UsageError(
             f"workdir={workdir!r} holds a run of another config (field: there, here):"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import tempfile
+import tracemalloc  # pytest would, inside TFDS's lazy imports, which break it.
 from typing import Iterator
 
 # Set before hypothesis first looks: it caches even where it keeps no examples.

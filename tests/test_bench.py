@@ -9,16 +9,21 @@ import sys
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from minw import cli
 from minw import config as config_lib
+from minw import pipeline
+from minw import prepare
 from minw import train
+from minw.bench import data
 from minw.bench import inference
 from minw.bench import train as bench
 from minw.kernels import native
 from minw.kernels import reference
 from minw.experiment import Experiment
+from test_imagenet import write_archives
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "digits_convnet.py"
 OURS = ["float32", "ste", "aqe", "aqe with data"]
@@ -88,12 +93,61 @@ def test_refuses_in_one_line():
       ("trian",): "subcommand 'trian' does not exist; did you mean 'train'?",
       ("train", "--config.batchsize=8"): "config field 'batchsize' does not exist",
       ("inference", "--batches=1,x"): "batches='1,x': must be positive integers",
+      ("data", "--config.dataset=cifar10", "--config.crop_size=24"):
+          "config.dataset='cifar10': must be a data set that is streamed: imagenet2012",
   }
   processes = [command(*arguments) for arguments in wrong]
   for process, message in zip(processes, wrong.values()):
     output, errors = process.communicate()
     assert (process.returncode, output) == (2, "")
     assert errors.startswith(f"error: {message}") and errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_data_command(tmp_path):
+  data_dir, path = tmp_path / "data", tmp_path / "result.json"
+  prepare.prepare("imagenet2012", data_dir, write_archives(tmp_path / "source"),
+                  partial=True)
+  process = command(
+      "data", f"--config.data_dir={data_dir}", "--config.crop_size=8",
+      "--config.batch_size=4", "--rounds=2", f"--json={path}")
+  output, errors = process.communicate()
+  assert process.returncode == 0, errors
+  result = json.loads(path.read_text())
+  pytorch = ["torch, normalized floats", "torch, bytes"]
+  assert list(result["images_per_second"]) == ["minw"] + pytorch * HAS_TORCH
+  assert list(result["left_out"]) == pytorch * (not HAS_TORCH)
+  rates = {name: part["values"] for name, part in result["images_per_second"].items()}
+  for name, values in rates.items():
+    assert len(values) == 2 and min(values) > 0 and name in output
+  for name in pytorch * HAS_TORCH:
+    np.testing.assert_allclose(result["ratios"][f"minw / {name}"]["values"],
+                               np.divide(rates["minw"], rates[name]))
+  assert result["images"] == 21
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+def test_torch_crops_as_we_do(tmp_path):
+  left, right = (250, 120, 10), (20, 130, 240)
+  pixels = np.full((40, 60, 3), left, np.uint8)
+  pixels[:, 30:] = right
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  normalization = pipeline.Pixels((10.0, 20.0, 30.0), (50.0, 60.0, 70.0))
+  plain, floats = (data.TorchFiles([tmp_path / "a.png"], 16, (0.9, 1.0), part)
+                   for part in (None, normalization))
+  seen = set()
+  for _ in range(20):
+    image, _ = plain[0]
+    assert tuple(image.shape) == (16, 16, 3)
+    ends = tuple(map(tuple, image[8, [0, -1]].tolist()))
+    assert ends in ((left, right), (right, left))
+    seen.add(ends)
+    image, _ = floats[0]
+    assert tuple(image.shape) == (3, 16, 16)
+    ends = {tuple(np.round(image[:, 8, i].numpy(), 3).tolist()) for i in (0, -1)}
+    assert ends == {tuple(np.round((np.array(part) - (10, 20, 30)) / (50, 60, 70), 3)
+                          .astype(np.float32).tolist()) for part in (left, right)}
+  assert len(seen) == 2
 
 
 # PyTorch's network is ours: with equal parameters it computes the same.

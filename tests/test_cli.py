@@ -287,7 +287,7 @@ def test_what_experiment_files_say(refuses, name, message):
     ("--config.crop_padding=8", "config.crop_padding=8: must be less than crop_size=8"),
     ("--config.first_padding=same", "config.first_padding='same': must be one of SAME"),
     ("--config.dataset=mnist", "config.dataset='mnist': must be one of digits, "),
-    ("--config.estimator=", "config.estimator='': must be one of aqe, ste, "),
+    ("--config.estimator=", "config.estimator='': must be one of approx_sign, aqe"),
     ("--cofig.seed=1", "Unknown command line flag 'cofig.seed'"),
     ("--configseed=1", "Unknown command line flag 'configseed'"),
     ("--config", "Missing value for flag --config"),

@@ -120,13 +120,18 @@ def test_digits_statistics_are_those_of_the_training_images():
 
 
 def test_info_needs_no_data():
-  assert datasets.NAMES == ("digits", "cifar10", "cifar100")
-  assert [datasets.info(n).num_classes for n in datasets.NAMES] == [10, 10, 100]
+  assert datasets.NAMES == ("digits", "cifar10", "cifar100", "imagenet2012")
+  assert [datasets.info(n).num_classes for n in datasets.NAMES] == [10, 10, 100, 1000]
   names = datasets.info("cifar10").label_names
   assert names[::3] == ("airplane", "cat", "frog", "truck")
   names = datasets.info("cifar100").label_names
   assert names == tuple(sorted(set(names)))  # CIFAR-100's labels are alphabetical.
   assert names[0] == "apple" and names[19] == "cattle" and names[99] == "worm"
+  names = datasets.info("imagenet2012").label_names
+  assert names == tuple(sorted(set(names)))  # Those of tench, goldfish, toilet tissue.
+  assert [names[i] for i in (0, 1, 999)] == ["n01440764", "n01443537", "n15075141"]
+  assert datasets.info("imagenet2012", "nowhere").splits == {
+      "train": 1_271_167, "validation": 10_000, "test": 50_000}
   for name in datasets.NAMES:
     info = datasets.info(name)
     assert info.name == name

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 from PIL import Image
@@ -143,6 +144,19 @@ def run(module, *arguments):
   return subprocess.run(
       [sys.executable, "-W", "error", "-m", module, *arguments],
       capture_output=True, text=True, check=False)
+
+
+def test_images_may_be_taken_as_they_are(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  read = infer.read_image(tmp_path / "a.png", (8, 8, 3), shrink=False)
+  np.testing.assert_array_equal(read, pixels[6:14, 11:19])
+  program = types.SimpleNamespace(metadata={})
+  assert infer.shrinks(program)
+  for size in (0, 256):
+    program.metadata["config"] = {"eval_resize": size}
+    assert infer.shrinks(program) == (size > 0)
+
 
 
 def test_command(model, tmp_path):

@@ -607,7 +607,8 @@ def test_the_command_says_what_to_do_next(
     small, name, config, tmp_path, monkeypatch, capsys):
   source = write_directory(tmp_path / "source", name, "binary")
   flags = types.SimpleNamespace(
-      dataset=name, data_dir=str(tmp_path / "data"), source=str(source))
+      dataset=name, data_dir=str(tmp_path / "data"), source=str(source),
+      partial=False)
   monkeypatch.setattr(prepare.flags, "FLAGS", flags)
   assert not prepare.main()
   lines = capsys.readouterr().out.splitlines()

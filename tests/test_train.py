@@ -6,6 +6,7 @@ test_spmd.py share with this file.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -718,7 +719,8 @@ def test_no_batch_is_reestimated_on_twice(busy, monkeypatch):
   asked = []
   note = lambda params, batch_stats, data, order, i: asked.append(i) or batch_stats
   monkeypatch.setattr(experiment, "jit", lambda _: note)
-  train.make_reestimate(experiment)({}, {"mean": jnp.zeros(2)}, None, None)
+  batches = itertools.repeat((None, None))
+  train.make_reestimate(experiment)({}, {"mean": jnp.zeros(2)}, batches)
   assert asked == list(range(EPOCH))
 
 

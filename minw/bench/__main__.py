@@ -11,6 +11,11 @@ network, with a fixed batch and with its data, and in PyTorch where that is inst
 times the packed network, of ConvNet A by default, natively and in XLA, beside the same
 network in float32 and in int8 (pip install 'minw[bench]'), on one thread and on all;
 with --layers single convolutions.
+
+  python -m minw.bench data --config.data_dir=DIR [...]
+
+counts the images that one core reads, decodes and crops for training on ImageNet,
+beside PyTorch's DataLoader with Pillow where that is installed.
 """
 
 import json
@@ -24,6 +29,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import models
+from minw.bench import data
 from minw.bench import inference
 from minw.bench import train
 
@@ -31,6 +37,9 @@ from minw.bench import train
 def get_config(network: str = "D") -> Any:
   """The default of --config, which is this file."""
   c = config_lib.default_config()
+  if network == "imagenet2012":
+    c.update(dataset=network, network="resnet18", crop_size=224)
+    return c
   c.conv_widths, c.dense_widths = models.convnet_widths(network)
   return c
 
@@ -47,6 +56,10 @@ def main_inference() -> None:
       flags.FLAGS.config, flags.FLAGS.rounds, batches, flags.FLAGS.layers))
 
 
+def main_data() -> None:
+  _report(data, lambda: data.bench_data(flags.FLAGS.config, flags.FLAGS.rounds))
+
+
 def _report(module, measure) -> None:
   path = flags.FLAGS.json
   if path:  # Found out now rather than after minutes.
@@ -60,10 +73,10 @@ def _report(module, measure) -> None:
 
 
 if __name__ == "__main__":
-  config_flag.define(
-      default=__file__ + (":A" if "inference" in sys.argv[1:2] else ""))
+  networks = {"inference": ":A", "data": ":imagenet2012"}
+  config_flag.define(default=__file__ + networks.get(*sys.argv[1:2] or [""], ""))
   flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
   flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
   flags.DEFINE_list("batches", ["1", "64"], "inference: sizes of batches.")
   flags.DEFINE_bool("layers", False, "inference: single convolutions instead.")
-  cli.run({"train": main_train, "inference": main_inference})
+  cli.run({"train": main_train, "inference": main_inference, "data": main_data})

@@ -44,7 +44,7 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
       dict(input_bits="float32", weight_bits="float32", bits_rules=(),
            input_thresholds=(), weight_thresholds=())))
   data = random_data(aqe)
-  order = train.make_epoch_order(aqe)(0)
+  order = None if aqe.info.streamed else train.make_epoch_order(aqe)(0)
   key = jax.random.key(config.seed)
   batch = aqe.jit(aqe.train_batch)(data, order, 0, key)
 
@@ -80,12 +80,14 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
 
 
 def random_data(experiment: Experiment) -> pipeline.Data:
-  """Random images and labels, as many and as large as the training split's."""
+  """Random images and labels, as the training split's; of streamed data a batch."""
   info = experiment.info
   generator = np.random.default_rng(experiment.config.seed)
-  size = info.splits["train"]
+  size, shape = info.splits["train"], info.image_shape
+  if info.streamed:
+    size, shape = experiment.config.batch_size, experiment.image_shape
   data = pipeline.Data(
-      generator.integers(0, 256, (size, *info.image_shape), np.uint8),
+      generator.integers(0, 256, (size, *shape), np.uint8),
       generator.integers(0, info.num_classes, size, np.int32))
   return jax.device_put(data, experiment.replicated)
 

@@ -1,0 +1,220 @@
+"""Input pipeline of data sets too large for memory: images are decoded when needed.
+
+Batch t of training is a function of the seed and of t alone, whatever the number of
+workers, so that a run can go on from any step. What a batch holds are the pixels; they
+are normalized inside the compiled step.
+"""
+
+import logging
+import os
+import signal
+import time
+from typing import Any, Iterator, NamedTuple, Sequence
+
+from absl import flags
+import grain
+import numpy as np
+
+from minw import cli
+from minw import images
+
+_log = logging.getLogger(__name__)
+
+_REDRAWS = 10  # For an image that is damaged.
+_NAMES = 10  # Of damaged images that are logged, of each split.
+
+
+class Batch(NamedTuple):
+  """Images uint8 (n, height, width, 3), labels int32 (n,); -1: not to be counted."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+
+class Split:
+  """A split of a streamed data set.
+
+  Attributes:
+    damaged: how many different images could not be decoded so far.
+    decode_rate: images that were read, decoded and cropped in a second of one core,
+      in the batch that was taken last; None before the first.
+  """
+
+  def __init__(
+      self,
+      records: Sequence[dict[str, Any]],
+      name: str,
+      *,
+      workers: int = 0,
+      max_damaged: float = 0.0,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      records: see `datasets.open_records`; they can be pickled.
+      name: of the split, for what is reported of it.
+      workers: processes that decode; 0: threads of this one.
+      max_damaged: share of the images that may be damaged; if more are, what is
+        reading raises `cli.UsageError`.
+    """
+    self._records, self._name, self._workers = records, name, workers
+    self._max_damaged = max_damaged
+    self._seen = set()
+    self.decode_rate = None
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def report(self) -> dict[str, float]:
+    """What has been seen of the files so far: {"damaged", "decode_rate"}."""
+    return {"damaged": self.damaged, "decode_rate": self.decode_rate}
+
+  @property
+  def damaged(self) -> int:
+    return len(self._seen)
+
+  def train_batches(
+      self,
+      start: int,
+      *,
+      seed: int,
+      batch_size: int,
+      crop_size: int,
+      crop_scale: tuple[float, float],
+      flip: bool,
+  ) -> Iterator[Batch]:
+    """Batches of random crops without end; in each epoch every image is drawn once.
+
+    A damaged image is replaced by another one, drawn at random.
+
+    Args:
+      start: the first batch's number.
+      seed: of order, crops and flips.
+      batch_size: examples; a batch may reach into the next epoch.
+      crop_size, crop_scale, flip: see `images.random_crop`.
+    """
+    crop = _RandomCrop(self._records, crop_size, crop_scale, flip)
+    batches = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+    return self._read(batches.random_map(crop).batch(batch_size)[start:])
+
+  def eval_batches(
+      self,
+      batch_size: int,
+      *,
+      source: tuple[int, int],
+      crop: tuple[int, int],
+      shrink: bool,
+  ) -> Iterator[Batch]:
+    """Batches of the centres of all images, in order; the last is filled up.
+
+    Damaged images and what the last batch is filled up with have the label -1.
+
+    Args:
+      batch_size: examples.
+      source: height and width that an image is brought to first; see `images.centre`.
+      crop: height and width of what is taken from the middle of that.
+      shrink: see `images.centre`.
+    """
+    size = -len(self) % batch_size + len(self)
+    batches = grain.MapDataset.range(size)
+    centre = _Centre(self._records, source, crop, shrink)
+    return self._read(batches.map(centre).batch(batch_size))
+
+  def _read(self, batches: grain.MapDataset) -> Iterator[Batch]:
+    # Elements are batches: few are kept, and each is made by one thread or process.
+    if not flags.FLAGS.is_parsed():  # Not in a command: grain asks for its own.
+      flags.FLAGS.mark_as_parsed()
+    threads = 0 if self._workers else len(os.sched_getaffinity(0))
+    elements = iter(batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    ).mp_prefetch(
+        grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2),
+        worker_init_fn=_ignore_signals))
+    try:
+      for element in elements:
+        self._note(element["damaged"])
+        self.decode_rate = len(element["label"]) / float(element["seconds"].sum())
+        yield Batch(element["image"], element["label"])
+    finally:
+      elements.close()
+
+  def _note(self, damaged: np.ndarray) -> None:
+    """Reports damaged images once; refuses to go on with too many."""
+    for index in set(damaged[damaged >= 0].tolist()) - self._seen:
+      self._seen.add(index)
+      if len(self._seen) <= _NAMES:
+        _log.warning("%s: %s is damaged and left out", self._name,
+                     self._file_name(index))
+    if len(self._seen) > self._max_damaged * len(self):
+      raise cli.UsageError(
+          f"config.max_damaged={self._max_damaged}: of the {len(self)} images of"
+          f" {self._name}, {self.damaged} are damaged by now,"
+          f" {self._file_name(max(self._seen))} for example")
+
+  def _file_name(self, index: int) -> str:
+    try:
+      return self._records[index]["file_name"].decode()
+    except Exception:  # The record itself is damaged.
+      return f"record {index}"
+
+
+def _ignore_signals(*_: Any) -> None:
+  """A stop is for the run to handle, which needs its workers for another step."""
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _RandomCrop(NamedTuple):
+  """From an index to an example, in a worker."""
+
+  records: Any
+  size: int
+  scale: tuple[float, float]
+  flip: bool
+
+  def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    start = time.thread_time()
+    damaged = -1
+    for _ in range(_REDRAWS):
+      try:
+        record = self.records[index]
+        with images.open_image(record["image"]) as image:
+          pixels = images.random_crop(image, self.size, self.scale, self.flip, rng)
+        label = record["label"]
+        break
+      except Exception:  # Pillow and array_record have many kinds for damage.
+        damaged = index
+        index = int(rng.integers(len(self.records)))
+    else:
+      pixels, label = np.zeros((self.size, self.size, 3), np.uint8), 0
+    return _element(pixels, label, damaged, start)
+
+
+class _Centre(NamedTuple):
+  """Likewise, for evaluation."""
+
+  records: Any
+  source: tuple[int, int]
+  crop: tuple[int, int]
+  shrink: bool
+
+  def __call__(self, index: int) -> dict[str, Any]:
+    start = time.thread_time()
+    pixels, label, damaged = np.zeros((*self.crop, 3), np.uint8), -1, -1
+    if index < len(self.records):
+      try:
+        record = self.records[index]
+        with images.open_image(record["image"]) as image:
+          pixels = images.centre(image, *self.source, shrink=self.shrink)
+        (h, w), (height, width) = self.source, self.crop
+        top, left = (h - height) // 2, (w - width) // 2
+        pixels = pixels[top:top + height, left:left + width]
+        label = record["label"]
+      except Exception:
+        damaged = index
+    return _element(pixels, label, damaged, start)
+
+
+def _element(pixels, label, damaged, start):
+  return {"image": pixels, "label": np.int32(label), "damaged": np.int64(damaged),
+          "seconds": time.thread_time() - start}

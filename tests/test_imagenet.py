@@ -1,0 +1,417 @@
+"""ImageNet from its archives: preparing, training and evaluating, on few images.
+
+The variable MINW_TEST_IMAGENET names a folder with archives of real images.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pathlib
+import resource
+import tarfile
+import types
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
+
+from minw import cli
+from minw import config as config_lib
+from minw import datasets
+from minw import evaluate
+from minw import imagenet
+from minw import infer
+from minw import pack
+from minw import packed
+from minw import prepare
+from minw import train
+from minw import verify
+from minw.experiment import Experiment
+from test_train import trees_of
+
+# Tench, goldfish and toilet tissue are the first two classes and the last.
+LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
+# Of the first six validation images, from ILSVRC2012's ground truth.
+VALIDATION = ["n01751748", "n09193705", "n02105855", "n04263257", "n03125729",
+              "n01735189"]
+
+
+def encode(pixels, kind="jpeg", mode="RGB", **options):
+  file = io.BytesIO()
+  Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+  return file.getvalue()
+
+
+def picture(seed, width=40, height=30):
+  """Smooth, so that JPEG changes little: a ramp in each channel."""
+  corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
+  return np.asarray(Image.fromarray(corners).resize((width, height)))
+
+
+def train_files():
+  """{class: {name: content}}: among them what ImageNet has that is not RGB JPEG."""
+  files = {}
+  for name, label in LABELS.items():
+    files[name] = {f"{name}_{i}.JPEG": encode(picture(10 * label + i), quality=95)
+                   for i in range(7)}
+  first = files["n01440764"]
+  first["n01440764_7.JPEG"] = encode(picture(7), mode="L")
+  first["n01440764_8.JPEG"] = encode(picture(8), mode="CMYK", quality=95)
+  first["n01440764_9.JPEG"] = encode(picture(9), "png")
+  return files
+
+
+def validation_files():
+  return {f"ILSVRC2012_val_{i:08}.JPEG": encode(picture(100 + i)) for i in range(1, 7)}
+
+
+def tar(files):
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w") as archive:
+    for name, content in files.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      archive.addfile(member, io.BytesIO(content))
+  return file.getvalue()
+
+
+def write_archives(folder, train_=None, validation=None):
+  folder.mkdir(exist_ok=True)
+  classes = {f"{name}.tar": tar(files)
+             for name, files in (train_ or train_files()).items()}
+  (folder / "ILSVRC2012_img_train.tar").write_bytes(tar(classes))
+  (folder / "ILSVRC2012_img_val.tar").write_bytes(tar(validation or validation_files()))
+  return folder
+
+
+def records(data_dir, split):
+  """{file name: record} of a prepared split, in its order."""
+  builder = tfds.builder_from_directory(data_dir / "imagenet2012/5.1.0")
+  source = builder.as_data_source(
+      split, decoders={"image": tfds.decode.SkipDecoding()})
+  return {record["file_name"].decode(): record for record in source}
+
+
+def refusal(*arguments, **options):
+  with pytest.raises(cli.UsageError) as error:
+    prepare.prepare("imagenet2012", *arguments, **options)
+  return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  """The directory of prepared data sets."""
+  folder = tmp_path_factory.mktemp("imagenet")
+  path = prepare.prepare(
+      "imagenet2012", folder / "data", write_archives(folder / "source"), partial=True)
+  assert path == folder / "data/imagenet2012/5.1.0"
+  return folder / "data"
+
+
+def test_description_is_that_of_tensorflow_datasets(prepared):
+  builder = tfds.builder_from_directory(prepared / "imagenet2012/5.1.0")
+  own = tfds.builder_cls("imagenet2012")(data_dir="/nowhere").info
+  assert builder.info.description == own.description
+  assert builder.info.citation == own.citation
+  assert repr(builder.info.features) == repr(own.features)
+  assert builder.info.features["label"].names == own.features["label"].names
+  assert os.listdir(prepared / "imagenet2012") == ["5.1.0"]
+
+
+def check_records(data_dir):
+  found = records(data_dir, "train")
+  files = {name: (content, LABELS[label]) for label, part in train_files().items()
+           for name, content in part.items()}
+  # By the md5 of split and key, which is the name.
+  assert list(found) == sorted(
+      files, key=lambda name: hashlib.md5(f"train{name}".encode()).digest())
+  changed = {"n01440764_8.JPEG": picture(8), "n01440764_9.JPEG": picture(9)}
+  for name, record in found.items():
+    content, label = files[name]
+    assert record["label"] == label
+    if name not in changed:
+      assert record["image"] == content
+      continue
+    image = Image.open(io.BytesIO(record["image"]))
+    assert (image.format, image.mode) == ("JPEG", "RGB")
+    difference = np.asarray(image).astype(int) - changed[name]
+    assert np.abs(difference).mean() < 3
+  names = datasets.info("imagenet2012").label_names
+  found = records(data_dir, "validation")
+  assert len(found) == 6
+  for i, label in enumerate(VALIDATION, start=1):
+    name = f"ILSVRC2012_val_{i:08}.JPEG"
+    assert names[found[name]["label"]] == label
+    assert found[name]["image"] == validation_files()[name]
+
+
+def test_records(prepared):
+  check_records(prepared)
+
+
+def test_records_that_memory_does_not_hold(tmp_path, monkeypatch):
+  monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 3000)
+  source = write_archives(tmp_path / "source")
+  before = resource.getrlimit(resource.RLIMIT_NOFILE)
+  few = len(os.listdir("/proc/self/fd")) + 10  # A file for nearly every record is open.
+  resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
+  try:
+    prepare.prepare("imagenet2012", tmp_path / "data", source, partial=True)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+  check_records(tmp_path / "data")
+  assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_splits(prepared):
+  assert datasets.info("imagenet2012", prepared).splits == {
+      "train": 21, "validation": 3, "test": 6}
+  datasets.check_available("imagenet2012", prepared)
+  order = list(records(prepared, "train"))
+  names = {split: [record["file_name"].decode() for record in
+                   datasets.open_records("imagenet2012", split, prepared)]
+           for split in ("train", "validation", "test")}
+  assert (names["train"], names["validation"]) == (order[:21], order[21:])
+  assert names["test"] == list(records(prepared, "validation"))
+
+
+def test_a_part_is_only_prepared_on_request(tmp_path):
+  source = write_archives(tmp_path / "source")
+  message = refusal(tmp_path / "data", source)
+  assert message == (
+      f"source='{source}': ILSVRC2012_img_train.tar holds 3 archives of a class and"
+      " must hold 1,000; --partial prepares what is there")
+  assert not list((tmp_path / "data").rglob("*.*"))
+
+
+def test_missing_images_are_noticed(tmp_path, monkeypatch):
+  monkeypatch.setattr(imagenet, "CLASSES", 3)
+  monkeypatch.setattr(imagenet, "VALIDATION_IMAGES", 6)
+  source = write_archives(tmp_path / "source")
+  message = refusal(tmp_path / "data", source)
+  assert "hold {'train': 24, 'validation': 6} images and must hold {'train': 12811" in (
+      message)
+  assert not list((tmp_path / "data").rglob("*.*"))
+  splits = {"train": 20, "validation": 4, "test": 6}
+  monkeypatch.setitem(datasets._INFOS, "imagenet2012",
+                      datasets.info("imagenet2012")._replace(splits=splits))
+  prepare.prepare("imagenet2012", tmp_path / "data", source)
+  check_records(tmp_path / "data")
+
+
+def test_wrong_sources_are_refused(tmp_path):
+  data, source = tmp_path / "data", tmp_path / "source"
+  message = refusal(data, None, partial=True)
+  assert "source=None: must be the folder that holds ILSVRC2012_img_train.tar" in (
+      message)
+  message = refusal(data, "nowhere", partial=True)
+  assert "source='nowhere': must be the folder" in message
+  write_archives(source)
+  (source / "ILSVRC2012_img_val.tar").unlink()
+  message = refusal(data, source, partial=True)
+  assert message.endswith("must be a folder that holds ILSVRC2012_img_val.tar")
+  (source / "ILSVRC2012_img_val.tar").write_text("no archive")
+  message = refusal(data, source, partial=True)
+  assert "ILSVRC2012_img_val.tar can not be read" in message
+  write_archives(source, validation={"cat.jpg": b""})
+  message = refusal(data, source, partial=True)
+  assert "cat.jpg is no validation image of ImageNet" in message
+  write_archives(source, train_={"n00000000": {}})
+  message = refusal(data, source, partial=True)
+  assert "n00000000.tar is no archive of a class of ImageNet" in message
+  assert not list(data.rglob("*.*"))
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+def test_an_archive_that_is_cut_off_is_refused(tmp_path, name):
+  source = write_archives(tmp_path / "source")
+  content = (source / name).read_bytes().rstrip(b"\0")
+  for size in (len(content) - 600, len(content) // 2):
+    os.truncate(source / name, size)
+    message = refusal(tmp_path / "data", source, partial=True)
+    assert name in message and ("is cut off" in message or "can not be" in message)
+  assert not list((tmp_path / "data").rglob("*.*"))
+
+
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
+  source = write_archives(tmp_path / "source")
+  examples = imagenet.examples
+
+  def interrupted(folder, split, unreadable):
+    yield next(examples(folder, split, unreadable))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(imagenet, "examples", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    prepare.prepare("imagenet2012", tmp_path / "data", source, partial=True)
+  assert not list((tmp_path / "data").rglob("*.*"))
+
+
+def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
+  source = write_archives(tmp_path / "source")
+  size = sum(path.stat().st_size for path in source.iterdir())
+  usage = prepare.shutil.disk_usage(tmp_path)._replace(free=2 * size - 1)
+  monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: usage)
+  assert "free space" in refusal(tmp_path / "data", source, partial=True)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+  files = train_files()
+  files["n01443537"]["n01443537_0.JPEG"] = b"no image"
+  source = write_archives(tmp_path / "source", files)
+  monkeypatch.setattr(prepare.flags, "FLAGS", types.SimpleNamespace(
+      dataset="imagenet2012", data_dir=str(tmp_path), source=str(source), partial=True))
+  prepare.main()
+  assert capsys.readouterr().out.splitlines() == [
+      "no image, kept as it is: n01443537_0.JPEG",
+      "1 files are no images",
+      f"{tmp_path}/imagenet2012/5.1.0",
+      "  train: 21 images",
+      "  validation: 3 images",
+      "  test: 6 images",
+      "Train with: python -m minw.main --config=experiments/imagenet_resnet18.py"
+      f" --config.data_dir={tmp_path}"]
+
+
+def tiny_config(data_dir, **changes):
+  c = config_lib.default_config()
+  c.update(dataset="imagenet2012", data_dir=str(data_dir), crop_size=8, eval_resize=12,
+           conv_widths=(4, 4), dense_widths=(), batch_size=4, eval_batch_size=4,
+           num_epochs=2, weight_bits=2, reestimate_batches=2)
+  c.update(changes)
+  return c
+
+
+def test_evaluation_is_that_of_single_images(prepared):
+  # The rule, written down once more: 40 x 30 to 16 x 12, then the middle 8 x 8.
+  experiment = Experiment(tiny_config(prepared))
+  assert experiment.info.image_shape == (12, 12, 3)
+  seen = []
+  for data, start in experiment.eval_batches(experiment.load("test")):
+    images, labels, mask = experiment.eval_batch(data, start)
+    assert images.shape == (4, 8, 8, 3) and start == 4 * (len(seen) // 4)
+    seen += zip(np.asarray(images), np.asarray(labels), np.asarray(mask))
+  assert [bool(mask) for *_, mask in seen] == [True] * 6 + [False] * 2
+  for record, (image, label, _) in zip(records(prepared, "validation").values(), seen):
+    whole = Image.open(io.BytesIO(record["image"])).resize((16, 12), Image.BILINEAR)
+    exact = (np.asarray(whole)[2:10, 4:12] - np.array([124.0, 116, 104])) / 64
+    np.testing.assert_array_equal(image, exact)
+    assert label == record["label"]
+
+
+def test_top5_is_counted(prepared):
+  experiment = Experiment(tiny_config(prepared))
+  labels = [record["label"] for record in records(prepared, "validation").values()]
+  evaluator = evaluate.Evaluator(experiment)
+  evaluator._experiment = types.SimpleNamespace(
+      eval_batches=experiment.eval_batches, eval_batch=experiment.eval_batch,
+      fold=lambda variables: variables, model=types.SimpleNamespace(apply=fixed_logits))
+  logits = np.zeros(1000, np.float32)
+  logits[[labels[0], 5, 6, 7, labels[1], labels[2]]] = [9, 8, 7, 6, 5, 4]
+  found = evaluator.hard(logits, experiment.load("test"))
+  assert found["accuracy"] == pytest.approx(1 / 6)
+  assert found["top5_accuracy"] == pytest.approx(2 / 6)
+
+
+def fixed_logits(logits, images, *_, **__):
+  return jnp.broadcast_to(logits, (len(images), 1000)), {}
+
+
+@contextlib.contextmanager
+def stop_after(monkeypatch, count):
+  """The training loop is told to stop, as by SIGTERM, after `count` steps."""
+  make = train.make_train_step
+
+  def make_train_step(experiment):
+    step, calls = make(experiment), iter(range(1, 10**6))
+
+    def counted(*arguments):
+      if next(calls) == count:
+        os.kill(os.getpid(), 15)
+      return step(*arguments)
+
+    return counted
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "make_train_step", make_train_step)
+    yield
+
+
+def outcome(workdir):
+  lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+  for line in lines:
+    for rate in ("examples_per_second", "decode_rate"):
+      line.pop(rate, None)
+  return lines, json.loads((workdir / "status.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_workers(prepared, tmp_path, monkeypatch):
+  plain = train.train_and_evaluate(tiny_config(prepared), str(tmp_path / "plain"))
+  assert plain["state"] == "done" and plain["step"] == 10
+  lines, _ = outcome(tmp_path / "plain")
+  assert [line["damaged"] for line in lines if line["split"] == "train"] == [0, 0]
+  assert all("top5_accuracy" in line for line in lines if line["split"] != "train")
+  for step, workers in ((3, 1), (10**6, 2)):
+    with stop_after(monkeypatch, step):
+      status = train.train_and_evaluate(
+          tiny_config(prepared, data_workers=workers), str(tmp_path / "other"))
+  assert status == plain
+  assert outcome(tmp_path / "other") == outcome(tmp_path / "plain")
+  assert trees_of(tmp_path / "other") == trees_of(tmp_path / "plain")
+
+  # What is packed sees the same pixels, whether from the loader or from files.
+  workdir, model = str(tmp_path / "plain"), str(tmp_path / "net.minw")
+  packed.write(model, pack.pack_workdir(workdir))
+  assert verify.verify_workdir(workdir, model) == 0
+  evaluated = evaluate.evaluate_workdir(workdir)
+  found = evaluate.evaluate_model(model)
+  assert found["accuracy"] == evaluated["accuracy"] == plain["test_accuracy"]
+  assert found["top5_accuracy"] == plain["test_top5_accuracy"]
+  assert found["loss"] == pytest.approx(plain["test_loss"], rel=1e-5)
+  image = tmp_path / "image.jpg"
+  image.write_bytes(validation_files()["ILSVRC2012_val_00000003.JPEG"])
+  place = list(records(prepared, "validation")).index("ILSVRC2012_val_00000003.JPEG")
+  network = infer.load(model)
+  np.testing.assert_array_equal(
+      infer.read_image(image, network.program.source_shape),
+      Experiment(tiny_config(prepared)).source_images("test")[place])
+
+
+@pytest.fixture(scope="session")
+def real_archives():
+  folder = os.environ.get("MINW_TEST_IMAGENET")
+  if not folder:
+    pytest.skip("MINW_TEST_IMAGENET names no folder of ImageNet's archives")
+  return pathlib.Path(folder)
+
+
+def test_real_images(real_archives, tmp_path):
+  prepare.prepare("imagenet2012", tmp_path, real_archives, partial=True)
+  originals = {}
+  with tarfile.open(real_archives / "ILSVRC2012_img_train.tar") as archive:
+    for member in list(archive)[:100]:
+      with tarfile.open(fileobj=archive.extractfile(member)) as images:
+        first = images.next()
+        content = images.extractfile(first).read()
+        originals[first.name] = (member.name[:-4], content)
+  names = datasets.info("imagenet2012").label_names
+  found = records(tmp_path, "train")
+  for name, (label, content) in originals.items():
+    assert names[found[name]["label"]] == label
+    assert found[name]["image"] == content
+  experiment = Experiment(tiny_config(
+      tmp_path, crop_size=224, eval_resize=256, batch_size=8, eval_batch_size=8))
+  data = experiment.load("train")
+  batches = data.train_batches(
+      0, seed=0, batch_size=8, crop_size=224, crop_scale=(0.08, 1.0), flip=True)
+  means = [next(batches).images.mean((0, 1, 2)) for _ in range(10)]
+  assert np.abs(np.mean(means, 0) - [124, 116, 104]).max() < 15
+  assert data.damaged == 0 and data.decode_rate > 20
+  sources = experiment.source_images("test")
+  assert sources.shape[1:] == (256, 256, 3) and 30 < sources.std() < 100
