@@ -23,9 +23,5 @@ def get_config(argument: str = ""):
   c.optimizer, c.momentum, c.weight_decay = "sgd", 0.9, 1e-4
   c.learning_rate, c.learning_rate_schedule = 0.1, "steps"
   c.learning_rate_decay, c.learning_rate_steps = 0.1, (0.5, 38 / 64)
-  c.dataset = a.dataset
-  c.input_bits = a.input_bits
-  c.weight_bits = a.weight_bits
-  c.estimator = a.estimator
-  c.seed = a.seed
+  c.update(a)
   return c

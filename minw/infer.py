@@ -51,8 +51,6 @@ class Network:
     elif self.backend == "xla":  # The only one that needs JAX.
       import jax
       from minw.kernels import xla
-      operands, function = xla.values(self.program)
-      self._values = functools.partial(jax.jit(function), operands)
       operands, function = xla.logits(self.program)
       self._logits = functools.partial(jax.jit(function), operands)
 
@@ -81,8 +79,15 @@ class Network:
     if self.backend == "native":
       return self._native.values(images)
     if self.backend == "xla":
-      return [np.asarray(value) for value in self._values(images)]
+      return [np.asarray(value) for value in self._xla_values(images)]
     return reference.run(self.program, images)
+
+  @functools.cached_property  # Few ask for values, which need operands of their own.
+  def _xla_values(self):
+    import jax
+    from minw.kernels import xla
+    operands, function = xla.values(self.program)
+    return functools.partial(jax.jit(function), operands)
 
   def kernels(self) -> list[tuple[str, str]]:
     """Which kernel runs each operation: (name, kernel)."""
@@ -164,6 +169,23 @@ def image_files(paths: Sequence[str]) -> list[pathlib.Path]:
   return files
 
 
+def read_images(
+    files: Sequence[str | os.PathLike], shape: Sequence[int], shrink: bool = True
+) -> np.ndarray:
+  """Image files as uint8 (files, height, width, channels); see `read_image`.
+
+  Raises:
+    cli.UsageError: a file can not be read as an image.
+  """
+  images = []
+  for file in files:
+    try:
+      images.append(read_image(file, shape, shrink))
+    except (OSError, ValueError) as error:
+      raise cli.UsageError(f"images={str(file)!r}: {error}") from error
+  return np.stack(images)
+
+
 def load_for_command(path: str, **options) -> Network:
   """`load`, with errors for the user of a command."""
   try:
@@ -188,13 +210,8 @@ if __name__ == "__main__":
     files = image_files(_IMAGES.value)
     for start in range(0, len(files), 256):
       part = files[start:start + 256]
-      images = []
-      for file in part:
-        try:
-          images.append(read_image(file, shape, shrinks(network.program)))
-        except (OSError, ValueError) as error:
-          raise cli.UsageError(f"images={str(file)!r}: {error}") from error
-      for file, row in zip(part, probabilities(network.logits(np.stack(images)))):
+      images = read_images(part, shape, shrinks(network.program))
+      for file, row in zip(part, probabilities(network.logits(images))):
         best = int(row.argmax())
         print(f"{file}\t{network.labels[best]}\t{row[best]:.4f}")
     if _KERNELS.value:

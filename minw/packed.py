@@ -222,6 +222,13 @@ def levels(codes: np.ndarray, bits: int) -> np.ndarray:
   return np.asarray(LEVELS[bits], np.int8)[codes.astype(np.int64) + max_code(bits)]
 
 
+def crop(program: Program, images: Any) -> Any:
+  """The centre of images (batch, *program.source_shape) that the network sees."""
+  (h, w, _), (crop_h, crop_w) = program.source_shape, program.crop
+  top, left = (h - crop_h) // 2, (w - crop_w) // 2
+  return images[:, top:top + crop_h, left:left + crop_w]
+
+
 def inputs(op: Op) -> tuple[int, ...]:
   """The values that an operation reads."""
   if isinstance(op, Concat):

@@ -64,14 +64,12 @@ def differences(
   """
   kinds = packed.infer_values(program)
   exact = all(k.kind != "FLOAT" for k in kinds[:-1])
-  (h, w, _), (crop_h, crop_w) = program.source_shape, program.crop
-  top, left = (h - crop_h) // 2, (w - crop_w) // 2
   run = jax.jit(lambda hard, images: hard_outputs(
       model, hard, pipeline.normalize(images, pixels)))
   broken, disagree = set(), {}
   for start in range(0, len(images), batch_size):
     batch = images[start:start + batch_size]
-    crop = batch[:, top:top + crop_h, left:left + crop_w]
+    crop = packed.crop(program, batch)
     outputs = [np.asarray(x) for x in run(hard, jnp.asarray(crop))]
     wanted = _program_values(program, kinds, crop, outputs)
     if start == 0:

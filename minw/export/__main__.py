@@ -48,13 +48,7 @@ def test_images(paths: list[str] | None, shape: tuple[int, int, int]) -> np.ndar
   """The images that files hold; four random ones without any."""
   if not paths:
     return np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
-  images = []
-  for file in infer.image_files(paths):
-    try:
-      images.append(infer.read_image(file, shape))
-    except (OSError, ValueError) as error:
-      raise cli.UsageError(f"images={str(file)!r}: {error}") from error
-  return np.stack(images)
+  return infer.read_images(infer.image_files(paths), shape)
 
 
 def _program(workdir: str | None, model: str | None, which: str) -> packed.Program:

@@ -20,9 +20,7 @@ def run(program: packed.Program, images: np.ndarray) -> list[np.ndarray]:
     (batch, height, width, channels).
   """
   kinds = packed.infer_values(program)
-  (h, w, _), (crop_h, crop_w) = program.source_shape, program.crop
-  top, left = (h - crop_h) // 2, (w - crop_w) // 2
-  image = images[:, top:top + crop_h, left:left + crop_w].astype(np.int32)
+  image = packed.crop(program, images).astype(np.int32)
   values = [image - np.asarray(program.offset, np.int32)]
   for op, kind in zip(program.ops, kinds[1:]):
     given = [values[i] for i in packed.inputs(op)]

@@ -82,11 +82,9 @@ def values(
     operands.append(arrays)
     functions.append(function)
     inputs.append(given)
-  (h, w, _), (crop_h, crop_w) = program.source_shape, program.crop
-  top, left = (h - crop_h) // 2, (w - crop_w) // 2
 
   def run(operands, images):
-    image = images[:, top:top + crop_h, left:left + crop_w].astype(np.int32)
+    image = packed.crop(program, images).astype(np.int32)
     found = [image - operands[0]]
     for function, arrays, given in zip(functions, operands[1:], inputs):
       found.append(function(arrays, *(found[i] for i in given)))
