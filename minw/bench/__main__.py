@@ -16,6 +16,12 @@ with --layers single convolutions.
 
 counts the images that one core reads, decodes and crops for training on ImageNet,
 beside PyTorch's DataLoader with Pillow where that is installed.
+
+  python -m minw.bench scaling [--chips=1,8,64] [--batch_per_chip=32] [--teraflops=275]
+      [--utilization=0.3] [--gigabytes=300] [--microseconds=1] [...]
+
+says how long a step would take on many chips, from its compiled program and these
+rates, by default those published of TPU v4. Nothing is run.
 """
 
 import json
@@ -31,6 +37,7 @@ from minw import config_flag
 from minw import models
 from minw.bench import data
 from minw.bench import inference
+from minw.bench import scaling
 from minw.bench import train
 
 
@@ -49,15 +56,28 @@ def main_train() -> None:
 
 
 def main_inference() -> None:
-  batches = [int(n) for n in flags.FLAGS.batches if n.isdigit() and int(n)]
-  cli.check(len(batches) == len(flags.FLAGS.batches) > 0, "batches",
-            ",".join(flags.FLAGS.batches), "positive integers, 1,64 for example")
+  batches = _positive("batches")
   _report(inference, lambda: inference.bench_inference(
       flags.FLAGS.config, flags.FLAGS.rounds, batches, flags.FLAGS.layers))
 
 
 def main_data() -> None:
   _report(data, lambda: data.bench_data(flags.FLAGS.config, flags.FLAGS.rounds))
+
+
+def main_scaling() -> None:
+  f = flags.FLAGS
+  rates = scaling.Rates(*(f[name].value for name in scaling.Rates._fields))
+  chips = _positive("chips")
+  _report(scaling, lambda: scaling.bench_scaling(
+      f.config, chips, f.batch_per_chip, rates))
+
+
+def _positive(flag: str) -> list[int]:
+  values = flags.FLAGS[flag].value
+  cli.check(values and all(n.isdigit() and int(n) for n in values), flag,
+            ",".join(values), "positive integers, 1,64 for example")
+  return [int(n) for n in values]
 
 
 def _report(module, measure) -> None:
@@ -73,10 +93,20 @@ def _report(module, measure) -> None:
 
 
 if __name__ == "__main__":
-  networks = {"inference": ":A", "data": ":imagenet2012"}
+  networks = {"inference": ":A", "data": ":imagenet2012", "scaling": ":A"}
   config_flag.define(default=__file__ + networks.get(*sys.argv[1:2] or [""], ""))
   flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
   flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
   flags.DEFINE_list("batches", ["1", "64"], "inference: sizes of batches.")
+  flags.DEFINE_list("chips", ["1", "8", "64", "512", "4096"],
+                    "scaling: numbers of chips.")
+  flags.DEFINE_integer("batch_per_chip", 32, "scaling: examples.", lower_bound=1)
+  flags.DEFINE_float("teraflops", 275, "scaling: a chip's peak.", lower_bound=1e-3)
+  flags.DEFINE_float("utilization", 0.3, "scaling: the share of it that is reached.",
+                     lower_bound=1e-3, upper_bound=1)
+  flags.DEFINE_float("gigabytes", 300, "scaling: sent by a chip a second, over all its"
+                     " links.", lower_bound=1e-3)
+  flags.DEFINE_float("microseconds", 1, "scaling: from chip to chip.", lower_bound=0)
   flags.DEFINE_bool("layers", False, "inference: single convolutions instead.")
-  cli.run({"train": main_train, "inference": main_inference, "data": main_data})
+  cli.run({"train": main_train, "inference": main_inference, "data": main_data,
+           "scaling": main_scaling})
