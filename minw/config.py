@@ -68,7 +68,7 @@ def default_config() -> config_dict.ConfigDict:
   c.alpha_start = 0.5
   c.alpha_final = 1.0
   c.alpha_end = 0.465  # As a fraction of the run: epoch 93 of 200.
-  c.alpha_shape = "linear"  # "cosine".
+  c.alpha_shape = "linear"  # "cosine", "step".
   c.alpha_per_layer = False  # One layer after another, from the input on.
 
   # Optimization.

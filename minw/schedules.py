@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ALPHA_SHAPES = ("linear", "cosine")
+ALPHA_SHAPES = ("linear", "cosine", "step")
 LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant")
 
 Schedule = Callable[[jax.Array | int], jax.Array]
@@ -64,7 +64,7 @@ def alpha(
   """alpha of AQE as a function of the step.
 
   Args:
-    shape: "linear" or "cosine" (slow at both ends).
+    shape: "linear", "cosine" (slow at both ends) or "step" (all at `end`).
     start: the value at step 0.
     final: the value from `end` on.
     end: when `final` is reached, as a fraction of the run.
@@ -88,6 +88,8 @@ def alpha(
     done = jnp.clip(done, 0.0, 1.0)
     if shape == "cosine":
       done = (1 - jnp.cos(jnp.pi * done)) / 2
+    elif shape == "step":
+      done = jnp.floor(done)
     # Exactly `final` in the end: rounding would leave networks almost hard.
     return jnp.where(done >= 1, final, start + (final - start) * done)
 

@@ -129,7 +129,7 @@ NAN, INF = math.nan, math.inf
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
      "one of approx_sign, aqe, dsq, ede, ewgs, reste, ste, stochastic_aqe, swish_sign"),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
-    ("alpha_shape", ["cubic"], "one of linear, cosine"),
+    ("alpha_shape", ["square"], "one of linear, cosine"),
     ("optimizer", ["adamw"], "one of adam, sgd"),
     ("learning_rate_schedule", ["cosine"],
      "one of exponential, staircase, steps, constant"),

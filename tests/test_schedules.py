@@ -59,6 +59,13 @@ def test_cosine_is_slow_at_both_ends():
       values(alpha, (0, 10, 20, 30, 40, 79)), expected, rtol=1e-6)
 
 
+def test_a_step_is_made_at_the_end():
+  alpha = schedules.alpha("step", 0.25, 1.0, 0.5, 80)
+  assert values(alpha, (0, 39, 40, 79)).tolist() == [0.25, 0.25, 1, 1]
+  alpha = schedules.alpha("step", 0.0, 1.0, 0.5, 80, depth=2)
+  assert values(alpha, (19, 20, 39, 40)).tolist() == [[0, 0], [1, 0], [1, 0], [1, 1]]
+
+
 @pytest.mark.parametrize("shape, fifth", [("linear", 0.28), ("cosine", 0.2381966)])
 def test_layers_are_annealed_one_after_another(shape, fifth):
   # Four layers in the first half of 80 steps: ten steps each, from 0.2 to 0.6.
@@ -131,6 +138,7 @@ def test_a_short_run_is_the_long_one_scaled(shape):
 SCHEDULES = {
     "linear": default_alpha(),
     "cosine": default_alpha(shape="cosine"),
+    "step": default_alpha(shape="step"),
     "by layer": default_alpha(depth=5),
     **{kind: learning_rate(kind) for kind in schedules.LEARNING_RATE_SCHEDULES},
 }
@@ -145,7 +153,7 @@ def test_traced_is_untraced(name):
     assert result.dtype == jnp.float32
     assert result.shape == ((5,) if name == "by layer" else ())
     np.testing.assert_allclose(result, schedule(step), rtol=3e-7)
-    if step >= 16_275 and name in ("linear", "cosine", "by layer"):
+    if step >= 16_275 and name in ("linear", "cosine", "step", "by layer"):
       assert (np.asarray(result) == 1.0).all()
 
 
@@ -194,7 +202,7 @@ def test_constant():
 
 
 def test_unknown_names():
-  with pytest.raises(ValueError, match="shape='cubic': must be one of linear, cosine"):
-    default_alpha(shape="cubic")
+  with pytest.raises(ValueError, match="shape='square': must be one of linear, cosine"):
+    default_alpha(shape="square")
   with pytest.raises(ValueError, match="kind='cosine': must be one of exponential, "):
     learning_rate("cosine")
