@@ -1,0 +1,127 @@
+"""What the notebooks beside this file share: many small runs, tables and plots."""
+
+import functools
+import itertools
+import os
+from typing import Any, Mapping, Sequence
+
+from IPython import display
+import jax
+import numpy as np
+
+from minw import config as config_lib
+from minw import evaluate
+from minw import layers
+from minw import pipeline
+from minw import plots
+from minw import train
+from minw.experiment import Experiment
+from minw.report import comparison
+
+# Compiles in half the time, which is most of these runs'.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+# MINW_NOTEBOOKS=small: just enough to see that the notebooks work.
+SMALL = os.environ.get("MINW_NOTEBOOKS") == "small"
+SEEDS = range(2 if SMALL else 5)
+
+
+def digits_config(**changes: Any) -> Any:
+  """A 1/1 ConvNet on scikit-learn's digits, too small to learn them all."""
+  c = config_lib.default_config()
+  c.update(dataset="digits", crop_size=8, random_flip=False, conv_widths=(8, 8, 16, 16),
+           dense_widths=(32,), batch_size=64, num_epochs=2 if SMALL else 12,
+           eval_batch_size=360)
+  c.update(changes)
+  return c
+
+
+def accuracies(config: Any, seeds: Sequence[int] = SEEDS) -> dict[int, float]:
+  """Test accuracy of the hard network after training, by seed.
+
+  One compilation serves all seeds; each is what `python -m minw.main` would train, but
+  for its random numbers.
+  """
+  experiment = Experiment(config)
+  step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
+  batch = experiment.jit(experiment.train_batch)
+  epoch_order = experiment.jit(functools.partial(
+      pipeline.epoch_order, size=experiment.info.splits["train"]))
+
+  @experiment.jit
+  def init(seed):
+    variables = layers.initialize(experiment.model, experiment.image_shape, seed)
+    return train.init_state(experiment)._replace(
+        **variables, opt_state=experiment.optimizer.init(variables["params"]))
+
+  reestimate = train.make_reestimate(experiment)
+  evaluator = evaluate.Evaluator(experiment)
+  data, test = experiment.load("train"), experiment.load("test")
+  results = {}
+  for seed in seeds:
+    state = init(seed)
+    keys = jax.random.split(jax.random.key(seed), (experiment.num_steps, 2))
+    for i, (batch_key, estimator_key) in enumerate(keys):
+      epoch, position = divmod(i, experiment.steps_per_epoch)
+      if position == 0:
+        order = epoch_order(seed, epoch)
+      images, labels = batch(data, order, position, batch_key)
+      state, _ = step(state, images, labels, estimator_key)
+    tree = state._asdict()
+    if config.reestimate_batches:
+      tree["reestimated_batch_stats"] = reestimate(
+          state.params, state.batch_stats, itertools.repeat((data, order)))
+    variables = evaluate.hard_variables(tree)
+    results[seed] = evaluator.hard(variables, test)["accuracy"]
+  return results
+
+
+Results = Mapping[str, Mapping[int, float]]  # Accuracies by name and seed.
+
+
+def differences(results: Results, name: str, baseline: str) -> list[float]:
+  """One minus the other, of the seeds that both have."""
+  return [value - results[baseline][seed] for seed, value in results[name].items()
+          if seed in results[baseline]]
+
+
+def show_table(results: Results, baseline: str) -> None:
+  """Means with their 95 % confidence intervals, and paired differences."""
+  lines = [f"| | seeds | test accuracy | difference to {baseline}, paired |",
+           "|---|---|---|---|"]
+  for name, values in results.items():
+    mean = comparison.estimate(list(values.values()))
+    change = "" if name == baseline else _interval(
+        comparison.estimate(differences(results, name, baseline)), sign="+")
+    lines.append(f"| {name} | {mean.count} | {_interval(mean)} | {change} |")
+  display.display(display.Markdown("\n".join(lines)))
+
+
+def plot_means(axes: Any, results: Results) -> None:
+  """Accuracies by name, the first on top: each seed's, mean and interval."""
+  _plot(axes, {name: list(values.values()) for name, values in results.items()})
+
+
+def plot_differences(axes: Any, results: Results, baseline: str) -> None:
+  """Paired differences to `baseline`: each seed's, mean and interval."""
+  _plot(axes, {name: differences(results, name, baseline)
+               for name in results if name != baseline})
+  axes.axvline(0, color="black", linewidth=0.8)
+
+
+def _plot(axes, numbers):
+  for row, values in enumerate(numbers.values()):
+    mean = comparison.estimate(values)
+    axes.plot(values, np.full(len(values), row), ".", color="#999999", zorder=1)
+    axes.errorbar(mean.mean, row, xerr=mean.margin, fmt="o", color=plots.BLUE,
+                  capsize=3, zorder=2)
+  axes.set_yticks(range(len(numbers)), numbers)
+  axes.set_ylim(len(numbers) - 0.5, -0.5)
+  axes.grid(axis="x", color="#E5E5E5")
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+
+
+def _interval(of, sign=""):
+  margin = "" if of.margin is None else f" ± {of.margin:.4f}"
+  return f"{of.mean:{sign}.4f}{margin}"
