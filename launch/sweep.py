@@ -282,10 +282,11 @@ def states(runs: Sequence[Run], retries: int) -> dict[str, State]:
 def seconds_left(found: dict[str, State], jobs: int) -> tuple[dict[str, float], float]:
   """About how long the runs take yet, by name where it can be told, and all together.
 
-  A run's own steps tell it, or else the mean of the other runs.
+  A run's own steps tell it, or else the mean of the other runs. The first tenth does
+  not: compiling takes its time, too.
   """
   whole = {name: s.seconds / s.step * s.steps for name, s in found.items()
-           if s.step and s.seconds and s.steps}
+           if 0 < s.steps <= 10 * s.step}
   if not whole:
     return {}, float("nan")
   mean = sum(whole.values()) / len(whole)
