@@ -510,6 +510,10 @@ if __name__ == "__main__":
     if _STATUS.value:
       show()
       return 0
+    try:
+      os.makedirs(_DIR.value, exist_ok=True)
+    except OSError as error:
+      raise cli.bad_value("dir", _DIR.value, f"a folder to write in ({error})") from error
     ended = run_all(runs, jobs=_JOBS.value, retries=_RETRIES.value, steps=check(runs),
                     say=lambda line: print(line, flush=True))
     show()

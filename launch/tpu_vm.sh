@@ -5,10 +5,11 @@
 #       --config=experiments/imagenet_resnet18.py --workdir=/mnt/runs/resnet18
 #
 # The slice NAME is created unless it is there, made anew where it was preempted, and
-# left running in the end (gcloud compute tpus tpu-vm delete NAME ends it). minw's
-# folder is copied to all its machines and installed, and what follows NAME goes to
-# minw.main on each. A run that was preempted goes on from its last checkpoint: the
-# workdir must be where all machines, and those made later, see it, as must the data.
+# left running in the end (gcloud compute tpus tpu-vm delete NAME ends it). What git
+# does not ignore of minw's folder is copied to all its machines and installed, and what
+# follows NAME goes to minw.main on each. A run that was preempted goes on from its last
+# checkpoint: the workdir must be where all machines, and those made later, see it, as
+# must the data.
 #
 #   ZONE, TYPE, VERSION  of the slice, as gcloud takes them
 #   CREATE_FLAGS         more for `tpu-vm create`: --spot, for example
@@ -65,7 +66,8 @@ copy_code() {
   [ -z "$copied" ] || return 0
   local archive
   archive=$(mktemp)
-  tar -czf "$archive" -C "$root" --exclude=./runs --exclude=./.git . &&
+  git -C "$root" ls-files -z --cached --others --exclude-standard |
+    tar -czf "$archive" -C "$root" --ignore-failed-read --null -T - &&
     tpu scp "$archive" "$name:minw.tar.gz" --worker=all &&
     on_all "${SETUP:-true} && rm -rf minw && mkdir minw && tar -xzf minw.tar.gz -C minw \
 && cd minw && $python -m pip install -r requirements-tpu.txt" &&
