@@ -8,7 +8,7 @@ prefixed with their numbers. SIGTERM and SIGINT are passed on. If one ends with 
 code than 0, the others get SIGTERM, and SIGKILL after --grace seconds. The exit code is
 that of the first to fail, or 75 if the run was preempted and goes on when started again.
 
-Tried on Linux: CPUs, with gloo between the processes.
+Tried on Linux with two CPU processes (tests/test_launch.py); not on several GPUs.
 """
 
 import signal
@@ -77,7 +77,7 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
     failed = any(codes)
     if (failed or len(stopping) > 1) and deadline is None:
       deadline = time.monotonic() + grace
-    signals = len(stopping) + failed
+    signals = max(len(stopping), failed)  # Once; a second one may be deadly.
     if signals > passed_on:
       passed_on = signals
       for process in running:

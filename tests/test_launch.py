@@ -295,9 +295,11 @@ esac
 """
 
 
-def run_tpu(folder, script, *arguments, **environment):
+def run_tpu(folder, script, *arguments, tar='cat > /dev/null; touch "$2"',
+            **environment):
   """Exit code, standard error, and the calls of gcloud."""
   make_stub(folder / "gcloud", GCLOUD.format(folder=folder))
+  make_stub(folder / "tar", tar)
   (folder / "script.txt").write_text("\n".join(script) + "\n")
   done = subprocess.run(
       ["bash", LAUNCH / "tpu_vm.sh", *arguments], text=True, capture_output=True,
@@ -350,8 +352,10 @@ def test_tpu_that_is_there_is_reused(tmp_path):
 
 
 def test_tpu_archive_holds_the_code(tmp_path):
-  make_stub(tmp_path / "tar", f'/bin/tar "$@" && cp "$2" {tmp_path}/kept.tar.gz')
-  run_tpu(tmp_path, ["describe READY"], *RUN_ARGUMENTS)
+  code, errors, _ = run_tpu(
+      tmp_path, ["describe READY"], *RUN_ARGUMENTS,
+      tar=f'/bin/tar "$@" && cp "$2" {tmp_path}/kept.tar.gz')
+  assert code == 0, errors
   names = subprocess.run(["/bin/tar", "-tzf", tmp_path / "kept.tar.gz"], text=True,
                          capture_output=True, check=True).stdout.splitlines()
   assert {"minw/main.py", "setup.cfg", "requirements-tpu.txt"} <= set(names)

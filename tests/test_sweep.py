@@ -493,6 +493,7 @@ def test_sweep_is_valid_and_its_commands_say_the_same(
     ("tables", "table=3"), ("tables", "seeds=0"), ("tables", "network=A"),
     ("tables", "networks=E"), ("estimators", "dataset=mnist"),
     ("estimators", "width=half"), ("estimators", "seeds=many"),
+    ("estimators", "epochs=1"),
     ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1")])
 def test_bad_arguments_of_sweeps(read_sweep, name, argument):
   with pytest.raises(cli.UsageError):

@@ -31,8 +31,8 @@ def get_runs(argument=""):
             "digits, cifar10 or cifar100")
   cli.check(a.width in ("quarter", "full"), "width", a.width, "quarter or full")
   cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
-  cli.check(type(a.epochs) is int and a.epochs >= 0, "epochs", a.epochs,
-            "a number, 0 for the usual one")
+  cli.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 1), "epochs",
+            a.epochs, "at least 2, or 0 for the usual number")
   if a.dataset == "digits":  # It has one width.
     config, common, epochs = "experiments/digits_convnet.py", {}, 40
   else:
