@@ -43,26 +43,34 @@ def _check_arguments(argv: list[str]) -> None:
       raise cli.unknown_name("config field", match[1], fields)
 
 
-class _ExperimentFile(flags.ArgumentParser):
-  """Makes FILE or FILE:ARGUMENT what the `get_config` of that file returns.
+def load(argument: str) -> Any:
+  """What the `get_config` of FILE or FILE:ARGUMENT returns, locked.
 
   Of what may be wrong with a file, the parser of ml_collections keeps some until the
   config is used, quotes some with its traceback, and lets the rest through.
+
+  Raises:
+    cli.UsageError: there is no such file, or it gives no config.
   """
+  path, colon, text = argument.partition(":")
+  loader = machinery.SourceFileLoader("config_config", path)
+  module = types.ModuleType(loader.name)
+  try:
+    loader.exec_module(module)
+    config = module.get_config(*([text] if colon else []))
+    if not isinstance(config, config_dict.ConfigDict):
+      raise TypeError(f"it returned {type(config).__name__}")
+    return config.lock()
+  except cli.UsageError:
+    raise
+  except Exception as error:  # The file's own, of whatever kind.
+    raise cli.bad_value(
+        "config", argument, "FILE or FILE:ARGUMENT, of a Python file whose "
+        f"get_config returns a config ({type(error).__name__}: {error})") from error
+
+
+class _ExperimentFile(flags.ArgumentParser):
+  """Makes FILE or FILE:ARGUMENT a config."""
 
   def parse(self, argument: str) -> Any:
-    path, colon, text = argument.partition(":")
-    loader = machinery.SourceFileLoader("config_config", path)
-    module = types.ModuleType(loader.name)
-    try:
-      loader.exec_module(module)
-      config = module.get_config(*([text] if colon else []))
-      if not isinstance(config, config_dict.ConfigDict):
-        raise TypeError(f"it returned {type(config).__name__}")
-      return config.lock()
-    except cli.UsageError:
-      raise
-    except Exception as error:  # The file's own, of whatever kind.
-      raise cli.bad_value(
-          "config", argument, "FILE or FILE:ARGUMENT, of a Python file whose "
-          f"get_config returns a config ({type(error).__name__}: {error})") from error
+    return load(argument)

@@ -1,0 +1,34 @@
+"""How alpha grows: its shape, where it begins and ends, and layer after layer.
+
+--sweep=experiments/sweeps/alpha_schedules.py:dataset=cifar10,network=A,seeds=3 takes the
+names below. A run differs from the default schedule, "linear-0.465-seed0", in what its
+name says; "ste" and a constant alpha of 1 are what annealing has to beat.
+"""
+
+from minw import cli
+from minw import config as config_lib
+
+_SCHEDULES = {
+    **{f"{shape}-{end}": {"alpha_shape": shape, "alpha_end": end}
+       for shape in ("linear", "cosine") for end in (0.25, 0.465, 0.75, 1.0)},
+    **{f"layers-{end}": {"alpha_per_layer": True, "alpha_end": end}
+       for end in (0.465, 0.75, 1.0)},
+    **{f"start-{start}": {"alpha_start": start} for start in (0.25, 0.75)},
+    **{f"final-{final}": {"alpha_final": final} for final in (0.9, 0.95)},
+    "hard": {"alpha_start": 1.0},
+    "ste": {"estimator": "ste"},
+}
+
+
+def get_runs(argument=""):
+  a = config_lib.parse_argument(
+      argument, dataset="digits", network="D", seeds=5, epochs=0)
+  cli.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
+            "digits, cifar10 or cifar100")
+  cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
+  config = ("experiments/digits_convnet.py" if a.dataset == "digits" else
+            f"experiments/cifar_convnet.py:network={a.network},dataset={a.dataset}")
+  common = {"num_epochs": a.epochs} if a.epochs else {}
+  for seed in range(a.seeds):
+    for name, fields in _SCHEDULES.items():
+      yield f"{name}-seed{seed}", config, common | fields | {"seed": seed}

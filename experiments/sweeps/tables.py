@@ -1,0 +1,30 @@
+"""Tables I and II whole: ConvNets A to D by 16 pairs of bits, on CIFAR-10 or CIFAR-100.
+
+--sweep=experiments/sweeps/tables.py:table=2,seeds=1,networks=AD takes the names below.
+Runs are cifar10-A-1-2-seed0: network, bits of inputs (M) and of weights (N); Table II
+has cifar100-A-1-1-ste-seed0 as well. The paper's 16 is bfloat16 here, its 32 float32.
+"""
+
+from minw import cli
+from minw import config as config_lib
+
+_BITS = [(m, n) for m in (1, 2, 3) for n in (1, 2, 3, 16)] + [
+    (16, 1), (16, 2), (16, 3), (32, 32)]
+_FORMATS = {16: "bfloat16", 32: "float32"}
+
+
+def get_runs(argument=""):
+  a = config_lib.parse_argument(argument, table=1, seeds=5, networks="ABCD")
+  cli.check(a.table in (1, 2), "table", a.table, "1 or 2")
+  cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
+  dataset = {1: "cifar10", 2: "cifar100"}[a.table]
+  for seed in range(a.seeds):
+    for network in str(a.networks):
+      config = f"experiments/cifar_convnet.py:network={network},dataset={dataset}"
+      for m, n in _BITS:
+        fields = {"input_bits": _FORMATS.get(m, m), "weight_bits": _FORMATS.get(n, n),
+                  "seed": seed}
+        name = f"{dataset}-{network}-{m}-{n}"
+        yield f"{name}-seed{seed}", config, fields
+        if (a.table, m, n) == (2, 1, 1):
+          yield f"{name}-ste-seed{seed}", config, fields | {"estimator": "ste"}

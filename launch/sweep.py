@@ -1,0 +1,527 @@
+"""Many training runs: started, watched, resumed and retried.
+
+  python launch/sweep.py --sweep=experiments/sweeps/estimators.py:seeds=3 \
+      --dir=runs/estimators --jobs=2
+  python launch/sweep.py --sweep=... --dir=... --status
+  python launch/sweep.py --sweep=... --dir=... --emit=slurm --out=estimators.sbatch
+
+A sweep is a file whose `get_runs(argument="")` yields a (name, config, overrides) for
+each run: the config as --config takes it, FILE or FILE:ARGUMENT, and a dict of fields.
+If `init_from` is the name of another run of the sweep, that one is done before. A run's
+workdir is DIR/NAME, with log.txt and sweep.json (what was tried) beside its own files.
+
+--jobs run at a time, each with its own cores, and its own GPUs where there are any: on
+CPUs one a core is the fastest way through a sweep. Started again, a sweep skips what is
+done, goes on with what was interrupted and, up to --retries times each, starts again
+what failed. Runs that diverged are not repeated, nor, until the sweep is started anew,
+those that refused their input. SIGTERM and SIGINT let the runs save, and end the sweep
+with code 75; a second one kills them. Exit codes besides: 0 all done, 1 some not, 2 bad
+input.
+
+Several sweeps may work on one directory: a run is its process' that holds the lock of
+NAME/lock (flock), which the operating system gives back when that process dies, however
+it dies. On network file systems this is as good as their flock: that of NFS holds
+between machines, that of Lustre if mounted with the option flock, that of gcsfuse does
+not; there, and where in doubt, give each machine runs of its own with --only, as what
+--emit writes does.
+
+Tried on Linux with CPUs, on a local file system; the division of GPUs and network file
+systems were not.
+"""
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, TextIO
+
+from absl import flags
+
+from minw import cli
+from minw import config as config_lib
+from minw import config_flag
+from minw import workdir as workdir_lib
+import places
+
+BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75  # Exit codes of minw.main.
+_POLL_SECONDS = 0.2
+_FINAL = ("done", "diverged", "failed")
+
+
+class Run(NamedTuple):
+  """One run of a sweep.
+
+  Attributes:
+    name: unique in it.
+    workdir: DIR/NAME.
+    arguments: of minw.main: --config and its overrides.
+    config: what these come to.
+    after: the name of the run that it starts from; "": none.
+  """
+
+  name: str
+  workdir: pathlib.Path
+  arguments: tuple[str, ...]
+  config: Any
+  after: str
+
+
+class State(NamedTuple):
+  """Where a run is.
+
+  Attributes:
+    name: "done", "diverged", "failed", "running", "stopped" (to be resumed), "waiting".
+    step, steps: of training; steps is 0 before the run was first started.
+    accuracy: the hard network's on the test split, when done.
+    seconds: that it took so far.
+    reason: why it failed, or failed last time.
+  """
+
+  name: str
+  step: int = 0
+  steps: int = 0
+  accuracy: float | None = None
+  seconds: float = 0.0
+  reason: str = ""
+
+
+def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
+  """The runs of a sweep, each with a config that `config.validate` passes.
+
+  Args:
+    sweep: FILE or FILE:ARGUMENT.
+    folder: of the workdirs.
+    data_dir: if given, the config's in all runs.
+
+  Raises:
+    cli.UsageError: naming what is wrong, and the run in which it is.
+  """
+  path, colon, argument = sweep.partition(":")
+  try:
+    spec = importlib.util.spec_from_file_location("sweep_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    common = {"data_dir": data_dir} if data_dir else {}
+    listed = [(name, config, overrides | common) for name, config, overrides
+              in module.get_runs(*([argument] if colon else []))]
+  except cli.UsageError:
+    raise
+  except Exception as error:  # The file's own, of whatever kind.
+    raise cli.bad_value(
+        "sweep", sweep, "FILE or FILE:ARGUMENT, of a Python file whose get_runs yields "
+        f"(name, config, overrides) ({type(error).__name__}: {error})") from error
+  names = [name for name, _, _ in listed]
+  cli.check(bool(names), "sweep", sweep, "a sweep of at least one run")
+  for name in names:
+    cli.check(isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z][\w.=+-]*", name)),
+              "name of a run", name, "a letter, then letters, digits and . = + - _")
+    cli.check(names.count(name) == 1, "name of a run", name, "unique in the sweep")
+  return [_make_run(pathlib.Path(folder), names, *entry) for entry in listed]
+
+
+def _make_run(folder, names, name, config, overrides) -> Run:
+  with _naming(name):
+    after = overrides.get("init_from", "")
+    if after in names:
+      cli.check(names.index(after) < names.index(name), "config.init_from", after,
+                "a run that comes before it in the sweep")
+      overrides["init_from"] = str(folder / after)
+    else:
+      after = ""
+    result = config_lib.copy(config_flag.load(config)).lock()
+    for field, value in overrides.items():
+      if field not in result:
+        raise cli.unknown_name("config field", field, result.keys())
+      try:
+        result[field] = value
+      except TypeError as error:
+        raise cli.bad_value(f"config.{field}", value,
+                            f"of type {type(result[field]).__name__}") from error
+    config_lib.validate(result)
+    return Run(name, folder / name, (f"--config={config}", *(
+        f"--config.{field}={value}" for field, value in overrides.items())),
+        result, after)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+  try:
+    yield
+  except cli.UsageError as error:
+    raise cli.UsageError(f"run {name!r}: {error}") from error
+
+
+def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
+  """The runs of these names, and those that they start from; all if there are none."""
+  by_name = {run.name: run for run in runs}
+  wanted = set()
+  for name in only:
+    while name:
+      if name not in by_name:
+        raise cli.unknown_name("run", name, by_name)
+      wanted.add(name)
+      name = by_name[name].after
+  return [run for run in runs if run.name in wanted or not only]
+
+
+def check(runs: Sequence[Run]) -> dict[str, int]:
+  """Checks all that can be checked before anything starts.
+
+  Returns:
+    The number of training steps of each run that is not done, by name.
+
+  Raises:
+    cli.UsageError: a config can not be run, its data are missing, or its workdir holds
+      a run of another config.
+  """
+  import jax
+  jax.config.update("jax_platforms", "cpu")  # The GPUs are for the runs.
+  from minw import datasets
+  from minw import experiment
+
+  steps, known = {}, {}
+  for run in runs:
+    with _naming(run.name):
+      if (run.workdir / "config.json").exists():
+        before = workdir_lib.read_config(str(run.workdir))
+        before.data_workers = run.config.data_workers
+        different = config_lib.differing_fields(before, run.config)
+        if different:
+          raise cli.UsageError(
+              f"workdir={str(run.workdir)!r} holds a run of another config (field: "
+              f"there, here): {'; '.join(different)}")
+      status = workdir_lib.read_status(str(run.workdir))
+      if status and status["state"] in _FINAL:
+        continue
+      # Of runs that differ by their seeds, one is enough: each takes a while.
+      key = config_lib.to_json(config_lib.copy(run.config, seed=0))
+      if key not in known:
+        datasets.check_available(run.config.dataset, run.config.data_dir)
+        known[key] = experiment.Experiment(run.config).num_steps
+      steps[run.name] = known[key]
+  return steps
+
+
+@contextlib.contextmanager
+def _locked(run: Run, kind: int) -> Iterator[TextIO | None]:
+  """The run's lock, held until the end and by processes started with it; or None."""
+  try:
+    with (run.workdir / "lock").open("a+") as file:
+      try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+      except BlockingIOError:
+        yield None
+      else:
+        yield file
+  except OSError as error:
+    raise cli.UsageError(f"dir={str(run.workdir.parent)!r} can not be written to, or "
+                         f"has no locks: {error}") from error
+
+
+def _read_record(run: Run) -> dict[str, Any]:
+  path = run.workdir / "sweep.json"
+  record = {"steps": 0, "failures": 0, "code": 0, "reason": "", "seconds": 0.0,
+            "started": None}
+  return record | (json.loads(path.read_text()) if path.exists() else {})
+
+
+def _write_record(run: Run, record: dict[str, Any]) -> None:
+  workdir_lib.write_file(run.workdir / "sweep.json", json.dumps(record) + "\n")
+
+
+def state(run: Run, retries: int, held: bool | None = None) -> State:
+  """Where `run` is.
+
+  Args:
+    run: of a sweep.
+    retries: how often a run that failed is started again.
+    held: whether its lock is; None to look.
+  """
+  if not run.workdir.exists():
+    return State("waiting")
+  status = workdir_lib.read_status(str(run.workdir)) or {"state": "", "step": 0}
+  record = _read_record(run)
+  if status["state"] in ("done", "diverged"):
+    name = status["state"]
+  else:
+    if held is None:
+      with _locked(run, fcntl.LOCK_SH) as lock:
+        held = lock is None
+    if held:
+      name = "running"
+    elif record["failures"] > retries or record["code"] == BAD_INPUT:
+      name = "failed"
+    else:
+      name = "stopped" if status["state"] else "waiting"
+  seconds = record["seconds"]
+  if name == "running" and record["started"] is not None:
+    seconds += time.time() - record["started"]
+  return State(name, status["step"], record["steps"], status.get("test_accuracy"),
+               seconds, record["reason"])
+
+
+def states(runs: Sequence[Run], retries: int) -> dict[str, State]:
+  """Where all of a sweep's runs are, by name."""
+  result = {}
+  for run in runs:
+    found = state(run, retries)
+    first = result.get(run.after)
+    if found.name in ("waiting", "stopped") and first and first.name in (
+        "failed", "diverged"):
+      found = found._replace(
+          name="failed", reason=f"starts from {run.after}, which {first.name}")
+    result[run.name] = found
+  return result
+
+
+def seconds_left(found: dict[str, State], jobs: int) -> tuple[dict[str, float], float]:
+  """About how long the runs take yet, by name where it can be told, and all together.
+
+  A run's own steps tell it, or else the mean of the other runs. The first tenth does
+  not: compiling takes its time, too.
+  """
+  whole = {name: s.seconds / s.step * s.steps for name, s in found.items()
+           if 0 < s.steps <= 10 * s.step}
+  if not whole:
+    return {}, float("nan")
+  mean = sum(whole.values()) / len(whole)
+  left = {name: max(whole.get(name, mean) - s.seconds, 0.0)
+          for name, s in found.items() if s.name not in _FINAL}
+  running = sum(s.name == "running" for s in found.values())
+  if not left:
+    return {}, 0.0
+  return left, max(sum(left.values()) / max(jobs, running), max(left.values()))
+
+
+def table(folder: str, found: dict[str, State], jobs: int) -> str:
+  """What `--status` prints."""
+  left, total = seconds_left(found, jobs)
+  kinds = [s.name for s in found.values()]
+  counts = ", ".join(
+      f"{kinds.count(kind)} {kind}" for kind in
+      ("done", "running", "stopped", "waiting", "diverged", "failed") if kind in kinds)
+  lines = [f"{folder}: {counts}" + (f"; about {_time(total)} left" if total > 0 else "")]
+  width = max(map(len, found))
+  for name, s in found.items():
+    step = f"{s.step}/{s.steps}" if s.steps else ""
+    accuracy = "" if s.accuracy is None else f"{s.accuracy:.4f}"
+    line = (f"  {name:{width}}  {s.name:8}  {step:>15}  {accuracy:6}  "
+            f"{_time(left[name]) if name in left else '':>7}  "
+            f"{s.reason if s.name != 'done' else ''}")
+    lines.append(line.rstrip())
+  return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+  for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+    if seconds >= size:
+      return f"{seconds / size:.1f} {unit}"
+  return f"{seconds:.0f} s"
+
+
+class _Stop:
+  """Counts SIGTERM and SIGINT instead of dying of them."""
+
+  def __enter__(self):
+    self.count = 0
+    self._previous = {number: signal.signal(number, self._note)
+                      for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _note(self, *_):
+    self.count += 1
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+
+class _Active(NamedTuple):
+  run: Run
+  process: subprocess.Popen
+  place: places.Place
+  lock: contextlib.ExitStack  # Gives it back when closed.
+  begun: float
+
+
+def command(run: Run) -> list[str]:
+  """What trains it."""
+  return [sys.executable, "-m", "minw.main", *run.arguments,
+          f"--workdir={run.workdir}"]
+
+
+def run_all(
+    runs: Sequence[Run],
+    *,
+    jobs: int,
+    retries: int,
+    steps: dict[str, int],
+    command: Callable[[Run], list[str]] = command,
+    say: Callable[[str], None] = print,
+) -> bool:
+  """Runs what is not done, `jobs` at a time, until nothing can be done any more.
+
+  Args:
+    runs: of a sweep; those that others start from come first.
+    jobs: how many at a time.
+    retries: how often a run that failed is started again.
+    steps: of training, by name, for the records.
+    command: of a run.
+    say: takes a line on each start and end.
+
+  Returns:
+    Whether it came to its end; if not, a signal interrupted it.
+  """
+  free = places.split(jobs)
+  active: list[_Active] = []
+  passed_on = 0
+  # What refused its input in an earlier sweep gets a chance: data may be there now.
+  refused = {run.name for run in runs if state(run, retries).name == "failed"
+             and _read_record(run)["code"] == BAD_INPUT}
+  with _Stop() as stop:
+    while True:
+      for job in [job for job in active if job.process.poll() is not None]:
+        active.remove(job)
+        free.insert(0, job.place)
+        say(_finish(job, bool(stop.count)))
+      if stop.count > passed_on:
+        passed_on = stop.count
+        for job in active:
+          job.process.send_signal(
+              signal.SIGTERM if stop.count == 1 else signal.SIGKILL)
+      open_runs = []
+      if not stop.count:
+        found = states(runs, retries)
+        own = [job.run.name for job in active]
+        open_runs = [run for run in runs if run.name not in own and (
+            found[run.name].name not in _FINAL or run.name in refused)]
+        for run in open_runs:
+          ready = not run.after or found[run.after].name == "done"
+          if free and ready and found[run.name].name != "running":
+            job = _start(run, free[0], retries, steps, command(run), run.name in refused)
+            if job:
+              refused.discard(run.name)
+              active.append(job)
+              del free[0]
+              say(f"{run.name}: started")
+      if not active and not open_runs:
+        return not stop.count
+      time.sleep(_POLL_SECONDS)
+
+
+def _start(run, place, retries, steps, command, refused) -> _Active | None:
+  """Starts a run, unless another sweep has it or has just ended it."""
+  with contextlib.ExitStack() as stack:
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context(_locked(run, fcntl.LOCK_EX))
+    if lock is None:
+      return None
+    if state(run, retries, held=False).name in _FINAL and not refused:
+      return None
+    record = _read_record(run)
+    if record["started"] is not None:  # That sweep was killed.
+      with contextlib.suppress(FileNotFoundError):
+        end = (run.workdir / "status.json").stat().st_mtime
+        record["seconds"] += max(end - record["started"], 0.0)
+    record |= {"started": time.time(), "code": 0,
+               "steps": steps.get(run.name, record["steps"])}
+    _write_record(run, record)
+    with (run.workdir / "log.txt").open("a") as log:
+      log.write(f"$ {shlex.join(command)}\n")
+      log.flush()
+      # The process holds the lock, too: it may live longer than the sweep.
+      process = places.start(
+          command, place, stdin=subprocess.DEVNULL, stdout=log,
+          stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+    return _Active(run, process, place, stack.pop_all(), time.monotonic())
+  return None
+
+
+def _finish(job: _Active, stopping: bool) -> str:
+  """Records how a run ended, gives its lock back, and says it in one line."""
+  code = job.process.returncode
+  with job.lock:
+    status = workdir_lib.read_status(str(job.run.workdir)) or {"state": "", "step": 0}
+    record = _read_record(job.run)
+    record["seconds"] += time.monotonic() - job.begun
+    record |= {"started": None, "code": code, "reason": ""}
+    ended = {0: "done", DIVERGED: "diverged"}.get(code)
+    if code != PREEMPTED and not stopping and (
+        ended is None or status["state"] != ended):
+      record["failures"] += 1
+      reason = (f"killed by {signal.Signals(-code).name}" if code < 0 else
+                f"exit code {code}: {_last_line(job.run.workdir / 'log.txt')}")
+      record["reason"] = reason + (
+          f" ({record['failures']} times)" if record["failures"] > 1 else "")
+    _write_record(job.run, record)
+  if record["reason"]:
+    return f"{job.run.name}: failed, {record['reason']}"
+  accuracy = status.get("test_accuracy")
+  return f"{job.run.name}: " + (status["state"] or "stopped") + (
+      f", accuracy {accuracy:.4f}" if accuracy is not None else "")
+
+
+def _last_line(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    file.seek(max(0, path.stat().st_size - 4096))
+    lines = file.read().decode(errors="replace").splitlines()
+  lines = [line.strip() for line in lines if line.strip()]
+  return lines[-1][:300] if lines and not lines[-1].startswith("$ ") else "no output"
+
+
+if __name__ == "__main__":
+  _SWEEP = flags.DEFINE_string(
+      "sweep", None, "Sweep file, or FILE:ARGUMENT.", required=True)
+  _DIR = flags.DEFINE_string("dir", None, "Holds a workdir for each run.", required=True)
+  _DATA_DIR = flags.DEFINE_string(
+      "data_dir", None, "Where the data are; the default is as the configs say.")
+  _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+  _RETRIES = flags.DEFINE_integer(
+      "retries", 2, "How often a run that failed is started again.", lower_bound=0)
+  _ONLY = flags.DEFINE_list("only", [], "Names of the runs to do; the default is all.")
+  _STATUS = flags.DEFINE_bool("status", False, "Only print where the runs are.")
+  _EMIT = flags.DEFINE_enum(
+      "emit", None, ["slurm", "jobset"], "Only write a Slurm array or a JobSet.")
+  _OUT = flags.DEFINE_string("out", None, "File for --emit.")
+
+  def main() -> int:
+    cli.check((_EMIT.value is None) == (_OUT.value is None), "out", _OUT.value,
+              "given with --emit, and only then")
+    runs = select(read(_SWEEP.value, _DIR.value, _DATA_DIR.value), _ONLY.value)
+    if _EMIT.value:
+      import emit
+      text = getattr(emit, _EMIT.value)(
+          [run.name for run in runs], jobs=_JOBS.value, command=[
+              "python", "launch/sweep.py", f"--sweep={_SWEEP.value}",
+              f"--dir={_DIR.value}", f"--retries={_RETRIES.value}",
+              *([f"--data_dir={_DATA_DIR.value}"] if _DATA_DIR.value else [])])
+      try:
+        pathlib.Path(_OUT.value).write_text(text)
+      except OSError as error:
+        raise cli.bad_value("out", _OUT.value, f"a file to write ({error})") from error
+      return 0
+    show = lambda: print(
+        table(_DIR.value, states(runs, _RETRIES.value), _JOBS.value), flush=True)
+    if _STATUS.value:
+      show()
+      return 0
+    try:
+      os.makedirs(_DIR.value, exist_ok=True)
+    except OSError as error:
+      raise cli.bad_value("dir", _DIR.value, f"a folder to write in ({error})") from error
+    ended = run_all(runs, jobs=_JOBS.value, retries=_RETRIES.value, steps=check(runs),
+                    say=lambda line: print(line, flush=True))
+    show()
+    if not ended:
+      return PREEMPTED
+    return int(any(s.name != "done" for s in states(runs, _RETRIES.value).values()))
+
+  cli.run(main)

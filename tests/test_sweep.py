@@ -1,0 +1,662 @@
+"""launch/sweep.py and the sweeps in experiments/sweeps."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from absl import flags
+from ml_collections import config_flags
+import pytest
+
+from minw import cli
+from minw import config as config_lib
+from minw import config_flag
+from minw import schedules
+from test_launch import LAUNCH
+from test_launch import RECORD
+from test_launch import ROOT
+from test_launch import calls
+from test_launch import check_jobset
+from test_launch import make_stub
+from test_launch import shellcheck
+
+import emit
+import places
+import sweep
+
+# --- Runs that do not train: what stands in for minw.main.
+
+FAKE = """
+import json, os, pathlib, signal, sys, time
+workdir, behaviour = pathlib.Path(sys.argv[1]), sys.argv[2]
+with (workdir / "starts").open("a") as file:
+  file.write("x")
+starts = (workdir / "starts").stat().st_size
+
+def status(state, step, **more):
+  part = workdir / "status.json.part"
+  part.write_text(json.dumps({"state": state, "step": step, **more}))
+  part.rename(workdir / "status.json")
+
+def spans(kind):
+  with (workdir.parent / "spans").open("a") as file:
+    file.write(json.dumps([kind, workdir.name, sorted(os.sched_getaffinity(0))]) + "\\n")
+
+def preempted(*_):
+  status("preempted", 3)
+  sys.exit(75)
+
+signal.signal(
+    signal.SIGTERM, signal.SIG_IGN if behaviour == "deaf" else preempted)
+spans("begin")
+if behaviour == "deaf" or behaviour == "long" and starts == 1:
+  status("running", 3)
+  time.sleep(60)
+if behaviour == "second":
+  status("running", 1)
+  time.sleep(1)
+if behaviour == "fail" or behaviour == "fail-once" and starts == 1:
+  print("first line")
+  print("ValueError: it went wrong\\n", flush=True)
+  sys.exit(1)
+if behaviour == "refuse":
+  print("error: config.data_dir: no data", flush=True)
+  sys.exit(2)
+if behaviour == "diverge":
+  status("diverged", 4)
+  sys.exit(3)
+if behaviour == "killed":
+  os.kill(os.getpid(), signal.SIGKILL)
+if behaviour == "silent":
+  sys.exit(5)
+if behaviour == "stopped-once" and starts == 1:
+  preempted()
+time.sleep(0.1)
+spans("end")
+if behaviour != "lie":
+  status("done", 10, test_accuracy=0.75)
+"""
+
+DRIVER = """
+import pathlib, sys
+import sweep
+import test_sweep
+folder, jobs, *behaviours = sys.argv[1:]
+runs = test_sweep.fakes(pathlib.Path(folder), behaviours)
+ended = sweep.run_all(runs, jobs=int(jobs), retries=1, steps={}, say=lambda line: print(
+    line, flush=True), command=test_sweep.fake_command)
+sys.exit(0 if ended else 75)
+"""
+
+
+def fakes(folder, behaviours):
+  """Runs r0, r1, ..., each of which behaves as it is told."""
+  (folder / "fake.py").write_text(FAKE)
+  return [sweep.Run(f"r{i}", folder / f"r{i}", (behaviour,), None, "")
+          for i, behaviour in enumerate(behaviours)]
+
+
+def fake_command(run):
+  return [sys.executable, "-S", str(run.workdir.parent / "fake.py"), str(run.workdir),
+          *run.arguments]
+
+
+def run_fakes(runs, jobs=2, retries=1):
+  """What run_all returns, the lines that it says, and where all runs are."""
+  said = []
+  ended = sweep.run_all(runs, jobs=jobs, retries=retries,
+                        steps={run.name: 10 for run in runs}, command=fake_command,
+                        say=said.append)
+  return ended, said, sweep.states(runs, retries)
+
+
+def starts(folder):
+  return {path.parent.name: path.stat().st_size for path in folder.glob("*/starts")}
+
+
+@pytest.fixture(autouse=True)
+def fast_polling(monkeypatch):
+  monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.02)
+
+
+@pytest.mark.parametrize("behaviour, count, state, reason", [
+    ("ok", 1, "done", ""),
+    ("fail", 3, "failed", "exit code 1: ValueError: it went wrong (3 times)"),
+    ("fail-once", 2, "done", ""),
+    ("diverge", 1, "diverged", ""),
+    ("refuse", 1, "failed", "exit code 2: error: config.data_dir: no data"),
+    ("killed", 3, "failed", "killed by SIGKILL (3 times)"),
+    ("silent", 3, "failed", "exit code 5: no output (3 times)"),
+    ("lie", 3, "failed", "exit code 0: no output (3 times)"),
+    ("stopped-once", 2, "done", ""),
+])
+def test_how_a_run_ends(tmp_path, behaviour, count, state, reason):
+  runs = fakes(tmp_path, [behaviour])
+  ended, _, found = run_fakes(runs, retries=2)
+  assert ended and starts(tmp_path) == {"r0": count}
+  assert (found["r0"].name, found["r0"].reason) == (state, reason)
+  assert (tmp_path / "r0" / "log.txt").read_text().count("$ ") == count
+  # Again: what is final stays so, but what was refused gets another chance.
+  _, _, again = run_fakes(runs, retries=2)
+  assert starts(tmp_path) == {"r0": count + (behaviour == "refuse")}
+  assert again["r0"].name == state
+
+
+def test_more_retries_go_on_with_what_failed(tmp_path):
+  runs = fakes(tmp_path, ["fail"])
+  run_fakes(runs, retries=0)
+  assert starts(tmp_path) == {"r0": 1}
+  run_fakes(runs, retries=2)
+  assert starts(tmp_path) == {"r0": 3}
+
+
+def test_no_more_than_jobs_at_a_time_each_in_its_place(tmp_path, monkeypatch):
+  cores = os.sched_getaffinity(0)
+  runs = fakes(tmp_path, ["ok"] * 7)
+  run_fakes(runs, jobs=3)
+  running, most = {}, 0
+  for line in (tmp_path / "spans").read_text().splitlines():
+    kind, name, pinned = json.loads(line)
+    if kind == "end":
+      del running[name]
+      continue
+    if len(cores) >= 3:
+      assert not any(set(pinned) & set(other) for other in running.values())
+    assert set(pinned) <= cores
+    running[name] = pinned
+    most = max(most, len(running))
+  assert most <= 3
+  assert starts(tmp_path) == {f"r{i}": 1 for i in range(7)}
+
+
+def test_places_are_given_back(tmp_path, monkeypatch):
+  one, two = places.Place([], {"PLACE": "one"}), places.Place([], {"PLACE": "two"})
+  monkeypatch.setattr(places, "split", lambda count: [one, two][:count])
+  used, start = [], places.start
+  monkeypatch.setattr(places, "start", lambda command, place, **options: (
+      used.append(place), start(command, place, **options))[1])
+  run_fakes(fakes(tmp_path, ["ok", "fail", "ok", "ok"]), jobs=2, retries=0)
+  assert len(used) == 4 and set(p.environment["PLACE"] for p in used) == {"one", "two"}
+
+
+def test_run_that_starts_from_another(tmp_path):
+  first, second = fakes(tmp_path, ["ok", "ok"])
+  second = second._replace(after="r0")
+  ended, _, _ = run_fakes([first, second], jobs=2)
+  spans = [json.loads(line)[:2] for line in
+           (tmp_path / "spans").read_text().splitlines()]
+  assert ended and spans == [
+      ["begin", "r0"], ["end", "r0"], ["begin", "r1"], ["end", "r1"]]
+
+
+@pytest.mark.parametrize("behaviour, state", [("fail", "failed"), ("diverge", "diverged")])
+def test_run_that_starts_from_a_failed_one(tmp_path, behaviour, state):
+  runs = fakes(tmp_path, [behaviour, "ok", "ok", "ok"])
+  runs[1] = runs[1]._replace(after="r0")
+  runs[2] = runs[2]._replace(after="r1")
+  ended, _, found = run_fakes(runs)
+  assert ended
+  assert [s.name for s in found.values()] == [state, "failed", "failed", "done"]
+  assert found["r1"].reason == f"starts from r0, which {state}"
+  assert "r1" not in starts(tmp_path)
+
+
+# --- Several processes.
+
+
+def drive(folder, jobs, *behaviours):
+  return subprocess.Popen(
+      [sys.executable, "-c", DRIVER, folder, str(jobs), *behaviours], text=True,
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(
+          map(str, (ROOT, LAUNCH, ROOT / "tests")))},
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_until(condition):
+  for _ in range(1200):
+    if condition():
+      return
+    time.sleep(0.05)
+  raise AssertionError("it did not happen")
+
+
+def state_in(folder, name):
+  path = folder / name / "status.json"
+  return json.loads(path.read_text())["state"] if path.exists() else None
+
+
+def test_two_sweeps_share_the_work(tmp_path):
+  behaviours = ["second", "fail-once", "ok", "stopped-once", "ok", "diverge"] * 2
+  processes = [drive(tmp_path, 2, *behaviours) for _ in range(2)]
+  outputs = [process.communicate(timeout=120)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  twice = {"fail-once", "stopped-once"}
+  assert starts(tmp_path) == {
+      f"r{i}": 1 + (behaviour in twice) for i, behaviour in enumerate(behaviours)}
+  for output in outputs:  # Both had a part in it.
+    assert "started" in output
+
+
+def test_sigterm_saves_and_a_new_sweep_goes_on(tmp_path):
+  process = drive(tmp_path, 2, "ok", "long", "long", "ok")
+  wait_until(lambda: [state_in(tmp_path, f"r{i}") for i in range(3)] == [
+      "done", "running", "running"])
+  process.send_signal(signal.SIGTERM)
+  output = process.communicate(timeout=60)[0]
+  assert process.returncode == 75, output
+  assert starts(tmp_path) == {"r0": 1, "r1": 1, "r2": 1}
+  runs = fakes(tmp_path, ["ok", "long", "long", "ok"])
+  found = sweep.states(runs, 1)
+  assert [s.name for s in found.values()] == ["done", "stopped", "stopped", "waiting"]
+  assert [s.step for s in found.values()] == [10, 3, 3, 0]
+  _, _, found = run_fakes(runs)
+  assert {s.name for s in found.values()} == {"done"}
+  assert starts(tmp_path) == {"r0": 1, "r1": 2, "r2": 2, "r3": 1}
+  assert all(json.loads((run.workdir / "sweep.json").read_text())["failures"] == 0
+             for run in runs)
+
+
+def test_second_signal_kills(tmp_path):
+  process = drive(tmp_path, 1, "deaf")
+  wait_until(lambda: state_in(tmp_path, "r0") == "running")
+  process.send_signal(signal.SIGTERM)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.communicate(timeout=1)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=30)
+  assert process.returncode == 75
+
+
+def test_killed_sweep_leaves_no_lock_but_its_runs_keep_theirs(tmp_path):
+  process = drive(tmp_path, 2, "long", "long", "ok")
+  wait_until(lambda: [state_in(tmp_path, f"r{i}") for i in range(2)] == ["running"] * 2)
+  process.kill()
+  process.communicate()
+  children = [int(pid) for pid in subprocess.run(
+      ["pgrep", "-f", f"{tmp_path}/r[01] long"], capture_output=True, text=True,
+      check=True).stdout.split()]
+  assert len(children) == 2
+  runs = fakes(tmp_path, ["long", "long", "ok"])
+  try:
+    assert [s.name for s in sweep.states(runs, 1).values()] == [
+        "running", "running", "waiting"]
+    os.kill(children[0], signal.SIGKILL)  # r0 or r1: both behave alike.
+    wait_until(lambda: sorted(s.name for s in sweep.states(runs, 1).values()) == [
+        "running", "stopped", "waiting"])
+    other = drive(tmp_path, 1, "long", "long", "ok")
+    wait_until(lambda: sum(s.name == "done" for s in sweep.states(runs, 1).values()) == 2)
+    # The one that lives on has not been started again, and its end is waited for.
+    assert sorted(starts(tmp_path).values()) == [1, 1, 2]
+    assert other.poll() is None
+  finally:
+    for pid in children:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+  other.communicate(timeout=60)
+  assert other.returncode == 0
+  assert starts(tmp_path) == {"r0": 2, "r1": 2, "r2": 1}
+
+
+# --- The table.
+
+
+def test_time_left():
+  found = {
+      "done": sweep.State("done", 100, 100, 0.5, 200.0),
+      "half": sweep.State("running", 50, 100, None, 60.0),  # 120 s in all.
+      "begun": sweep.State("running", 1, 100, None, 30.0),  # Not measured yet.
+      "next": sweep.State("waiting"),
+      "lost": sweep.State("failed", 50, 50, None, 100.0),
+  }
+  mean = (200 + 120 + 100) / 3
+  left, total = sweep.seconds_left(found, 2)
+  assert left == pytest.approx({"half": 60, "begun": mean - 30, "next": mean})
+  assert total == pytest.approx((60 + mean - 30 + mean) / 2)
+  assert sweep.seconds_left(found, 9)[1] == pytest.approx(mean)  # Of the longest.
+
+
+def test_time_left_without_a_measurement():
+  left, total = sweep.seconds_left({"a": sweep.State("waiting")}, 1)
+  assert left == {} and math.isnan(total)
+  left, total = sweep.seconds_left({"a": sweep.State("done", 5, 5, 0.1, 3.0)}, 1)
+  assert left == {} and total == 0
+
+
+def test_table():
+  found = {
+      "a": sweep.State("done", 880, 880, 0.95561, 3600.0, "an old one"),
+      "bb": sweep.State("failed", 0, 880, None, 5.0, "exit code 1: ValueError (3 times)"),
+      "c": sweep.State("waiting"),
+  }
+  assert sweep.table("runs/x", found, 1).splitlines() == [
+      "runs/x: 1 done, 1 waiting, 1 failed; about 1.0 h left",
+      "  a   done              880/880  0.9556",
+      "  bb  failed              0/880                   "
+      "exit code 1: ValueError (3 times)",
+      "  c   waiting" + " " * 30 + "1.0 h"]
+
+
+def test_state_without_anything(tmp_path):
+  (run,) = fakes(tmp_path, ["ok"])
+  assert sweep.state(run, 1) == sweep.State("waiting")
+  assert not run.workdir.exists()  # Looking leaves nothing behind.
+
+
+# --- Reading a sweep.
+
+
+def write_sweep(folder, body):
+  path = folder / "sweep_file.py"
+  path.write_text("def get_runs(argument=''):\n  " + body.replace("\n", "\n  ") + "\n")
+  return str(path)
+
+
+DIGITS = str(ROOT / "experiments" / "digits_convnet.py")
+CIFAR = str(ROOT / "experiments" / "cifar_convnet.py")
+
+
+def test_runs_are_read(tmp_path):
+  path = write_sweep(tmp_path, f"""
+yield "a", {CIFAR!r} + ":network=" + argument, {{"input_bits": "bfloat16"}}
+yield "b", {CIFAR!r}, {{"seed": 3, "bits_rules": (("conv1", 2),), "init_from": "a"}}
+yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
+  a, b, c = sweep.read(path + ":A", str(tmp_path / "runs"), "some/data")
+  assert (a.name, a.workdir, a.after) == ("a", tmp_path / "runs" / "a", "")
+  assert a.arguments == (f"--config={CIFAR}:network=A", "--config.input_bits=bfloat16",
+                         "--config.data_dir=some/data")
+  assert a.config.input_bits == "bfloat16" and a.config.dense_widths == (1024, 1024)
+  assert b.after == "a" and b.config.init_from == str(tmp_path / "runs" / "a")
+  assert b.config.bits_rules == (("conv1", 2),) and b.config.data_dir == "some/data"
+  assert c.after == "" and c.config.init_from == "elsewhere/a"
+  assert [run.name for run in sweep.select([a, b, c], ["b"])] == ["a", "b"]
+  assert [run.name for run in sweep.select([a, b, c], [])] == ["a", "b", "c"]
+  with pytest.raises(cli.UsageError, match="run 'bb' does not exist; .*'b'"):
+    sweep.select([a, b, c], ["bb"])
+
+
+@pytest.mark.parametrize("body, message", [
+    ("yield 'a', DIGITS, {'sed': 1}", "run 'a': config field 'sed' .* 'seed'"),
+    ("yield 'a', DIGITS, {'seed': 'x'}", "run 'a': config.seed='x': .* int"),
+    ("yield 'a', DIGITS, {'seed': -1}", "run 'a': config.seed=-1"),
+    ("yield 'a', DIGITS + ':x=1', {}", "run 'a': config="),
+    ("yield 'a', 'none.py', {}", "run 'a': config='none.py'"),
+    ("yield 'a b', DIGITS, {}", "name of a run='a b'"),
+    ("yield '../a', DIGITS, {}", "name of a run='../a'"),
+    ("yield '7', DIGITS, {}", "name of a run='7'"),
+    ("yield 7, DIGITS, {}", "name of a run=7"),
+    ("yield from [('a', DIGITS, {})] * 2", "name of a run='a': must be unique"),
+    ("yield 'a', DIGITS, {'init_from': 'b'}\nyield 'b', DIGITS, {}",
+     "run 'a': config.init_from='b': must be a run that comes before"),
+    ("yield 'a', DIGITS, {'init_from': 'a'}", "comes before"),
+    ("yield 'a', DIGITS", "sweep=.*ValueError"),
+    ("yield from ()", "sweep=.*at least one run"),
+    ("raise KeyError(argument)", "sweep=.*KeyError"),
+])
+def test_bad_sweeps(tmp_path, body, message):
+  path = write_sweep(tmp_path, body.replace("DIGITS", repr(DIGITS)))
+  with pytest.raises(cli.UsageError, match=message):
+    sweep.read(path, str(tmp_path))
+
+
+def test_missing_sweep(tmp_path):
+  with pytest.raises(cli.UsageError, match="sweep=.*FileNotFoundError"):
+    sweep.read(str(tmp_path / "none.py"), str(tmp_path))
+
+
+def test_check_counts_steps_of_what_is_not_done(tmp_path):
+  runs = sweep.read(write_sweep(tmp_path, f"""
+for seed, epochs in enumerate((2, 3, 2, 4)):
+  yield f"s{{seed}}", {DIGITS!r}, {{"seed": seed, "num_epochs": epochs}}"""),
+                    str(tmp_path))
+  (tmp_path / "s1").mkdir()
+  (tmp_path / "s1" / "status.json").write_text('{"state": "done", "step": 57}')
+  epoch = 1257 // 64
+  assert sweep.check(runs) == {"s0": 2 * epoch, "s2": 2 * epoch, "s3": 4 * epoch}
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"batch_size": 5000}, "run 'a': config.batch_size=5000"),
+    ({"bits_rules": (("conv9", 2),)}, "run 'a': config.bits_rules='conv9'"),
+])
+def test_check_refuses(tmp_path, fields, message):
+  runs = sweep.read(write_sweep(tmp_path, f"yield 'a', {DIGITS!r}, {fields!r}"),
+                    str(tmp_path))
+  with pytest.raises(cli.UsageError, match=message):
+    sweep.check(runs)
+
+
+def test_check_refuses_where_data_are_missing(tmp_path):
+  runs = sweep.read(write_sweep(tmp_path, f"yield 'a', {CIFAR!r}, {{}}"),
+                    str(tmp_path), str(tmp_path / "none"))
+  with pytest.raises(cli.UsageError, match="run 'a': .*none"):
+    sweep.check(runs)
+
+
+def test_check_refuses_workdirs_of_others(tmp_path):
+  path = write_sweep(tmp_path, f"yield 'a', {DIGITS!r}, {{'seed': int(argument)}}")
+  (run,) = sweep.read(path + ":1", str(tmp_path))
+  run.workdir.mkdir()
+  (run.workdir / "config.json").write_text(config_lib.to_json(run.config))
+  assert sweep.check([run]) == {"a": 40 * 19}
+  with pytest.raises(cli.UsageError, match="run 'a': .*another config.*seed: 1, 2"):
+    sweep.check(sweep.read(path + ":2", str(tmp_path)))
+
+
+# --- The sweeps that there are.
+
+SWEEPS = [
+    ("tables", "seeds=2", 2 * 64), ("tables", "table=2,seeds=1", 68),
+    ("tables", "networks=AD,seeds=1", 32),
+    ("estimators", "", 5 * 14), ("estimators", "dataset=cifar10,width=full", 5 * 14),
+    ("estimators", "dataset=cifar100", 5 * 14), ("alpha_schedules", "", 5 * 17),
+    ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
+]
+
+
+@pytest.fixture
+def read_sweep(monkeypatch):
+  monkeypatch.chdir(ROOT)  # Configs are named from there.
+  return lambda name, argument: sweep.read(
+      f"experiments/sweeps/{name}.py:{argument}", "runs")
+
+
+def test_all_sweeps_are_tested():
+  assert {path.stem for path in (ROOT / "experiments" / "sweeps").glob("*.py")} == {
+      name for name, _, _ in SWEEPS}
+
+
+@pytest.mark.parametrize("name, argument, count", SWEEPS)
+def test_sweep_is_valid_and_its_commands_say_the_same(
+    read_sweep, monkeypatch, name, argument, count):
+  runs = read_sweep(name, argument)
+  assert len(runs) == count
+  assert len({config_lib.to_json(run.config) for run in runs}) == count  # No doubles.
+  for run in runs[:count if count < 70 else 17]:
+    argv = ["main", *run.arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks there.
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values["config"].parser = config_flag._ExperimentFile()  # As `define` does.
+    values(argv)
+    assert config_lib.differing_fields(holder.value, run.config) == []
+
+
+@pytest.mark.parametrize("name, argument", [
+    ("tables", "table=3"), ("tables", "seeds=0"), ("tables", "network=A"),
+    ("tables", "networks=E"), ("estimators", "dataset=mnist"),
+    ("estimators", "width=half"), ("estimators", "seeds=many"),
+    ("estimators", "epochs=1"),
+    ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1")])
+def test_bad_arguments_of_sweeps(read_sweep, name, argument):
+  with pytest.raises(cli.UsageError):
+    read_sweep(name, argument)
+
+
+# The rows of Table I, as the paper prints them: bits of inputs and of weights.
+TABLE_1 = [(1, 1), (1, 2), (1, 3), (1, 16), (2, 1), (2, 2), (2, 3), (2, 16),
+           (3, 1), (3, 2), (3, 3), (3, 16), (16, 1), (16, 2), (16, 3), (32, 32)]
+
+
+@pytest.mark.parametrize("table, dataset", [(1, "cifar10"), (2, "cifar100")])
+def test_tables_are_whole(read_sweep, table, dataset):
+  runs = {run.name: run for run in read_sweep("tables", f"table={table},seeds=2")}
+  fmt = {16: "bfloat16", 32: "float32"}
+  widths = {"A": (128, 1024), "B": (64, 1024), "C": (64, 512), "D": (64, 256)}
+  for network, (m, n), seed in itertools.product("ABCD", TABLE_1, (0, 1)):
+    config = runs.pop(f"{dataset}-{network}-{m}-{n}-seed{seed}").config
+    assert (config.dataset, config.seed, config.estimator) == (dataset, seed, "aqe")
+    assert (config.input_bits, config.weight_bits) == (fmt.get(m, m), fmt.get(n, n))
+    assert (config.conv_widths[0], config.dense_widths[0]) == widths[network]
+  assert sorted(runs) == ([] if table == 1 else sorted(
+      f"cifar100-{network}-1-1-ste-seed{seed}" for network in "ABCD" for seed in (0, 1)))
+  assert {run.config.estimator for run in runs.values()} <= {"ste"}
+
+
+@pytest.mark.parametrize("argument, epochs", [
+    ("seeds=1", 40), ("seeds=1,dataset=cifar10,width=full", 200)])
+def test_controls_have_the_rates_of_one_run(read_sweep, argument, epochs):
+  """Both halves together take the epochs and the learning rates of one run."""
+  runs = {run.name: run.config for run in read_sweep("estimators", argument)}
+  whole = runs["aqe-seed0"]
+  steps = 100  # In an epoch.
+
+  def rates(config):
+    schedule = schedules.learning_rate(
+        config.learning_rate_schedule, config.learning_rate,
+        config.num_epochs * steps, decay=config.learning_rate_decay,
+        stairs=config.learning_rate_stairs, steps=())
+    return [float(schedule(i * steps + steps // 2)) for i in range(config.num_epochs)]
+
+  for first, seconds in (("float-first", ["float-then-ste"]),
+                         ("aqe-first", ["aqe-then-ste", "aqe-then-aqe"])):
+    for second in seconds:
+      a, b = runs[f"{first}-seed0"], runs[f"{second}-seed0"]
+      assert a.num_epochs + b.num_epochs == epochs
+      assert b.init_from == f"runs/{first}-seed0"
+      both, one = rates(a) + rates(b), rates(whole)
+      # Stairs may fall an epoch or so earlier or later: a factor of 0.9 each.
+      assert all(0.9**1.01 <= x / y <= 0.9**-1.01 for x, y in zip(both, one))
+      assert both[-1] == pytest.approx(one[-1])
+  assert runs["aqe-first-seed0"].alpha_end == 1 == runs["aqe-then-aqe-seed0"].alpha_start
+  assert runs["float-first-seed0"].input_bits == "float32"
+
+
+# --- The command.
+
+
+def run_sweep(*arguments, **options):
+  return subprocess.run(
+      [sys.executable, LAUNCH / "sweep.py", *arguments], text=True, cwd=ROOT,
+      env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, **options)
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--emit=slurm", "out="), ("--dir=/proc/none", "dir=")])
+def test_command_with_bad_input(argument, message):
+  done = run_sweep("--sweep=experiments/sweeps/tables.py", "--dir=x", argument)
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ") and message in done.stderr
+  assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_status_starts_nothing(tmp_path):
+  done = run_sweep("--sweep=experiments/sweeps/alpha_schedules.py:seeds=1",
+                   f"--dir={tmp_path}/runs", "--status")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith(f"{tmp_path}/runs: 17 waiting\n")
+  assert done.stdout.count("\n") == 18
+  assert not (tmp_path / "runs").exists()
+
+
+COMMAND = ["python", "launch/sweep.py", "--sweep=a b.py", "--dir=runs/x"]
+
+
+@pytest.mark.parametrize("code, requeued", [(0, False), (1, False), (75, True)])
+def test_slurm_array(tmp_path, code, requeued):
+  script = tmp_path / "x.sbatch"
+  script.write_text(emit.slurm(["a-1", "b.2", "c"], jobs=2, command=COMMAND))
+  assert "#SBATCH --array=0-2%2\n" in script.read_text()
+  shell = RECORD.format(folder=tmp_path)
+  make_stub(tmp_path / "srun", shell + f"exit {code}")
+  make_stub(tmp_path / "scontrol", shell)
+  done = subprocess.run(["bash", script], env=os.environ | {
+      "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+      "SLURM_ARRAY_TASK_ID": "1"})
+  assert done.returncode == code
+  assert calls(tmp_path) == [[*COMMAND, "--only=b.2"], *[["requeue", "7"]] * requeued]
+
+
+def test_slurm_array_passes_shellcheck(tmp_path):
+  script = tmp_path / "x.sbatch"
+  script.write_text(emit.slurm(["a-1", "b.2"], jobs=2, command=COMMAND))
+  shellcheck(script)
+
+
+def test_jobset(tmp_path):
+  (spec,) = check_jobset(emit.jobset(["a-1", "b.2", "c"], jobs=2, command=COMMAND))
+  assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (
+      3, 2, "Indexed")
+  (container,) = spec["template"]["spec"]["containers"]
+  make_stub(tmp_path / "python", RECORD.format(folder=tmp_path))
+  subprocess.run([*container["command"], *container["args"]], check=True,
+                 env={"PATH": f"{tmp_path}:/bin:/usr/bin", "JOB_COMPLETION_INDEX": "2"})
+  assert calls(tmp_path) == [[*COMMAND[1:], "--only=c"]]
+
+
+def test_emitted_file_names_all_runs(tmp_path):
+  out = tmp_path / "out.sbatch"
+  done = run_sweep("--sweep=experiments/sweeps/tables.py:seeds=1", "--dir=runs/t",
+                   "--jobs=8", "--data_dir=/data", "--emit=slurm", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  text = out.read_text()
+  assert "--array=0-63%8" in text and "\n  cifar10-D-32-32-seed0\n" in text
+  (line,) = (line for line in text.splitlines() if line.startswith("srun"))
+  assert shlex.split(line)[1:-1] == [
+      "python", "launch/sweep.py", "--sweep=experiments/sweeps/tables.py:seeds=1",
+      "--dir=runs/t", "--retries=2", "--data_dir=/data"]
+
+
+@pytest.mark.slow
+def test_real_sweep_interrupted_twice(tmp_path):
+  """With SIGTERM, then with SIGKILL of all its processes; then it ends."""
+  path = write_sweep(tmp_path, f"""
+small = dict(conv_widths=(4, 4), dense_widths=(4,), num_epochs=6, eval_every_epochs=1)
+for seed in range(4):
+  yield f"s{{seed}}", {DIGITS!r}, small | {{"seed": seed}}
+yield "after", {DIGITS!r}, small | {{"init_from": "s0"}}""")
+  folder = tmp_path / "runs"
+  arguments = [sys.executable, LAUNCH / "sweep.py", f"--sweep={path}",
+               f"--dir={folder}", "--jobs=2"]
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  running = lambda: any(
+      state_in(folder, f"s{i}") == "running" for i in range(4))
+
+  process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE)
+  wait_until(running)
+  process.send_signal(signal.SIGTERM)
+  process.communicate(timeout=120)
+  assert process.returncode == 75
+
+  process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE)
+  wait_until(running)
+  children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                            text=True).stdout.split()
+  for pid in (process.pid, *map(int, children)):
+    os.kill(pid, signal.SIGKILL)
+  process.communicate()
+
+  done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert f"{folder}: 5 done\n" in done.stdout
+  record = json.loads((folder / "after" / "sweep.json").read_text())
+  assert record["failures"] == 0 and record["steps"] == 6 * 19
+  again = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+  assert again.returncode == 0 and "started" not in again.stdout
