@@ -16,8 +16,14 @@ with --layers single convolutions.
 
 counts the images that one core reads, decodes and crops for training on ImageNet,
 beside PyTorch's DataLoader with Pillow where that is installed.
+
+  python -m minw.bench configs [--configs=FILE[:ARGUMENT]]... [--batch_size=N] [...]
+
+says of each experiment file, by default of all in experiments/, what its network is,
+and times a step of its training.
 """
 
+import glob
 import json
 import os
 import sys
@@ -29,6 +35,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import models
+from minw.bench import configs
 from minw.bench import data
 from minw.bench import inference
 from minw.bench import train
@@ -60,6 +67,14 @@ def main_data() -> None:
   _report(data, lambda: data.bench_data(flags.FLAGS.config, flags.FLAGS.rounds))
 
 
+def main_configs() -> None:
+  names = flags.FLAGS.configs or sorted(glob.glob("experiments/*.py"))
+  cli.check(bool(names), "configs", ",".join(names),
+            "experiment files: there is no folder experiments here")
+  _report(configs, lambda: configs.bench_configs(
+      names, flags.FLAGS.rounds, flags.FLAGS.batch_size))
+
+
 def _report(module, measure) -> None:
   path = flags.FLAGS.json
   if path:  # Found out now rather than after minutes.
@@ -74,9 +89,15 @@ def _report(module, measure) -> None:
 
 if __name__ == "__main__":
   networks = {"inference": ":A", "data": ":imagenet2012"}
-  config_flag.define(default=__file__ + networks.get(*sys.argv[1:2] or [""], ""))
+  if sys.argv[1:2] == ["configs"]:
+    flags.DEFINE_multi_string("configs", [], "Experiment files; all if not given.")
+    flags.DEFINE_integer("batch_size", None, "Of all configs, instead of their own.",
+                         lower_bound=1)
+  else:
+    config_flag.define(default=__file__ + networks.get(*sys.argv[1:2] or [""], ""))
   flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
   flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
   flags.DEFINE_list("batches", ["1", "64"], "inference: sizes of batches.")
   flags.DEFINE_bool("layers", False, "inference: single convolutions instead.")
-  cli.run({"train": main_train, "inference": main_inference, "data": main_data})
+  cli.run({"train": main_train, "inference": main_inference, "data": main_data,
+           "configs": main_configs})

@@ -28,7 +28,7 @@ from absl import flags
 
 from minw import cli
 from minw import workdir as workdir_lib
-from minw.report import compare
+from minw.report import comparison
 from minw.report import figures
 from minw.report import records
 from minw.report import tables
@@ -92,7 +92,7 @@ def main_compare() -> None:
   if not flags.FLAGS.by:
     raise cli.UsageError("--by is missing: the fields in which runs differ")
   runs, left_out = _read()
-  text = compare.markdown(compare.compare(runs, flags.FLAGS.by))
+  text = comparison.markdown(comparison.compare(runs, flags.FLAGS.by))
   print(text, end="")
   _say(left_out)
   _write("compare.md", text)

@@ -153,6 +153,8 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
   """
   c = run["config"]
   network = c["network"]
+  if not any(cell.dataset == c["dataset"] for cell in CELLS):
+    return [], f"no table has {c['dataset']}"
   if network == "convnet":
     widths = tuple(c["conv_widths"]), tuple(c["dense_widths"])
     network = next((name for name, known in models.CONVNETS.items()
