@@ -85,10 +85,11 @@ def histogram_figure(lines: Sequence[dict[str, Any]], title: str) -> Any:
   fig = figure.Figure(figsize=(10, 3.4), dpi=150, layout="constrained")
   panels = fig.subplots(1, len(lines), sharey=True, squeeze=False)[0]
   kind = lines[0]["kind"]
+  width = histograms.CENTRES[1] - histograms.CENTRES[0]
+  edges = np.append(histograms.CENTRES - width / 2, 1 + width / 2)
   for axes, line in zip(panels, lines):
     counts = np.asarray(line["counts"])
-    width = histograms.CENTRES[1] - histograms.CENTRES[0]
-    axes.bar(histograms.CENTRES, 100 * counts / counts.sum(), width, color=plots.BLUE)
+    axes.stairs(100 * counts / counts.sum(), edges, fill=True, color=plots.BLUE)
     axes.set_xlim(-1.05, 1.05)
     axes.set_xticks((-1, -0.5, 0, 0.5, 1))
     # Of activations most are at the ends: what is between would not be seen.
