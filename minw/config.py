@@ -88,6 +88,9 @@ def default_config() -> config_dict.ConfigDict:
   # Evaluation and records.
   c.eval_every_epochs = 1  # Validation, metrics and a checkpoint.
   c.eval_batch_size = 1000
+  c.eval_train = False  # Whether the hard network is evaluated on the training split.
+  c.histogram_layers = ()  # Patterns of layers whose weights or activations are counted
+  c.histogram_epochs = (5, 25, 55)  # after these epochs, from 1 on.
   c.reestimate_batches = 0  # Batches to re-estimate batch norm's statistics on.
   c.deterministic = True  # On GPUs: same numbers to the bit, at some cost in speed.
   return c
@@ -171,6 +174,17 @@ def validate(c: config_dict.ConfigDict) -> None:
   check("learning_rate_steps",
         _ascending(c.learning_rate_steps) and max(c.learning_rate_steps, default=0) < 1,
         "ascending fractions of the run between 0 and 1")
+
+  if c.histogram_layers:
+    for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
+      check(name, all(type(value) is kind for value in c[name]),
+            f"a tuple of {kind.__name__}")
+    check("histogram_epochs", all(
+        0 < epoch <= c.num_epochs and not (epoch % c.eval_every_epochs and
+                                           epoch < c.num_epochs)
+        for epoch in c.histogram_epochs),
+          f"epochs up to num_epochs={c.num_epochs} that end with a validation, as every "
+          f"eval_every_epochs={c.eval_every_epochs} do")
 
   check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
         and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,

@@ -109,7 +109,7 @@ class Experiment:
     self.pixels = pipeline.pixels(c.pixels, self.info.mean, self.info.std)
     self.model = build_model(c)
     self.layers = layers.trace(self.model, self.image_shape)
-    self._check_bits_rules()
+    self._check_patterns()
 
     self.alpha = schedules.alpha(
         c.alpha_shape, c.alpha_start, c.alpha_final, c.alpha_end, self.num_steps,
@@ -127,12 +127,18 @@ class Experiment:
     self.replicated = NamedSharding(mesh, PartitionSpec())
     self.sharded = NamedSharding(mesh, PartitionSpec("data"))
 
-  def _check_bits_rules(self) -> None:
+  def _check_patterns(self) -> None:
     quantized = [layer.path for layer in self.layers if layer.bits is not None]
     for pattern, _ in self.config.bits_rules:
       cli.check(any(layers.matches(pattern, path) for path in quantized),
                 "config.bits_rules", pattern,
                 "a pattern that matches one of " + ", ".join(quantized))
+    on_grid = [path for path, bits in ((layer.path, layer.bits) for layer in self.layers)
+               if bits is not None and quantizers.is_grid(bits)]
+    for pattern in self.config.histogram_layers:
+      cli.check(any(layers.matches(pattern, path) for path in on_grid),
+                "config.histogram_layers", pattern, "a pattern that matches one of "
+                + (", ".join(on_grid) or "no layer: none has a grid"))
 
   @property
   def grid_layers(self) -> dict[str, layers.LayerInfo]:

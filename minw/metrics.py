@@ -15,8 +15,12 @@ from minw import workdir as workdir_lib
 def read(workdir: str) -> list[dict[str, Any]]:
   """The lines of metrics.jsonl; a last line that was cut off is left out."""
   path = pathlib.Path(workdir) / "metrics.jsonl"
-  lines = path.read_text().split("\n")[:-1] if path.exists() else []
-  return [json.loads(line) for line in lines]
+  return read_file(path) if path.exists() else []
+
+
+def read_file(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The lines of a file like metrics.jsonl, wherever it is."""
+  return [json.loads(line) for line in pathlib.Path(path).read_text().split("\n")[:-1]]
 
 
 class Writer:

@@ -17,18 +17,19 @@ from minw import metrics
 from minw import quantizers
 
 # Of Okabe and Ito, for all kinds of colour vision.
-_BLUE, _VERMILION, _GREY = "#0072B2", "#D55E00", "#999999"
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
 
 _CURVES = (  # Split, mode and style, the later over the earlier.
-    ("train", "mixed", {"color": _GREY}),
-    ("validation", "hard", {"color": _VERMILION, "linewidth": 2.5}),
-    ("validation", "mixed", {"color": _BLUE, "linestyle": "--"}),
+    ("train", "mixed", {"color": GREY}),
+    ("train", "hard", {"color": "black", "linewidth": 1}),
+    ("validation", "hard", {"color": VERMILION, "linewidth": 2.5}),
+    ("validation", "mixed", {"color": BLUE, "linestyle": "--"}),
 )
 
 _ALPHAS = {  # Label and colour, the darker the nearer to the quantizer.
     0.0: (r"$\alpha$ = 0, identity", "#BBBBBB"),
     0.5: (r"$\alpha$ = 0.5", "#6DBBEA"),
-    0.8: (r"$\alpha$ = 0.8", _BLUE),
+    0.8: (r"$\alpha$ = 0.8", BLUE),
     1.0: (r"$\alpha$ = 1, quantizer", "#10284B"),
 }
 
@@ -37,7 +38,7 @@ def curves(workdir: str) -> None:
   """Draws `workdir`/curves.png; nothing if the run has recorded nothing."""
   lines = metrics.read(workdir)
   if lines:
-    _save(curves_figure(lines), pathlib.Path(workdir) / "curves.png")
+    save(curves_figure(lines), pathlib.Path(workdir) / "curves.png")
 
 
 def curves_figure(lines: Sequence[dict[str, Any]]) -> Any:
@@ -60,22 +61,24 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Any:
 
   for split, mode, style in _CURVES:
     chosen = [line for line in lines if (line["split"], line["mode"]) == (split, mode)]
+    if not chosen and (split, mode) == ("train", "hard"):  # It is few runs' alone.
+      continue
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
       axes.plot(_column(chosen, "epoch"), _column(chosen, name),
                 label=f"{split}, {mode}", **markers, **style)
 
-  train = [line for line in lines if line["split"] == "train"]
+  train = [line for line in lines if line["split"] == "train" and "alpha" in line]
   epochs = _column(train, "epoch")
   by_layer = np.array([np.atleast_1d(line["alpha"]) for line in train]).T
   shades = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, len(by_layer)))
   for values, shade in zip(by_layer, shades):
     alpha.plot(epochs, values, color=shade, linewidth=1.5, **markers)
-  rate.plot(epochs, _column(train, "learning_rate"), color=_GREY, linestyle=":",
+  rate.plot(epochs, _column(train, "learning_rate"), color=GREY, linestyle=":",
             linewidth=2)
 
-  _decorate(loss, "loss", "epoch")
-  _decorate(accuracy, "accuracy", "epoch")
-  _decorate(alpha, "alpha, first layer darkest" if len(by_layer) > 1 else "alpha",
+  decorate(loss, "loss", "epoch")
+  decorate(accuracy, "accuracy", "epoch")
+  decorate(alpha, "alpha, first layer darkest" if len(by_layer) > 1 else "alpha",
             "epoch")
   for axes in (loss, rate):
     _log_scale(axes)
@@ -84,7 +87,7 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Any:
   alpha.set_ylim(-0.05, 1.05)
   rate.set_ylabel("learning rate (dotted)", color="#666666")
   rate.spines[["top", "left"]].set_visible(False)
-  fig.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+  fig.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4,
              frameon=False)
   tests = [f"{line['accuracy']:.4f} ({line['checkpoint']} checkpoint)"
            for line in lines if line["split"] == "test"]
@@ -99,7 +102,7 @@ def estimators(path: str) -> None:
   Raises:
     OSError: it can not be written.
   """
-  _save(estimators_figure(), pathlib.Path(path))
+  save(estimators_figure(), pathlib.Path(path))
 
 
 def estimators_figure() -> Any:
@@ -120,7 +123,7 @@ def estimators_figure() -> Any:
                 solid_capstyle="butt")
     y = transform(lambda x: estimators_lib.ste(x, grid))(x)
     axes.plot(*_pieces(x, y), label="straight-through estimator",
-              color=_VERMILION, linestyle=(0, (3, 2)), linewidth=1.5)
+              color=VERMILION, linestyle=(0, (3, 2)), linewidth=1.5)
 
   inside = np.linspace(-1, 1, 4001, dtype=np.float32)
   for axes, bits in zip(forward, (1, 3)):
@@ -128,12 +131,12 @@ def estimators_figure() -> Any:
     draw(axes, inside, lambda f: f, grid)
     axes.set_xticks((-1, -0.5, 0, 0.5, 1))
     axes.set_yticks(np.unique([0, *grid.magnitudes, *-grid.magnitudes]))
-    _decorate(axes, f"forward, {bits} bit{'s' * (bits > 1)}", "x")
+    decorate(axes, f"forward, {bits} bit{'s' * (bits > 1)}", "x")
   draw(backward, 1.5 * inside, lambda f: jax.grad(lambda x: f(x).sum()),
        quantizers.input_grid(1))
   backward.set_xticks((-1, 0, 1))
   backward.set_yticks((0, 0.5, 1, 1.5, 2))
-  _decorate(backward, "backward, all bits", "x")
+  decorate(backward, "backward, all bits", "x")
   forward[0].set_ylabel(r"$\alpha\, h(x) + (1 - \alpha)\, x$")
   backward.set_ylabel(r"gradient, $2 \alpha$ where $|x| \leq 1$")
   for axis in (axis for axes in fig.axes for axis in (axes.xaxis, axes.yaxis)):
@@ -153,7 +156,8 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
   return np.asarray([line.get(name) for line in lines], np.float64)  # None is NaN.
 
 
-def _decorate(axes: Any, title: str, xlabel: str) -> None:
+def decorate(axes: Any, title: str, xlabel: str) -> None:
+  """What all panels have: a title, a name for x, a grid, and no frame."""
   axes.set_title(title, fontsize=11)
   axes.set_xlabel(xlabel)
   axes.grid(color="#E5E5E5", linewidth=0.8)
@@ -170,7 +174,7 @@ def _log_scale(axes: Any) -> None:
   axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def _save(fig: Any, path: pathlib.Path) -> None:
+def save(fig: Any, path: pathlib.Path) -> None:
   """Writes a figure in one move, so that no reader sees half of it."""
   part = path.with_name(path.name + ".part")
   fig.savefig(part, format="png")

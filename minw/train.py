@@ -17,8 +17,10 @@ import optax
 from minw import checkpoint
 from minw import cli
 from minw import datasets
+from minw import environment
 from minw import evaluate
 from minw import experiment as experiment_lib
+from minw import histograms
 from minw import layers
 from minw import metrics
 from minw import optim
@@ -206,8 +208,9 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
 
   Args:
     config: see `config.default_config`.
-    workdir: receives config.json, metrics.jsonl, status.json, curves.png, tensorboard/
-      and checkpoints/; made if missing.
+    workdir: receives config.json, run.json, metrics.jsonl, status.json, curves.png,
+      tensorboard/ and checkpoints/, and histograms.jsonl if the config asks for it;
+      made if missing.
 
   Returns:
     What status.json holds in the end: `state` ("done", "diverged" or "preempted"),
@@ -226,6 +229,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     _log.warning("%s: already %s at step %d; nothing to do",
                  workdir, status["state"], status["step"])
     return status
+  journal = environment.Journal(workdir)
   train_data, validation_data, test_data = (
       experiment.load(split) for split in ("train", "validation", "test"))
 
@@ -233,6 +237,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
   epoch_order = make_epoch_order(experiment)
   reestimate = make_reestimate(experiment)
   weight_report = make_weight_report(experiment)
+  histogram = histograms.make_histograms(experiment)
   evaluator = evaluate.Evaluator(experiment)
 
   with checkpoint.open_manager(workdir) as manager, StopSignal() as stop:
@@ -291,13 +296,21 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
                 experiment.alpha(step - 1))},
             {"split": "validation", "mode": "hard", **evaluator.hard(
                 evaluate.hard_variables(tree), validation_data)}]
+        if config.eval_train:
+          lines.insert(1, {"split": "train", "mode": "hard", **evaluator.hard(
+              evaluate.hard_variables(tree), train_data)})
         for line in lines:
           writer.write({"step": step, "epoch": epochs_done, **line})
+        if config.histogram_layers and epochs_done in config.histogram_epochs:
+          histograms.write(workdir, step, epochs_done, histogram(
+              evaluate.trained_variables(state._asdict()), validation_data,
+              experiment.alpha(step - 1)))
         accuracy = lines[-1]["accuracy"]
         _log.info(
             "epoch %d/%d: loss %.4f, validation accuracy %.4f; %s", epochs_done,
             config.num_epochs, lines[0]["loss"], accuracy, progress.line())
       checkpoint.save(manager, step, tree, accuracy)
+      journal.note()
       status = workdir_lib.write_status(workdir, "running", step)
       if stop.requested and step < experiment.num_steps:
         manager.wait_until_finished()
@@ -319,6 +332,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
                       "checkpoint_step": saved.step, **results[which]})
     writer.close()
 
+  journal.note()
   if status["state"] == "running":
     status = workdir_lib.write_status(
         workdir, "done", step, best_step=best.step,

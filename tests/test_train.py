@@ -300,8 +300,8 @@ def test_workdir_is_complete(plain):
       "best_test_accuracy": best["accuracy"], "best_test_loss": best["loss"]}
   assert (plain / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
   assert sorted(path.name for path in plain.iterdir()) == [
-      "checkpoints", "config.json", "curves.png", "metrics.jsonl", "status.json",
-      "tensorboard"]
+      "checkpoints", "config.json", "curves.png", "metrics.jsonl", "run.json",
+      "status.json", "tensorboard"]
 
 
 def test_lines(plain):

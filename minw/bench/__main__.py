@@ -22,8 +22,14 @@ beside PyTorch's DataLoader with Pillow where that is installed.
 
 says how long a step would take on many chips, from its compiled program and these
 rates, by default those published of TPU v4. Nothing is run.
+
+  python -m minw.bench configs [--configs=FILE[:ARGUMENT]]... [--batch_size=N] [...]
+
+says of each experiment file, by default of all in experiments/, what its network is,
+and times a step of its training.
 """
 
+import glob
 import json
 import os
 import sys
@@ -35,6 +41,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import models
+from minw.bench import configs
 from minw.bench import data
 from minw.bench import inference
 from minw.bench import scaling
@@ -80,6 +87,14 @@ def _positive(flag: str) -> list[int]:
   return [int(n) for n in values]
 
 
+def main_configs() -> None:
+  names = flags.FLAGS.configs or sorted(glob.glob("experiments/*.py"))
+  cli.check(bool(names), "configs", ",".join(names),
+            "experiment files: there is no folder experiments here")
+  _report(configs, lambda: configs.bench_configs(
+      names, flags.FLAGS.rounds, flags.FLAGS.batch_size))
+
+
 def _report(module, measure) -> None:
   path = flags.FLAGS.json
   if path:  # Found out now rather than after minutes.
@@ -94,7 +109,12 @@ def _report(module, measure) -> None:
 
 if __name__ == "__main__":
   networks = {"inference": ":A", "data": ":imagenet2012", "scaling": ":A"}
-  config_flag.define(default=__file__ + networks.get(*sys.argv[1:2] or [""], ""))
+  if sys.argv[1:2] == ["configs"]:
+    flags.DEFINE_multi_string("configs", [], "Experiment files; all if not given.")
+    flags.DEFINE_integer("batch_size", None, "Of all configs, instead of their own.",
+                         lower_bound=1)
+  else:
+    config_flag.define(default=__file__ + networks.get(*sys.argv[1:2] or [""], ""))
   flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
   flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
   flags.DEFINE_list("batches", ["1", "64"], "inference: sizes of batches.")
@@ -109,4 +129,4 @@ if __name__ == "__main__":
   flags.DEFINE_float("microseconds", 1, "scaling: from chip to chip.", lower_bound=0)
   flags.DEFINE_bool("layers", False, "inference: single convolutions instead.")
   cli.run({"train": main_train, "inference": main_inference, "data": main_data,
-           "scaling": main_scaling})
+           "scaling": main_scaling, "configs": main_configs})

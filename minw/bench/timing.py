@@ -1,7 +1,6 @@
 """Timing things side by side, and where that was."""
 
 import math
-import os
 import platform
 import resource
 import sys
@@ -10,6 +9,8 @@ from typing import Any, Callable
 
 import jax
 import numpy as np
+
+from minw import environment
 
 _SECONDS = 0.2  # What one measurement takes at least, compilers and caches apart.
 
@@ -48,16 +49,7 @@ def machine() -> dict[str, Any]:
   versions = {"python": platform.python_version(), "jax": jax.__version__}
   if "torch" in sys.modules:
     versions["torch"] = sys.modules["torch"].__version__
-  cpu = platform.processor() or platform.machine()
-  if os.path.exists("/proc/cpuinfo"):
-    with open("/proc/cpuinfo") as lines:
-      cpu = next((line.split(":", 1)[1].strip() for line in lines
-                  if line.startswith("model name")), cpu)
-  linux = hasattr(os, "sched_getaffinity")
-  cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-  devices = jax.local_devices()
-  return {"device": devices[0].device_kind, "num_devices": len(devices), "cpu": cpu,
-          "cores": cores, "versions": versions}
+  return {**environment.hardware(), "versions": versions}
 
 
 def peak_bytes() -> dict[str, int]:

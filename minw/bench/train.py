@@ -53,8 +53,8 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
   runs = {}
   for name, experiment in (("float32", floats), ("ste", ste), ("aqe", aqe)):
     step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
-    runs[name] = _run(step, state, *batch, key)
-  runs["aqe with data"] = _run(train.make_train_step(aqe), state, data, order)
+    runs[name] = run_of(step, state, *batch, key)
+  runs["aqe with data"] = run_of(train.make_train_step(aqe), state, data, order)
   torch_runs, left_out = _torch_runs(floats, *map(np.asarray, batch))
   seconds = timing.measure(runs | torch_runs, rounds)
 
@@ -92,7 +92,7 @@ def random_data(experiment: Experiment) -> pipeline.Data:
   return jax.device_put(data, experiment.replicated)
 
 
-def _run(step: Callable, state: train.TrainState, *arguments: Any) -> timing.Run:
+def run_of(step: Callable, state: train.TrainState, *arguments: Any) -> timing.Run:
   """Runs a compiled `step`, state -> (state, loss), from a copy of `state` on."""
   state = jax.tree.map(jnp.copy, state)  # The step donates it.
 

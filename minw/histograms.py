@@ -1,0 +1,105 @@
+"""Histograms of what training computes with: the paper's Figs 1 to 4.
+
+They count mixed weights and activations, alpha h(x) + (1 - alpha) x with AQE (Eq 18,
+19), of the layers and after the epochs that a config chooses.
+"""
+
+import json
+import pathlib
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minw import layers
+from minw import quantizers
+from minw import workdir as workdir_lib
+from minw.experiment import Experiment
+
+# Bins 0.01 wide around -1, -0.99, ..., 1. All that is counted is in [-1, 1], and 0 and
+# the levels +-1/4, +-1/2, +-1 are in the middle of a bin, where rounding can not move
+# them to the next.
+CENTRES = np.linspace(-1, 1, 201)
+_BINS = len(CENTRES)
+
+
+def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]]]:
+  """f(variables, data, alpha): histograms of the layers that the config names.
+
+  `variables` are {"params", "batch_stats"}, the running statistics count; `data` is a
+  split, of which the first evaluation batch is taken; `alpha` is the estimator's. The
+  result has for each layer a dict of
+
+    layer: its path.
+    kind: "weights", or "activations" of a batch norm's quantizer.
+    alpha: the layer's.
+    counts: of the bins around `CENTRES`.
+  """
+  patterns = experiment.config.histogram_layers
+
+  @experiment.jit
+  def count(variables, data, start, alpha):
+    images, _, mask = experiment.eval_batch(data, start)
+    result = {}
+
+    def handle(layer, call, x, alpha=1.0, *args, **kwargs):
+      path, bits = "/".join(layer.path), layers.bits_of(layer)
+      wanted = (any(layers.matches(pattern, path) for pattern in patterns)
+                and bits is not None and quantizers.is_grid(bits))
+      if wanted and not isinstance(layer, layers.NormQuant):
+        kernel = layer.variables["params"]["kernel"]
+        grid = quantizers.weight_grid(
+            kernel, bits, layer.threshold_rule, layer.thresholds)
+        mixed = layer.estimator(
+            kernel, alpha, grid, lambda: layer.make_rng("estimator"))
+        result[path] = _counts(mixed, jnp.ones(mixed.shape, bool)), alpha
+      y = call(x, alpha, *args, **kwargs)
+      if wanted and isinstance(layer, layers.NormQuant):
+        of_images = mask.reshape(-1, *(1,) * (y.ndim - 1))
+        result[path] = _counts(y, jnp.broadcast_to(of_images, y.shape)), alpha
+      return y
+
+    with layers.intercept(handle):
+      experiment.model.apply(variables, images, alpha, mode="mixed",
+                             mutable=["distance"],
+                             rngs={"estimator": jax.random.key(0)})
+    return result
+
+  def histograms(variables, data, alpha):
+    batches = experiment.eval_batches(data)
+    counted = jax.device_get(count(variables, *next(batches), alpha))
+    batches.close()
+    kinds = {layer.path: layer.kind for layer in experiment.layers}
+    return [{"layer": path,
+             "kind": "activations" if kinds[path] == "norm" else "weights",
+             "alpha": float(counted[path][1]), "counts": counted[path][0].tolist()}
+            for path in kinds if path in counted]  # In the order of their calls.
+
+  return histograms
+
+
+def _counts(x: jax.Array, mask: jax.Array) -> jax.Array:
+  bins = jnp.clip(jnp.round(x.astype(jnp.float32) * 100) + 100, 0, _BINS - 1)
+  return jnp.bincount(bins.astype(jnp.int32).ravel(), mask.astype(jnp.int32).ravel(),
+                      length=_BINS)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines that `write` wrote, none if there is no such file."""
+  return [json.loads(line) for line in path.read_text().splitlines()
+          ] if path.exists() else []
+
+
+def write(
+    workdir: str, step: int, epoch: int, histograms: list[dict[str, Any]]
+) -> None:
+  """Adds histograms to `workdir`/histograms.jsonl, in one move.
+
+  Lines of this step or later, of a run that was interrupted before its checkpoint, are
+  replaced: what is in the file in the end does not depend on interruptions.
+  """
+  path = pathlib.Path(workdir) / "histograms.jsonl"
+  lines = [line for line in read(path) if line["step"] < step]
+  lines += [{"step": step, "epoch": epoch, **line} for line in histograms]
+  workdir_lib.write_file(path, "".join(json.dumps(line) + "\n" for line in lines))

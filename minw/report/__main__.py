@@ -1,0 +1,116 @@
+"""Runs beside the paper's results and each other: `python -m minw.report tables`.
+
+  python -m minw.report tables --runs=DIR_OR_STUDY [--out=DIR]
+
+prints Tables I to V: the paper's numbers, ours, their difference, number of seeds and
+standard deviation; with --out they are also in DIR/tables.md and a CSV file each.
+
+  python -m minw.report figures --runs=DIR_OR_STUDY --out=DIR [--layer=conv2]
+
+draws Figs 1 to 5: histograms of runs with config.histogram_layers, and the curves of
+AQE and STE, of the training split where runs had config.eval_train.
+
+  python -m minw.report compare --runs=DIR_OR_STUDY --by=estimator[,FIELD] [--out=DIR]
+
+compares runs that differ in these fields alone: means, confidence intervals, and
+differences to the first, seed by seed; with --out also in DIR/compare.md.
+
+  python -m minw.report collect --runs=DIR_OR_STUDY --out=results/STUDY.jsonl
+
+adds the records of runs to a study: a line each, with its curve beside the file. --runs
+may be repeated, or be a list with commas; folders are searched for workdirs and studies.
+"""
+
+import pathlib
+from typing import Sequence
+
+from absl import flags
+
+from minw import cli
+from minw import workdir as workdir_lib
+from minw.report import comparison
+from minw.report import figures
+from minw.report import records
+from minw.report import tables
+
+
+def _paths() -> list[str]:
+  return [path for part in flags.FLAGS.runs for path in part.split(",") if path]
+
+
+def _read() -> tuple[list[records.Record], list[records.LeftOut]]:
+  runs, left_out = records.read(_paths())
+  cli.check(bool(runs) or bool(left_out), "runs", ",".join(_paths()),
+            "folders that hold workdirs of runs, or studies")
+  return runs, left_out
+
+
+def _say(left_out: Sequence[records.LeftOut]) -> None:
+  for name, why in left_out:
+    print(f"left out: {name}: {why}")
+
+
+def _write(name: str, text: str) -> None:
+  out = flags.FLAGS.out
+  if out is None:
+    return
+  try:
+    pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+    workdir_lib.write_file(pathlib.Path(out) / name, text)
+  except OSError as error:
+    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+
+
+def _out() -> str:
+  if flags.FLAGS.out is None:
+    raise cli.UsageError("--out is missing")
+  return flags.FLAGS.out
+
+
+def main_tables() -> None:
+  runs, left_out = _read()
+  rows, elsewhere = tables.tables(runs)
+  text = tables.markdown(rows, [*left_out, *elsewhere])
+  print(text, end="")
+  _write("tables.md", text)
+  for name, lines in rows.items():
+    _write(f"table_{name}.csv", tables.csv_of(lines))
+
+
+def main_figures() -> None:
+  out = _out()
+  runs, left_out = _read()
+  try:
+    drawn, missing = figures.draw(runs, out, flags.FLAGS.layer)
+  except OSError as error:
+    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+  print("\n".join([*drawn, *(f"not drawn: {line}" for line in missing)]))
+  _say(left_out)
+
+
+def main_compare() -> None:
+  if not flags.FLAGS.by:
+    raise cli.UsageError("--by is missing: the fields in which runs differ")
+  runs, left_out = _read()
+  text = comparison.markdown(comparison.compare(runs, flags.FLAGS.by))
+  print(text, end="")
+  _say(left_out)
+  _write("compare.md", text)
+
+
+def main_collect() -> None:
+  out = _out()
+  added, left_out = records.collect(_paths(), out)
+  print("\n".join([*(f"added: {name}" for name in added),
+                   f"{out}: {len(added)} added"]))
+  _say(left_out)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_multi_string("runs", None, "Folders with workdirs or studies; studies.",
+                            required=True)
+  flags.DEFINE_string("out", None, "The folder to write to; collect: the study's file.")
+  flags.DEFINE_list("by", [], "compare: fields in which runs differ.")
+  flags.DEFINE_string("layer", "conv2", "figures: of Figs 1 to 4.")
+  cli.run({"tables": main_tables, "figures": main_figures, "compare": main_compare,
+           "collect": main_collect})

@@ -1,0 +1,152 @@
+"""Runs side by side that differ in chosen fields: means, intervals, differences."""
+
+import math
+import statistics
+from typing import Any, NamedTuple, Sequence
+
+from scipy import stats
+
+from minw import cli
+from minw import config as config_lib
+from minw.report import records
+from minw.report import tables
+
+CONFIDENCE = 0.95
+_MEASURES = {"test_accuracy": "last checkpoint",
+             "best_test_accuracy": "best validation checkpoint"}
+
+
+class Estimate(NamedTuple):
+  """A mean of numbers, one for each seed.
+
+  Attributes:
+    count: how many.
+    mean: of them.
+    deviation: sample standard deviation (n - 1); None of one.
+    margin: half the width of the 95 % confidence interval of the mean, by Student's t
+      with n - 1 degrees of freedom; None of one.
+  """
+
+  count: int
+  mean: float
+  deviation: float | None
+  margin: float | None
+
+
+class Group(NamedTuple):
+  """Runs that differ in the seed alone.
+
+  Attributes:
+    by: the values of the chosen fields.
+    seeds: of the runs.
+    estimates: by measure, "test_accuracy" and "best_test_accuracy".
+    differences: of the same, to the comparison's first group: of the seeds that both
+      have, one minus the other; None of the first, and where there are no such seeds.
+  """
+
+  by: dict[str, Any]
+  seeds: tuple[int, ...]
+  estimates: dict[str, Estimate]
+  differences: dict[str, Estimate | None]
+
+
+class Comparison(NamedTuple):
+  """Groups that differ in the chosen fields alone.
+
+  Attributes:
+    settings: the other fields, those that are not as by default.
+    groups: in the order in which they were met.
+  """
+
+  settings: dict[str, Any]
+  groups: tuple[Group, ...]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+  """What `values`, at least one, say of the mean that they are drawn around."""
+  n, mean = len(values), statistics.mean(values)
+  if n == 1:
+    return Estimate(1, mean, None, None)
+  deviation = statistics.stdev(values)
+  quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+  return Estimate(n, mean, deviation, quantile * deviation / math.sqrt(n))
+
+
+def compare(runs: Sequence[records.Record], by: Sequence[str]) -> list[Comparison]:
+  """Compares runs that differ in the fields `by`, and in the seed, alone.
+
+  Args:
+    runs: see `records.read`; the first of those that belong together are what others
+      are compared with.
+    by: names of fields.
+
+  Returns:
+    A comparison for each combination of the other fields.
+
+  Raises:
+    cli.UsageError: no such field.
+  """
+  fields = config_lib.default_config()
+  for name in by:
+    if name not in fields:
+      raise cli.unknown_name("config field", name, fields)
+    cli.check(name not in records.NO_MATTER, "by", name,
+              "a field that the network depends on, and not the seed")
+  found: dict[str, dict[str, list[records.Record]]] = {}
+  for run in runs:
+    groups = found.setdefault(records.key(run["config"], by), {})
+    groups.setdefault(records.key(run["config"]), []).append(run)
+  result = []
+  for groups in found.values():
+    groups = [{run["seed"]: run for run in group} for group in groups.values()]
+    config = next(iter(groups[0].values()))["config"]
+    result.append(Comparison(records.settings(config, by), tuple(
+        _group(runs, groups[0], by) for runs in groups)))
+  return result
+
+
+def _group(runs, first, by) -> Group:
+  seeds = tuple(sorted(runs))
+  shared = [seed for seed in seeds if seed in first and runs is not first]
+  return Group(
+      by={name: runs[seeds[0]]["config"][name] for name in by},
+      seeds=seeds,
+      estimates={name: estimate([runs[seed][name] for seed in seeds])
+                 for name in _MEASURES},
+      differences={name: estimate([runs[seed][name] - first[seed][name]
+                                   for seed in shared]) if shared else None
+                   for name in _MEASURES})
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+  """Comparisons for a reader."""
+  parts = [
+      "Test accuracy of the hard network: mean over the seeds, sample standard "
+      f"deviation, {CONFIDENCE:.0%} confidence interval (Student's t); paired: the mean "
+      "difference to the first row, seed by seed, and its interval.\n"]
+  for comparison in comparisons:
+    names = list(comparison.groups[0].by)
+    parts.append(f"## {records.described(comparison.settings) or 'Default config'}\n")
+    rows = []
+    for measure, of in _MEASURES.items():
+      for group in comparison.groups:
+        mean, paired = group.estimates[measure], group.differences[measure]
+        rows.append([
+            of, *(records.text(group.by[name]) for name in names),
+            str(mean.count), f"{mean.mean:.4f}", _number(mean.deviation),
+            _interval(mean), str(paired.count) if paired else "",
+            f"{paired.mean:+.4f}" if paired else "", _interval(paired)])
+    parts.append(tables.table_of(
+        ["accuracy of", *names, "seeds", "mean", "deviation", "interval", "pairs",
+         "paired difference", "its interval"], rows))
+  return "\n".join(parts)
+
+
+def _number(value: float | None) -> str:
+  return "" if value is None else f"{value:.4f}"
+
+
+def _interval(of: Estimate | None) -> str:
+  if of is None or of.margin is None:
+    return ""
+  return f"{of.mean - of.margin:.4f} to {of.mean + of.margin:.4f}"

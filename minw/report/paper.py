@@ -1,0 +1,207 @@
+"""The results of Chen et al., arXiv 2003.04296: Tables I to V, and which run is which.
+
+Tables I and II are accuracies, III and V errors in %, IV losses in points against the
+paper's float AlexNet. An operand of 16 bits is bfloat16 or float16 here, of 8 bits
+float8_e4m3fn, of 32 bits float32.
+"""
+
+from typing import Any, NamedTuple
+
+from minw import datasets
+from minw import models
+
+
+class Cell(NamedTuple):
+  """A number of the paper, and what it is of.
+
+  Attributes:
+    table: "I" to "V".
+    dataset, network: as in a config, but ConvNets are "A" to "D".
+    inputs, weights: M and N, bits of activations and weights.
+    estimator: in training.
+    measure: "accuracy", "error %", ...: see `measured`.
+    paper: the number.
+    epochs: of the recipe, the paper's or, of ResNet-18, the usual one.
+    kept: which weights are float32 all the same: "none", "first", "first and last";
+      "any" where the paper does not say, and of these three.
+  """
+
+  table: str
+  dataset: str
+  network: str
+  inputs: int
+  weights: int
+  estimator: str
+  measure: str
+  paper: float
+  epochs: int
+  kept: str = "none"
+
+
+CAPTIONS = {
+    "I": "CIFAR-10, test accuracy of ConvNets A to D",
+    "II": "CIFAR-100, test accuracy of ConvNets A to D",
+    "III": "CIFAR-10 and CIFAR-100, test error in %",
+    "IV": "ImageNet, AlexNet: points lost against a top-1 accuracy of 56.6 and a top-5 "
+          "accuracy of 80.2, the paper's float network",
+    "V": "ImageNet, ResNet-18: error in %",
+}
+
+# M, N: accuracies of A, B, C, D.
+_CIFAR10 = {
+    (1, 1): (.884, .851, .847, .844),
+    (1, 2): (.889, .866, .859, .855),
+    (1, 3): (.897, .873, .868, .867),
+    (1, 16): (.901, .876, .870, .871),
+    (2, 1): (.891, .875, .868, .867),
+    (2, 2): (.898, .879, .873, .871),
+    (2, 3): (.903, .888, .888, .881),
+    (2, 16): (.909, .890, .891, .887),
+    (3, 1): (.890, .889, .880, .880),
+    (3, 2): (.895, .892, .887, .888),
+    (3, 3): (.906, .898, .891, .893),
+    (3, 16): (.911, .901, .896, .895),
+    (16, 1): (.908, .890, .886, .887),
+    (16, 2): (.908, .894, .892, .891),
+    (16, 3): (.911, .901, .904, .903),
+    (32, 32): (.918, .910, .912, .910),
+}
+_CIFAR100 = {
+    (1, 1): (.596, .554, .546, .530),
+    (1, 1, "ste"): (.596, .552, .535, .515),
+    (1, 2): (.602, .559, .551, .542),
+    (1, 3): (.611, .564, .557, .550),
+    (1, 16): (.620, .569, .560, .555),
+    (2, 1): (.618, .586, .580, .564),
+    (2, 2): (.622, .590, .588, .569),
+    (2, 3): (.631, .603, .592, .582),
+    (2, 16): (.633, .607, .595, .585),
+    (3, 1): (.593, .565, .548, .544),
+    (3, 2): (.606, .582, .565, .560),
+    (3, 3): (.618, .601, .581, .573),
+    (3, 16): (.621, .610, .585, .579),
+    (16, 1): (.631, .618, .597, .584),
+    (16, 2): (.635, .622, .608, .598),
+    (16, 3): (.640, .630, .619, .614),
+    (32, 32): (.646, .634, .630, .623),
+}
+# Network, data set, epochs: errors of 3-bit and of float weights. ResNet-110 stops
+# after 64,000 steps.
+_THIRD = {
+    ("resnet110", "cifar10", 182): (7.05, 6.61),
+    ("resnet110", "cifar100", 182): (37.16, 35.87),
+    ("densenet100", "cifar10", 300): (5.21, 4.51),
+    ("densenet100", "cifar100", 300): (23.70, 22.27),
+}
+# N, M: points of top-1 and top-5. Rows keep the layers that their rivals keep, which
+# differ.
+_ALEXNET = {(1, 16): (8.0, 6.8), (2, 16): (3.0, 2.5), (1, 1): (21.8, 20.1),
+            (1, 2): (9.8, 10.1), (2, 8): (3.2, 2.9), (3, 8): (0.6, 0.7),
+            (32, 32): (0.0, 0.0)}
+_ALEXNET_FLOAT = {"top-1": 56.6, "top-5": 80.2}
+# N, M, kept: errors of top-1 and top-5.
+_RESNET18 = {(32, 32, "any"): (30.46, 10.81), (2, 32, "any"): (36.36, 15.10),
+             (1, 32, "any"): (37.60, 15.81), (1, 2, "first and last"): (42.16, 18.90),
+             (1, 1, "first"): (47.87, 26.04)}
+
+
+def _cells() -> tuple[Cell, ...]:
+  cells = []
+  for table, dataset, rows in (("I", "cifar10", _CIFAR10),
+                               ("II", "cifar100", _CIFAR100)):
+    for i, network in enumerate("ABCD"):
+      cells += [Cell(table, dataset, network, m, n, *(estimator or ["aqe"]), "accuracy",
+                     values[i], 200) for (m, n, *estimator), values in rows.items()]
+  for (network, dataset, epochs), values in _THIRD.items():
+    cells += [Cell("III", dataset, network, 32, n, "aqe", "error %", value, epochs)
+              for n, value in zip((3, 32), values)]
+  for (n, m), values in _ALEXNET.items():
+    cells += [Cell("IV", "imagenet2012", "alexnet", m, n, "aqe", f"{top} points lost",
+                   value, 50, "any") for top, value in zip(("top-1", "top-5"), values)]
+  for (n, m, kept), values in _RESNET18.items():
+    cells += [Cell("V", "imagenet2012", "resnet18", m, n, "aqe", f"{top} error %",
+                   value, 90, kept) for top, value in zip(("top-1", "top-5"), values)]
+  return tuple(cells)
+
+
+CELLS = _cells()
+
+_BITS = {1: 1, 2: 2, 3: 3, "float8_e4m3fn": 8, "bfloat16": 16, "float16": 16,
+         "float32": 32}
+
+# Of each network the layers that may be kept.
+_ENDS = {"alexnet": ("conv1", "dense3"), "resnet18": ("stem", "dense1")}
+
+
+def measured(cell: Cell, run: dict[str, Any]) -> float:
+  """A run's result, of its last checkpoint, in the unit of a cell that it is of."""
+  top5 = cell.measure.startswith("top-5")
+  accuracy = run["test_top5_accuracy" if top5 else "test_accuracy"]
+  if cell.table == "IV":
+    return _ALEXNET_FLOAT[cell.measure[:5]] - 100 * accuracy
+  return accuracy if cell.measure == "accuracy" else 100 * (1 - accuracy)
+
+
+def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
+  """The cells that a run is of, or none and why.
+
+  A network of other widths, images of another size or part of the data are other
+  experiments; all other fields of a config are open.
+
+  Args:
+    run: see `minw.report.records`.
+  """
+  c = run["config"]
+  network = c["network"]
+  if not any(cell.dataset == c["dataset"] for cell in CELLS):
+    return [], f"no table has {c['dataset']}"
+  if network == "convnet":
+    widths = tuple(c["conv_widths"]), tuple(c["dense_widths"])
+    network = next((name for name, known in models.CONVNETS.items()
+                    if known == widths), None)
+    if network is None:
+      return [], "its widths are those of no ConvNet A to D"
+  cells = [cell for cell in CELLS
+           if (cell.dataset, cell.network) == (c["dataset"], network)]
+  if not cells:
+    return [], f"no table has {network} on {c['dataset']}"
+
+  if len(network) == 1:
+    last = c["crop_size"] - 2 * (c["first_padding"] == "VALID") >> 3
+    if last != 3:  # The paper's sizes in MB are of a last map of 3x3 pixels.
+      return [], (f"crop_size={c['crop_size']} and first_padding={c['first_padding']} "
+                  f"leave a last map of {last}x{last}, not 3x3 pixels")
+  else:
+    size = 224 if c["dataset"] == "imagenet2012" else 32
+    if c["crop_size"] != size:
+      return [], f"crop_size={c['crop_size']}, not {size}"
+  examples = datasets.info(c["dataset"]).splits["train"]
+  steps = c["num_epochs"] * (examples // c["batch_size"])
+  if run["step"] != steps:
+    return [], (f"it has {run['step']} steps: {c['num_epochs']} epochs of all "
+                f"{examples} training examples have {steps}")
+
+  bits = [_BITS.get(c[name]) for name in ("input_bits", "weight_bits")]
+  cells = [cell for cell in cells if [cell.inputs, cell.weights] == bits]
+  if not cells:
+    return [], (f"no cell has inputs of {c['input_bits']} and weights of "
+                f"{c['weight_bits']} bits")
+  if not bits[0] == bits[1] == 32:  # Else there is nothing to estimate.
+    cells = [cell for cell in cells if cell.estimator == c["estimator"]]
+  if not cells:
+    return [], f"no cell has the estimator {c['estimator']}"
+  kept = _kept(network, c["weight_bits"], c["bits_rules"])
+  cells = [cell for cell in cells if kept == cell.kept or cell.kept == "any" and kept]
+  if not cells:
+    return [], f"no cell has the bits_rules {c['bits_rules']}"
+  return cells, ""
+
+
+def _kept(network: str, bits: int | str, rules: list[tuple[str, Any]]) -> str | None:
+  """Which weights are float32 among others of `bits`; None if not as in any cell."""
+  by_layer = dict(map(tuple, rules))
+  first, last = _ENDS.get(network, (None, None))
+  if by_layer.keys() - {first, last} or {*by_layer.values()} - {"float32", bits}:
+    return None
+  return {(): "none", (first,): "first", (first, last): "first and last"}.get(
+      tuple(name for name in (first, last) if by_layer.get(name, bits) != bits))

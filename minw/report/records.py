@@ -1,0 +1,249 @@
+"""Records of finished runs: from their workdirs, or from the lines of a study.
+
+A study is a file of JSON lines, one for each run, which `collect` makes. A record is
+such a line:
+
+    config: all fields but those of `LOCAL`, as JSON.
+    seed: the config's.
+    commit, hardware, versions: of the run's last start; null if they are not known.
+    earlier: the same of earlier starts, if they were others.
+    seconds: wall time, over all starts.
+    step, test_accuracy, test_loss, best_step, best_test_accuracy, ...: of status.json.
+    curve, histograms: files, named from the study's folder on; null if there are none.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, Iterator, NamedTuple, Sequence
+
+from minw import cli
+from minw import config as config_lib
+from minw import environment
+from minw import metrics
+from minw import workdir as workdir_lib
+
+LOCAL = ("data_dir", "data_workers")  # Of a machine.
+
+# Fields on which the hard network does not depend, but for the chance of its seed.
+NO_MATTER = ("seed", *LOCAL, "max_damaged", "eval_batch_size", "eval_train",
+             "histogram_layers", "histogram_epochs")
+
+Record = dict[str, Any]
+
+
+class LeftOut(NamedTuple):
+  """A run that is not counted, and why."""
+
+  name: str
+  why: str
+
+
+def record(workdir: str) -> Record:
+  """The record of the run in `workdir`; its files are named by their whole paths.
+
+  Raises:
+    cli.UsageError: there is no run, or it is not done.
+  """
+  config = workdir_lib.read_config(workdir)
+  status = workdir_lib.read_status(workdir) or {"state": "not begun", "step": 0}
+  cli.check(status["state"] == "done", "workdir", workdir,
+            f"that of a run that is done: it is {status['state']} at step "
+            f"{status['step']}")
+  run = environment.read(workdir)
+  *earlier, last = run["environments"] or [
+      {"commit": None, "hardware": None, "versions": None}]
+  fields = json.loads(config_lib.to_json(config))
+  fields["init_from"] = _source(config.init_from)
+  file = lambda name: (lambda path: str(path) if path.exists() else None)(
+      pathlib.Path(workdir) / name)
+  return {
+      "config": {name: value for name, value in fields.items() if name not in LOCAL},
+      "seed": config.seed,
+      **last,
+      **({"earlier": earlier} if earlier else {}),
+      "seconds": run["seconds"],
+      **{name: value for name, value in status.items() if name != "state"},
+      "curve": file("metrics.jsonl"),
+      "histograms": file("histograms.jsonl")}
+
+
+def _source(init_from: str) -> str:
+  """What an `init_from` stands for: runs of several seeds may have one source each."""
+  if not init_from:
+    return ""
+  try:
+    config = workdir_lib.read_config(init_from)
+  except cli.UsageError:
+    return init_from
+  return f"a run of config {_digest(key(json.loads(config_lib.to_json(config))))}"
+
+
+def key(config: dict[str, Any], without: Sequence[str] = ()) -> str:
+  """Equal for configs that differ only in seed, `without` and what does not matter."""
+  left_out = {*without, *NO_MATTER}
+  return json.dumps({name: value for name, value in config.items()
+                     if name not in left_out}, sort_keys=True)
+
+
+def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+  """The fields that are not as in `config.default_config`, but `without`, and what
+  `key` leaves out."""
+  default = json.loads(config_lib.to_json(config_lib.default_config()))
+  return {name: value for name, value in config.items()
+          if name not in {*without, *NO_MATTER} and value != default[name]}
+
+
+def described(fields: dict[str, Any]) -> str:
+  """Fields and their values in a line: "crop_size=30, optimizer=sgd"."""
+  return ", ".join(f"{name}={text(value)}" for name, value in sorted(fields.items()))
+
+
+def text(value: Any) -> str:
+  """A field's value in a line."""
+  return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def read(paths: Sequence[str]) -> tuple[list[Record], list[LeftOut]]:
+  """All runs in folders, which are searched, and studies.
+
+  Args:
+    paths: folders and files; a run that is in several is counted once.
+
+  Returns:
+    The records, in the order of `paths` and of names in folders. Their configs have
+    all fields, those not recorded as by default; a field `name` is the workdir, or
+    the study and line. And what is left out: runs that are not done or can not be read,
+    and, of two of equal config and seed with other results, the second.
+
+  Raises:
+    cli.UsageError: a path is neither a folder nor a study.
+  """
+  found, left_out, seen = [], [], {}
+  for name, load in _sources(paths):
+    try:
+      run = load()
+      filled = config_lib.from_json(json.dumps(run["config"]))
+    except (cli.UsageError, ValueError) as error:
+      left_out.append(LeftOut(name, str(error)))
+      continue
+    run = {**run, "name": name, "config": json.loads(config_lib.to_json(filled))}
+    first = seen.setdefault((key(run["config"]), run["seed"]), run)
+    if first is run:
+      found.append(run)
+    elif any(first[part] != run[part] for part in ("test_accuracy", "test_loss")):
+      left_out.append(LeftOut(
+          name, f"its config and seed are those of {first['name']}, whose result is "
+          f"another (commits {run['commit']}, {first['commit']})"))
+  return found, left_out
+
+
+def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
+  for path in paths:
+    if os.path.isfile(path):
+      cli.check(_is_study(path), "runs", path,
+                "a folder, or a study: lines of JSON that `collect` wrote")
+      yield from _lines(path)
+      continue
+    cli.check(os.path.isdir(path), "runs", path, "a folder or a file that exists")
+    for folder, folders, files in os.walk(path):
+      if {"config.json", "status.json"} <= {*files}:
+        folders.clear()  # It has checkpoints, no other runs.
+        yield folder, lambda folder=folder: record(folder)
+        continue
+      folders.sort()
+      for file in sorted(files):
+        if file.endswith(".jsonl") and _is_study(os.path.join(folder, file)):
+          yield from _lines(os.path.join(folder, file))
+
+
+def _is_study(path: str) -> bool:
+  with open(path, "rb") as file:
+    try:
+      line = json.loads(file.readline())
+    except ValueError:
+      return False
+  return isinstance(line, dict) and "config" in line
+
+
+def _lines(path: str) -> Iterator[tuple[str, Any]]:
+  for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), start=1):
+    yield f"{path}:{number}", lambda line=line: _line(line, os.path.dirname(path))
+
+
+def _line(line: str, folder: str) -> Record:
+  try:
+    run = json.loads(line)
+  except ValueError as error:
+    raise cli.UsageError(f"the line is damaged: {error}") from error
+  missing = sorted({"config", "seed", "commit", "seconds", "step", "test_accuracy",
+                    "test_loss", "best_test_accuracy", "curve", "histograms"} - {*run})
+  if missing:
+    raise cli.UsageError(f"the line has no {', '.join(missing)}")
+  for name in ("curve", "histograms"):
+    run[name] = run[name] and os.path.join(folder, run[name])
+  return run
+
+
+def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
+  """Adds the records of runs to the study `out`, but those that it has already.
+
+  Curves and histograms are copied to a folder of the study's name beside it: of
+  curves all but the rates and what is measured by layer.
+
+  Args:
+    paths: see `read`.
+    out: ends in .jsonl; it is made, with its folder, if missing.
+
+  Returns:
+    The names of what was added, and what was left out.
+
+  Raises:
+    cli.UsageError: as `read`; `out` is not a study, or can not be written.
+  """
+  study = pathlib.Path(out)
+  cli.check(study.suffix == ".jsonl", "out", out, "a file whose name ends in .jsonl")
+  before = study.read_text() if study.exists() else ""
+  cli.check(not before or _is_study(out), "out", out, "a study, or a new file")
+  known, _ = read([out]) if before else ([], [])
+  names = {run["name"] for run in known}
+  runs, left_out = read([*[out] * bool(before), *paths])
+  added, lines = [], []
+  try:
+    for run in runs:
+      if run["name"] in names:
+        continue
+      added.append(run.pop("name"))
+      run["config"] = {name: value for name, value in run["config"].items()
+                       if name not in LOCAL}
+      name = _digest(key(run["config"]) + str(run["seed"]))
+      study.with_suffix("").mkdir(parents=True, exist_ok=True)
+      if run["curve"]:
+        run["curve"] = _put(study, f"{name}.jsonl", "".join(
+            json.dumps(_reduced(line)) + "\n" for line in metrics.read_file(
+                run["curve"])))
+      if run["histograms"]:
+        run["histograms"] = _put(study, f"{name}_histograms.jsonl",
+                                 pathlib.Path(run["histograms"]).read_text())
+      lines.append(json.dumps(run, sort_keys=True) + "\n")
+    if lines:
+      workdir_lib.write_file(study, before + "".join(lines))
+  except OSError as error:
+    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+  return added, left_out
+
+
+def _put(study: pathlib.Path, name: str, content: str) -> str:
+  workdir_lib.write_file(study.with_suffix("") / name, content)
+  return f"{study.stem}/{name}"
+
+
+def _reduced(line: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in line.items() if not isinstance(value, dict)
+          and name not in ("examples_per_second", "decode_rate")}
+
+
+def _digest(of: str) -> str:
+  return hashlib.sha256(of.encode()).hexdigest()[:12]

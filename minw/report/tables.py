@@ -1,0 +1,147 @@
+"""Tables I to V: the paper's numbers, ours, and of how many runs ours are."""
+
+import csv
+import io
+import itertools
+import statistics
+from typing import Any, Sequence
+
+from minw.report import paper
+from minw.report import records
+
+Rows = list[dict[str, Any]]
+
+_PLACE = ("dataset", "network", "inputs", "weights", "estimator", "measure")
+_RESULT = ("paper", "ours", "difference", "seeds", "standard deviation", "epochs")
+
+
+def tables(runs: Sequence[records.Record]) -> tuple[dict[str, Rows],
+                                                    list[records.LeftOut]]:
+  """The rows of Tables I to V.
+
+  Args:
+    runs: see `records.read`.
+
+  Returns:
+    By table rows, one a cell without runs, else one for each kind of run: configs that
+    differ in more than the seed are never averaged. A row has the names of the cell's
+    place, of which those are left out that are the same in all of the table, and
+
+      paper: the number.
+      ours, difference: the mean over the seeds; that minus the paper's.
+      seeds, standard deviation: how many; over them (n - 1), None of one.
+      epochs: of the run; "20 of 200" if the recipe has more.
+      settings: by name, the fields that are not as by default and are no part of the
+        place; weight bits are among them where a cell does not say which layers
+        have them.
+      commits: of the runs.
+
+    And what is of no cell.
+  """
+  left_out, found = [], {}
+  for run in runs:
+    cells, why = paper.cells_of(run)
+    if why:
+      left_out.append(records.LeftOut(run["name"], why))
+    for cell in cells:
+      found.setdefault(cell, {}).setdefault(records.key(run["config"]), []).append(run)
+  result = {}
+  for table, cells in itertools.groupby(paper.CELLS, lambda cell: cell.table):
+    cells = list(cells)
+    place = [name for name in _PLACE if len({getattr(c, name) for c in cells}) > 1]
+    result[table] = [
+        {**{name: getattr(cell, name) for name in place}, **_result(cell, group)}
+        for cell in cells for group in found.get(cell, {"": []}).values()]
+  return result, left_out
+
+
+def _result(cell: paper.Cell, runs: list[records.Record]) -> dict[str, Any]:
+  row = {name: None for name in _RESULT} | {
+      "paper": cell.paper, "settings": {}, "commits": []}
+  if not runs:
+    return row
+  values = [paper.measured(cell, run) for run in runs]
+  config = runs[0]["config"]
+  epochs = config["num_epochs"]
+  row.update({
+      "ours": statistics.mean(values),
+      "difference": statistics.mean(values) - cell.paper,
+      "seeds": len(values),
+      "standard deviation": statistics.stdev(values) if len(values) > 1 else None,
+      "epochs": f"{epochs} of {cell.epochs}" if epochs < cell.epochs else str(epochs),
+      "settings": _settings(config),
+      "commits": sorted({run["commit"] or "unknown" for run in runs})})
+  return row
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+  """What is not as by default and not said by the cell."""
+  said = ["dataset", "network", "conv_widths", "dense_widths", "estimator",
+          "num_epochs"]
+  # "16" may be either of two formats.
+  said += [name for name in ("input_bits", "weight_bits")
+           if config[name] not in ("bfloat16", "float16")]
+  return records.settings(config, said)
+
+
+def markdown(rows: dict[str, Rows], left_out: Sequence[records.LeftOut]) -> str:
+  """All tables for a reader; what is not there is empty."""
+  parts = ["# The paper's results and ours\n\nPaper: arXiv 2003.04296. Ours: mean over "
+           "the seeds, of the hard network at the last checkpoint, on the test split "
+           "(ImageNet: the validation images); sample standard deviation.\n"]
+  for table, lines in rows.items():
+    digits = 4 if table in ("I", "II") else 2
+    ours = [row for row in lines if row["ours"] is not None]
+    shared = dict(set.intersection(*(_items(row["settings"]) for row in ours))
+                  if len(ours) > 1 else ())
+    own = ("settings",) * any(_items(row["settings"]) - shared.items() for row in ours)
+    names = [name for name in lines[0] if name not in ("settings", "commits")]
+    parts.append(f"## Table {table}: {paper.CAPTIONS[table]}\n")
+    parts.append(table_of([*names, *own], [
+        [*(_text(row[name], name, digits) for name in names),
+         *(_described(_items(row["settings"]) - shared.items()) for _ in own)]
+        for row in lines]))
+    if shared:
+      parts.append(f"All of ours with {_described(shared.items())}.\n")
+  if left_out:
+    parts.append("## Runs that are in no table\n")
+    parts.append("".join(f"- {name}: {why}\n" for name, why in left_out))
+  return "\n".join(parts)
+
+
+def _items(settings: dict[str, Any]) -> set[tuple[str, str]]:
+  return {(name, records.described({name: value}))
+          for name, value in settings.items()}
+
+
+def _described(items: Any) -> str:
+  return ", ".join(text for _, text in sorted(items))
+
+
+def _text(value: Any, name: str, digits: int) -> str:
+  if value is None:
+    return ""
+  if name == "difference":
+    return f"{value:+.{digits}f}"
+  if name in ("ours", "standard deviation"):
+    return f"{value:.{digits}f}"
+  if name == "paper":
+    return f"{value:.{3 if digits == 4 else 2}f}"
+  return str(value)
+
+
+def table_of(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table in Markdown, a line each."""
+  lines = [names, ["---"] * len(names), *rows]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def csv_of(rows: Rows) -> str:
+  """Rows as CSV, with all digits; of what is not there, nothing between the commas."""
+  file = io.StringIO()
+  writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+  writer.writeheader()
+  for row in rows:
+    writer.writerow({**row, "settings": records.described(row["settings"]),
+                     "commits": " ".join(row["commits"])})
+  return file.getvalue()
