@@ -28,6 +28,7 @@ def default_config() -> config_dict.ConfigDict:
   # Data.
   c.dataset = "cifar10"  # digits, cifar10, cifar100, imagenet2012.
   c.data_dir = "~/tensorflow_datasets"  # Where `python -m minw.prepare` put it.
+  c.train_examples = 0  # The first of those in memory, for studies; 0: all.
   c.crop_size = 24  # Random in training, central in evaluation.
   c.crop_padding = 0  # Pixels of mean value added on each side before random crops.
   c.random_flip = True  # Left to right.
@@ -155,7 +156,8 @@ def validate(c: config_dict.ConfigDict) -> None:
   for name in ("batch_size", "num_epochs", "eval_every_epochs", "eval_batch_size",
                "learning_rate_stairs", "crop_size"):
     at_least(name, 1)
-  for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers"):
+  for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers",
+               "train_examples"):
     at_least(name, 0)
   for name in ("norm_epsilon", "learning_rate", "learning_rate_decay"):
     positive(name)
@@ -176,9 +178,13 @@ def validate(c: config_dict.ConfigDict) -> None:
 
   info = datasets.info(c.dataset)
   if info.streamed:
+    check("train_examples", not c.train_examples, f"0: {c.dataset} is not in memory")
     check("eval_resize", c.eval_resize == 0 or c.eval_resize >= c.crop_size,
           f"0 or at least crop_size={c.crop_size}")
-  else:  # Whatever the padding: in evaluation there is none.
+  else:
+    check("train_examples", c.train_examples <= info.splits["train"],
+          f"at most {info.splits['train']}, the training examples of {c.dataset}")
+    # Whatever the padding: in evaluation there is none.
     check("crop_size", c.crop_size <= min(info.image_shape[:2]),
           f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
   check("crop_padding", c.crop_padding < c.crop_size,

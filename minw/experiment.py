@@ -71,7 +71,8 @@ class Experiment:
 
   Attributes:
     config: see `config.default_config`.
-    info: of the data set; `image_shape` is that of a packed network's images.
+    info: of the data set, as far as it is used; `image_shape` is that of a packed
+      network's images.
     image_shape: of the network's input.
     pixels: their normalization.
     model: the network.
@@ -90,7 +91,8 @@ class Experiment:
     if self.info.streamed:
       side = c.eval_resize or c.crop_size
       self.info = self.info._replace(image_shape=(side, side, 3))
-    examples = self.info.splits["train"]
+    examples = c.train_examples or self.info.splits["train"]
+    self.info = self.info._replace(splits=self.info.splits | {"train": examples})
     for name in ("batch_size", "eval_batch_size"):
       cli.check(c[name] <= examples, f"config.{name}", c[name],
                 f"at most {examples}, the training examples of {c.dataset}")
@@ -154,7 +156,9 @@ class Experiment:
           datasets.open_records(c.dataset, split, c.data_dir), f"{c.dataset}, {split}",
           workers=c.data_workers, max_damaged=c.max_damaged)
     data = datasets.load(c.dataset, split, c.data_dir)
-    return jax.device_put(pipeline.Data(*data), self.replicated)
+    size = self.info.splits[split]
+    return jax.device_put(
+        pipeline.Data(*(part[:size] for part in data)), self.replicated)
 
   def train_batches(
       self,

@@ -78,6 +78,7 @@ def test_each_call_makes_another_config():
     {"dataset": "imagenet2012", "crop_size": 224},
     {"dataset": "imagenet2012", "crop_size": 300, "eval_resize": 0},
     {"crop_scale": (1.0, 1)},
+    {"train_examples": 45_000},
 ])
 def test_valid(changes):
   config_lib.validate(changed(**changes))
@@ -144,6 +145,9 @@ NAN, INF = math.nan, math.inf
     ("crop_padding", [24, 10**9], "less than crop_size=24: "),
     ("reestimate_batches", [-1], "at least 0"),
     ("eval_resize", [-1], "at least 0"),
+    ("train_examples", [-1], "at least 0"),
+    ("train_examples", [45_001, 10**30],
+     "at most 45000, the training examples of cifar10"),
     ("data_workers", [-1], "at least 0"),
     ("max_damaged", [-0.1, 1.1, NAN], "in [0, 1]"),
     ("crop_scale", [(), (0.5,), (0.5, 0.4), (0.0, 1.0), (0.5, 1.1), (NAN, 1.0),
@@ -371,3 +375,8 @@ def test_crop_of_other_networks():
 def test_crops_of_streamed_images():
   assert refusal(dataset="imagenet2012", crop_size=257) == (
       "config.eval_resize=256: must be 0 or at least crop_size=257")
+
+
+def test_only_a_part_of_what_is_in_memory():
+  assert refusal(dataset="imagenet2012", train_examples=20_000) == (
+      "config.train_examples=20000: must be 0: imagenet2012 is not in memory")

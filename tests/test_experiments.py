@@ -257,6 +257,8 @@ def test_batches_are_made_as_configured():
     ({"seed": -1}, "config.seed=-1: must be in [0, 2^32)"),
     ({"batch_size": 1_258},
      "config.batch_size=1258: must be at most 1257, the training examples of digits"),
+    ({"batch_size": 128, "train_examples": 127},
+     "config.batch_size=128: must be at most 127, the training examples of digits"),
     ({"eval_batch_size": 10**12}, "config.eval_batch_size=1000000000000: must be at "),
     ({"num_epochs": 10**11}, "config.num_epochs=100000000000: must be at most 1130254"),
     ({"bits_rules": (("conv1", 2), ("conv3", 2))},

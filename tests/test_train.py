@@ -26,6 +26,7 @@ from tensorboardX.proto import event_pb2
 from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
+from minw import datasets
 from minw import evaluate
 from minw import metrics
 from minw import pipeline
@@ -712,6 +713,18 @@ def test_reestimated_statistics_count_in_evaluation(busy):
   hard, = lines_of(workdir, split="validation", mode="hard")
   assert hard["loss"] == pytest.approx(losses["reestimated_batch_stats"], rel=1e-5)
   assert abs(losses["batch_stats"] - hard["loss"]) > 1e-3
+
+
+def test_training_on_the_first_examples():
+  experiment = Experiment(tiny_config(train_examples=200))
+  assert (experiment.steps_per_epoch, experiment.num_steps) == (200 // 64, 4 * 3)
+  assert sorted(train.make_epoch_order(experiment)(0).tolist()) == list(range(200))
+  for split, count in (("train", 200), ("validation", 180), ("test", 360)):
+    images, labels = datasets.load("digits", split, None)
+    found = experiment.load(split)
+    np.testing.assert_array_equal(found.images, images[:count])
+    np.testing.assert_array_equal(found.labels, labels[:count])
+    assert experiment.info.splits[split] == len(found.labels) == count
 
 
 def test_no_batch_is_reestimated_on_twice(busy, monkeypatch):
