@@ -170,9 +170,8 @@ class Experiment:
       return streaming.Split(
           datasets.open_records(c.dataset, split, c.data_dir), f"{c.dataset}, {split}",
           workers=c.data_workers, max_damaged=c.max_damaged)
-    size = self.info.splits[split]
-    data = pipeline.Data(
-        *(part[:size] for part in datasets.load(c.dataset, split, c.data_dir)))
+    arrays = datasets.load(c.dataset, split, c.data_dir)
+    data = pipeline.Data(*(array[:self.info.splits[split]] for array in arrays))
     distributed.check_same(data, f"config.data_dir={c.data_dir!r}: {split}")
     return distributed.put(data, self.replicated)
 
