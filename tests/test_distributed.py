@@ -31,6 +31,7 @@ from test_train import lines_of
 from test_train import outcome
 from test_train import run
 from test_train import run_with
+from test_train import shared_programs
 from test_train import stop_before
 from test_train import tiny_config
 
@@ -109,7 +110,8 @@ def train_on(count, config, workdir, *flags, **options):
 
 
 def test_two_processes_go_on_with_a_run(tmp_path):
-  config, workdir = tiny_config(num_epochs=2), tmp_path / "run"
+  # Without convolutions, which take long to compile.
+  config, workdir = tiny_config(conv_widths=(), num_epochs=2), tmp_path / "run"
   with pytest.raises(Stop):
     run_with(stop_before(EPOCH + 3), config, workdir)
   before = lines_of(workdir)
@@ -123,7 +125,8 @@ def test_two_processes_go_on_with_a_run(tmp_path):
     right = line["accuracy"] * count
     assert right == pytest.approx(round(right), abs=1e-3)
   for split, line in (("validation", lines[5]), ("test", lines[6])):
-    found = evaluate.evaluate_workdir(str(workdir), split)
+    with shared_programs():
+      found = evaluate.evaluate_workdir(str(workdir), split)
     assert found["step"] == 2 * EPOCH
     assert found["accuracy"] == line["accuracy"]
     assert found["loss"] == pytest.approx(line["loss"], rel=1e-5)
@@ -232,12 +235,11 @@ def find(count, devices, kind, config, path):
   return dict(np.load(path))
 
 
-LAYOUTS = ((1, 2), (2, 1), (2, 2), (4, 1))
+LAYOUTS = ((1, 2), (2, 1), (4, 1))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [
-    {}, {"norm_group_size": 16}, {"input_bits": "float32", "weight_bits": "float32"}])
+@pytest.mark.parametrize("changes", [{}, {"norm_group_size": 16}])
 def test_a_batch_gives_the_same_step(changes, tmp_path):
   config = tiny_config(optimizer="sgd", random_flip=True, crop_padding=1,
                        crop_size=7, learning_rate=0.1, **changes)
