@@ -15,24 +15,22 @@ import time
 import numpy as np
 import pytest
 
+from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
 from minw import distributed
 from minw import evaluate
 from minw import train
 from minw import workdir as workdir_lib
+from minw.experiment import Experiment
 from test_imagenet import outcome as streamed_outcome
 from test_imagenet import prepared  # A fixture. pylint: disable=unused-import
 from test_imagenet import tiny_config as streamed_config
 from test_train import EPOCH
 from test_train import ROOT
-from test_train import Stop
 from test_train import lines_of
 from test_train import outcome
 from test_train import run
-from test_train import run_with
-from test_train import shared_programs
-from test_train import stop_before
 from test_train import tiny_config
 
 # What runs instead of `python -m minw.main`; {} is done before step `step` of process
@@ -109,29 +107,33 @@ def train_on(count, config, workdir, *flags, **options):
   assert codes == [0] * count, "\n".join(errors)[-5000:]
 
 
-def test_two_processes_go_on_with_a_run(tmp_path):
+def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
   # Without convolutions, which take long to compile.
   config, workdir = tiny_config(conv_widths=(), num_epochs=2), tmp_path / "run"
-  with pytest.raises(Stop):
-    run_with(stop_before(EPOCH + 3), config, workdir)
-  before = lines_of(workdir)
-  train_on(2, config, workdir)
+  codes, errors = ended(start(2, config, workdir, before_step=(
+      "if step == 20 and process == 1: os.kill(os.getpid(), signal.SIGTERM)")))
+  assert codes == [75, 75], errors
+  stopped = {"state": "preempted", "step": 2 * train._MEETING_STEPS}
+  assert workdir_lib.read_status(str(workdir)) == stopped
   lines = lines_of(workdir)
-  assert lines[:3] == before and len(lines) == 8
-  assert workdir_lib.read_status(str(workdir))["state"] == "done"
-  # What they found is there once, and right.
-  for line in lines[3:]:
-    count = {"train": 64 * EPOCH, "validation": 180, "test": 360}[line["split"]]
-    right = line["accuracy"] * count
-    assert right == pytest.approx(round(right), abs=1e-3)
-  for split, line in (("validation", lines[5]), ("test", lines[6])):
-    with shared_programs():
-      found = evaluate.evaluate_workdir(str(workdir), split)
-    assert found["step"] == 2 * EPOCH
-    assert found["accuracy"] == line["accuracy"]
-    assert found["loss"] == pytest.approx(line["loss"], rel=1e-5)
-  run(config, tmp_path / "alone")
-  for ours, theirs in zip(lines, lines_of(tmp_path / "alone"), strict=True):
+  assert [line["split"] for line in lines] == ["train", "validation", "validation"]
+  # What they found, each example counted once.
+  with checkpoint.open_manager(str(workdir), read_only=True) as manager:
+    tree = checkpoint.restore(manager, EPOCH).tree
+  experiment = Experiment(config)
+  found = evaluate.Evaluator(experiment).hard(
+      evaluate.hard_variables(tree), experiment.load("validation"))
+  assert found["accuracy"] == lines[2]["accuracy"]
+  assert found["loss"] == pytest.approx(lines[2]["loss"], rel=1e-5)
+  right = lines[0]["accuracy"] * 64 * EPOCH
+  assert right == pytest.approx(round(right), abs=1e-3)
+
+  assert train.train_and_evaluate(config, str(workdir))["state"] == "done"
+  train.train_and_evaluate(config, str(tmp_path / "alone"))
+  alone = lines_of(tmp_path / "alone")
+  assert lines_of(workdir)[:3] == lines
+  for ours, theirs in zip(lines_of(workdir), alone, strict=True):
+    assert (ours["step"], ours["split"]) == (theirs["step"], theirs["split"])
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
 
 
@@ -244,7 +246,7 @@ def test_a_batch_gives_the_same_step(changes, tmp_path):
   config = tiny_config(optimizer="sgd", random_flip=True, crop_padding=1,
                        crop_size=7, learning_rate=0.1, **changes)
   one = find(1, 1, "float64", config, tmp_path / "1.npz")
-  assert len(one) == 4 + 5 + 2 * 13
+  assert len(one) == 4 + 5 + 2 * 12  # Four layers: kernel, scale, bias.
   assert all(np.abs(value).max() > 0 for value in one.values())
   for count, devices in LAYOUTS:
     several = find(count, devices, "float64", config, tmp_path / "several.npz")
