@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from minw import cli
+from minw import distributed
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def save(
     tree: dict[str, Any],
     accuracy: float | None,
 ) -> None:
-  """Saves in the background.
+  """Saves in the background; of several processes each writes a part.
 
   Args:
     manager: of the workdir.
@@ -94,6 +95,8 @@ def restore(
 ) -> Restored:
   """Reads one checkpoint.
 
+  Each process reads all of it, and so comes to the same result.
+
   Args:
     manager: of the workdir.
     step: one of `manager.all_steps()`.
@@ -103,18 +106,18 @@ def restore(
   Raises:
     Exception: whatever the damage leads to; ValueError if the checksum differs.
   """
-  if target is None:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        manager.item_metadata(step)["tree"])
+  wanted = manager.item_metadata(step)["tree"] if target is None else target
+  on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
   saved = manager.restore(
       step,
       args=ocp.args.Composite(
-          tree=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()))
+          tree=ocp.args.StandardRestore(on_host), record=ocp.args.JsonRestore()))
   if _crc32(saved.tree, saved.record["accuracy"]) != saved.record["crc32"]:
     raise ValueError("the checksum differs")
-  return Restored(step, saved.tree)
+  if target is None:
+    return Restored(step, jax.device_put(saved.tree, jax.local_devices()[0]))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+  return Restored(step, distributed.put(saved.tree, shardings))
 
 
 def restore_newest(
@@ -128,7 +131,8 @@ def restore_newest(
   Raises:
     cli.UsageError: there are checkpoints, and none of them can be read.
   """
-  return _restore_first(manager, sorted(manager.all_steps(), reverse=True), target)
+  steps = distributed.on_main(lambda: sorted(manager.all_steps(), reverse=True))
+  return _restore_first(manager, steps, target)
 
 
 def restore_best(
@@ -139,22 +143,24 @@ def restore_best(
   Damaged ones, None and errors: as `restore_newest`.
   """
   rank = lambda step: _rank(manager.directory, step)
-  return _restore_first(
-      manager, sorted(manager.all_steps(), key=rank, reverse=True), target)
+  steps = distributed.on_main(
+      lambda: sorted(manager.all_steps(), key=rank, reverse=True))
+  return _restore_first(manager, steps, target)
 
 
 def _restore_first(manager, steps, target):
   damaged = []
   for step in steps:
+    restored = None
     try:
       restored = restore(manager, step, target)
     except Exception as error:  # pylint: disable=broad-exception-caught
       reason = str(error).strip().split("\n")[0]
       _log.warning("checkpoint %d in %s is damaged (%s); trying another",
                    step, manager.directory, reason)
-      damaged.append(step)
-    else:
+    if not distributed.any_of(restored is None):
       break
+    damaged.append(step)
   else:
     if damaged:
       raise cli.UsageError(
@@ -162,13 +168,16 @@ def _restore_first(manager, steps, target):
           " away to start from the beginning")
     return None
   if damaged and not manager._options.read_only:
-    aside = pathlib.Path(manager.directory).with_name("damaged_checkpoints")
-    aside.mkdir(exist_ok=True)
-    for step in damaged:
-      (pathlib.Path(manager.directory) / str(step)).rename(
-          aside / f"{step}.{time.time_ns()}")
+    distributed.on_main(_move_aside, pathlib.Path(manager.directory), damaged)
     manager.reload()
   return restored
+
+
+def _move_aside(directory: pathlib.Path, steps: Sequence[int]) -> None:
+  aside = directory.with_name("damaged_checkpoints")
+  aside.mkdir(exist_ok=True)
+  for step in steps:
+    (directory / str(step)).rename(aside / f"{step}.{time.time_ns()}")
 
 
 def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
@@ -182,6 +191,6 @@ def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
 
 def _crc32(tree: Any, accuracy: float | None) -> int:
   """A checksum of all arrays, in any order: Orbax does not notice every flipped bit."""
-  leaves = jax.tree.leaves(jax.device_get(tree))
-  parts = [np.ascontiguousarray(leaf).reshape(-1).view(np.uint8) for leaf in leaves]
-  return sum(map(zlib.crc32, [*parts, repr(accuracy).encode()])) % 2**32
+  arrays = map(distributed.whole, jax.tree.leaves(tree))
+  parts = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
+  return (sum(map(zlib.crc32, parts)) + zlib.crc32(repr(accuracy).encode())) % 2**32

@@ -48,6 +48,7 @@ def default_config() -> config_dict.ConfigDict:
   c.share_pool_gradient = False  # Among tied values of a pooling window.
   c.norm_momentum = 0.9  # Batch norm: of the running statistics.
   c.norm_epsilon = 1e-4
+  c.norm_group_size = 0  # Examples it takes its statistics of; 0: the whole batch.
   c.norm_scale = True  # Whether batch norm has a scale beside its shift.
   c.kernel_init = "glorot_uniform"  # A function of jax.nn.initializers.
   c.compute_dtype = "float32"  # Of operands in training; "bfloat16" on accelerators.
@@ -92,6 +93,7 @@ def default_config() -> config_dict.ConfigDict:
   c.histogram_layers = ()  # Patterns of layers whose weights or activations are counted
   c.histogram_epochs = (5, 25, 55)  # after these epochs, from 1 on.
   c.reestimate_batches = 0  # Batches to re-estimate batch norm's statistics on.
+  c.shard_optimizer = False  # Split its state over the devices, instead of copies.
   c.deterministic = True  # On GPUs: same numbers to the bit, at some cost in speed.
   return c
 
@@ -160,7 +162,7 @@ def validate(c: config_dict.ConfigDict) -> None:
                "learning_rate_stairs", "crop_size"):
     at_least(name, 1)
   for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers",
-               "train_examples"):
+               "train_examples", "norm_group_size"):
     at_least(name, 0)
   for name in ("norm_epsilon", "learning_rate", "learning_rate_decay"):
     positive(name)
@@ -171,6 +173,9 @@ def validate(c: config_dict.ConfigDict) -> None:
     fraction(name)
   for name in ("conv_widths", "dense_widths"):
     widths(name)
+  size = c.norm_group_size
+  check("norm_group_size", size != 1 and (size == 0 or c.batch_size % size == 0),
+        f"0, or at least 2 and a divisor of batch_size={c.batch_size}")
   check("learning_rate_steps",
         _ascending(c.learning_rate_steps) and max(c.learning_rate_steps, default=0) < 1,
         "ascending fractions of the run between 0 and 1")
@@ -223,6 +228,9 @@ def validate(c: config_dict.ConfigDict) -> None:
       check("estimator", not (quantizers.is_grid(value) and value > 1),
             f"another where bits are {value}: it is defined for one bit")
 
+
+# What a run may be gone on with otherwise: where things are done, not what.
+FREE = ("data_workers", "shard_optimizer")
 
 _TINY, _HUGE = 2.0**-126, 2.0**128  # Less is 0 in float32, and more infinite.
 KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 import minw
+from minw import distributed
 from minw import workdir as workdir_lib
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -27,7 +28,7 @@ def hardware() -> dict[str, Any]:
                   if line.startswith("model name")), cpu)
   linux = hasattr(os, "sched_getaffinity")
   cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-  devices = jax.local_devices()
+  devices = jax.devices()
   return {"device": devices[0].device_kind, "num_devices": len(devices), "cpu": cpu,
           "cores": cores}
 
@@ -84,6 +85,8 @@ class Journal:
 
   def note(self) -> None:
     """Notes the time; what a killed run did after its last note is not counted."""
-    workdir_lib.write_file(pathlib.Path(self._workdir) / "run.json", json.dumps({
-        "seconds": round(time.monotonic() - self._began, 1),
-        "environments": self._environments}, indent=2) + "\n")
+    content = {"seconds": round(time.monotonic() - self._began, 1),
+               "environments": self._environments}
+    if distributed.is_main():
+      workdir_lib.write_file(pathlib.Path(self._workdir) / "run.json",
+                             json.dumps(content, indent=2) + "\n")

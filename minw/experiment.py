@@ -16,6 +16,7 @@ import optax
 from minw import cli
 from minw import config as config_lib
 from minw import datasets
+from minw import distributed
 from minw import estimators
 from minw import fold
 from minw import layers
@@ -54,6 +55,7 @@ def build_model(config: Any, **changes: Any) -> Any:
           estimator=estimator,
           momentum=c.norm_momentum,
           epsilon=c.norm_epsilon,
+          group_size=c.norm_group_size,
           use_scale=c.norm_scale))
   if c.network != "convnet":
     return models.NETWORKS[c.network](**make)
@@ -80,7 +82,7 @@ class Experiment:
     steps_per_epoch, num_steps: of training.
     alpha, learning_rate: functions of the step.
     optimizer: of optax.
-    replicated, sharded: over all local devices, whole or along the batch.
+    replicated, sharded: over the devices of all processes, whole or along the batch.
   """
 
   def __init__(self, config: Any):
@@ -100,7 +102,7 @@ class Experiment:
     self.num_steps = self.steps_per_epoch * c.num_epochs
     cli.check(self.num_steps < 2**31, "config.num_epochs", c.num_epochs,
               f"at most {(2**31 - 1) // self.steps_per_epoch}: steps are int32")
-    devices = jax.local_devices()
+    devices = jax.devices()
     for name in ("batch_size", "eval_batch_size"):
       cli.check(c[name] % len(devices) == 0, f"config.{name}", c[name],
                 f"a multiple of {len(devices)}, the number of devices")
@@ -154,6 +156,19 @@ class Experiment:
           "xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
     return jax.jit(function, **options)
 
+  def optimizer_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+    """How an array of the optimizer's state lies on the devices.
+
+    With `shard_optimizer` in equal parts along its longest axis that allows it.
+    """
+    devices = self.replicated.mesh.size
+    axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    if not (self.config.shard_optimizer and axes):
+      return self.replicated
+    longest = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(
+        self.replicated.mesh, PartitionSpec(*[None] * longest, "data"))
+
   def load(self, split: str) -> pipeline.Data | streaming.Split:
     """A split ("train", "validation", "test"): on all devices, or to be streamed."""
     c = self.config
@@ -161,10 +176,10 @@ class Experiment:
       return streaming.Split(
           datasets.open_records(c.dataset, split, c.data_dir), f"{c.dataset}, {split}",
           workers=c.data_workers, max_damaged=c.max_damaged)
-    data = datasets.load(c.dataset, split, c.data_dir)
-    size = self.info.splits[split]
-    return jax.device_put(
-        pipeline.Data(*(part[:size] for part in data)), self.replicated)
+    arrays = datasets.load(c.dataset, split, c.data_dir)
+    data = pipeline.Data(*(array[:self.info.splits[split]] for array in arrays))
+    distributed.check_same(data, f"config.data_dir={c.data_dir!r}: {split}")
+    return distributed.put(data, self.replicated)
 
   def train_batches(
       self,
@@ -186,8 +201,8 @@ class Experiment:
     if self.info.streamed:
       for batch in data.train_batches(
           step, seed=c.seed, batch_size=c.batch_size, crop_size=c.crop_size,
-          crop_scale=c.crop_scale, flip=c.random_flip):
-        yield jax.device_put(pipeline.Data(*batch), self.sharded), None
+          crop_scale=c.crop_scale, flip=c.random_flip, share=distributed.share()):
+        yield distributed.put_rows(pipeline.Data(*batch), self.sharded), None
     epoch, position = divmod(step, self.steps_per_epoch)
     for epoch in itertools.count(epoch):
       order = epoch_order(epoch)
@@ -206,8 +221,11 @@ class Experiment:
       return
     for i, batch in enumerate(data.eval_batches(
         c.eval_batch_size, source=self.info.image_shape[:2],
-        crop=self.image_shape[:2], shrink=c.eval_resize > 0)):
-      yield jax.device_put(pipeline.Data(*batch), self.sharded), i * c.eval_batch_size
+        crop=self.image_shape[:2], shrink=c.eval_resize > 0,
+        share=distributed.share())):
+      rows = distributed.put_rows(pipeline.Data(*batch), self.sharded)
+      yield rows, i * c.eval_batch_size
+    data.report()  # Of too many damaged images each process may have seen a few.
 
   def source_images(self, split: str, most: int = 1000) -> np.ndarray:
     """A split's images as a packed network takes them; if streamed, the first of it."""
@@ -243,5 +261,6 @@ class Experiment:
   def fold(self, variables: Any) -> Any:
     """The hard network's variables, on all devices: see `fold.fold`."""
     probe = pipeline.probe(self.pixels, self.image_shape)
-    hard = fold.fold(self.model, variables, probe)
-    return jax.device_put(hard, self.replicated)
+    hard = jax.device_get(fold.fold(self.model, jax.device_get(variables), probe))
+    distributed.check_same(hard, "the hard network")
+    return distributed.put(hard, self.replicated)

@@ -139,6 +139,8 @@ class NormQuant(nn.Module):
     thresholds: fixed, see `quantizers.input_grid`.
     estimator: f(x, alpha, grid, make_key), see `estimators.by_name`.
     momentum, epsilon, use_scale: batch norm's.
+    group_size: examples that batch norm takes its statistics of in training, one after
+      another of the batch; 0: the whole batch, on all devices.
   """
 
   bits: BitsOf | None = 1
@@ -147,6 +149,7 @@ class NormQuant(nn.Module):
   momentum: float = 0.9
   epsilon: float = 1e-4
   use_scale: bool = True
+  group_size: int = 0
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard", shortcut=None):
@@ -156,6 +159,10 @@ class NormQuant(nn.Module):
           x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
     elif mode == "fold":
       return self._fold(x, bits)
+    elif mode == "train" and self.group_size and not self.is_initializing():
+      y = _GroupedBatchNorm(
+          self.group_size, self.momentum, self.epsilon, self.use_scale,
+          name="batch_norm")(x)
     else:
       y = nn.BatchNorm(
           use_running_average=mode == "mixed", momentum=self.momentum,
@@ -190,6 +197,35 @@ class NormQuant(nn.Module):
       return x
     probe = fold.Probe(1.0, quantizers.step_size(bits), operand_bits(bits))
     return jnp.stack([jnp.full_like(x[0], row) for row in probe])
+
+
+class _GroupedBatchNorm(nn.Module):
+  """In training: nn.BatchNorm of each group of a batch's examples, one after another.
+
+  Its variables are those of nn.BatchNorm; the running statistics follow the groups'
+  mean.
+  """
+
+  size: int
+  momentum: float
+  epsilon: float
+  use_scale: bool
+
+  @nn.compact
+  def __call__(self, x):
+    groups = x.reshape(-1, self.size, *x.shape[1:])
+    axes = tuple(range(1, groups.ndim - 1))
+    mean = groups.mean(axes, keepdims=True)
+    var = jnp.maximum(jnp.square(groups).mean(axes, keepdims=True) - mean**2, 0)
+    for name, value in (("mean", mean), ("var", var)):
+      running = self.variable("batch_stats", name, lambda: None)
+      now = value.mean(tuple(range(groups.ndim - 1)))
+      running.value = self.momentum * running.value + (1 - self.momentum) * now
+    scale = lax.rsqrt(var + self.epsilon)
+    if self.use_scale:
+      scale *= self.param("scale", nn.initializers.ones, x.shape[-1:])
+    bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    return ((groups - mean) * scale + bias).reshape(x.shape)
 
 
 def max_pool(x, window: int = 2, share_gradient: bool = False):

@@ -1,10 +1,11 @@
 """Input pipeline of data sets too large for memory: images are decoded when needed.
 
 Batch t of training is a function of the seed and of t alone, whatever the number of
-workers, so that a run can go on from any step. What a batch holds are the pixels; they
+workers and processes, so that a run can go on from any step. What a batch holds are the pixels; they
 are normalized inside the compiled step.
 """
 
+import json
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ import grain
 import numpy as np
 
 from minw import cli
+from minw import distributed
 from minw import images
 
 _log = logging.getLogger(__name__)
@@ -66,7 +68,13 @@ class Split:
     return len(self._records)
 
   def report(self) -> dict[str, float]:
-    """What has been seen of the files so far: {"damaged", "decode_rate"}."""
+    """What has been seen of the files so far: {"damaged", "decode_rate"}.
+
+    Damaged images are those that any process has seen; all must ask for them.
+    """
+    seen = distributed.gather(json.dumps(sorted(self._seen)))
+    self._seen.update(*map(json.loads, seen))
+    distributed.together(self._check)
     return {"damaged": self.damaged, "decode_rate": self.decode_rate}
 
   @property
@@ -82,6 +90,7 @@ class Split:
       crop_size: int,
       crop_scale: tuple[float, float],
       flip: bool,
+      share: tuple[int, int] = (0, 1),
   ) -> Iterator[Batch]:
     """Batches of random crops without end; in each epoch every image is drawn once.
 
@@ -92,10 +101,13 @@ class Split:
       seed: of order, crops and flips.
       batch_size: examples; a batch may reach into the next epoch.
       crop_size, crop_scale, flip: see `images.random_crop`.
+      share: (i, n): the i-th of n equal parts of each batch.
     """
     crop = _RandomCrop(self._records, crop_size, crop_scale, flip)
-    batches = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
-    return self._read(batches.random_map(crop).batch(batch_size)[start:])
+    examples = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
+    i, n = share
+    parts = examples.random_map(crop).batch(batch_size // n)
+    return self._read(parts[start * n + i::n])
 
   def eval_batches(
       self,
@@ -104,6 +116,7 @@ class Split:
       source: tuple[int, int],
       crop: tuple[int, int],
       shrink: bool,
+      share: tuple[int, int] = (0, 1),
   ) -> Iterator[Batch]:
     """Batches of the centres of all images, in order; the last is filled up.
 
@@ -114,11 +127,13 @@ class Split:
       source: height and width that an image is brought to first; see `images.centre`.
       crop: height and width of what is taken from the middle of that.
       shrink: see `images.centre`.
+      share: (i, n): the i-th of n equal parts of each batch.
     """
     size = -len(self) % batch_size + len(self)
-    batches = grain.MapDataset.range(size)
     centre = _Centre(self._records, source, crop, shrink)
-    return self._read(batches.map(centre).batch(batch_size))
+    i, n = share
+    parts = grain.MapDataset.range(size).map(centre).batch(batch_size // n)
+    return self._read(parts[i::n])
 
   def _read(self, batches: grain.MapDataset) -> Iterator[Batch]:
     # Elements are batches: few are kept, and each is made by one thread or process.
@@ -145,6 +160,9 @@ class Split:
       if len(self._seen) <= _NAMES:
         _log.warning("%s: %s is damaged and left out", self._name,
                      self._file_name(index))
+    self._check()
+
+  def _check(self) -> None:
     if len(self._seen) > self._max_damaged * len(self):
       raise cli.UsageError(
           f"config.max_damaged={self._max_damaged}: of the {len(self)} images of"

@@ -17,6 +17,7 @@ import optax
 from minw import checkpoint
 from minw import cli
 from minw import datasets
+from minw import distributed
 from minw import environment
 from minw import evaluate
 from minw import experiment as experiment_lib
@@ -33,6 +34,7 @@ from minw.experiment import Experiment
 _log = logging.getLogger(__name__)
 
 _STEPS_IN_FLIGHT = 4  # How far the loop may run ahead of the device.
+_MEETING_STEPS = 16  # How often several processes ask each other whether to stop.
 _PROGRESS_SECONDS = 10.0
 
 
@@ -75,6 +77,18 @@ def init_state(experiment: Experiment) -> TrainState:
 
 def _no_totals() -> Totals:
   return Totals(*jnp.zeros(3, jnp.float32), jnp.full((), -1, jnp.int32))
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+  """Shapes, dtypes and shardings of the state."""
+  def abstract(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  state = jax.eval_shape(lambda: init_state(experiment))
+  whole = jax.tree.map(lambda leaf: abstract(leaf, experiment.replicated), state)
+  return whole._replace(opt_state=jax.tree.map(
+      lambda leaf: abstract(leaf, experiment.optimizer_sharding(leaf.shape)),
+      state.opt_state))
 
 
 def update(
@@ -126,6 +140,12 @@ def update(
   return TrainState(state.step + 1, params, batch_stats, opt_state, totals), loss
 
 
+def make_init_state(experiment: Experiment) -> Callable[[], TrainState]:
+  """The compiled f() -> the state before the first step, on all devices."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
+  return experiment.jit(lambda: init_state(experiment), out_shardings=shardings)
+
+
 def make_train_step(
     experiment: Experiment,
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
@@ -141,14 +161,17 @@ def make_train_step(
         data, order, state.step % experiment.steps_per_epoch, batch_key)
     return update(experiment, state, images, labels, estimator_key)
 
-  return experiment.jit(train_step, donate_argnums=0)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
+  return experiment.jit(train_step, donate_argnums=0,
+                        out_shardings=(shardings, experiment.replicated))
 
 
 def make_epoch_order(experiment: Experiment) -> Callable[[int], jax.Array]:
   """The compiled f(epoch) -> order of its examples."""
   size = experiment.info.splits["train"]
   return experiment.jit(
-      lambda epoch: pipeline.epoch_order(experiment.config.seed, epoch, size))
+      lambda epoch: pipeline.epoch_order(experiment.config.seed, epoch, size),
+      out_shardings=experiment.replicated)
 
 
 def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
@@ -206,6 +229,9 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
   A run that was interrupted, at whatever moment, and started again ends with the same
   parameters and metrics, rates apart, as one that was not.
 
+  Several processes (see `distributed.initialize`) call this alike, and do the same
+  steps together. What the first alone does stands behind `distributed.is_main`.
+
   Args:
     config: see `config.default_config`.
     workdir: receives config.json, run.json, metrics.jsonl, status.json, curves.png,
@@ -220,37 +246,41 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     cli.UsageError: the config can not be run, `workdir` belongs to another config or
       can not be written to, or data are missing; before training starts.
   """
-  experiment = Experiment(config)
-  datasets.check_available(config.dataset, config.data_dir)
-  source = read_source(config.init_from, experiment) if config.init_from else {}
-  workdir_lib.claim(workdir, config)
-  status = workdir_lib.read_status(workdir)
+  together, on_main = distributed.together, distributed.on_main
+  experiment = together(Experiment, config)
+  together(datasets.check_available, config.dataset, config.data_dir)
+  source = together(read_source, config.init_from, experiment)
+  on_main(workdir_lib.claim, workdir, config)
+  together(workdir_lib.check_claimed, workdir, config)
+  status = on_main(workdir_lib.read_status, workdir)
   if status and status["state"] in ("done", "diverged"):
     _log.warning("%s: already %s at step %d; nothing to do",
                  workdir, status["state"], status["step"])
     return status
   journal = environment.Journal(workdir)
   train_data, validation_data, test_data = (
-      experiment.load(split) for split in ("train", "validation", "test"))
+      together(experiment.load, split) for split in ("train", "validation", "test"))
 
   train_step = make_train_step(experiment)
   epoch_order = make_epoch_order(experiment)
   reestimate = make_reestimate(experiment)
   weight_report = make_weight_report(experiment)
   histogram = histograms.make_histograms(experiment)
+  no_totals = experiment.jit(_no_totals, out_shardings=experiment.replicated)
   evaluator = evaluate.Evaluator(experiment)
 
   with checkpoint.open_manager(workdir) as manager, StopSignal() as stop:
-    restored = checkpoint.restore_newest(manager, checkpoint_target(experiment))
+    target = checkpoint_target(experiment)
+    restored = together(checkpoint.restore_newest, manager, target)
     if restored:
       state = TrainState(*(restored.tree[name] for name in TrainState._fields))
     else:
-      state = experiment.jit(lambda: init_state(experiment))()
-      state = jax.device_put(state._replace(**source), experiment.replicated)
+      state = make_init_state(experiment)()
+      state = state._replace(**distributed.put(source, experiment.replicated))
     step = int(state.step)
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
     status = workdir_lib.write_status(workdir, "running", step)
-    writer = metrics.Writer(workdir, step)
+    writer = metrics.Writer(workdir, step) if distributed.is_main() else None
     progress = Progress(step, experiment.num_steps, config.batch_size)
     batches = experiment.train_batches(train_data, epoch_order, step)
 
@@ -264,22 +294,25 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       step += 1
       progress.stepped(loss)
 
-      if not (report or stop.requested or progress.due()):
+      # Processes that look at different steps would wait for each other in vain.
+      if not (report or (step % _MEETING_STEPS == 0 if distributed.several()
+                         else stop.requested or progress.due())):
         continue
+      stopping = distributed.any_of(stop.requested)
       totals = jax.device_get(state.totals)
       if totals.diverged_at >= 0:
         status = workdir_lib.write_status(
             workdir, "diverged", int(totals.diverged_at))
         break
-      if not (report or stop.requested):
-        _log.info("step %d/%d: loss %.4f; %s", step, experiment.num_steps,
-                  totals.loss / totals.count, progress.line())
+      if not (report or stopping):
+        if progress.due():
+          _log.info("step %d/%d: loss %.4f; %s", step, experiment.num_steps,
+                    totals.loss / totals.count, progress.line())
         continue
 
       rate = progress.pause()
       if report:
-        state = state._replace(
-            totals=jax.device_put(_no_totals(), experiment.replicated))
+        state = state._replace(totals=no_totals())
       tree = state._asdict()
       if config.reestimate_batches:
         tree["reestimated_batch_stats"] = reestimate(
@@ -293,18 +326,20 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
             | (train_data.report() if experiment.info.streamed else {}),
             {"split": "validation", "mode": "mixed", **evaluator.mixed(
                 evaluate.trained_variables(state._asdict()), validation_data,
-                experiment.alpha(step - 1))},
+                np.asarray(experiment.alpha(step - 1)))},
             {"split": "validation", "mode": "hard", **evaluator.hard(
                 evaluate.hard_variables(tree), validation_data)}]
         if config.eval_train:
           lines.insert(1, {"split": "train", "mode": "hard", **evaluator.hard(
               evaluate.hard_variables(tree), train_data)})
-        for line in lines:
+        for line in lines if writer else ():
           writer.write({"step": step, "epoch": epochs_done, **line})
         if config.histogram_layers and epochs_done in config.histogram_epochs:
-          histograms.write(workdir, step, epochs_done, histogram(
+          counted = histogram(
               evaluate.trained_variables(state._asdict()), validation_data,
-              experiment.alpha(step - 1)))
+              np.asarray(experiment.alpha(step - 1)))
+          if writer:
+            histograms.write(workdir, step, epochs_done, counted)
         accuracy = lines[-1]["accuracy"]
         _log.info(
             "epoch %d/%d: loss %.4f, validation accuracy %.4f; %s", epochs_done,
@@ -312,7 +347,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       checkpoint.save(manager, step, tree, accuracy)
       journal.note()
       status = workdir_lib.write_status(workdir, "running", step)
-      if stop.requested and step < experiment.num_steps:
+      if distributed.any_of(stop.requested) and step < experiment.num_steps:
         manager.wait_until_finished()
         status = workdir_lib.write_status(workdir, "preempted", step)
         break
@@ -321,24 +356,25 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     batches.close()
     if status["state"] == "running":
       manager.wait_until_finished()
-      target = checkpoint_target(experiment)
       last = checkpoint.restore(manager, step, target)
       best = checkpoint.restore_best(manager, target)
       results = {}
       for which, saved in (("last", last), ("best", best)):
         results[which] = evaluator.hard(evaluate.hard_variables(saved.tree), test_data)
-        writer.write({"step": step, "epoch": config.num_epochs, "split": "test",
-                      "mode": "hard", "checkpoint": which,
-                      "checkpoint_step": saved.step, **results[which]})
-    writer.close()
-
-  journal.note()
-  if status["state"] == "running":
-    status = workdir_lib.write_status(
-        workdir, "done", step, best_step=best.step,
-        **{f"test_{name}": value for name, value in results["last"].items()},
-        **{f"best_test_{name}": value for name, value in results["best"].items()})
-  plots.curves(workdir)
+        if writer:
+          writer.write({"step": step, "epoch": config.num_epochs, "split": "test",
+                        "mode": "hard", "checkpoint": which,
+                        "checkpoint_step": saved.step, **results[which]})
+    if writer:
+      writer.close()
+    journal.note()
+    if status["state"] == "running":
+      status = workdir_lib.write_status(
+          workdir, "done", step, best_step=best.step,
+          **{f"test_{name}": value for name, value in results["last"].items()},
+          **{f"best_test_{name}": value for name, value in results["best"].items()})
+    if writer:
+      plots.curves(workdir)
   _log.info("%s: %s", workdir, json.dumps(status))
   return status
 
@@ -362,28 +398,28 @@ def _train_line(experiment, step, totals, rate, codes, new_codes, distance):
 
 def checkpoint_target(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes, dtypes and shardings of what a checkpoint of the run holds."""
-  state = jax.eval_shape(lambda: init_state(experiment))
+  state = abstract_state(experiment)
   tree = state._asdict()
   if experiment.config.reestimate_batches:
     tree["reestimated_batch_stats"] = state.batch_stats
-  return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=experiment.replicated), tree)
+  return tree
 
 
 def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   """The trained variables of another run, for this one to start from.
 
   Args:
-    workdir: of a run whose network has the same shapes, of whatever bits.
+    workdir: of a run whose network has the same shapes, of whatever bits; or "".
     experiment: of this run.
 
   Returns:
-    {"params", "batch_stats"}.
+    {"params", "batch_stats"}; of no run {}.
 
   Raises:
     cli.UsageError: there is no such run, or the shapes differ.
   """
+  if not workdir:
+    return {}
   try:
     _, saved = evaluate.read_run(workdir)
   except cli.UsageError as error:

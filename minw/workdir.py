@@ -7,6 +7,7 @@ from typing import Any
 
 from minw import cli
 from minw import config as config_lib
+from minw import distributed
 
 
 def write_file(path: pathlib.Path, text: str) -> None:
@@ -27,7 +28,8 @@ def claim(workdir: str, config: Any) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if (path / "config.json").exists():
       before = read_config(workdir)
-      before.data_workers = config.data_workers  # Batches do not depend on it.
+      for name in config_lib.FREE:
+        before[name] = config[name]
       different = config_lib.differing_fields(before, config)
       if different:
         raise cli.UsageError(
@@ -37,6 +39,23 @@ def claim(workdir: str, config: Any) -> None:
   except OSError as error:
     raise cli.UsageError(
         f"workdir={workdir!r} can not be written to: {error}") from error
+
+
+def check_claimed(workdir: str, config: Any) -> None:
+  """Checks that a process sees the workdir that the first claimed for `config`.
+
+  Raises:
+    cli.UsageError: it does not, or its own `config` is another.
+  """
+  path = pathlib.Path(workdir)
+  cli.check((path / "config.json").exists(), "workdir", workdir,
+            "one place that all processes see")
+  local = {name: config[name] for name in ("data_dir", "data_workers")}
+  claimed = config_lib.copy(read_config(workdir), **local)
+  different = config_lib.differing_fields(claimed, config)
+  if different:
+    raise cli.UsageError("the processes were started with different configs (field:"
+                         f" first process, another): {'; '.join(different)}")
 
 
 def read_config(workdir: str) -> Any:
@@ -55,9 +74,13 @@ def read_config(workdir: str) -> Any:
 
 
 def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, Any]:
-  """Writes status.json; `state` is running, done, diverged or preempted."""
+  """Writes status.json; `state` is running, done, diverged or preempted.
+
+  Of several processes the first writes it, and all return what it says.
+  """
   status = {"state": state, "step": step, **more}
-  write_file(pathlib.Path(workdir) / "status.json", json.dumps(status) + "\n")
+  if distributed.is_main():
+    write_file(pathlib.Path(workdir) / "status.json", json.dumps(status) + "\n")
   return status
 
 

@@ -312,6 +312,30 @@ def test_values_apart_from_their_flags(refuses):
           "--workdir")
 
 
+PLACE = ("--coordinator=localhost:1234", "--num_processes=2", "--process_id=1")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (PLACE, "coordinator='localhost:1234': must be left out without --distributed"),
+    (PLACE[1:2], "num_processes=2: must be left out without --distributed"),
+    (("--heartbeat_timeout=9",), "heartbeat_timeout=9: must be left out without "),
+    (("--distributed", *PLACE[:2]), "--coordinator goes with --process_id"),
+    (("--distributed", PLACE[2]),
+     "--process_id goes with --coordinator and --num_processes"),
+    (("--distributed", *PLACE[1:], "--coordinator=localhost"),
+     "coordinator='localhost': must be HOST:PORT"),
+    (("--distributed", *PLACE[1:], "--coordinator=localhost:0"), "coordinator='loc"),
+    (("--distributed", *PLACE[1:], "--coordinator=:99"), "coordinator=':99': must be "),
+    (("--distributed", *PLACE[:2], "--process_id=2"),
+     "process_id=2: must be less than num_processes=2"),
+    (("--distributed", *PLACE[:2], "--process_id=-1"), "flag --process_id=-1: "),
+    (("--distributed", *PLACE[::2], "--num_processes=0"), "flag --num_processes=0: "),
+    (("--distributed", "--heartbeat_timeout=0"), "flag --heartbeat_timeout=0: "),
+])
+def test_processes_of_a_run(refuses, argv, message):
+  refuses(message, "minw.main", f"--config={DIGITS}", "--workdir=new", *argv)
+
+
 def test_required_flags(refuses):
   for argv, missing in (((), ("workdir", "config")), (("--workdir=new",), ("config",)),
                         ((f"--config={DIGITS}",), ("workdir",))):

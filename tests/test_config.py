@@ -79,6 +79,7 @@ def test_each_call_makes_another_config():
     {"dataset": "imagenet2012", "crop_size": 300, "eval_resize": 0},
     {"crop_scale": (1.0, 1)},
     {"train_examples": 45_000},
+    {"batch_size": 96, "norm_group_size": 48},
 ])
 def test_valid(changes):
   config_lib.validate(changed(**changes))
@@ -145,6 +146,9 @@ NAN, INF = math.nan, math.inf
     ("crop_padding", [24, 10**9], "less than crop_size=24: "),
     ("reestimate_batches", [-1], "at least 0"),
     ("eval_resize", [-1], "at least 0"),
+    ("norm_group_size", [-1], "at least 0"),
+    ("norm_group_size", [1, 3, 257, 512],
+     "0, or at least 2 and a divisor of batch_size=256"),
     ("train_examples", [-1], "at least 0"),
     ("train_examples", [45_001, 10**30],
      "at most 45000, the training examples of cifar10"),

@@ -287,6 +287,40 @@ def test_statistics_of_the_batch_and_running_ones(momentum):
   np.testing.assert_array_equal(kept["var"], np.float32(var))
 
 
+@pytest.mark.parametrize("use_scale", [True, False])
+@pytest.mark.parametrize("shape", [(12, 3), (12, 5, 2, 3)])
+def test_statistics_of_groups(shape, use_scale):
+  rng = np.random.default_rng(4)
+  x = rng.normal([3, -20, 0], [1, 5, 40], shape).astype(np.float32)
+  mean, var = np.array([1.0, 2, 3]), np.array([4.0, 5, 6])
+  scale, bias = np.array([0.5, -1, 2]), np.array([0.1, 0.2, -0.3])
+  variables = norm_variables(mean, var, scale, bias)
+  if not use_scale:
+    scale = np.ones(3)
+    del variables["params"]["batch_norm"]["scale"]
+  layer = layers.NormQuant(bits=None, epsilon=1e-3, group_size=4, use_scale=use_scale)
+  got, updated = layer.apply(variables, x, 1.0, "train", mutable=["batch_stats"])
+  groups = np.split(x.astype(np.float64), 3)
+  axes = tuple(range(x.ndim - 1))
+  means, vars_ = ([f(part, axis=axes) for part in groups] for f in (np.mean, np.var))
+  np.testing.assert_allclose(got, np.concatenate([
+      batch_norm(part, m, v, scale, bias, 1e-3)
+      for part, m, v in zip(groups, means, vars_)]), atol=2e-4)
+  stats = updated["batch_stats"]["batch_norm"]
+  np.testing.assert_allclose(
+      stats["mean"], 0.9 * mean + 0.1 * np.mean(means, axis=0), rtol=1e-5)
+  np.testing.assert_allclose(
+      stats["var"], 0.9 * var + 0.1 * np.mean(vars_, axis=0), rtol=1e-4)
+  # Elsewhere it is what it is without groups, and so are its variables.
+  plain = layers.NormQuant(bits=None, epsilon=1e-3, use_scale=use_scale)
+  np.testing.assert_array_equal(
+      layer.apply(variables, x, 1.0, "mixed"), plain.apply(variables, x, 1.0, "mixed"))
+  made, expected = (jax.eval_shape(
+      lambda layer=layer: layer.init(jax.random.key(0), x[:1], mode="train"))
+                    for layer in (layer, plain))
+  assert made == expected
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, "float32", "bfloat16"])
 def test_hard_tanh_passes_the_gradient_at_exactly_1(bits):
   x = np.float32([[-1.01], [-1], [-0.5], [0], [0.2], [1], [1.01]])

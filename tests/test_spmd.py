@@ -27,6 +27,7 @@ from test_train import lines_of
 from test_train import run
 from test_train import run_with
 from test_train import shared_programs
+from test_train import tiny_config
 from test_train import trees_of
 
 pytestmark = pytest.mark.slow
@@ -108,16 +109,20 @@ np.savez(f"{folder}/found.npz", **found)
 '''
 
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-  """The folder that four devices filled."""
-  folder = tmp_path_factory.mktemp("spmd")
+def run_on_four(code, config, folder):
   done = subprocess.run(
-      [sys.executable, "-c", FOUND, config_lib.to_json(CONFIG), str(folder)],
+      [sys.executable, "-c", code, config_lib.to_json(config), str(folder)],
       text=True, capture_output=True, timeout=600, env={
           **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
           "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
   assert done.returncode == 0, done.stderr[-5000:]
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+  """The folder that four devices filled."""
+  folder = tmp_path_factory.mktemp("spmd")
+  run_on_four(FOUND, CONFIG, folder)
   return folder
 
 
@@ -200,3 +205,83 @@ def test_one_device_goes_on(four, tmp_path):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
   assert [line["step"] for line in lines_of(workdir, mode="hard")] == [
       19, 38, 57, 76, 76, 76]
+
+
+# The optimizer's state in parts.
+
+SHARDED = '''
+import os, signal, sys
+import jax, numpy as np
+from minw import config as config_lib, train
+from minw.experiment import Experiment
+
+config, folder = config_lib.from_json(sys.argv[1]), sys.argv[2]
+found = {}
+for name, shard in (("whole", False), ("parts", True)):
+  experiment = Experiment(config_lib.copy(config, shard_optimizer=shard))
+  state = train.make_init_state(experiment)()
+  step, epoch_order = (
+      make(experiment) for make in (train.make_train_step, train.make_epoch_order))
+  batches = experiment.train_batches(experiment.load("train"), epoch_order, 0)
+  for _ in range(5):
+    state, _ = step(state, *next(batches))
+  assert step._cache_size() == 1
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    found[f"{name}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+    found[f"bytes {name}{jax.tree_util.keystr(path)}"] = [
+        part.data.nbytes for part in leaf.addressable_shards]
+
+# Whole to parts to whole.
+make = train.make_train_step
+def make_train_step(experiment):
+  train_step = make(experiment)
+  def call(state, *batch):
+    if int(state.step) in stops:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return train_step(state, *batch)
+  return call
+train.make_train_step = make_train_step
+for shard, stops, step in ((False, [5], 6), (True, [20], 21), (False, [], 38)):
+  status = train.train_and_evaluate(
+      config_lib.copy(config, shard_optimizer=shard), f"{folder}/run")
+  assert status["step"] == step, status
+np.savez(f"{folder}/found.npz", **found)
+'''
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+  """The folder that four devices filled, with parts of the optimizer's state each."""
+  folder = tmp_path_factory.mktemp("sharded")
+  run_on_four(SHARDED, tiny_config(num_epochs=2), folder)
+  return folder
+
+
+def test_parts_are_a_quarter(sharded):
+  found = np.load(sharded / "found.npz")
+  moments = 0
+  for name in found.files:
+    if name.startswith("bytes "):
+      array = found[name.removeprefix("bytes ")]
+      divisible = any(size % 4 == 0 for size in array.shape)
+      part = name.startswith("bytes parts.opt_state") and divisible
+      assert found[name].tolist() == 4 * [array.nbytes // (4 if part else 1)], name
+      moments += part
+  # Two of each of four kernels, and of the scale and bias of all norms but the last's,
+  # which has ten channels.
+  assert moments == 2 * (4 + 2 * 3)
+
+
+def test_parts_train_as_the_whole(sharded):
+  found = np.load(sharded / "found.npz")
+  for name in found.files:
+    if name.startswith("parts"):
+      whole = found["whole" + name.removeprefix("parts")]
+      np.testing.assert_allclose(
+          found[name], whole, rtol=0, atol=1e-5 * np.abs(whole).max(), err_msg=name)
+
+
+def test_parts_and_whole_go_on_with_each_other(sharded, tmp_path):
+  run(tiny_config(num_epochs=2), tmp_path)
+  for ours, theirs in zip(lines_of(sharded / "run"), lines_of(tmp_path), strict=True):
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)

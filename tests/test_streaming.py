@@ -155,3 +155,17 @@ def test_evaluation_sees_every_image_once_in_order(count, size, workers):
     assert (images[i, ..., :2] == (i, 2 * i)).all()
     # The left half is 255; at half of its size the edge is where it was.
     assert (images[i, :, :2, 2] == 255).all() and (images[i, :, 4:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_each_batch(count):
+  split = streaming.Split(records(23, damaged=(2,)), "some", max_damaged=0.1)
+  batches = take(split, 3, 7, batch_size=8)
+  parts = [take(split, 3, 7, batch_size=8, share=(i, count)) for i in range(count)]
+  centres = list(split.eval_batches(8, **CENTRES))
+  parts_of_centres = [list(split.eval_batches(8, **CENTRES, share=(i, count)))
+                      for i in range(count)]
+  for whole, shares in ((batches, parts), (centres, parts_of_centres)):
+    assert {len(batch.labels) for part in shares for batch in part} == {8 // count}
+    assert_equal([streaming.Batch(*map(np.concatenate, zip(*same)))
+                  for same in zip(*shares, strict=True)], whole)
