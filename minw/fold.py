@@ -65,8 +65,11 @@ def probe_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
     probe: its fields broadcast against each other.
     scale: broadcasts against them; as `round_scale` makes it.
   """
-  rows = np.broadcast_arrays(*probe, 1.0, scale, _mark(scale))
-  return jnp.asarray(np.stack(rows), jnp.float32)
+  fields = (*probe, 1.0, scale, _mark(scale))
+  rows = np.empty((6, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
+  for row, field in zip(rows, fields):
+    row[...] = field
+  return jnp.asarray(rows)
 
 
 def round_scale(scale: np.ndarray | float) -> np.ndarray:
@@ -91,7 +94,10 @@ def probe_scale(x: jax.Array) -> np.ndarray:
   Raises:
     ValueError: numbers of different scales were added, or are in one channel.
   """
-  one, scale, mark = np.asarray(x[3:], np.float64).reshape(3, -1, x.shape[-1])
+  rows = np.asarray(x)[3:].reshape(3, -1, x.shape[-1])
+  if (rows == rows[:, :1]).all():  # As nearly always: all places are alike.
+    rows = rows[:, :1]
+  one, scale, mark = rows.astype(np.float64)
   filled = one == 0
   one = np.where(filled, 1.0, one)
   near = round_scale(scale / one)  # Sums are rounded: off by 1 in the last digit.
@@ -117,7 +123,8 @@ def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
     ValueError: it is not 1, and products with it would be rounded: only levels, which
       are powers of two, have exact ones.
   """
-  filled = (np.asarray(shortcut[3]) == 0).reshape(-1, shortcut.shape[-1]).all(0)
+  shortcut = np.asarray(shortcut)
+  filled = (shortcut[3] == 0).reshape(-1, shortcut.shape[-1]).all(0)
   scale = np.where(filled, 1.0, probe_scale(shortcut) / step)
   if (scale == 1).all():
     return None
@@ -268,13 +275,12 @@ def probe_linear(
     raise ValueError("gets channels of different scales, which do not fold")
   if pad_value and scales[0] != 1:
     raise ValueError(f"pad_value={pad_value} beside inputs that have a scale")
-  rows = np.asarray(x, np.float64).reshape(6, -1, x.shape[-1])
+  rows = np.asarray(x)[:2].astype(np.float64).reshape(2, -1, x.shape[-1])
   bound = np.maximum(rows[0].max(0), abs(pad_value))
   fan_in = np.abs(kernel).reshape(-1, *kernel.shape[-2:]).sum(0, dtype=np.float64)
   unit = quantizers.step_size(bits) * rows[1].min()
-  probe = Probe(*(np.broadcast_to(row, output_shape)
-                  for row in (bound @ fan_in, unit, 32.0)))
-  return probe_rows(probe, round_scale(scales[0] * scale))
+  bound = np.broadcast_to(bound @ fan_in, output_shape)
+  return probe_rows(Probe(bound, unit, 32.0), round_scale(scales[0] * scale))
 
 
 def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:

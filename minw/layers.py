@@ -214,10 +214,10 @@ class NormQuant(nn.Module):
       if scale is not None:
         self.put_variable("hard", "shortcut_scale", scale)
     if bits is None:
-      return fold.probe_rows(fold.Probe(*x[:3]))
-    probe = fold.Probe(1.0, quantizers.step_size(bits), operand_bits(bits))
+      return fold.probe_rows(fold.Probe(*np.asarray(x)[:3]))
+    bound = np.ones(x.shape[1:], np.float32)
     return fold.probe_rows(
-        fold.Probe(*(np.full(x.shape[1:], row) for row in probe)), step)
+        fold.Probe(bound, quantizers.step_size(bits), operand_bits(bits)), step)
 
 
 def max_pool(x, window: int = 2, share_gradient: bool = False):
