@@ -62,22 +62,27 @@ def default_config() -> config_dict.ConfigDict:
   c.input_thresholds = ()  # Fixed; () for the defaults.
   c.weight_threshold_rule = "layer_mean"  # "channel_mean", "fixed".
   c.weight_thresholds = ()  # Fixed, or factors on the mean; () for the defaults.
+  c.weight_scale = "none"  # "layer_mean" (DoReFa-Net), "channel_mean" (XNOR-Net).
 
   # Estimator. alpha runs from start to final within alpha_end of the run.
   c.estimator = "aqe"  # A function of minw.estimators: ste, aqe, ede, ewgs, ....
   c.estimator_gradient = "eq18"  # "algorithm1", "eq15".
+  c.estimator_noise_steps = 1  # For how many steps a random one keeps its noise.
   c.alpha_start = 0.5
   c.alpha_final = 1.0
   c.alpha_end = 0.465  # As a fraction of the run: epoch 93 of 200.
-  c.alpha_shape = "linear"  # "cosine", "step".
-  c.alpha_per_layer = False  # One layer after another, from the input on.
+  c.alpha_shape = "linear"  # "cosine", "cubic", "step".
+  c.alpha_per_layer = False  # One layer after another, from the input on,
+  c.alpha_backward = False  # or from the output on.
 
   # Optimization.
   c.batch_size = 256
   c.num_epochs = 200
-  c.optimizer = "adam"  # "sgd".
+  c.optimizer = "adam"  # "sgd", "bop".
   c.adam_epsilon = 1e-8
   c.momentum = 0.9  # Of sgd.
+  c.bop_adaptivity_rate = 1e-4  # Of weights of one bit; adam has all others.
+  c.bop_threshold = 1e-8
   c.weight_decay = 0.0  # L2 penalty on all kernels, added to the gradient.
   c.learning_rate = 0.01
   c.learning_rate_schedule = "staircase"  # "exponential", "steps", "constant".
@@ -151,25 +156,26 @@ def validate(c: config_dict.ConfigDict) -> None:
   one_of("kernel_init", KERNEL_INITS)
   one_of("compute_dtype", ("float32", "bfloat16"))
   one_of("weight_threshold_rule", quantizers.THRESHOLD_RULES)
+  one_of("weight_scale", tuple(estimators.WEIGHT_SCALES))
   one_of("estimator", estimators.network_estimators())
   one_of("estimator_gradient", tuple(estimators.GRADIENTS))
   one_of("alpha_shape", schedules.ALPHA_SHAPES)
-  one_of("optimizer", ("adam", "sgd"))
+  one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
 
   check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
   for name in ("batch_size", "num_epochs", "eval_every_epochs", "eval_batch_size",
-               "learning_rate_stairs", "crop_size"):
+               "learning_rate_stairs", "crop_size", "estimator_noise_steps"):
     at_least(name, 1)
   for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers",
                "train_examples", "norm_group_size"):
     at_least(name, 0)
   for name in ("norm_epsilon", "learning_rate", "learning_rate_decay"):
     positive(name)
-  for name in ("adam_epsilon", "weight_decay"):
+  for name in ("adam_epsilon", "weight_decay", "bop_threshold"):
     not_negative(name)
   for name in ("alpha_start", "alpha_final", "alpha_end", "norm_momentum", "momentum",
-               "max_damaged"):
+               "max_damaged", "bop_adaptivity_rate"):
     fraction(name)
   for name in ("conv_widths", "dense_widths"):
     widths(name)
@@ -227,6 +233,15 @@ def validate(c: config_dict.ConfigDict) -> None:
     for value in (c.input_bits, c.weight_bits, *(b for _, b in c.bits_rules)):
       check("estimator", not (quantizers.is_grid(value) and value > 1),
             f"another where bits are {value}: it is defined for one bit")
+  if c.estimator == "lsq":
+    check("weight_scale", c.weight_scale == "none",
+          "'none' with estimator='lsq', whose steps are scales")
+    check("pad_value", c.pad_value == 0,
+          "0.0 with estimator='lsq', whose levels are not 1 and -1")
+  if c.optimizer == "bop":
+    check("estimator", c.estimator in estimators.PASS_AT_ONE,
+          "one of " + ", ".join(estimators.PASS_AT_ONE) + " with optimizer='bop', which"
+          " keeps weights at 1 and -1: gradients vanish there or are reversed")
 
 
 # What a run may be gone on with otherwise: where things are done, not what.

@@ -13,6 +13,7 @@ from typing import Callable
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from minw import quantizers
 from minw.quantizers import Grid
@@ -29,6 +30,10 @@ GRADIENTS = {
 # Not defined for more.
 ONE_BIT = ("approx_sign", "ede", "reste", "stochastic_aqe", "swish_sign")
 
+# Whose gradient at a weight of exactly 1 or -1, where Bop keeps them, is a positive
+# multiple of the cotangent: others pass nothing on there, or its opposite.
+PASS_AT_ONE = ("aqe", "ewgs", "reste", "ste", "stochastic_aqe", "stompp", "stompp_ste")
+
 
 def ste(x: jax.Array, grid: Grid) -> jax.Array:
   """The straight-through estimator (Eq 4, 5).
@@ -42,7 +47,7 @@ def ste(x: jax.Array, grid: Grid) -> jax.Array:
   Returns:
     The shape and dtype of `x`.
   """
-  return _ste(x, grid)
+  return _hard(_slope_ste, x, 0.0, grid)
 
 
 def aqe(
@@ -92,8 +97,9 @@ def stochastic_aqe(
   return _stochastic_aqe(x, jnp.asarray(alpha, jnp.result_type(float)), z, gradient)
 
 
-# Estimators of others, to compare with. All have the forward of `ste`; alpha, where
-# there is one, is how far annealing has gone, from 0 to 1, and shapes the backward.
+# Estimators of others, to compare with. Those down to `ewgs` have the forward of `ste`;
+# alpha, where there is one, is how far annealing has gone, from 0 to 1, and shapes the
+# backward.
 
 
 def approx_sign(x: jax.Array, grid: Grid) -> jax.Array:
@@ -187,7 +193,118 @@ def ewgs(x: jax.Array, grid: Grid, *, delta: float = 1e-3) -> jax.Array:
   Returns:
     The shape and dtype of `x`.
   """
-  return _ewgs(x, grid, delta)
+  return _hard(_slope_ewgs, x, delta, grid)
+
+
+def lsq(
+    x: jax.Array, step: jax.Array | float, grid: Grid, *, count: int | None = None
+) -> jax.Array:
+  """Learned step size quantization (Esser et al., arXiv 1902.08153, Eq 1, 2, 3, 5).
+
+  Forward s h(x / s). Backward to x: g * 1[|x| <= s]; to s, 1 / sqrt(count * q) times
+  the sum of g * (h(x / s) - x / s) where |x| <= s, and of g * sign(x) elsewhere.
+
+  In the paper s is the distance between two levels, whole numbers, and q the largest.
+  Here, where levels are at most 1, s is the largest level, and q the number of positive
+  ones: the same for two bits, whose thresholds are then +-s / 2.
+
+  Args:
+    x: float, any shape.
+    step: s > 0, a scalar.
+    grid: in units of s, with `quantizers.unit_thresholds`.
+    count: how many numbers s serves, examples of a batch apart; the size of `x` if
+      None, as for weights.
+
+  Returns:
+    The shape and dtype of `x`.
+  """
+  step = jnp.asarray(step, jnp.result_type(float))
+  return _lsq(x, step, grid, x.size if count is None else count)
+
+
+# Freezing, element by element. alpha is the share that is frozen.
+
+
+def stompp(
+    x: jax.Array, alpha: jax.Array | float, key: jax.Array, grid: Grid
+) -> jax.Array:
+  """StoMPP without straight-through estimator (arXiv 2601.22660, 2606.27759).
+
+  Each element is frozen with probability alpha. Forward h(x) where it is, else x
+  clipped to [-1, 1]; backward g * 1[|x| <= 1] where it is not, else 0.
+
+  Of the source: hard frozen elements without gradient beside clipped ones, a random
+  mask of which about 1 % is drawn anew at each step, and layers frozen one after
+  another from the input on, each with a share that grows as the third power of time.
+  This library's reading, as no code of it is public: every element of a batch has a
+  mask of its own, that follows from `key` alone. In a config: alpha_per_layer,
+  alpha_start=0, alpha_end=1, alpha_shape="cubic" and estimator_noise_steps=100, for
+  which all masks are drawn anew at each hundredth step, and grow with alpha in between.
+
+  Args:
+    x: float, any shape.
+    alpha: in [0, 1]; a scalar, or broadcast to the shape of `x`.
+    key: a PRNG key.
+    grid: any; the source has one bit.
+
+  Returns:
+    The shape and dtype of `x`.
+  """
+  return _frozen(x, alpha, key, grid, False)
+
+
+def stompp_ste(
+    x: jax.Array, alpha: jax.Array | float, key: jax.Array, grid: Grid
+) -> jax.Array:
+  """StoMPP with the straight-through estimator at frozen elements (arXiv 2606.27759).
+
+  Forward as `stompp`; backward g * 1[|x| <= 1] at all elements.
+
+  Args, returns: as `stompp`.
+  """
+  return _frozen(x, alpha, key, grid, True)
+
+
+# Scales of quantized weights.
+
+
+def layer_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
+  """DoReFa-Net's scale of one-bit weights (Zhou et al., arXiv 1606.06160).
+
+  Forward quantized * mean |W| over the layer; backward g to `quantized`, unscaled, and
+  nothing to the mean. (Ternary Weight Networks take the mean over weights beyond the
+  threshold alone.)
+
+  Args:
+    quantized: float (..., output channels), made of `weights` by an estimator.
+    weights: of that shape.
+  """
+  return _scaled_straight(quantized, mean_magnitude(weights, "layer_mean"))
+
+
+def channel_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
+  """XNOR-Net's scale (Rastegari et al., arXiv 1603.05279, section 3.1).
+
+  Forward quantized * mean |W|, over the n weights of each output channel; backward
+  g * mean |W| to `quantized` and, as the paper prints it, g / n to each weight for
+  what it does to the mean (the derivative proper has the sum of g * sign(W) over the
+  channel in place of g, and the sign of the weight as a factor).
+
+  Args: as `layer_mean_scale`.
+  """
+  scale = lax.stop_gradient(mean_magnitude(weights, "channel_mean"))
+  n = weights.size // weights.shape[-1]
+  return quantized * scale + (weights - lax.stop_gradient(weights)) / n
+
+
+WEIGHT_SCALES = {"none": lambda quantized, weights: quantized,
+                 "layer_mean": layer_mean_scale, "channel_mean": channel_mean_scale}
+
+
+def mean_magnitude(weights: jax.Array, rule: str) -> jax.Array:
+  """mean |W|: () of the "layer_mean", (output channels,) of the "channel_mean"."""
+  axes = tuple(range(weights.ndim - 1)) if rule == "channel_mean" else None
+  return abs(weights).mean(axes)
 
 
 def stochastic_neuron(
@@ -236,7 +353,8 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
 
   Returns:
     f(x, alpha, grid, make_key): passes on what the estimator takes; `make_key()` is
-    called only if it takes a key.
+    called only if it takes a key. Where its attribute `learns_step` is true, step=
+    must be given too, and count= may: see `lsq`.
 
   Raises:
     ValueError: no such estimator, or (when called) a grid it is not defined on.
@@ -250,8 +368,7 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
     _check_gradient(gradient)
     function = functools.partial(function, gradient=gradient)
 
-  def estimator(x, alpha, grid, make_key):
-    arguments = {}
+  def estimator(x, alpha, grid, make_key, **arguments):
     if "alpha" in takes:
       arguments["alpha"] = alpha
     if "grid" in takes:
@@ -262,6 +379,7 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
       arguments["key"] = make_key()
     return function(x, **arguments)
 
+  estimator.learns_step = "step" in takes
   return estimator
 
 
@@ -302,17 +420,6 @@ def _zeros(tree):
   return jax.tree.map(jnp.zeros_like, tree)
 
 
-@jax.custom_vjp
-def _ste(x, grid):
-  return quantizers.quantize(x, grid)
-
-
-_ste.defvjp(
-    lambda x, grid: (_ste(x, grid), (x, grid)),
-    lambda saved, g: (g * _inside(saved[0]), _zeros(saved[1])),
-)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _aqe(x, alpha, grid, gradient):
   return _mix(x, alpha, quantizers.quantize(x, grid))
@@ -346,50 +453,59 @@ def _one_bit(grid: Grid) -> Grid:
   return grid
 
 
-def _hard(slope, x, alpha, grid):
-  return _hard_forward(slope, x, jnp.asarray(alpha, jnp.result_type(float)), grid)
+def _hard(slope, x, shape, grid):
+  """Forward h(x); backward g * slope(x, shape, grid, g), `shape` a scalar or array."""
+  return _hard_forward(slope, x, jnp.asarray(shape, jnp.result_type(float)), grid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hard_forward(slope, x, alpha, grid):
+def _hard_forward(slope, x, shape, grid):
   return quantizers.quantize(x, grid)
 
 
 def _hard_backward(slope, saved, g):
-  x, alpha, grid = saved
+  x, shape, grid = saved
   wide = quantizers._wide(x)
-  factor = slope(x.astype(wide), alpha.astype(wide), grid)
-  return (g.astype(wide) * factor).astype(g.dtype), *_zeros((alpha, grid))
+  factor = slope(x.astype(wide), shape.astype(wide), grid, g.astype(wide))
+  return (g.astype(wide) * factor).astype(g.dtype), *_zeros((shape, grid))
 
 
 _hard_forward.defvjp(
-    lambda slope, x, alpha, grid: (_hard_forward(slope, x, alpha, grid),
-                                   (x, alpha, grid)),
+    lambda slope, x, shape, grid: (_hard_forward(slope, x, shape, grid),
+                                   (x, shape, grid)),
     _hard_backward)
 
 
-def _slope_approx_sign(x, alpha, grid):
+def _slope_ste(x, _, grid, g):
+  return _inside(x)
+
+
+def _slope_ewgs(x, delta, grid, g):
+  return (1 + delta * jnp.sign(g) * (x - quantizers.quantize(x, grid))) * _inside(x)
+
+
+def _slope_approx_sign(x, alpha, grid, g):
   return jnp.maximum(2 - 2 * jnp.abs(x), 0)
 
 
-def _slope_swish_sign(x, alpha, grid):
+def _slope_swish_sign(x, alpha, grid, g):
   y = jnp.clip(5 * x, -80, 80)  # cosh is finite there, and the slope 0.
   return 5 * (2 - y * jnp.tanh(y / 2)) / (1 + jnp.cosh(y))
 
 
-def _slope_ede(x, alpha, grid):
+def _slope_ede(x, alpha, grid, g):
   t = 10 ** (2 * alpha - 1)
   # 1 - tanh^2, of which little would be left in the tails.
   return jnp.maximum(1 / t, 1) * t / jnp.cosh(jnp.clip(t * x, -40, 40)) ** 2
 
 
-def _slope_reste(x, alpha, grid):
+def _slope_reste(x, alpha, grid, g):
   o, size = 1 + 2 * alpha, jnp.abs(x)
   power = jnp.maximum(size, 0.1) ** (1 / o - 1)
   return jnp.where(size > 1.5, 0, jnp.where(size > 0.1, power / o, power))
 
 
-def _slope_dsq(x, alpha, grid):
+def _slope_dsq(x, alpha, grid, g):
   a = 0.5 - 0.49 * alpha
   s, k = 1 / (1 - a), jnp.log(2 / a - 1)
   size = jnp.abs(x)
@@ -406,17 +522,56 @@ def _slope_dsq(x, alpha, grid):
   return slope * _inside(x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _ewgs(x, grid, delta):
-  return quantizers.quantize(x, grid)
-
-
-def _ewgs_backward(delta, saved, g):
-  x, grid = saved
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _lsq(x, step, grid, count):
   wide = quantizers._wide(x)
-  error = x.astype(wide) - quantizers.quantize(x, grid).astype(wide)
-  factor = (1 + delta * jnp.sign(g).astype(wide) * error) * _inside(x).astype(wide)
-  return (g.astype(wide) * factor).astype(g.dtype), _zeros(grid)
+  step = step.astype(wide)
+  return (step * quantizers.quantize(x.astype(wide) / step, grid)).astype(x.dtype)
 
 
-_ewgs.defvjp(lambda x, grid, delta: (_ewgs(x, grid, delta), (x, grid)), _ewgs_backward)
+def _lsq_backward(count, saved, g):
+  x, step, grid = saved
+  wide = quantizers._wide(x)
+  y = x.astype(wide) / step.astype(wide)
+  inside = jnp.abs(y) <= 1
+  slope = jnp.where(inside, quantizers.quantize(y, grid) - y, jnp.sign(y))
+  balance = (count * grid.magnitudes.shape[0]) ** -0.5
+  to_step = balance * jnp.sum(g.astype(wide) * slope)
+  return g * inside.astype(g.dtype), to_step.astype(step.dtype), _zeros(grid)
+
+
+_lsq.defvjp(lambda x, step, grid, count: (_lsq(x, step, grid, count), (x, step, grid)),
+            _lsq_backward)
+
+
+def _frozen(x, alpha, key, grid, straight):
+  alpha = jnp.asarray(alpha, quantizers._wide(x))
+  mask = jax.random.uniform(key, x.shape, alpha.dtype) < alpha
+  return _stompp(x, mask, grid, straight)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _stompp(x, mask, grid, straight):
+  return jnp.where(mask, quantizers.quantize(x, grid), jax.nn.hard_tanh(x))
+
+
+def _stompp_backward(straight, saved, g):
+  x, mask, grid = saved
+  passes = _inside(x) if straight else _inside(x) * (~mask).astype(x.dtype)
+  no_mask = np.zeros(mask.shape, jax.dtypes.float0)
+  return g * passes, no_mask, _zeros(grid)
+
+
+_stompp.defvjp(
+    lambda x, mask, grid, straight: (_stompp(x, mask, grid, straight), (x, mask, grid)),
+    _stompp_backward)
+
+
+@jax.custom_vjp
+def _scaled_straight(quantized, scale):
+  return quantized * scale
+
+
+_scaled_straight.defvjp(
+    lambda quantized, scale: (_scaled_straight(quantized, scale), scale),
+    lambda scale, g: (g, jnp.zeros_like(scale)))

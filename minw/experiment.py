@@ -42,6 +42,7 @@ def build_model(config: Any, **changes: Any) -> Any:
       threshold_rule=c.weight_threshold_rule,
       thresholds=c.weight_thresholds,
       estimator=estimator,
+      weight_scale=c.weight_scale,
       kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
       dtype=jnp.dtype(c.compute_dtype))
   make = dict(
@@ -115,14 +116,19 @@ class Experiment:
 
     self.alpha = schedules.alpha(
         c.alpha_shape, c.alpha_start, c.alpha_final, c.alpha_end, self.num_steps,
-        depth=self.model.depth if c.alpha_per_layer else None)
+        depth=self.model.depth if c.alpha_per_layer else None,
+        backward=c.alpha_backward)
     self.learning_rate = schedules.learning_rate(
         c.learning_rate_schedule, c.learning_rate, self.num_steps,
         decay=c.learning_rate_decay, stairs=c.learning_rate_stairs,
         steps=c.learning_rate_steps)
     self.optimizer: optax.GradientTransformation = optim.optimizer(
         c.optimizer, self.learning_rate, adam_epsilon=c.adam_epsilon,
-        momentum=c.momentum, weight_decay=c.weight_decay)
+        momentum=c.momentum, weight_decay=c.weight_decay,
+        bop_adaptivity_rate=c.bop_adaptivity_rate, bop_threshold=c.bop_threshold,
+        one_bit=self.one_bit_layers.__contains__)
+    cli.check(c.optimizer != "bop" or self.one_bit_layers, "config.optimizer",
+              c.optimizer, "another: no layer has weights of 1 bit, which it flips")
 
     # Auto: Flax's convolutions do not know explicit sharding.
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
@@ -147,6 +153,11 @@ class Experiment:
     """The layers whose weights are on a grid, by path."""
     return {layer.path: layer for layer in self.layers
             if layer.kernel_shape and quantizers.is_grid(layer.bits)}
+
+  @property
+  def one_bit_layers(self) -> set[str]:
+    """The paths of the layers whose weights have one bit."""
+    return {path for path, layer in self.grid_layers.items() if layer.bits == 1}
 
   def jit(self, function: Callable, **options: Any) -> Callable:
     """`jax.jit`, with the compiler options that the config asks for."""

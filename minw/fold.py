@@ -12,6 +12,9 @@ batch norm, or is 0 where batch norm is that near to it), and `constant` is 0 un
 `scale` is. Eager, jit and NumPy then give the same bits on every backend. Weights are
 put on their grid here too, as the mean magnitude in their thresholds also depends on
 the order of its sum.
+
+The hard network has levels only. Scales, of weights or of learned steps, are folded
+into the batch norm that follows; where that can not be, `fold` refuses.
 """
 
 from typing import Any, NamedTuple, Sequence
@@ -21,6 +24,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from minw import estimators
 from minw import quantizers
 
 _SMALLEST_NORMAL = 2.0 ** -126  # XLA flushes what is below to zero.
@@ -35,10 +39,13 @@ class Norm(NamedTuple):
 
 
 class Probe(NamedTuple):
-  """What is known of an activation without data; rows of a batch of three.
+  """What is known of an activation without data; rows of a batch.
 
-  A network is probed by running it (mode="fold") on a batch of three "images", so
-  that pooling, reshaping and concatenation carry the three along by themselves.
+  A network is probed by running it (mode="fold") on a batch of six "images", so that
+  pooling, reshaping and concatenation carry them along by themselves: these three, and
+  1, s and nearly 1 / s, where s is the scale, what the hard network's values are to be
+  multiplied by to be the trained network's. The last one tells sums of several scales
+  from those of one.
 
   Attributes:
     bound: (...) the largest magnitude there can be.
@@ -49,6 +56,81 @@ class Probe(NamedTuple):
   bound: jax.Array
   unit: jax.Array
   bits: jax.Array
+
+
+def probe_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
+  """The batch to run a network on: float32 (6, ...).
+
+  Args:
+    probe: its fields broadcast against each other.
+    scale: broadcasts against them; as `round_scale` makes it.
+  """
+  fields = (*probe, 1.0, scale, _mark(scale))
+  rows = np.empty((6, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
+  for row, field in zip(rows, fields):
+    row[...] = field
+  return jnp.asarray(rows)
+
+
+def round_scale(scale: np.ndarray | float) -> np.ndarray:
+  """A scale with 16 bits, that survives sums: float64; below 2^-60 it counts as 0."""
+  mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
+  result = np.ldexp(np.round(np.ldexp(mantissa, 16)), exponent - 16)
+  return np.where(result < 2.0 ** -60, 0.0, result)
+
+
+def _mark(scale):
+  """(1 + r) / scale, r in [0, 1/2) like random: of no mean of scales that of it."""
+  digits = np.ldexp(np.frexp(scale)[0], 16)
+  with np.errstate(divide="ignore"):
+    return np.where(scale == 0, 0.0, (1 + digits * 40503 % 65536 / 131072) / scale)
+
+
+def probe_scale(x: jax.Array) -> np.ndarray:
+  """The scale of each channel of a probed activation: float64 (channels,).
+
+  0 also for channels that a network filled with zeros.
+
+  Raises:
+    ValueError: numbers of different scales were added, or are in one channel.
+  """
+  rows = np.asarray(x)[3:].reshape(3, -1, x.shape[-1])
+  if (rows == rows[:, :1]).all():  # As nearly always: all places are alike.
+    rows = rows[:, :1]
+  one, scale, mark = rows.astype(np.float64)
+  filled = one == 0
+  one = np.where(filled, 1.0, one)
+  near = round_scale(scale / one)  # Sums are rounded: off by 1 in the last digit.
+  unit = np.ldexp(1.0, np.frexp(near)[1] - 16)
+  found, result = filled, np.zeros_like(near)
+  for guess in (near, near - unit, near + unit):
+    fits = np.abs(mark / one - _mark(guess)) <= 3e-5 * _mark(guess)
+    result = np.where(fits & ~found, guess, result)
+    found = found | fits
+  of_channel = result.max(0)
+  if not (found & (filled | (result == of_channel))).all():
+    raise ValueError("gets sums of different scales, which do not fold")
+  return of_channel
+
+
+def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
+  """What the levels of a probed shortcut are multiplied by, in units of `step`.
+
+  Returns:
+    float32 (channels,), or None if that is 1.
+
+  Raises:
+    ValueError: it is not 1, and products with it would be rounded: only levels, which
+      are powers of two, have exact ones.
+  """
+  shortcut = np.asarray(shortcut)
+  filled = (shortcut[3] == 0).reshape(-1, shortcut.shape[-1]).all(0)
+  scale = np.where(filled, 1.0, probe_scale(shortcut) / step)
+  if (scale == 1).all():
+    return None
+  if np.max(shortcut[2]) not in quantizers.GRID_BITS:
+    raise ValueError("gets a shortcut that is not quantized, of another scale")
+  return scale.astype(np.float32)
 
 
 def apply_norm(acc: jax.Array, norm: Norm) -> jax.Array:
@@ -64,6 +146,7 @@ def fold_kernel(
     *,
     rule: str = "layer_mean",
     thresholds: Sequence[float] = (),
+    step: float | None = None,
 ) -> np.ndarray:
   """Weights on their grid, with the thresholds of `quantizers.weight_grid` in float64.
 
@@ -71,6 +154,7 @@ def fold_kernel(
     kernel: float (..., output channels).
     bits: a grid's bits or a float format.
     rule, thresholds: see `quantizers.weight_grid`.
+    step: if it is learned; thresholds are in units of it then, and there is no rule.
 
   Returns:
     float32 of the shape of `kernel`.
@@ -78,6 +162,9 @@ def fold_kernel(
   if not quantizers.is_grid(bits):
     return np.asarray(quantizers.round_to(jnp.asarray(kernel), bits))
   kernel = np.asarray(kernel, np.float64)
+  if step is not None:
+    kernel = kernel / np.float64(step)
+    rule, thresholds = "fixed", quantizers.unit_thresholds(bits, thresholds)
   magnitudes = quantizers.level_magnitudes(bits)
   if bits == 1:
     return np.where(kernel > 0, magnitudes[0], -magnitudes[0])
@@ -89,6 +176,24 @@ def fold_kernel(
   return np.where(kernel < 0, -levels, levels) + np.float32(0)  # no -0
 
 
+def kernel_scale(
+    kernel: np.ndarray, bits: int | str, weight_scale: str, step: float | None = None
+) -> np.ndarray:
+  """What levels of a kernel are multiplied by in training: float64 () or (channels,).
+
+  Args:
+    kernel: float (..., output channels).
+    bits: a grid's bits, or a float format, which has no scale.
+    weight_scale: see `estimators.WEIGHT_SCALES`.
+    step: if it is learned.
+  """
+  scale = np.float64(1.0 if step is None else step)
+  if quantizers.is_grid(bits) and weight_scale != "none":
+    scale = scale * estimators.mean_magnitude(
+        np.asarray(kernel, np.float64), weight_scale)
+  return round_scale(scale)
+
+
 def fold_norm(
     mean: np.ndarray,
     var: np.ndarray,
@@ -97,6 +202,9 @@ def fold_norm(
     epsilon: float,
     bound: np.ndarray,
     unit: np.ndarray,
+    *,
+    input_scale: np.ndarray | float = 1.0,
+    output_scale: float = 1.0,
 ) -> Norm:
   """Batch norm as center, scale and constant.
 
@@ -107,10 +215,17 @@ def fold_norm(
     unit: (channels,) the power of two of which accumulators are multiples, or 0 where
       they are floats (then no rounding of `center` is needed, or exactness claimed).
       A bound over 2^22 units, which 4 and 5 bits can reach, counts as floats too.
+    input_scale: () or (channels,), at least 0: batch norm's input in training is that
+      times the accumulator.
+    output_scale: positive: its output is to be divided by that.
   """
   mean, var, scale, bias, bound, unit = (
       np.asarray(a, np.float64) for a in (mean, var, scale, bias, bound, unit))
   slope = scale / np.sqrt(var + epsilon)
+  known = input_scale == 0  # Then the input is 0, whatever the accumulator.
+  bias = np.where(known, bias - slope * mean, bias) / output_scale
+  mean = np.where(known, 0.0, mean / np.where(known, 1.0, input_scale))
+  slope = slope * input_scale / output_scale
   # With more units no center in the range leaves acc - center exact: floats.
   unit = np.where(bound > 2.0 ** 22 * unit, 0.0, unit)
   with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -136,27 +251,36 @@ def probe_linear(
     bits: int | str,
     pad_value: float,
     output_shape: Sequence[int],
+    scale: np.ndarray | float = 1.0,
 ) -> jax.Array:
-  """What a convolution or dense layer makes of a `Probe`.
+  """What a convolution or dense layer makes of a probe.
 
   Args:
-    x: float32 (3, ..., input channels).
+    x: float32 (6, ..., input channels), see `Probe`.
     kernel: (..., input channels, output channels), on its grid.
     bits: of the kernel.
     pad_value: of the convolution's border; 0 if it has none.
     output_shape: (..., output channels).
+    scale: of the kernel, () or (output channels,).
 
   Returns:
-    float32 (3, *output_shape).
+    float32 (6, *output_shape).
+
+  Raises:
+    ValueError: the input channels, or input and border, have different scales.
   """
-  rows = np.asarray(x, np.float64).reshape(3, -1, x.shape[-1])
+  input_scale = probe_scale(x)
+  scales = np.unique(input_scale[input_scale > 0]) if input_scale.any() else [0.0]
+  if len(scales) > 1:
+    raise ValueError("gets channels of different scales, which do not fold")
+  if pad_value and scales[0] != 1:
+    raise ValueError(f"pad_value={pad_value} beside inputs that have a scale")
+  rows = np.asarray(x)[:2].astype(np.float64).reshape(2, -1, x.shape[-1])
   bound = np.maximum(rows[0].max(0), abs(pad_value))
   fan_in = np.abs(kernel).reshape(-1, *kernel.shape[-2:]).sum(0, dtype=np.float64)
   unit = quantizers.step_size(bits) * rows[1].min()
-  channels = np.stack([bound @ fan_in, np.full(kernel.shape[-1], unit),
-                       np.full(kernel.shape[-1], 32.0)])
-  channels = channels.reshape(3, *(1,) * (len(output_shape) - 1), -1)
-  return jnp.asarray(np.broadcast_to(channels, (3, *output_shape)), jnp.float32)
+  bound = np.broadcast_to(bound @ fan_in, output_shape)
+  return probe_rows(Probe(bound, unit, 32.0), round_scale(scales[0] * scale))
 
 
 def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
@@ -172,14 +296,17 @@ def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
     of its `Norm`.
 
   Raises:
-    ValueError: a variable is not finite, which a grid would hide.
+    ValueError: a variable is not finite, which a grid would hide; or a scale does not
+      fold, where the layer is named.
   """
   variables = jax.device_get(
       {name: variables[name] for name in ("params", "batch_stats")})
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     if not np.isfinite(leaf).all():
       raise ValueError(f"{jax.tree_util.keystr(path)} is not finite")
-  _, hard = model.apply(
-      variables, jnp.stack([jnp.asarray(row, jnp.float32) for row in probe]),
-      mode="fold", mutable=["hard"])
+  output, hard = model.apply(
+      variables, probe_rows(probe), mode="fold", mutable=["hard"])
+  for leaf in jax.tree.leaves(output):
+    if jnp.shape(leaf)[:1] == (6,) and (probe_scale(leaf) != 1).any():
+      raise ValueError("the network's output has a scale: a NormQuant must follow it")
   return jax.tree.map(np.asarray, hard)

@@ -5,7 +5,7 @@ A layer is called as layer(x, alpha, mode). The modes:
     "train"  quantizers through the estimator, batch norm with the batch's statistics
     "mixed"  the same with the running statistics
     "hard"   the network that is deployed, on the variables that `minw.fold` makes
-    "fold"   makes those variables; x is a stacked `fold.Probe`
+    "fold"   makes those variables; x is made by `fold.probe_rows`
 
 With alpha = 1 the first two use the hard quantizers of Eq 20.
 """
@@ -85,7 +85,11 @@ class QuantConv(nn.Module):
     pad_value: what SAME padding consists of; 0 is a third value over -1 and 1.
     bits: of the weights.
     threshold_rule, thresholds: see `quantizers.weight_grid`.
-    estimator: f(kernel, alpha, grid, make_key), see `estimators.by_name`.
+    estimator: f(kernel, alpha, grid, make_key), see `estimators.by_name`. For one that
+      learns its step the layer has a parameter "step", 2 sqrt(q) mean |W| at first, q
+      the number of positive levels; `quantizers.positive_step` of it is used.
+    weight_scale: "none", "layer_mean" or "channel_mean", see
+      `estimators.WEIGHT_SCALES`; of weights in a float format none.
     dtype: of the operands in training; sums are float32 always.
   """
 
@@ -98,6 +102,7 @@ class QuantConv(nn.Module):
   threshold_rule: str = "layer_mean"
   thresholds: Sequence[float] = ()
   estimator: Callable = _aqe
+  weight_scale: str = "none"
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
 
@@ -122,6 +127,7 @@ class QuantDense(nn.Module):
   threshold_rule: str = "layer_mean"
   thresholds: Sequence[float] = ()
   estimator: Callable = _aqe
+  weight_scale: str = "none"
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
 
@@ -136,8 +142,10 @@ class NormQuant(nn.Module):
 
   Attributes:
     bits: of the output; None for logits, which get batch norm alone.
-    thresholds: fixed, see `quantizers.input_grid`.
-    estimator: f(x, alpha, grid, make_key), see `estimators.by_name`.
+    thresholds: fixed, see `quantizers.input_grid`; in units of a learned step.
+    estimator: f(x, alpha, grid, make_key), see `estimators.by_name`. For one that
+      learns its step the layer has a parameter "step", 1 at first, and no HardTanh;
+      `quantizers.positive_step` of it is used.
     momentum, epsilon, use_scale: batch norm's.
     group_size: examples that batch norm takes its statistics of in training, one after
       another of the batch; 0: the whole batch, on all devices.
@@ -157,8 +165,10 @@ class NormQuant(nn.Module):
     if mode == "hard":
       y = fold.apply_norm(
           x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
+      if self.has_variable("hard", "shortcut_scale"):  # Exact, as levels are 2^-n.
+        shortcut = shortcut * self.get_variable("hard", "shortcut_scale")
     elif mode == "fold":
-      return self._fold(x, bits)
+      return self._fold(x, bits, shortcut)
     elif mode == "train" and self.group_size and not self.is_initializing():
       y = _GroupedBatchNorm(
           self.group_size, self.momentum, self.epsilon, self.use_scale,
@@ -172,31 +182,49 @@ class NormQuant(nn.Module):
       y = y + shortcut
     if bits is None:
       return y
-    y = jax.nn.hard_tanh(y)
+    learns_step = _learns_step(self)
+    if mode == "hard" or not learns_step:
+      y = jax.nn.hard_tanh(y)
     if not quantizers.is_grid(bits):
       return quantizers.round_to(y, bits)
-    grid = quantizers.input_grid(bits, self.thresholds)
+    grid = input_grid(self)
     if mode == "hard":
       return quantizers.quantize(y, grid)
+    learned, step = {}, 1.0
+    if learns_step:
+      step = quantizers.positive_step(
+          self.param("step", nn.initializers.ones, ()))
+      learned = dict(step=step, count=y[0].size)
     if mode == "mixed":  # One number an example: padding can be left out of the mean.
-      distance = jnp.abs(y - quantizers.quantize(y, grid))
+      distance = jnp.abs(y - step * quantizers.quantize(y / step, grid))
       self.sow("distance", "mean", jnp.mean(distance, axis=tuple(range(1, y.ndim))))
-    return self.estimator(y, alpha, grid, lambda: self.make_rng("estimator"))
+    return self.estimator(
+        y, alpha, grid, lambda: self.make_rng("estimator"), **learned)
 
-  def _fold(self, x, bits):
+  def _fold(self, x, bits, shortcut):
     params = self.variables["params"]["batch_norm"]
     stats = self.variables["batch_stats"]["batch_norm"]
-    rows = np.asarray(x).reshape(3, -1, x.shape[-1])
+    step = 1.0
+    if _learns_step(self):
+      step = float(fold.round_scale(
+          quantizers.positive_step(self.variables["params"]["step"])))
+    rows = np.asarray(x).reshape(6, -1, x.shape[-1])
     norm = fold.fold_norm(
         stats["mean"], stats["var"],
         params["scale"] if self.use_scale else np.ones_like(params["bias"]),
-        params["bias"], self.epsilon, rows[0].max(0), rows[1].min(0))
+        params["bias"], self.epsilon, rows[0].max(0), rows[1].min(0),
+        input_scale=_named(self, fold.probe_scale, x), output_scale=step)
     for name, value in zip(norm._fields, norm):
       self.put_variable("hard", name, value)
+    if shortcut is not None:
+      scale = _named(self, fold.shortcut_scale, shortcut, step)
+      if scale is not None:
+        self.put_variable("hard", "shortcut_scale", scale)
     if bits is None:
-      return x
-    probe = fold.Probe(1.0, quantizers.step_size(bits), operand_bits(bits))
-    return jnp.stack([jnp.full_like(x[0], row) for row in probe])
+      return fold.probe_rows(fold.Probe(*np.asarray(x)[:3]))
+    bound = np.ones(x.shape[1:], np.float32)
+    return fold.probe_rows(
+        fold.Probe(bound, quantizers.step_size(bits), operand_bits(bits)), step)
 
 
 class _GroupedBatchNorm(nn.Module):
@@ -298,6 +326,28 @@ def operand_bits(bits: Bits) -> int:
   return bits if quantizers.is_grid(bits) else 8 * jnp.dtype(bits).itemsize
 
 
+def input_grid(layer: NormQuant) -> quantizers.Grid:
+  """The grid that a layer's output falls on; in units of its step if it learns one."""
+  bits = bits_of(layer)
+  if _learns_step(layer):
+    return quantizers.grid(bits, quantizers.unit_thresholds(bits, layer.thresholds))
+  return quantizers.input_grid(bits, layer.thresholds)
+
+
+def _learns_step(layer):
+  bits = bits_of(layer)
+  return (getattr(layer.estimator, "learns_step", False) and bits is not None
+          and quantizers.is_grid(bits))
+
+
+def _named(layer, function, *arguments):
+  """function(*arguments); what it refuses is refused with the layer's path."""
+  try:
+    return function(*arguments)
+  except ValueError as error:
+    raise ValueError(f"{'/'.join(layer.path)}: {error}") from error
+
+
 def _linear(layer, x, shape, alpha, mode, pad_value, apply):
   """What QuantConv and QuantDense share: the kernel of each mode."""
   bits = bits_of(layer)
@@ -305,17 +355,27 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32,
                  precision=lax.Precision.HIGHEST)
   kernel = layer.param("kernel", layer.kernel_init, shape)
+  step = None
+  if _learns_step(layer):
+    first = 2 * max(quantizers.num_thresholds(bits), 1) ** 0.5
+    step = quantizers.positive_step(
+        layer.param("step", lambda _: first * jnp.abs(kernel).mean()))
   if mode == "fold":
     levels = fold.fold_kernel(
-        kernel, bits, rule=layer.threshold_rule, thresholds=layer.thresholds)
+        kernel, bits, rule=layer.threshold_rule, thresholds=layer.thresholds, step=step)
+    scale = fold.kernel_scale(kernel, bits, layer.weight_scale, step)
     layer.put_variable("hard", "kernel", levels)
     output = jax.eval_shape(lambda x: apply(x, levels, dtype=jnp.float32), x)
-    return fold.probe_linear(x, levels, bits, pad_value, output.shape[1:])
+    return _named(layer, fold.probe_linear, x, levels, bits, pad_value,
+                  output.shape[1:], scale)
   if quantizers.is_grid(bits):
-    grid = quantizers.weight_grid(
-        kernel, bits, layer.threshold_rule, layer.thresholds)
-    kernel = layer.estimator(
-        kernel, alpha, grid, lambda: layer.make_rng("estimator"))
+    learned = {} if step is None else {"step": step}
+    rule = (layer.threshold_rule, layer.thresholds) if step is None else (
+        "fixed", quantizers.unit_thresholds(bits, layer.thresholds))
+    grid = quantizers.weight_grid(kernel, bits, *rule)
+    quantized = layer.estimator(
+        kernel, alpha, grid, lambda: layer.make_rng("estimator"), **learned)
+    kernel = estimators.WEIGHT_SCALES[layer.weight_scale](quantized, kernel)
   else:
     kernel = quantizers.round_to(kernel, bits)
   return apply(x, kernel, dtype=layer.dtype)

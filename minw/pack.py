@@ -318,11 +318,14 @@ class _Walk:
       return self.emit(packed.Logits(unit=x.unit, **source, **norm._asdict()),
                        unit, x.form)
     if grid:
-      source["grid"] = np.asarray(
-          quantizers.input_grid(layer.bits, layer.thresholds).thresholds, np.float32)
+      source["grid"] = np.asarray(layers.input_grid(layer).thresholds, np.float32)
+    if shortcut:
+      scales = np.unique(call.hard.get("shortcut_scale", 1.0))
+      if len(scales) > 1:
+        raise self.refuse(f"{call.path}: a shortcut of several scales")
+      source["shortcut_unit"] = shortcut.unit * float(scales[0])
     return self.emit(packed.FloatNorm(
-        bits=layer.bits, unit=x.unit, **source, **norm._asdict(),
-        shortcut_unit=shortcut.unit if shortcut else 1.0), unit, x.form)
+        bits=layer.bits, unit=x.unit, **source, **norm._asdict()), unit, x.form)
 
 
 def _codes(values, bits):

@@ -15,7 +15,7 @@ dtype of `x`. XLA flushes denormal inputs to zero, so h(1e-40) = -1 for one bit.
 """
 
 import functools
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import jax
 from jax import lax
@@ -84,6 +84,22 @@ def fixed_thresholds(bits: int) -> np.ndarray:
     return np.full(num_thresholds(bits), _TERNARY_THRESHOLD)
   levels = level_magnitudes(bits).astype(np.float64)
   return (np.concatenate([[0.0], levels[:-1]]) + levels) / 2
+
+
+def unit_thresholds(bits: int, thresholds: Sequence[float] = ()) -> np.ndarray:
+  """The thresholds of a grid with a learned step, in units of it: float64 (q,).
+
+  The given `thresholds` where they are as many as `bits` needs, else the midpoints
+  between levels, 0.5 for two bits: rounding to the nearest, as in LSQ.
+  """
+  if len(thresholds) == num_thresholds(bits):
+    return np.asarray(thresholds, np.float64)
+  return fixed_thresholds(bits) if bits > 2 else np.full(num_thresholds(bits), 0.5)
+
+
+def positive_step(step: Any) -> Any:
+  """The step that a parameter of any sign stands for: |step| + 2^-20 (float)."""
+  return abs(step) + 2.0**-20
 
 
 def mean_factors(bits: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-ALPHA_SHAPES = ("linear", "cosine", "step")
+ALPHA_SHAPES = ("linear", "cosine", "cubic", "step")
 LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant")
 
 Schedule = Callable[[jax.Array | int], jax.Array]
@@ -60,17 +60,20 @@ def alpha(
     num_steps: int,
     *,
     depth: int | None = None,
+    backward: bool = False,
 ) -> Schedule:
-  """alpha of AQE as a function of the step.
+  """alpha of an estimator as a function of the step.
 
   Args:
-    shape: "linear", "cosine" (slow at both ends) or "step" (all at `end`).
+    shape: "linear", "cosine" (slow at both ends), "cubic" (slow at first; StoMPP's) or
+      "step" (all at `end`).
     start: the value at step 0.
     final: the value from `end` on.
     end: when `final` is reached, as a fraction of the run.
     num_steps: of the run.
     depth: if given, that many layers are annealed one after another, each in an equal
       share of the time, from the input on (the order of StoMPP, arXiv 2601.22660).
+    backward: from the output on instead: StoMPP's control, which it reports to fail.
 
   Returns:
     A function of the step to float32 () or (depth,).
@@ -84,10 +87,13 @@ def alpha(
     progress = (jnp.asarray(step, jnp.float32) + (end == 0)) / max(end * num_steps, 1)
     done = progress * layers
     if depth is not None:
-      done = done - jnp.arange(depth, dtype=jnp.float32)
+      order = jnp.arange(depth, dtype=jnp.float32)
+      done = done - (order[::-1] if backward else order)
     done = jnp.clip(done, 0.0, 1.0)
     if shape == "cosine":
       done = (1 - jnp.cos(jnp.pi * done)) / 2
+    elif shape == "cubic":
+      done = done**3
     elif shape == "step":
       done = jnp.floor(done)
     # Exactly `final` in the end: rounding would leave networks almost hard.

@@ -126,7 +126,8 @@ def update(
   params = optax.apply_updates(state.params, updates)
   on_grid = experiment.grid_layers
   params = optim.clip_kernels(params, jax.tree_util.tree_map_with_path(
-      lambda path, _: "/".join(part.key for part in path[:-1]) in on_grid, params))
+      lambda path, _: path[-1].key == "kernel"
+      and "/".join(part.key for part in path[:-1]) in on_grid, params))
 
   totals = state.totals
   finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((updates, batch_stats)))
@@ -154,9 +155,14 @@ def make_train_step(
   It takes data and order from `Experiment.train_batches`. The batch is a function of
   the seed and `state.step`.
   """
+  noise_steps = experiment.config.estimator_noise_steps
+
   def train_step(state, data, order):
-    key = jax.random.fold_in(jax.random.key(experiment.config.seed), state.step)
-    batch_key, estimator_key = jax.random.split(key)
+    keys = lambda step: jax.random.split(
+        jax.random.fold_in(jax.random.key(experiment.config.seed), step))
+    batch_key, estimator_key = keys(state.step)
+    if noise_steps > 1:
+      estimator_key = keys(state.step - state.step % noise_steps)[1]
     images, labels = experiment.train_batch(
         data, order, state.step % experiment.steps_per_epoch, batch_key)
     return update(experiment, state, images, labels, estimator_key)
@@ -182,9 +188,10 @@ def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
   the first of what `Experiment.train_batches` gives.
   """
   # With no momentum, what a step leaves is the batch's own; the straight-through
-  # estimator is the hard quantizer at any alpha.
+  # estimator is the hard quantizer at any alpha, as is lsq with its steps.
+  estimator = "lsq" if experiment.config.estimator == "lsq" else "ste"
   model = experiment_lib.build_model(
-      experiment.config, estimator="ste", norm_momentum=0.0)
+      experiment.config, estimator=estimator, norm_momentum=0.0)
 
   @experiment.jit
   def statistics(params, batch_stats, data, order, position):
@@ -213,11 +220,16 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
       kernel = params
       for name in path.split("/"):
         kernel = kernel[name]
-      kernel = kernel["kernel"]
-      grid = quantizers.weight_grid(
-          kernel, layer.bits, c.weight_threshold_rule, c.weight_thresholds)
-      codes[path] = quantizers.encode(kernel, grid)
-      distance[path] = jnp.mean(jnp.abs(kernel - quantizers.quantize(kernel, grid)))
+      step, kernel = kernel.get("step"), kernel["kernel"]
+      if step is None:
+        step, rule, thresholds = 1.0, c.weight_threshold_rule, c.weight_thresholds
+      else:
+        step, rule = quantizers.positive_step(step), "fixed"
+        thresholds = quantizers.unit_thresholds(layer.bits, c.weight_thresholds)
+      grid = quantizers.weight_grid(kernel, layer.bits, rule, thresholds)
+      codes[path] = quantizers.encode(kernel / step, grid)
+      distance[path] = jnp.mean(
+          jnp.abs(kernel - step * quantizers.quantize(kernel / step, grid)))
     return codes, distance
 
   return experiment.jit(report)
