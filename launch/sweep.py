@@ -52,7 +52,7 @@ from minw import workdir as workdir_lib
 import places
 
 BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75  # Exit codes of minw.main.
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 _FINAL = ("done", "diverged", "failed")
 
 
@@ -399,14 +399,15 @@ def run_all(
           job.process.send_signal(
               signal.SIGTERM if stop.count == 1 else signal.SIGKILL)
       open_runs = []
-      if not stop.count:
+      if free and not stop.count:  # Otherwise the files need not be looked at.
         found = states(runs, retries)
         own = [job.run.name for job in active]
+        ready = {run.name for run in runs
+                 if not run.after or found[run.after].name == "done"}
         open_runs = [run for run in runs if run.name not in own and (
-            found[run.name].name not in _FINAL or run.name in refused)]
+            found[run.name].name not in _FINAL or run.name in refused & ready)]
         for run in open_runs:
-          ready = not run.after or found[run.after].name == "done"
-          if free and ready and found[run.name].name != "running":
+          if free and run.name in ready and found[run.name].name != "running":
             job = _start(
                 run, free[0], retries, steps, command(run), run.name in refused)
             if job:

@@ -211,6 +211,14 @@ def test_run_that_starts_from_a_failed_one(tmp_path, behaviour, state):
   assert "r1" not in starts(tmp_path)
 
 
+def test_refused_runs_that_start_from_each_other_end(tmp_path):
+  first, second = fakes(tmp_path, ["refuse", "refuse"])
+  run_fakes([first, second])
+  ended, _, found = run_fakes([first, second._replace(after="r0")])
+  assert ended and {s.name for s in found.values()} == {"failed"}
+  assert starts(tmp_path) == {"r0": 2, "r1": 1}
+
+
 # --- Several processes.
 
 
