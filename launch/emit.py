@@ -3,8 +3,8 @@
 Each task is `launch/sweep.py --only=NAME`, so that what is done is skipped and what was
 interrupted goes on, here as there. What is in capitals is to be filled in.
 
-The array was tried on Slurm 22.05, one machine, four runs; the JobSet was not tried on a
-cluster, only checked as launch/jobset.yaml is.
+The array was tried on Slurm 22.05, one machine, four runs; the JobSet was not tried on
+a cluster, only checked as launch/jobset.yaml is.
 """
 
 import json

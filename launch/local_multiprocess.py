@@ -6,7 +6,8 @@ What follows `--` goes to `python -m minw.main`, with the flags that make the pr
 one run. Each has its own cores, and its own GPUs where there are any; their lines are
 prefixed with their numbers. SIGTERM and SIGINT are passed on. If one ends with another
 code than 0, the others get SIGTERM, and SIGKILL after --grace seconds. The exit code is
-that of the first to fail, or 75 if the run was preempted and goes on when started again.
+that of the first to fail, or 75 if the run was preempted and goes on when started
+again.
 
 Tried on Linux with two CPU processes (tests/test_launch.py); not on several GPUs.
 """

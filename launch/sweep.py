@@ -52,7 +52,7 @@ from minw import workdir as workdir_lib
 import places
 
 BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75  # Exit codes of minw.main.
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 _FINAL = ("done", "diverged", "failed")
 
 
@@ -308,7 +308,8 @@ def table(folder: str, found: dict[str, State], jobs: int) -> str:
   counts = ", ".join(
       f"{kinds.count(kind)} {kind}" for kind in
       ("done", "running", "stopped", "waiting", "diverged", "failed") if kind in kinds)
-  lines = [f"{folder}: {counts}" + (f"; about {_time(total)} left" if total > 0 else "")]
+  lines = [f"{folder}: {counts}" + (
+      f"; about {_time(total)} left" if total > 0 else "")]
   width = max(map(len, found))
   for name, s in found.items():
     step = f"{s.step}/{s.steps}" if s.steps else ""
@@ -398,15 +399,17 @@ def run_all(
           job.process.send_signal(
               signal.SIGTERM if stop.count == 1 else signal.SIGKILL)
       open_runs = []
-      if not stop.count:
+      if free and not stop.count:  # Otherwise the files need not be looked at.
         found = states(runs, retries)
         own = [job.run.name for job in active]
+        ready = {run.name for run in runs
+                 if not run.after or found[run.after].name == "done"}
         open_runs = [run for run in runs if run.name not in own and (
-            found[run.name].name not in _FINAL or run.name in refused)]
+            found[run.name].name not in _FINAL or run.name in refused & ready)]
         for run in open_runs:
-          ready = not run.after or found[run.after].name == "done"
-          if free and ready and found[run.name].name != "running":
-            job = _start(run, free[0], retries, steps, command(run), run.name in refused)
+          if free and run.name in ready and found[run.name].name != "running":
+            job = _start(
+                run, free[0], retries, steps, command(run), run.name in refused)
             if job:
               refused.discard(run.name)
               active.append(job)
@@ -480,7 +483,8 @@ def _last_line(path: pathlib.Path) -> str:
 if __name__ == "__main__":
   _SWEEP = flags.DEFINE_string(
       "sweep", None, "Sweep file, or FILE:ARGUMENT.", required=True)
-  _DIR = flags.DEFINE_string("dir", None, "Holds a workdir for each run.", required=True)
+  _DIR = flags.DEFINE_string(
+      "dir", None, "Holds a workdir for each run.", required=True)
   _DATA_DIR = flags.DEFINE_string(
       "data_dir", None, "Where the data are; the default is as the configs say.")
   _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
@@ -516,7 +520,8 @@ if __name__ == "__main__":
     try:
       os.makedirs(_DIR.value, exist_ok=True)
     except OSError as error:
-      raise cli.bad_value("dir", _DIR.value, f"a folder to write in ({error})") from error
+      raise cli.bad_value(
+          "dir", _DIR.value, f"a folder to write in ({error})") from error
     ended = run_all(runs, jobs=_JOBS.value, retries=_RETRIES.value, steps=check(runs),
                     say=lambda line: print(line, flush=True))
     show()

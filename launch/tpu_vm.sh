@@ -69,8 +69,9 @@ copy_code() {
   git -C "$root" ls-files -z --cached --others --exclude-standard |
     tar -czf "$archive" -C "$root" --ignore-failed-read --null -T - &&
     tpu scp "$archive" "$name:minw.tar.gz" --worker=all &&
-    on_all "${SETUP:-true} && rm -rf minw && mkdir minw && tar -xzf minw.tar.gz -C minw \
-&& cd minw && $python -m pip install -r requirements-tpu.txt" &&
+    on_all "${SETUP:-true} && rm -rf minw && mkdir minw && \
+tar -xzf minw.tar.gz -C minw && cd minw && \
+$python -m pip install -r requirements-tpu.txt" &&
     copied=yes
   local code=$?
   rm -f "$archive"

@@ -91,7 +91,8 @@ def test_process_is_pinned():
   core = max(os.sched_getaffinity(0))
   process = places.start(
       [sys.executable, "-c", "import os; input(); print(os.sched_getaffinity(0))"],
-      places.Place([core], {}), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+      places.Place([core], {}), text=True, stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE)
   assert process.communicate("\n")[0] == f"{{{core}}}\n"
 
 
@@ -245,7 +246,8 @@ def test_shellcheck():
   shellcheck(*SCRIPTS)
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "jobset.yaml"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, LAUNCH / "jobset.yaml"], ids=lambda path: path.name)
 def test_each_states_what_it_was_tried_on(path):
   head = path.read_text().split("\nset -")[0].lower()
   assert "tried" in head and "TRIED_ON" not in path.read_text()

@@ -48,7 +48,8 @@ def status(state, step, **more):
 
 def spans(kind):
   with (workdir.parent / "spans").open("a") as file:
-    file.write(json.dumps([kind, workdir.name, sorted(os.sched_getaffinity(0))]) + "\\n")
+    cores = sorted(os.sched_getaffinity(0))
+    file.write(json.dumps([kind, workdir.name, cores]) + "\\n")
 
 def preempted(*_):
   status("preempted", 3)
@@ -197,7 +198,8 @@ def test_run_that_starts_from_another(tmp_path):
       ["begin", "r0"], ["end", "r0"], ["begin", "r1"], ["end", "r1"]]
 
 
-@pytest.mark.parametrize("behaviour, state", [("fail", "failed"), ("diverge", "diverged")])
+@pytest.mark.parametrize(
+    "behaviour, state", [("fail", "failed"), ("diverge", "diverged")])
 def test_run_that_starts_from_a_failed_one(tmp_path, behaviour, state):
   runs = fakes(tmp_path, [behaviour, "ok", "ok", "ok"])
   runs[1] = runs[1]._replace(after="r0")
@@ -207,6 +209,14 @@ def test_run_that_starts_from_a_failed_one(tmp_path, behaviour, state):
   assert [s.name for s in found.values()] == [state, "failed", "failed", "done"]
   assert found["r1"].reason == f"starts from r0, which {state}"
   assert "r1" not in starts(tmp_path)
+
+
+def test_refused_runs_that_start_from_each_other_end(tmp_path):
+  first, second = fakes(tmp_path, ["refuse", "refuse"])
+  run_fakes([first, second])
+  ended, _, found = run_fakes([first, second._replace(after="r0")])
+  assert ended and {s.name for s in found.values()} == {"failed"}
+  assert starts(tmp_path) == {"r0": 2, "r1": 1}
 
 
 # --- Several processes.
@@ -292,7 +302,8 @@ def test_killed_sweep_leaves_no_lock_but_its_runs_keep_theirs(tmp_path):
     wait_until(lambda: sorted(s.name for s in sweep.states(runs, 1).values()) == [
         "running", "stopped", "waiting"])
     other = drive(tmp_path, 1, "long", "long", "ok")
-    wait_until(lambda: sum(s.name == "done" for s in sweep.states(runs, 1).values()) == 2)
+    wait_until(
+        lambda: [s.name for s in sweep.states(runs, 1).values()].count("done") == 2)
     # The one that lives on has not been started again, and its end is waited for.
     assert sorted(starts(tmp_path).values()) == [1, 1, 2]
     assert other.poll() is None
@@ -303,6 +314,15 @@ def test_killed_sweep_leaves_no_lock_but_its_runs_keep_theirs(tmp_path):
   other.communicate(timeout=60)
   assert other.returncode == 0
   assert starts(tmp_path) == {"r0": 2, "r1": 2, "r2": 1}
+
+
+def test_run_that_another_sweep_has_just_ended(tmp_path):
+  (run,) = fakes(tmp_path, ["ok"])
+  run.workdir.mkdir()
+  (run.workdir / "status.json").write_text('{"state": "done", "step": 10}')
+  place = places.Place([], {})
+  assert sweep._start(run, place, 1, {}, fake_command(run), False) is None
+  assert starts(tmp_path) == {}
 
 
 # --- The table.
@@ -333,7 +353,8 @@ def test_time_left_without_a_measurement():
 def test_table():
   found = {
       "a": sweep.State("done", 880, 880, 0.95561, 3600.0, "an old one"),
-      "bb": sweep.State("failed", 0, 880, None, 5.0, "exit code 1: ValueError (3 times)"),
+      "bb": sweep.State(
+          "failed", 0, 880, None, 5.0, "exit code 1: ValueError (3 times)"),
       "c": sweep.State("waiting"),
   }
   assert sweep.table("runs/x", found, 1).splitlines() == [
@@ -516,7 +537,8 @@ def test_tables_are_whole(read_sweep, table, dataset):
     assert (config.input_bits, config.weight_bits) == (fmt.get(m, m), fmt.get(n, n))
     assert (config.conv_widths[0], config.dense_widths[0]) == widths[network]
   assert sorted(runs) == ([] if table == 1 else sorted(
-      f"cifar100-{network}-1-1-ste-seed{seed}" for network in "ABCD" for seed in (0, 1)))
+      f"cifar100-{network}-1-1-ste-seed{seed}"
+      for network in "ABCD" for seed in (0, 1)))
   assert {run.config.estimator for run in runs.values()} <= {"ste"}
 
 
@@ -545,7 +567,8 @@ def test_controls_have_the_rates_of_one_run(read_sweep, argument, epochs):
       # Stairs may fall an epoch or so earlier or later: a factor of 0.9 each.
       assert all(0.9**1.01 <= x / y <= 0.9**-1.01 for x, y in zip(both, one))
       assert both[-1] == pytest.approx(one[-1])
-  assert runs["aqe-first-seed0"].alpha_end == 1 == runs["aqe-then-aqe-seed0"].alpha_start
+  assert runs["aqe-first-seed0"].alpha_end == 1
+  assert runs["aqe-then-aqe-seed0"].alpha_start == 1
   assert runs["float-first-seed0"].input_bits == "float32"
 
 

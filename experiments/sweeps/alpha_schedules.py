@@ -1,8 +1,8 @@
 """How alpha grows: its shape, where it begins and ends, and layer after layer.
 
---sweep=experiments/sweeps/alpha_schedules.py:dataset=cifar10,network=A,seeds=3 takes the
-names below. A run differs from the default schedule, "linear-0.465-seed0", in what its
-name says; "ste" and a constant alpha of 1 are what annealing has to beat.
+--sweep=experiments/sweeps/alpha_schedules.py:dataset=cifar10,network=A,seeds=3 takes
+the names below. A run differs from the default schedule, "linear-0.465-seed0", in what
+its name says; "ste" and a constant alpha of 1 are what annealing has to beat.
 """
 
 from minw import cli
