@@ -717,9 +717,9 @@ def test_commands(runs, tmp_path):
 def test_commands_refuse_in_one_line(tmp_path):
   runs = f"--runs={tmp_path}"
   wrong = {
-      (): "a subcommand is missing; known: tables, figures, compare, collect",
+      (runs,): "a subcommand is missing; known: tables, figures, compare, collect",
       ("table", runs): "subcommand 'table' does not exist; did you mean 'tables'?",
-      ("tables",): "flag --runs must have a value",
+      ("tables",): "--runs",
       ("tables", runs): f"runs='{tmp_path}': must be folders that hold workdirs",
       ("tables", "--runs=none"): "runs='none': must be a folder or a file that exists",
       ("figures", runs): "--out is missing",
@@ -727,7 +727,8 @@ def test_commands_refuse_in_one_line(tmp_path):
       ("collect", runs, "--out=a.json"): "out='a.json': must be a file whose name",
   }
   for arguments, message in wrong.items():
-    output, errors = (process := command(*arguments)).communicate()
+    process = command(*arguments)
+    output, errors = process.communicate()
     assert (process.returncode, output) == (2, "")
     assert errors.startswith("error: ") and message in errors, errors
     assert errors.count("\n") == 1
