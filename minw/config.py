@@ -190,12 +190,10 @@ def validate(c: config_dict.ConfigDict) -> None:
     for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
       check(name, all(type(value) is kind for value in c[name]),
             f"a tuple of {kind.__name__}")
-    check("histogram_epochs", all(
-        0 < epoch <= c.num_epochs and not (epoch % c.eval_every_epochs and
-                                           epoch < c.num_epochs)
-        for epoch in c.histogram_epochs),
-          f"epochs up to num_epochs={c.num_epochs} that end with a validation, as every "
-          f"eval_every_epochs={c.eval_every_epochs} do")
+    reports = {*range(0, c.num_epochs, c.eval_every_epochs), c.num_epochs} - {0}
+    check("histogram_epochs", reports.issuperset(c.histogram_epochs),
+          f"epochs up to num_epochs={c.num_epochs} that end with a validation, as "
+          f"every eval_every_epochs={c.eval_every_epochs} do")
 
   check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
         and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,

@@ -141,8 +141,8 @@ class Experiment:
       cli.check(any(layers.matches(pattern, path) for path in quantized),
                 "config.bits_rules", pattern,
                 "a pattern that matches one of " + ", ".join(quantized))
-    on_grid = [path for path, bits in ((layer.path, layer.bits) for layer in self.layers)
-               if bits is not None and quantizers.is_grid(bits)]
+    on_grid = [layer.path for layer in self.layers
+               if layer.bits is not None and quantizers.is_grid(layer.bits)]
     for pattern in self.config.histogram_layers:
       cli.check(any(layers.matches(pattern, path) for path in on_grid),
                 "config.histogram_layers", pattern, "a pattern that matches one of "

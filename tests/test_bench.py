@@ -92,6 +92,8 @@ def test_refuses_in_one_line():
       (): "a subcommand is missing; known: train, inference",
       ("trian",): "subcommand 'trian' does not exist; did you mean 'train'?",
       ("train", "--config.batchsize=8"): "config field 'batchsize' does not exist",
+      ("configs", "--configs=none.py"): "config='none.py': must be FILE or",
+      ("configs", "--config=x.py"): "Unknown command line flag 'config'",
       ("inference", "--batches=1,x"): "batches='1,x': must be positive integers",
       ("data", "--config.dataset=cifar10", "--config.crop_size=24"):
           "config.dataset='cifar10': must be a data set that is streamed: imagenet2012",
@@ -124,6 +126,27 @@ def test_data_command(tmp_path):
     np.testing.assert_allclose(result["ratios"][f"minw / {name}"]["values"],
                                np.divide(rates["minw"], rates[name]))
   assert result["images"] == 21
+
+
+@pytest.mark.slow
+def test_configs_command(tmp_path):
+  path = tmp_path / "result.json"
+  process = command("configs", f"--configs={EXPERIMENT}", "--batch_size=16",
+                    "--rounds=3", f"--json={path}")
+  output, errors = process.communicate()
+  assert process.returncode == 0, errors
+  (name, found), = json.loads(path.read_text())["configs"].items()
+  weights = 9 * (1 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + 2 * 2 * 64 * 128 + 128 * 10
+  assert name == str(EXPERIMENT) and found["weights"] == weights
+  assert found["weights_by_bits"] == {"1": weights} and found["input_bits"] == 1
+  values = found["step"]["values"]
+  assert len(values) == 3 and min(values) > 0 and found["batch_size"] == 16
+  row, = (line for line in output.splitlines() if name in line)
+  median = found["step"]["median"]
+  assert median == np.median(values)
+  for text in ("convnet, digits", f"{weights:,}", f"{1e3 * median:.1f}",
+               f"{16 / median:.1f}"):
+    assert f" {text} |" in row
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")

@@ -1,4 +1,4 @@
-"""minw.report, and what runs record for it: run.json, histograms, hard training lines."""
+"""minw.report, and what runs record for it: run.json, histograms, training lines."""
 
 import csv
 import importlib.util
@@ -97,8 +97,8 @@ def test_all_cells_are_there():
     ("cifar_convnet", "", "I", dict(network="D", inputs=1, weights=1)),
     ("cifar_convnet", "network=A,weight_bits=bfloat16,input_bits=3", "I",
      dict(network="A", inputs=3, weights=16)),
-    ("cifar_convnet", "network=C,input_bits=float16,weight_bits=2,geometry=valid32", "I",
-     dict(network="C", inputs=16, weights=2)),
+    ("cifar_convnet", "network=C,input_bits=float16,weight_bits=2,geometry=valid32",
+     "I", dict(network="C", inputs=16, weights=2)),
     ("cifar_convnet", "network=B,input_bits=float32,weight_bits=float32,estimator=ste",
      "I", dict(network="B", inputs=32, weights=32)),
     ("cifar_convnet", "dataset=cifar100,estimator=ste", "II",
@@ -264,8 +264,8 @@ def test_comparison():
   assert group.estimates["test_accuracy"] == (1, 0.3, None, None)
 
   text = comparison.markdown([first, second])
-  assert ("| last checkpoint | aqe | 3 | 0.8500 | 0.0100 | 0.8252 to 0.8748 |  |  |  |\n"
-          in text)
+  assert ("| last checkpoint | aqe | 3 | 0.8500 | 0.0100 | 0.8252 to 0.8748 |  |  |  |"
+          "\n") in text
   assert "| 3 | +0.0100 | -0.0148 to 0.0348 |\n" in text
   assert "## Default config\n" in text and "## weight_bits=2\n" in text
   assert "| last checkpoint | ste | 1 | 0.3000 |  |  |  |  |  |\n" in text
@@ -461,15 +461,16 @@ def test_records_of_an_interrupted_run(runs, tmp_path):
     (dict(histogram_layers=("conv1",), histogram_epochs=(1,),
           bits_rules=(("conv1", "float32"),)),
      "config.histogram_layers='conv1': must be a pattern that matches one of norm_con"),
-    (dict(histogram_layers=(3,)), "config.histogram_layers=(3,): must be a tuple of str"),
+    (dict(histogram_layers=(3,)), "config.histogram_layers=(3,): must be a tuple of "),
     (dict(histogram_layers=("conv1",), histogram_epochs=(5,)),
      "config.histogram_epochs=(5,): must be epochs up to num_epochs=4 that end with a"),
-    (dict(histogram_layers=("conv1",), histogram_epochs=(0,)), "config.histogram_epochs"),
+    (dict(histogram_layers=("conv1",), histogram_epochs=(0,)),
+     "config.histogram_epochs=(0,)"),
     (dict(histogram_layers=("conv1",), histogram_epochs=(1.0,)),
      "config.histogram_epochs=(1.0,): must be a tuple of int"),
     (dict(histogram_layers=("conv1",), histogram_epochs=(1, 2), eval_every_epochs=2),
-     "config.histogram_epochs=(1, 2): must be epochs up to num_epochs=4 that end with a "
-     "validation, as every eval_every_epochs=2 do"),
+     "config.histogram_epochs=(1, 2): must be epochs up to num_epochs=4 that end with "
+     "a validation, as every eval_every_epochs=2 do"),
 ])
 def test_histograms_that_can_not_be(changes, message):
   with pytest.raises(cli.UsageError) as error:
@@ -558,13 +559,14 @@ def test_collect(runs, tmp_path):
   added, left_out = records.collect([str(runs)], str(study))
   assert [pathlib.Path(name).name for name in added] == ["aqe", "ste", "two"]
   assert left_out == []
-  before = {path: path.read_bytes() for path in study.parent.rglob("*") if path.is_file()}
+  files = lambda: {path: path.read_bytes() for path in study.parent.rglob("*")
+                   if path.is_file()}
+  before = files()
   assert len(before) == 1 + 3 * 2
   assert str(runs).encode() not in study.read_bytes()  # No paths of a machine.
   for _ in range(2):
     assert records.collect([str(runs), str(study)], str(study)) == ([], [])
-    assert before == {path: path.read_bytes() for path in study.parent.rglob("*")
-                      if path.is_file()}
+    assert files() == before
 
   copied(runs / "two", tmp_path / "more", seed=5)
   added, _ = records.collect([str(tmp_path / "more")], str(study))
@@ -573,17 +575,18 @@ def test_collect(runs, tmp_path):
   from_study, left_out = records.read([str(study.parent)])
   from_workdirs, _ = records.read([str(runs), str(tmp_path / "more")])
   assert left_out == [] and len(from_study) == 4
-  files = ("name", "curve", "histograms")
+  named = ("name", "curve", "histograms")
   for ours, theirs in zip(from_study, from_workdirs):
-    assert {k: v for k, v in ours.items() if k not in files} == {
-        k: v for k, v in theirs.items() if k not in files}
+    assert {k: v for k, v in ours.items() if k not in named} == {
+        k: v for k, v in theirs.items() if k not in named}
   assert from_study[3]["curve"] is None
   assert pathlib.Path(from_study[0]["histograms"]).read_bytes() == (
       runs / "aqe" / "histograms.jsonl").read_bytes()
   curve, whole = ([json.loads(line) for line in pathlib.Path(path).read_text(
       ).splitlines()] for path in (from_study[0]["curve"], runs / "aqe/metrics.jsonl"))
   dropped = {"flip_rate", "weight_distance", "input_distance", "examples_per_second"}
-  assert curve == [{k: v for k, v in line.items() if k not in dropped} for line in whole]
+  assert curve == [
+      {k: v for k, v in line.items() if k not in dropped} for line in whole]
   # Both at once are the same runs.
   assert len(records.read([str(study), str(runs)])[0]) == 4
 
@@ -632,7 +635,8 @@ def test_figures_of_histograms(runs):
 def curve_run(tmp_path, estimator, seed, losses, splits=("validation",), **changes):
   path = tmp_path / f"{estimator}{seed}.jsonl"
   path.write_text("".join(json.dumps(
-      {"step": epoch, "epoch": epoch, "split": split, "mode": mode, "accuracy": 1 - loss,
+      {"step": epoch, "epoch": epoch, "split": split, "mode": mode,
+       "accuracy": 1 - loss,
        "loss": loss * (1 + (split == "train") + 4 * (mode == "mixed"))}) + "\n"
       for epoch, loss in enumerate(losses, start=1) for split in splits
       for mode in ("mixed", "hard")))
@@ -650,7 +654,8 @@ def test_figure_of_estimators(tmp_path):
            curve_run(tmp_path, "ste", 3, (0.8, 0.7), weight_bits=2)]
   pairs = figures._pairs(found)
   assert [{name: [run["seed"] for run in group] for name, group in groups.items()}
-          for groups in pairs] == [{"aqe": [0, 1], "ste": [0]}, {"aqe": [2], "ste": [2]}]
+          for groups in pairs] == [
+              {"aqe": [0, 1], "ste": [0]}, {"aqe": [2], "ste": [2]}]
   accuracy, loss, accuracy100, loss100 = figures.comparison_figure(pairs).axes
   assert "training split" in accuracy.get_title()
   assert "validation (training was not recorded)" in loss100.get_title()
@@ -690,7 +695,8 @@ def test_commands(runs, tmp_path):
   both = f"--runs={runs},{tmp_path}"
   outputs = {}
   for arguments in (
-      ("collect", both, f"--out={study}"), ("tables", f"--runs={study}", f"--out={out}"),
+      ("collect", both, f"--out={study}"),
+      ("tables", f"--runs={study}", f"--out={out}"),
       ("compare", f"--runs={runs}", f"--runs={study}", "--by=estimator",
        f"--out={out}"), ("figures", f"--runs={study}", f"--out={out}")):
     process = command(*arguments)
@@ -711,9 +717,9 @@ def test_commands(runs, tmp_path):
 def test_commands_refuse_in_one_line(tmp_path):
   runs = f"--runs={tmp_path}"
   wrong = {
-      (): "a subcommand is missing; known: tables, figures, compare, collect",
+      (runs,): "a subcommand is missing; known: tables, figures, compare, collect",
       ("table", runs): "subcommand 'table' does not exist; did you mean 'tables'?",
-      ("tables",): "flag --runs must have a value",
+      ("tables",): "--runs",
       ("tables", runs): f"runs='{tmp_path}': must be folders that hold workdirs",
       ("tables", "--runs=none"): "runs='none': must be a folder or a file that exists",
       ("figures", runs): "--out is missing",
@@ -721,7 +727,8 @@ def test_commands_refuse_in_one_line(tmp_path):
       ("collect", runs, "--out=a.json"): "out='a.json': must be a file whose name",
   }
   for arguments, message in wrong.items():
-    output, errors = (process := command(*arguments)).communicate()
+    process = command(*arguments)
+    output, errors = process.communicate()
     assert (process.returncode, output) == (2, "")
     assert errors.startswith("error: ") and message in errors, errors
     assert errors.count("\n") == 1

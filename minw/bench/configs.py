@@ -55,8 +55,8 @@ def _measure(experiment: Experiment, rounds: int) -> dict[str, Any]:
       lambda: train.init_state(experiment),
       compiler_options={"xla_backend_optimization_level": 0})()
   step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
-  # Donates the state, which may be large, and is not needed again.
-  seconds = timing.measure({"step": bench_train.run_of(step, state, *batch, key)}, rounds)
+  run = bench_train.run_of(step, state, *batch, key)
+  seconds = timing.measure({"step": run}, rounds)
   network = summary.summarize(experiment.layers)
   return {
       "network": c.network, "dataset": c.dataset, "crop_size": c.crop_size,
@@ -73,7 +73,7 @@ def table(result: dict[str, Any]) -> str:
   """The result of `bench_configs` for a reader, in Markdown."""
   m = result["machine"]
   lines = [
-      f"One step of training on a batch of random images; medians and quartiles of "
+      "One step of training on a batch of random images; medians and quartiles of "
       f"{result['rounds']} rounds, on {m['num_devices']} x {m['device']}; "
       f"CPU: {m['cores']} x {m['cpu']}; "
       + ", ".join(f"{name} {version}" for name, version in m["versions"].items()) + ".",
@@ -82,7 +82,8 @@ def table(result: dict[str, Any]) -> str:
       "step, ms | quartiles | images/s |",
       "|---|---|---|---|---|---|---|---|---|---|---|"]
   for name, c in result["configs"].items():
-    bits = ", ".join(f"{bits}: {count:,}" for bits, count in c["weights_by_bits"].items())
+    bits = ", ".join(
+        f"{bits}: {count:,}" for bits, count in c["weights_by_bits"].items())
     ms = {part: 1e3 * c["step"][part] for part in ("low", "median", "high")}
     lines.append("| " + " | ".join([
         name, f"{c['network']}, {c['dataset']}", str(c["crop_size"]),

@@ -17,8 +17,10 @@ differences to the first, seed by seed; with --out also in DIR/compare.md.
 
   python -m minw.report collect --runs=DIR_OR_STUDY --out=results/STUDY.jsonl
 
-adds the records of runs to a study: a line each, with its curve beside the file. --runs
-may be repeated, or be a list with commas; folders are searched for workdirs and studies.
+adds the records of runs to a study: a line each, with its curve beside the file.
+
+--runs may be repeated, or be a list with commas; folders are searched for workdirs and
+studies.
 """
 
 import pathlib

@@ -122,8 +122,8 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
   """Comparisons for a reader."""
   parts = [
       "Test accuracy of the hard network: mean over the seeds, sample standard "
-      f"deviation, {CONFIDENCE:.0%} confidence interval (Student's t); paired: the mean "
-      "difference to the first row, seed by seed, and its interval.\n"]
+      f"deviation, {CONFIDENCE:.0%} confidence interval (Student's t); paired: the "
+      "mean difference to the first row, seed by seed, and its interval.\n"]
   for comparison in comparisons:
     names = list(comparison.groups[0].by)
     parts.append(f"## {records.described(comparison.settings) or 'Default config'}\n")

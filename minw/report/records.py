@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from minw import cli
@@ -183,7 +182,8 @@ def _line(line: str, folder: str) -> Record:
   if missing:
     raise cli.UsageError(f"the line has no {', '.join(missing)}")
   for name in ("curve", "histograms"):
-    run[name] = run[name] and os.path.join(folder, run[name])
+    path = os.path.join(folder, run[name] or "")
+    run[name] = path if os.path.isfile(path) else None
   return run
 
 
