@@ -76,6 +76,7 @@ def default_config() -> config_dict.ConfigDict:
   c.batch_size = 256
   c.num_epochs = 200
   c.optimizer = "adam"  # "sgd".
+  c.shard_optimizer = False  # Its state in parts on the devices, not a copy on each.
   c.adam_epsilon = 1e-8
   c.momentum = 0.9  # Of sgd.
   c.weight_decay = 0.0  # L2 penalty on all kernels, added to the gradient.
@@ -90,7 +91,6 @@ def default_config() -> config_dict.ConfigDict:
   c.eval_every_epochs = 1  # Validation, metrics and a checkpoint.
   c.eval_batch_size = 1000
   c.reestimate_batches = 0  # Batches to re-estimate batch norm's statistics on.
-  c.shard_optimizer = False  # Split its state over the devices, instead of copies.
   c.deterministic = True  # On GPUs: same numbers to the bit, at some cost in speed.
   return c
 
