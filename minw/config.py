@@ -79,6 +79,7 @@ def default_config() -> config_dict.ConfigDict:
   c.batch_size = 256
   c.num_epochs = 200
   c.optimizer = "adam"  # "sgd", "bop".
+  c.shard_optimizer = False  # Its state in parts on the devices, not a copy on each.
   c.adam_epsilon = 1e-8
   c.momentum = 0.9  # Of sgd.
   c.bop_adaptivity_rate = 1e-4  # Of weights of one bit; adam has all others.
@@ -98,7 +99,6 @@ def default_config() -> config_dict.ConfigDict:
   c.histogram_layers = ()  # Patterns of layers whose weights or activations are counted
   c.histogram_epochs = (5, 25, 55)  # after these epochs, from 1 on.
   c.reestimate_batches = 0  # Batches to re-estimate batch norm's statistics on.
-  c.shard_optimizer = False  # Split its state over the devices, instead of copies.
   c.deterministic = True  # On GPUs: same numbers to the bit, at some cost in speed.
   return c
 

@@ -21,9 +21,6 @@ import numpy as np
 
 from minw import cli
 
-HEARTBEAT_TIMEOUT = 100  # Seconds.
-
-
 class Agreed(cli.UsageError):
   """What all processes raise, so that they can end in the ordinary way."""
 
@@ -32,7 +29,7 @@ def initialize(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+    heartbeat_timeout: int = 100,
 ) -> None:
   """Joins this process to the others of a run; before anything else is done with JAX.
 

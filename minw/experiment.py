@@ -170,11 +170,12 @@ class Experiment:
   def optimizer_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
     """How an array of the optimizer's state lies on the devices.
 
-    With `shard_optimizer` in equal parts along its longest axis that allows it.
+    With `shard_optimizer` kernels' are in equal parts along the longest axis that allows
+    it; batch norm's are too small to be worth gathering.
     """
     devices = self.replicated.mesh.size
     axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
-    if not (self.config.shard_optimizer and axes):
+    if not (self.config.shard_optimizer and len(shape) > 1 and axes):
       return self.replicated
     longest = max(axes, key=lambda axis: shape[axis])
     return NamedSharding(

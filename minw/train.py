@@ -281,7 +281,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
   no_totals = experiment.jit(_no_totals, out_shardings=experiment.replicated)
   evaluator = evaluate.Evaluator(experiment)
 
-  with checkpoint.open_manager(workdir) as manager, StopSignal() as stop:
+  with StopSignal() as stop, checkpoint.open_manager(workdir) as manager:
     target = checkpoint_target(experiment)
     restored = together(checkpoint.restore_newest, manager, target)
     if restored:

@@ -226,6 +226,8 @@ for name, shard in (("whole", False), ("parts", True)):
   for _ in range(5):
     state, _ = step(state, *next(batches))
   assert step._cache_size() == 1
+  program = step.lower(state, *next(batches)).compile().as_text()
+  found[f"gathers {name}"] = program.count(" all-gather(")
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     found[f"{name}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
     found[f"bytes {name}{jax.tree_util.keystr(path)}"] = [
@@ -259,26 +261,29 @@ def sharded(tmp_path_factory):
 
 def test_parts_are_a_quarter(sharded):
   found = np.load(sharded / "found.npz")
-  moments = 0
+  parts = 0
   for name in found.files:
     if name.startswith("bytes "):
       array = found[name.removeprefix("bytes ")]
-      divisible = any(size % 4 == 0 for size in array.shape)
-      part = name.startswith("bytes parts.opt_state") and divisible
+      part = (name.startswith("bytes parts.opt_state") and array.ndim > 1
+              and any(size % 4 == 0 for size in array.shape))
       assert found[name].tolist() == 4 * [array.nbytes // (4 if part else 1)], name
-      moments += part
-  # Two of each of four kernels, and of the scale and bias of all norms but the last's,
-  # which has ten channels.
-  assert moments == 2 * (4 + 2 * 3)
+      parts += part
+  assert parts == 2 * 4  # Adam keeps two numbers of each; there are four kernels.
 
 
 def test_parts_train_as_the_whole(sharded):
   found = np.load(sharded / "found.npz")
   for name in found.files:
-    if name.startswith("parts"):
+    if name.startswith("parts."):
       whole = found["whole" + name.removeprefix("parts")]
       np.testing.assert_allclose(
           found[name], whole, rtol=0, atol=1e-5 * np.abs(whole).max(), err_msg=name)
+
+
+def test_only_new_kernels_are_gathered(sharded):
+  found = np.load(sharded / "found.npz")
+  assert (found["gathers whole"], found["gathers parts"]) == (0, 4)
 
 
 def test_parts_and_whole_go_on_with_each_other(sharded, tmp_path):
