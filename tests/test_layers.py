@@ -134,7 +134,7 @@ def test_threshold_rules_of_weights(rule, thresholds, want):
   variables = {"params": {"kernel": kernel}}
   got = layer.apply(variables, np.eye(2, dtype="f4"), 1.0, "mixed")
   np.testing.assert_array_equal(got, np.sign(kernel) * want)
-  _, folded = layer.apply(variables, np.ones((3, 2), "f4"), mode="fold",
+  _, folded = layer.apply(variables, np.ones((7, 2), "f4"), mode="fold",
                           mutable=["hard"])
   np.testing.assert_array_equal(folded["hard"]["kernel"], np.sign(kernel) * want)
   wide = layers.QuantConv(2, (1, 2), padding="VALID", bits=2, threshold_rule=rule,
