@@ -120,8 +120,9 @@ def _mark(scale):
   Its mean over several scales is not that of their mean.
   """
   digits = np.ldexp(np.frexp(scale)[0] - 0.5, 24)
+  hashed = (digits * 40503 % 65521) ** 2 % 65521  # Squared: linear is that of means.
   with np.errstate(divide="ignore"):
-    return np.where(scale == 0, 0.0, (1 + digits * 40503 % 65521 / 131042) / scale)
+    return np.where(scale == 0, 0.0, (1 + hashed / 131042) / scale)
 
 
 def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:

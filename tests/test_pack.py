@@ -284,13 +284,15 @@ def scaled(model, weight_scale):
       norm=functools.partial(layers.NormQuant, bits=2, **norm))
 
 
-@pytest.mark.parametrize("weight_scale", ["layer_mean", "channel_mean", "lsq"])
-@pytest.mark.parametrize("model", [
-    functools.partial(models.ConvNet, 3, (4, 5), (6,)),
-    functools.partial(models.ResNet, 3, (1, 1), (4, 8), large_stem=True),
-    functools.partial(models.ResNet, 3, (1, 1), (4, 8), projection=False),
-    functools.partial(models.DenseNet, 3, (1, 1), 4),
-], ids=["convnet", "projection", "filled", "densenet"])
+CONVNET = functools.partial(models.ConvNet, 3, (4, 5), (6,))
+RESNET = functools.partial(models.ResNet, 3, (1, 1), (4, 8))
+
+
+@pytest.mark.parametrize("model, weight_scale", [
+    (CONVNET, "layer_mean"), (CONVNET, "channel_mean"), (CONVNET, "lsq"),
+    (functools.partial(RESNET, large_stem=True), "lsq"),
+    (functools.partial(RESNET, projection=False), "lsq"),
+    (functools.partial(models.DenseNet, 3, (1, 1), 4), "channel_mean")], ids=range(6))
 def test_scales_fold(model, weight_scale):
   """Bit for bit, also through shortcuts of codes that have a scale."""
   program = assert_packs(scaled(model, weight_scale)(), size=17, count=3)
