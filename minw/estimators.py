@@ -31,8 +31,9 @@ GRADIENTS = {
 ONE_BIT = ("approx_sign", "ede", "reste", "stochastic_aqe", "swish_sign")
 
 # Whose gradient at a weight of exactly 1 or -1, where Bop keeps them, is a positive
-# multiple of the cotangent: others pass nothing on there, or its opposite.
-PASS_AT_ONE = ("aqe", "ewgs", "reste", "ste", "stochastic_aqe", "stompp", "stompp_ste")
+# multiple of the cotangent: others pass next to nothing on there, or its opposite.
+PASS_AT_ONE = ("aqe", "dsq", "ewgs", "reste", "ste", "stochastic_aqe", "stompp",
+               "stompp_ste")
 
 
 def ste(x: jax.Array, grid: Grid) -> jax.Array:
@@ -293,6 +294,7 @@ def channel_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
   Args: as `layer_mean_scale`.
   """
   scale = lax.stop_gradient(mean_magnitude(weights, "channel_mean"))
+  scale = scale.reshape((1,) * (weights.ndim - 1) + (-1,))
   n = weights.size // weights.shape[-1]
   return quantized * scale + (weights - lax.stop_gradient(weights)) / n
 

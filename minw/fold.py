@@ -41,11 +41,11 @@ class Norm(NamedTuple):
 class Probe(NamedTuple):
   """What is known of an activation without data; rows of a batch.
 
-  A network is probed by running it (mode="fold") on a batch of six "images", so that
-  pooling, reshaping and concatenation carry them along by themselves: these three, and
-  1, s and nearly 1 / s, where s is the scale, what the hard network's values are to be
-  multiplied by to be the trained network's. The last one tells sums of several scales
-  from those of one.
+  A network is probed by running it (mode="fold") on a batch of seven "images", so that
+  pooling, reshaping and concatenation carry them along by themselves: these three, 1,
+  the scale, in two parts of 12 digits that survive sums, and a mark that tells sums of
+  several scales from those of one. The scale is what the hard network's values are to
+  be multiplied by to be the trained network's.
 
   Attributes:
     bound: (...) the largest magnitude there can be.
@@ -59,58 +59,70 @@ class Probe(NamedTuple):
 
 
 def probe_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
-  """The batch to run a network on: float32 (6, ...).
+  """The batch to run a network on: float32 (7, ...).
 
   Args:
     probe: its fields broadcast against each other.
     scale: broadcasts against them; as `round_scale` makes it.
   """
-  fields = (*probe, 1.0, scale, _mark(scale))
-  rows = np.empty((6, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
+  high = _digits(scale, 12, np.floor)
+  fields = (*probe, 1.0, high, scale - high, _mark(scale))
+  rows = np.empty((7, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
   for row, field in zip(rows, fields):
     row[...] = field
   return jnp.asarray(rows)
 
 
 def round_scale(scale: np.ndarray | float) -> np.ndarray:
-  """A scale with 16 bits, that survives sums: float64; below 2^-60 it counts as 0."""
-  mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
-  result = np.ldexp(np.round(np.ldexp(mantissa, 16)), exponent - 16)
-  return np.where(result < 2.0 ** -60, 0.0, result)
-
-
-def _mark(scale):
-  """(1 + r) / scale, r in [0, 1/2) like random: of no mean of scales that of it."""
-  digits = np.ldexp(np.frexp(scale)[0], 16)
-  with np.errstate(divide="ignore"):
-    return np.where(scale == 0, 0.0, (1 + digits * 40503 % 65536 / 131072) / scale)
+  """A scale in float32's precision, in float64; what is below 2^-60 counts as 0."""
+  scale = _digits(np.asarray(scale, np.float64), 24)
+  return np.where(scale < 2.0 ** -60, 0.0, scale)
 
 
 def probe_scale(x: jax.Array) -> np.ndarray:
   """The scale of each channel of a probed activation: float64 (channels,).
 
-  0 also for channels that a network filled with zeros.
+  1 for channels that a network filled with zeros.
 
   Raises:
     ValueError: numbers of different scales were added, or are in one channel.
   """
-  rows = np.asarray(x)[3:].reshape(3, -1, x.shape[-1])
+  rows = np.asarray(x)[3:].reshape(4, -1, x.shape[-1])
   if (rows == rows[:, :1]).all():  # As nearly always: all places are alike.
     rows = rows[:, :1]
-  one, scale, mark = rows.astype(np.float64)
-  filled = one == 0
-  one = np.where(filled, 1.0, one)
-  near = round_scale(scale / one)  # Sums are rounded: off by 1 in the last digit.
-  unit = np.ldexp(1.0, np.frexp(near)[1] - 16)
-  found, result = filled, np.zeros_like(near)
-  for guess in (near, near - unit, near + unit):
-    fits = np.abs(mark / one - _mark(guess)) <= 3e-5 * _mark(guess)
-    result = np.where(fits & ~found, guess, result)
-    found = found | fits
-  of_channel = result.max(0)
-  if not (found & (filled | (result == of_channel))).all():
+  one, high, low, mark = rows.astype(np.float64)
+  if (one == high).all() and (one == mark).all():  # No layer has scales.
+    return np.ones(x.shape[-1])
+  zero = one == 0
+  one = np.where(zero, 1.0, one)
+  scale = round_scale(_digits(high / one, 12) + _digits(low / one, 12))
+  of_channel = np.where(filled(x), 1.0, scale.max(0))
+  pure = np.abs(mark / one - _mark(scale)) <= 3e-5 * _mark(scale)
+  if not (zero | pure & (scale == of_channel)).all():
     raise ValueError("gets sums of different scales, which do not fold")
   return of_channel
+
+
+def filled(x: jax.Array) -> np.ndarray:
+  """Which channels of a probed activation hold nothing but zeros: bool (channels,)."""
+  return (np.asarray(x)[3] == 0).reshape(-1, x.shape[-1]).all(0)
+
+
+def _digits(x, count, rounded=np.round):
+  """`x` with that many binary digits."""
+  mantissa, exponent = np.frexp(x)
+  return np.ldexp(rounded(np.ldexp(mantissa, count)), exponent - count)
+
+
+def _mark(scale):
+  """(1 + r) / scale, with r in [0, 1/2) like random, but 0 for powers of two.
+
+  Its mean over several scales is not that of their mean.
+  """
+  digits = np.ldexp(np.frexp(scale)[0] - 0.5, 24)
+  hashed = (digits * 40503 % 65521) ** 2 % 65521  # Squared: linear is that of means.
+  with np.errstate(divide="ignore"):
+    return np.where(scale == 0, 0.0, (1 + hashed / 131042) / scale)
 
 
 def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
@@ -123,12 +135,10 @@ def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
     ValueError: it is not 1, and products with it would be rounded: only levels, which
       are powers of two, have exact ones.
   """
-  shortcut = np.asarray(shortcut)
-  filled = (shortcut[3] == 0).reshape(-1, shortcut.shape[-1]).all(0)
-  scale = np.where(filled, 1.0, probe_scale(shortcut) / step)
+  scale = np.where(filled(shortcut), 1.0, probe_scale(shortcut) / step)
   if (scale == 1).all():
     return None
-  if np.max(shortcut[2]) not in quantizers.GRID_BITS:
+  if np.max(np.asarray(shortcut)[2]) not in quantizers.GRID_BITS:
     raise ValueError("gets a shortcut that is not quantized, of another scale")
   return scale.astype(np.float32)
 
@@ -256,7 +266,7 @@ def probe_linear(
   """What a convolution or dense layer makes of a probe.
 
   Args:
-    x: float32 (6, ..., input channels), see `Probe`.
+    x: float32 (7, ..., input channels), see `Probe`.
     kernel: (..., input channels, output channels), on its grid.
     bits: of the kernel.
     pad_value: of the convolution's border; 0 if it has none.
@@ -264,23 +274,23 @@ def probe_linear(
     scale: of the kernel, () or (output channels,).
 
   Returns:
-    float32 (6, *output_shape).
+    float32 (7, *output_shape).
 
   Raises:
     ValueError: the input channels, or input and border, have different scales.
   """
-  input_scale = probe_scale(x)
-  scales = np.unique(input_scale[input_scale > 0]) if input_scale.any() else [0.0]
+  scales = np.unique(probe_scale(x)[~filled(x)])
   if len(scales) > 1:
     raise ValueError("gets channels of different scales, which do not fold")
-  if pad_value and scales[0] != 1:
+  input_scale = scales[0] if len(scales) else 1.0
+  if pad_value and input_scale != 1:
     raise ValueError(f"pad_value={pad_value} beside inputs that have a scale")
   rows = np.asarray(x)[:2].astype(np.float64).reshape(2, -1, x.shape[-1])
   bound = np.maximum(rows[0].max(0), abs(pad_value))
   fan_in = np.abs(kernel).reshape(-1, *kernel.shape[-2:]).sum(0, dtype=np.float64)
   unit = quantizers.step_size(bits) * rows[1].min()
   bound = np.broadcast_to(bound @ fan_in, output_shape)
-  return probe_rows(Probe(bound, unit, 32.0), round_scale(scales[0] * scale))
+  return probe_rows(Probe(bound, unit, 32.0), round_scale(input_scale * scale))
 
 
 def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
@@ -307,6 +317,6 @@ def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
   output, hard = model.apply(
       variables, probe_rows(probe), mode="fold", mutable=["hard"])
   for leaf in jax.tree.leaves(output):
-    if jnp.shape(leaf)[:1] == (6,) and (probe_scale(leaf) != 1).any():
+    if jnp.shape(leaf)[:1] == (7,) and (probe_scale(leaf) != 1).any():
       raise ValueError("the network's output has a scale: a NormQuant must follow it")
   return jax.tree.map(np.asarray, hard)

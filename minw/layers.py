@@ -208,7 +208,7 @@ class NormQuant(nn.Module):
     if _learns_step(self):
       step = float(fold.round_scale(
           quantizers.positive_step(self.variables["params"]["step"])))
-    rows = np.asarray(x).reshape(6, -1, x.shape[-1])
+    rows = np.asarray(x)[:2].reshape(2, -1, x.shape[-1])
     norm = fold.fold_norm(
         stats["mean"], stats["var"],
         params["scale"] if self.use_scale else np.ones_like(params["bias"]),

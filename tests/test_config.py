@@ -128,10 +128,14 @@ NAN, INF = math.nan, math.inf
     ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
     ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
-     "one of approx_sign, aqe, dsq, ede, ewgs, reste, ste, stochastic_aqe, swish_sign"),
+     "one of approx_sign, aqe, dsq, ede, ewgs, lsq, reste, ste, stochastic_aqe, stompp"),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
-    ("alpha_shape", ["square"], "one of linear, cosine"),
-    ("optimizer", ["adamw"], "one of adam, sgd"),
+    ("alpha_shape", ["square"], "one of linear, cosine, cubic"),
+    ("weight_scale", ["mean", ""], "one of none, layer_mean, channel_mean"),
+    ("optimizer", ["adamw"], "one of adam, sgd, bop"),
+    ("estimator_noise_steps", [0], "at least 1"),
+    ("bop_adaptivity_rate", [-0.1, 1.1, NAN], "in [0, 1]"),
+    ("bop_threshold", [-1e-9, NAN, INF], "at least 0 and finite, in float32"),
     ("learning_rate_schedule", ["cosine"],
      "one of exponential, staircase, steps, constant"),
     ("seed", [-1, 2**32, 10**30], "in [0, 2^32)"),
@@ -245,6 +249,19 @@ def test_stochastic_aqe_is_for_one_bit(fields, bits):
   assert refusal(estimator="stochastic_aqe", **fields) == (
       "config.estimator='stochastic_aqe': must be another where bits are "
       f"{bits}: it is defined for one bit")
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"estimator": "lsq", "weight_scale": "layer_mean"},
+     "config.weight_scale='layer_mean': must be 'none' with estimator='lsq'"),
+    ({"estimator": "lsq", "pad_value": -1.0},
+     "config.pad_value=-1.0: must be 0.0 with estimator='lsq'"),
+    ({"estimator": "approx_sign", "optimizer": "bop"},
+     "config.estimator='approx_sign': must be one of aqe, dsq, ewgs, reste, ste, sto"),
+    ({"estimator": "lsq", "optimizer": "bop"},
+     "config.estimator='lsq': must be one of aqe, dsq, ")])
+def test_what_does_not_go_together(fields, message):
+  assert refusal(**fields).startswith(message)
 
 
 def full_config():

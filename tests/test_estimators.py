@@ -415,8 +415,8 @@ def test_score_function_surrogate():
 
 def test_by_name():
   assert estimators.network_estimators() == (
-      "approx_sign", "aqe", "dsq", "ede", "ewgs", "reste", "ste", "stochastic_aqe",
-      "swish_sign")
+      "approx_sign", "aqe", "dsq", "ede", "ewgs", "lsq", "reste", "ste",
+      "stochastic_aqe", "stompp", "stompp_ste", "swish_sign")
   made = []
 
   def make_key():
@@ -555,13 +555,102 @@ def test_ewgs(bits):
 
 @pytest.mark.parametrize("name", estimators.network_estimators())
 def test_of_one_bit_only(name):
+  step = {"step": 1.0} if name == "lsq" else {}
   call = lambda: estimators.by_name(name)(
-      X, 0.5, quantizers.grid(2), lambda: jax.random.key(0))
+      X, 0.5, quantizers.grid(2), lambda: jax.random.key(0), **step)
   if name not in estimators.ONE_BIT:
     assert call().shape == X.shape
     return
   with pytest.raises(ValueError, match="one bit only"):
     call()
+
+
+@pytest.mark.parametrize("bits, thresholds, q", [
+    (1, [], 1), (2, [0.5], 1), (3, [1 / 8, 3 / 8, 3 / 4], 3)])
+def test_lsq(bits, thresholds, q):
+  unit = quantizers.unit_thresholds(bits)
+  np.testing.assert_array_equal(unit, thresholds)
+  levels = np.array([0, 1.0] if bits < 3 else [0, 0.25, 0.5, 1])
+  for step, count in ((1.0, None), (0.3, None), (2.5, 4)):
+    s, x = np.float64(np.float32(step)), np.float64(X)
+    y = x / s
+    size = 1 if bits == 1 else sum((np.abs(y) > t).astype(int) for t in thresholds)
+    h = np.where(y > 0, 1, -1) * levels[size]
+    inside = np.abs(y) <= 1
+    got, (dx, ds, dgrid) = pull(
+        lambda x, step, grid: estimators.lsq(x, step, grid, count=count),
+        X, np.float32(step), quantizers.grid(bits, unit))
+    np.testing.assert_allclose(got, s * h, rtol=1e-6)
+    np.testing.assert_array_equal(dx, G * inside)
+    slope = np.where(inside, h - y, np.sign(x))  # Eq 3 with q = 1, levels at most 1.
+    want = (np.float64(G) * slope).sum() / np.sqrt((count or X.size) * q)
+    np.testing.assert_allclose(ds, want, rtol=1e-5)
+    assert ds.shape == ()
+    assert_zeros_like(dgrid, quantizers.grid(bits, unit))
+  np.testing.assert_array_equal(
+      quantizers.unit_thresholds(bits, [0.2] * len(thresholds)), [0.2] * len(thresholds))
+
+
+def test_a_step_of_any_sign_stands_for_a_positive_one():
+  for step in (-0.3, 0.0, 0.3):
+    assert quantizers.positive_step(step) == abs(step) + 2**-20
+
+
+@pytest.mark.parametrize("function, passes", [
+    (estimators.stompp, 0.0), (estimators.stompp_ste, 1.0)])
+@pytest.mark.parametrize("bits", [1, 3])
+def test_stompp(function, passes, bits):
+  grid, key = quantizers.grid(bits), jax.random.key(3)
+  x = np.tile(X, 400).reshape(400, -1)
+  run = lambda alpha: jax.vjp(
+      lambda x, alpha: function(x, alpha, key, grid), x, np.float32(alpha))
+  frozen = {}
+  for alpha in (0.0, 0.3, 0.8, 1.0):
+    y, pullback = run(alpha)
+    dx, dalpha = pullback(jnp.broadcast_to(G, x.shape))
+    soft, hard = np.clip(x, -1, 1), np.tile(HARD[bits], (400, 1))
+    frozen[alpha] = np.asarray(y) != soft
+    tells = soft != hard  # Elsewhere both are the same number.
+    np.testing.assert_array_equal(y, np.where(frozen[alpha], hard, soft))
+    share = frozen[alpha][tells].mean()
+    assert abs(share - alpha) <= 5 * np.sqrt(alpha * (1 - alpha) / tells.sum())
+    want = np.where(frozen[alpha], passes, 1) * G * MASK
+    np.testing.assert_array_equal(np.asarray(dx)[tells], want[tells])
+    assert dalpha == 0
+  # One key is one mask that grows.
+  assert not (frozen[0.3] & ~frozen[0.8]).any() and (frozen[0.8] & ~frozen[0.3]).any()
+
+
+def test_scales_of_weights():
+  rng = np.random.default_rng(0)
+  weights = rng.normal(size=(3, 2, 5)).astype(np.float32)
+  levels = np.sign(weights)
+  g = rng.normal(size=weights.shape).astype(np.float32)
+  mean, means = np.abs(weights).mean(), np.abs(weights).mean((0, 1))
+  for name, value, to_levels, to_weights in (
+      ("none", levels, g, 0 * g),
+      ("layer_mean", levels * mean, g, 0 * g),
+      ("channel_mean", levels * means, g * means, g / 6)):
+    got, pullback = jax.vjp(estimators.WEIGHT_SCALES[name], levels, weights)
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    for have, want in zip(pullback(g), (to_levels, to_weights)):
+      np.testing.assert_allclose(have, want, rtol=1e-6)
+
+
+def test_what_passes_gradients_at_weights_of_1():
+  """At every alpha that there is, a positive multiple of the cotangent."""
+  x, g = np.tile(np.float32([[-1, -1, 1, 1], [-1, 2, -3, 4]])[:, None], (2, 100))
+  alpha = np.float32([[0.1], [0.9]])
+  passing = []
+  for name in estimators.network_estimators():
+    step = {"step": 0.5} if name == "lsq" else {}
+    f = lambda x: estimators.by_name(name)(
+        x, alpha, quantizers.grid(1), lambda: jax.random.key(0), **step)
+    slopes = np.asarray(jax.jit(lambda x: jax.vjp(f, x)[1](g)[0])(x)) / g
+    # Frozen elements of stompp pass nothing on, but not all are frozen.
+    if slopes.min() >= 0 and slopes.max(1).min() > 0.05:
+      passing.append(name)
+  assert tuple(passing) == estimators.PASS_AT_ONE
 
 
 # Runs of a network of two one-bit layers with a two-bit activation between them, in

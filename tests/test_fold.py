@@ -367,10 +367,10 @@ def test_codes_on_and_beside_thresholds():
 # What is known without data.
 
 
-def probe_rows(shape, bound, unit, bits=16.0):
+def probe_rows(shape, bound, unit, bits=16.0, scale=1.0):
   """A probe as layers receive it; one bound for each channel."""
-  return np.stack([np.broadcast_to(np.float32(row), shape)
-                   for row in (bound, unit, bits)])
+  bound = np.broadcast_to(np.float32(bound), shape)
+  return np.asarray(fold.probe_rows(fold.Probe(bound, unit, bits), scale))
 
 
 @pytest.mark.parametrize("size, kernel_size, strides, padding, pad", [
@@ -397,7 +397,7 @@ def test_bounds_of_a_convolution_are_attained(
     grid = np.array(LEVELS[3 if image else input_bits])
     inputs = rng.choice(np.concatenate([-grid, grid]), (64, *size, 3)) * bound
     acc = convolve(inputs, levels, strides, padding, pad)
-    assert rows.shape == (3, *acc.shape[1:]) and rows.dtype == jnp.float32
+    assert rows.shape == (7, *acc.shape[1:]) and rows.dtype == jnp.float32
     padded = np.maximum(bound, abs(pad)) if padding == "SAME" else bound
     np.testing.assert_array_equal(
         rows[0], np.broadcast_to(
@@ -432,7 +432,7 @@ def test_bounds_of_a_dense_layer():
       {"params": {"kernel": kernel}}, probe_rows((2,), [1.0, 2.0], [0.25, 0.5], 3),
       mode="fold", mutable=["hard"])
   np.testing.assert_array_equal(hard["hard"]["kernel"], [[1, -1], [-1, 0]])
-  np.testing.assert_array_equal(rows, [[3, 1], [0.25, 0.25], [32, 32]])
+  np.testing.assert_array_equal(rows[:3], [[3, 1], [0.25, 0.25], [32, 32]])
   # No unit in the input or the weights: none in the sums.
   for bits, unit in ((2, 0.0), ("float32", 0.25)):
     rows, _ = layers.QuantDense(2, bits=bits).apply(
@@ -445,10 +445,11 @@ def test_what_is_known_may_differ_by_place():
   # The largest bound and the smallest unit of a map decide.
   kernel = np.float32([-0.5]).reshape(1, 1, 1, 1)
   place = lambda *values: np.reshape(np.float32(values), (1, 2, 1))
-  rows = np.stack([place(2, 1), place(0.25, 0.5), place(3, 3)])
+  probe = lambda *rows: fold.probe_rows(fold.Probe(*(place(*row) for row in rows)))
+  rows = probe((2, 1), (0.25, 0.5), (3, 3))
   rows, _ = layers.QuantConv(1, (1, 1)).apply(
       {"params": {"kernel": kernel}}, rows, mode="fold", mutable=["hard"])
-  np.testing.assert_array_equal(rows[:, 0, :, 0], [[2, 2], [0.25, 0.25], [32, 32]])
+  np.testing.assert_array_equal(rows[:3, 0, :, 0], [[2, 2], [0.25, 0.25], [32, 32]])
   # Bounds and units as in the examples worked by hand.
   fine = 100 + 2.0**-15
   for bounds, units, mean, scale, want in (
@@ -460,7 +461,7 @@ def test_what_is_known_may_differ_by_place():
     stats = {"mean": np.float32([mean]), "var": np.ones(1, np.float32)}
     _, hard = layers.NormQuant(epsilon=0.0).apply(
         {"params": {"batch_norm": params}, "batch_stats": {"batch_norm": stats}},
-        np.stack([place(*bounds), place(*units), place(32, 32)]), mode="fold",
+        probe(bounds, units, (32, 32)), mode="fold",
         mutable=["hard"])
     got = [float(hard["hard"][name][0]) for name in ("center", "scale", "constant")]
     assert tuple(got) == want
@@ -476,9 +477,83 @@ def test_what_is_known_after_batch_norm(bits, unit, count):
        "batch_stats": {"batch_norm": {"mean": 5 * ones, "var": ones}}},
       probe_rows((2, 2, 4), 100.0, 1.0), mode="fold", mutable=["hard"])
   np.testing.assert_array_equal(
-      rows, np.broadcast_to(np.reshape([1, unit, count], (3, 1, 1, 1)), (3, 2, 2, 4)))
+      rows[:3],
+      np.broadcast_to(np.reshape([1, unit, count], (3, 1, 1, 1)), (3, 2, 2, 4)))
   for name, value in (("center", 3), ("scale", 0.5), ("constant", 0)):
     np.testing.assert_array_equal(hard["hard"][name], value * ones)
+
+
+# Scales.
+
+
+def scales_of(*rows):
+  return fold.probe_scale(np.concatenate(rows, -1))
+
+
+def test_scales_survive_what_stands_between_layers():
+  rng = np.random.default_rng(0)
+  scales = fold.round_scale(2.0 ** rng.uniform(-40, 3, 50))
+  np.testing.assert_allclose(scales, np.float32(scales), rtol=0)
+  for scale in (scales, 1.0, 0.0):
+    rows = probe_rows((6, 7, 50), 3.0, 0.5, scale=scale)
+    for image in (rows, rows.sum((1, 2), keepdims=True), rows[:, ::2, :3] / 4,
+                  rows.reshape(7, 2, 3, 7, 50).max((1, 2)), rows + 7 * rows,
+                  rows.mean((1, 2), dtype=np.float32)):
+      np.testing.assert_array_equal(
+          fold.probe_scale(image), np.broadcast_to(scale, 50))
+  filled = np.pad(rows, [(0, 0)] * 3 + [(1, 2)])
+  np.testing.assert_array_equal(np.flatnonzero(fold.filled(filled)), [0, 51, 52])
+  assert fold.probe_scale(filled).tolist() == [1] + [0] * 50 + [1, 1]
+
+
+@pytest.mark.parametrize("a, b", [
+    (1.0, 2.0), (0.3, 0.300001), (0.5, 0.0), (1.0, 1 + 2**-20), (3e-5, 7.0),
+    (0.5, 1.5), (0.71, 0.7100001)])
+def test_sums_of_different_scales_are_refused(a, b):
+  a, b = (probe_rows((3, 3, 1), 1.0, 1.0, scale=fold.round_scale(s)) for s in (a, b))
+  beside = np.concatenate([a, b], 1)
+  for rows in (a + b, a + b / 4, (3 * a + b).sum(1), beside,
+               beside[:, ::3].mean((1, 2)), b + 1):
+    with pytest.raises(ValueError, match="gets sums of different scales"):
+      fold.probe_scale(rows)
+
+
+def test_without_scales_nothing_is_refused():
+  rows = probe_rows((3, 3, 2), 1.0, 1.0)
+  for image in (rows + 1, rows * rows, np.sin(rows), rows * 0):
+    np.testing.assert_array_equal(fold.probe_scale(image), [1, 1])
+
+
+def test_scales_in_batch_norm():
+  """Against float64 batch norm of scaled sums, in units of the step."""
+  rng = np.random.default_rng(1)
+  n, step = 6, 0.37
+  mean, bias, scale = rng.normal(0, 2, n), rng.normal(0, 1, n), rng.normal(0, 1, n)
+  var, of_input = rng.uniform(0.1, 5, n), fold.round_scale(rng.uniform(0.01, 3, n))
+  of_input[2] = 0.0
+  norm = fold.fold_norm(mean, var, scale, bias, 1e-4, np.full(n, 300), np.ones(n),
+                        input_scale=of_input, output_scale=step)
+  acc = np.arange(-300, 301, dtype=np.float32)[:, None]
+  want = ((of_input * acc - mean) * scale / np.sqrt(var + 1e-4) + bias) / step
+  got = (acc - norm.center) * norm.scale + norm.constant
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+  assert norm.scale[2] == 0 != norm.constant[2]
+
+
+def test_scales_of_kernels():
+  kernel = np.float32([[0.5, -0.25], [-1.5, 0.75]])
+  assert fold.kernel_scale(kernel, 1, "none") == 1
+  assert fold.kernel_scale(kernel, 2, "layer_mean") == 0.75
+  assert fold.kernel_scale(kernel, 1, "channel_mean").tolist() == [1, 0.5]
+  assert fold.kernel_scale(kernel, "bfloat16", "channel_mean") == 1
+  assert fold.kernel_scale(kernel, 2, "none", 0.375) == 0.375
+  assert fold.kernel_scale(0 * kernel, 1, "layer_mean") == 0
+  levels = lambda bits, step, *t: fold.fold_kernel(
+      kernel, bits, thresholds=t, step=step).tolist()
+  assert levels(1, 0.2) == [[1, -1], [-1, 1]]
+  assert levels(2, 1.0) == [[0, 0], [-1, 1]]  # At 1/2 still 0.
+  assert levels(2, 1.0, 0.8) == [[0, 0], [-1, 0]]
+  assert levels(3, 2.0) == [[0.25, 0], [-0.5, 0.25]]  # 1/4, 1/8, 3/4, 3/8.
 
 
 # Networks.
@@ -660,7 +735,7 @@ def test_bounds_and_units_hold_in_networks(name):
   bits = NETWORKS[name][0]
   units = [1 / 64] + [STEP[bits[f"norm_{layer}"]] for layer in NAMES[:4]]
   for layer, unit in zip(NAMES, units):
-    bound, got_unit, _ = rows[layer]
+    bound, got_unit = rows[layer][:2]
     assert bound.shape == want[layer].shape[1:]
     assert (np.abs(want[layer]) <= bound).all()
     np.testing.assert_array_equal(got_unit, unit * STEP[bits[layer]])

@@ -134,7 +134,7 @@ def test_threshold_rules_of_weights(rule, thresholds, want):
   variables = {"params": {"kernel": kernel}}
   got = layer.apply(variables, np.eye(2, dtype="f4"), 1.0, "mixed")
   np.testing.assert_array_equal(got, np.sign(kernel) * want)
-  _, folded = layer.apply(variables, np.ones((3, 2), "f4"), mode="fold",
+  _, folded = layer.apply(variables, np.ones((7, 2), "f4"), mode="fold",
                           mutable=["hard"])
   np.testing.assert_array_equal(folded["hard"]["kernel"], np.sign(kernel) * want)
   wide = layers.QuantConv(2, (1, 2), padding="VALID", bits=2, threshold_rule=rule,
@@ -445,6 +445,63 @@ def test_stochastic_estimator_in_a_network():
   np.testing.assert_array_equal(logits, same)
   for leaf in jax.tree.leaves(gradient):
     assert np.isfinite(leaf).all() and (leaf != 0).any()
+
+
+# Scales and learned steps.
+
+
+@pytest.mark.parametrize("weight_scale", ["layer_mean", "channel_mean"])
+def test_scales_of_weights(weight_scale):
+  rng = np.random.default_rng(4)
+  x = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
+  kernel = rng.normal(0, 0.5, (3, 3, 3, 4)).astype(np.float32)
+  size = np.abs(kernel).mean((0, 1, 2) if weight_scale == "channel_mean" else None)
+  conv = layers.QuantConv(4, bits=2, weight_scale=weight_scale)
+  got = conv.apply({"params": {"kernel": kernel}}, x, 0.3, "mixed")
+  np.testing.assert_allclose(got, convolve(
+      x, mixed_kernel(kernel, 2, 0.3) * size, (1, 1), "SAME", 0.0), atol=2e-5)
+  floats = layers.QuantConv(4, bits="float32", weight_scale=weight_scale)
+  got = floats.apply({"params": {"kernel": kernel}}, x, 0.3, "mixed")
+  np.testing.assert_allclose(got, convolve(x, kernel, (1, 1), "SAME", 0.0), atol=2e-5)
+
+
+@pytest.mark.parametrize("bits, q", [(1, 1), (2, 1), (3, 3)])
+def test_learned_steps(bits, q):
+  estimator, rng = estimators.by_name("lsq"), np.random.default_rng(bits)
+  x = rng.normal(size=(5, 40)).astype(np.float32)
+  dense = layers.QuantDense(7, bits=bits, estimator=estimator)
+  fresh = dense.init(jax.random.key(0), x, 1.0, "train")["params"]
+  assert sorted(fresh) == ["kernel", "step"] and fresh["step"].shape == ()
+  np.testing.assert_allclose(
+      fresh["step"], 2 * np.sqrt(q) * np.abs(fresh["kernel"]).mean(), rtol=1e-6)
+  unit = THRESHOLDS[bits] if bits != 2 else [0.5]
+  kernel = np.float32(fresh["kernel"])
+  got = dense.apply({"params": {"kernel": kernel, "step": np.float32(-0.1)}}, x, 0.2,
+                    "mixed")
+  np.testing.assert_allclose(
+      got, x @ (0.1 * h(kernel / 0.1, unit, LEVELS[bits])), atol=2e-4)
+
+  norm = layers.NormQuant(bits=bits, estimator=estimator, epsilon=0.0)
+  variables = identity_norm(40)
+  fresh = norm.init(jax.random.key(0), x, 1.0, "train")["params"]
+  assert fresh["step"].shape == () and fresh["step"] == 1
+  variables["params"]["step"] = np.float32(1.7)  # There is no HardTanh before it.
+  run = lambda params: norm.apply(
+      {**variables, "params": params}, x, 0.2, "mixed", mutable=["distance"])
+  got, sown = run(variables["params"])
+  want = 1.7 * h(x / 1.7, unit, LEVELS[bits])
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(
+      sown["distance"]["mean"][0], np.abs(x - want).mean(1), rtol=1e-4)
+  gradient = jax.grad(lambda params: run(params)[0].sum())(variables["params"])["step"]
+  slope = np.where(np.abs(x) <= 1.7, (want - x) / 1.7, np.sign(x))
+  np.testing.assert_allclose(gradient, slope.sum() / np.sqrt(40 * q), rtol=1e-4)
+  for plain in (layers.QuantDense(7, bits="bfloat16", estimator=estimator),
+                layers.NormQuant(bits=None, estimator=estimator),
+                layers.NormQuant(bits="float16", estimator=estimator)):
+    shapes = jax.eval_shape(
+        lambda: plain.init(jax.random.key(0), x, 1.0, "train"))["params"]
+    assert "step" not in shapes
 
 
 # Pooling.

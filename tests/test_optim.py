@@ -1,5 +1,9 @@
 """minw.optim: against Adam and SGD written out in NumPy float64."""
 
+import functools
+
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +88,66 @@ def test_against_numpy(name, options, reference, decay):
   assert count == 4 * STEPS
 
 
+def bop(weights, gradients, rate, threshold):
+  """Helwegen et al., Algorithm 1, one weight after another; signs at first."""
+  m = np.zeros(weights.shape)
+  for gradient in gradients:
+    m = (1 - rate) * m + rate * gradient
+    for i in np.ndindex(weights.shape):
+      if abs(weights[i]) != 1:
+        weights[i] = 1 if weights[i] > 0 else -1
+      elif abs(m[i]) > threshold and np.sign(m[i]) == np.sign(weights[i]):
+        weights[i] = -weights[i]
+    yield weights.copy()
+
+
+@hypothesis.given(st.integers(0, 2**32), st.sampled_from((1e-3, 0.3, 1.0)),
+                  st.sampled_from((0.0, 0.01, 0.5)))
+@hypothesis.settings(max_examples=20)
+def test_bop_against_numpy(seed, rate, threshold):
+  """Never another value than 1 and -1, from latent weights of any size on."""
+  rng = np.random.default_rng(seed)
+  start = rng.choice([0.0, 1.0, -1.0, 0.03, -0.7, 1e-30, 3.0], (4, 5))
+  start = np.float32(start * np.where(np.abs(start) == 1, 1, rng.uniform(0.1, 1, (4, 5))))
+  gradients = rng.normal(size=(8, 4, 5)).astype(np.float32)
+  transformation = optim.bop(rate, threshold)
+  params = jnp.asarray(start)
+  state = transformation.init(params)
+  flips = 0
+  for gradient, want in zip(gradients, bop(np.float64(start), gradients, rate, threshold)):
+    updates, state = transformation.update(gradient, state, params)
+    before, params = params, optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params, want)
+    assert (np.abs(params) == 1).all()
+    flips += int((before == -params).sum())
+  assert flips or rate * 3 < threshold * 100
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+def test_bop_has_kernels_of_one_bit_alone(decay):
+  rng = np.random.default_rng(1)
+  params = random_tree(rng, 0.5)
+  gradients = [random_tree(rng) for _ in range(STEPS)]
+  optimizer = optim.optimizer(
+      "bop", schedule, weight_decay=decay, bop_adaptivity_rate=0.2, bop_threshold=0.1,
+      one_bit=("conv1", "norm_conv1/batch_norm").__contains__)
+  got = train(optimizer, params, gradients)
+  kernels = [g["conv1"]["kernel"] for g in gradients]
+  reference = list(bop(params["conv1"]["kernel"].copy(), kernels, 0.2, 0.1))
+  flips = [(a != b).sum() for a, b in zip(reference, reference[1:])]
+  assert min(flips) > 0
+  for have, want in zip(got, reference):
+    np.testing.assert_array_equal(have["conv1"]["kernel"], want)
+  for path, on_kernel in ((("dense1", "kernel"), decay),
+                          (("norm_conv1", "batch_norm", "scale"), 0.0)):
+    leaf = lambda tree: functools.reduce(lambda node, name: node[name], path, tree)
+    steps = adam(leaf(params), [leaf(g) for g in gradients], on_kernel, 1e-8)
+    for have, want in zip(got, steps):
+      np.testing.assert_allclose(leaf(have), want, rtol=2e-5, atol=2e-6)
+
+
 def test_unknown_name():
-  with pytest.raises(ValueError, match="name='adamw': must be adam or sgd"):
+  with pytest.raises(ValueError, match="name='adamw': must be adam, sgd or bop"):
     optim.optimizer("adamw", schedule)
 
 

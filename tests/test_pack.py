@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from minw import estimators
 from minw import fold
 from minw import infer
 from minw import layers
@@ -269,6 +270,84 @@ def test_pixels_must_be_integers():
   with pytest.raises(ValueError, match="only integer pixels pack"):
     pack.pack(model, randomized(model, (9, 9, 3)), pixels=pixels,
               source_shape=(9, 9, 3))
+
+
+def scaled(model, weight_scale):
+  """A network of `models` with weights that have scales, or learned steps."""
+  lsq = estimators.by_name("lsq")
+  weights = dict(estimator=lsq) if weight_scale == "lsq" else dict(
+      weight_scale=weight_scale)
+  norm = dict(estimator=lsq) if weight_scale == "lsq" else {}
+  return functools.partial(
+      model, conv=functools.partial(layers.QuantConv, bits=2, **weights),
+      dense=functools.partial(layers.QuantDense, bits=2, **weights),
+      norm=functools.partial(layers.NormQuant, bits=2, **norm))
+
+
+CONVNET = functools.partial(models.ConvNet, 3, (4, 5), (6,))
+RESNET = functools.partial(models.ResNet, 3, (1, 1), (4, 8))
+
+
+@pytest.mark.parametrize("model, weight_scale", [
+    (CONVNET, "layer_mean"), (CONVNET, "channel_mean"), (CONVNET, "lsq"),
+    (functools.partial(RESNET, large_stem=True), "lsq"),
+    (functools.partial(RESNET, projection=False), "lsq"),
+    (functools.partial(models.DenseNet, 3, (1, 1), 4), "channel_mean")], ids=range(6))
+def test_scales_fold(model, weight_scale):
+  """Bit for bit, also through shortcuts of codes that have a scale."""
+  program = assert_packs(scaled(model, weight_scale)(), size=17, count=3)
+  assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
+
+
+def test_scales_of_shortcuts_beside_floats():
+  class Mixed(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, alpha=1.0, mode="hard"):
+      norm = functools.partial(
+          layers.NormQuant, bits=2, estimator=estimators.by_name("lsq"))
+      x = norm(name="norm1")(layers.QuantConv(4)(x, alpha, mode), alpha, mode)
+      y = layers.QuantConv(4, bits="bfloat16")(x, alpha, mode)
+      y = norm(name="norm2")(y, alpha, mode, shortcut=x)
+      y = layers.QuantDense(3)(y.reshape(y.shape[0], -1), alpha, mode)
+      return layers.NormQuant(bits=None)(y, mode=mode)
+
+  program = assert_packs(Mixed(), size=9)
+  op, = (op for op in program.ops if isinstance(op, packed.FloatNorm))
+  assert op.shortcut_unit not in (0, 1) and op.grid == np.float32(0.5)
+
+
+@pytest.mark.parametrize("body, message", [
+    (lambda x, conv, norm, *a: norm(name="n")(x + conv(4, name="b")(x, *a), *a),
+     "b: gets channels of different scales, which do not fold"),
+    (lambda x, conv, norm, *a: norm(name="n")(
+        x + conv(4, name="b")(norm(name="m")(x, *a), *a), *a),
+     "n: gets sums of different scales, which do not fold"),
+    (lambda x, conv, norm, *a: norm(name="n")(x + 1.0, *a),
+     "n: gets sums of different scales, which do not fold"),
+    (lambda x, conv, norm, *a: norm(name="n")(x, *a, shortcut=x),
+     "n: gets a shortcut that is not quantized, of another scale"),
+    (lambda x, conv, norm, *a: conv(4, pad_value=1.0, name="b")(
+        layers.NormQuant(estimator=estimators.by_name("lsq"))(x, *a), *a),
+     "b: pad_value=1.0 beside inputs that have a scale"),
+    (lambda x, conv, norm, *a: conv(4, name="b")(jnp.concatenate([
+        layers.NormQuant(estimator=estimators.by_name("lsq"))(x, *a) for _ in range(2)
+    ], -1), *a), "b: gets channels of different scales, which do not fold"),
+], ids=range(6))
+def test_scales_that_do_not_fold(body, message):
+  conv = functools.partial(layers.QuantConv, weight_scale="channel_mean")
+  model = Net(lambda x, *a: body(
+      conv(4, name="a")(layers.NormQuant()(x, *a), *a), conv, layers.NormQuant, *a))
+  with pytest.raises(ValueError, match=message):
+    pack.pack(model, randomized(model, (9, 9, 3)), pixels=PIXELS,
+              source_shape=(9, 9, 3))
+
+
+def test_a_network_ends_in_a_norm_if_it_has_scales():
+  model = layers.QuantDense(3, weight_scale="layer_mean")
+  variables = {"params": {"kernel": np.float32([[0.5, -0.25, 3]])}, "batch_stats": {}}
+  with pytest.raises(ValueError, match="the network's output has a scale: a NormQuant"):
+    fold.fold(model, variables, fold.Probe(*np.ones((3, 1))))
 
 
 def test_labels_are_as_many_as_classes():

@@ -66,23 +66,24 @@ def test_a_step_is_made_at_the_end():
   assert values(alpha, (19, 20, 39, 40)).tolist() == [[0, 0], [1, 0], [1, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("shape, fifth", [("linear", 0.28), ("cosine", 0.2381966)])
+@pytest.mark.parametrize("shape, fifth", [
+    ("linear", 0.28), ("cosine", 0.2381966), ("cubic", 0.2032)])
 def test_layers_are_annealed_one_after_another(shape, fifth):
   # Four layers in the first half of 80 steps: ten steps each, from 0.2 to 0.6.
   alpha = schedules.alpha(shape, 0.2, 0.6, 0.5, 80, depth=4)
+  back = schedules.alpha(shape, 0.2, 0.6, 0.5, 80, depth=4, backward=True)
   for step, expected in (
       (0, (0.2, 0.2, 0.2, 0.2)),
-      (5, (0.4, 0.2, 0.2, 0.2)),
+      (5, (0.4, 0.2, 0.2, 0.2) if shape != "cubic" else (0.25, 0.2, 0.2, 0.2)),
       (10, (0.6, 0.2, 0.2, 0.2)),
-      (15, (0.6, 0.4, 0.2, 0.2)),
       (20, (0.6, 0.6, 0.2, 0.2)),
-      (25, (0.6, 0.6, 0.4, 0.2)),
-      (35, (0.6, 0.6, 0.6, 0.4)),
+      (30, (0.6, 0.6, 0.6, 0.2)),
       (40, (0.6, 0.6, 0.6, 0.6)),
       (79, (0.6, 0.6, 0.6, 0.6))):
     assert alpha(step).shape == (4,)
     np.testing.assert_allclose(alpha(step), expected, rtol=1e-6)
-  # A fifth of its way: 0.2 + 0.4 / 5, and 0.2 + 0.2 (1 - cos(pi / 5)).
+    np.testing.assert_array_equal(back(step), alpha(step)[::-1])
+  # A fifth of its way: 0.2 + 0.4 / 5, 0.2 + 0.2 (1 - cos(pi / 5)), 0.2 + 0.4 / 125.
   np.testing.assert_allclose(alpha(12), (0.6, fifth, 0.2, 0.2), rtol=1e-6)
   assert (np.asarray(alpha(40)) == np.float32(0.6)).all()
 
@@ -202,7 +203,8 @@ def test_constant():
 
 
 def test_unknown_names():
-  with pytest.raises(ValueError, match="shape='square': must be one of linear, cosine"):
+  with pytest.raises(
+      ValueError, match="shape='square': must be one of linear, cosine, cubic"):
     default_alpha(shape="square")
   with pytest.raises(ValueError, match="kind='cosine': must be one of exponential, "):
     learning_rate("cosine")

@@ -28,10 +28,14 @@ from minw import cli
 from minw import config as config_lib
 from minw import datasets
 from minw import evaluate
+from minw import infer
 from minw import metrics
+from minw import pack
+from minw import packed
 from minw import pipeline
 from minw import plots
 from minw import train
+from minw import verify
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 
@@ -865,3 +869,87 @@ def test_main_says_how_a_run_ended(tmp_path):
   assert code == 2
   assert err.startswith("error: ") and err.count("\n") == 1
   assert "learning_rate: 1e+30, 0.01" in err and "num_epochs: 1, 2" in err
+
+
+# What came after AQE: a few steps, and the packed network against the trained one.
+
+
+@pytest.mark.parametrize("changes", [
+    dict(estimator="lsq", input_bits=2),
+    dict(estimator="ste", optimizer="bop", bop_adaptivity_rate=1e-2,
+         bop_threshold=1e-6),
+    *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+        dict(estimator="ste", weight_scale="layer_mean"),
+        dict(estimator="ste", weight_scale="channel_mean"),
+        dict(estimator="stompp", alpha_start=0.0, alpha_end=1.0, alpha_shape="cubic",
+             alpha_per_layer=True, estimator_noise_steps=5),
+        dict(estimator="stompp_ste", alpha_start=0.0))),
+], ids=lambda changes: "-".join(str(v) for v in list(changes.values())[:2]))
+def test_methods_that_came_after(changes):
+  experiment = Experiment(tiny_config(dense_widths=(), **changes))
+  state = jax.jit(lambda: train.init_state(experiment))()
+  first = jax.device_get(state.params)
+  step = train.make_train_step(experiment)
+  batches = experiment.train_batches(
+      experiment.load("train"), train.make_epoch_order(experiment), 0)
+  losses = []
+  for _ in range(30):
+    state, loss = step(state, *next(batches))
+    losses.append(float(loss))
+  assert np.mean(losses[-5:]) < 0.75 * losses[0] and int(state.totals.diverged_at) < 0
+  changed = jax.tree.map(lambda a, b: bool((a != b).any()), first, state.params)
+  assert all(jax.tree.leaves(changed))
+  if "optimizer" in changes:
+    for path in experiment.grid_layers:
+      assert (jnp.abs(state.params[path]["kernel"]) == 1).all()
+  codes, distance = train.make_weight_report(experiment)(state.params)
+  assert all(set(np.unique(code)) == {-1, 1} for code in codes.values())
+  assert all(0 <= value < 1.5 for value in distance.values())
+
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  program = pack.pack(experiment.model, variables, pixels=experiment.pixels,
+                      source_shape=experiment.info.image_shape)
+  hard = experiment.fold(variables)
+  assert set(np.unique(hard["hard"]["conv2"]["kernel"])) == {-1, 1}
+  images = experiment.source_images("test")[:32]
+  network = infer.Network(packed.to_bytes(program), "reference", 1)
+  assert not list(verify.differences(
+      program, experiment.model, hard, experiment.pixels, images, [network]))
+  logits = experiment.model.apply(
+      variables, pipeline.normalize(images, experiment.pixels), 1.0, mode="mixed",
+      rngs={"estimator": jax.random.key(0)})
+  np.testing.assert_array_equal(network.logits(images).argmax(-1), logits.argmax(-1))
+
+
+def test_noise_is_kept_for_so_many_steps():
+  keys = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "update", lambda experiment, state, images, labels, key: (
+        keys.append(jax.random.key_data(key)) or state, images.sum()))
+    experiment = Experiment(tiny_config(estimator_noise_steps=3))
+    patch.setattr(experiment, "jit", lambda function, **options: function)
+    state = jax.eval_shape(lambda: train.init_state(experiment))
+    step, data = train.make_train_step(experiment), experiment.load("train")
+    order = train.make_epoch_order(experiment)(0)
+    sums = [step(state._replace(step=i), data, order)[1] for i in range(7)]
+  same = [(a == b).all() for a, b in zip(keys, keys[1:])]
+  assert same == [True, True, False, True, True, False]
+  assert len(set(map(float, sums))) == 7  # Batches are others at each step.
+
+
+def test_bop_needs_weights_of_one_bit():
+  with pytest.raises(cli.UsageError, match="config.optimizer='bop': must be another: no"):
+    Experiment(tiny_config(optimizer="bop", weight_bits=2))
+
+
+@pytest.mark.slow
+def test_statistics_are_of_the_learned_steps():
+  experiment = Experiment(tiny_config(estimator="lsq", reestimate_batches=1))
+  state = train.init_state(experiment)
+  params = dict(state.params)
+  params["conv1"] = params["conv1"] | {"step": 2 * params["conv1"]["step"]}
+  data, order = experiment.load("train"), train.make_epoch_order(experiment)
+  run = lambda params: train.make_reestimate(experiment)(
+      params, state.batch_stats, experiment.train_batches(data, order, 0))
+  a, b = (run(p)["norm_conv1"]["batch_norm"]["var"] for p in (state.params, params))
+  np.testing.assert_allclose(b, 4 * a, rtol=1e-4)
