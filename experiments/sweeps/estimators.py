@@ -9,14 +9,14 @@ names below. The controls:
   aqe-then-aqe    the same, going on with AQE at alpha = 1: under Adam, whose state
                   begins anew in both, this is aqe-then-ste up to Adam's epsilon
 
-Each is two runs, the second of which starts from the first one's weights where the
-learning rate of the first ended.
+The latter are two runs each, the second of which starts from the first one's weights
+where the learning rate of the first ended.
 """
 
 from minw import cli
 from minw import config as config_lib
 
-_ANNEALED_TO_ONE = ("ede", "reste")  # Meant for alpha_start = 0.
+_ANNEALED_FROM_ZERO = ("ede", "reste")
 _OTHERS = ("aqe", "ste", "stochastic_aqe", "approx_sign", "swish_sign", "ede", "reste",
            "dsq", "ewgs")
 _CIFAR = "experiments/cifar_convnet.py:network=A,dataset="
@@ -48,11 +48,11 @@ def get_runs(argument=""):
       return f"{name}-seed{seed}", config, common | {"seed": seed} | overrides
 
     for estimator in _OTHERS:
-      start = {"alpha_start": 0.0} if estimator in _ANNEALED_TO_ONE else {}
+      start = {"alpha_start": 0.0} if estimator in _ANNEALED_FROM_ZERO else {}
       yield run(estimator, estimator=estimator, **start)
-    yield run("float-first", input_bits="float32", weight_bits="float32", **first)
-    yield run("float-then-ste", estimator="ste", init_from=f"float-first-seed{seed}",
-              **second)
+    # With the STE's backward: alpha is 0, then 1.
+    yield run("float-then-ste", alpha_shape="step", alpha_start=0.0,
+              estimator_gradient="algorithm1")
     yield run("aqe-first", alpha_end=1.0, **first)
     for estimator in ("ste", "aqe"):
       yield run(f"aqe-then-{estimator}", estimator=estimator, alpha_start=1.0,
