@@ -31,15 +31,6 @@ def define(default: str | None = None) -> flags.FlagHolder:
   return holder
 
 
-def load(argument: str) -> Any:
-  """The config that --config=`argument`, FILE or FILE:ARGUMENT, stands for.
-
-  Raises:
-    cli.UsageError: there is no such file, or it does not give a config.
-  """
-  return _ExperimentFile().parse(argument)
-
-
 def _check_arguments(argv: list[str]) -> None:
   fields = config_lib.default_config().keys()
   try:

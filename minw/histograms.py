@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from minw import layers
-from minw import quantizers
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 
@@ -41,29 +40,19 @@ def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]
   @experiment.jit
   def count(variables, data, start, alpha):
     images, _, mask = experiment.eval_batch(data, start)
+    _, sown = experiment.model.apply(
+        variables, images, alpha, mode="mixed", mutable=["quantized", "distance"],
+        rngs={"estimator": jax.random.key(0)})
     result = {}
-
-    def handle(layer, call, x, alpha=1.0, *args, **kwargs):
-      path, bits = "/".join(layer.path), layers.bits_of(layer)
-      wanted = (any(layers.matches(pattern, path) for pattern in patterns)
-                and bits is not None and quantizers.is_grid(bits))
-      if wanted and not isinstance(layer, layers.NormQuant):
-        kernel = layer.variables["params"]["kernel"]
-        grid = quantizers.weight_grid(
-            kernel, bits, layer.threshold_rule, layer.thresholds)
-        mixed = layer.estimator(
-            kernel, alpha, grid, lambda: layer.make_rng("estimator"))
-        result[path] = _counts(mixed, jnp.ones(mixed.shape, bool)), alpha
-      y = call(x, alpha, *args, **kwargs)
-      if wanted and isinstance(layer, layers.NormQuant):
-        of_images = mask.reshape(-1, *(1,) * (y.ndim - 1))
-        result[path] = _counts(y, jnp.broadcast_to(of_images, y.shape)), alpha
-      return y
-
-    with layers.intercept(handle):
-      experiment.model.apply(variables, images, alpha, mode="mixed",
-                             mutable=["distance"],
-                             rngs={"estimator": jax.random.key(0)})
+    for layer in experiment.layers:
+      if any(layers.matches(pattern, layer.path) for pattern in patterns):
+        found = sown["quantized"]
+        for name in (*layer.path.split("/"), "value"):
+          found = found.get(name, {})
+        for x, its_alpha in found:  # None of a layer in a float format.
+          of_images = mask.reshape(-1, *(1,) * (x.ndim - 1))
+          counted = of_images if layer.kind == "norm" else True
+          result[layer.path] = _counts(x, jnp.broadcast_to(counted, x.shape)), its_alpha
     return result
 
   def histograms(variables, data, alpha):

@@ -7,7 +7,8 @@ A layer is called as layer(x, alpha, mode). The modes:
     "hard"   the network that is deployed, on the variables that `minw.fold` makes
     "fold"   makes those variables; x is made by `fold.probe_rows`
 
-With alpha = 1 the first two use the hard quantizers of Eq 20.
+With alpha = 1 the first two use the hard quantizers of Eq 20. In "mixed" layers sow what
+their estimator made, and its alpha, as "value" into the collection "quantized".
 """
 
 import fnmatch
@@ -198,8 +199,10 @@ class NormQuant(nn.Module):
     if mode == "mixed":  # One number an example: padding can be left out of the mean.
       distance = jnp.abs(y - step * quantizers.quantize(y / step, grid))
       self.sow("distance", "mean", jnp.mean(distance, axis=tuple(range(1, y.ndim))))
-    return self.estimator(
-        y, alpha, grid, lambda: self.make_rng("estimator"), **learned)
+    y = self.estimator(y, alpha, grid, lambda: self.make_rng("estimator"), **learned)
+    if mode == "mixed":
+      self.sow("quantized", "value", (y, alpha))
+    return y
 
   def _fold(self, x, bits, shortcut):
     params = self.variables["params"]["batch_norm"]
@@ -375,6 +378,8 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     grid = quantizers.weight_grid(kernel, bits, *rule)
     quantized = layer.estimator(
         kernel, alpha, grid, lambda: layer.make_rng("estimator"), **learned)
+    if mode == "mixed":
+      layer.sow("quantized", "value", (quantized, alpha))
     kernel = estimators.WEIGHT_SCALES[layer.weight_scale](quantized, kernel)
   else:
     kernel = quantizers.round_to(kernel, bits)

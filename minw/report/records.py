@@ -27,8 +27,8 @@ from minw import workdir as workdir_lib
 LOCAL = ("data_dir", "data_workers")  # Of a machine.
 
 # Fields on which the hard network does not depend, but for the chance of its seed.
-NO_MATTER = ("seed", *LOCAL, "max_damaged", "eval_batch_size", "eval_train",
-             "histogram_layers", "histogram_epochs")
+NO_MATTER = ("seed", *LOCAL, "shard_optimizer", "max_damaged", "eval_batch_size",
+             "eval_train", "histogram_layers", "histogram_epochs")
 
 Record = dict[str, Any]
 
