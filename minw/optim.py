@@ -64,7 +64,7 @@ def bop(adaptivity_rate: float, threshold: float) -> optax.GradientTransformatio
   AQE by 2 alpha at each quantizer on the way, acts as a lower threshold.
 
   Args:
-    adaptivity_rate: in (0, 1].
+    adaptivity_rate: in [0, 1].
     threshold: at least 0.
 
   Returns:

@@ -128,7 +128,7 @@ NAN, INF = math.nan, math.inf
     ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
     ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
-     "one of approx_sign, aqe, dsq, ede, ewgs, lsq, reste, ste, stochastic_aqe, stompp"),
+     "one of approx_sign, aqe, dsq, ede, ewgs, lsq, reste, ste, stochastic_aqe, "),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
     ("alpha_shape", ["square"], "one of linear, cosine, cubic"),
     ("weight_scale", ["mean", ""], "one of none, layer_mean, channel_mean"),

@@ -587,8 +587,8 @@ def test_lsq(bits, thresholds, q):
     np.testing.assert_allclose(ds, want, rtol=1e-5)
     assert ds.shape == ()
     assert_zeros_like(dgrid, quantizers.grid(bits, unit))
-  np.testing.assert_array_equal(
-      quantizers.unit_thresholds(bits, [0.2] * len(thresholds)), [0.2] * len(thresholds))
+  again = [0.2] * len(thresholds)
+  np.testing.assert_array_equal(quantizers.unit_thresholds(bits, again), again)
 
 
 def test_a_step_of_any_sign_stands_for_a_positive_one():

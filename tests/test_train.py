@@ -938,7 +938,7 @@ def test_noise_is_kept_for_so_many_steps():
 
 
 def test_bop_needs_weights_of_one_bit():
-  with pytest.raises(cli.UsageError, match="config.optimizer='bop': must be another: no"):
+  with pytest.raises(cli.UsageError, match="bop.: must be another: no layer"):
     Experiment(tiny_config(optimizer="bop", weight_bits=2))
 
 
