@@ -170,8 +170,8 @@ class Experiment:
   def optimizer_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
     """How an array of the optimizer's state lies on the devices.
 
-    With `shard_optimizer` kernels' are in equal parts along the longest axis that allows
-    it; batch norm's are too small to be worth gathering.
+    With `shard_optimizer` kernels' are in equal parts along the longest axis that
+    allows it; batch norm's are too small to be worth gathering.
     """
     devices = self.replicated.mesh.size
     axes = [axis for axis, size in enumerate(shape) if size % devices == 0]

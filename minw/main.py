@@ -21,8 +21,8 @@ if __name__ == "__main__":
       "workdir", None, "Where the run is kept; one place for all processes.",
       required=True)
   _DISTRIBUTED = flags.DEFINE_bool(
-      "distributed", False, "Whether this is one process of several; on TPU pods, under "
-      "Slurm and Open MPI, nothing else is needed.")
+      "distributed", False, "Whether this is one process of several; on TPU pods, "
+      "under Slurm and Open MPI, nothing else is needed.")
   _COORDINATOR = flags.DEFINE_string(
       "coordinator", None, "HOST:PORT where process 0 listens.")
   _NUM_PROCESSES = flags.DEFINE_integer(

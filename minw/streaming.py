@@ -1,8 +1,8 @@
 """Input pipeline of data sets too large for memory: images are decoded when needed.
 
 Batch t of training is a function of the seed and of t alone, whatever the number of
-workers and processes, so that a run can go on from any step. What a batch holds are the pixels; they
-are normalized inside the compiled step.
+workers and processes, so that a run can go on from any step. What a batch holds are the
+pixels; they are normalized inside the compiled step.
 """
 
 import json

@@ -214,7 +214,8 @@ for step in (0, 30):
     assert len(part.sharding.device_set) == len(jax.devices())
     assert part.addressable_shards[0].data.shape[0] * len(jax.devices()) == len(part)
     found[f"{name}{step}"] = distributed.whole(part)
-state, train_step = train.make_init_state(experiment)(), train.make_train_step(experiment)
+state = train.make_init_state(experiment)()
+train_step = train.make_train_step(experiment)
 batches = experiment.train_batches(data, epoch_order, 0)
 for step in range(5):
   state, loss = train_step(state, *next(batches))
@@ -303,7 +304,8 @@ def test_processes_come_and_go(tmp_path):
     codes, errors = ended(start(count, config, workdir, devices=4 // count,
                                 before_step=terminate.format(step)))
     assert codes == [75] * count, errors
-    assert workdir_lib.read_status(str(workdir)) == {"state": "preempted", "step": saved}
+    status = workdir_lib.read_status(str(workdir))
+    assert status == {"state": "preempted", "step": saved}
   # What can not be read is left out by all.
   halve(array_file(workdir / "checkpoints" / "32"))
   train_on(2, config, workdir, devices=2)
@@ -418,8 +420,8 @@ def test_bad_input_ends_all_alike(tmp_path):
       "error: the processes were started with different configs (field: first process,"
       " another): seed: 0, 1"}
   # What one finds out by itself.
-  assert refusals([config, tiny_config(bits_rules=(("x", 2),))], workdir).pop(
-      ).startswith("error: config.bits_rules='x': must be a pattern that matches one of")
+  line, = refusals([config, tiny_config(bits_rules=(("x", 2),))], workdir)
+  assert line.startswith("error: config.bits_rules='x': must be a pattern that matches")
   assert os.listdir(workdir) == ["config.json"]
 
 
