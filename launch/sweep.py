@@ -190,14 +190,7 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
   steps, known = {}, {}
   for run in runs:
     with _naming(run.name):
-      if (run.workdir / "config.json").exists():
-        before = workdir_lib.read_config(str(run.workdir))
-        before.data_workers = run.config.data_workers
-        different = config_lib.differing_fields(before, run.config)
-        if different:
-          raise cli.UsageError(
-              f"workdir={str(run.workdir)!r} holds a run of another config (field: "
-              f"there, here): {'; '.join(different)}")
+      workdir_lib.check_free(str(run.workdir), run.config)
       status = workdir_lib.read_status(str(run.workdir))
       if status and status["state"] in _FINAL:
         continue

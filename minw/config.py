@@ -242,7 +242,7 @@ def validate(c: config_dict.ConfigDict) -> None:
           " keeps weights at 1 and -1: gradients vanish there or are reversed")
 
 
-# What a run may be gone on with otherwise: where things are done, not what.
+# What may differ when a run goes on: where things are done, not what.
 FREE = ("data_workers", "shard_optimizer")
 
 _TINY, _HUGE = 2.0**-126, 2.0**128  # Less is 0 in float32, and more infinite.

@@ -26,19 +26,29 @@ def claim(workdir: str, config: Any) -> None:
   path = pathlib.Path(workdir)
   try:
     path.mkdir(parents=True, exist_ok=True)
-    if (path / "config.json").exists():
-      before = read_config(workdir)
-      for name in config_lib.FREE:
-        before[name] = config[name]
-      different = config_lib.differing_fields(before, config)
-      if different:
-        raise cli.UsageError(
-            f"workdir={workdir!r} holds a run of another config (field: there, here):"
-            f" {'; '.join(different)}")
+    check_free(workdir, config)
     write_file(path / "config.json", config_lib.to_json(config))
   except OSError as error:
     raise cli.UsageError(
         f"workdir={workdir!r} can not be written to: {error}") from error
+
+
+def check_free(workdir: str, config: Any) -> None:
+  """Checks that `workdir` holds no run but one of `config`.
+
+  Raises:
+    cli.UsageError: naming the fields that differ.
+  """
+  if not (pathlib.Path(workdir) / "config.json").exists():
+    return
+  before = read_config(workdir)
+  for name in config_lib.FREE:
+    before[name] = config[name]
+  different = config_lib.differing_fields(before, config)
+  if different:
+    raise cli.UsageError(
+        f"workdir={workdir!r} holds a run of another config (field: there, here):"
+        f" {'; '.join(different)}")
 
 
 def check_claimed(workdir: str, config: Any) -> None:
