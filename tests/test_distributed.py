@@ -114,6 +114,7 @@ def train_on(count, config, workdir, *flags, **options):
   assert codes == [0] * count, "\n".join(errors)[-5000:]
 
 
+@pytest.mark.slow
 def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
   config, workdir = small_config(num_epochs=2), tmp_path / "run"
   codes, errors = ended(start(2, config, workdir, before_step=(

@@ -479,6 +479,7 @@ SWEEPS = [
     ("estimators", "", 5 * 13), ("estimators", "dataset=cifar10,width=full", 5 * 13),
     ("estimators", "dataset=cifar100", 5 * 13), ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
+    ("estimators_cifar10", "seeds=2", 8),
 ]
 
 

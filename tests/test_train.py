@@ -874,16 +874,16 @@ def test_main_says_how_a_run_ended(tmp_path):
 # What came after AQE: a few steps, and the packed network against the trained one.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     dict(estimator="lsq", input_bits=2),
     dict(estimator="ste", optimizer="bop", bop_adaptivity_rate=1e-2,
          bop_threshold=1e-6),
-    *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
-        dict(estimator="ste", weight_scale="layer_mean"),
-        dict(estimator="ste", weight_scale="channel_mean"),
-        dict(estimator="stompp", alpha_start=0.0, alpha_end=1.0, alpha_shape="cubic",
-             alpha_per_layer=True, estimator_noise_steps=5),
-        dict(estimator="stompp_ste", alpha_start=0.0))),
+    dict(estimator="ste", weight_scale="layer_mean"),
+    dict(estimator="ste", weight_scale="channel_mean"),
+    dict(estimator="stompp", alpha_start=0.0, alpha_end=1.0, alpha_shape="cubic",
+         alpha_per_layer=True, estimator_noise_steps=5),
+    dict(estimator="stompp_ste", alpha_start=0.0),
 ], ids=lambda changes: "-".join(str(v) for v in list(changes.values())[:2]))
 def test_methods_that_came_after(changes):
   experiment = Experiment(tiny_config(dense_widths=(), **changes))
