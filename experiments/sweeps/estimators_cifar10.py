@@ -22,7 +22,7 @@ _RUNS = {
 
 
 def get_runs(argument=""):
-  a = config_lib.parse_argument(argument, seeds=4)
+  a = config_lib.parse_argument(argument, seeds=3)
   cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
   for seed in range(a.seeds):
     for name, fields in _RUNS.items():
