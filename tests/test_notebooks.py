@@ -38,7 +38,7 @@ def test_outputs_are_kept(path):
   code = [cell for cell in json.loads(path.read_text())["cells"]
           if cell["cell_type"] == "code"]
   assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-  assert pictures(path) >= 2
+  assert pictures(path) >= 1
 
 
 @pytest.mark.slow
