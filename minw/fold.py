@@ -73,6 +73,12 @@ def probe_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
   return jnp.asarray(rows)
 
 
+def probe_bits(x: jax.Array) -> int:
+  """The bits that a probed activation takes, of whatever channel takes the most."""
+  bits, terms = np.asarray(x)[2:4].reshape(2, -1).max(1)  # Sums have as many ones.
+  return int(np.ceil(bits / terms + np.log2(terms)))
+
+
 def round_scale(scale: np.ndarray | float) -> np.ndarray:
   """A scale in float32's precision, in float64; what is below 2^-60 counts as 0."""
   scale = _digits(np.asarray(scale, np.float64), 24)

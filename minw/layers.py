@@ -38,7 +38,8 @@ class LayerInfo(NamedTuple):
     path: its name, with those of the modules around it: "block1/conv2".
     kind: "conv", "dense" or "norm".
     bits: of its weights; of its output for a norm, None if that is not quantized.
-    input_bits: the bits of what it receives, 16 for an image, 32 for accumulators.
+    input_bits: the bits of what it receives, 16 for an image, 32 for accumulators; those
+      of a sum of n codes are log2(n) more.
     input_shape, output_shape: without the batch.
     kernel_shape: (..., inputs, outputs); empty for a norm.
     channel_parameters: how many float32 numbers a norm keeps besides.
@@ -415,7 +416,7 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
         path="/".join(layer.path),
         kind={QuantConv: "conv", QuantDense: "dense", NormQuant: "norm"}[type(layer)],
         bits=bits_of(layer),
-        input_bits=int(np.max(x[2])),
+        input_bits=fold.probe_bits(x),
         input_shape=x.shape[1:],
         output_shape=out.shape[1:],
         kernel_shape=() if is_norm else params["kernel"].shape,

@@ -586,6 +586,20 @@ def test_trace():
   assert layers.trace(net, (9, 8, 3))[1].channel_parameters == 4
 
 
+def test_trace_knows_the_bits_of_sums():
+  class Network(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, alpha=1.0, mode="hard"):
+      x = layers.NormQuant(2)(layers.QuantConv(3)(x, mode=mode), mode=mode)
+      x = jnp.sum(x, axis=(1, 2))
+      return layers.NormQuant(None)(layers.QuantDense(4)(x, mode=mode), mode=mode)
+
+  # 20 numbers from -1 to 1 come to -20 to 20, for which 2 + log2(20) bits suffice.
+  assert [info.input_bits for info in layers.trace(Network(), (5, 4, 1))] == [
+      16, 32, 7, 32]
+
+
 def test_trace_names_nested_layers_and_their_shortcuts():
   class Block(nn.Module):
 
