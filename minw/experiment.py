@@ -273,6 +273,6 @@ class Experiment:
   def fold(self, variables: Any) -> Any:
     """The hard network's variables, on all devices: see `fold.fold`."""
     probe = pipeline.probe(self.pixels, self.image_shape)
-    hard = jax.device_get(fold.fold(self.model, jax.device_get(variables), probe))
+    hard = fold.fold(self.model, variables, probe)
     distributed.check_same(hard, "the hard network")
     return distributed.put(hard, self.replicated)

@@ -374,9 +374,8 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
                   output.shape[1:], scale)
   if quantizers.is_grid(bits):
     learned = {} if step is None else {"step": step}
-    rule = (layer.threshold_rule, layer.thresholds) if step is None else (
-        "fixed", quantizers.unit_thresholds(bits, layer.thresholds))
-    grid = quantizers.weight_grid(kernel, bits, *rule)
+    grid = quantizers.weight_grid(
+        kernel, bits, layer.threshold_rule, layer.thresholds, learned=step is not None)
     quantized = layer.estimator(
         kernel, alpha, grid, lambda: layer.make_rng("estimator"), **learned)
     if mode == "mixed":

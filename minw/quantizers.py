@@ -194,6 +194,8 @@ def weight_grid(
     bits: int,
     rule: str = "layer_mean",
     thresholds: Sequence[float] = (),
+    *,
+    learned: bool = False,
 ) -> Grid:
   """The grid that weights are quantized on.
 
@@ -203,7 +205,11 @@ def weight_grid(
     rule: "fixed", or thresholds proportional to the mean magnitude of the layer's
       weights ("layer_mean") or of each output channel's ("channel_mean").
     thresholds: see `weight_factors`.
+    learned: whether the step is: the grid is in units of it then, see
+      `unit_thresholds`, and there is no rule.
   """
+  if learned:
+    return grid(bits, unit_thresholds(bits, thresholds))
   factors = weight_factors(bits, rule, thresholds)
   if rule == "fixed":
     return grid(bits, factors)

@@ -221,12 +221,10 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
       for name in path.split("/"):
         kernel = kernel[name]
       step, kernel = kernel.get("step"), kernel["kernel"]
-      if step is None:
-        step, rule, thresholds = 1.0, c.weight_threshold_rule, c.weight_thresholds
-      else:
-        step, rule = quantizers.positive_step(step), "fixed"
-        thresholds = quantizers.unit_thresholds(layer.bits, c.weight_thresholds)
-      grid = quantizers.weight_grid(kernel, layer.bits, rule, thresholds)
+      grid = quantizers.weight_grid(
+          kernel, layer.bits, c.weight_threshold_rule, c.weight_thresholds,
+          learned=step is not None)
+      step = 1.0 if step is None else quantizers.positive_step(step)
       codes[path] = quantizers.encode(kernel / step, grid)
       distance[path] = jnp.mean(
           jnp.abs(kernel - step * quantizers.quantize(kernel / step, grid)))
