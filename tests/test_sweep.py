@@ -544,7 +544,7 @@ def test_tables_are_whole(read_sweep, table, dataset):
 
 
 @pytest.mark.parametrize("argument, epochs", [
-    ("seeds=1", 40), ("seeds=1,dataset=cifar10,width=full", 200)])
+    ("seeds=1", 40), ("seeds=1,dataset=cifar10,size=full", 200)])
 def test_controls_have_the_rates_of_one_run(read_sweep, argument, epochs):
   """Both halves together take the epochs and the learning rates of one run."""
   runs = {run.name: run.config for run in read_sweep("estimators", argument)}

@@ -1,62 +1,73 @@
 """All estimators under equal terms, and the controls that a comparison needs.
 
---sweep=experiments/sweeps/estimators.py:dataset=cifar10,width=full,seeds=5 takes the
-names below. The controls:
+--sweep=experiments/sweeps/estimators.py:dataset=cifar100,network=A,size=quarter,seeds=5
+takes the names below, runs=aqe+ste only some of the runs. Beside the estimators there
+are
 
+  aqe-by-layer    AQE layer after layer, from the input on
+  bop             no latent weights: binary ones, flipped by Bop; activations by the STE
   float-then-ste  a float network with HardTanh until AQE's annealing would end, the
                   straight-through estimator from there on
   aqe-then-ste    AQE until alpha = 1, the straight-through estimator from there on
   aqe-then-aqe    the same, going on with AQE at alpha = 1: under Adam, whose state
                   begins anew in both, this is aqe-then-ste up to Adam's epsilon
 
-The latter are two runs each, the second of which starts from the first one's weights
-where the learning rate of the first ended.
+The latter two begin with the run aqe-first: from its weights, where its learning rate
+ended.
 """
 
 from minw import cli
 from minw import config as config_lib
 
-_ANNEALED_FROM_ZERO = ("ede", "reste")
-_OTHERS = ("aqe", "ste", "stochastic_aqe", "approx_sign", "swish_sign", "ede", "reste",
-           "dsq", "ewgs")
-_CIFAR = "experiments/cifar_convnet.py:network=A,dataset="
-_QUARTER = dict(conv_widths=(32, 32, 64, 64, 128, 128), dense_widths=(256, 256),
-                train_examples=20_000, num_epochs=24, batch_size=128)
-
 
 def get_runs(argument=""):
   a = config_lib.parse_argument(
-      argument, dataset="digits", width="quarter", seeds=5, epochs=0)
+      argument, dataset="digits", network="A", size="quarter", seeds=5, epochs=0,
+      runs="")
   cli.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
             "digits, cifar10 or cifar100")
-  cli.check(a.width in ("quarter", "full"), "width", a.width, "quarter or full")
   cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
   cli.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 1), "epochs",
             a.epochs, "at least 2, or 0 for the usual number")
-  if a.dataset == "digits":  # It has one width.
-    config, common, epochs = "experiments/digits_convnet.py", {}, 40
+  if a.dataset == "digits":  # It has one network.
+    config, epochs = "experiments/digits_convnet.py", 40
   else:
-    config = _CIFAR + a.dataset
-    common = _QUARTER if a.width == "quarter" else {}
-    epochs = common.get("num_epochs", 200)
-  epochs = a.epochs or epochs
-  common = common | {"num_epochs": epochs}
-  first, second = _phases(epochs)
-
+    config = ("experiments/cifar_convnet.py:"
+              f"network={a.network},dataset={a.dataset},size={a.size}")
+    epochs = 24 if a.size == "quarter" else 200
+  runs = _runs(a.epochs or epochs)
+  if a.dataset != "digits" and not a.epochs:  # For Figs 1 and 2.
+    runs["aqe"] = {"histogram_layers": ("conv2", "norm_conv2")}
+  chosen = a.runs.split("+") if a.runs else list(runs)
+  for name in chosen:
+    if name not in runs:
+      raise cli.unknown_name("run", name, runs)
   for seed in range(a.seeds):
-    def run(name, **overrides):
-      return f"{name}-seed{seed}", config, common | {"seed": seed} | overrides
+    for name in chosen:
+      fields = {"seed": seed, "num_epochs": a.epochs or epochs} | runs[name]
+      if "init_from" in fields:
+        fields["init_from"] += f"-seed{seed}"
+      yield f"{name}-seed{seed}", config, fields
 
-    for estimator in _OTHERS:
-      start = {"alpha_start": 0.0} if estimator in _ANNEALED_FROM_ZERO else {}
-      yield run(estimator, estimator=estimator, **start)
-    # With the STE's backward: alpha is 0, then 1.
-    yield run("float-then-ste", alpha_shape="step", alpha_start=0.0,
-              estimator_gradient="algorithm1")
-    yield run("aqe-first", alpha_end=1.0, **first)
-    for estimator in ("ste", "aqe"):
-      yield run(f"aqe-then-{estimator}", estimator=estimator, alpha_start=1.0,
-                init_from=f"aqe-first-seed{seed}", **second)
+
+def _runs(epochs):
+  first, second = _phases(epochs)
+  second |= {"alpha_start": 1.0, "init_from": "aqe-first"}
+  return {
+      "aqe": {},
+      "ste": {"estimator": "ste"},
+      "aqe-by-layer": {"alpha_per_layer": True},
+      # With the STE's backward: alpha is 0, then 1.
+      "float-then-ste": {"alpha_shape": "step", "alpha_start": 0.0,
+                         "estimator_gradient": "algorithm1"},
+      "bop": {"optimizer": "bop", "estimator": "ste"},
+      "aqe-first": first,
+      "aqe-then-ste": {"estimator": "ste"} | second,
+      "aqe-then-aqe": second,
+      **{name: {"estimator": name} for name in (
+          "stochastic_aqe", "approx_sign", "swish_sign", "dsq", "ewgs")},
+      **{name: {"estimator": name, "alpha_start": 0.0} for name in ("ede", "reste")},
+  }
 
 
 def _phases(epochs):
