@@ -24,6 +24,7 @@ from minw.report import comparison
 from minw.report import figures
 from minw.report import paper
 from minw.report import records
+from minw.report import results
 from minw.report import tables
 from test_plots import drawn
 from test_train import EPOCH
@@ -249,8 +250,8 @@ def test_comparison():
   first, second = comparison.compare(runs, ["estimator"])
   assert (first.settings, second.settings) == ({}, {"weight_bits": 2})
   aqe, ste = first.groups
-  assert (aqe.by, aqe.seeds) == ({"estimator": "aqe"}, (0, 1, 2))
-  assert (ste.by, ste.seeds) == ({"estimator": "ste"}, (0, 1, 2, 7))
+  assert (aqe.by, [*aqe.runs]) == ({"estimator": "aqe"}, [0, 1, 2])
+  assert (ste.by, [*ste.runs]) == ({"estimator": "ste"}, [0, 1, 2, 7])
   np.testing.assert_allclose(
       aqe.estimates["test_accuracy"], (3, 0.85, 0.01, T2 * 0.01 / math.sqrt(3)))
   np.testing.assert_allclose(aqe.estimates["best_test_accuracy"].mean, 0.86)
@@ -282,6 +283,14 @@ def test_comparison_by_several_fields_and_without_partners():
   assert compared.groups[2].differences["test_accuracy"] == (
       1, pytest.approx(0.2), None, None)
   assert len(comparison.compare(runs, ["alpha_end"])) == 2
+
+
+def test_p_value():
+  # Of Student's t with 2 degrees of freedom: 1 - t / sqrt(t^2 + 2), where t^2 = 12.
+  assert comparison.p_value([0.03, 0.01, 0.02]) == pytest.approx(1 - (12 / 14) ** 0.5)
+  assert comparison.p_value([-1.0, 1.0]) == pytest.approx(1.0)
+  assert comparison.p_value([0.5]) is None
+  assert comparison.p_value([0.5, 0.5]) is None
 
 
 def test_comparison_refuses():
@@ -614,6 +623,62 @@ def test_damaged_study(runs, tmp_path):
   assert "damaged" in left_out[0].why and "has no seconds" in left_out[1].why
 
 
+# RESULTS.md.
+
+
+def write_study(path, runs):
+  path.with_suffix("").mkdir(parents=True)
+  path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+
+
+def test_results(tmp_path):
+  """Two networks, of which one is of a cell; the numbers are by hand."""
+  def named(run, name, accuracy, **changes):
+    return made(accuracy, **changes) | {"run": f"{run}-seed{changes['seed']}"}
+
+  small = dict(conv_widths=(8, 8), dense_widths=(4,))
+  runs = [named("aqe", "", a, seed=seed, **small)
+          for seed, a in enumerate((0.53, 0.51, 0.52))]
+  runs += [named("ste", "", 0.5, seed=seed, estimator="ste", **small)
+           for seed in range(3)]
+  runs += [named("aqe", "", 0.85, seed=0), named("ste", "", 0.8, seed=0,
+                                                 estimator="ste")]
+  curve = tmp_path / "results" / "s" / "curve.jsonl"
+  runs[6] |= {"curve": "s/curve.jsonl", "hardware": {
+      "device": "TPU v4", "num_devices": 8, "cpu": "x", "cores": 2}}
+  write_study(tmp_path / "results" / "s.jsonl", runs)
+  curve.write_text("".join(json.dumps(
+      {"epoch": epoch, "split": split, "mode": mode, "accuracy": accuracy}) + "\n"
+      for epoch, split, mode, accuracy in (
+          (1, "validation", "hard", 0.1), (2, "validation", "hard", 0.875),
+          (2, "validation", "mixed", 0.2), (2, "train", "hard", 0.3))))
+  (tmp_path / "results" / "s" / "README.md").write_text("# A study\n\nMore.\n")
+  log = results.write(str(tmp_path / "results"), str(tmp_path))
+  assert log[-1] == str(tmp_path / "RESULTS.md")
+  text = (tmp_path / "RESULTS.md").read_text()
+  assert "### A study\n" in text and "(results/s/README.md)" in text
+  # Against the STE, wherever it stands.
+  assert "| ste | 3 |  | 0.5000 ± 0.0000 | 0.5000 ± 0.0000 |  |  |\n" in text
+  margin = T2 * 0.01 / math.sqrt(3)
+  assert (f"| aqe | 3 |  | 0.5200 ± {margin:.4f} | 0.5200 ± {margin:.4f} | "
+          f"+0.0200 ± {margin:.4f} | 0.074 |\n") in text
+  assert "| aqe | 1 | 0.8750 | 0.8500 | 0.8500 | +0.0500 |  |\n" in text
+  # Together: 0.03, 0.01, 0.02, 0.05.
+  assert f"| aqe | 4 | +0.0275 ± {3.182446305 * math.sqrt(7 / 24e3 / 4):.4f} | " in text
+  assert "8 x TPU v4" in text and "unknown hardware" in text
+  assert "No cell of the paper: its widths are those of no ConvNet A to D." in text
+  assert "| D | 1 | 1 | 0.844 | 0.8500 | +0.0060 | 1 |" in text
+  assert "I: 1 of 64, II: 0 of 68" in text
+
+
+def test_results_of_the_repository(tmp_path):
+  """RESULTS.md is what the studies give."""
+  shutil.copytree(FOLDER.parent / "results", tmp_path / "results")
+  results.write(str(tmp_path / "results"), str(tmp_path))
+  assert (tmp_path / "RESULTS.md").read_text() == (
+      FOLDER.parent / "RESULTS.md").read_text()
+
+
 # Figures.
 
 
@@ -725,6 +790,8 @@ def test_commands_refuse_in_one_line(tmp_path):
       ("figures", runs): "--out is missing",
       ("compare", runs): "--by is missing",
       ("collect", runs, "--out=a.json"): "out='a.json': must be a file whose name",
+      ("results", runs, f"--out={tmp_path}"): "must be a folder with studies",
+      ("results", runs, "--out=minw"): "must be a folder in out='minw'",
   }
   for arguments, message in wrong.items():
     process = command(*arguments)

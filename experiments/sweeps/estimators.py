@@ -61,7 +61,7 @@ def _runs(epochs):
       "float-then-ste": {"alpha_shape": "step", "alpha_start": 0.0,
                          "estimator_gradient": "algorithm1"},
       "bop": {"optimizer": "bop", "estimator": "ste"},
-      "aqe-first": first,
+      "aqe-first": {"alpha_end": 1.0} | first,
       "aqe-then-ste": {"estimator": "ste"} | second,
       "aqe-then-aqe": second,
       **{name: {"estimator": name} for name in (

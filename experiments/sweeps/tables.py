@@ -1,6 +1,7 @@
 """Tables I and II whole: ConvNets A to D by 16 pairs of bits, on CIFAR-10 or CIFAR-100.
 
---sweep=experiments/sweeps/tables.py:table=2,seeds=1,networks=AD takes the names below.
+--sweep=experiments/sweeps/tables.py:table=2,seeds=1,networks=AD takes the names below;
+size=quarter is for CPUs, and of no cell of the tables.
 Runs are cifar10-A-1-2-seed0: network, bits of inputs (M) and of weights (N); Table II
 has cifar100-A-1-1-ste-seed0 as well. The paper's 16 is bfloat16 here, its 32 float32.
 """
@@ -14,13 +15,15 @@ _FORMATS = {16: "bfloat16", 32: "float32"}
 
 
 def get_runs(argument=""):
-  a = config_lib.parse_argument(argument, table=1, seeds=5, networks="ABCD")
+  a = config_lib.parse_argument(argument, table=1, seeds=5, networks="ABCD",
+                                 size="full")
   cli.check(a.table in (1, 2), "table", a.table, "1 or 2")
   cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
   dataset = {1: "cifar10", 2: "cifar100"}[a.table]
   for seed in range(a.seeds):
     for network in str(a.networks):
-      config = f"experiments/cifar_convnet.py:network={network},dataset={dataset}"
+      config = ("experiments/cifar_convnet.py:"
+                f"network={network},dataset={dataset},size={a.size}")
       for m, n in _BITS:
         fields = {"input_bits": _FORMATS.get(m, m), "weight_bits": _FORMATS.get(n, n),
                   "seed": seed}

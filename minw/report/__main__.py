@@ -19,6 +19,11 @@ differences to the first, seed by seed; with --out also in DIR/compare.md.
 
 adds the records of runs to a study: a line each, with its curve beside the file.
 
+  python -m minw.report results [--runs=results] [--out=.]
+
+writes RESULTS.md: all studies of a folder, the paper's tables, and what others
+published; and the studies' figures into their folders.
+
 --runs may be repeated, or be a list with commas; folders are searched for workdirs and
 studies.
 """
@@ -33,6 +38,7 @@ from minw import workdir as workdir_lib
 from minw.report import comparison
 from minw.report import figures
 from minw.report import records
+from minw.report import results
 from minw.report import tables
 
 
@@ -40,8 +46,14 @@ def _paths() -> list[str]:
   return [path for part in flags.FLAGS.runs for path in part.split(",") if path]
 
 
+def _given() -> list[str]:
+  if not _paths():
+    raise cli.UsageError("--runs is missing: folders with workdirs or studies; studies")
+  return _paths()
+
+
 def _read() -> tuple[list[records.Record], list[records.LeftOut]]:
-  runs, left_out = records.read(_paths())
+  runs, left_out = records.read(_given())
   cli.check(bool(runs) or bool(left_out), "runs", ",".join(_paths()),
             "folders that hold workdirs of runs, or studies")
   return runs, left_out
@@ -102,17 +114,26 @@ def main_compare() -> None:
 
 def main_collect() -> None:
   out = _out()
-  added, left_out = records.collect(_paths(), out)
+  added, left_out = records.collect(_given(), out)
   print("\n".join([*(f"added: {name}" for name in added),
                    f"{out}: {len(added)} added"]))
   _say(left_out)
 
 
+def main_results() -> None:
+  out = flags.FLAGS.out or "."
+  folders = _paths() or ["results"]
+  cli.check(len(folders) == 1, "runs", ",".join(folders), "one folder with studies")
+  try:
+    print("\n".join(results.write(folders[0], out)))
+  except OSError as error:
+    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+
+
 if __name__ == "__main__":
-  flags.DEFINE_multi_string("runs", None, "Folders with workdirs or studies; studies.",
-                            required=True)
+  flags.DEFINE_multi_string("runs", [], "Folders with workdirs or studies; studies.")
   flags.DEFINE_string("out", None, "The folder to write to; collect: the study's file.")
   flags.DEFINE_list("by", [], "compare: fields in which runs differ.")
   flags.DEFINE_string("layer", "conv2", "figures: of Figs 1 to 4.")
   cli.run({"tables": main_tables, "figures": main_figures, "compare": main_compare,
-           "collect": main_collect})
+           "collect": main_collect, "results": main_results})

@@ -38,14 +38,14 @@ class Group(NamedTuple):
 
   Attributes:
     by: the values of the chosen fields.
-    seeds: of the runs.
+    runs: their records, by seed.
     estimates: by measure, "test_accuracy" and "best_test_accuracy".
     differences: of the same, to the comparison's first group: of the seeds that both
       have, one minus the other; None of the first, and where there are no such seeds.
   """
 
   by: dict[str, Any]
-  seeds: tuple[int, ...]
+  runs: dict[int, records.Record]
   estimates: dict[str, Estimate]
   differences: dict[str, Estimate | None]
 
@@ -70,6 +70,22 @@ def estimate(values: Sequence[float]) -> Estimate:
   deviation = statistics.stdev(values)
   quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
   return Estimate(n, mean, deviation, quantile * deviation / math.sqrt(n))
+
+
+def p_value(values: Sequence[float]) -> float | None:
+  """How probable it is that numbers around 0 have a mean as far from it, or farther.
+
+  Two-sided, by Student's t; None of one number, and of equal ones.
+  """
+  if len({*values}) < 2:
+    return None
+  return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def paired(group: Group, first: Group, measure: str) -> list[float]:
+  """What `group` has more of "test_accuracy", for example, than `first`, by seed."""
+  return [run[measure] - first.runs[seed][measure] for seed, run in group.runs.items()
+          if seed in first.runs]
 
 
 def compare(runs: Sequence[records.Record], by: Sequence[str]) -> list[Comparison]:
@@ -98,24 +114,28 @@ def compare(runs: Sequence[records.Record], by: Sequence[str]) -> list[Compariso
     groups.setdefault(records.key(run["config"]), []).append(run)
   result = []
   for groups in found.values():
-    groups = [{run["seed"]: run for run in group} for group in groups.values()]
-    config = next(iter(groups[0].values()))["config"]
+    groups = [_group(group, by) for group in groups.values()]
+    config = next(iter(groups[0].runs.values()))["config"]
     result.append(Comparison(records.settings(config, by), tuple(
-        _group(runs, groups[0], by) for runs in groups)))
+        group._replace(differences=_differences(group, groups[0]))
+        for group in groups)))
   return result
 
 
-def _group(runs, first, by) -> Group:
-  seeds = tuple(sorted(runs))
-  shared = [seed for seed in seeds if seed in first and runs is not first]
+def _group(runs, by) -> Group:
+  runs = {run["seed"]: run for run in sorted(runs, key=lambda run: run["seed"])}
   return Group(
-      by={name: runs[seeds[0]]["config"][name] for name in by},
-      seeds=seeds,
-      estimates={name: estimate([runs[seed][name] for seed in seeds])
+      by={name: next(iter(runs.values()))["config"][name] for name in by},
+      runs=runs,
+      estimates={name: estimate([run[name] for run in runs.values()])
                  for name in _MEASURES},
-      differences={name: estimate([runs[seed][name] - first[seed][name]
-                                   for seed in shared]) if shared else None
-                   for name in _MEASURES})
+      differences={})
+
+
+def _differences(group, first):
+  pairs = {name: [] if group is first else paired(group, first, name)
+           for name in _MEASURES}
+  return {name: estimate(values) if values else None for name, values in pairs.items()}
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:

@@ -169,10 +169,13 @@ def comparison_figure(pairs: Sequence[dict[str, list[records.Record]]]) -> Any:
 
 
 def _title(run: records.Record, seed: bool = True) -> str:
-  """What network it is, so that a small one is not taken for the paper's."""
   c = run["config"]
-  network = c["network"]
-  if network == "convnet":
-    network = "ConvNet " + " + ".join(
-        "-".join(map(str, c[name])) for name in ("conv_widths", "dense_widths"))
-  return f"{network}, {c['dataset']}" + (f", seed {run['seed']}" if seed else "")
+  return f"{network(c)}, {c['dataset']}" + (f", seed {run['seed']}" if seed else "")
+
+
+def network(config: dict[str, Any]) -> str:
+  """Which network it is, so that a small one is not taken for the paper's."""
+  if config["network"] != "convnet":
+    return config["network"]
+  return "ConvNet " + " + ".join(
+      "-".join(map(str, config[name])) for name in ("conv_widths", "dense_widths"))

@@ -126,6 +126,26 @@ def _cells() -> tuple[Cell, ...]:
 
 CELLS = _cells()
 
+# Of others: network, data, accuracy, policy, source.
+PUBLISHED = (
+    ("ConvNet A's topology, 32x32 images, 1/1", "CIFAR-10", ".8860",
+     "all layers 1-bit; no augmentation", "BinaryNet, arXiv 1602.02830"),
+    ("ConvNet A's topology, 32x32 images, 1/1", "CIFAR-10", ".913",
+     "all layers 1-bit; random crops of 40x40, flips", "Bop, arXiv 1906.02107"),
+    ("CNV, 1.54 M weights, 1/1", "CIFAR-10", ".8422",
+     "all layers 1-bit, images of 8 bits", "Brevitas' examples"),
+    ("VGG-small, ResNet-18, ResNet-20, 1/1", "CIFAR-10", ".904, .915, .865",
+     "first and last layer real", "IR-Net, arXiv 1909.10788"),
+    ("VGG-small, ResNet-18, ResNet-20, 1/1", "CIFAR-10", ".9255, .9263, .8675",
+     "first and last layer not stated", "ReSTE, arXiv 2308.06689"),
+    ("ResNet-18, 1/1", "ImageNet, top-1", ".512", "first and last layer real",
+     "XNOR-Net, arXiv 1603.05279"),
+    ("ResNet-18, 1/1", "ImageNet, top-1", ".564", "first and last layer real",
+     "Bi-Real Net, arXiv 1808.00278"),
+    ("ResNet-18, 1/1", "ImageNet, top-1", ".659", "first and last layer real",
+     "ReActNet, arXiv 2003.03488"),
+)
+
 _BITS = {1: 1, 2: 2, 3: 3, "float8_e4m3fn": 8, "bfloat16": 16, "float16": 16,
          "float32": 32}
 

@@ -4,6 +4,7 @@ A study is a file of JSON lines, one for each run, which `collect` makes. A reco
 such a line:
 
     config: all fields but those of `LOCAL`, as JSON.
+    run: the name of its folder, in a sweep what the sweep calls it.
     seed: the config's.
     commit, hardware, versions: of the run's last start; null if they are not known.
     earlier: the same of earlier starts, if they were others.
@@ -60,6 +61,7 @@ def record(workdir: str) -> Record:
       pathlib.Path(workdir) / name)
   return {
       "config": {name: value for name, value in fields.items() if name not in LOCAL},
+      "run": pathlib.Path(workdir).name,
       "seed": config.seed,
       **last,
       **({"earlier": earlier} if earlier else {}),
@@ -93,6 +95,11 @@ def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, A
   default = json.loads(config_lib.to_json(config_lib.default_config()))
   return {name: value for name, value in config.items()
           if name not in {*without, *NO_MATTER} and value != default[name]}
+
+
+def method(run: Record) -> str:
+  """What a sweep calls the run, without the seed; "" if that is not known."""
+  return run.get("run", "").removesuffix(f"-seed{run['seed']}")
 
 
 def described(fields: dict[str, Any]) -> str:
@@ -142,7 +149,7 @@ def read(paths: Sequence[str]) -> tuple[list[Record], list[LeftOut]]:
 def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
   for path in paths:
     if os.path.isfile(path):
-      cli.check(_is_study(path), "runs", path,
+      cli.check(is_study(path), "runs", path,
                 "a folder, or a study: lines of JSON that `collect` wrote")
       yield from _lines(path)
       continue
@@ -154,11 +161,12 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
         continue
       folders.sort()
       for file in sorted(files):
-        if file.endswith(".jsonl") and _is_study(os.path.join(folder, file)):
+        if file.endswith(".jsonl") and is_study(os.path.join(folder, file)):
           yield from _lines(os.path.join(folder, file))
 
 
-def _is_study(path: str) -> bool:
+def is_study(path: str | os.PathLike) -> bool:
+  """Whether it is a file that `collect` wrote, by its first line."""
   with open(path, "rb") as file:
     try:
       line = json.loads(file.readline())
@@ -206,7 +214,7 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
   study = pathlib.Path(out)
   cli.check(study.suffix == ".jsonl", "out", out, "a file whose name ends in .jsonl")
   before = study.read_text() if study.exists() else ""
-  cli.check(not before or _is_study(out), "out", out, "a study, or a new file")
+  cli.check(not before or is_study(out), "out", out, "a study, or a new file")
   known, _ = read([out]) if before else ([], [])
   names = {run["name"] for run in known}
   runs, left_out = read([*[out] * bool(before), *paths])

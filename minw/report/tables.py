@@ -86,9 +86,21 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def markdown(rows: dict[str, Rows], left_out: Sequence[records.LeftOut]) -> str:
   """All tables for a reader; what is not there is empty."""
-  parts = ["# The paper's results and ours\n\nPaper: arXiv 2003.04296. Ours: mean over "
-           "the seeds, of the hard network at the last checkpoint, on the test split "
-           "(ImageNet: the validation images); sample standard deviation.\n"]
+  parts = ["# The paper's results and ours\n", WHAT, sections(rows)]
+  if left_out:
+    parts.append("## Runs that are in no table\n")
+    parts.append("".join(f"- {name}: {why}\n" for name, why in left_out))
+  return "\n".join(parts)
+
+
+WHAT = ("Paper: arXiv 2003.04296. Ours: mean over the seeds, of the hard network at the "
+        "last checkpoint, on the test split (ImageNet: the validation images); sample "
+        "standard deviation.\n")
+
+
+def sections(rows: dict[str, Rows]) -> str:
+  """Of each table a heading, its rows, and the settings that all of ours share."""
+  parts = []
   for table, lines in rows.items():
     digits = 4 if table in ("I", "II") else 2
     ours = [row for row in lines if row["ours"] is not None]
@@ -103,9 +115,6 @@ def markdown(rows: dict[str, Rows], left_out: Sequence[records.LeftOut]) -> str:
         for row in lines]))
     if shared:
       parts.append(f"All of ours with {_described(shared.items())}.\n")
-  if left_out:
-    parts.append("## Runs that are in no table\n")
-    parts.append("".join(f"- {name}: {why}\n" for name, why in left_out))
   return "\n".join(parts)
 
 

@@ -1,0 +1,214 @@
+"""RESULTS.md: all studies of a folder, the paper's tables and what others published."""
+
+import json
+import pathlib
+from typing import Sequence
+
+from minw import cli
+from minw import metrics
+from minw.report import comparison
+from minw.report import figures
+from minw.report import paper
+from minw.report import records
+from minw.report import tables
+
+# What is compared is not what these say, but what else differs in a study.
+_PROBLEM = ("dataset", "network", "conv_widths", "dense_widths", "input_bits",
+            "weight_bits")
+
+_HEAD = """# Results
+
+Made by `python -m minw.report results` of the studies in `results`, which hold config,
+seed, commit, hardware, versions, wall time and curve of each run. Three kinds of
+numbers are kept apart: ours, by study; the paper's, with ours where a run is of one of
+its cells; and what others published.
+"""
+
+_COLUMNS = f"""Accuracies are the hard network's, means over the seeds with half their
+{comparison.CONFIDENCE:.0%} confidence interval (Student's t). "Validation", of images that
+are not trained on, is what choices are made by; "test" is of the last checkpoint, "best"
+the test accuracy of the checkpoint with the best validation accuracy. "Paired" is the
+difference of test accuracies to the row that has no such number, seed by seed, p
+the probability of one as large if there were none (two-sided t test; not corrected for
+the number of rows).
+"""
+
+
+def write(folder: str, out: str) -> list[str]:
+  """Writes `out`/RESULTS.md, and the figures of studies into their folders.
+
+  Args:
+    folder: with the studies; it is in `out`.
+    out: the folder of RESULTS.md.
+
+  Returns:
+    What was written, and what was left out and why, a line each.
+
+  Raises:
+    cli.UsageError: there is no study, or `folder` is not in `out`.
+    OSError: it can not be written.
+  """
+  root = pathlib.Path(out).resolve()
+  cli.check(pathlib.Path(folder).resolve().is_relative_to(root), "runs", folder,
+            f"a folder in out={out!r}, from where RESULTS.md links to it")
+  studies = [path for path in sorted(pathlib.Path(folder).glob("*.jsonl"))
+             if records.is_study(path)]
+  cli.check(bool(studies), "runs", folder, "a folder with studies, which `collect` makes")
+  parts, everything, log = [_HEAD, "## Ours, by study\n", _COLUMNS], [], []
+  for path in studies:
+    runs, left_out = records.read([str(path)])
+    log += [f"left out: {name}: {why}" for name, why in left_out]
+    everything += runs
+    curves = [run for run in runs
+              if run["config"]["eval_every_epochs"] < run["config"]["num_epochs"]]
+    drawn, _ = figures.draw(curves, str(path.with_suffix("")), "conv2")
+    log += drawn
+    parts.append(study(path.resolve().relative_to(root), _title(path), runs))
+    parts += [f"![{file.stem}]({file.resolve().relative_to(root)})\n"
+              for file in sorted(path.with_suffix("").glob("fig*.png"))]
+  parts.append(_paper(everything))
+  parts.append(_published())
+  target = root / "RESULTS.md"
+  target.write_text("\n".join(parts))
+  return [*log, str(target)]
+
+
+def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str:
+  """The section of one study.
+
+  Args:
+    path: of the study, from where RESULTS.md is.
+    title: a line.
+    runs: its records, at least one.
+  """
+  varied = _varied(runs)
+  by = [name for name in varied if name not in _PROBLEM]
+  # Others are compared with the straight-through estimator, where it is one of them.
+  runs = sorted(runs, key=lambda run: records.method(run) != "ste")
+  compared = comparison.compare(runs, by)
+  seconds = [run["seconds"] for run in runs]
+  names = lambda values: ", ".join(sorted({str(value) for value in values}))
+  lines = [
+      f"### {title}\n",
+      f"[{path}]({path}), [how it was made]({path.with_suffix('')}/README.md). "
+      f"{len(runs)} runs of {min(seconds) / 60:.0f} to {max(seconds) / 60:.0f} minutes "
+      f"on {names(_device(run) for run in runs)}; commits "
+      f"{names((run['commit'] or 'unknown')[:7] for run in runs)}.\n"]
+  for each in compared:
+    config = next(iter(each.groups[0].runs.values()))["config"]
+    lines.append(f"**{_problem(config)}**; {records.described(_other(each.settings))}\n")
+    _, why = paper.cells_of(next(iter(each.groups[0].runs.values())))
+    if why:
+      lines.append(f"No cell of the paper: {why}.\n")
+    lines.append(_table(each.groups, by))
+  if len(compared) > 1:
+    lines.append(_pooled(compared, by))
+  return "\n".join(lines)
+
+
+def _varied(runs):
+  values = {}
+  for run in runs:
+    for name, value in run["config"].items():
+      values.setdefault(name, set()).add(json.dumps(value))
+  return [name for name, found in values.items()
+          if len(found) > 1 and name not in records.NO_MATTER]
+
+
+def _table(groups, by):
+  rows = []
+  for group in groups:
+    test, best = group.estimates.values()
+    pairs = [] if group is groups[0] else comparison.paired(
+        group, groups[0], "test_accuracy")
+    rows.append([_label(group, by), str(test.count), _validation(group), _mean(test),
+                 _mean(best), *_difference(pairs)])
+  return tables.table_of(
+      ["run", "seeds", "validation", "test", "best", "paired", "p"], rows)
+
+
+def _pooled(compared, by):
+  """Differences to the first row, of all networks and seeds together."""
+  pairs: dict[str, list[float]] = {}
+  for each in compared:
+    for group in each.groups[1:]:
+      pairs.setdefault(_label(group, by), []).extend(
+          comparison.paired(group, each.groups[0], "test_accuracy"))
+  return "**All of these together**\n\n" + tables.table_of(
+      ["run", "pairs", "paired", "p"],
+      [[name, str(len(values)), *_difference(values)]
+       for name, values in pairs.items() if values])
+
+
+def _label(group, by):
+  names = {records.method(run) for run in group.runs.values()}
+  return names.pop() if len(names) == 1 and "" not in names else records.described(
+      group.by)
+
+
+def _validation(group):
+  values = []
+  for run in group.runs.values():
+    hard = [line["accuracy"] for line in metrics.read_file(run["curve"])
+            if (line["split"], line["mode"]) == ("validation", "hard")
+            ] if run["curve"] else []
+    if not hard:
+      return ""
+    values.append(hard[-1])
+  return f"{comparison.estimate(values).mean:.4f}"
+
+
+def _mean(of):
+  return f"{of.mean:.4f}" + ("" if of.margin is None else f" ± {of.margin:.4f}")
+
+
+def _difference(pairs):
+  if not pairs:
+    return "", ""
+  found, p = comparison.estimate(pairs), comparison.p_value(pairs)
+  margin = "" if found.margin is None else f" ± {found.margin:.4f}"
+  return f"{found.mean:+.4f}{margin}", "" if p is None else f"{p:.2g}"
+
+
+def _problem(config):
+  return (f"{figures.network(config)}, {config['dataset']}, "
+          f"{config['input_bits']}/{config['weight_bits']} bits (inputs/weights)")
+
+
+def _other(settings):
+  return {name: value for name, value in settings.items() if name not in _PROBLEM}
+
+
+def _device(run: records.Record) -> str:
+  hardware = run["hardware"]
+  if not hardware:
+    return "unknown hardware"
+  if hardware["device"] != "cpu":
+    return f"{hardware['num_devices']} x {hardware['device']}"
+  return f"{hardware['cores']} of {hardware['cpu']}'s cores"
+
+
+def _title(path):
+  readme = path.with_suffix("") / "README.md"
+  if not readme.exists():
+    return path.stem
+  return readme.read_text().splitlines()[0].lstrip("# ")
+
+
+def _paper(runs):
+  found, _ = tables.tables(runs)
+  ours = {table: [row for row in rows if row["ours"] is not None]
+          for table, rows in found.items()}
+  lines = ["## The paper's, and ours at full size\n", tables.WHAT]
+  lines += [tables.sections({table: rows for table, rows in ours.items() if rows})]
+  counts = (f"{table}: {len(ours[table])} of {len(rows)}"
+            for table, rows in found.items())
+  lines.append("Cells that runs are of, by table: " + ", ".join(counts) + ". All of the "
+               "paper's numbers: `python -m minw.report tables --runs=results`.\n")
+  return "\n".join(lines)
+
+
+def _published() -> str:
+  return "## Published by others\n\nFor orientation; none was run here.\n\n" + (
+      tables.table_of(["network", "data", "test accuracy", "policy", "source"],
+                      [list(row) for row in paper.PUBLISHED]))
