@@ -55,5 +55,5 @@ setuptools.setup(
     ext_modules=[setuptools.Extension(
         "minw.kernels.libminw", sorted(glob.glob(f"{_SOURCES}/*.cc")), optional=True,
         depends=sorted(glob.glob(f"{_SOURCES}/*.h") + glob.glob(f"{_SOURCES}/*.inc")))],
-    package_data={"minw.kernels": ["csrc/minw.h"]},
+    package_data={"minw": ["networks/*"], "minw.kernels": ["csrc/minw.h"]},
 )

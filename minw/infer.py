@@ -1,5 +1,8 @@
 """Inference of packed networks: `python -m minw.infer --model=FILE --images=FILES`.
 
+FILE is what `minw.pack` wrote, or the name of a network that comes with minw:
+`shipped`.
+
   network = infer.load("net.minw")
   logits = network.logits(images)  # uint8 (batch, height, width, channels)
 
@@ -122,14 +125,28 @@ def load(
   """Loads a packed network.
 
   Args:
-    path: of a file that `minw.pack` wrote.
+    path: of a file that `minw.pack` wrote; where there is none, the name of one of
+      the networks that come with minw.
     backend: "native", "xla" or "reference"; the first that is there if None.
     threads: of the native path; as many as there are cores if None.
 
   Raises:
+    OSError: there is no such file or network, or it can not be read.
     ValueError: the file is not a packed network, or damaged.
   """
+  known = shipped()
+  if not os.path.exists(path):
+    if str(path) not in known:
+      raise FileNotFoundError(
+          f"neither a file nor a network that comes with minw ({', '.join(known)})")
+    path = known[str(path)]
   return Network(pathlib.Path(path).read_bytes(), backend, threads)
+
+
+def shipped() -> dict[str, pathlib.Path]:
+  """The networks that come with minw, by name; beside each is its card, NAME.md."""
+  folder = pathlib.Path(__file__).parent / "networks"
+  return {path.stem: path for path in sorted(folder.glob("*.minw"))}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -195,7 +212,7 @@ def load_for_command(path: str, **options) -> Network:
 
 
 if __name__ == "__main__":
-  _MODEL = flags.DEFINE_string("model", None, "The packed network.", required=True)
+  _MODEL = flags.DEFINE_string("model", None, "The packed network: a file, or a name.", required=True)
   _IMAGES = flags.DEFINE_list(
       "images", None, "PNG and JPEG files, or folders of them.", required=True)
   _BACKEND = flags.DEFINE_enum("backend", None, BACKENDS, "What computes.")

@@ -1,5 +1,6 @@
 """launch/: several processes on one machine, Slurm, TPU VMs, JobSet."""
 
+import json
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ LAUNCH = ROOT / "launch"
 sys.path.insert(0, str(LAUNCH))  # Its files are scripts: no package.
 
 import places
+import throughput
 
 # --- Places.
 
@@ -202,6 +204,49 @@ def test_local_bad_input(arguments, message):
   assert done.returncode == 2
   assert done.stderr.startswith("error: ") and message in done.stderr
   assert done.stderr.count("\n") == 1
+
+
+# --- Throughput.
+
+
+def test_throughput_takes_turns(monkeypatch):
+  """Steps a second are those of all processes; medians, and ratios within a round."""
+  calls = []
+
+  def measure(processes, seeds, arguments):
+    calls.append((processes, seeds, arguments))
+    return {(1, 1): 10.0, (4, 1): 30.0, (1, 4): 24.0 if len(calls) < 5 else 10.0}[
+        processes, seeds]
+
+  monkeypatch.setattr(throughput, "measure", measure)
+  found = throughput.bench([1, 4], 2, ["a"])
+  assert calls == 2 * [(1, 1, ["a"]), (1, 1, ["a"]), (4, 1, ["a"]), (1, 4, ["a"])]
+  assert found == {"processes": {1: [10.0, 10.0], 4: [30.0, 30.0]},
+                   "program": {1: [10.0, 10.0], 4: [24.0, 10.0]}}
+  lines = [line.split() for line in throughput.table(found).splitlines()]
+  assert lines[2:] == [["1", "10.00", "10.00", "1.00"],
+                       ["4", "30.00", "17.00", "2.12"]]  # Of 1.25 and 3.
+
+
+@pytest.mark.slow
+def test_throughput_measures(tmp_path):
+  command = [sys.executable, LAUNCH / "throughput.py", "--seeds=1,2", "--rounds=1",
+             "--seconds=0.1", f"--json={tmp_path / 'a.json'}",
+             f"--config={ROOT}/experiments/digits_convnet.py",
+             "--config.conv_widths=(2,2)", "--config.dense_widths=(3,)"]
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, text=True, env=environment, capture_output=True)
+  assert (done.returncode, done.stderr) == (0, "")
+  result = json.loads((tmp_path / "a.json").read_text())
+  assert result["config"]["conv_widths"] == [2, 2]
+  for way in ("processes", "program"):
+    assert {*result["steps_per_second"][way]} == {"1", "2"}
+    assert all(rate > 0 for rates in result["steps_per_second"][way].values()
+               for rate in rates)
+  done = subprocess.run([*command, "--seeds=0"], text=True, env=environment,
+                        capture_output=True)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.startswith("error: seeds='0': must be positive integers")
 
 
 @pytest.mark.slow
