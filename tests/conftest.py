@@ -33,11 +33,31 @@ def strict() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def real_data() -> pathlib.Path:
-  """The folder of prepared data sets that the variable MINW_TEST_DATA names."""
-  folder = os.environ.get("MINW_TEST_DATA")
-  if not folder:
-    pytest.skip("MINW_TEST_DATA names no folder of prepared data sets")
-  path = pathlib.Path(folder)
-  assert path.is_dir(), f"MINW_TEST_DATA={folder!r} is no folder"
-  return path
+def original_data():
+  """A data set's name -> its folder in that which MINW_TEST_DATA names."""
+  def of(name):
+    folder = os.environ.get("MINW_TEST_DATA")
+    if not folder:
+      pytest.skip("MINW_TEST_DATA names no folder with the original files")
+    assert os.path.isdir(folder), f"MINW_TEST_DATA={folder!r} is no folder"
+    source = pathlib.Path(folder, name)
+    if not list(source.glob("**/*.bin")):
+      pytest.skip(f"MINW_TEST_DATA: {source} lacks original files")
+    return source
+
+  return of
+
+
+@pytest.fixture(scope="session")
+def prepared_data(original_data, tmp_path_factory):
+  """A data set's name -> the data_dir where it was prepared from those files."""
+  folder = tmp_path_factory.mktemp("prepared")
+
+  def of(name):
+    from minw import prepare  # Imports much, for the few tests that need it.
+    source = original_data(name)
+    if not (folder / name).exists():
+      prepare.prepare(name, folder, source)
+    return folder
+
+  return of

@@ -653,16 +653,8 @@ KINDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
-def test_the_real_data(name, tmp_path):
-  folder = os.environ.get("MINW_TEST_DATA")
-  if not folder:
-    pytest.skip("MINW_TEST_DATA names no folder with the original files")
-  source = pathlib.Path(folder, name)
-  originals = [
-      file for split in REAL_FILES[name].values() for file in split
-      if not list(source.glob(f"**/{file}.bin"))]
-  if originals:
-    pytest.skip(f"MINW_TEST_DATA: {source} lacks original files")
+def test_the_real_data(name, original_data, tmp_path):
+  source = original_data(name)
   directory = prepare.prepare(name, tmp_path, source)
 
   width = 3072 + len(LABELS[name])
