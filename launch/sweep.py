@@ -31,7 +31,6 @@ systems were not.
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import pathlib
@@ -104,20 +103,10 @@ def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
   Raises:
     cli.UsageError: naming what is wrong, and the run in which it is.
   """
-  path, colon, argument = sweep.partition(":")
-  try:
-    spec = importlib.util.spec_from_file_location("sweep_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    common = {"data_dir": data_dir} if data_dir else {}
-    listed = [(name, config, overrides | common) for name, config, overrides
-              in module.get_runs(*([argument] if colon else []))]
-  except cli.UsageError:
-    raise
-  except Exception as error:  # The file's own, of whatever kind.
-    raise cli.bad_value(
-        "sweep", sweep, "FILE or FILE:ARGUMENT, of a Python file whose get_runs yields "
-        f"(name, config, overrides) ({type(error).__name__}: {error})") from error
+  common = {"data_dir": data_dir} if data_dir else {}
+  listed = config_flag.call(
+      "sweep", sweep, "get_runs", "yields (name, config, overrides)",
+      lambda runs: [(name, config, fields | common) for name, config, fields in runs])
   names = [name for name, _, _ in listed]
   cli.check(bool(names), "sweep", sweep, "a sweep of at least one run")
   for name in names:

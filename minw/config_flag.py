@@ -4,7 +4,7 @@ from importlib import machinery
 import re
 import sys
 import types
-from typing import Any
+from typing import Any, Callable
 
 from absl import flags
 from ml_collections import config_dict
@@ -52,21 +52,39 @@ def load(argument: str) -> Any:
   Raises:
     cli.UsageError: there is no such file, or it gives no config.
   """
-  path, colon, text = argument.partition(":")
-  loader = machinery.SourceFileLoader("config_config", path)
-  module = types.ModuleType(loader.name)
-  try:
-    loader.exec_module(module)
-    config = module.get_config(*([text] if colon else []))
+  def locked(config):
     if not isinstance(config, config_dict.ConfigDict):
       raise TypeError(f"it returned {type(config).__name__}")
     return config.lock()
+
+  return call("config", argument, "get_config", "returns a config", locked)
+
+
+def call(flag: str, argument: str, name: str, does: str, then: Callable) -> Any:
+  """Calls a function of a Python file with what the command line says.
+
+  Args:
+    flag: that says it.
+    argument: FILE or FILE:ARGUMENT.
+    name: of the function; it gets ARGUMENT, if there is a colon.
+    does: what it is to do.
+    then: takes what it returns; of this the result is returned.
+
+  Raises:
+    cli.UsageError: by function or file; or whatever else they raise, as one.
+  """
+  path, colon, text = argument.partition(":")
+  loader = machinery.SourceFileLoader(path, path)
+  module = types.ModuleType(loader.name)
+  try:
+    loader.exec_module(module)
+    return then(getattr(module, name)(*([text] if colon else [])))
   except cli.UsageError:
     raise
   except Exception as error:  # The file's own, of whatever kind.
     raise cli.bad_value(
-        "config", argument, "FILE or FILE:ARGUMENT, of a Python file whose "
-        f"get_config returns a config ({type(error).__name__}: {error})") from error
+        flag, argument, f"FILE or FILE:ARGUMENT, of a Python file whose {name} {does} "
+        f"({type(error).__name__}: {error})") from error
 
 
 class _ExperimentFile(flags.ArgumentParser):

@@ -180,7 +180,7 @@ FILE = ("must be FILE or FILE:ARGUMENT, of a Python file whose get_config return
     ("file", "SyntaxError: "),
     ("syntax.py", "SyntaxError: "),
     ("null.py", "SyntaxError: "),
-    ("nothing_in_it.py", "AttributeError: module 'config_config' has no attribute"),
+    ("nothing_in_it.py", "AttributeError: module 'nothing_in_it.py' has no attribute"),
     ("no_function.py", "TypeError: 'int' object is not callable"),
     ("import_error.py", "ModuleNotFoundError: No module named 'minw.nothing'"),
     ("value_error.py", "ValueError: seven lines"),

@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 
 import hypothesis
 from hypothesis import strategies as st
@@ -407,8 +408,14 @@ def test_missing_packages_are_named(monkeypatch):
 def test_images_from_files(tmp_path):
   image = datasets.load("digits", "test", None)[0][0]
   Image.fromarray(image[..., 0]).save(tmp_path / "a.png")
-  found = export_command.test_images([str(tmp_path)], (8, 8, 1))
+  program = types.SimpleNamespace(source_shape=(8, 8, 1), metadata={})
+  found = export_command.test_images([str(tmp_path)], program)
   np.testing.assert_array_equal(found, image[None])
+  # As the network was evaluated: the centre of larger images, or all of them, smaller.
+  program.source_shape = (4, 4, 1)
+  program.metadata["config"] = {"eval_resize": 0}
+  found = export_command.test_images([str(tmp_path)], program)
+  np.testing.assert_array_equal(found, image[None, 2:6, 2:6])
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -158,7 +158,6 @@ def test_images_may_be_taken_as_they_are(tmp_path):
     assert infer.shrinks(program) == (size > 0)
 
 
-
 def test_command(model, tmp_path):
   images, _ = datasets.load("digits", "test", None)
   folder = tmp_path / "images" / "more"

@@ -44,11 +44,13 @@ def content(program: packed.Program, form: str, images: np.ndarray) -> bytes:
     raise cli.UsageError(f"format={form!r}: {error}") from error
 
 
-def test_images(paths: list[str] | None, shape: tuple[int, int, int]) -> np.ndarray:
-  """The images that files hold; four random ones without any."""
+def test_images(paths: list[str] | None, program: packed.Program) -> np.ndarray:
+  """The images that files hold, as `minw.infer` takes them; else four random ones."""
+  shape = program.source_shape
   if not paths:
     return np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
-  return infer.read_images(infer.image_files(paths), shape)
+  return infer.read_images(
+      infer.image_files(paths), shape, infer.shrinks(program))
 
 
 def _program(workdir: str | None, model: str | None, which: str) -> packed.Program:
@@ -79,7 +81,7 @@ if __name__ == "__main__":
         _FORMAT.value or _GOLDEN.value):
       raise cli.UsageError("--format and --out, or --golden, must be given")
     program = _program(_WORKDIR.value, _MODEL.value, _CHECKPOINT.value)
-    images = test_images(_IMAGES.value, program.source_shape)
+    images = test_images(_IMAGES.value, program)
     if _FORMAT.value:
       data = content(program, _FORMAT.value, images)
       try:
