@@ -22,12 +22,13 @@ _SCHEDULES = {
 
 def get_runs(argument=""):
   a = config_lib.parse_argument(
-      argument, dataset="digits", network="D", seeds=5, epochs=0)
+      argument, dataset="digits", network="D", size="full", seeds=5, epochs=0)
   cli.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
             "digits, cifar10 or cifar100")
   cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
   config = ("experiments/digits_convnet.py" if a.dataset == "digits" else
-            f"experiments/cifar_convnet.py:network={a.network},dataset={a.dataset}")
+            "experiments/cifar_convnet.py:"
+            f"network={a.network},dataset={a.dataset},size={a.size}")
   common = {"num_epochs": a.epochs} if a.epochs else {}
   for seed in range(a.seeds):
     for name, fields in _SCHEDULES.items():
