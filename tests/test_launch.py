@@ -98,6 +98,17 @@ def test_process_is_pinned():
   assert process.communicate("\n")[0] == f"{{{core}}}\n"
 
 
+@pytest.mark.parametrize("given", [None, "glibc.malloc.check=1"])
+def test_huge_pages_unless_told_otherwise(monkeypatch, given):
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  if given:
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+  process = places.start(
+      [sys.executable, "-c", "import os; print(os.environ['GLIBC_TUNABLES'])"],
+      places.Place([], {}), text=True, stdout=subprocess.PIPE)
+  assert process.communicate()[0] == f"{given or 'glibc.malloc.hugetlb=1'}\n"
+
+
 def make_stub(path, text):
   path.write_text(f"#!/usr/bin/env bash\n{text}\n")
   path.chmod(0o755)
