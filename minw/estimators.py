@@ -1,8 +1,9 @@
 """Gradient estimators for quantizers: forward rule and backward rule in one function.
 
 Equation numbers refer to Chen et al. (arXiv 2003.04296). All are pure functions of
-arrays: alpha and the grid are ordinary traced arguments with a zero cotangent, so one
-compilation serves a whole annealing schedule, and a sweep over alpha can be vmapped.
+arrays or numbers: alpha and the grid are ordinary traced arguments with a zero
+cotangent, so one compilation serves a whole annealing schedule, and a sweep over alpha
+can be vmapped.
 Results keep the dtype of `x`; the mixture is formed in float32 (float64 for float64).
 """
 
@@ -73,7 +74,8 @@ def aqe(
     ValueError: unknown `gradient`.
   """
   _check_gradient(gradient)
-  return _aqe(x, jnp.asarray(alpha, jnp.result_type(float)), grid, gradient)
+  alpha = jnp.asarray(alpha, jnp.result_type(float))
+  return _aqe(jnp.asarray(x), alpha, grid, gradient)
 
 
 def stochastic_aqe(
@@ -94,6 +96,7 @@ def stochastic_aqe(
     The shape and dtype of `x`.
   """
   _check_gradient(gradient)
+  x = jnp.asarray(x)
   z = jax.random.uniform(key, x.shape, quantizers._wide(x), -1.0, 1.0)
   return _stochastic_aqe(x, jnp.asarray(alpha, jnp.result_type(float)), z, gradient)
 
@@ -219,7 +222,7 @@ def lsq(
   Returns:
     The shape and dtype of `x`.
   """
-  step = jnp.asarray(step, jnp.result_type(float))
+  x, step = jnp.asarray(x), jnp.asarray(step, jnp.result_type(float))
   return _lsq(x, step, grid, x.size if count is None else count)
 
 
@@ -457,7 +460,8 @@ def _one_bit(grid: Grid) -> Grid:
 
 def _hard(slope, x, shape, grid):
   """Forward h(x); backward g * slope(x, shape, grid, g), `shape` a scalar or array."""
-  return _hard_forward(slope, x, jnp.asarray(shape, jnp.result_type(float)), grid)
+  shape = jnp.asarray(shape, jnp.result_type(float))
+  return _hard_forward(slope, jnp.asarray(x), shape, grid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -547,6 +551,7 @@ _lsq.defvjp(lambda x, step, grid, count: (_lsq(x, step, grid, count), (x, step, 
 
 
 def _frozen(x, alpha, key, grid, straight):
+  x = jnp.asarray(x)
   alpha = jnp.asarray(alpha, quantizers._wide(x))
   mask = jax.random.uniform(key, x.shape, alpha.dtype) < alpha
   return _stompp(x, mask, grid, straight)

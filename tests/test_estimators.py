@@ -106,6 +106,19 @@ def test_alpha_of_each_channel_and_plain_numbers():
   np.testing.assert_array_equal(estimators.aqe(far, 1, grid), [[1, -1, 1]])
 
 
+def test_a_plain_number_is_quantized_and_differentiated():
+  grid, key = quantizers.grid(1), jax.random.key(0)
+  # Value and derivative at 0.25, of h(x) = 1 and alpha = 3/4.
+  for function, value, slope in (
+      (lambda x: estimators.ste(x, grid), 1.0, 1.0),
+      (lambda x: estimators.aqe(x, 0.75, grid), 0.75 + 0.25 / 4, 1.5),
+      (lambda x: estimators.lsq(x, 0.5, grid), 0.5, 1.0),
+      (lambda x: estimators.stompp(x, 0.0, key, grid), 0.25, 1.0),
+      (lambda x: estimators.stochastic_aqe(x, 0.0, key), 0.25, 0.0)):
+    assert function(0.25) == value
+    assert jax.grad(function)(0.25) == slope
+
+
 @pytest.mark.parametrize("gradient", FACTORS)
 def test_stochastic_aqe(gradient):
   key = jax.random.key(5)
