@@ -20,11 +20,18 @@ import time
 from typing import Any, Sequence
 
 from absl import flags
+import jax
+import jax.numpy as jnp
 
 from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import models
+from minw import pipeline
+from minw import train
+from minw.bench import timing
+from minw.bench import train as bench_train
+from minw.experiment import Experiment
 import places
 
 
@@ -56,15 +63,8 @@ def work(config: Any, seeds: int, seconds: float) -> None:
 
 def _one_program(config, seeds):
   """A function that does ten steps of each seed and waits for them."""
-  import jax  # Not where processes are only started: it would take the GPU's memory.
-  import jax.numpy as jnp
-  from minw import pipeline
-  from minw import train
-  from minw.bench import train as bench
-  from minw.experiment import Experiment
-
   experiment = Experiment(config)
-  data = bench.random_data(experiment)
+  data = bench_train.random_data(experiment)
   size = experiment.info.splits["train"]
 
   def train_step(state, seed, order, data):
@@ -171,8 +171,10 @@ if __name__ == "__main__":
     found = bench([*map(int, _SEEDS.value)], _ROUNDS.value, sys.argv[1:])
     print(table(found))
     if _JSON.value:
+      # Only now: a process that has looked at its GPU keeps most of its memory.
+      result = {"steps_per_second": found, "config": flags.FLAGS.config.to_dict(),
+                "machine": timing.machine()}
       with open(_JSON.value, "w") as file:
-        json.dump({"steps_per_second": found, "rounds": _ROUNDS.value,
-                   "config": flags.FLAGS.config.to_dict()}, file, indent=2)
+        file.write(json.dumps(result, indent=2) + "\n")
 
   cli.run(main)

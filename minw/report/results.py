@@ -27,10 +27,9 @@ its cells; and what others published.
 _COLUMNS = f"""Accuracies are the hard network's, means over the seeds with half their
 {comparison.CONFIDENCE:.0%} confidence interval (Student's t). "Validation", of images that
 are not trained on, is what choices are made by; "test" is of the last checkpoint, "best"
-the test accuracy of the checkpoint with the best validation accuracy. "Paired" is the
-difference of test accuracies to the row that has no such number, seed by seed, p
-the probability of one as large if there were none (two-sided t test; not corrected for
-the number of rows).
+that of the checkpoint with the best validation accuracy. "Paired" is the difference of
+"test" to the first row, seed by seed, p the probability of one as large if there were none
+(two-sided t test, not corrected for the number of rows).
 """
 
 
