@@ -481,6 +481,7 @@ SWEEPS = [
     ("geometries", "", 5 * 2 * 7), ("geometries", "networks=D,size=quarter,seeds=2", 14),
     ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
+    ("networks", "", 2), ("networks", "size=quarter", 2),
     ("estimators_cifar10", "seeds=2", 8),
 ]
 
@@ -518,7 +519,8 @@ def test_sweep_is_valid_and_its_commands_say_the_same(
     ("tables", "networks=E"), ("estimators", "dataset=mnist"),
     ("estimators", "width=half"), ("estimators", "seeds=many"),
     ("estimators", "epochs=1"),
-    ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1")])
+    ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1"),
+    ("networks", "size=half")])
 def test_bad_arguments_of_sweeps(read_sweep, name, argument):
   with pytest.raises(cli.UsageError):
     read_sweep(name, argument)
