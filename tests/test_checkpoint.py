@@ -14,17 +14,16 @@ from minw import checkpoint
 from minw import cli
 from minw import evaluate
 from minw import train
-from test_train import EPOCH
-from test_train import Stop
-from test_train import contents
-from test_train import experiment_of
-from test_train import lines_of
-from test_train import outcome
-from test_train import run
-from test_train import run_with
-from test_train import stop_before
-from test_train import tiny_config
-from test_train import trees_of
+from short_runs import EPOCH
+from short_runs import Stop
+from short_runs import contents
+from short_runs import experiment_of
+from short_runs import outcome
+from short_runs import run
+from short_runs import run_with
+from short_runs import stop_before
+from short_runs import tiny_config
+from short_runs import trees_of
 
 # Orbax drops what else it was reading when one array can not be read.
 pytestmark = pytest.mark.filterwarnings(

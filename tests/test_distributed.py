@@ -4,7 +4,6 @@ Sums over a batch are made in another order there, so that runs differ as those 
 other machines do; but those of equal numbers of devices are compared to the bit.
 """
 
-import json
 import os
 import signal
 import socket
@@ -23,17 +22,17 @@ from minw import evaluate
 from minw import train
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
+from short_runs import EPOCH
+from short_runs import ROOT
+from short_runs import lines_of
+from short_runs import outcome
+from short_runs import run
+from short_runs import tiny_config
 from test_checkpoint import array_file
 from test_checkpoint import halve
 from test_imagenet import outcome as streamed_outcome
 from test_imagenet import prepared  # A fixture. pylint: disable=unused-import
 from test_imagenet import tiny_config as streamed_config
-from test_train import EPOCH
-from test_train import ROOT
-from test_train import lines_of
-from test_train import outcome
-from test_train import run
-from test_train import tiny_config
 
 # What runs instead of `python -m minw.main`; {} is done before step `step` of process
 # `process`.

@@ -10,23 +10,23 @@ import jax
 import numpy as np
 import pytest
 
+from float64_convnet import cross_entropy
+from float64_convnet import network
+from float64_convnet import sign
 from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
 from minw import evaluate
 from minw import pipeline
 from minw import workdir as workdir_lib
-from test_train import EPOCH
-from test_train import ROOT
-from test_train import contents
-from test_train import cross_entropy
-from test_train import experiment_of
-from test_train import lines_of
-from test_train import network
-from test_train import run
-from test_train import shared_programs
-from test_train import sign
-from test_train import tiny_config
+from short_runs import EPOCH
+from short_runs import ROOT
+from short_runs import contents
+from short_runs import experiment_of
+from short_runs import lines_of
+from short_runs import run
+from short_runs import shared_programs
+from short_runs import tiny_config
 
 SPLITS = {"train": 1257, "validation": 180, "test": 360}
 

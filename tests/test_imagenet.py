@@ -32,7 +32,7 @@ from minw import prepare
 from minw import train
 from minw import verify
 from minw.experiment import Experiment
-from test_train import trees_of
+from short_runs import trees_of
 
 # Tench, goldfish and toilet tissue are the first two classes and the last.
 LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}

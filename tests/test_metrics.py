@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minw import metrics
-from test_train import events_of
+from short_runs import events_of
 
 
 def line_at(step, split="validation", mode="hard", **more):

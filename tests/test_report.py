@@ -26,14 +26,14 @@ from minw.report import paper
 from minw.report import records
 from minw.report import results
 from minw.report import tables
+from short_runs import EPOCH
+from short_runs import Stop
+from short_runs import lines_of
+from short_runs import run
+from short_runs import run_with
+from short_runs import stop_before
+from short_runs import tiny_config
 from test_plots import drawn
-from test_train import EPOCH
-from test_train import Stop
-from test_train import lines_of
-from test_train import run
-from test_train import run_with
-from test_train import stop_before
-from test_train import tiny_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 EXAMPLES = {"cifar10": 45_000, "cifar100": 45_000, "digits": 1_257,

@@ -16,17 +16,17 @@ import pytest
 from minw import checkpoint
 from minw import evaluate
 from minw import train
-from test_train import EPOCH
-from test_train import Stop
-from test_train import busy_config
-from test_train import ended
-from test_train import lines_of
-from test_train import outcome
-from test_train import run
-from test_train import run_with
-from test_train import start
-from test_train import stop_before
-from test_train import tiny_config
+from short_runs import EPOCH
+from short_runs import Stop
+from short_runs import busy_config
+from short_runs import ended
+from short_runs import lines_of
+from short_runs import outcome
+from short_runs import run
+from short_runs import run_with
+from short_runs import start
+from short_runs import stop_before
+from short_runs import tiny_config
 
 # Python announces each opening, renaming and removal of a file before it is done.
 # That is where runs are cut here: a checkpoint's write alone has twenty such moments.

@@ -18,17 +18,17 @@ from minw import checkpoint
 from minw import config as config_lib
 from minw import evaluate
 from minw import pipeline
-from test_train import EPOCH
-from test_train import ROOT
-from test_train import Stop
-from test_train import busy_config
-from test_train import experiment_of
-from test_train import lines_of
-from test_train import run
-from test_train import run_with
-from test_train import shared_programs
-from test_train import tiny_config
-from test_train import trees_of
+from short_runs import EPOCH
+from short_runs import ROOT
+from short_runs import Stop
+from short_runs import busy_config
+from short_runs import experiment_of
+from short_runs import lines_of
+from short_runs import run
+from short_runs import run_with
+from short_runs import shared_programs
+from short_runs import tiny_config
+from short_runs import trees_of
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import shlex
 import signal
 import subprocess

@@ -14,9 +14,9 @@ from minw import packed
 from minw import pack
 from minw import verify
 from minw.kernels import native
-from test_train import ROOT
-from test_train import run
-from test_train import tiny_config
+from short_runs import ROOT
+from short_runs import run
+from short_runs import tiny_config
 
 BACKENDS = ["native", "xla"] if native.available() else ["xla"]
 
