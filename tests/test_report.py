@@ -671,6 +671,14 @@ def test_results(tmp_path):
   assert "I: 1 of 64, II: 0 of 68" in text
 
 
+def test_networks_without_pairs_have_no_table_together():
+  runs = [made(0.8, seed=0) | {"run": "a"},
+          made(0.7, seed=0, conv_widths=(8, 8), dense_widths=(4,)) | {"run": "b"}]
+  text = results.study(pathlib.Path("results/s.jsonl"), "A study", runs)
+  assert "| a | 1 |  | 0.8000 |" in text and "| b | 1 |  | 0.7000 |" in text
+  assert "together" not in text
+
+
 def test_results_of_the_repository(tmp_path):
   """RESULTS.md is what the studies give."""
   shutil.copytree(FOLDER.parent / "results", tmp_path / "results")

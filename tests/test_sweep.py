@@ -481,7 +481,6 @@ SWEEPS = [
     ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
     ("networks", "", 2), ("networks", "size=quarter", 2),
-    ("estimators_cifar10", "seeds=2", 8),
 ]
 
 

@@ -82,8 +82,9 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
   """
   varied = _varied(runs)
   by = [name for name in varied if name not in _PROBLEM]
-  # Others are compared with the straight-through estimator, where it is one of them.
-  runs = sorted(runs, key=lambda run: records.method(run) != "ste")
+  # Others are compared with the straight-through estimator, or else with the defaults.
+  runs = sorted(runs, key=lambda run: (records.method(run) != "ste",
+                                       len(records.settings(run["config"]))))
   compared = comparison.compare(runs, by)
   seconds = [run["seconds"] for run in runs]
   names = lambda values: ", ".join(sorted({str(value) for value in values}))
@@ -100,8 +101,12 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
     if why:
       lines.append(f"No cell of the paper: {why}.\n")
     lines.append(_table(each.groups, by))
-  if len(compared) > 1:
-    lines.append(_pooled(compared, by))
+  pairs = _pairs(compared, by)
+  if len(compared) > 1 and pairs:
+    lines.append("**All of these together**\n\n" + tables.table_of(
+        ["run", "pairs", "paired", "p"],
+        [[name, str(len(values)), *_difference(values)]
+         for name, values in pairs.items()]))
   return "\n".join(lines)
 
 
@@ -126,17 +131,14 @@ def _table(groups, by):
       ["run", "seeds", "validation", "test", "best", "paired", "p"], rows)
 
 
-def _pooled(compared, by):
+def _pairs(compared, by):
   """Differences to the first row, of all networks and seeds together."""
   pairs: dict[str, list[float]] = {}
   for each in compared:
     for group in each.groups[1:]:
-      pairs.setdefault(_label(group, by), []).extend(
-          comparison.paired(group, each.groups[0], "test_accuracy"))
-  return "**All of these together**\n\n" + tables.table_of(
-      ["run", "pairs", "paired", "p"],
-      [[name, str(len(values)), *_difference(values)]
-       for name, values in pairs.items() if values])
+      if found := comparison.paired(group, each.groups[0], "test_accuracy"):
+        pairs.setdefault(_label(group, by), []).extend(found)
+  return pairs
 
 
 def _label(group, by):
