@@ -480,7 +480,7 @@ SWEEPS = [
     ("geometries", "", 5 * 2 * 7), ("geometries", "networks=D,size=quarter,seeds=2", 14),
     ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
-    ("networks", "", 2), ("networks", "size=quarter", 2),
+    ("networks", "", 2), ("networks", "size=short", 1), ("networks", "size=quarter", 2),
 ]
 
 

@@ -2,23 +2,32 @@
 
 --sweep=experiments/sweeps/networks.py:size=quarter trains ConvNet A at a quarter of its
 widths, with 1 and with 2 bits, on all training images, which takes CPUs about a core
-an hour each; size=full ConvNets A and D as in the paper, 1/1 bits.
+an hour each; size=short ConvNet D as wide as in the paper, for 24 epochs, two hours of
+a core; size=full ConvNets A and D as in the paper, 1/1 bits.
 """
 
 from minw import cli
 from minw import config as config_lib
 
+_NETWORKS = {  # By size: the end of its name, network, bits.
+    "full": (("_a", "A", 1), ("_d", "D", 1)),
+    "short": (("_d_24epochs", "D", 1),),
+    "quarter": (("_a_quarter", "A", 1), ("_a_quarter_2bit", "A", 2)),
+}
+_FIELDS = {
+    "full": {},
+    "short": {"num_epochs": 24, "batch_size": 128, "eval_every_epochs": 2,
+              "histogram_epochs": (2, 4, 6)},
+    "quarter": {"train_examples": 0, "num_epochs": 40, "histogram_epochs": (2, 6, 12)},
+}
+
 
 def get_runs(argument=""):
   a = config_lib.parse_argument(argument, size="full")
-  cli.check(a.size in ("full", "quarter"), "size", a.size, "full or quarter")
-  fields = {"histogram_layers": ("conv2", "norm_conv2")}  # For Figs 1 to 4.
-  if a.size == "quarter":
-    fields |= {"train_examples": 0, "num_epochs": 40, "histogram_epochs": (2, 6, 12)}
-    networks = (("_a_quarter", "A", 1), ("_a_quarter_2bit", "A", 2))
-  else:
-    networks = (("_a", "A", 1), ("_d", "D", 1))
-  for name, network, bits in networks:
-    config = (f"experiments/cifar_convnet.py:network={network},size={a.size},"
+  cli.check(a.size in _NETWORKS, "size", a.size, "full, short or quarter")
+  width = "quarter" if a.size == "quarter" else "full"
+  for name, network, bits in _NETWORKS[a.size]:
+    config = (f"experiments/cifar_convnet.py:network={network},size={width},"
               f"input_bits={bits},weight_bits={bits}")
-    yield f"cifar10_convnet{name}", config, fields
+    yield f"cifar10_convnet{name}", config, _FIELDS[a.size] | {
+        "histogram_layers": ("conv2", "norm_conv2")}  # For Figs 1 to 4.
