@@ -631,18 +631,19 @@ def write_study(path, runs):
   path.write_text("".join(json.dumps(run) + "\n" for run in runs))
 
 
+def named(run, accuracy, **changes):
+  return made(accuracy, **changes) | {"run": f"{run}-seed{changes['seed']}"}
+
+
 def test_results(tmp_path):
   """Two networks, of which one is of a cell; the numbers are by hand."""
-  def named(run, name, accuracy, **changes):
-    return made(accuracy, **changes) | {"run": f"{run}-seed{changes['seed']}"}
-
   small = dict(conv_widths=(8, 8), dense_widths=(4,))
-  runs = [named("aqe", "", a, seed=seed, **small)
+  runs = [named("aqe", a, seed=seed, **small)
           for seed, a in enumerate((0.53, 0.51, 0.52))]
-  runs += [named("ste", "", 0.5, seed=seed, estimator="ste", **small)
+  runs += [named("ste", 0.5, seed=seed, estimator="ste", **small)
            for seed in range(3)]
-  runs += [named("aqe", "", 0.85, seed=0), named("ste", "", 0.8, seed=0,
-                                                 estimator="ste")]
+  runs += [named("aqe", 0.85, seed=0),
+           named("ste", 0.8, seed=0, estimator="ste")]
   curve = tmp_path / "results" / "s" / "curve.jsonl"
   runs[6] |= {"curve": "s/curve.jsonl", "hardware": {
       "device": "TPU v4", "num_devices": 8, "cpu": "x", "cores": 2}}
@@ -664,6 +665,7 @@ def test_results(tmp_path):
           f"+0.0200 ± {margin:.4f} | 0.074 |\n") in text
   assert "| aqe | 1 | 0.8750 | 0.8500 | 0.8500 | +0.0500 |  |\n" in text
   # Together: 0.03, 0.01, 0.02, 0.05.
+  assert "**All networks on cifar10 together**" in text
   assert f"| aqe | 4 | +0.0275 ± {3.182446305 * math.sqrt(7 / 24e3 / 4):.4f} | " in text
   assert "8 x TPU v4" in text and "unknown hardware" in text
   assert "No cell of the paper: its widths are those of no ConvNet A to D." in text
@@ -679,6 +681,16 @@ def test_networks_without_pairs_have_no_table_together():
   assert "together" not in text
 
 
+def test_data_sets_are_not_pooled():
+  runs = [named("ste", 0.5, seed=0, estimator="ste", dataset=dataset)
+          for dataset in ("cifar10", "cifar100")]
+  runs += [named("aqe", accuracy, seed=0, dataset=dataset)
+           for dataset, accuracy in (("cifar10", 0.6), ("cifar100", 0.75))]
+  text = results.study(pathlib.Path("results/s.jsonl"), "A study", runs)
+  assert "| +0.1000 |" in text and "| +0.2500 |" in text
+  assert "together" not in text
+
+
 def test_results_of_the_repository(tmp_path):
   """RESULTS.md is what the studies give."""
   shutil.copytree(FOLDER.parent / "results", tmp_path / "results")
@@ -688,6 +700,17 @@ def test_results_of_the_repository(tmp_path):
 
 
 # Figures.
+
+
+@pytest.mark.parametrize("conv, dense, name", [
+    ([64, 64, 128, 128, 256, 256], [512, 512], "ConvNet C"),
+    ([32, 32, 64, 64, 128, 128], [256, 256], "ConvNet A at a quarter of its widths"),
+    ([16, 16, 32, 32, 64, 64], [64, 64], "ConvNet D at a quarter of its widths"),
+    ([16, 16], [64, 64], "ConvNet 16-16 + 64-64")])
+def test_networks_are_named_as_in_the_paper(conv, dense, name):
+  assert figures.network({"network": "convnet", "conv_widths": conv,
+                          "dense_widths": dense}) == name
+
 
 
 def test_figures_of_histograms(runs):
@@ -731,7 +754,7 @@ def test_figure_of_estimators(tmp_path):
               {"aqe": [0, 1], "ste": [0]}, {"aqe": [2], "ste": [2]}]
   accuracy, loss, accuracy100, loss100 = figures.comparison_figure(pairs).axes
   assert "training split" in accuracy.get_title()
-  assert "validation (training was not recorded)" in loss100.get_title()
+  assert "validation split (training was not recorded)" in loss100.get_title()
   np.testing.assert_allclose(drawn(loss)["AQE, mean of 2 seeds"], [[1, 2], [0.8, 0.4]])
   np.testing.assert_allclose(drawn(loss)["STE"], [[1, 2], [1.0, 0.8]])
   np.testing.assert_allclose(drawn(accuracy)["STE"], [[1, 2], [0.5, 0.6]])

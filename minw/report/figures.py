@@ -7,6 +7,7 @@ import numpy as np
 
 from minw import histograms
 from minw import metrics
+from minw import models
 from minw import plots
 from minw.report import records
 
@@ -158,9 +159,9 @@ def comparison_figure(pairs: Sequence[dict[str, list[records.Record]]]) -> Any:
           axes.plot(epochs, curves[:, :, 1].T, color=color, linewidth=0.6, alpha=0.5)
         axes.plot(epochs, curves[:, :, 1].mean(0), color=color, linewidth=2,
                   label=label, marker="o" if len(epochs) == 1 else "")
-      of = "training" if split == "train" else "validation (training was not recorded)"
-      plots.decorate(axes, f"{_title(groups['aqe'][0], seed=False)}\n{of} split",
-                     "epoch")
+      of = ("training split" if split == "train" else
+            "validation split (training was not recorded)")
+      plots.decorate(axes, f"{_title(groups['aqe'][0], seed=False)}\n{of}", "epoch")
       axes.set_ylabel(f"{name} of the hard network")
       axes.set_xlim(0, config["num_epochs"])
       axes.legend(frameon=False)
@@ -177,5 +178,9 @@ def network(config: dict[str, Any]) -> str:
   """Which network it is, so that a small one is not taken for the paper's."""
   if config["network"] != "convnet":
     return config["network"]
-  return "ConvNet " + " + ".join(
-      "-".join(map(str, config[name])) for name in ("conv_widths", "dense_widths"))
+  widths = config["conv_widths"], config["dense_widths"]
+  for name, known in models.CONVNETS.items():
+    for part, of in ((1, ""), (4, " at a quarter of its widths")):
+      if widths == tuple([width // part for width in some] for some in known):
+        return f"ConvNet {name}{of}"
+  return "ConvNet " + " + ".join("-".join(map(str, some)) for some in widths)

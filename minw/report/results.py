@@ -1,5 +1,6 @@
 """RESULTS.md: all studies of a folder, the paper's tables and what others published."""
 
+import itertools
 import json
 import pathlib
 from typing import Sequence
@@ -95,19 +96,24 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
       f"on {names(_device(run) for run in runs)}; commits "
       f"{names((run['commit'] or 'unknown')[:7] for run in runs)}.\n"]
   for each in compared:
-    config = next(iter(each.groups[0].runs.values()))["config"]
-    lines.append(f"**{_problem(config)}**; {records.described(_other(each.settings))}\n")
-    _, why = paper.cells_of(next(iter(each.groups[0].runs.values())))
+    run = _any_run(each)
+    lines.append(f"**{_problem(run['config'])}**; "
+                 f"{records.described(_other(each.settings))}\n")
+    _, why = paper.cells_of(run)
     if why:
       lines.append(f"No cell of the paper: {why}.\n")
     lines.append(_table(each.groups, by))
-  pairs = _pairs(compared, by)
-  if len(compared) > 1 and pairs:
-    lines.append("**All of these together**\n\n" + tables.table_of(
-        ["run", "pairs", "paired", "p"],
-        [[name, str(len(values)), *_difference(values)]
-         for name, values in pairs.items()]))
-  return "\n".join(lines)
+  lines += [_pooled(dataset, list(several), by) for dataset, several in
+            itertools.groupby(sorted(compared, key=_dataset), _dataset)]
+  return "\n".join(filter(None, lines))
+
+
+def _any_run(compared):
+  return next(iter(compared.groups[0].runs.values()))
+
+
+def _dataset(compared):
+  return _any_run(compared)["config"]["dataset"]
 
 
 def _varied(runs):
@@ -131,14 +137,19 @@ def _table(groups, by):
       ["run", "seeds", "validation", "test", "best", "paired", "p"], rows)
 
 
-def _pairs(compared, by):
+def _pooled(dataset, compared, by):
   """Differences to the first row, of all networks and seeds together."""
   pairs: dict[str, list[float]] = {}
   for each in compared:
     for group in each.groups[1:]:
       if found := comparison.paired(group, each.groups[0], "test_accuracy"):
         pairs.setdefault(_label(group, by), []).extend(found)
-  return pairs
+  if len(compared) == 1 or not pairs:
+    return ""
+  return f"**All networks on {dataset} together**\n\n" + tables.table_of(
+      ["run", "pairs", "paired", "p"],
+      [[name, str(len(values)), *_difference(values)]
+       for name, values in pairs.items()])
 
 
 def _label(group, by):
