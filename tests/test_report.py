@@ -691,6 +691,14 @@ def test_data_sets_are_not_pooled():
   assert "together" not in text
 
 
+def test_runs_that_others_went_on_from_have_no_row():
+  first = named("first", 0.3, seed=0, num_epochs=1)
+  then = named("then", 0.6, seed=0, init_from=records.as_source(first["config"]))
+  text = results.study(pathlib.Path("results/s.jsonl"), "A study", [first, then])
+  assert "| then | 1 |" in text and "| first |" not in text
+  assert "2 runs of" in text
+
+
 def test_results_of_the_repository(tmp_path):
   """RESULTS.md is what the studies give."""
   shutil.copytree(FOLDER.parent / "results", tmp_path / "results")

@@ -79,7 +79,12 @@ def _source(init_from: str) -> str:
     config = workdir_lib.read_config(init_from)
   except cli.UsageError:
     return init_from
-  return f"a run of config {_digest(key(json.loads(config_lib.to_json(config))))}"
+  return as_source(json.loads(config_lib.to_json(config)))
+
+
+def as_source(config: dict[str, Any]) -> str:
+  """What the record of a run says in `init_from` if it went on from one of `config`."""
+  return f"a run of config {_digest(key(config))}"
 
 
 def key(config: dict[str, Any], without: Sequence[str] = ()) -> str:

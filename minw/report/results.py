@@ -74,19 +74,21 @@ def write(folder: str, out: str) -> list[str]:
 
 
 def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str:
-  """The section of one study.
+  """The section of one study; runs that others of it went on from have no row.
 
   Args:
     path: of the study, from where RESULTS.md is.
     title: a line.
     runs: its records, at least one.
   """
-  varied = _varied(runs)
+  sources = {run["config"]["init_from"] for run in runs}
+  counted = [run for run in runs if records.as_source(run["config"]) not in sources]
+  varied = _varied(counted)
   by = [name for name in varied if name not in _PROBLEM]
   # Others are compared with the straight-through estimator, or else with the defaults.
-  runs = sorted(runs, key=lambda run: (records.method(run) != "ste",
-                                       len(records.settings(run["config"]))))
-  compared = comparison.compare(runs, by)
+  counted.sort(key=lambda run: (records.method(run) != "ste",
+                                len(records.settings(run["config"]))))
+  compared = comparison.compare(counted, by)
   seconds = [run["seconds"] for run in runs]
   names = lambda values: ", ".join(sorted({str(value) for value in values}))
   lines = [
