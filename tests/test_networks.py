@@ -42,6 +42,18 @@ def test_cards_are_of_their_networks(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_readme_says_the_same(name):
+  readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+  config = infer.load(name, backend="reference").program.metadata["config"]
+  bits = f"{config['input_bits']}/{config['weight_bits']}"
+  size = f"{infer.shipped()[name].stat().st_size / 1000:.0f} kB"
+  accuracy = card(name)["test accuracy"].split(",")[0]
+  assert re.search(rf"^\| `{name}` \| .* \| {bits} "
+                   rf"\| {re.escape(accuracy)} \| {size} \|$", readme, re.MULTILINE)
+  assert re.search(rf"\s{size}\.", (FOLDER / f"{name}.md").read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_accuracy_is_that_of_the_card(name, request):
   config = infer.load(name, backend="reference").program.metadata["config"]
   data_dir = None

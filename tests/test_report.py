@@ -720,7 +720,6 @@ def test_networks_are_named_as_in_the_paper(conv, dense, name):
                           "dense_widths": dense}) == name
 
 
-
 def test_figures_of_histograms(runs):
   lines = [line for line in histograms.read(runs / "two" / "histograms.jsonl")
            if line["layer"] == "norm_conv2"]
