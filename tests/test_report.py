@@ -691,6 +691,16 @@ def test_data_sets_are_not_pooled():
   assert "together" not in text
 
 
+def test_heading_says_what_all_rows_share():
+  runs = [named(name, 0.5, seed=0, num_epochs=3, estimator=name)
+          for name in ("aqe", "ste")]
+  runs += [named(f"{epochs}", 0.5, seed=0, num_epochs=epochs, dataset="cifar100",
+                 crop_size=30) for epochs in (4, 5)]
+  text = results.study(pathlib.Path("results/s.jsonl"), "A study", runs)
+  assert "cifar10, 1/1 bits (inputs/weights)**; num_epochs=3\n" in text
+  assert "cifar100, 1/1 bits (inputs/weights)**; crop_size=30\n" in text
+
+
 def test_runs_that_others_went_on_from_have_no_row():
   first = named("first", 0.3, seed=0, num_epochs=1)
   then = named("then", 0.6, seed=0, init_from=records.as_source(first["config"]))

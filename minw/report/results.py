@@ -99,8 +99,7 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
       f"{names((run['commit'] or 'unknown')[:7] for run in runs)}.\n"]
   for each in compared:
     run = _any_run(each)
-    lines.append(f"**{_problem(run['config'])}**; "
-                 f"{records.described(_other(each.settings))}\n")
+    lines.append(f"**{_problem(run['config'])}**; {records.described(_shared(each))}\n")
     _, why = paper.cells_of(run)
     if why:
       lines.append(f"No cell of the paper: {why}.\n")
@@ -189,8 +188,11 @@ def _problem(config):
           f"{config['input_bits']}/{config['weight_bits']} bits (inputs/weights)")
 
 
-def _other(settings):
-  return {name: value for name, value in settings.items() if name not in _PROBLEM}
+def _shared(compared):
+  """The settings that all rows have, but what `_problem` says."""
+  settings = records.settings(_any_run(compared)["config"], _PROBLEM)
+  return {name: value for name, value in settings.items()
+          if all(group.by.get(name, value) == value for group in compared.groups)}
 
 
 def _device(run: records.Record) -> str:
