@@ -532,13 +532,14 @@ def _slope_dsq(x, alpha, grid, g):
 def _lsq(x, step, grid, count):
   wide = quantizers._wide(x)
   step = step.astype(wide)
-  return (step * quantizers.quantize(x.astype(wide) / step, grid)).astype(x.dtype)
+  y = quantizers.without_denormals(x.astype(wide)) / step
+  return (step * quantizers.quantize(y, grid)).astype(x.dtype)
 
 
 def _lsq_backward(count, saved, g):
   x, step, grid = saved
   wide = quantizers._wide(x)
-  y = x.astype(wide) / step.astype(wide)
+  y = quantizers.without_denormals(x.astype(wide)) / step.astype(wide)
   inside = jnp.abs(y) <= 1
   slope = jnp.where(inside, quantizers.quantize(y, grid) - y, jnp.sign(y))
   balance = (count * grid.magnitudes.shape[0]) ** -0.5

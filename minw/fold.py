@@ -27,8 +27,6 @@ import numpy as np
 from minw import estimators
 from minw import quantizers
 
-_SMALLEST_NORMAL = 2.0 ** -126  # XLA flushes what is below to zero.
-
 
 class Norm(NamedTuple):
   """Batch norm of the hard network: float32 (channels,) each."""
@@ -177,9 +175,9 @@ def fold_kernel(
   """
   if not quantizers.is_grid(bits):
     return np.asarray(quantizers.round_to(jnp.asarray(kernel), bits))
-  kernel = np.asarray(kernel, np.float64)
+  kernel = _without_denormals(np.asarray(kernel, np.float64))
   if step is not None:
-    kernel = kernel / np.float64(step)
+    kernel = _without_denormals(kernel / np.float64(step))
     rule, thresholds = "fixed", quantizers.unit_thresholds(bits, thresholds)
   magnitudes = quantizers.level_magnitudes(bits)
   if bits == 1:
@@ -190,6 +188,11 @@ def fold_kernel(
   code = sum((np.abs(kernel) > factor * unit).astype(np.int8) for factor in factors)
   levels = np.concatenate([np.zeros(1, np.float32), magnitudes])[code]
   return np.where(kernel < 0, -levels, levels) + np.float32(0)  # no -0
+
+
+def _without_denormals(x):
+  """`x` with 0, never -0, in place of magnitudes below `quantizers.SMALLEST`."""
+  return np.where(np.abs(x) < quantizers.SMALLEST, 0.0, x)
 
 
 def kernel_scale(
@@ -251,14 +254,13 @@ def fold_norm(
     rounded = np.where(unit > 0, np.round(center / tick) * tick, center)
     smallest = np.where(unit > 0, np.abs(slope) * tick, np.abs(slope))
     flat = (
-        (slope == 0) | (smallest < _SMALLEST_NORMAL)
+        (slope == 0) | (smallest < quantizers.SMALLEST)
         | ~(np.abs(rounded) <= np.finfo(np.float32).max)
         | ((unit > 0) & (tick > unit)))
-  normal = lambda x: np.where(np.abs(x) < _SMALLEST_NORMAL, 0.0, x)  # Also no -0.
   return Norm(
-      center=np.where(flat, 0.0, normal(rounded)).astype(np.float32),
+      center=np.where(flat, 0.0, _without_denormals(rounded)).astype(np.float32),
       scale=np.where(flat, 0.0, slope).astype(np.float32),
-      constant=np.where(flat, normal(bias), 0.0).astype(np.float32))
+      constant=np.where(flat, _without_denormals(bias), 0.0).astype(np.float32))
 
 
 def probe_linear(

@@ -83,8 +83,8 @@ class QuantConv(nn.Module):
     features: output channels.
     kernel_size: (height, width).
     strides: (vertical, horizontal).
-    padding: "SAME" or "VALID".
-    pad_value: what SAME padding consists of; 0 is a third value over -1 and 1.
+    padding: "SAME", "VALID", or the border in pixels, ((top, bottom), (left, right)).
+    pad_value: the value of the border; 0 is a third value over -1 and 1.
     bits: of the weights.
     threshold_rule, thresholds: see `quantizers.weight_grid`.
     estimator: f(kernel, alpha, grid, make_key), see `estimators.by_name`. For one that
@@ -93,12 +93,15 @@ class QuantConv(nn.Module):
     weight_scale: "none", "layer_mean" or "channel_mean", see
       `estimators.WEIGHT_SCALES`; of weights in a float format none.
     dtype: of the operands in training; sums are float32 always.
+
+  Raises:
+    ValueError: at construction, when an attribute is not one of these.
   """
 
   features: int
   kernel_size: Sequence[int] = (3, 3)
   strides: Sequence[int] = (1, 1)
-  padding: str = "SAME"
+  padding: str | Sequence[tuple[int, int]] = "SAME"
   pad_value: float = 0.0
   bits: BitsOf = 1
   threshold_rule: str = "layer_mean"
@@ -108,14 +111,37 @@ class QuantConv(nn.Module):
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
 
+  def __post_init__(self):
+    _check_features(self.features)
+    _check_pair("kernel_size", self.kernel_size)
+    _check_pair("strides", self.strides)
+    _check_padding(self.padding)
+    super().__post_init__()
+
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
+    if x.ndim != 4:
+      raise ValueError(f"{'/'.join(self.path)}: gets an input of shape {x.shape}; a"
+                       " convolution takes (batch, height, width, channels)")
     shape = (*self.kernel_size, x.shape[-1], self.features)
-    pad = self.pad_value if self.padding == "SAME" else 0.0
+    pads = self.pads(x.shape[1:3])
+    pad_value = self.pad_value if any(map(any, pads)) else 0.0
     return _linear(
-        self, x, shape, alpha, mode, pad,
+        self, x, shape, alpha, mode, pad_value,
         lambda x, kernel, **how: conv(
-            x, kernel, self.strides, self.padding, pad, **how))
+            x, kernel, self.strides, pads, pad_value, **how))
+
+  def pads(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The border around a map of `size`, ((top, bottom), (left, right)) in pixels.
+
+    Args:
+      size: (height, width) of the map.
+    """
+    if not isinstance(self.padding, str):
+      (top, bottom), (left, right) = self.padding
+      return (int(top), int(bottom)), (int(left), int(right))
+    return tuple(lax.padtype_to_pads(
+        tuple(size), tuple(self.kernel_size), tuple(self.strides), self.padding))
 
 
 class QuantDense(nn.Module):
@@ -132,6 +158,10 @@ class QuantDense(nn.Module):
   weight_scale: str = "none"
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    _check_features(self.features)
+    super().__post_init__()
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
@@ -260,6 +290,32 @@ class _GroupedBatchNorm(nn.Module):
     return ((groups - mean) * scale + bias).reshape(x.shape)
 
 
+def _is_count(value, least):
+  return (isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+          and value >= least)
+
+
+def _check_features(value):
+  if not _is_count(value, 1):
+    raise ValueError(f"features={value!r}: must be a positive integer")
+
+
+def _check_pair(name, value):
+  if not (isinstance(value, Sequence) and len(value) == 2
+          and all(_is_count(n, 1) for n in value)):
+    raise ValueError(f"{name}={value!r}: must be two positive integers")
+
+
+def _check_padding(value):
+  explicit = (
+      isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+      and all(isinstance(pair, Sequence) and len(pair) == 2
+              and all(_is_count(n, 0) for n in pair) for pair in value))
+  if not explicit and value not in ("SAME", "VALID"):
+    raise ValueError(f"padding={value!r}: must be 'SAME', 'VALID', or the border in"
+                     " pixels, ((top, bottom), (left, right))")
+
+
 def max_pool(x, window: int = 2, share_gradient: bool = False):
   """Maximum over windows, with a stride of one window; borders that do not fill one
   are dropped.
@@ -302,14 +358,26 @@ _max_pool_first.defvjp(
     lambda x, window: (_max_pool_first(x, window), x), _max_pool_first_backward)
 
 
-def conv(x, kernel, strides, padding, pad_value, *, dtype, precision=None):
-  """A convolution (NHWC, HWIO) with a border of `pad_value` and float32 sums."""
+def conv(x, kernel, strides, pads, pad_value, *, dtype, precision=None):
+  """A convolution (NHWC, HWIO) with a border of `pad_value` and float32 sums.
+
+  Args:
+    x: (batch, height, width, input channels).
+    kernel: (height, width, input channels, output channels).
+    strides: (vertical, horizontal).
+    pads: ((top, bottom), (left, right)) in pixels.
+    pad_value: the value of the border.
+    dtype: of the operands.
+    precision: see `lax.conv_general_dilated`.
+
+  Returns:
+    float32 (batch, height, width, output channels).
+  """
   if pad_value:
-    pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=pad_value)
-    padding = "VALID"
+    pads = ((0, 0), (0, 0))
   return lax.conv_general_dilated(
-      x.astype(dtype), kernel.astype(dtype), strides, padding,
+      x.astype(dtype), kernel.astype(dtype), strides, pads,
       dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision,
       preferred_element_type=jnp.float32)
 

@@ -190,7 +190,7 @@ class _Walk:
         closed = inner if hasattr(inner, "consts") else jex.ClosedJaxpr(inner, ())
         results = self.run(closed.jaxpr, closed.consts, given)
       elif any(isinstance(x, _Array) for x in given):
-        results = [self._apply(eqn, given)]
+        results = self._apply(eqn, given)
       else:
         results = eqn.primitive.bind(*given, **eqn.params)
         results = results if eqn.primitive.multiple_results else [results]
@@ -200,18 +200,44 @@ class _Walk:
   def _apply(self, eqn, given):
     name = eqn.primitive.name
     if name == "minw_layer":
-      result = self._layer(self.calls[eqn.params["index"]], given)
+      results = [self._layer(self.calls[eqn.params["index"]], given)]
     elif name in _IDENTITIES:
-      result = given[0]
+      results = given
     elif name in _RULES:
-      result = _RULES[name](self, eqn, given)
+      results = [_RULES[name](self, eqn, given)]
     else:
       raise self.refuse(f"{name} of {self.after(given)} does not pack")
-    if result.dims != eqn.outvars[0].aval.shape:
+    for result, var in zip(results, eqn.outvars, strict=True):
+      if not isinstance(result, _Array):
+        continue
+      if result.dims != var.aval.shape:
+        raise self.refuse(
+            f"{name} of {self.after(given)}, from {given[0].dims} to"
+            f" {var.aval.shape}, does not pack")
+      self._check_survival(name, given, result, var.aval.dtype)
+    return results
+
+  def _check_survival(self, name, given, x, dtype):
+    """Refuses a result whose dtype does not hold every value that there can be."""
+    value = self.values[x.value]
+    if value.kind == "FLOAT":
+      fits = dtype in (np.float32, np.float64) or (
+          x.value and getattr(self.ops[x.value - 1], "bits", None) == dtype.name)
+    elif value.kind == "CODE":
+      fits = _fits(np.asarray(packed.LEVELS[value.bits]) * x.unit, dtype)
+    elif jnp.issubdtype(dtype, jnp.floating):  # Integers times a power of two.
+      info = jnp.finfo(dtype)
+      largest = int(value.bound.max())
+      fits = (largest <= 2 ** (info.nmant + 1) and x.unit >= float(info.smallest_normal)
+              and largest * x.unit <= float(info.max))
+    else:
+      largest = int(value.bound.max())
+      fits = x.unit >= 1 and _fits(np.asarray([-largest, largest]) * x.unit, dtype)
+    if not fits:
       raise self.refuse(
-          f"{name} of {self.after(given)}, from {given[0].dims} to"
-          f" {eqn.outvars[0].aval.shape}, does not pack")
-    return result
+          f"{name} of {self.after(given)} gives {dtype.name}, which does not hold all"
+          f" values that there can be (up to {value.bound.max(initial=0) * x.unit:g} in"
+          f" steps of {x.unit:g}); cast to float32, or not at all")
 
   def after(self, given) -> str:
     """Says where arrays come from."""
@@ -252,12 +278,8 @@ class _Walk:
       if x.form != "map":
         raise self.refuse(f"{call.path}: a convolution of flat inputs")
       form = "map"
-      pads = ((0, 0), (0, 0))
-      if layer.padding == "SAME":
-        pads = jax.lax.padtype_to_pads(
-            x.shape[:2], kernel.shape[:2], layer.strides, "SAME")
       options = dict(strides=tuple(layer.strides),
-                     pads=tuple(int(n) for pair in pads for n in pair))
+                     pads=tuple(n for pair in layer.pads(x.shape[:2]) for n in pair))
       if any(options["pads"]):
         options["pad"] = self._pad_code(call, x, kind)
     else:
@@ -328,6 +350,18 @@ class _Walk:
         bits=layer.bits, unit=x.unit, **source, **norm._asdict()), unit, x.form)
 
 
+def _fits(values, dtype):
+  """Whether `dtype`, other than bool, holds these numbers (float64) exactly."""
+  if dtype == np.bool_ or not (jnp.issubdtype(dtype, jnp.floating)
+                               or jnp.issubdtype(dtype, jnp.integer)):
+    return False
+  if jnp.issubdtype(dtype, jnp.integer):
+    info = jnp.iinfo(dtype)
+    inside = (values >= info.min) & (values <= info.max)
+    return bool((inside & (values == np.round(values))).all())
+  return bool((values.astype(dtype).astype(np.float64) == values).all())
+
+
 def _codes(values, bits):
   """int8 codes of levels that are on a grid already."""
   if bits == 1:
@@ -384,8 +418,9 @@ def _thresholds(layer, hard, bound, unit, shortcuts):
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint",
           "custom_jvp_call", "custom_vjp_call")
+# Whether a cast keeps all values is checked by the dtype of its result.
 _IDENTITIES = ("convert_element_type", "copy", "copy_p", "stop_gradient",
-               "optimization_barrier", "reduce_precision")
+               "optimization_barrier")
 
 
 def _reshape(walk, eqn, given):
@@ -519,6 +554,21 @@ def _scale(sign):
   return scale
 
 
+def _reduce_precision(walk, eqn, given):
+  x, (exponent, mantissa) = given[0], (
+      eqn.params["exponent_bits"], eqn.params["mantissa_bits"])
+  value = walk.values[x.value]
+  # The unit and the largest value must be normal numbers of the narrower format.
+  largest, edge = int(value.bound.max(initial=0)), 2 ** (exponent - 1) - 2
+  if (value.kind == "FLOAT" and (exponent, mantissa) != (8, 23)
+      or largest > 2 ** (mantissa + 1)
+      or not 2.0 ** -edge <= x.unit <= 2.0 ** edge / max(largest, 1)):
+    raise walk.refuse(
+        f"reduce_precision of {walk.after(given)} to {exponent} exponent and {mantissa}"
+        " mantissa bits does not keep all values that there can be")
+  return x
+
+
 def _squeeze(walk, eqn, given):
   return walk.whole(given[0])._replace(form="flat")
 
@@ -539,6 +589,7 @@ _RULES = {
     "add": _add,
     "mul": _scale(1),
     "div": _scale(-1),
+    "reduce_precision": _reduce_precision,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
 }

@@ -28,6 +28,7 @@ VERSION = 1
 LEVELS = {1: (-1, 0, 1), 2: (-1, 0, 1), 3: (-4, -2, -1, 0, 1, 2, 4)}  # By code + q.
 FLOAT_FORMATS = {
     "float8_e4m3fn": 8, "float16": 16, "bfloat16": 17, "float32": 32}
+SMALLEST = np.float32(2.0 ** -126)  # A FLOAT below it has the one-bit code of 0.
 _FORMAT_NAMES = {number: name for name, number in FLOAT_FORMATS.items()}
 
 # A file beyond these limits is refused.

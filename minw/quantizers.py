@@ -11,7 +11,8 @@ format, named by its dtype. A grid of n bits has the levels
     n > 2:  0, +-2^-(q-1), ..., +-1/2, +-1          (Eq 22), q = 2^(n-1) - 1
 
 All functions are pure: they work under jit, vmap, scan and sharding, and keep the
-dtype of `x`. XLA flushes denormal inputs to zero, so h(1e-40) = -1 for one bit.
+dtype of `x`. A number smaller than `SMALLEST` counts as 0 everywhere, because some
+devices flush denormal numbers to zero and others do not: h(1e-40) = -1 for one bit.
 """
 
 import functools
@@ -25,6 +26,7 @@ import numpy as np
 GRID_BITS = (1, 2, 3, 4, 5)
 FLOAT_FORMATS = ("float8_e4m3fn", "bfloat16", "float16", "float32")
 THRESHOLD_RULES = ("layer_mean", "channel_mean", "fixed")
+SMALLEST = 2.0 ** -126  # The smallest normal float32 number.
 
 # Chosen, not from the paper, which does not give its thresholds: for the powers of
 # two the midpoint between two levels; for ternary activations the paper's figures
@@ -268,6 +270,11 @@ def round_to(x: jax.Array, dtype: str) -> jax.Array:
   return x if dtype == "float32" else _round_to(x, dtype)
 
 
+def without_denormals(x: jax.Array) -> jax.Array:
+  """`x` with 0 in place of magnitudes below `SMALLEST`, on every device."""
+  return jnp.where(jnp.abs(x) < SMALLEST, jnp.zeros_like(x), x)
+
+
 def _wide(x: jax.Array) -> jnp.dtype:
   """Thresholds are compared in float32, or float64: never rounded to 16 bits."""
   return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
@@ -275,9 +282,9 @@ def _wide(x: jax.Array) -> jnp.dtype:
 
 def _staircase(x: jax.Array, grid: Grid, heights: jax.Array) -> jax.Array:
   """Signed `heights[i]` for the last i with |x| > thresholds[i]; 0 if none."""
+  wide = without_denormals(x.astype(_wide(x)))
   if not grid.thresholds.shape[0]:
-    return jnp.where(x > 0, heights[0], -heights[0])
-  wide = x.astype(_wide(x))
+    return jnp.where(wide > 0, heights[0], -heights[0])
   out = jnp.zeros(x.shape, heights.dtype)
   for threshold, height in zip(grid.thresholds.astype(wide.dtype), heights):
     out = jnp.where(wide > threshold, height,

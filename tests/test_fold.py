@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from minw import estimators
 from minw import fold
 from minw import layers
 from minw import models
@@ -289,6 +290,26 @@ def test_more_units_than_float32_has_are_floats():
 # Weights.
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("learned", [False, True])
+def test_tiny_weights_are_zero_in_training_and_in_the_fold(bits, learned):
+  """Below the smallest normal float32 a weight is 0, whatever the device flushes."""
+  estimator = estimators.by_name("lsq" if learned else "ste")
+  layer = layers.QuantDense(3, bits=bits, estimator=estimator)
+  kernel = np.float32([[1e-40, -1e-40, 2e-38], [1e-45, 0.0, -2e-38]])
+  params = {"kernel": kernel} | ({"step": np.float32(1e-6)} if learned else {})
+  zero = -1.0 if bits == 1 else 0.0
+  # In units of the step 1e-6 + 2^-20 the normal weights are 1e-32: no level but 0.
+  edge = 1.0 if bits == 1 or not learned else 0.0
+  want = np.float32([[zero, zero, edge], [zero, zero, -edge]])
+  hard = layer.apply({"params": params}, probe_rows((2,), 1.0, 1.0), mode="fold",
+                     mutable=["hard"])[1]["hard"]["kernel"]
+  np.testing.assert_array_equal(hard, want)
+  trained = jax.jit(functools.partial(layer.apply, mode="mixed"))(
+      {"params": params}, jnp.eye(2), 1.0)
+  np.testing.assert_array_equal(np.sign(trained), np.sign(want))
+
+
 def test_weights_worked_by_hand():
   kernel = np.float32([[0.25, -0.25, 0, -0.0], [0.75, 0.5, -1.25, 1.0]])  # Mean 1/2.
   fold_kernel = functools.partial(fold.fold_kernel, kernel)
@@ -398,7 +419,8 @@ def test_bounds_of_a_convolution_are_attained(
     inputs = rng.choice(np.concatenate([-grid, grid]), (64, *size, 3)) * bound
     acc = convolve(inputs, levels, strides, padding, pad)
     assert rows.shape == (7, *acc.shape[1:]) and rows.dtype == jnp.float32
-    padded = np.maximum(bound, abs(pad)) if padding == "SAME" else bound
+    bordered = padding == "SAME" and kernel_size != (1, 1)
+    padded = np.maximum(bound, abs(pad)) if bordered else bound
     np.testing.assert_array_equal(
         rows[0], np.broadcast_to(
             (np.abs(levels) * padded[:, None]).sum((0, 1, 2)), acc.shape[1:]))

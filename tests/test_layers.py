@@ -43,8 +43,10 @@ def mixed_input(y, bits, alpha) -> np.ndarray:
 def convolve(x, kernel, strides, padding, pad_value) -> np.ndarray:
   """A direct convolution in float64: one product for each place of the kernel."""
   (height, width), (kh, kw) = x.shape[1:3], kernel.shape[:2]
-  top = left = 0
-  out_h, out_w = (height - kh) // strides[0] + 1, (width - kw) // strides[1] + 1
+  (top, bottom), (left, right) = (
+      ((0, 0), (0, 0)) if isinstance(padding, str) else padding)
+  out_h = (height + top + bottom - kh) // strides[0] + 1
+  out_w = (width + left + right - kw) // strides[1] + 1
   if padding == "SAME":  # As TensorFlow: the odd pixel comes after the image.
     out_h, out_w = -(-height // strides[0]), -(-width // strides[1])
     top = max((out_h - 1) * strides[0] + kh - height, 0) // 2
@@ -91,6 +93,10 @@ def identity_norm(channels):
     (2, (5, 4), (1, 1), (2, 3), "VALID", -1.0),
     (3, (7, 6), (5, 4), (2, 1), "VALID", 1.0),  # VALID has nothing to pad.
     (1, (6, 5), (3, 3), (1, 1), "VALID", 0.0),
+    (1, (8, 8), (3, 3), (4, 4), ((1, 1), (1, 1)), 0.0),
+    (2, (5, 4), (3, 2), (2, 1), ((0, 2), (3, 1)), -1.0),
+    (3, (4, 5), (3, 3), (1, 2), [[4, 0], [0, 5]], 1.0),  # Windows of the border alone.
+    (1, (5, 5), (3, 3), (1, 1), ((0, 0), (0, 0)), 1.0),
 ])
 def test_convolution(bits, size, kernel_size, strides, padding, pad):
   rng = np.random.default_rng(size[0] + kernel_size[1])
@@ -105,6 +111,25 @@ def test_convolution(bits, size, kernel_size, strides, padding, pad):
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, convolve(
         x, mixed_kernel(kernel, bits, alpha), strides, padding, pad), atol=2e-5)
+
+
+@pytest.mark.parametrize("attribute, value", [
+    ("padding", "same"), ("padding", "SAME_LOWER"), ("padding", "CIRCULAR"),
+    ("padding", 1), ("padding", (1, 1)), ("padding", ((1, 1),)), ("padding", None),
+    ("padding", ((1, 1), (1, -1))), ("padding", ((1, 1), (1, 0.5))),
+    ("padding", ((0, 0), (1, 1), (1, 1), (0, 0))), ("padding", ((True, 1), (1, 1))),
+    ("strides", 2), ("strides", (2,)), ("strides", (0, 1)), ("strides", (1, 1.0)),
+    ("kernel_size", 3), ("kernel_size", (3, 3, 3)), ("kernel_size", (0, 3)),
+    ("features", 0), ("features", 4.0),
+])
+def test_attributes_of_a_convolution_that_are_wrong(attribute, value):
+  with pytest.raises(ValueError, match=f"{attribute}=.*: must be"):
+    layers.QuantConv(**{"features": 4, attribute: value})
+
+
+def test_input_of_a_convolution_that_is_no_map():
+  with pytest.raises(ValueError, match=r"an input of shape \(2, 12\)"):
+    layers.QuantConv(4).init(jax.random.key(0), jnp.zeros((2, 12)), mode="train")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

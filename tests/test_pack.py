@@ -228,7 +228,16 @@ def quantized(x, alpha, mode, **options):
     lambda x, *a: quantized(x + x / 4, *a),
     lambda x, *a: jnp.concatenate([quantized(x, *a)] * 2, -1),
     lambda x, *a: layers.QuantDense(6)(quantized(x, *a), *a),
-], ids=range(11))
+    # Casts that keep every value: levels in any float, sums up to 2^11 in float16.
+    lambda x, *a: quantized(x, *a, bits=3).astype(jnp.bfloat16),
+    lambda x, *a: quantized(x, *a, bits=2).astype(jnp.int8),
+    lambda x, *a: quantized(x, *a, bits=1).astype(jnp.float8_e4m3fn),
+    lambda x, *a: jax.lax.reduce_precision(quantized(x, *a, bits=3), 5, 2),
+    lambda x, *a: quantized(layers.QuantConv(5, (1, 1), name="conv2")(
+        layers.NormQuant(name="norm0")(x, *a), *a).astype(jnp.bfloat16), *a),
+    lambda x, *a: jnp.add(*jax.lax.optimization_barrier(
+        (quantized(x, *a), layers.NormQuant(name="norm2")(x, *a)))),
+], ids=range(17))
 def test_what_may_stand_between_layers(body):
   assert_packs(Net(body), size=9)
 
@@ -256,12 +265,41 @@ def test_what_may_stand_between_layers(body):
     (lambda x, *a: x[:, ::2, ::2], "a shortcut of conv1, which is not quantized"),
     (lambda x, *a: jnp.concatenate([x, x], 1), "side by side other than in channels"),
     (lambda x, *a: jnp.sin(x), "sin of conv1 does not pack"),
-], ids=range(16))
+    # Casts that round away what there can be.
+    (lambda x, *a: quantized(x.astype(jnp.bfloat16), *a), "conv1 gives bfloat16"),
+    (lambda x, *a: quantized(x.astype(jnp.float16), *a), "conv1 gives float16"),
+    (lambda x, *a: quantized(x.astype(jnp.int32), *a), "conv1 gives int32"),
+    (lambda x, *a: quantized(jax.lax.reduce_precision(x, 8, 7), *a),
+     "reduce_precision of conv1 to 8 exponent and 7 mantissa bits"),
+    (lambda x, *a: quantized(jax.lax.reduce_precision(x, 3, 23), *a),
+     "reduce_precision of conv1 to 3 exponent and 23"),
+    (lambda x, *a: quantized(x, *a, bits=3).astype(jnp.int8), "norm1 gives int8"),
+    (lambda x, *a: quantized(x, *a, bits=3).astype(jnp.float8_e5m2fnuz).astype(
+        jnp.float8_e4m3b11fnuz).astype(jnp.uint8), "norm1 gives uint8"),
+    (lambda x, *a: quantized(x, *a).astype(bool), "gives bool|ne of norm1"),
+    (lambda x, *a: layers.QuantConv(3, name="conv2")(
+        quantized(x, *a).astype(jnp.uint8).astype(jnp.float32), *a), "gives uint8"),
+    (lambda x, *a: jax.lax.div(quantized(x, *a, bits=2).astype(jnp.int32).sum((1, 2)), 2),
+     "div of sum_pool2 gives int32"),
+], ids=range(26))
 def test_what_may_not_is_refused_by_name(body, message):
   model = Net(body)
   variables = randomized(model, (9, 9, 3))
   with pytest.raises(ValueError, match=message):
     pack.pack(model, variables, pixels=PIXELS, source_shape=(9, 9, 3))
+
+
+@pytest.mark.parametrize("pad", [0.0, -1.0, 1.0])
+@pytest.mark.parametrize("padding, strides", [
+    (((1, 1), (1, 1)), (4, 4)), (((0, 2), (3, 1)), (2, 1)), (((5, 0), (0, 4)), (1, 2)),
+    (((0, 0), (0, 0)), (1, 1))])
+def test_explicit_padding(padding, strides, pad):
+  """The independent value is the hard network's, which test_layers holds."""
+  program = assert_packs(Net(lambda x, *a: layers.QuantConv(
+      5, (3, 3), strides, padding, pad, bits=2, name="conv2")(
+          quantized(x, *a), *a)), size=9)
+  conv, = (op for op in program.ops if op.name == "conv2")
+  assert conv.pads == (*padding[0], *padding[1])
 
 
 def test_pixels_must_be_integers():

@@ -99,6 +99,28 @@ def test_zero_signs_and_not_a_number(bits):
   assert codes[6] == -codes[7] == len(LEVELS[bits])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_below_the_smallest_normal_is_zero(dtype):
+  """Whether a device flushes denormals or not: the rule does not rely on it."""
+  smallest = 2.0**-126 if dtype != jnp.float16 else 2.0**-24
+  x = jnp.asarray([smallest, smallest / 2, 1e-40, 0, -1e-40, -smallest], dtype)
+  np.testing.assert_array_equal(
+      quantize(x, quantizers.grid(1)).astype(np.float32), [1, -1, -1, -1, -1, -1])
+  np.testing.assert_array_equal(encode(x, quantizers.grid(1)), [1, -1, -1, -1, -1, -1])
+
+
+def test_below_the_smallest_normal_is_zero_in_float64():
+  """float64 holds 1e-40 as a normal number, so that nothing is flushed on any device."""
+  with jax.enable_x64(True):
+    x = jnp.asarray([2.0**-126, 1e-40, -1e-40])
+    np.testing.assert_array_equal(quantize(x, quantizers.grid(1)), [1, -1, -1])
+    tiny = jnp.full((3, 2), 1e-40)
+    for bits in (2, 3):
+      got = jax.jit(lambda x, bits=bits: quantize(x, quantizers.weight_grid(x, bits)))(
+          tiny)
+      np.testing.assert_array_equal(got, jnp.zeros_like(tiny))
+
+
 def test_numbers_of_a_grid():
   for bits in BITS:
     levels = quantizers.level_magnitudes(bits)

@@ -127,5 +127,5 @@ def _float_norm(op, x, shortcut, kinds):
   if isinstance(op.bits, str):
     return y.astype(packed.float_dtype(op.bits)).astype(np.float32)
   if op.bits == 1:
-    return np.where(y > 0, 1, -1)
+    return np.where(y >= packed.SMALLEST, 1, -1)
   return np.sign(y) * sum(np.abs(y) > threshold for threshold in op.grid)

@@ -455,7 +455,7 @@ def _float_norm(op, kinds):
     if isinstance(op.bits, str):
       return y.astype(packed.float_dtype(op.bits)).astype(np.float32)
     if op.bits == 1:
-      return jnp.where(y > 0, jnp.int8(1), jnp.int8(-1))
+      return jnp.where(y >= packed.SMALLEST, jnp.int8(1), jnp.int8(-1))
     size = sum((jnp.abs(y) > threshold).astype(np.int8) for threshold in op.grid)
     return jnp.where(y < 0, -size, size)
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -667,7 +668,7 @@ void minw_network::float_norm(const Op& op, const Map& in, const void* x,
       int code = 0;
       for (float t : op.grid) code += std::fabs(y) > t;
       if (op.bits == 1) code = 1;
-      static_cast<int8_t*>(to)[at] = static_cast<int8_t>(y > 0 ? code : -code);
+      static_cast<int8_t*>(to)[at] = static_cast<int8_t>(y >= FLT_MIN ? code : -code);
     }
 }
 
