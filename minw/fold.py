@@ -275,7 +275,8 @@ def probe_linear(
 
   Args:
     x: float32 (7, ..., input channels), see `Probe`.
-    kernel: (..., input channels, output channels), on its grid.
+    kernel: (..., input channels, output channels), on its grid; of a convolution in
+      groups (..., input channels / groups, output channels).
     bits: of the kernel.
     pad_value: of the convolution's border; 0 if it has none.
     output_shape: (..., output channels).
@@ -285,20 +286,28 @@ def probe_linear(
     float32 (7, *output_shape).
 
   Raises:
-    ValueError: the input channels, or input and border, have different scales.
+    ValueError: the input channels of a group, or input and border, have different
+      scales.
   """
-  scales = np.unique(probe_scale(x)[~filled(x)])
-  if len(scales) > 1:
+  inputs, outputs = kernel.shape[-2:]
+  groups = x.shape[-1] // inputs
+  of_output = lambda group: np.repeat(group, outputs // groups)
+  scales = probe_scale(x).reshape(groups, inputs)
+  zeros = filled(x).reshape(groups, inputs)
+  input_scale = np.where(zeros, 0.0, scales).max(1)
+  if (~zeros & (scales != input_scale[:, None])).any():
     raise ValueError("gets channels of different scales, which do not fold")
-  input_scale = scales[0] if len(scales) else 1.0
-  if pad_value and input_scale != 1:
+  input_scale = np.where(zeros.all(1), 1.0, input_scale)
+  if pad_value and (input_scale != 1).any():
     raise ValueError(f"pad_value={pad_value} beside inputs that have a scale")
-  rows = np.asarray(x)[:2].astype(np.float64).reshape(2, -1, x.shape[-1])
+  rows = np.asarray(x)[:2].astype(np.float64).reshape(2, -1, groups, inputs)
   bound = np.maximum(rows[0].max(0), abs(pad_value))
-  fan_in = np.abs(kernel).reshape(-1, *kernel.shape[-2:]).sum(0, dtype=np.float64)
-  unit = quantizers.step_size(bits) * rows[1].min()
-  bound = np.broadcast_to(bound @ fan_in, output_shape)
-  return probe_rows(Probe(bound, unit, 32.0), round_scale(input_scale * scale))
+  fan_in = np.abs(kernel).reshape(-1, inputs, groups, outputs // groups).sum(
+      0, dtype=np.float64)
+  bound = np.einsum("gi,igo->go", bound, fan_in).reshape(-1)
+  unit = quantizers.step_size(bits) * of_output(rows[1].min((0, 2)))
+  return probe_rows(Probe(np.broadcast_to(bound, output_shape), unit, 32.0),
+                    round_scale(of_output(input_scale) * scale))
 
 
 def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:

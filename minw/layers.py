@@ -41,7 +41,7 @@ class LayerInfo(NamedTuple):
     input_bits: the bits of what it receives, 16 for an image, 32 for accumulators; those
       of a sum of n codes are log2(n) more.
     input_shape, output_shape: without the batch.
-    kernel_shape: (..., inputs, outputs); empty for a norm.
+    kernel_shape: (..., inputs of a group, outputs); empty for a norm.
     channel_parameters: how many float32 numbers a norm keeps besides.
   """
 
@@ -93,6 +93,11 @@ class QuantConv(nn.Module):
     weight_scale: "none", "layer_mean" or "channel_mean", see
       `estimators.WEIGHT_SCALES`; of weights in a float format none.
     dtype: of the operands in training; sums are float32 always.
+    feature_group_count: into how many equal groups, in order, input and output channels
+      are split. An output channel sums over the inputs of its own group; as many groups
+      as input channels make a depthwise convolution.
+    kernel_dilation: (vertical, horizontal) distance between neighboring weights, in
+      pixels.
 
   Raises:
     ValueError: at construction, when an attribute is not one of these.
@@ -110,12 +115,19 @@ class QuantConv(nn.Module):
   weight_scale: str = "none"
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
+  feature_group_count: int = 1
+  kernel_dilation: Sequence[int] = (1, 1)
 
   def __post_init__(self):
     _check_features(self.features)
     _check_pair("kernel_size", self.kernel_size)
     _check_pair("strides", self.strides)
+    _check_pair("kernel_dilation", self.kernel_dilation)
     _check_padding(self.padding)
+    groups = self.feature_group_count
+    if not _is_count(groups, 1) or self.features % groups:
+      raise ValueError(f"feature_group_count={groups!r}: must be a positive integer that"
+                       f" divides features={self.features}")
     super().__post_init__()
 
   @nn.compact
@@ -123,13 +135,19 @@ class QuantConv(nn.Module):
     if x.ndim != 4:
       raise ValueError(f"{'/'.join(self.path)}: gets an input of shape {x.shape}; a"
                        " convolution takes (batch, height, width, channels)")
-    shape = (*self.kernel_size, x.shape[-1], self.features)
+    groups, channels = self.feature_group_count, x.shape[-1]
+    if channels % groups:
+      raise ValueError(
+          f"{'/'.join(self.path)}: feature_group_count={groups} must divide both the"
+          f" {channels} input channels and features={self.features}")
+    shape = (*self.kernel_size, channels // groups, self.features)
     pads = self.pads(x.shape[1:3])
     pad_value = self.pad_value if any(map(any, pads)) else 0.0
     return _linear(
         self, x, shape, alpha, mode, pad_value,
         lambda x, kernel, **how: conv(
-            x, kernel, self.strides, pads, pad_value, **how))
+            x, kernel, self.strides, pads, pad_value, self.kernel_dilation, groups,
+            **how))
 
   def pads(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """The border around a map of `size`, ((top, bottom), (left, right)) in pixels.
@@ -140,8 +158,10 @@ class QuantConv(nn.Module):
     if not isinstance(self.padding, str):
       (top, bottom), (left, right) = self.padding
       return (int(top), int(bottom)), (int(left), int(right))
+    window = tuple((n - 1) * step + 1
+                   for n, step in zip(self.kernel_size, self.kernel_dilation))
     return tuple(lax.padtype_to_pads(
-        tuple(size), tuple(self.kernel_size), tuple(self.strides), self.padding))
+        tuple(size), window, tuple(self.strides), self.padding))
 
 
 class QuantDense(nn.Module):
@@ -358,15 +378,18 @@ _max_pool_first.defvjp(
     lambda x, window: (_max_pool_first(x, window), x), _max_pool_first_backward)
 
 
-def conv(x, kernel, strides, pads, pad_value, *, dtype, precision=None):
+def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtype,
+         precision=None):
   """A convolution (NHWC, HWIO) with a border of `pad_value` and float32 sums.
 
   Args:
     x: (batch, height, width, input channels).
-    kernel: (height, width, input channels, output channels).
+    kernel: (height, width, input channels / groups, output channels).
     strides: (vertical, horizontal).
     pads: ((top, bottom), (left, right)) in pixels.
     pad_value: the value of the border.
+    dilation: (vertical, horizontal) distance between neighboring weights, in pixels.
+    groups: how many groups input and output channels are split into.
     dtype: of the operands.
     precision: see `lax.conv_general_dilated`.
 
@@ -377,9 +400,9 @@ def conv(x, kernel, strides, pads, pad_value, *, dtype, precision=None):
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=pad_value)
     pads = ((0, 0), (0, 0))
   return lax.conv_general_dilated(
-      x.astype(dtype), kernel.astype(dtype), strides, pads,
-      dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision,
-      preferred_element_type=jnp.float32)
+      x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation,
+      feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      precision=precision, preferred_element_type=jnp.float32)
 
 
 def dense(x, kernel, *, dtype, precision=None):

@@ -279,6 +279,8 @@ class _Walk:
         raise self.refuse(f"{call.path}: a convolution of flat inputs")
       form = "map"
       options = dict(strides=tuple(layer.strides),
+                     groups=layer.feature_group_count,
+                     dilation=tuple(layer.kernel_dilation),
                      pads=tuple(n for pair in layer.pads(x.shape[:2]) for n in pair))
       if any(options["pads"]):
         options["pad"] = self._pad_code(call, x, kind)

@@ -23,7 +23,9 @@ import ml_dtypes
 import numpy as np
 
 MAGIC = b"MINW\r\n\x1a\0"
-VERSION = 1
+# Version 2 adds groups and dilation to each convolution. A program that has neither is
+# written in version 1, which older versions of minw read.
+VERSIONS = (1, 2)
 
 LEVELS = {1: (-1, 0, 1), 2: (-1, 0, 1), 3: (-4, -2, -1, 0, 1, 2, 4)}  # By code + q.
 FLOAT_FORMATS = {
@@ -47,11 +49,15 @@ class Conv(NamedTuple):
     name: the layer's path.
     input: a value.
     bits: 1, 2, 3 or a float format.
-    kernel: (out, height, width, in): int8 codes, or float32 in the format's range.
+    kernel: (output channels, height, width, input channels / groups): int8 codes, or
+      float32 in the format's range.
     strides: (vertical, horizontal).
     pads: (top, bottom, left, right).
     pad: the code that the border consists of.
     weight_unit, input_unit: what an integer level is worth, for FLOAT results.
+    groups: input and output channels are split into this many equal groups, in order.
+      An output channel sums over the input channels of its own group.
+    dilation: (vertical, horizontal) distance between neighboring weights, in pixels.
   """
 
   name: str
@@ -63,6 +69,14 @@ class Conv(NamedTuple):
   pad: int = 0
   weight_unit: float = 1.0
   input_unit: float = 1.0
+  groups: int = 1
+  dilation: tuple[int, int] = (1, 1)
+
+  @property
+  def window(self) -> tuple[int, int]:
+    """(height, width) of the pixels that the dilated kernel spans."""
+    return tuple((size - 1) * step + 1
+                 for size, step in zip(self.kernel.shape[1:3], self.dilation))
 
 
 class Pool(NamedTuple):
@@ -307,20 +321,27 @@ def _result(op, given):
   h, w, c = x.shape
   bound = x.bound
   if isinstance(op, Conv):
-    out, kh, kw, channels = op.kernel.shape
-    _require(channels == c, name, f"{channels} input channels, there are {c}")
+    out, _, _, channels = op.kernel.shape
+    _require(op.groups >= 1 and channels * op.groups == c, name,
+             f"{op.groups} groups of {channels} input channels, there are {c}")
+    _require(out % op.groups == 0, name,
+             f"{out} output channels in {op.groups} groups")
+    for n in op.dilation:
+      _require(1 <= n <= _MAX_STEP, name, f"a dilation of {n}")
     if x.kind == "CODE":
       _require(abs(op.pad) <= max_code(x.bits), name, f"a border of {op.pad}")
     else:
       _require(op.pad == 0, name, f"a border of {op.pad} around {x.kind}")
-    shape = (*_windows(name, (h, w), (kh, kw), op.strides, op.pads), out)
+    shape = (*_windows(name, (h, w), op.window, op.strides, op.pads), out)
     if isinstance(op.bits, str) or x.kind == "FLOAT":
       return Value(shape, "FLOAT")
     q = max_code(_grid_bits(op.bits, name))
     _require(np.abs(op.kernel).max() <= q and (op.bits > 1 or op.kernel.all()), name,
              f"weights that are no codes of {op.bits} bits")
-    sizes = np.abs(levels(op.kernel, op.bits))
-    return Value(shape, "INT", 0, sizes.sum((1, 2), dtype=np.int64) @ bound)
+    sizes = np.abs(levels(op.kernel, op.bits)).sum((1, 2), dtype=np.int64)
+    sizes = sizes.reshape(op.groups, -1, channels)
+    bounds = sizes @ bound.reshape(op.groups, channels, 1)
+    return Value(shape, "INT", 0, bounds.reshape(-1))
   if isinstance(op, Pool):
     _require(op.kind in ("max", "sum"), name, f"a pool of kind {op.kind!r}")
     shape = (*_windows(name, (h, w), op.window, op.strides, op.pads), c)
@@ -426,26 +447,32 @@ def _require(ok: bool, name: str, problem: str) -> None:
     raise ValueError(f"packed network{', layer ' if name else ''}{name}: {problem}")
 
 
-# The file. Little-endian throughout; weights ordered (out, height, width, in).
+# The file. Little-endian throughout; weights ordered as in `Conv.kernel`.
 
 
 def to_bytes(program: Program) -> bytes:
   """The file's content; `from_bytes` gives the program back."""
   infer_values(program)
   p = program
+  version = 1 if all(map(_is_plain, p.ops)) else 2
   parts = [struct.pack("<5I", *p.source_shape, *p.crop),
            np.asarray(p.offset, np.uint8).tobytes(),
            struct.pack("<2I", p.num_classes, len(p.ops))]
   for op in p.ops:
     name = op.name.encode()
     _require(len(name) < 256, op.name, "a name longer than 255 bytes")
-    kind, fields = _write_op(op)
+    kind, fields = _write_op(op, version)
     parts.append(struct.pack("<2B", kind, len(name)) + name + fields)
   body = b"".join(parts)
   metadata = json.dumps(p.metadata, separators=(",", ":")).encode()
   rest = struct.pack("<Q2I", 32 + len(body) + len(metadata), len(body),
                      len(metadata)) + body + metadata
-  return MAGIC + struct.pack("<2I", VERSION, zlib.crc32(rest)) + rest
+  return MAGIC + struct.pack("<2I", version, zlib.crc32(rest)) + rest
+
+
+def _is_plain(op):
+  """Whether version 1 has all fields of an operation."""
+  return not isinstance(op, Conv) or op.groups == 1 and tuple(op.dilation) == (1, 1)
 
 
 def from_bytes(data: bytes) -> Program:
@@ -459,10 +486,10 @@ def from_bytes(data: bytes) -> Program:
   if len(data) < 32:
     raise ValueError(f"packed network: {len(data)} bytes are less than its head")
   version, crc, size, body_size, metadata_size = struct.unpack_from("<2IQ2I", data, 8)
-  if version != VERSION:
+  if version not in VERSIONS:
     raise ValueError(
-        f"packed network of format version {version}; this package reads {VERSION}:"
-        " pack it again")
+        f"packed network of format version {version}; this minw reads the versions"
+        f" {' and '.join(map(str, VERSIONS))}: pack it again, or install a newer minw")
   if size != len(data) or size != 32 + body_size + metadata_size:
     raise ValueError(f"packed network: {len(data)} bytes where it says {size}")
   if crc != zlib.crc32(data[16:]):
@@ -485,7 +512,7 @@ def from_bytes(data: bytes) -> Program:
       name = r.take(length).decode()
     except UnicodeDecodeError as error:
       raise ValueError("packed network: a layer's name is not UTF-8") from error
-    ops.append(_read_op(r, kind, name, values))
+    ops.append(_read_op(r, kind, name, values, version))
     values.append(infer_value(ops[-1], values))
   _require(r.done(), "", "bytes after the last operation")
   program = Program(source_shape, crop, offset, num_classes, tuple(ops), metadata)
@@ -536,7 +563,7 @@ _CONV, _MAX_POOL, _SUM_POOL, _THRESHOLD, _LOGITS = 1, 2, 3, 4, 5
 _CONCAT, _SHORTCUT, _FLOAT_NORM, _ADD = 6, 7, 8, 10
 
 
-def _write_op(op):
+def _write_op(op, version):
   if isinstance(op, Conv):
     out, kh, kw, channels = op.kernel.shape
     floats = isinstance(op.bits, str)
@@ -545,7 +572,9 @@ def _write_op(op):
                else _planes(op))
     return _CONV, struct.pack(
         "<IB10Ib2f", op.input, form, kh, kw, channels, out, *op.strides, *op.pads,
-        op.pad, op.weight_unit, op.input_unit) + weights
+        op.pad, op.weight_unit, op.input_unit) + (
+            b"" if version == 1 else struct.pack("<3I", op.groups, *op.dilation)
+        ) + weights
   if isinstance(op, Pool):
     return _MAX_POOL if op.kind == "max" else _SUM_POOL, struct.pack(
         "<9I", op.input, *op.window, *op.strides, *op.pads)
@@ -572,7 +601,7 @@ def _write_op(op):
   return _ADD, struct.pack("<2I2B", op.a, op.b, op.shift_a, op.shift_b)
 
 
-def _read_op(r, kind, name, values):
+def _read_op(r, kind, name, values, version):
   """Reads an operation; `values` are those before it, of which channels are asked."""
   def value(index):
     _require(index < len(values), name, f"input {index} of operation {len(values) - 1}")
@@ -581,6 +610,7 @@ def _read_op(r, kind, name, values):
   if kind == _CONV:
     (source, form, kh, kw, channels, out, sh, sw, *pads, pad, weight_unit,
      input_unit) = r.unpack("IB10Ib2f")
+    groups, *dilation = (1, 1, 1) if version == 1 else r.unpack("3I")
     shape = tuple(_size(n, name) for n in (out, kh, kw, channels))
     if form in _FORMAT_NAMES:
       bits = _FORMAT_NAMES[form]
@@ -589,7 +619,7 @@ def _read_op(r, kind, name, values):
       bits = _grid_bits(form, name)
       kernel = _unplanes(r, bits, shape)
     return Conv(name, source, bits, kernel, (sh, sw), tuple(pads), pad, weight_unit,
-                input_unit)
+                input_unit, groups, tuple(dilation))
   if kind in (_MAX_POOL, _SUM_POOL):
     source, *n = r.unpack("9I")
     return Pool(name, source, "max" if kind == _MAX_POOL else "sum",

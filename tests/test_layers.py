@@ -120,7 +120,8 @@ def test_convolution(bits, size, kernel_size, strides, padding, pad):
     ("padding", ((0, 0), (1, 1), (1, 1), (0, 0))), ("padding", ((True, 1), (1, 1))),
     ("strides", 2), ("strides", (2,)), ("strides", (0, 1)), ("strides", (1, 1.0)),
     ("kernel_size", 3), ("kernel_size", (3, 3, 3)), ("kernel_size", (0, 3)),
-    ("features", 0), ("features", 4.0),
+    ("features", 0), ("features", 4.0), ("kernel_dilation", 2),
+    ("feature_group_count", 0), ("feature_group_count", 3),
 ])
 def test_attributes_of_a_convolution_that_are_wrong(attribute, value):
   with pytest.raises(ValueError, match=f"{attribute}=.*: must be"):

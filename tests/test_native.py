@@ -359,8 +359,8 @@ def test_wrong_checksum_and_version():
   data = packed.to_bytes(small())
   with pytest.raises(ValueError, match="checksum"):
     native.load(data[:60] + b"?" + data[61:])
-  with pytest.raises(ValueError, match="version 2"):
-    native.load(data[:8] + b"\2" + data[9:])
+  with pytest.raises(ValueError, match="version 3"):
+    native.load(data[:8] + b"\3" + data[9:])
 
 
 @hypothesis.given(programs(), st.data())

@@ -44,6 +44,42 @@ def test_bytes_by_hand():
   np.testing.assert_array_equal(program.ops[0].kernel, small().ops[0].kernel)
 
 
+def grouped() -> packed.Program:
+  """A 3x1 image of two channels; two groups of two outputs, rows 0 and 2 summed."""
+  kernel = np.array([[1, 1], [-1, 1], [2, 0], [3, -1]], np.int8).reshape(4, 2, 1, 1)
+  ops = (
+      packed.Conv("c", 0, 3, kernel, groups=2, dilation=(2, 1)),
+      packed.Logits("norm", 1, 1.0, *np.float32([[0] * 4, [1] * 4, [0] * 4])))
+  return packed.Program((3, 1, 2), (3, 1), np.array([0, 100], np.uint8), 4, ops, {})
+
+
+def test_bytes_of_groups_and_dilation_by_hand():
+  body = b"".join([
+      struct.pack("<5I", 3, 1, 2, 3, 1), b"\x00\x64", struct.pack("<2I", 4, 2),
+      b"\x01\x01c", struct.pack("<I", 0), b"\x03",
+      struct.pack("<10I", 2, 1, 1, 4, 1, 1, 0, 0, 0, 0), b"\x00",
+      struct.pack("<2f3I", 1, 1, 2, 2, 1),
+      # Codes 1 1 -1 1 2 0 3 -1: signs, then the bits of magnitudes 1 and 2.
+      bytes([0b01011011, 0b11001111, 0b01010000]),
+      b"\x05\x04norm", struct.pack("<If", 1, 1), struct.pack("<12f", *4 * [0], *4 * [1],
+                                                           *4 * [0])])
+  rest = struct.pack("<Q2I", 34 + len(body), len(body), 2) + body + b"{}"
+  data = b"MINW\r\n\x1a\0" + struct.pack("<2I", 2, zlib.crc32(rest)) + rest
+  assert packed.to_bytes(grouped()) == data
+  assert_same(packed.from_bytes(data), grouped())
+  # Version 1 has no place for them: the same bytes are no network of it.
+  with pytest.raises(ValueError, match="packed network"):
+    packed.from_bytes(with_checksum(data[:8] + struct.pack("<I", 1) + data[12:]))
+
+
+def test_reference_of_groups_and_dilation_by_hand():
+  image = np.uint8([[10, 101], [0, 255], [30, 130]]).reshape(1, 3, 1, 2)
+  values = reference.run(grouped(), image)  # Levels 1 1 -1 1 2 0 4 -1.
+  assert values[1].ravel().tolist() == [10 + 30, -10 + 30, 2 * 1, 4 * 1 - 30]
+  bound = packed.infer_values(grouped())[1].bound
+  assert bound.tolist() == [2 * 255, 2 * 255, 2 * 155, 5 * 155]
+
+
 def test_reference_by_hand():
   image = np.zeros((1, 4, 3, 1), np.uint8)
   image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]  # The crop; less 7: 3 13 / 23 40.
@@ -99,6 +135,13 @@ def programs(draw) -> packed.Program:
   x = add(packed.Conv("c", short, bits, kernel(bits, wide, 3, 3, wide), (1, 1),
                       (1, 1, 1, 1), draw(st.sampled_from([0, packed.max_code(codes)]))))
   x = norm(x, codes, wide, short, 2 * packed.max_code(codes) + 1)
+  if draw(st.booleans()):  # Depthwise or in two groups, and dilated.
+    groups = wide if wide % 2 or draw(st.booleans()) else 2
+    x = add(packed.Conv(
+        "g", x, bits, kernel(bits, wide, 2, 2, wide // groups), pads=(1, 1, 2, 1),
+        groups=groups, dilation=(draw(st.integers(1, 2)), 3)))
+    x = norm(x, codes, wide)
+    short = x
   both = add(packed.Add("a", x, short, 0, size()))
   x = add(packed.Concat("cat", (both, both), (0, size())))
   x = add(packed.Pool("m", x, "max", (2, 2), (1, 2), (1, 0, 0, 1)))
@@ -161,8 +204,9 @@ def test_every_flipped_bit_is_noticed():
 
 def test_other_version_is_refused_by_name():
   data = bytearray(packed.to_bytes(small()))
-  data[8:12] = struct.pack("<I", 2)
-  with pytest.raises(ValueError, match="format version 2; this package reads 1"):
+  data[8:12] = struct.pack("<I", 3)
+  with pytest.raises(
+      ValueError, match="format version 3; this minw reads the versions 1 and 2: "):
     packed.from_bytes(with_checksum(bytes(data)))
 
 
@@ -174,8 +218,18 @@ CONV = small().ops[0]
     ((CONV._replace(strides=(0, 1)),), "a stride of 0"),
     ((CONV._replace(pads=(65, 0, 0, 0)),), "a border of 65"),
     ((CONV._replace(pads=(1, 0, 0, 0), pad=1),), "a border of 1 around INT"),
-    ((CONV._replace(kernel=CONV.kernel[..., [0, 0]]),), "2 input channels, there"),
+    ((CONV._replace(kernel=CONV.kernel[..., [0, 0]]),),
+     "1 groups of 2 input channels, there are 1"),
     ((CONV._replace(kernel=np.ones((2, 3, 2, 1), np.int8)),), "a window of"),
+    ((CONV._replace(groups=2),), "2 groups of 1 input channels, there are 1"),
+    ((CONV._replace(groups=0),), "0 groups"),
+    ((CONV._replace(groups=2**32 + 1),), "4294967297 groups"),
+    ((packed.Concat("two", (0, 0), (0, 0)), CONV._replace(
+        input=1, kernel=np.ones((3, 2, 1, 1), np.int8), groups=2)),
+     "3 output channels in 2 groups"),
+    ((CONV._replace(dilation=(1, 0)),), "a dilation of 0"),
+    ((CONV._replace(dilation=(65, 1)),), "a dilation of 65"),
+    ((CONV._replace(dilation=(1, 2)),), r"a window of \(2, 3\) over \(2, 2\)"),
     ((CONV._replace(bits=4),), "4 bits; a packed grid has 1, 2 or 3"),
     ((CONV._replace(kernel=2 * CONV.kernel),), "weights that are no codes of 1 bits"),
     ((CONV._replace(kernel=0 * CONV.kernel),), "weights that are no codes of 1 bits"),

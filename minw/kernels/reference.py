@@ -83,7 +83,7 @@ def _level(x, kind):
 
 
 def _windows(x, window, strides, pads, fill):
-  """float64 (batch, h, w, channels, *window)."""
+  """Windows at every stride: float64 (batch, h, w, channels, *window)."""
   top, bottom, left, right = pads
   x = np.pad(x.astype(np.float64), [(0, 0), (top, bottom), (left, right), (0, 0)],
              constant_values=fill)
@@ -104,11 +104,14 @@ def _conv(op, x, kind):
     x = x * (1 if kind.kind == "FLOAT" else op.input_unit)
     kernel = kernel * (1 if isinstance(op.bits, str) else op.weight_unit)
     fill = fill * op.input_unit
-  windows = _windows(x, op.kernel.shape[1:3], op.strides, op.pads, fill)
+  windows = _windows(x, op.window, op.strides, op.pads, fill)
+  windows = windows[..., ::op.dilation[0], ::op.dilation[1]]
   n, h, w = windows.shape[:3]
-  patches = windows.reshape(n * h * w, -1)  # (in, height, width), flat.
-  matrix = kernel.transpose(0, 3, 1, 2).reshape(len(kernel), -1)
-  return (patches @ matrix.T).reshape(n, h, w, -1)
+  # Per group, (positions, terms of a sum) @ (terms of a sum, output channels).
+  patches = windows.reshape(n * h * w, op.groups, -1).transpose(1, 0, 2)
+  matrix = kernel.transpose(0, 3, 1, 2).reshape(op.groups, -1, patches.shape[-1])
+  sums = patches @ matrix.transpose(0, 2, 1)
+  return sums.transpose(1, 0, 2).reshape(n, h, w, -1)
 
 
 def _norm(op, x):

@@ -107,17 +107,19 @@ def _pad(x, pads, fill=0):
                  constant_values=fill)
 
 
-def _windows(x, window, strides):
+def _windows(x, window, strides, dilation=(1, 1)):
   """For each pixel of a window its value in every window, (batch, h, w, channels)."""
-  h, w = ((size - n) // stride * stride + 1
-          for size, n, stride in zip(x.shape[1:3], window, strides))
+  h, w = ((size - (n - 1) * step - 1) // stride * stride + 1
+          for size, n, step, stride in zip(x.shape[1:3], window, dilation, strides))
   return [x[:, i:i + h:strides[0], j:j + w:strides[1]]
-          for i in range(window[0]) for j in range(window[1])]
+          for i in range(0, window[0] * dilation[0], dilation[0])
+          for j in range(0, window[1] * dilation[1], dilation[1])]
 
 
-def _patches(x, window, strides):
+def _patches(x, op):
   """(batch, h, w, window * channels), ordered (height, width, channels)."""
-  return jnp.concatenate(_windows(x, window, strides), -1)
+  return jnp.concatenate(
+      _windows(x, op.kernel.shape[1:3], op.strides, op.dilation), -1)
 
 
 def _level(x, kind):
@@ -150,7 +152,7 @@ def _apart(yes, function, *operands):
 
 def _counts(op, kind):
   """Whether popcounts are a way; of integers times 3 bits they would be too many."""
-  return not isinstance(op.bits, str) and (
+  return op.groups == 1 and not isinstance(op.bits, str) and (
       kind.kind == "CODE" or kind.kind == "INT" and op.bits < 3)
 
 
@@ -214,7 +216,7 @@ def _popcount(op, kind, result, signs):
 
   def function(arrays, x):
     if narrow:
-      x = _patches(_pad(x, op.pads, op.pad), window, op.strides)
+      x = _patches(_pad(x, op.pads, op.pad), op)
     if integer:
       x = x[..., None] >> np.arange(planes, dtype=np.int32) & 1
     else:
@@ -225,7 +227,7 @@ def _popcount(op, kind, result, signs):
       x = _pad(x, op.pads)
       if op.pad:
         x = jnp.where(_pad(inside, op.pads), x, fill)
-      x = _patches(x, window, op.strides)
+      x = _patches(x, op)
     shape = x.shape[:3]
     x = x.reshape(math.prod(shape), count, -1)
     acc = _sums(arrays[0], x, arrays[1], x_sizes, w_sizes)[:, :out]
@@ -311,7 +313,7 @@ def _border(op, levels, size, result):
   inside, indices = [], []
   for axis in range(2):
     first = np.arange(result[axis]) * op.strides[axis] - op.pads[2 * axis]
-    at = first[:, None] + np.arange(levels.shape[1 + axis])
+    at = first[:, None] + op.dilation[axis] * np.arange(levels.shape[1 + axis])
     kinds, index = np.unique((0 <= at) & (at < size[axis]), axis=0,
                              return_inverse=True)
     inside.append(kinds)
@@ -352,11 +354,11 @@ def _dot(op, kind, result, cpu):
         preferred_element_type=np.float32 if dtype == np.float32 else np.int32)
     if cpu:
       acc = lax.conv_general_dilated(
-          x, kernel, op.strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+          x, kernel, op.strides, "VALID", rhs_dilation=op.dilation,
+          feature_group_count=op.groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
           **options)
     else:  # There algorithms of convolutions may round, and not know int8.
-      acc = lax.dot_general(_patches(x, window, op.strides), kernel.reshape(-1, out),
-                            (((3,), (0,)), ((), ())), **options)
+      acc = _product_of_groups(_patches(x, op), kernel, op.groups, options)
     return acc.astype(np.float32 if floats else np.int32)
 
   def function(arrays, x):
@@ -364,6 +366,29 @@ def _dot(op, kind, result, cpu):
     return _apart(yes, product, kernel, x) if cpu else product(kernel, x)
 
   return [np.True_, kernel], function
+
+
+def _product_of_groups(patches, kernel, groups, options):
+  """Matrix products of the channels of each group.
+
+  Args:
+    patches: (batch, h, w, height * width * channels).
+    kernel: (height, width, channels / groups, out).
+    groups: their number.
+    options: of `lax.dot_general`.
+
+  Returns:
+    (batch, h, w, out).
+  """
+  height, width, channels, out = kernel.shape
+  taps = height * width
+  if groups == 1:
+    return lax.dot_general(
+        patches, kernel.reshape(-1, out), (((3,), (0,)), ((), ())), **options)
+  patches = patches.reshape(*patches.shape[:3], taps, groups, channels)
+  kernel = kernel.reshape(taps, channels, groups, out // groups)
+  acc = lax.dot_general(patches, kernel, (((3, 5), (0, 1)), ((4,), (2,))), **options)
+  return jnp.moveaxis(acc, 0, 3).reshape(*patches.shape[:3], out)
 
 
 def _pack(codes, bits):
