@@ -2,9 +2,12 @@
 
 import json
 import logging
+import os
 import pathlib
+import re
 import time
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
+import weakref
 import zlib
 
 from absl import logging as absl_logging
@@ -31,8 +34,13 @@ class Restored(NamedTuple):
 
 
 def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager:
-  """The checkpoints of `workdir`: the two newest and that with the best accuracy."""
-  directory = pathlib.Path(workdir).resolve() / "checkpoints"
+  """The checkpoints of `workdir`: the two newest and that with the best accuracy.
+
+  Raises:
+    cli.UsageError: Orbax cannot handle the path of `workdir` on this system.
+  """
+  folder, close = _plainly_named(pathlib.Path(workdir).resolve())
+  directory = folder / "checkpoints"
   if read_only:
     options = ocp.CheckpointManagerOptions(
         read_only=True, create=False, save_interval_steps=0)
@@ -43,12 +51,40 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
   if read_only:  # Orbax warns that it is so.
     absl_logging.set_verbosity(absl_logging.ERROR)
   try:
-    return ocp.CheckpointManager(
+    manager = ocp.CheckpointManager(
         directory, options=options,
         item_handlers={"tree": ocp.StandardCheckpointHandler(),
                        "record": ocp.JsonCheckpointHandler()})
   finally:
     absl_logging.set_verbosity(verbosity)
+  weakref.finalize(manager, close)
+  return manager
+
+
+def _plainly_named(
+    folder: pathlib.Path,
+) -> tuple[pathlib.Path, Callable[[], None]]:
+  """A path of `folder` that Orbax and TensorStore take literally.
+
+  Orbax looks for files by shell-style patterns that begin with the folder's path, where
+  "[0]" stands for "0". TensorStore refuses backslashes, and "/gs/" at the beginning
+  stands for cloud storage. A folder with such a path is opened here and reached through
+  Linux's name for open files, /proc/self/fd/NUMBER.
+
+  Returns:
+    The path, and a function to call when it is no longer needed.
+
+  Raises:
+    cli.UsageError: the system has no names for open files.
+  """
+  if re.fullmatch(r"[\w./ =+,@-]*", str(folder), re.ASCII) and not re.match(
+      "/(gs|s3|az|hf)(/|$)", str(folder)):
+    return folder, lambda: None
+  names = pathlib.Path("/proc/self/fd")
+  cli.check(names.is_dir(), "workdir", str(folder), "a path of letters, digits, spaces"
+            " and . / = + , @ - _ on systems other than Linux")
+  number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  return names / str(number), lambda: os.close(number)
 
 
 class _NewestAndBest:
@@ -157,20 +193,25 @@ def _restore_first(manager, steps, target):
     except Exception as error:  # pylint: disable=broad-exception-caught
       reason = str(error).strip().split("\n")[0]
       _log.warning("checkpoint %d in %s is damaged (%s); trying another",
-                   step, manager.directory, reason)
+                   step, _real(manager), reason)
     if not distributed.any_of(restored is None):
       break
     damaged.append(step)
   else:
     if damaged:
       raise cli.UsageError(
-          f"checkpoints in {manager.directory}: all are damaged ({damaged}); move them"
+          f"checkpoints in {_real(manager)}: all are damaged ({damaged}); move them"
           " away to start from the beginning")
     return None
   if damaged and not manager._options.read_only:
     distributed.on_main(_move_aside, pathlib.Path(manager.directory), damaged)
     manager.reload()
   return restored
+
+
+def _real(manager):
+  """The directory of the checkpoints by its own name, for messages."""
+  return os.path.realpath(manager.directory)
 
 
 def _move_aside(directory: pathlib.Path, steps: Sequence[int]) -> None:

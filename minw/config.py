@@ -164,9 +164,11 @@ def validate(c: config_dict.ConfigDict) -> None:
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
 
   check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
-  for name in ("batch_size", "num_epochs", "eval_every_epochs", "eval_batch_size",
+  for name in ("num_epochs", "eval_every_epochs", "eval_batch_size",
                "learning_rate_stairs", "crop_size", "estimator_noise_steps"):
     at_least(name, 1)
+  check("batch_size", c.batch_size > 1, "at least 2: after a dense layer, batch norm"
+        " of one example sees one value of each channel, which teaches it nothing")
   for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers",
                "train_examples", "norm_group_size"):
     at_least(name, 0)

@@ -11,9 +11,11 @@ With alpha = 1 the first two use the hard quantizers of Eq 20. In "mixed" layers
 their estimator made, and its alpha, as "value" into the collection "quantized".
 """
 
+import contextlib
 import fnmatch
 import functools
-from typing import Any, Callable, ContextManager, NamedTuple, Sequence
+import math
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import flax.linen as nn
 import jax
@@ -214,6 +216,8 @@ class NormQuant(nn.Module):
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard", shortcut=None):
     bits = bits_of(self)
+    if mode == "train" and not self.is_initializing():
+      _named(self, _check_group, x.shape, self.group_size)
     if mode == "hard":
       y = fold.apply_norm(
           x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
@@ -279,6 +283,17 @@ class NormQuant(nn.Module):
     bound = np.ones(x.shape[1:], np.float32)
     return fold.probe_rows(
         fold.Probe(bound, quantizers.step_size(bits), operand_bits(bits)), step)
+
+
+def _check_group(shape: Sequence[int], group_size: int) -> None:
+  """Raises ValueError if batch norm would see a single value of each channel.
+
+  That value less its mean is 0, whatever the input is.
+  """
+  if (group_size or shape[0]) * math.prod(shape[1:-1]) == 1:
+    raise ValueError(
+        f"batch norm of one example of shape {tuple(shape[1:])} sees one value of each"
+        " channel, which teaches it nothing: train with at least 2 examples")
 
 
 class _GroupedBatchNorm(nn.Module):
@@ -483,7 +498,8 @@ def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> A
   return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
 
 
-def intercept(handle: Callable[..., Any]) -> ContextManager[None]:
+@contextlib.contextmanager
+def intercept(handle: Callable[..., Any]) -> Iterator[None]:
   """Where calls of minw's layers go through handle(layer, call, *args, **kwargs)."""
   def interceptor(call, args, kwargs, context):
     if context.method_name == "__call__" and isinstance(
@@ -491,7 +507,14 @@ def intercept(handle: Callable[..., Any]) -> ContextManager[None]:
       return handle(context.module, call, *args, **kwargs)
     return call(*args, **kwargs)
 
-  return nn.intercept_methods(interceptor)
+  try:
+    with nn.intercept_methods(interceptor):
+      yield
+  finally:
+    if not __debug__:  # Flax removes the interceptor in an assert, which -O skips.
+      stack = nn.module._global_interceptor_stack  # pylint: disable=protected-access
+      if next(iter(stack), None) is interceptor:
+        stack.pop()
 
 
 def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:

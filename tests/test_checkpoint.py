@@ -310,3 +310,36 @@ def test_best_of_none_known_is_the_newest(tmp_path):
     manager.wait_until_finished()
     assert checkpoint.restore_best(manager).step == 3
     assert sorted(manager.all_steps()) == [3, 4]
+
+
+@pytest.mark.parametrize("name", [
+    "lr=[0.1]", "[!a]", "[", "]", "a*b", "**", "a?", "a\\b", "\\", "\\[", "gs:", "s3:x",
+    " ", "a b", "a\nb", "Zahl-\u00e9\U0001f389", "\udc80", "~", "%41", "#x", "{a}", "$HOME",
+    "'\"", "checkpoints", "12", "x.orbax-checkpoint-tmp"])
+def test_workdirs_of_any_name(name, tmp_path):
+  """Orbax looks for files by patterns, and TensorStore refuses backslashes."""
+  workdir = tmp_path / name
+  workdir.mkdir()
+  with checkpoint.open_manager(str(workdir)) as manager:
+    for step, accuracy in ((1, 0.5), (2, 0.25), (3, 0.5)):
+      checkpoint.save(manager, step, {"a": jnp.full(3, step)}, accuracy)
+  with checkpoint.open_manager(str(workdir)) as manager:
+    assert checkpoint.restore_newest(manager).step == 3
+    checkpoint.save(manager, 4, {"a": jnp.full(3, 4)}, 0.25)
+  with checkpoint.open_manager(str(workdir), read_only=True) as manager:
+    assert sorted(manager.all_steps()) == [3, 4]
+    assert checkpoint.restore_best(manager).tree["a"].tolist() == [3, 3, 3]
+  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_damage_is_reported_by_the_workdirs_own_name(tmp_path):
+  workdir = tmp_path / "[a]"
+  workdir.mkdir()
+  with checkpoint.open_manager(str(workdir)) as manager:
+    checkpoint.save(manager, 1, {"a": jnp.ones(3)}, 0.5)
+  (workdir / "checkpoints" / "1" / "record" / "metadata").write_text("{")
+  with checkpoint.open_manager(str(workdir), read_only=True) as manager:
+    with pytest.raises(cli.UsageError) as refusal:
+      checkpoint.restore_newest(manager)
+  assert f"checkpoints in {workdir}/checkpoints: all" in str(refusal.value)

@@ -278,7 +278,7 @@ def test_what_experiment_files_say(refuses, name, message):
     ("--config.bits_rules=(('conv1',8),)", "config.bits_rules: bits=8: must be one "),
     ("--config.weight_thresholds=(0.5,)", "config.weight_thresholds=(0.5,): must be "),
     ("--config.alpha_start=1.1", "config.alpha_start=1.1: must be in [0, 1]"),
-    ("--config.batch_size=0", "config.batch_size=0: must be at least 1"),
+    ("--config.batch_size=0", "config.batch_size=0: must be at least 2"),
     ("--config.batch_size=1258", "config.batch_size=1258: must be at most 1257, the "),
     ("--config.eval_batch_size=1258", "config.eval_batch_size=1258: must be at most "),
     ("--config.num_epochs=113025456", "config.num_epochs=113025456: must be at most "

@@ -139,7 +139,8 @@ NAN, INF = math.nan, math.inf
     ("learning_rate_schedule", ["cosine"],
      "one of exponential, staircase, steps, constant"),
     ("seed", [-1, 2**32, 10**30], "in [0, 2^32)"),
-    ("batch_size", [0, -256], "at least 1"),
+    ("batch_size", [1, 0, -256], "at least 2: after a dense layer, batch norm of one "
+     "example sees one value of each channel, which teaches it nothing"),
     ("num_epochs", [0], "at least 1"),
     ("eval_every_epochs", [0], "at least 1"),
     ("eval_batch_size", [0], "at least 1"),

@@ -1,6 +1,9 @@
 """Layers against NumPy float64: a direct convolution, batch norm and Eq 6 by hand."""
 
 import functools
+import pathlib
+import subprocess
+import sys
 
 import flax
 import flax.linen as nn
@@ -649,3 +652,63 @@ def test_trace_names_nested_layers_and_their_shortcuts():
               ("block2/conv1", 1, 3, (2, 1, 2)),
               ("block2/norm1", 2, 32, (2, 1, 2)),
               ("block2/norm2", 3, 32, (2, 1, 2))]
+
+
+TRACE_TWICE = """
+import jax
+from minw import layers, models
+net = models.ConvNet(10, conv_widths=(2, 2), dense_widths=())
+first = layers.trace(net, (4, 4, 1))
+shapes = jax.eval_shape(lambda: layers.initialize(net, (4, 4, 1)))
+assert_ = layers.trace(net, (4, 4, 1)) == first
+print(__debug__, len(first), assert_, sorted(shapes["params"]))
+"""
+
+
+@pytest.mark.parametrize("option", ["-O", "-OO"])
+def test_trace_leaves_nothing_behind_without_asserts(option):
+  """Flax removes an interceptor in an assert, which Python skips then."""
+  found = subprocess.run(
+      [sys.executable, option, "-c", TRACE_TWICE], capture_output=True, text=True,
+      cwd=pathlib.Path(layers.__file__).parents[1])
+  assert found.stdout == (
+      "False 6 True ['conv1', 'conv2', 'dense1', 'norm_conv1', 'norm_conv2', "
+      "'norm_dense1']\n"), found.stderr[-500:]
+
+
+# Batch norm in training.
+
+
+class Deep(nn.Module):
+  """A norm below another module, so that its path has two parts."""
+
+  group_size: int = 0
+
+  @nn.compact
+  def __call__(self, x, mode):
+    return layers.NormQuant(1, group_size=self.group_size, name="norm")(x, mode=mode)
+
+
+def train_deep(shape, group_size=0):
+  class Network(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, mode="train"):
+      return Deep(group_size, name="block")(x, mode)
+
+  x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+  variables = Network().init(jax.random.key(0), x)
+  return Network().apply(variables, x, mutable=["batch_stats"])[0]
+
+
+@pytest.mark.parametrize("shape, group_size", [
+    ((1, 4), 0), ((1, 1, 1, 4), 0), ((3, 4), 1), ((2, 1, 1, 4), 1)])
+def test_norm_of_a_single_value_is_refused(shape, group_size):
+  with pytest.raises(ValueError, match="^block/norm: batch norm of one example"):
+    train_deep(shape, group_size)
+
+
+@pytest.mark.parametrize("shape, group_size", [
+    ((2, 4), 0), ((1, 1, 2, 4), 0), ((4, 4), 2), ((3, 2, 1, 4), 1)])
+def test_norm_of_two_values_depends_on_them(shape, group_size):
+  assert {*np.unique(train_deep(shape, group_size))} == {-1.0, 1.0}
