@@ -12,6 +12,7 @@ again.
 Tried on Linux with two CPU processes (tests/test_launch.py); not on several GPUs.
 """
 
+import functools
 import signal
 import socket
 import subprocess
@@ -96,21 +97,31 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
   return (failures + [code for code in codes if code] + [0])[0]
 
 
-if __name__ == "__main__":
-  _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
-  _MODULE = flags.DEFINE_string("module", "minw.main", "What `python -m` runs.")
-  _GRACE = flags.DEFINE_float(
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
+  flags.DEFINE_string("module", "minw.main", "What `python -m` runs.")
+  flags.DEFINE_float(
       "grace", 60, "Seconds to end in, when one has ended badly.", lower_bound=0)
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the processes of a run with these arguments; returns the exit code."""
+  cli.check(bool(arguments), "arguments", "", "given after --: those of minw.main")
+  f = flags.FLAGS
+  command = [sys.executable, "-m", f.module, *arguments, "--distributed",
+             f"--coordinator=localhost:{free_port()}",
+             f"--num_processes={f.processes}"]
+  return run([[*command, f"--process_id={i}"] for i in range(f.processes)], f.grace)
+
+
+def _split_arguments() -> list[str]:
+  """Removes `--` and what follows it from `sys.argv`, and returns the latter."""
   split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
   arguments = sys.argv[split + 1:]
   del sys.argv[split:]
+  return arguments
 
-  def main() -> int:
-    cli.check(bool(arguments), "arguments", "", "given after --: those of minw.main")
-    command = [sys.executable, "-m", _MODULE.value, *arguments, "--distributed",
-               f"--coordinator=localhost:{free_port()}",
-               f"--num_processes={_PROCESSES.value}"]
-    return run([[*command, f"--process_id={i}"] for i in range(_PROCESSES.value)],
-               _GRACE.value)
 
-  cli.run(main)
+if __name__ == "__main__":
+  cli.run(functools.partial(main, _split_arguments()), define_flags)

@@ -462,53 +462,60 @@ def _last_line(path: pathlib.Path) -> str:
   return lines[-1][:300] if lines and not lines[-1].startswith("$ ") else "no output"
 
 
-if __name__ == "__main__":
-  _SWEEP = flags.DEFINE_string(
-      "sweep", None, "Sweep file, or FILE:ARGUMENT.", required=True)
-  _DIR = flags.DEFINE_string(
-      "dir", None, "Holds a workdir for each run.", required=True)
-  _DATA_DIR = flags.DEFINE_string(
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("sweep", None, "Sweep file, or FILE:ARGUMENT.", required=True)
+  flags.DEFINE_string("dir", None, "Holds a workdir for each run.", required=True)
+  flags.DEFINE_string(
       "data_dir", None, "Where the data are; the default is as the configs say.")
-  _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
-  _RETRIES = flags.DEFINE_integer(
+  flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+  flags.DEFINE_integer(
       "retries", 2, "How often a run that failed is started again.", lower_bound=0)
-  _ONLY = flags.DEFINE_list("only", [], "Names of the runs to do; the default is all.")
-  _STATUS = flags.DEFINE_bool("status", False, "Only print where the runs are.")
-  _EMIT = flags.DEFINE_enum(
+  flags.DEFINE_list("only", [], "Names of the runs to do; the default is all.")
+  flags.DEFINE_bool("status", False, "Only print where the runs are.")
+  flags.DEFINE_enum(
       "emit", None, ["slurm", "jobset"], "Only write a Slurm array or a JobSet.")
-  _OUT = flags.DEFINE_string("out", None, "File for --emit.")
+  flags.DEFINE_string("out", None, "File for --emit.")
 
-  def main() -> int:
-    cli.check((_EMIT.value is None) == (_OUT.value is None), "out", _OUT.value,
-              "given with --emit, and only then")
-    runs = select(read(_SWEEP.value, _DIR.value, _DATA_DIR.value), _ONLY.value)
-    if _EMIT.value:
-      import emit
-      text = getattr(emit, _EMIT.value)(
-          [run.name for run in runs], jobs=_JOBS.value, command=[
-              "python", "launch/sweep.py", f"--sweep={_SWEEP.value}",
-              f"--dir={_DIR.value}", f"--retries={_RETRIES.value}",
-              *([f"--data_dir={_DATA_DIR.value}"] if _DATA_DIR.value else [])])
-      try:
-        pathlib.Path(_OUT.value).write_text(text)
-      except OSError as error:
-        raise cli.bad_value("out", _OUT.value, f"a file to write ({error})") from error
-      return 0
-    show = lambda: print(
-        table(_DIR.value, states(runs, _RETRIES.value), _JOBS.value), flush=True)
-    if _STATUS.value:
-      show()
-      return 0
-    try:
-      os.makedirs(_DIR.value, exist_ok=True)
-    except OSError as error:
-      raise cli.bad_value(
-          "dir", _DIR.value, f"a folder to write in ({error})") from error
-    ended = run_all(runs, jobs=_JOBS.value, retries=_RETRIES.value, steps=check(runs),
-                    say=lambda line: print(line, flush=True))
+
+def main() -> int:
+  """Runs a sweep, as the flags say; returns the exit code."""
+  f = flags.FLAGS
+  cli.check((f.emit is None) == (f.out is None), "out", f.out,
+            "given with --emit, and only then")
+  runs = select(read(f.sweep, f.dir, f.data_dir), f.only)
+  if f.emit:
+    _emit(runs)
+    return 0
+  show = lambda: print(table(f.dir, states(runs, f.retries), f.jobs), flush=True)
+  if f.status:
     show()
-    if not ended:
-      return PREEMPTED
-    return int(any(s.name != "done" for s in states(runs, _RETRIES.value).values()))
+    return 0
+  try:
+    os.makedirs(f.dir, exist_ok=True)
+  except OSError as error:
+    raise cli.bad_value("dir", f.dir, f"a folder to write in ({error})") from error
+  ended = run_all(runs, jobs=f.jobs, retries=f.retries, steps=check(runs),
+                  say=lambda line: print(line, flush=True))
+  show()
+  if not ended:
+    return PREEMPTED
+  return int(any(s.name != "done" for s in states(runs, f.retries).values()))
 
-  cli.run(main)
+
+def _emit(runs: Sequence[Run]) -> None:
+  import emit
+  f = flags.FLAGS
+  text = getattr(emit, f.emit)(
+      [run.name for run in runs], jobs=f.jobs, command=[
+          "python", "launch/sweep.py", f"--sweep={f.sweep}", f"--dir={f.dir}",
+          f"--retries={f.retries}",
+          *([f"--data_dir={f.data_dir}"] if f.data_dir else [])])
+  try:
+    pathlib.Path(f.out).write_text(text)
+  except OSError as error:
+    raise cli.bad_value("out", f.out, f"a file to write ({error})") from error
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)

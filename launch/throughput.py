@@ -150,31 +150,37 @@ def table(found: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+  """Defines the flags of the command."""
   config_flag.define(default=__file__)
-  _SEEDS = flags.DEFINE_list("seeds", ["1", "2", "4", "8"], "Numbers of seeds.")
-  _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often.", lower_bound=1)
-  _SECONDS = flags.DEFINE_float("seconds", 5, "For how long each.", lower_bound=0)
-  _JSON = flags.DEFINE_string("json", None, "File to write all rounds to.")
-  _WORK = flags.DEFINE_integer("work", None, "Of its processes: their seeds.")
+  flags.DEFINE_list("seeds", ["1", "2", "4", "8"], "Numbers of seeds.")
+  flags.DEFINE_integer("rounds", 3, "How often.", lower_bound=1)
+  flags.DEFINE_float("seconds", 5, "For how long each.", lower_bound=0)
+  flags.DEFINE_string("json", None, "File to write all rounds to.")
+  flags.DEFINE_integer("work", None, "Of its processes: their seeds.")
 
-  def main() -> None:
-    if _WORK.value:
-      work(flags.FLAGS.config, _WORK.value, _SECONDS.value)
-      return
-    cli.check(all(n.isdigit() and int(n) for n in _SEEDS.value) and _SEEDS.value,
-              "seeds", ",".join(_SEEDS.value), "positive integers, 1,2,4 for example")
-    config_lib.validate(flags.FLAGS.config)
-    if _JSON.value:
-      cli.check(os.path.isdir(os.path.dirname(_JSON.value) or "."), "json",
-                _JSON.value, "a file in a directory that exists")
-    found = bench([*map(int, _SEEDS.value)], _ROUNDS.value, sys.argv[1:])
-    print(table(found))
-    if _JSON.value:
-      # Only now: a process that has looked at its GPU keeps most of its memory.
-      result = {"steps_per_second": found, "config": flags.FLAGS.config.to_dict(),
-                "machine": timing.machine()}
-      with open(_JSON.value, "w") as file:
-        file.write(json.dumps(result, indent=2) + "\n")
 
-  cli.run(main)
+def main() -> None:
+  """Measures, as the flags say, or is one of the processes that are measured."""
+  f = flags.FLAGS
+  if f.work:
+    work(f.config, f.work, f.seconds)
+    return
+  cli.check(f.seeds and all(n.isdigit() and int(n) for n in f.seeds),
+            "seeds", ",".join(f.seeds), "positive integers, 1,2,4 for example")
+  config_lib.validate(f.config)
+  if f.json:
+    cli.check(os.path.isdir(os.path.dirname(f.json) or "."), "json", f.json,
+              "a file in a directory that exists")
+  found = bench([*map(int, f.seeds)], f.rounds, sys.argv[1:])
+  print(table(found))
+  if f.json:
+    # Only now: a process that has looked at its GPU keeps most of its memory.
+    result = {"steps_per_second": found, "config": f.config.to_dict(),
+              "machine": timing.machine()}
+    with open(f.json, "w") as file:
+      file.write(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)

@@ -1,11 +1,11 @@
 """What all commands share: absl flags, and one-line errors with exit code 2."""
 
 import difflib
+import faulthandler
 import re
 import sys
-from typing import Any, Callable, Collection, Mapping
+from typing import Any, Callable, Collection, Mapping, NoReturn
 
-from absl import app
 from absl import flags
 from absl import logging
 
@@ -33,7 +33,8 @@ def unknown_name(kind: str, name: str, known) -> UsageError:
   return UsageError(f"{kind} {name!r} does not exist; {hint}")
 
 
-def _parse(argv: list[str], subcommands: Collection[str]) -> list[str]:
+def _parse(argv: list[str], own: Collection[str]) -> None:
+  """Parses `argv`, the command's name and its flags; `own` are the names of these."""
   try:
     rest = flags.FLAGS(argv)
   except flags.IllegalFlagValueError as error:
@@ -46,18 +47,21 @@ def _parse(argv: list[str], subcommands: Collection[str]) -> list[str]:
     raise bad_value(name, value, f"of type {kind}") from error
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UsageError(str(error)) from error
-  for flag in flags.FLAGS.get_key_flags_for_module(argv[0]):
-    check(flag.value != "", flag.name, "", "not empty")
-  if subcommands:
-    if len(rest) < 2:
-      raise UsageError(f"a subcommand is missing; known: {', '.join(subcommands)}")
-    if rest[1] not in subcommands:
-      raise unknown_name("subcommand", rest[1], subcommands)
-  unexpected = rest[1 + bool(subcommands):]
-  if unexpected:
-    raise UsageError(
-        f"argument {unexpected[0]!r} is not a flag (flags are --name=value)")
-  return rest
+  for name in own:
+    check(flags.FLAGS[name].value != "", name, "", "not empty")
+  if rest[1:]:
+    raise UsageError(f"argument {rest[1]!r} is not a flag (flags are --name=value)")
+
+
+def _take_subcommand(subcommands: Collection[str]) -> str:
+  """Removes the first of `sys.argv` that is not a flag, and returns it."""
+  names = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+  if not names:
+    raise UsageError(f"a subcommand is missing; known: {', '.join(subcommands)}")
+  if names[0] not in subcommands:
+    raise unknown_name("subcommand", names[0], subcommands)
+  sys.argv.remove(names[0])
+  return names[0]
 
 
 def guarded(function: Callable, *arguments: Any) -> Any:
@@ -71,18 +75,37 @@ def guarded(function: Callable, *arguments: Any) -> Any:
     sys.exit(2)
 
 
-def run(main: Callable[[], int | None] | Mapping[str, Callable]) -> None:
-  """Runs a command's `main` under absl; of several, that of the subcommand given.
+def run(
+    main: Callable[[], int | None] | Mapping[str, Callable[[], int | None]],
+    define_flags: Callable[..., None],
+) -> NoReturn:
+  """Runs a command: defines its flags, parses `sys.argv` and calls its `main`.
 
-  A `UsageError`, from the flags or from `main`, is printed as one line and ends
-  the process with code 2; any other exception keeps its traceback. What `main`
-  returns is the exit code. `--verbosity=1` shows tracebacks of usage errors too.
+  A `UsageError`, from the flags or from `main`, is printed as one line and ends the
+  process with code 2; any other exception keeps its traceback. `--verbosity=1` shows
+  the tracebacks of usage errors too.
+
+  Args:
+    main: Function that does the work. Its result is the exit code, None being 0. A
+      command with subcommands has a mapping from their names to such functions.
+    define_flags: Function that defines the command's flags. It is called without
+      arguments, or with the name of the subcommand if there are subcommands. Nothing
+      is defined when a module is imported, because modules share names of flags.
   """
-  mains = main if isinstance(main, Mapping) else {}
+  faulthandler.enable()
+  logging.use_absl_handler()
+  sys.exit(guarded(_run, main, define_flags))
 
-  def absl_main(argv):
-    if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Libraries say a lot at INFO.
-    return guarded(mains[argv[1]] if mains else main)
 
-  app.run(absl_main, flags_parser=lambda argv: guarded(_parse, argv, mains))
+def _run(main, define_flags) -> int | None:
+  others = set(flags.FLAGS)
+  if isinstance(main, Mapping):
+    name = _take_subcommand(main)
+    main = main[name]
+    define_flags(name)
+  else:
+    define_flags()
+  _parse(sys.argv, set(flags.FLAGS) - others)
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Libraries log much at INFO.
+  return main()

@@ -21,8 +21,7 @@ def define(default: str | None = None) -> flags.FlagHolder:
     default: the file whose `get_config` counts where there is no --config, which is
       required if there is no default.
   """
-  # Now, as a default is overridden when it is defined.
-  cli.guarded(_check_arguments, sys.argv)
+  _check_arguments(sys.argv)  # Now, as a default is overridden when it is defined.
   holder = config_flags.DEFINE_config_file(
       "config", default, "Experiment file; --config.FIELD=VALUE overrides a field.")
   if default is None:

@@ -223,31 +223,35 @@ def evaluate_model(
   return _means(sums)
 
 
-if __name__ == "__main__":
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run.")
-  _MODEL = flags.DEFINE_string("model", None, "A packed network, instead of a run.")
-  _DATASET = flags.DEFINE_string(
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("workdir", None, "Of a run.")
+  flags.DEFINE_string("model", None, "A packed network, instead of a run.")
+  flags.DEFINE_string(
       "dataset", None, "For a packed network, if not what it was trained on.")
-  _SPLIT = flags.DEFINE_enum(
+  flags.DEFINE_enum(
       "split", "test", ["train", "validation", "test"], "Which examples.")
-  _CHECKPOINT = flags.DEFINE_enum(
+  flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
-  _DATA_DIR = flags.DEFINE_string(
+  flags.DEFINE_string(
       "data_dir", None, "Where the data are now, if not where the run had them.")
 
-  def main() -> None:
-    if (_WORKDIR.value is None) == (_MODEL.value is None):
-      raise cli.UsageError("one of --workdir and --model must be given, not both")
-    if _WORKDIR.value is not None:
-      cli.check(_DATASET.value is None, "dataset", _DATASET.value,
-                "left out with --workdir, whose config names it")
-      result = evaluate_workdir(
-          _WORKDIR.value, _SPLIT.value, _CHECKPOINT.value, _DATA_DIR.value)
-    else:
-      cli.check(not flags.FLAGS["checkpoint"].present, "checkpoint", _CHECKPOINT.value,
-                "left out with --model, which is of one checkpoint")
-      result = evaluate_model(
-          _MODEL.value, _SPLIT.value, _DATASET.value, _DATA_DIR.value)
-    print(json.dumps({"split": _SPLIT.value, "mode": "hard", **result}))
 
-  cli.run(main)
+def main() -> None:
+  """Evaluates a run or a packed network, as the flags say."""
+  f = flags.FLAGS
+  if (f.workdir is None) == (f.model is None):
+    raise cli.UsageError("one of --workdir and --model must be given, not both")
+  if f.workdir is not None:
+    cli.check(f.dataset is None, "dataset", f.dataset,
+              "left out with --workdir, whose config names it")
+    result = evaluate_workdir(f.workdir, f.split, f.checkpoint, f.data_dir)
+  else:
+    cli.check(not f["checkpoint"].present, "checkpoint", f.checkpoint,
+              "left out with --model, which is of one checkpoint")
+    result = evaluate_model(f.model, f.split, f.dataset, f.data_dir)
+  print(json.dumps({"split": f.split, "mode": "hard", **result}))
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)

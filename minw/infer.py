@@ -211,28 +211,34 @@ def load_for_command(path: str, **options) -> Network:
     raise cli.UsageError(f"model={path!r}: {error}") from error
 
 
-if __name__ == "__main__":
-  _MODEL = flags.DEFINE_string("model", None, "The packed network: a file, or a name.", required=True)
-  _IMAGES = flags.DEFINE_list(
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string(
+      "model", None, "The packed network: a file, or a name.", required=True)
+  flags.DEFINE_list(
       "images", None, "PNG and JPEG files, or folders of them.", required=True)
-  _BACKEND = flags.DEFINE_enum("backend", None, BACKENDS, "What computes.")
-  _THREADS = flags.DEFINE_integer(
+  flags.DEFINE_enum("backend", None, BACKENDS, "What computes.")
+  flags.DEFINE_integer(
       "threads", None, "Of the native path; all cores by default.", lower_bound=1)
-  _KERNELS = flags.DEFINE_bool("kernels", False, "List what ran each operation.")
+  flags.DEFINE_bool("kernels", False, "List what ran each operation.")
 
-  def main() -> None:
-    network = load_for_command(
-        _MODEL.value, backend=_BACKEND.value, threads=_THREADS.value)
-    shape = network.program.source_shape
-    files = image_files(_IMAGES.value)
-    for start in range(0, len(files), 256):
-      part = files[start:start + 256]
-      images = read_images(part, shape, shrinks(network.program))
-      for file, row in zip(part, probabilities(network.logits(images))):
-        best = int(row.argmax())
-        print(f"{file}\t{network.labels[best]}\t{row[best]:.4f}")
-    if _KERNELS.value:
-      for name, kernel in network.kernels():
-        print(f"{name}\t{kernel}")
 
-  cli.run(main)
+def main() -> None:
+  """Predicts the labels of images, as the flags say."""
+  f = flags.FLAGS
+  network = load_for_command(f.model, backend=f.backend, threads=f.threads)
+  shape = network.program.source_shape
+  files = image_files(f.images)
+  for start in range(0, len(files), 256):
+    part = files[start:start + 256]
+    images = read_images(part, shape, shrinks(network.program))
+    for file, row in zip(part, probabilities(network.logits(images))):
+      best = int(row.argmax())
+      print(f"{file}\t{network.labels[best]}\t{row[best]:.4f}")
+  if f.kernels:
+    for name, kernel in network.kernels():
+      print(f"{name}\t{kernel}")
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)

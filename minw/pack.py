@@ -597,29 +597,34 @@ _RULES = {
 }
 
 
-if __name__ == "__main__":
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.", required=True)
-  _OUT = flags.DEFINE_string("out", None, "The file to write.", required=True)
-  _CHECKPOINT = flags.DEFINE_enum(
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+  flags.DEFINE_string("out", None, "The file to write.", required=True)
+  flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
-  _VERIFY = flags.DEFINE_bool(
+  flags.DEFINE_bool(
       "verify", False, "Compare every layer with the trained network, on its test split"
       " (on random images where there are no data).")
-  _DATA_DIR = flags.DEFINE_string(
+  flags.DEFINE_string(
       "data_dir", None, "Where the data are now, if not where the run had them.")
 
-  def main() -> int:
-    program = pack_workdir(_WORKDIR.value, _CHECKPOINT.value)
-    try:
-      size = packed.write(_OUT.value, program)
-    except OSError as error:
-      raise cli.UsageError(f"out={_OUT.value!r} can not be written: {error}") from error
-    print(f"{_OUT.value}: {size / 2**20:.3f} MiB, {len(program.ops)} operations,"
-          f" step {program.metadata['step']}")
-    if not _VERIFY.value:
-      return 0
-    from minw import verify  # It needs data; packing does not.
-    return verify.verify_workdir(
-        _WORKDIR.value, _OUT.value, _CHECKPOINT.value, _DATA_DIR.value)
 
-  cli.run(main)
+def main() -> int:
+  """Packs a run, as the flags say; returns the exit code."""
+  f = flags.FLAGS
+  program = pack_workdir(f.workdir, f.checkpoint)
+  try:
+    size = packed.write(f.out, program)
+  except OSError as error:
+    raise cli.UsageError(f"out={f.out!r} can not be written: {error}") from error
+  print(f"{f.out}: {size / 2**20:.3f} MiB, {len(program.ops)} operations,"
+        f" step {program.metadata['step']}")
+  if not f.verify:
+    return 0
+  from minw import verify  # It needs data; packing does not.
+  return verify.verify_workdir(f.workdir, f.out, f.checkpoint, f.data_dir)
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)

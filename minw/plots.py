@@ -181,14 +181,20 @@ def save(fig: Any, path: pathlib.Path) -> None:
   os.replace(part, path)
 
 
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("out", None, "The PNG to write.", required=True)
+
+
+def main() -> None:
+  """Draws forward and backward of the estimators."""
+  out = flags.FLAGS.out
+  cli.check(not os.path.isdir(out), "out", out, "a file")
+  try:
+    estimators(out)
+  except OSError as error:
+    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+
+
 if __name__ == "__main__":
-  _OUT = flags.DEFINE_string("out", None, "The PNG to write.", required=True)
-
-  def main() -> None:
-    cli.check(not os.path.isdir(_OUT.value), "out", _OUT.value, "a file")
-    try:
-      estimators(_OUT.value)
-    except OSError as error:
-      raise cli.UsageError(f"out={_OUT.value!r} can not be written: {error}") from error
-
-  cli.run(main)
+  cli.run(main, define_flags)

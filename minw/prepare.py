@@ -488,6 +488,20 @@ def _png(image: np.ndarray) -> bytes:
   return file.getvalue()
 
 
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string(
+      "dataset", None, "Data set to prepare: cifar10, cifar100, imagenet2012.",
+      required=True)
+  flags.DEFINE_string("data_dir", None, "Directory of prepared data sets.", required=True)
+  flags.DEFINE_string(
+      "source", None,
+      "Original archive, or the directory it was extracted to, if you have it; of "
+      "imagenet2012, the directory with its two archives.")
+  flags.DEFINE_bool(
+      "partial", False, "imagenet2012: archives with a part of it will do.")
+
+
 def main() -> None:
   dataset, data_dir = flags.FLAGS.dataset, flags.FLAGS.data_dir
   print(prepare(dataset, data_dir, flags.FLAGS.source, flags.FLAGS.partial))
@@ -501,14 +515,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string(
-      "dataset", None, "Data set to prepare: cifar10, cifar100, imagenet2012.")
-  flags.DEFINE_string("data_dir", None, "Directory of prepared data sets.")
-  flags.DEFINE_string(
-      "source", None,
-      "Original archive, or the directory it was extracted to, if you have it; of "
-      "imagenet2012, the directory with its two archives.")
-  flags.DEFINE_bool(
-      "partial", False, "imagenet2012: archives with a part of it will do.")
-  flags.mark_flags_as_required(["dataset", "data_dir"])
-  cli.run(main)
+  cli.run(main, define_flags)

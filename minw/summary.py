@@ -3,6 +3,8 @@
 import math
 from typing import Any, NamedTuple, Sequence
 
+from absl import flags
+
 from minw import cli
 from minw import layers as layers_lib
 
@@ -186,15 +188,20 @@ def _align(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+  """Defines the flags of the command."""
   from minw import config_flag
 
-  _CONFIG = config_flag.define()
+  config_flag.define()
 
-  def main() -> None:
-    from minw import experiment  # Takes seconds: bad flags are reported before.
 
-    layers = experiment.Experiment(_CONFIG.value).layers
-    print(format_table(summarize(layers)), end="")
+def main() -> None:
+  """Prints the table of a config's network."""
+  from minw import experiment  # Takes seconds: bad flags are reported before.
 
-  cli.run(main)
+  layers = experiment.Experiment(flags.FLAGS.config).layers
+  print(format_table(summarize(layers)), end="")
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)

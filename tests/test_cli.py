@@ -503,10 +503,11 @@ def test_without_a_fork():
 _COMMAND = """
 from absl import flags
 from minw import cli
-flags.DEFINE_string("name", None, "", required={required})
+def define_flags(subcommand=""):
+  flags.DEFINE_string("name", None, "", required={required})
 def main():
   {main}
-cli.run({run})
+cli.run({run}, define_flags)
 """
 
 

@@ -32,7 +32,6 @@ and times a step of its training.
 import glob
 import json
 import os
-import sys
 from typing import Any
 
 from absl import flags
@@ -107,26 +106,42 @@ def _report(module, measure) -> None:
       file.write(json.dumps(result, indent=2) + "\n")
 
 
-if __name__ == "__main__":
-  networks = {"inference": ":A", "data": ":imagenet2012", "scaling": ":A"}
-  if sys.argv[1:2] == ["configs"]:
+SUBCOMMANDS = {
+    "train": main_train,
+    "inference": main_inference,
+    "data": main_data,
+    "scaling": main_scaling,
+    "configs": main_configs,
+}
+
+# Networks of the default config, as `get_config` takes them.
+_NETWORKS = {"train": "D", "inference": "A", "data": "imagenet2012", "scaling": "A"}
+
+
+def define_flags(subcommand: str) -> None:
+  """Defines the flags of a subcommand."""
+  flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
+  if subcommand == "configs":
     flags.DEFINE_multi_string("configs", [], "Experiment files; all if not given.")
     flags.DEFINE_integer("batch_size", None, "Of all configs, instead of their own.",
                          lower_bound=1)
   else:
-    config_flag.define(default=__file__ + networks.get(*sys.argv[1:2] or [""], ""))
-  flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
-  flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
-  flags.DEFINE_list("batches", ["1", "64"], "inference: sizes of batches.")
-  flags.DEFINE_list("chips", ["1", "8", "64", "512", "4096"],
-                    "scaling: numbers of chips.")
-  flags.DEFINE_integer("batch_per_chip", 32, "scaling: examples.", lower_bound=1)
-  flags.DEFINE_float("teraflops", 275, "scaling: a chip's peak.", lower_bound=1e-3)
-  flags.DEFINE_float("utilization", 0.3, "scaling: the share of it that is reached.",
-                     lower_bound=1e-3, upper_bound=1)
-  flags.DEFINE_float("gigabytes", 300, "scaling: sent by a chip a second, over all its"
-                     " links.", lower_bound=1e-3)
-  flags.DEFINE_float("microseconds", 1, "scaling: from chip to chip.", lower_bound=0)
-  flags.DEFINE_bool("layers", False, "inference: single convolutions instead.")
-  cli.run({"train": main_train, "inference": main_inference, "data": main_data,
-           "scaling": main_scaling, "configs": main_configs})
+    config_flag.define(default=f"{__file__}:{_NETWORKS[subcommand]}")
+  if subcommand != "scaling":
+    flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
+  if subcommand == "inference":
+    flags.DEFINE_list("batches", ["1", "64"], "Sizes of batches.")
+    flags.DEFINE_bool("layers", False, "Single convolutions instead of networks.")
+  if subcommand == "scaling":
+    flags.DEFINE_list("chips", ["1", "8", "64", "512", "4096"], "Numbers of chips.")
+    flags.DEFINE_integer("batch_per_chip", 32, "Examples of each chip.", lower_bound=1)
+    flags.DEFINE_float("teraflops", 275, "Peak of a chip.", lower_bound=1e-3)
+    flags.DEFINE_float("utilization", 0.3, "Share of the peak that is reached.",
+                       lower_bound=1e-3, upper_bound=1)
+    flags.DEFINE_float("gigabytes", 300, "Gigabytes that a chip sends a second, over all"
+                       " its links.", lower_bound=1e-3)
+    flags.DEFINE_float("microseconds", 1, "Latency from chip to chip.", lower_bound=0)
+
+
+if __name__ == "__main__":
+  cli.run(SUBCOMMANDS, define_flags)

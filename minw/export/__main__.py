@@ -64,37 +64,41 @@ def _program(workdir: str | None, model: str | None, which: str) -> packed.Progr
   return pack.pack_workdir(workdir, which)
 
 
-if __name__ == "__main__":
-  _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run.")
-  _MODEL = flags.DEFINE_string("model", None, "A packed network, instead of a run.")
-  _CHECKPOINT = flags.DEFINE_enum(
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("workdir", None, "Of a run.")
+  flags.DEFINE_string("model", None, "A packed network, instead of a run.")
+  flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
-  _FORMAT = flags.DEFINE_enum("format", None, sorted(_MODULES), "Of the file --out.")
-  _OUT = flags.DEFINE_string("out", None, "The file to write.")
-  _GOLDEN = flags.DEFINE_string("golden", None, "A folder for the values of --images.")
-  _IMAGES = flags.DEFINE_list(
+  flags.DEFINE_enum("format", None, sorted(_MODULES), "Of the file --out.")
+  flags.DEFINE_string("out", None, "The file to write.")
+  flags.DEFINE_string("golden", None, "A folder for the values of --images.")
+  flags.DEFINE_list(
       "images", None, "PNG and JPEG files, or folders of them, for --golden and for the"
       " test in a C file; random images if none.")
 
-  def main() -> None:
-    if (_FORMAT.value is None) != (_OUT.value is None) or not (
-        _FORMAT.value or _GOLDEN.value):
-      raise cli.UsageError("--format and --out, or --golden, must be given")
-    program = _program(_WORKDIR.value, _MODEL.value, _CHECKPOINT.value)
-    images = test_images(_IMAGES.value, program)
-    if _FORMAT.value:
-      data = content(program, _FORMAT.value, images)
-      try:
-        pathlib.Path(_OUT.value).write_bytes(data)
-      except OSError as error:
-        raise cli.UsageError(
-            f"out={_OUT.value!r} can not be written: {error}") from error
-      print(f"{_OUT.value}: {len(data)} bytes")
-    if _GOLDEN.value:
-      try:
-        golden.write(_GOLDEN.value, program, images)
-      except (OSError, ValueError) as error:
-        raise cli.UsageError(f"golden={_GOLDEN.value!r}: {error}") from error
-      print(f"{_GOLDEN.value}: {len(program.ops) + 1} values of {len(images)} images")
 
-  cli.run(main)
+def main() -> None:
+  """Exports a network, as the flags say."""
+  f = flags.FLAGS
+  if (f.format is None) != (f.out is None) or not (f.format or f.golden):
+    raise cli.UsageError("--format and --out, or --golden, must be given")
+  program = _program(f.workdir, f.model, f.checkpoint)
+  images = test_images(f.images, program)
+  if f.format:
+    data = content(program, f.format, images)
+    try:
+      pathlib.Path(f.out).write_bytes(data)
+    except OSError as error:
+      raise cli.UsageError(f"out={f.out!r} can not be written: {error}") from error
+    print(f"{f.out}: {len(data)} bytes")
+  if f.golden:
+    try:
+      golden.write(f.golden, program, images)
+    except (OSError, ValueError) as error:
+      raise cli.UsageError(f"golden={f.golden!r}: {error}") from error
+    print(f"{f.golden}: {len(program.ops) + 1} values of {len(images)} images")
+
+
+if __name__ == "__main__":
+  cli.run(main, define_flags)

@@ -130,10 +130,24 @@ def main_results() -> None:
     raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
 
 
-if __name__ == "__main__":
+SUBCOMMANDS = {
+    "tables": main_tables,
+    "figures": main_figures,
+    "compare": main_compare,
+    "collect": main_collect,
+    "results": main_results,
+}
+
+
+def define_flags(subcommand: str) -> None:
+  """Defines the flags of a subcommand."""
   flags.DEFINE_multi_string("runs", [], "Folders with workdirs or studies; studies.")
   flags.DEFINE_string("out", None, "The folder to write to; collect: the study's file.")
-  flags.DEFINE_list("by", [], "compare: fields in which runs differ.")
-  flags.DEFINE_string("layer", "conv2", "figures: of Figs 1 to 4.")
-  cli.run({"tables": main_tables, "figures": main_figures, "compare": main_compare,
-           "collect": main_collect, "results": main_results})
+  if subcommand == "compare":
+    flags.DEFINE_list("by", [], "Fields in which runs differ.")
+  if subcommand == "figures":
+    flags.DEFINE_string("layer", "conv2", "Layer whose histograms are drawn.")
+
+
+if __name__ == "__main__":
+  cli.run(SUBCOMMANDS, define_flags)
