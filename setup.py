@@ -35,13 +35,6 @@ class BuildLibrary(build_ext):
     for source in ext.sources:
       name = os.path.splitext(os.path.basename(source))[0]
       flags = _FLAGS + (_X86_FLAGS.get(name, []) if x86 else [])
-      if name == "ffi":
-        try:
-          import jaxlib
-        except ImportError:
-          print("minw: no jaxlib, so the native library is built without its XLA call")
-          continue
-        flags += ["-isystem", os.path.join(os.path.dirname(jaxlib.__file__), "include")]
       objects += self.compiler.compile(
           [source], output_dir=self.build_temp, extra_postargs=flags,
           depends=ext.depends)
@@ -53,7 +46,13 @@ class BuildLibrary(build_ext):
 setuptools.setup(
     cmdclass={"build_ext": BuildLibrary},
     ext_modules=[setuptools.Extension(
-        "minw.kernels.libminw", sorted(glob.glob(f"{_SOURCES}/*.cc")), optional=True,
+        "minw.kernels.libminw",
+        # minw.kernels.native compiles ffi.cc, which needs the headers of jaxlib.
+        sorted(set(glob.glob(f"{_SOURCES}/*.cc")) - {f"{_SOURCES}/ffi.cc"}),
+        optional=True,
         depends=sorted(glob.glob(f"{_SOURCES}/*.h") + glob.glob(f"{_SOURCES}/*.inc")))],
-    package_data={"minw": ["networks/*"], "minw.kernels": ["csrc/minw.h"]},
+    packages=[*setuptools.find_packages(include=["minw*"]),
+              "minw.experiments", "minw.experiments.sweeps"],
+    package_dir={"minw.experiments": "experiments"},
+    package_data={"minw": ["networks/*"], "minw.kernels": ["csrc/minw.h", "csrc/ffi.cc"]},
 )

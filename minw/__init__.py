@@ -1,3 +1,31 @@
-"""Low-bit networks in JAX: estimators, quantizers, MINW-Nets."""
+"""Low-bit networks in JAX: estimators, quantizers, MINW-Nets.
+
+`import minw` is fast and imports no JAX: submodules are imported when they are first
+used, as in `minw.infer.load("digits_convnet")`.
+"""
+
+import importlib
+import pkgutil
+from typing import Any
+
+from minw import dependencies
 
 __version__ = "0.1.0"
+
+dependencies.guard_imports()
+
+
+def __getattr__(name: str) -> Any:
+  """Imports the submodule `name` (PEP 562)."""
+  if not name.startswith("_"):
+    try:
+      return importlib.import_module(f"minw.{name}")
+    except ModuleNotFoundError as error:
+      if error.name != f"minw.{name}":
+        raise
+  raise AttributeError(f"module 'minw' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  submodules = [module.name for module in pkgutil.iter_modules(__path__)]
+  return sorted(["__version__", *(n for n in submodules if not n.startswith("_"))])

@@ -9,6 +9,8 @@ from typing import Any, Callable, Collection, Mapping, NoReturn
 from absl import flags
 from absl import logging
 
+from minw import dependencies
+
 
 class UsageError(Exception):
   """What the user gave can not be used; the message is one line for them."""
@@ -68,6 +70,9 @@ def guarded(function: Callable, *arguments: Any) -> Any:
   """Calls `function`; a `UsageError` is printed as one line and exits with code 2."""
   try:
     return function(*arguments)
+  except dependencies.MissingDependencies:
+    print(f"error: this command {dependencies.NEED}", file=sys.stderr)
+    sys.exit(2)
   except UsageError as error:
     if logging.get_verbosity() >= logging.DEBUG:
       raise

@@ -6,8 +6,8 @@ FILE is what `minw.pack` wrote, or the name of a network that comes with minw:
   network = infer.load("net.minw")
   logits = network.logits(images)  # uint8 (batch, height, width, channels)
 
-needs NumPy and the native library, or where that was not built JAX; nothing that
-training needs.
+needs NumPy and the native library. Where that was not built, JAX runs the network, or
+slowly NumPy; nothing that training needs is imported.
 """
 
 import functools
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from minw import cli
+from minw import dependencies
 from minw import images as images_lib
 from minw import packed
 from minw.kernels import native
@@ -52,7 +53,11 @@ class Network:
     if self.backend == "native":
       self._native = native.load(data)
     elif self.backend == "xla":  # The only one that needs JAX.
-      import jax
+      try:
+        import jax
+      except ImportError as error:
+        raise cli.UsageError(
+            "backend='xla' needs JAX, which is not installed: pip install jax") from error
       from minw.kernels import xla
       operands, function = xla.logits(self.program)
       self._logits = functools.partial(jax.jit(function), operands)
@@ -114,9 +119,12 @@ class Network:
 def _default_backend():
   if native.available():
     return "native"
+  backend, name = "reference", "NumPy"
+  if dependencies.installed("jax"):
+    backend, name = "xla", "XLA"
   _log.warning("the native library was not built (is there a C++ compiler?): packed"
-               " networks run through XLA, which is slower")
-  return "xla"
+               " networks run through %s, which is slower", name)
+  return backend
 
 
 def load(

@@ -5,15 +5,21 @@
   native.ffi_logits(data)(images)  # JAX, under jit
 
 The library is optional: `available()` says whether it was built. JAX is imported only
-by `ffi_logits`.
+by `ffi_logits`, which compiles XLA's call when it is first used.
 """
 
 import ctypes
 import functools
+import os
 import pathlib
+import shlex
+import subprocess
+import tempfile
 from typing import Any, Callable
 
 import numpy as np
+
+LIBRARY = pathlib.Path(__file__).with_name("libminw.so")
 
 _KINDS = (np.int32, np.int8, np.float32)  # INT, CODE, FLOAT.
 
@@ -25,10 +31,9 @@ class _Shape(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-  path = pathlib.Path(__file__).with_name("libminw.so")
-  if not path.exists():
+  if not LIBRARY.exists():
     return None
-  library = ctypes.CDLL(str(path))
+  library = ctypes.CDLL(str(LIBRARY))
   pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
   op = [pointer, ctypes.c_uint32]
   for name, result, arguments in (
@@ -158,7 +163,7 @@ def ffi_logits(data: bytes, threads: int = 1) -> Callable[[Any], Any]:
 
   Raises:
     ValueError: see `load`.
-    RuntimeError: the library was not built, or without jaxlib's headers.
+    RuntimeError: the library was not built, or there is no C++ compiler now.
   """
   import jax  # Only this function needs it.
 
@@ -180,11 +185,26 @@ def ffi_logits(data: bytes, threads: int = 1) -> Callable[[Any], Any]:
 
 @functools.cache
 def _register():
+  """Compiles XLA's call of the library, and registers it.
+
+  That is done here rather than at installation, so that minw builds without jaxlib and
+  the headers are those of the jaxlib that makes the call.
+  """
   import jax
 
-  handler = getattr(_need(), "MinwLogits", None)
-  if handler is None:
-    raise RuntimeError("the native library was built without jaxlib's headers")
+  compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, "libminw_ffi.so")
+    try:
+      subprocess.run(
+          [*compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden",
+           "-isystem", jax.ffi.include_dir(), str(LIBRARY.parent / "csrc" / "ffi.cc"),
+           str(LIBRARY), "-o", path], check=True, capture_output=True, text=True)
+    except OSError as error:
+      raise RuntimeError(f"XLA's call needs a C++ compiler ({error})") from error
+    except subprocess.CalledProcessError as error:
+      raise RuntimeError(f"XLA's call does not compile: {error.stderr}") from error
+    handler = ctypes.CDLL(path).MinwLogits  # Stays loaded when the file is gone.
   jax.ffi.register_ffi_target(
       "minw_logits", jax.ffi.pycapsule(handler), platform="cpu")
 

@@ -1,0 +1,53 @@
+"""The two layers of dependencies, and a one-line error where the second is missing.
+
+`pip install minw` installs the core, which runs packed networks and exports them as C.
+`pip install 'minw[train]'` installs JAX, Flax and what else training needs. Without
+them, importing a module of minw that needs them raises `MissingDependencies`, and
+`python -m` of such a module ends with that error in one line and exit code 2.
+"""
+
+from importlib import machinery
+import importlib.util
+import sys
+from typing import Any
+
+# Modules and packages of minw that work with the core alone.
+CORE = ("c_flags", "cli", "dependencies", "export", "images", "infer", "kernels",
+        "packed")
+
+# Packages that stand for the whole layer: nearly all modules for training need them.
+_TRAINING = ("flax", "jax", "ml_collections", "optax")
+
+NEED = "needs minw's training dependencies: pip install 'minw[train]'"
+
+
+class MissingDependencies(ImportError):
+  """A module for training was imported where only the core is installed."""
+
+
+def guard_imports() -> None:
+  """Gives imports of minw's modules a clear error if only the core is installed."""
+  if not all(map(installed, _TRAINING)):
+    sys.meta_path.insert(0, _CoreOnly())
+
+
+def installed(package: str) -> bool:
+  """Whether `package` can be imported, found out without importing it."""
+  try:
+    return importlib.util.find_spec(package) is not None
+  except ImportError:
+    return False
+
+
+class _CoreOnly:
+  """An import finder that refuses minw's modules for training and finds nothing."""
+
+  def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+    package, _, module = name.partition(".")
+    if (package != "minw" or module.partition(".")[0] in CORE
+        or machinery.PathFinder.find_spec(name, path) is None):
+      return
+    if sys.argv[:1] == ["-m"]:  # Python is looking for the module that it is to run.
+      print(f"error: this command {NEED}", file=sys.stderr)
+      sys.exit(2)
+    raise MissingDependencies(f"{name} {NEED}", name=name)
