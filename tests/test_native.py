@@ -54,9 +54,11 @@ class Builder:
     codes = self.rng.integers(-q, q + 1, shape).astype(np.int8)
     return np.where(codes == 0, 1, codes).astype(np.int8) if bits == 1 else codes
 
-  def conv(self, x, bits, out, size=(3, 3), strides=(1, 1), pads=(1, 1, 1, 1), pad=0):
-    kernel = self.kernel(bits, out, *size, self.shape(x)[2])
-    return self.add(packed.Conv("conv", x, bits, kernel, strides, pads, pad, 0.25, 0.5))
+  def conv(self, x, bits, out, size=(3, 3), strides=(1, 1), pads=(1, 1, 1, 1), pad=0,
+           groups=1, dilation=(1, 1)):
+    kernel = self.kernel(bits, out, *size, self.shape(x)[2] // groups)
+    return self.add(packed.Conv("conv", x, bits, kernel, strides, pads, pad, 0.25, 0.5,
+                                groups, dilation))
 
   def threshold(self, x, bits, shortcut=None):
     c = self.shape(x)[2]
@@ -148,6 +150,49 @@ def test_borders(isa, bits, pad):
   check(b.end(b.threshold(y, bits)))
 
 
+@pytest.mark.parametrize("activations", (1, 2, 3))
+@pytest.mark.parametrize("weights", (1, 2, 3))
+@pytest.mark.parametrize("groups, inputs, outputs", (
+    (1, 3, 5), (70, 1, 1), (33, 1, 3), (5, 3, 1), (3, 33, 5), (2, 5, 33), (2, 130, 64),
+    (4, 1, 300)))
+def test_groups(isa, weights, activations, groups, inputs, outputs):
+  b = Builder(np.random.default_rng(groups), (6, 7, groups))
+  x = b.conv(0, weights, groups * inputs, groups=groups)  # Reads the image.
+  x = b.threshold(x, activations)
+  pad = -packed.max_code(activations)
+  x = b.conv(x, weights, groups * outputs, (3, 2), (1, 2), (2, 0, 1, 1), pad, groups)
+  x = b.add(packed.Pool("pool", x, "max", (2, 2), (2, 2)))
+  y = b.threshold(x, activations)
+  x = b.conv(y, weights, groups * outputs, pads=(0, 1, 1, 1), groups=groups)
+  if b.shape(x) == b.shape(y):
+    x = b.add(packed.Add("add", b.threshold(x, activations, y), y))
+  check(b.end(b.threshold(x, activations), weights))
+
+
+@pytest.mark.parametrize("pad", (-1, 0, 1))
+@pytest.mark.parametrize("activations", (1, 2, 3))
+@pytest.mark.parametrize("weights", (1, 2, 3))
+def test_dilation(isa, weights, activations, pad):
+  b = Builder(np.random.default_rng(0), (7, 9, 1))
+  x = b.threshold(b.conv(0, weights, 70, dilation=(2, 3)), activations)
+  pad *= packed.max_code(activations)
+  for groups in (1, 2, 70):
+    b.conv(x, weights, 70, (3, 4), (2, 1), (5, 3, 2, 6), pad, groups, (3, 2))
+    # Only the middle of the kernel meets the map.
+    b.conv(x, weights, 70, (3, 3), (3, 2), (20, 20, 30, 30), pad, groups, (20, 30))
+  check(b.end(b.threshold(len(b.ops), activations), weights))
+
+
+def test_large_sums_of_groups(isa):
+  """Depthwise sums beyond 16 bits, of pixels and of integers."""
+  b = Builder(np.random.default_rng(0), (16, 16, 40))
+  x = b.conv(0, 3, 40, (9, 9), pads=(0,) * 4, groups=40)
+  assert b.values[x].bound.max() > 2 ** 15
+  x = b.conv(x, 2, 40, groups=40)
+  x = b.conv(x, 1, 80, groups=20)
+  check(b.end(b.threshold(x, 2), 2))
+
+
 def test_large_sums_need_wide_thresholds(isa):
   b = Builder(np.random.default_rng(0), (16, 16, 40))
   x = b.conv(0, 3, 70, (9, 9), pads=(0,) * 4)
@@ -206,6 +251,18 @@ def test_image_is_read_by_other_operations(isa):
   check(b.end(x, 2))
 
 
+def apart(draw, channels, out, h, w):
+  """Groups, and a number of output channels near `out`, and dilation for 1x1 to 3x3."""
+  groups = draw(st.sampled_from([n for n in range(1, channels + 1) if not channels % n]))
+  size = tuple(draw(st.integers(1, 3)) for _ in range(2))
+  dilation = tuple(draw(st.integers(1, 4)) for _ in range(2))
+  pads = tuple(draw(st.integers(0, 3)) for _ in range(4))
+  spans = [(n - 1) * step + 1 for n, step in zip(size, dilation)]
+  if spans[0] > h + pads[0] + pads[1] or spans[1] > w + pads[2] + pads[3]:
+    size = (1, 1)
+  return max(out // groups, 1) * groups, size, pads, groups, dilation
+
+
 def windows(draw, h, w, largest):
   size = tuple(draw(st.integers(1, min(n + 2, largest))) for n in (h, w))
   pads = tuple(draw(st.integers(0, size[i // 2] - 1)) for i in range(4))
@@ -229,6 +286,12 @@ def programs(draw):
     pad = draw(st.integers(-1, 1)) * packed.max_code(b.values[x].bits)
     x = b.conv(x, draw(bits), draw(st.integers(1, 140)),
                *windows(draw, *b.shape(x)[:2], 5), pad)
+    if draw(st.booleans()):
+      h, w, channels = b.shape(x)
+      out, size, pads, groups, dilation = apart(
+          draw, channels, draw(st.integers(1, 140)), h, w)
+      x = b.conv(b.threshold(x, draw(bits)), draw(bits), out, size,
+                 (draw(st.integers(1, 2)), 1), pads, 0, groups, dilation)
   return b.end(b.threshold(x, draw(bits)), draw(bits))
 
 
@@ -252,6 +315,10 @@ def test_floats(isa, form):
   for code in codes:
     b.norm(b.conv(code, form, 20, pads=(1, 0, 0, 1), pad=1), 3)
   x = b.norm(b.conv(codes[2], 3, 20, (1, 1), pads=(0,) * 4), form, codes[0])
+  for groups, step in ((20, 2), (4, 1), (2, 2), (1, 2)):
+    apart = dict(pads=(step, step, 1, 1), groups=groups, dilation=(step, 1))
+    b.norm(b.conv(codes[0], form, 60, **apart), 3)
+    x = b.norm(b.conv(x, form, 20, **apart), form, x)
   program = b.end(x, form)
   network = native.load(packed.to_bytes(program))
   x = images(program, 3)
@@ -451,6 +518,9 @@ def seeds(folder):
     x = b.threshold(b.add(packed.Pool("max", x, "max", (2, 2), (2, 2))), bits)
     x = b.norm(b.add(packed.Add("add", x, x, 0, 1)), "float8_e4m3fn", x)
     x = b.norm(b.add(packed.Pool("sum", x, "sum", (1, 2), (1, 1))), bits)
+    x = b.norm(b.conv(x, bits, 20, (2, 1), pads=(1, 1, 0, 0), groups=10,
+                      dilation=(2, 1)), bits)
+    x = b.norm(b.conv(x, bits, 40, (1, 1), pads=(1, 0, 0, 0), groups=2), bits)
     for form in (bits, "float16", "bfloat16"):
       files.append(folder / f"{bits}{form}.minw")
       files[-1].write_bytes(packed.to_bytes(Builder.end(copy.deepcopy(b), x, form)))

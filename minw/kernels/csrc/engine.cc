@@ -83,12 +83,13 @@ struct Taps {
   std::vector<std::pair<int, int>> range;  // [first, last) of a class.
 };
 
-Taps taps(int out, int in, int kernel, int stride, int before) {
+Taps taps(int out, int in, int kernel, int stride, int step, int before) {
   Taps t;
   for (int y = 0; y < out; y++) {
-    int top = y * stride - before;
-    std::pair<int, int> range(std::clamp(-top, 0, kernel),
-                              std::clamp(in - top, 0, kernel));
+    int top = y * stride - before;  // Tap k is at top + k * step.
+    auto first_from = [&](int row) { return row <= top ? 0 : (row - top - 1) / step + 1; };
+    std::pair<int, int> range(std::min(first_from(0), kernel),
+                              std::min(first_from(in), kernel));
     auto at = std::find(t.range.begin(), t.range.end(), range);
     t.of.push_back(at - t.range.begin());
     if (at == t.range.end()) t.range.push_back(range);
@@ -110,15 +111,44 @@ struct RunSums {
   }
 };
 
+// Where each output channel reads few inputs and few others read the same ones, the
+// lanes of vectors are output channels with inputs of their own. Pixels then hold a
+// channel for each output channel and input of its group.
+constexpr int kMaxOwn = 256;  // Input times output channels of such a group.
+constexpr int64_t kMaxOwnElements = int64_t{1} << 26;  // Of a padded image.
+
+bool has_own_inputs(const Op& op, const Map& in, const Map& out) {
+  const Window& w = op.window;
+  int64_t inputs = in.c / op.groups, outputs = out.c / op.groups;
+  int64_t pixels = int64_t{in.h + w.top + w.bottom} * (in.w + w.left + w.right);
+  return op.groups > 1 && inputs * outputs <= kMaxOwn &&
+         pixels * inputs * out.stride <= kMaxOwnElements;
+}
+
+// A group of a map's channels.
+Map part_of(Map map, int parts) {
+  map.c /= parts;
+  map.stride = (map.c + kLane - 1) / kLane * kLane;
+  return map;
+}
+
+// Builds a convolution: all of an op, or one of the `parts` into which it is split.
 class LayerBuilder {
  public:
-  LayerBuilder(const Program& program, const Op& op, const Map& out, const Isa& isa)
+  LayerBuilder(const Program& program, const Op& op, const Map& out, const Isa& isa,
+               int parts, int part)
       : op_(op), x_(program.values[op.inputs[0]]), isa_(isa), c_(layer_.conv) {
-    c_.in = x_.map;
-    c_.out = out;
+    c_.in = parts > 1 ? part_of(x_.map, parts) : x_.map;
+    c_.out = parts > 1 ? part_of(out, parts) : out;
     c_.window = op.window;
-    c_.source = op.inputs[0] == 0 ? &program.source : nullptr;
+    c_.source = op.inputs[0] == 0 && parts == 1 ? &program.source : nullptr;
     c_.unit = op.unit;
+    inputs_ = x_.map.c / op.groups;
+    first_weight_ = uint64_t{1} * part * c_.out.c * c_.window.h * c_.window.w * inputs_;
+    if (op.groups > parts) {
+      c_.inputs = inputs_;
+      c_.outputs = out.c / op.groups;
+    }
     c_.w_bits = op.weights.grid() ? op.weights.format : 0;
     choose_form();
     geometry();
@@ -133,12 +163,12 @@ class LayerBuilder {
  private:
   template <class Visit>  // visit(out, tap, first channel, Bits) for 64 channels each
   void each(const Visit& visit) const {
-    int in = c_.in.c, taps = c_.window.h * c_.window.w;
-    uint64_t at = 0;
+    int taps = c_.window.h * c_.window.w;
+    uint64_t at = first_weight_;
     for (int o = 0; o < c_.out.c; o++)
       for (int tap = 0; tap < taps; tap++)
-        for (int i = 0; i < in; i += 64) {
-          int n = std::min(64, in - i);
+        for (int i = 0; i < inputs_; i += 64) {
+          int n = std::min(64, inputs_ - i);
           visit(o, tap, i, op_.weights.bits(at, n));
           at += n;
         }
@@ -152,7 +182,7 @@ class LayerBuilder {
     c_.width = 32;
     if (!w || c_.in.kind == kFloat) {
       c_.form = kFloat32;
-    } else if (codes && (a == 1 || w == 1 || (a == 2 && w == 2))) {
+    } else if (codes && !c_.outputs && (a == 1 || w == 1 || (a == 2 && w == 2))) {
       c_.form = kPlanes;
       c_.width = kLane;
       c_.words = (c_.in.c + 63) / 64;
@@ -169,7 +199,7 @@ class LayerBuilder {
       }
       c_.swapped = false;
       c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
-    } else if (codes && isa_.dot) {
+    } else if (codes && !c_.outputs && isa_.dot) {
       c_.form = kBytes;
       c_.fold = 4;
     } else {
@@ -186,7 +216,8 @@ class LayerBuilder {
 
   void geometry() {
     const Window& w = c_.window;
-    int step = c_.in.c;  // Steps of a pixel.
+    int step = inputs_;  // Steps of a pixel.
+    int elements = c_.outputs ? inputs_ * c_.out.stride : c_.in.c;  // If they are lanes.
     switch (c_.form) {
       case kPlanes:
         step = c_.words;
@@ -200,9 +231,9 @@ class LayerBuilder {
         step = (c_.in.c + 3) / 4;
         c_.pixel_bytes = c_.in.stride;
         break;
-      case kInt16: c_.pixel_bytes = c_.in.c * 2; break;
+      case kInt16: c_.pixel_bytes = elements * 2; break;
       case kInt32:
-      case kFloat32: c_.pixel_bytes = c_.in.c * 4; break;
+      case kFloat32: c_.pixel_bytes = elements * 4; break;
     }
     if (c_.paired) step /= 2;
     c_.padded_h = c_.in.h + w.top + w.bottom;
@@ -213,7 +244,8 @@ class LayerBuilder {
     for (int y = 0; y < w.h; y++)
       for (int x = 0; x < w.w; x++)
         for (int i = 0; i < step; i++)
-          layer_.offsets.push_back((y * c_.padded_w + x) * c_.pixel_bytes + i * bytes);
+          layer_.offsets.push_back(
+              (y * w.step_h * c_.padded_w + x * w.step_w) * c_.pixel_bytes + i * bytes);
     c_.steps = static_cast<int>(layer_.offsets.size());
     c_.offsets = layer_.offsets.data();
     if (c_.form == kLookup) c_.row_bytes = c_.steps * bytes + kRowSlack;
@@ -222,7 +254,7 @@ class LayerBuilder {
 
   void weights() {
     size_t taps = static_cast<size_t>(c_.window.h) * c_.window.w, width = c_.width;
-    int in = c_.in.c, w = c_.w_bits;
+    int in = inputs_, w = c_.w_bits;
     // Elements of a tap and output channel.
     size_t planes = c_.form == kPlanes   ? (w == 3 ? 4 : w)
                     : c_.form == kLookup ? (w == 3 ? 2 : 1)
@@ -248,7 +280,7 @@ class LayerBuilder {
              ((tap * steps + step) * planes * width + o % width) * size;
     };
     if (c_.form == kFloat32) {
-      uint64_t next = 0;
+      uint64_t next = first_weight_;
       for (int o = 0; o < c_.out.c; o++)
         for (size_t tap = 0; tap < taps; tap++)
           for (int i = 0; i < in; i++) {
@@ -313,8 +345,8 @@ class LayerBuilder {
     Taps cols = {std::vector<int>(c_.out.w), {{0, w.w}}};
     // Padding by 0 has no 1-bit code: it counts as -1, which is added back here.
     if (minus && !op_.pad) {
-      rows = taps(c_.out.h, c_.in.h, w.h, w.stride_h, w.top);
-      cols = taps(c_.out.w, c_.in.w, w.w, w.stride_w, w.left);
+      rows = taps(c_.out.h, c_.in.h, w.h, w.stride_h, w.step_h, w.top);
+      cols = taps(c_.out.w, c_.in.w, w.w, w.stride_w, w.step_w, w.left);
     }
     layer_.base.resize(rows.range.size() * cols.range.size() * stride);
     if (c_.form != kFloat32) {
@@ -323,14 +355,14 @@ class LayerBuilder {
       auto at = [&](int y, int x) -> int64_t& {
         return inside[y * size_t(w.w + 1) + x];
       };
-      uint64_t next = 0;
+      uint64_t next = first_weight_;
       for (int o = 0; o < c_.out.c; o++) {
         RunSums all;
         for (int y = 0; y < w.h; y++)
           for (int x = 0; x < w.w; x++) {
             int64_t before = all.levels;
-            for (int i = 0; i < c_.in.c; i += 64) {
-              int n = std::min(64, c_.in.c - i);
+            for (int i = 0; i < inputs_; i += 64) {
+              int n = std::min(64, inputs_ - i);
               all.add(op_.weights.bits(next, n));
               next += n;
             }
@@ -381,6 +413,8 @@ class LayerBuilder {
   const Op& op_;
   const Value& x_;
   const Isa& isa_;
+  int inputs_;  // Channels that an output channel reads.
+  uint64_t first_weight_;
   Layer layer_;
   Conv& c_;
 };
@@ -388,7 +422,7 @@ class LayerBuilder {
 // What runs at a time: an operation, or a convolution with what follows it.
 struct Step {
   int op;             // The last one.
-  int conv = -1;      // The op that is the convolution.
+  int conv = -1;      // The op that is the convolution, unless it is split.
   int threshold = -1;
   Finish finish = {};
 };
@@ -416,8 +450,10 @@ struct minw_network {
       Op& op = program.ops[i];
       const Map& out = program.values[i + 1].map;
       if (op.kind == kConv) {
-        layers[i] =
-            std::make_unique<Layer>(LayerBuilder(program, op, out, isa).take());
+        const Map& in = program.values[op.inputs[0]].map;
+        int parts = has_own_inputs(op, in, out) ? 1 : op.groups;
+        for (int part = 0; part < parts; part++)
+          layers[i].push_back(LayerBuilder(program, op, out, isa, parts, part).take());
         op.weights = {};
       } else if (op.kind == kThreshold) {
         thresholds[i] = {op.bits,        op.codes, op.count, out.stride, op.flip.data(),
@@ -440,7 +476,8 @@ struct minw_network {
 
   Program program;
   const Isa& isa;
-  std::vector<std::unique_ptr<Layer>> layers;
+  // Those of each op: none unless it is a convolution, several if it is split.
+  std::vector<std::vector<Layer>> layers;
   std::vector<Threshold> thresholds;
   Plan fast, plain;
   // Scratch memory between calls: fresh memory costs page faults.
@@ -448,6 +485,7 @@ struct minw_network {
   mutable std::vector<std::unique_ptr<Buffer>> spare;
 
   void image(const uint8_t* images, size_t n, char* out) const;
+  void split_conv(int op, const char* x, size_t n, const Work& work, char* to) const;
   template <class T>
   void pool(const Op& op, const Map& in, const Map& out, const T* x, size_t n,
             char* to) const;
@@ -490,7 +528,7 @@ Plan minw_network::plan(bool fused) const {
   for (int i = 0; i < n; i++) {
     if (taken[i]) continue;
     Step step = {i};
-    if (ops[i].kind == kConv) {
+    if (layers[i].size() == 1) {
       step.conv = i;
       step.finish = {1, 1, program.values[i + 1].map, nullptr};
       auto next = [&](OpKind kind) {
@@ -568,36 +606,76 @@ namespace {
 // The parts of scratch memory after the arena.
 struct Layout {
   size_t padded = 0, magnitudes = 0, acc = 0, gathered = 0, counts = 0;
+  size_t part_in = 0, part_out = 0;
   size_t bytes(size_t images) const {
-    return aligned(padded * images) + aligned(magnitudes * images) + aligned(acc) +
-           aligned(gathered) + aligned(counts) + 3 * aligned(kChunk * sizeof(void*));
+    return aligned(padded * images + kPaddedSlack) + aligned(magnitudes * images) +
+           aligned(acc) + aligned(gathered) + aligned(counts) +
+           3 * aligned(kChunk * sizeof(void*)) +
+           aligned(part_in * images + kAlign) + aligned(part_out * images);
   }
 };
 
-Layout layout(const std::vector<std::unique_ptr<Layer>>& layers) {
+// Makes room for a convolution.
+void add(const Conv& c, Layout* l) {
+  size_t pixels = static_cast<size_t>(c.padded_h) * c.padded_w;
+  l->padded = std::max(l->padded, pixels * c.pixel_bytes);
+  if (c.sums) l->magnitudes = std::max(l->magnitudes, pixels * sizeof(int32_t));
+  l->acc = std::max(l->acc, size_t{kChunk} * c.width * sizeof(int32_t));
+  if (c.form == kLookup) {
+    size_t rows = c.a_bits == c.w_bits ? kChunk / 2 : kChunk;  // Two in one, or not.
+    l->gathered = std::max(l->gathered, rows * c.row_bytes);
+    l->counts = kRowBlock * kChunk * sizeof(uint16_t);
+  }
+}
+
+size_t map_bytes(const Map& m) {
+  return static_cast<size_t>(m.h) * m.w * m.stride * m.size();
+}
+
+Layout layout(const std::vector<std::vector<Layer>>& layers) {
   Layout l;
-  for (const auto& layer : layers) {
-    if (!layer) continue;
-    const Conv& c = layer->conv;
-    size_t pixels = static_cast<size_t>(c.padded_h) * c.padded_w;
-    l.padded = std::max(l.padded, pixels * c.pixel_bytes);
-    if (c.sums) l.magnitudes = std::max(l.magnitudes, pixels * sizeof(int32_t));
-    size_t sums = size_t{kChunk} * c.width;
-    l.acc = std::max(l.acc, sums * sizeof(int32_t));
-    if (c.form == kLookup) {
-      size_t rows = c.a_bits == c.w_bits ? kChunk / 2 : kChunk;  // Two in one, or not.
-      l.gathered = std::max(l.gathered, rows * c.row_bytes);
-      l.counts = kRowBlock * kChunk * sizeof(uint16_t);
+  for (const auto& parts : layers) {
+    if (parts.empty()) continue;
+    if (parts.size() > 1) {
+      l.part_in = std::max(l.part_in, map_bytes(parts[0].conv.in));
+      l.part_out = std::max(l.part_out, map_bytes(parts[0].conv.out));
     }
+    for (const Layer& layer : parts) add(layer.conv, &l);
   }
   return l;
 }
 
+// Copies `count` channels of the pixels of n images.
+void copy_channels(const char* from, const Map& in, int first_in, char* to,
+                   const Map& out, int first_out, size_t n, int count) {
+  size_t size = in.size(), pixels = n * in.h * in.w;
+  from += first_in * size;
+  to += first_out * size;
+  for (size_t i = 0; i < pixels; i++)
+    std::memcpy(to + i * out.stride * size, from + i * in.stride * size, count * size);
+}
+
 }  // namespace
 
-// The arena ends with room for vectors that read past the last pixel.
+// The arena ends with room for vectors that read past the last pixel, as the inputs of
+// a part do.
 size_t minw_network::work_bytes(const Plan& plan, size_t images) const {
   return plan.arena * images + kAlign + layout(layers).bytes(images);
+}
+
+// A convolution in groups, one after another: the channels of each are copied out of
+// the pixels, and its sums into them.
+void minw_network::split_conv(int op, const char* x, size_t n, const Work& work,
+                              char* to) const {
+  const Map& in = program.values[program.ops[op].inputs[0]].map;
+  const Map& out = program.values[op + 1].map;
+  for (size_t part = 0; part < layers[op].size(); part++) {
+    const Conv& c = layers[op][part].conv;
+    copy_channels(x, in, part * c.in.c, work.part_in, c.in, 0, n, c.in.c);
+    isa.conv(c, {1, 1, c.out, nullptr}, static_cast<int>(n), work.part_in, nullptr,
+             work, work.part_out);
+    copy_channels(work.part_out, c.out, 0, to, out, part * c.out.c, n, c.out.c);
+  }
 }
 
 template <class T>
@@ -697,7 +775,7 @@ void minw_network::run(const Plan& plan, const uint8_t* images, size_t n, char* 
     return begin;
   };
   Work work;
-  work.padded = part(l.padded * n);
+  work.padded = part(l.padded * n + kPaddedSlack);
   work.magnitudes = reinterpret_cast<int32_t*>(part(l.magnitudes * n));
   work.acc = reinterpret_cast<int32_t*>(part(l.acc));
   work.pixels = reinterpret_cast<const char**>(part(kChunk * sizeof(void*)));
@@ -705,6 +783,8 @@ void minw_network::run(const Plan& plan, const uint8_t* images, size_t n, char* 
   work.sums = reinterpret_cast<int32_t*>(part(kChunk * sizeof(int32_t)));
   work.gathered = reinterpret_cast<uint8_t*>(part(l.gathered));
   work.counts = reinterpret_cast<uint16_t*>(part(l.counts));
+  work.part_in = part(l.part_in * n + kAlign);
+  work.part_out = part(l.part_out * n);
 
   bool stored = false;
   auto store_image = [&] {
@@ -718,7 +798,7 @@ void minw_network::run(const Plan& plan, const uint8_t* images, size_t n, char* 
     if (step.conv >= 0) {
       int input = program.ops[step.conv].inputs[0];
       int shortcut = step.threshold >= 0 ? op.shortcut : -1;
-      isa.conv(layers[step.conv]->conv, step.finish, static_cast<int>(n),
+      isa.conv(layers[step.conv][0].conv, step.finish, static_cast<int>(n),
                input ? static_cast<const void*>(at(input)) : images,
                shortcut >= 0 ? reinterpret_cast<const int8_t*>(at(shortcut)) : nullptr,
                work, to);
@@ -734,6 +814,7 @@ void minw_network::run(const Plan& plan, const uint8_t* images, size_t n, char* 
     size_t pixels = n * out.h * out.w;
     switch (op.kind) {
       case kConv:
+        split_conv(step.op, x, n, work, to);
         break;
       case kMaxPool:
       case kSumPool:
@@ -899,8 +980,8 @@ const char* minw_op_name(const minw_network* network, uint32_t op) {
 }
 
 const char* minw_op_kernel(const minw_network* network, uint32_t op) {
-  const auto& layer = network->layers[op];
-  if (layer) return layer->kernel;
+  const auto& layers = network->layers[op];
+  if (!layers.empty()) return layers[0].kernel;
   for (const Step& step : network->fast.steps)
     if (step.op == static_cast<int>(op) && step.conv < 0)
       return network->program.ops[op].kind == kThreshold ? "thresholds" : "plain loops";

@@ -25,6 +25,7 @@ struct Map {
 
 struct Window {
   int h, w, stride_h, stride_w, top, bottom, left, right;
+  int step_h, step_w;  // Dilation: the distance of its rows and columns in pixels.
 };
 
 // Where images come from: uint8, cropped, less an offset per channel.
@@ -54,6 +55,7 @@ struct Work {
   int32_t* acc;
   uint8_t* gathered;  // What lookups read of the pixels, and
   uint16_t* counts;   // what they count.
+  char *part_in, *part_out;  // Channels of one group of a convolution that is split.
 };
 
 struct Conv;
@@ -71,6 +73,10 @@ struct Conv {
   float unit;          // Of the input, for kFloat32.
   int words;           // Of a pixel and plane (kPlanes).
   int fold;            // Channels of a step (kLookup, kBytes).
+  // Of a convolution in groups of `inputs` and `outputs` channels whose pixels hold, for
+  // each step, a channel for every output channel. Both are 0 where all outputs share
+  // their inputs.
+  int inputs, outputs;
   int row_bytes;       // Of a pixel's window in work.gathered.
   bool swapped;        // Weights select the tables, and pixels index them.
   int pixel_bytes;     // Of a pixel in `form`.
@@ -108,7 +114,8 @@ struct Finish {
 
 constexpr int kChunk = 192;  // Pixels that are convolved, then finished, at a time.
 constexpr int kRowBlock = 32;  // Rows of lookups whose counts stay in the cache.
-constexpr int kRowSlack = 32;  // Bytes that may be written past a gathered row.
+constexpr int kRowSlack = 32;  // Bytes that may be written past a gathered row,
+constexpr int kPaddedSlack = 256;  // or read past the last padded pixel.
 
 struct Isa {
   const char* name;

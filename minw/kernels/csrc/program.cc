@@ -95,7 +95,8 @@ int levels_of(int bits) { return bits == 3 ? 3 : 1; }  // q: the largest code.
 
 class Parser {
  public:
-  Parser(Reader reader, Program* program) : in_(reader), p_(*program) {}
+  Parser(Reader reader, uint32_t version, Program* program)
+      : in_(reader), version_(version), p_(*program) {}
 
   void run() {
     Source& s = p_.source;
@@ -176,7 +177,7 @@ class Parser {
 
   int pad(const char* what) { return in_.limited(what, 0, kMaxPad); }
 
-  Window window(const Map& map, int kh, int kw) {
+  Window window(int kh, int kw) {
     Window w = {};
     w.h = kh;
     w.w = kw;
@@ -186,18 +187,27 @@ class Parser {
     w.bottom = pad("padding");
     w.left = pad("padding");
     w.right = pad("padding");
-    int64_t h = map.h + w.top + w.bottom, width = map.w + w.left + w.right;
-    if (kh > h || kw > width) throw Error("its window is larger than the padded input");
-    if (h * width * map.c > kMaxPadded)
-      throw Error("its padded input has over 2^26 elements");
+    w.step_h = w.step_w = 1;
     return w;
   }
 
+  // How many pixels it spans.
+  static int rows(const Window& w) { return (w.h - 1) * w.step_h + 1; }
+  static int columns(const Window& w) { return (w.w - 1) * w.step_w + 1; }
+
+  static void check_window(const Map& map, const Window& w) {
+    int64_t h = map.h + w.top + w.bottom, width = map.w + w.left + w.right;
+    if (rows(w) > std::min(h, kMaxSize) || columns(w) > std::min(width, kMaxSize))
+      throw Error("its window is larger than the padded input");
+    if (h * width * map.c > kMaxPadded)
+      throw Error("its padded input has over 2^26 elements");
+  }
+
   static int out_h(const Map& m, const Window& w) {
-    return (m.h + w.top + w.bottom - w.h) / w.stride_h + 1;
+    return (m.h + w.top + w.bottom - rows(w)) / w.stride_h + 1;
   }
   static int out_w(const Map& m, const Window& w) {
-    return (m.w + w.left + w.right - w.w) / w.stride_w + 1;
+    return (m.w + w.left + w.right - columns(w)) / w.stride_w + 1;
   }
 
   static int64_t checked(int64_t bound) {
@@ -219,12 +229,21 @@ class Parser {
     int size[4];
     for (int& s : size) s = in_.size("size");
     auto [kh, kw, in, out] = size;
-    op->window = window(x.map, kh, kw);
+    op->window = window(kh, kw);
     op->pad = in_.get<int8_t>();
     op->weight_unit = in_.finite("weight unit");
     op->unit = in_.finite("input unit");
-    if (in != x.map.c)
-      throw Error(str(in) + " input channels, but its input has " + str(x.map.c));
+    if (version_ > 1) {
+      op->groups = in_.size("number of groups");
+      op->window.step_h = in_.limited("dilation", 1, kMaxStride);
+      op->window.step_w = in_.limited("dilation", 1, kMaxStride);
+    }
+    check_window(x.map, op->window);
+    if (int64_t{in} * op->groups != x.map.c)
+      throw Error(str(op->groups) + " groups of " + str(in) +
+                  " input channels, but its input has " + str(x.map.c));
+    if (out % op->groups)
+      throw Error(str(out) + " output channels in " + str(op->groups) + " groups");
     int edge = x.map.kind == kCode ? levels_of(x.map.bits) : 0;
     if (std::abs(op->pad) > edge)
       throw Error("padding by code " + str(op->pad));
@@ -246,16 +265,18 @@ class Parser {
     Map map = make_map(exact ? kInt : kFloat, 0, out_h(x.map, op->window),
                        out_w(x.map, op->window), out);
     Value value = {map, false, {}};
-    for (int o = 0; exact && o < out; o++)
-      value.bound.push_back(checked(sum_bound(op->weights, o, row, x.bound)));
+    for (int o = 0; exact && o < out; o++) {
+      const int64_t* bound = x.bound.data() + int64_t{o} / (out / op->groups) * in;
+      value.bound.push_back(checked(sum_bound(op->weights, o, row, bound, in)));
+    }
     return value;
   }
 
-  // Of an output channel, which has `row` weights.
+  // Of an output channel, which has `row` weights, over `in` channels.
   static int64_t sum_bound(const Weights& weights, int64_t out, int64_t row,
-                           const std::vector<int64_t>& bound) {
-    int64_t in = bound.size(), sum = 0;
-    bool even = std::equal(bound.begin() + 1, bound.end(), bound.begin());
+                           const int64_t* bound, int64_t in) {
+    int64_t sum = 0;
+    bool even = std::equal(bound + 1, bound + in, bound);
     for (int64_t tap = 0; tap < row; tap += in)
       for (int64_t i = 0; i < in; i += 64) {
         int n = std::min<int64_t>(64, in - i);
@@ -272,8 +293,9 @@ class Parser {
   Value pool(Op* op) {
     const Value& x = input(op);
     int h = in_.size("window"), w = in_.size("window");
-    op->window = window(x.map, h, w);
+    op->window = window(h, w);
     const Window& win = op->window;
+    check_window(x.map, win);
     // A window of nothing but padding has no maximum.
     if (std::max(win.top, win.bottom) >= h || std::max(win.left, win.right) >= w)
       throw Error("its padding is as large as its window");
@@ -418,6 +440,7 @@ class Parser {
   }
 
   Reader in_;
+  const uint32_t version_;
   Program& p_;
   uint64_t weights_ = 0;
   bool ended_ = false;
@@ -501,8 +524,8 @@ Program parse(const uint8_t* bytes, size_t size) {
   if (std::memcmp(bytes, kMagic, 8)) throw Error("not a packed network");
   Reader header(bytes + 8, bytes + kHeader);
   uint32_t version = header.get<uint32_t>();
-  if (version != 1)
-    throw Error("version " + str(version) + " of the format is not known (1 is)");
+  if (version != 1 && version != 2)
+    throw Error("version " + str(version) + " of the format is not known (1 and 2 are)");
   uint32_t crc = header.get<uint32_t>();
   if (header.get<uint64_t>() != size) throw Error("the file is cut short or too long");
   uint64_t program = header.get<uint32_t>(), metadata = header.get<uint32_t>();
@@ -511,7 +534,7 @@ Program parse(const uint8_t* bytes, size_t size) {
   if (crc32(bytes + 16, size - 16) != crc) throw Error("the checksum is wrong");
   Program p;
   const uint8_t* end = bytes + kHeader + program;
-  Parser(Reader(bytes + kHeader, end), &p).run();
+  Parser(Reader(bytes + kHeader, end), version, &p).run();
   p.metadata.assign(end, end + metadata);
   return p;
 }
