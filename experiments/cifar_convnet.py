@@ -1,6 +1,6 @@
 """ConvNets A-D on CIFAR-10 and CIFAR-100: Tables I and II.
 
---config=experiments/cifar_convnet.py:network=A,input_bits=1,weight_bits=1,estimator=ste
+--config=cifar_convnet:network=A,input_bits=1,weight_bits=1,estimator=ste
 takes the names below. The paper's test accuracies (inputs/weights) are
 
                A     B     C     D

@@ -1,6 +1,6 @@
 """DenseNet-BC (100 layers, growth 12) on CIFAR with 3-bit weights: Table III.
 
---config=experiments/cifar_densenet100.py:dataset=cifar100,weight_bits=float32,seed=1
+--config=cifar_densenet100:dataset=cifar100,weight_bits=float32,seed=1
 takes the names below. The paper's test errors with 3-bit weights and 32-bit
 activations (float) are 5.21 % (4.51 %) on CIFAR-10 and 23.70 % (22.27 %) on CIFAR-100.
 """

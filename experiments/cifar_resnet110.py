@@ -1,6 +1,6 @@
 """ResNet-110 on CIFAR-10 and CIFAR-100 with 3-bit weights: Table III.
 
---config=experiments/cifar_resnet110.py:dataset=cifar100,weight_bits=float32,seed=1
+--config=cifar_resnet110:dataset=cifar100,weight_bits=float32,seed=1
 takes the names below. The paper's test errors with 3-bit weights and 32-bit
 activations (float) are 7.05 % (6.61 %) on CIFAR-10 and 37.16 % (35.87 %) on CIFAR-100.
 It stops after 64,000 steps and divides the learning rate at 32,000 and 38,000 (He et

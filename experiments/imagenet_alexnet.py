@@ -1,6 +1,6 @@
 """AlexNet with batch norm on ImageNet: Table IV.
 
---config=experiments/imagenet_alexnet.py:weight_bits=2,input_bits=float8_e4m3fn,seed=1
+--config=imagenet_alexnet:weight_bits=2,input_bits=float8_e4m3fn,seed=1
 takes the names below; first=1 and last=1 quantize the first convolution's and the last
 layer's weights, too. What the paper loses in points of top-1 and top-5 accuracy, of
 56.6 % and 80.2 % in float32:

@@ -1,6 +1,6 @@
 """ResNet-18 on ImageNet: Table V.
 
---config=experiments/imagenet_resnet18.py:weight_bits=2,input_bits=float32,seed=1 takes
+--config=imagenet_resnet18:weight_bits=2,input_bits=float32,seed=1 takes
 the names below; first=1 and last=1 quantize the first convolution's and the last
 layer's weights, too. The paper's top-1 and top-5 errors in %:
 

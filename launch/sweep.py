@@ -1,12 +1,12 @@
 """Many training runs: started, watched, resumed and retried.
 
-  python launch/sweep.py --sweep=experiments/sweeps/estimators.py:seeds=3 \
-      --dir=runs/estimators --jobs=2
+  python launch/sweep.py --sweep=estimators:seeds=3 --dir=runs/estimators --jobs=2
   python launch/sweep.py --sweep=... --dir=... --status
   python launch/sweep.py --sweep=... --dir=... --emit=slurm --out=estimators.sbatch
 
 A sweep is a file whose `get_runs(argument="")` yields a (name, config, overrides) for
-each run: the config as --config takes it, FILE or FILE:ARGUMENT, and a dict of fields.
+each run: the config as --config takes it, NAME or NAME:ARGUMENT, and a dict of fields.
+Those in experiments/sweeps go by their names; others are given as paths.
 If `init_from` is the name of another run of the sweep, that one is done before. A run's
 workdir is DIR/NAME, with log.txt and sweep.json (what was tried) beside its own files.
 
@@ -96,7 +96,7 @@ def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
   """The runs of a sweep, each with a config that `config.validate` passes.
 
   Args:
-    sweep: FILE or FILE:ARGUMENT.
+    sweep: NAME or NAME:ARGUMENT.
     folder: of the workdirs.
     data_dir: if given, the config's in all runs.
 
@@ -105,7 +105,8 @@ def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
   """
   common = {"data_dir": data_dir} if data_dir else {}
   listed = config_flag.call(
-      "sweep", sweep, "get_runs", "yields (name, config, overrides)",
+      "sweep", sweep, config_flag.sweeps(), "get_runs",
+      "yields (name, config, overrides)",
       lambda runs: [(name, config, fields | common) for name, config, fields in runs])
   names = [name for name, _, _ in listed]
   cli.check(bool(names), "sweep", sweep, "a sweep of at least one run")
@@ -464,7 +465,9 @@ def _last_line(path: pathlib.Path) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("sweep", None, "Sweep file, or FILE:ARGUMENT.", required=True)
+  flags.DEFINE_string(
+      "sweep", None, "Name or file of a sweep; NAME:ARGUMENT passes it an argument.",
+      required=True)
   flags.DEFINE_string("dir", None, "Holds a workdir for each run.", required=True)
   flags.DEFINE_string(
       "data_dir", None, "Where the data are; the default is as the configs say.")

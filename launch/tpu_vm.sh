@@ -2,7 +2,7 @@
 # One training run on all machines of a Cloud TPU slice, to its end.
 #
 #   ZONE=us-central2-b TYPE=v4-32 VERSION=tpu-ubuntu2204-base launch/tpu_vm.sh NAME \
-#       --config=experiments/imagenet_resnet18.py --workdir=/mnt/runs/resnet18
+#       --config=imagenet_resnet18 --workdir=/mnt/runs/resnet18
 #
 # The slice NAME is created unless it is there, made anew where it was preempted, and
 # left running in the end (gcloud compute tpus tpu-vm delete NAME ends it). What git

@@ -36,6 +36,7 @@ def libs() -> str:
 
 
 def main() -> None:
+  """Prints the flags that are asked for."""
   given = flags.FLAGS
   wanted = [given.cflags and cflags(), given.libs and libs()]
   if not any(wanted):
@@ -43,11 +44,15 @@ def main() -> None:
   print(" ".join(filter(None, wanted)))
 
 
-def command() -> None:
-  """Runs `minw-config`."""
+def define_flags() -> None:
+  """Defines the flags of the command."""
   flags.DEFINE_bool("cflags", False, "Print the flags for the compiler.")
   flags.DEFINE_bool("libs", False, "Print the flags for the linker.")
-  cli.run(main)
+
+
+def command() -> None:
+  """Runs `minw-config`."""
+  cli.run(main, define_flags)
 
 
 if __name__ == "__main__":

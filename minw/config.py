@@ -293,7 +293,7 @@ def differing_fields(a: config_dict.ConfigDict, b: config_dict.ConfigDict) -> li
 
 
 def parse_argument(text: str, **defaults: Any) -> config_dict.ConfigDict:
-  """What follows the colon in --config=experiments/x.py:name=value,name=value.
+  """What follows the colon in --config=NAME:name=value,name=value.
 
   Args:
     text: the part after the colon.

@@ -1,10 +1,16 @@
-"""The flag --config=FILE or FILE:ARGUMENT, with --config.FIELD=VALUE for any field."""
+"""The flag --config=NAME, with --config.FIELD=VALUE for any field.
+
+NAME is an experiment that comes with minw, or the path of a Python file with a
+`get_config`. NAME:ARGUMENT passes it an argument. Sweeps are named in the same way.
+"""
 
 from importlib import machinery
+import os
+import pathlib
 import re
 import sys
 import types
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 from absl import flags
 from ml_collections import config_dict
@@ -18,12 +24,13 @@ def define(default: str | None = None) -> flags.FlagHolder:
   """Defines the flag for a command; its value is the config.
 
   Args:
-    default: the file whose `get_config` counts where there is no --config, which is
-      required if there is no default.
+    default: NAME or NAME:ARGUMENT where there is no --config, which is required if
+      there is no default.
   """
   _check_arguments(sys.argv)  # Now, as a default is overridden when it is defined.
   holder = config_flags.DEFINE_config_file(
-      "config", default, "Experiment file; --config.FIELD=VALUE overrides a field.")
+      "config", default, "Name of an experiment that comes with minw, or a Python file;"
+      " --config.FIELD=VALUE overrides a field.")
   if default is None:
     flags.mark_flag_as_required("config")
   flags.FLAGS["config"].parser = _ExperimentFile()
@@ -42,29 +49,59 @@ def _check_arguments(argv: list[str]) -> None:
       raise cli.unknown_name("config field", match[1], fields)
 
 
+def experiments() -> dict[str, pathlib.Path]:
+  """The experiment files that come with minw, by name."""
+  return _files(_folder())
+
+
+def sweeps() -> dict[str, pathlib.Path]:
+  """The sweep files that come with minw, by name."""
+  return _files(_folder() / "sweeps")
+
+
+def _folder() -> pathlib.Path:
+  """Where experiments are: in an installed package, or beside it in a clone."""
+  package = pathlib.Path(__file__).parent
+  installed = package / "experiments"
+  return installed if installed.is_dir() else package.parent / "experiments"
+
+
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  return {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
+
+
 def load(argument: str) -> Any:
-  """What the `get_config` of FILE or FILE:ARGUMENT returns, locked.
+  """The config of NAME or NAME:ARGUMENT, locked.
 
   Of what may be wrong with a file, the parser of ml_collections keeps some until the
   config is used, quotes some with its traceback, and lets the rest through.
 
   Raises:
-    cli.UsageError: there is no such file, or it gives no config.
+    cli.UsageError: there is no such experiment, or it gives no config.
   """
   def locked(config):
     if not isinstance(config, config_dict.ConfigDict):
       raise TypeError(f"it returned {type(config).__name__}")
     return config.lock()
 
-  return call("config", argument, "get_config", "returns a config", locked)
+  return call("config", argument, experiments(), "get_config", "returns a config",
+              locked)
 
 
-def call(flag: str, argument: str, name: str, does: str, then: Callable) -> Any:
+def call(
+    flag: str,
+    argument: str,
+    known: Mapping[str, pathlib.Path],
+    name: str,
+    does: str,
+    then: Callable,
+) -> Any:
   """Calls a function of a Python file with what the command line says.
 
   Args:
     flag: that says it.
-    argument: FILE or FILE:ARGUMENT.
+    argument: NAME or NAME:ARGUMENT.
+    known: files by name; any other NAME is the path of a file.
     name: of the function; it gets ARGUMENT, if there is a colon.
     does: what it is to do.
     then: takes what it returns; of this the result is returned.
@@ -73,6 +110,7 @@ def call(flag: str, argument: str, name: str, does: str, then: Callable) -> Any:
     cli.UsageError: by function or file; or whatever else they raise, as one.
   """
   path, colon, text = argument.partition(":")
+  path = _find(flag, path, known)
   loader = machinery.SourceFileLoader(path, path)
   module = types.ModuleType(loader.name)
   try:
@@ -82,12 +120,28 @@ def call(flag: str, argument: str, name: str, does: str, then: Callable) -> Any:
     raise
   except Exception as error:  # The file's own, of whatever kind.
     raise cli.bad_value(
-        flag, argument, f"FILE or FILE:ARGUMENT, of a Python file whose {name} {does} "
+        flag, argument, f"a name or a Python file whose {name} {does} "
         f"({type(error).__name__}: {error})") from error
 
 
+def _find(flag: str, name: str, known: Mapping[str, pathlib.Path]) -> str:
+  """The path of the file that `name` names; a file of this name goes first."""
+  name = os.path.expanduser(name)
+  if os.path.isfile(name):
+    return name
+  stem = pathlib.Path(name).stem
+  if name and stem == name:
+    if name not in known:
+      raise cli.unknown_name(flag, name, known)
+    return str(known[name])
+  if stem in known and not os.path.exists(name):
+    raise cli.UsageError(f"{flag}={name!r}: no such file here; did you mean"
+                         f" --{flag}={stem}, which comes with minw?")
+  return name
+
+
 class _ExperimentFile(flags.ArgumentParser):
-  """Makes FILE or FILE:ARGUMENT a config."""
+  """Makes NAME or NAME:ARGUMENT a config."""
 
   def parse(self, argument: str) -> Any:
     return load(argument)

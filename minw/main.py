@@ -1,4 +1,4 @@
-"""Trains a network: `python -m minw.main --config=experiments/x.py --workdir=DIR`.
+"""Trains a network: `python -m minw.main --config=NAME --workdir=DIR`.
 
 With --distributed it is one process of several, each of which is started so.
 """

@@ -92,7 +92,7 @@ def test_refuses_in_one_line():
       (): "a subcommand is missing; known: train, inference",
       ("trian",): "subcommand 'trian' does not exist; did you mean 'train'?",
       ("train", "--config.batchsize=8"): "config field 'batchsize' does not exist",
-      ("configs", "--configs=none.py"): "config='none.py': must be FILE or",
+      ("configs", "--configs=none.py"): "config='none.py': must be a name or",
       ("configs", "--config=x.py"): "Unknown command line flag 'config'",
       ("inference", "--batches=1,x"): "batches='1,x': must be positive integers",
       ("data", "--config.dataset=cifar10", "--config.crop_size=24"):

@@ -168,14 +168,12 @@ def begins(text, message):
   return text.startswith(message)
 
 
-FILE = ("must be FILE or FILE:ARGUMENT, of a Python file whose get_config returns a "
-        "config")
+FILE = "must be a name or a Python file whose get_config returns a config"
 
 
 @pytest.mark.parametrize("name, reason", [
     ("", "FileNotFoundError: "),
     ("nothing.py", "FileNotFoundError: "),
-    ("folder", "IsADirectoryError: "),
     ("good.py/x", "NotADirectoryError: "),
     ("file", "SyntaxError: "),
     ("syntax.py", "SyntaxError: "),
@@ -209,6 +207,11 @@ def test_experiment_files(refuses, name, reason):
     ("list.py", "config.input_bits: bits=[1, 2]: must be one of 1, 2, 3, 4, 5 or a "),
     ("nan.py", "config.alpha_end=nan: must be in [0, 1]"),
     ("grüße.py", "config.seed=-1: must be in [0, 2^32)"),
+    ("folder", "config 'folder' does not exist; known: cifar_convnet, cifar_densenet1"),
+    ("digits_convne", "config 'digits_convne' does not exist; did you mean 'digits_con"),
+    ("experiments/digits_convnet.py", "config='experiments/digits_convnet.py': no such "
+     "file here; did you mean --config=digits_convnet, which comes with minw?"),
+    ("cifar_convnet:sed=1", "config argument 'sed' does not exist; did you mean 'seed'"),
     (f"{CIFAR}:sed=1", "config argument 'sed' does not exist; did you mean 'seed'?"),
     (f"{CIFAR}:seed", "config argument='seed': must be name=value"),
     (f"{CIFAR}:network=E", "ConvNet 'E' does not exist; known: A, B, C, D"),

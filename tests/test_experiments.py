@@ -11,6 +11,7 @@ import pytest
 
 from minw import cli
 from minw import config as config_lib
+from minw import config_flag
 from minw import datasets
 from minw import models
 from minw import pipeline
@@ -50,6 +51,13 @@ def refusal(**changes):
 
 def test_there_are_experiments():
   assert {"cifar_convnet", "digits_convnet"} <= set(FILES)
+
+
+def test_names():
+  """Experiments go by the names of their files."""
+  assert [*config_flag.experiments()] == FILES
+  ours = config_flag.load("cifar_convnet:network=A")
+  assert config_lib.differing_fields(ours, load("cifar_convnet", "network=A")) == []
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -486,9 +486,8 @@ SWEEPS = [
 
 @pytest.fixture
 def read_sweep(monkeypatch):
-  monkeypatch.chdir(ROOT)  # Configs are named from there.
-  return lambda name, argument: sweep.read(
-      f"experiments/sweeps/{name}.py:{argument}", "runs")
+  monkeypatch.chdir("/")  # Configs go by name, wherever one is.
+  return lambda name, argument: sweep.read(f"{name}:{argument}", "runs")
 
 
 def test_all_sweeps_are_tested():
@@ -510,6 +509,12 @@ def test_sweep_is_valid_and_its_commands_say_the_same(
     values["config"].parser = config_flag._ExperimentFile()  # As `define` does.
     values(argv)
     assert config_lib.differing_fields(holder.value, run.config) == []
+
+
+def test_misspelt_sweep():
+  with pytest.raises(cli.UsageError,
+                     match="sweep 'table' does not exist; did you mean 'tables'?"):
+    sweep.read("table:seeds=1", "runs")
 
 
 @pytest.mark.parametrize("name, argument", [
@@ -592,7 +597,7 @@ def test_command_with_bad_input(argument, message):
 
 
 def test_status_starts_nothing(tmp_path):
-  done = run_sweep("--sweep=experiments/sweeps/alpha_schedules.py:seeds=1",
+  done = run_sweep("--sweep=alpha_schedules:seeds=1",
                    f"--dir={tmp_path}/runs", "--status")
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith(f"{tmp_path}/runs: 17 waiting\n")
@@ -637,14 +642,14 @@ def test_jobset(tmp_path):
 
 def test_emitted_file_names_all_runs(tmp_path):
   out = tmp_path / "out.sbatch"
-  done = run_sweep("--sweep=experiments/sweeps/tables.py:seeds=1", "--dir=runs/t",
+  done = run_sweep("--sweep=tables:seeds=1", "--dir=runs/t",
                    "--jobs=8", "--data_dir=/data", "--emit=slurm", f"--out={out}")
   assert done.returncode == 0, done.stderr
   text = out.read_text()
   assert "--array=0-63%8" in text and "\n  cifar10-D-32-32-seed0\n" in text
   (line,) = (line for line in text.splitlines() if line.startswith("srun"))
   assert shlex.split(line)[1:-1] == [
-      "python", "launch/sweep.py", "--sweep=experiments/sweeps/tables.py:seeds=1",
+      "python", "launch/sweep.py", "--sweep=tables:seeds=1",
       "--dir=runs/t", "--retries=2", "--data_dir=/data"]
 
 

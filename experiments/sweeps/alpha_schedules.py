@@ -1,6 +1,6 @@
 """How alpha grows: its shape, where it begins and ends, and layer after layer.
 
---sweep=experiments/sweeps/alpha_schedules.py:dataset=cifar10,network=A,seeds=3 takes
+--sweep=alpha_schedules:dataset=cifar10,network=A,seeds=3 takes
 the names below. A run differs from the default schedule, "linear-0.465-seed0", in what
 its name says; "ste" and a constant alpha of 1 are what annealing has to beat.
 """
@@ -26,9 +26,8 @@ def get_runs(argument=""):
   cli.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
             "digits, cifar10 or cifar100")
   cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
-  config = ("experiments/digits_convnet.py" if a.dataset == "digits" else
-            "experiments/cifar_convnet.py:"
-            f"network={a.network},dataset={a.dataset},size={a.size}")
+  config = ("digits_convnet" if a.dataset == "digits" else
+            f"cifar_convnet:network={a.network},dataset={a.dataset},size={a.size}")
   common = {"num_epochs": a.epochs} if a.epochs else {}
   for seed in range(a.seeds):
     for name, fields in _SCHEDULES.items():

@@ -1,6 +1,6 @@
 """All estimators under equal terms, and the controls that a comparison needs.
 
---sweep=experiments/sweeps/estimators.py:dataset=cifar100,network=A,size=quarter,seeds=5
+--sweep=estimators:dataset=cifar100,network=A,size=quarter,seeds=5
 takes the names below, runs=aqe+ste only some of the runs. Beside the estimators there
 are
 
@@ -30,10 +30,9 @@ def get_runs(argument=""):
   cli.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 1), "epochs",
             a.epochs, "at least 2, or 0 for the usual number")
   if a.dataset == "digits":  # It has one network.
-    config, epochs = "experiments/digits_convnet.py", 40
+    config, epochs = "digits_convnet", 40
   else:
-    config = ("experiments/cifar_convnet.py:"
-              f"network={a.network},dataset={a.dataset},size={a.size}")
+    config = f"cifar_convnet:network={a.network},dataset={a.dataset},size={a.size}"
     epochs = 24 if a.size == "quarter" else 200
   runs = _runs(a.epochs or epochs)
   if a.dataset != "digits" and not a.epochs:  # For Figs 1 and 2.

@@ -1,6 +1,6 @@
 """What the paper does not say: which geometry its images had, and how its rate decayed.
 
---sweep=experiments/sweeps/geometries.py:networks=D,size=quarter,seeds=3 takes the names
+--sweep=geometries:networks=D,size=quarter,seeds=3 takes the names
 below. Float networks on CIFAR-10, whose accuracies in Table I are .918, .910, .912 and
 .910. Runs are D-crop30-seed0: the network and what differs from the defaults, which are
 the crop of 24 and a decay of 0.9 every 1000 of the full run's 35,000 steps.
@@ -26,6 +26,6 @@ def get_runs(argument=""):
   for seed in range(a.seeds):
     for network in str(a.networks):
       for name, (geometry, fields) in _CHOICES.items():
-        config = ("experiments/cifar_convnet.py:input_bits=float32,weight_bits=float32,"
+        config = ("cifar_convnet:input_bits=float32,weight_bits=float32,"
                   f"network={network},geometry={geometry},size={a.size}")
         yield f"{network}-{name}-seed{seed}", config, fields | {"seed": seed}

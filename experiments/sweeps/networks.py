@@ -1,6 +1,6 @@
 """The networks on CIFAR-10 that come with minw, by their names.
 
---sweep=experiments/sweeps/networks.py:size=quarter trains ConvNet A at a quarter of its
+--sweep=networks:size=quarter trains ConvNet A at a quarter of its
 widths, with 1 and with 2 bits, on all training images, which takes CPUs about a core
 an hour each; size=short ConvNet D as wide as in the paper, for 24 epochs, two hours of
 a core; size=full ConvNets A and D as in the paper, 1/1 bits.
@@ -27,7 +27,7 @@ def get_runs(argument=""):
   cli.check(a.size in _NETWORKS, "size", a.size, "full, short or quarter")
   width = "quarter" if a.size == "quarter" else "full"
   for name, network, bits in _NETWORKS[a.size]:
-    config = (f"experiments/cifar_convnet.py:network={network},size={width},"
+    config = (f"cifar_convnet:network={network},size={width},"
               f"input_bits={bits},weight_bits={bits}")
     yield f"cifar10_convnet{name}", config, _FIELDS[a.size] | {
         "histogram_layers": ("conv2", "norm_conv2")}  # For Figs 1 to 4.

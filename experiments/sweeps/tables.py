@@ -1,6 +1,6 @@
 """Tables I and II whole: ConvNets A to D by 16 pairs of bits, on CIFAR-10 or CIFAR-100.
 
---sweep=experiments/sweeps/tables.py:table=2,seeds=1,networks=AD takes the names below;
+--sweep=tables:table=2,seeds=1,networks=AD takes the names below;
 size=quarter is for CPUs, and of no cell of the tables.
 Runs are cifar10-A-1-2-seed0: network, bits of inputs (M) and of weights (N); Table II
 has cifar100-A-1-1-ste-seed0 as well. The paper's 16 is bfloat16 here, its 32 float32.
@@ -22,8 +22,7 @@ def get_runs(argument=""):
   dataset = {1: "cifar10", 2: "cifar100"}[a.table]
   for seed in range(a.seeds):
     for network in str(a.networks):
-      config = ("experiments/cifar_convnet.py:"
-                f"network={network},dataset={dataset},size={a.size}")
+      config = f"cifar_convnet:network={network},dataset={dataset},size={a.size}"
       for m, n in _BITS:
         fields = {"input_bits": _FORMATS.get(m, m), "weight_bits": _FORMATS.get(n, n),
                   "seed": seed}

@@ -1,6 +1,6 @@
 """Timings, each beside what it is compared with: `python -m minw.bench train`.
 
-  python -m minw.bench train [--config=experiments/x.py] [--config.FIELD=VALUE]
+  python -m minw.bench train [--config=NAME] [--config.FIELD=VALUE]
       [--rounds=N] [--json=FILE]
 
 times a step of training: of AQE, of the straight-through estimator and of the float32
@@ -23,13 +23,12 @@ beside PyTorch's DataLoader with Pillow where that is installed.
 says how long a step would take on many chips, from its compiled program and these
 rates, by default those published of TPU v4. Nothing is run.
 
-  python -m minw.bench configs [--configs=FILE[:ARGUMENT]]... [--batch_size=N] [...]
+  python -m minw.bench configs [--configs=NAME[:ARGUMENT]]... [--batch_size=N] [...]
 
-says of each experiment file, by default of all in experiments/, what its network is,
+says of each experiment, by default of all that come with minw, what its network is,
 and times a step of its training.
 """
 
-import glob
 import json
 import os
 from typing import Any
@@ -87,9 +86,7 @@ def _positive(flag: str) -> list[int]:
 
 
 def main_configs() -> None:
-  names = flags.FLAGS.configs or sorted(glob.glob("experiments/*.py"))
-  cli.check(bool(names), "configs", ",".join(names),
-            "experiment files: there is no folder experiments here")
+  names = flags.FLAGS.configs or [*config_flag.experiments()]
   _report(configs, lambda: configs.bench_configs(
       names, flags.FLAGS.rounds, flags.FLAGS.batch_size))
 
@@ -122,7 +119,7 @@ def define_flags(subcommand: str) -> None:
   """Defines the flags of a subcommand."""
   flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
   if subcommand == "configs":
-    flags.DEFINE_multi_string("configs", [], "Experiment files; all if not given.")
+    flags.DEFINE_multi_string("configs", [], "Experiments; all that come with minw by default.")
     flags.DEFINE_integer("batch_size", None, "Of all configs, instead of their own.",
                          lower_bound=1)
   else:

@@ -20,7 +20,7 @@ def bench_configs(
   """Times a step of training of each config, one after another, on random images.
 
   Args:
-    configs: experiment files, as --config takes them: FILE or FILE:ARGUMENT.
+    configs: experiments, as --config takes them: NAME or NAME:ARGUMENT.
     rounds: how often each is measured.
     batch_size: images in a step; None: each config's own.
 
