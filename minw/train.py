@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import optax
 from minw import checkpoint
 from minw import cli
 from minw import datasets
+from minw import display
 from minw import distributed
 from minw import environment
 from minw import evaluate
@@ -233,7 +235,7 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
   return experiment.jit(report)
 
 
-def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
+def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
   """Trains the network of `config`, or goes on from the last checkpoint in `workdir`.
 
   A run that was interrupted, at whatever moment, and started again ends with the same
@@ -241,6 +243,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
 
   Several processes (see `distributed.initialize`) call this alike, and do the same
   steps together. What the first alone does stands behind `distributed.is_main`.
+
+  Progress is shown as `display.shown` says.
 
   Args:
     config: see `config.default_config`.
@@ -256,6 +260,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     cli.UsageError: the config can not be run, `workdir` belongs to another config or
       can not be written to, or data are missing; before training starts.
   """
+  workdir = os.fspath(workdir)
   together, on_main = distributed.together, distributed.on_main
   experiment = together(Experiment, config)
   together(datasets.check_available, config.dataset, config.data_dir)
@@ -279,7 +284,8 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
   no_totals = experiment.jit(_no_totals, out_shardings=experiment.replicated)
   evaluator = evaluate.Evaluator(experiment)
 
-  with StopSignal() as stop, checkpoint.open_manager(workdir) as manager:
+  with (StopSignal() as stop, checkpoint.open_manager(workdir) as manager,
+        display.shown(workdir, experiment.num_steps) as show):
     target = checkpoint_target(experiment)
     restored = together(checkpoint.restore_newest, manager, target)
     if restored:
@@ -293,6 +299,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     writer = metrics.Writer(workdir, step) if distributed.is_main() else None
     progress = Progress(step, experiment.num_steps, config.batch_size)
     batches = experiment.train_batches(train_data, epoch_order, step)
+    show(step)
 
     while step < experiment.num_steps:
       epochs_done, rest = divmod(step + 1, experiment.steps_per_epoch)
@@ -303,6 +310,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       state, loss = train_step(state, *next(batches))
       step += 1
       progress.stepped(loss)
+      show(step)
 
       # Processes that look at different steps would wait for each other in vain.
       if not (report or (step % _MEETING_STEPS == 0 if distributed.several()
@@ -354,6 +362,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         _log.info(
             "epoch %d/%d: loss %.4f, validation accuracy %.4f; %s", epochs_done,
             config.num_epochs, lines[0]["loss"], accuracy, progress.line())
+        show(step, f"loss {lines[0]['loss']:.4f}, validation accuracy {accuracy:.4f}")
       checkpoint.save(manager, step, tree, accuracy)
       journal.note()
       status = workdir_lib.write_status(workdir, "running", step)

@@ -1,0 +1,89 @@
+"""How a run started from Python is shown: lines on stderr, or a bar in a notebook.
+
+Commands and programs that handle minw's log records are left as they are. Nothing is
+shown where the level of the logger "minw" was set above INFO.
+"""
+
+import contextlib
+import logging
+import sys
+from typing import Callable, Iterator
+
+from minw import distributed
+
+_LOGGER = logging.getLogger("minw")
+
+
+@contextlib.contextmanager
+def shown(name: str, num_steps: int) -> Iterator[Callable[..., None]]:
+  """Shows the progress of a run inside this context, unless it is shown already.
+
+  Args:
+    name: What the bar is labeled with.
+    num_steps: Steps of the whole run.
+
+  Yields:
+    A function of the steps done, and of a text for the bar where that has changed.
+  """
+  if (_LOGGER.level or _LOGGER.isEnabledFor(logging.INFO)
+      or not distributed.is_main()):
+    yield lambda step, text="": None
+  elif in_notebook():
+    with contextlib.closing(_Bar(name, num_steps)) as bar:
+      yield bar.show
+  else:
+    with _lines():
+      yield lambda step, text="": None
+
+
+def in_notebook() -> bool:
+  """Whether this is the kernel of a notebook."""
+  ipython = sys.modules.get("IPython")
+  return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class _Bar:
+  """A bar that begins where the run does, which is known when it is first shown."""
+
+  def __init__(self, name: str, num_steps: int):
+    self._name, self._num_steps = name, num_steps
+    self._bar = None
+
+  def show(self, step: int, text: str = "") -> None:
+    if self._bar is None:
+      from tqdm import auto  # It warns where a notebook has no widgets.
+      self._bar = auto.tqdm(
+          desc=self._name, total=self._num_steps, initial=step, unit="step")
+    self._bar.update(step - self._bar.n)
+    if text:
+      self._bar.set_postfix_str(text)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+
+@contextlib.contextmanager
+def _lines() -> Iterator[None]:
+  """Handles INFO records; on stderr, if they have no handler."""
+  handler = None
+  if not _has_handler():
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _LOGGER.addHandler(handler)
+  _LOGGER.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    _LOGGER.setLevel(logging.NOTSET)
+    if handler is not None:
+      _LOGGER.removeHandler(handler)
+
+
+def _has_handler() -> bool:
+  logger = _LOGGER
+  while logger is not None:
+    if any(handler.level <= logging.INFO for handler in logger.handlers):
+      return True
+    logger = logger.parent if logger.propagate else None
+  return False
