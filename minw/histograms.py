@@ -82,13 +82,18 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write(
     workdir: str, step: int, epoch: int, histograms: list[dict[str, Any]]
-) -> None:
+) -> list[dict[str, Any]]:
   """Adds histograms to `workdir`/histograms.jsonl, in one move.
 
   Lines of this step or later, of a run that was interrupted before its checkpoint, are
   replaced: what is in the file in the end does not depend on interruptions.
+
+  Returns:
+    The lines that were added.
   """
   path = pathlib.Path(workdir) / "histograms.jsonl"
-  lines = [line for line in read(path) if line["step"] < step]
-  lines += [{"step": step, "epoch": epoch, **line} for line in histograms]
-  workdir_lib.write_file(path, "".join(json.dumps(line) + "\n" for line in lines))
+  before = [line for line in read(path) if line["step"] < step]
+  added = [{"step": step, "epoch": epoch, **line} for line in histograms]
+  workdir_lib.write_file(
+      path, "".join(json.dumps(line) + "\n" for line in [*before, *added]))
+  return added

@@ -1,4 +1,11 @@
-"""The measurements of a run: metrics.jsonl, and TensorBoard's view of it."""
+"""The measurements of a run: metrics.jsonl, and TensorBoard's view of it.
+
+TensorBoard shows loss and accuracy of the splits under tags that group them, loss/train,
+loss/validation and so on. A chart has one tag, so the page "Custom Scalars" joins those
+of a group in one. Writing the splits as runs of their own, with one tag, would join them
+on the other pages too, but would make several runs of each workdir, and tags that do not
+say which split they are of.
+"""
 
 import json
 import math
@@ -7,6 +14,7 @@ import pathlib
 import time
 from typing import Any
 
+import numpy as np
 import tensorboardX
 
 from minw import workdir as workdir_lib
@@ -21,6 +29,15 @@ def read(workdir: str) -> list[dict[str, Any]]:
 def read_file(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The lines of a file like metrics.jsonl, wherever it is."""
   return [json.loads(line) for line in pathlib.Path(path).read_text().split("\n")[:-1]]
+
+
+# By split and mode, what TensorBoard calls it: without a remark, training as it is
+# computed and validation as it is deployed.
+_CURVES = {("train", "mixed"): "train", ("train", "hard"): "train_hard",
+           ("validation", "hard"): "validation",
+           ("validation", "mixed"): "validation_mixed"}
+
+_BY_SPLIT = ("loss", "accuracy", "top5_accuracy")
 
 
 class Writer:
@@ -42,8 +59,17 @@ class Writer:
     self._board = tensorboardX.SummaryWriter(
         os.path.join(workdir, "tensorboard"), purge_step=0,
         filename_suffix=f".{time.time_ns()}")
+    self._board.add_custom_scalars({"train and validation": {
+        "loss": ["Multiline", ["loss/"]],
+        "accuracy": ["Multiline", ["(top5_)?accuracy/"]]}})  # Matched from the start.
+    config = pathlib.Path(workdir) / "config.json"
+    if config.exists():
+      self._board.add_text("config", _as_code(config.read_text()), 0)
     for line in kept:
       self._show(line)
+    counted = pathlib.Path(workdir) / "histograms.jsonl"
+    self.show_histograms([line for line in read_file(counted) if line["step"] <= step]
+                         if counted.exists() else [])
 
   def write(self, line: dict[str, Any]) -> None:
     """Writes a line: step, epoch, split, mode ("hard" or "mixed") and measurements.
@@ -55,19 +81,41 @@ class Writer:
     self._file.flush()
     self._show(line)
 
+  def show_histograms(self, lines: list[dict[str, Any]]) -> None:
+    """Shows lines of histograms.jsonl, which `histograms.write` returns."""
+    for line in lines:
+      counts = np.asarray(line["counts"])
+      centres = np.linspace(-1, 1, len(counts))
+      filled = centres[counts > 0]
+      self._board.add_histogram_raw(
+          f"{line['kind']}/{line['layer']}", min=filled.min(), max=filled.max(),
+          num=counts.sum(), sum=counts @ centres, sum_squares=counts @ centres**2,
+          bucket_limits=(centres + (centres[1] - centres[0]) / 2).tolist(),
+          bucket_counts=counts.tolist(), global_step=line["step"])
+
   def _show(self, line):
-    prefix = f"{line['split']}/{line['mode']}"
-    if "checkpoint" in line:  # The test split has lines of two, at the same step.
-      prefix += f"_{line['checkpoint']}"
-    for name, value in line.items():
-      if name not in ("step", "epoch", "split", "mode"):
-        for suffix, number in _numbers(value):
-          self._board.add_scalar(f"{prefix}_{name}{suffix}", number, line["step"])
+    measured = {name: value for name, value in line.items()
+                if name not in ("step", "epoch", "split", "mode")}
+    if line["split"] == "test":  # Measured once: a chart would have a single point.
+      self._board.add_text(
+          f"test/{line['checkpoint']}", _as_code(json.dumps(measured, indent=2)),
+          line["step"])
+      return
+    for name, value in measured.items():
+      tag = (f"{name}/{_CURVES[line['split'], line['mode']]}" if name in _BY_SPLIT
+             else name)
+      for suffix, number in _numbers(value):
+        self._board.add_scalar(tag + suffix, number, line["step"])
 
   def close(self) -> None:
     """Writes out what is buffered."""
     self._file.close()
     self._board.close()
+
+
+def _as_code(text: str) -> str:
+  """Text that Markdown shows as it is."""
+  return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def _finite(value: Any) -> Any:

@@ -357,7 +357,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
               evaluate.trained_variables(state._asdict()), validation_data,
               np.asarray(experiment.alpha(step - 1)))
           if writer:
-            histograms.write(workdir, step, epochs_done, counted)
+            writer.show_histograms(
+                histograms.write(workdir, step, epochs_done, counted))
         accuracy = lines[-1]["accuracy"]
         _log.info(
             "epoch %d/%d: loss %.4f, validation accuracy %.4f; %s", epochs_done,

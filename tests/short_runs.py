@@ -154,32 +154,47 @@ def trees_of(workdir):
 def events_of(workdir):
   """What TensorBoard shows, without rates: {(tag, step): value}.
 
-  Read from the files' records: a length, a checksum of it, an event, a checksum of
-  that. An event that says START takes back all that is of its step or a later one.
+  A value is a number, the counts of a histogram, or the bytes of a text. An event that
+  says START takes back all that is of its step or a later one.
+  """
+  shown = {}
+  for path in sorted((workdir / "tensorboard").iterdir()):
+    for event, value in values_of(path):
+      if value is None:
+        if event.session_log.status == event.session_log.START:
+          shown = {key: old for key, old in shown.items() if key[1] < event.step}
+        continue
+      assert (value.tag, event.step) not in shown, "shown twice"
+      kind = value.WhichOneof("value")
+      shown[value.tag, event.step] = (
+          tuple(value.histo.bucket) if kind == "histo" else
+          value.tensor.string_val[0] if kind == "tensor" else value.simple_value)
+  return {key: value for key, value in shown.items()
+          if key[0] not in ("examples_per_second", "decode_rate")}
+
+
+def values_of(path):
+  """Events and their values, one after another; of an event without values None.
+
+  Read from the file's records: a length, a checksum of it, an event, a checksum of
+  that.
   """
   def masked(data):
     crc = _crc32c(data)
     return (((crc >> 15) | (crc << 17)) + 0xa282ead8) % 2**32
 
-  shown = {}
-  for path in sorted((workdir / "tensorboard").iterdir()):
-    data, at = path.read_bytes(), 0
-    while at + 12 <= len(data):
-      length, crc = struct.unpack_from("<QI", data, at)
-      assert crc == masked(data[at:at + 8])
-      record = data[at + 12:at + 12 + length]
-      if at + 16 + length > len(data):
-        break  # Of a run that was killed.
-      assert struct.unpack_from("<I", data, at + 12 + length)[0] == masked(record)
-      at += 16 + length
-      event = event_pb2.Event.FromString(record)
-      if event.session_log.status == event.session_log.START:
-        shown = {key: value for key, value in shown.items() if key[1] < event.step}
-      for value in event.summary.value:
-        assert (value.tag, event.step) not in shown, "shown twice"
-        shown[value.tag, event.step] = value.simple_value
-  return {key: value for key, value in shown.items()
-          if not key[0].endswith("examples_per_second")}
+  data, at = path.read_bytes(), 0
+  while at + 12 <= len(data):
+    length, crc = struct.unpack_from("<QI", data, at)
+    assert crc == masked(data[at:at + 8])
+    record = data[at + 12:at + 12 + length]
+    if at + 16 + length > len(data):
+      break  # The run was killed.
+    assert struct.unpack_from("<I", data, at + 12 + length)[0] == masked(record)
+    at += 16 + length
+    event = event_pb2.Event.FromString(record)
+    for value in event.summary.value or [None]:
+      yield event, value
 
 
 @functools.cache

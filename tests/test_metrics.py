@@ -1,18 +1,33 @@
 """minw.metrics: what is kept of a record, and what TensorBoard is shown of it."""
 
+import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+from tensorboardX.proto import layout_pb2
 
 from minw import metrics
 from short_runs import events_of
+from short_runs import values_of
 
 
 def line_at(step, split="validation", mode="hard", **more):
   return {"step": step, "epoch": step // 10, "split": split, "mode": mode,
           "loss": step / 7, "accuracy": 0.5, **more}
+
+
+def numbers_of(workdir):
+  """The points of TensorBoard's charts."""
+  return {key: value for key, value in events_of(workdir).items()
+          if isinstance(value, float)}
+
+
+def histograms_of(workdir):
+  return [value.histo for path in sorted((workdir / "tensorboard").iterdir())[-1:]
+          for _, value in values_of(path) if value and value.HasField("histo")]
 
 
 def written(workdir):
@@ -101,31 +116,89 @@ def test_what_is_not_finite_becomes_null(tmp_path):
   assert strict == line_at(1, loss=None, alpha=[0.5, None],
                            distance={"conv1": None, "conv2": 2.0})
   for _ in range(2):  # Shown once when written, once when the record is read again.
-    assert {tag for tag, _ in events_of(tmp_path)} == {
-        "validation/hard_accuracy", "validation/hard_alpha/0",
-        "validation/hard_distance/conv2"}
+    assert {tag for tag, _ in numbers_of(tmp_path)} == {
+        "accuracy/validation", "alpha/0", "distance/conv2"}
     metrics.Writer(str(tmp_path), 1).close()
 
 
 def test_tensorboard(record):
   expected = {}
   for step in (10, 20, 30):
-    for kind in ("train/mixed", "validation/hard"):
-      expected[f"{kind}_loss", step] = np.float32(step / 7)
-      expected[f"{kind}_accuracy", step] = 0.5
-  test = {}
-  for which, step in (("last", 30), ("best", 20)):
-    test[f"test/hard_{which}_loss", 30] = np.float32(30 / 7)
-    test[f"test/hard_{which}_accuracy", 30] = 0.5
-    test[f"test/hard_{which}_checkpoint_step", 30] = step
-  assert events_of(record) == expected | test
+    for curve in ("train", "validation"):
+      expected[f"loss/{curve}", step] = np.float32(step / 7)
+      expected[f"accuracy/{curve}", step] = 0.5
+  assert numbers_of(record) == expected
   # Begun anew, within a second, it shows what the record keeps, and what is added.
   writer = metrics.Writer(str(record), 20)
   writer.write(line_at(30, loss=9.0))
   writer.close()
   kept = {key: value for key, value in expected.items() if key[1] <= 20}
-  assert events_of(record) == kept | {
-      ("validation/hard_loss", 30): 9.0, ("validation/hard_accuracy", 30): 0.5}
+  assert numbers_of(record) == kept | {
+      ("loss/validation", 30): 9.0, ("accuracy/validation", 30): 0.5}
+
+
+def test_tensorboard_has_a_curve_for_each_mode(tmp_path):
+  writer = metrics.Writer(str(tmp_path), 0)
+  for step, (split, mode) in enumerate(itertools.product(
+      ("train", "validation"), ("mixed", "hard"))):
+    writer.write(line_at(10, split, mode, loss=float(step), top5_accuracy=0.75))
+  writer.close()
+  shown = numbers_of(tmp_path)
+  assert {tag: value for (tag, _), value in shown.items() if "loss" in tag} == {
+      "loss/train": 0, "loss/train_hard": 1, "loss/validation_mixed": 2,
+      "loss/validation": 3}
+  assert shown["top5_accuracy/validation", 10] == 0.75
+
+
+def test_tensorboard_joins_the_splits_in_one_chart(record):
+  layout, = (value for (tag, _), value in events_of(record).items()
+             if tag == "custom_scalars__config__")
+  category, = layout_pb2.Layout.FromString(layout).category
+  charts = {chart.title: [*chart.multiline.tag] for chart in category.chart}
+  tags = [f"{name}/{split}" for name in ("loss", "accuracy", "top5_accuracy")
+          for split in ("train", "validation")]
+  # As TensorBoard does it: expressions that match from the start of a tag on.
+  found = {name: [tag for tag in tags if any(re.match(p, tag) for p in patterns)]
+           for name, patterns in charts.items()}
+  assert found == {"loss": tags[:2], "accuracy": tags[2:]}
+
+
+def test_tensorboard_shows_config_and_test_as_text(record):
+  (record / "config.json").write_text('{\n  "seed": 7,\n  "network": "*a*"\n}\n')
+  metrics.Writer(str(record), 30).close()
+  text = events_of(record)["config/text_summary", 0].decode()
+  assert text == '    {\n      "seed": 7,\n      "network": "*a*"\n    }\n'
+  writer = metrics.Writer(str(record), 30)
+  writer.write(line_at(30, "test", checkpoint="last", checkpoint_step=20))
+  writer.close()
+  shown = events_of(record)
+  text = shown["test/last/text_summary", 30].decode()
+  assert text.startswith("    {") and json.loads(text) == {
+      "loss": 30 / 7, "accuracy": 0.5, "checkpoint": "last", "checkpoint_step": 20}
+  assert not [tag for tag, _ in numbers_of(record) if "test" in tag]
+
+
+def test_tensorboard_shows_histograms(record):
+  """Those after the last checkpoint will be counted again."""
+  line = {"epoch": 1, "layer": "block1/conv2", "kind": "weights", "alpha": 0.5,
+          "counts": [3, 0, 0, 1, 5]}  # At -1, -0.5, 0, 0.5 and 1.
+  lines = [line | {"step": 10}, line | {"step": 20, "kind": "activations"},
+           line | {"step": 30}]
+  (record / "histograms.jsonl").write_text(
+      "".join(json.dumps(line) + "\n" for line in lines))
+  writer = metrics.Writer(str(record), 20)
+  writer.show_histograms([line | {"step": 30, "counts": [0, 2, 0, 0, 0]}])
+  writer.close()
+  shown = {key: value for key, value in events_of(record).items()
+           if isinstance(value, tuple)}
+  assert shown == {("weights/block1/conv2", 10): (3, 0, 0, 1, 5),
+                   ("activations/block1/conv2", 20): (3, 0, 0, 1, 5),
+                   ("weights/block1/conv2", 30): (0, 2, 0, 0, 0)}
+  first, *_, last = histograms_of(record)
+  assert (first.min, first.max, first.num, first.sum) == (-1, 1, 9, 2.5)
+  assert first.sum_squares == 8.25 and [*first.bucket_limit] == [
+      -0.75, -0.25, 0.25, 0.75, 1.25]
+  assert (last.min, last.max) == (-0.5, -0.5)
 
 
 def test_tensorboard_after_a_kill(tmp_path):
@@ -137,4 +210,4 @@ def test_tensorboard_after_a_kill(tmp_path):
   for path in (tmp_path / "tensorboard").iterdir():
     path.write_bytes(path.read_bytes()[:-30])
   metrics.Writer(str(tmp_path), 20).close()
-  assert {step for _, step in events_of(tmp_path)} == {10, 20}
+  assert {step for _, step in numbers_of(tmp_path)} == {10, 20}

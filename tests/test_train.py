@@ -129,18 +129,31 @@ def test_train_line_is_the_mean_over_the_epoch(tmp_path):
 def test_tensorboard_shows_the_lines(plain):
   expected = {}
   for line in lines_of(plain):
-    kind = f"{line['split']}/{line['mode']}"
-    if line["split"] == "test":
-      kind += f"_{line['checkpoint']}"
-    for name, value in line.items():
+    curve = {"train/mixed": "/train", "validation/hard": "/validation",
+             "validation/mixed": "/validation_mixed", "test/hard": None}[
+                 f"{line['split']}/{line['mode']}"]
+    for name, value in line.items() if curve else ():
       parts = value if isinstance(value, dict) else {"": value}
       for part, number in parts.items():
         if isinstance(number, (int, float)) and name not in ("step", "epoch"):
-          expected[f"{kind}_{name}" + f"/{part}" * bool(part), line["step"]] = number
+          tag = name + (curve if name in ("loss", "accuracy") else f"/{part}" * bool(part))
+          expected[tag, line["step"]] = number
   shown = events_of(plain)
-  assert shown.keys() == expected.keys()
+  numbers = {key: value for key, value in shown.items() if isinstance(value, float)}
+  assert numbers.keys() == expected.keys()
   for key, number in expected.items():
-    assert shown[key] == np.float32(number), key
+    assert numbers[key] == np.float32(number), key
+  # No chart has a single point.
+  assert all(sum(tag == other for other, _ in numbers) == 4 for tag, _ in numbers)
+  texts = {tag: value.decode() for (tag, _), value in shown.items()
+           if isinstance(value, bytes) and "custom_scalars" not in tag}
+  last, best = lines_of(plain, split="test")
+  assert texts.keys() == {f"{name}/text_summary" for name in (
+      "config", "test/last", "test/best")}
+  assert f'"accuracy": {last["accuracy"]}' in texts["test/last/text_summary"]
+  assert f'"checkpoint_step": {best["checkpoint_step"]}' in texts[
+      "test/best/text_summary"]
+  assert '"dataset": "digits"' in texts["config/text_summary"]
 
 
 def test_flips_and_distances(plain, tmp_path):
