@@ -24,12 +24,11 @@ from minw.export import onnx_graph  # It imports onnx.
 
 
 def as_qonnx():
-  """Modules of qonnx."""
+  """qonnx's reader of models, and its executor."""
   pytest.importorskip("qonnx", reason="qonnx is not installed")
   from qonnx.core import modelwrapper
   from qonnx.core import onnx_exec
-  from qonnx.transformation import infer_shapes
-  return modelwrapper.ModelWrapper, onnx_exec.execute_onnx, infer_shapes.InferShapes
+  return modelwrapper.ModelWrapper, onnx_exec.execute_onnx
 
 
 def assert_onnx_equal(program, batch):
@@ -44,11 +43,12 @@ def assert_onnx_equal(program, batch):
 
 
 def assert_qonnx_equal(program, batch):
-  """All accumulators, levels and logits."""
-  wrapper, execute, infer_shapes = as_qonnx()
-  model = onnx_graph.model(program, qonnx=True, batch=len(batch))
+  """All accumulators, levels and logits, of the model as it is exported; its types."""
+  wrapper, execute = as_qonnx()
+  from qonnx.transformation import infer_datatypes
+  model = wrapper(onnx_graph.model(program, qonnx=True, batch=len(batch)))
   inputs = {"image": batch.transpose(0, 3, 1, 2).astype(np.float32)}
-  found = execute(wrapper(model).transform(infer_shapes()), inputs, True)
+  found = execute(model, inputs, True)
   values = reference.run(program, batch)
   names = [*common.names(program)[:-1], "logits"]
   for name, value, kind in zip(names, values, packed.infer_values(program)):
@@ -56,7 +56,15 @@ def assert_qonnx_equal(program, batch):
       value = packed.levels(value, kind.bits)
     have = found[name].reshape(len(batch), -1, *kind.shape[:2])
     np.testing.assert_array_equal(have.transpose(0, 2, 3, 1), value, err_msg=name)
-  return model
+  types = {name: model.get_tensor_datatype(name) for name in found}
+  for name in (name for node in model.graph.node for name in node.output):
+    if not name.startswith((names[-1], common.names(program)[-1])):  # Not logits.
+      assert types[name].is_integer(), name
+    assert (types[name].min() <= found[name]).all(), name
+    assert (found[name] <= types[name].max()).all(), name
+    assert types[name].name != "BIPOLAR" or found[name].all(), name
+  inferred = model.transform(infer_datatypes.InferDataTypes())
+  assert types == {name: inferred.get_tensor_datatype(name) for name in found}
 
 
 def test_by_hand():
@@ -125,8 +133,69 @@ def test_digits():
   assert_qonnx_equal(program, batch)
 
 
+@pytest.mark.parametrize("qonnx, batch, wanted", [
+    (False, None, "batch"), (False, 3, 3), (True, None, 1), (True, 3, 3)])
+def test_every_tensor_has_its_shape(qonnx, batch, wanted):
+  program = residual_and_dense(1)
+  graph = onnx_graph.model(program, qonnx=qonnx, batch=batch).graph
+  shapes = {
+      info.name: [d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim]
+      for info in (*graph.input, *graph.value_info, *graph.output)}
+  for node in graph.node:
+    shape = shapes[node.output[0]]
+    if not node.output[0].endswith("_weight"):
+      assert shape[0] == wanted, node.name
+      assert all(isinstance(n, int) and n for n in shape[1:]), node.name
+  for name, kind in zip(common.names(program)[:-1], packed.infer_values(program)):
+    h, w, c = kind.shape
+    assert shapes[name] == ([wanted, c] if h == w == 1 else [wanted, c, h, w])
+  assert shapes["logits"] == [wanted, 7]
+
+
+def test_onnx_of_one_image_runs_in_qonnx():
+  wrapper, execute = as_qonnx()
+  program = digits_convnet()
+  image = images(program, 1)
+  found = execute(wrapper(onnx_graph.model(program, batch=1)), {"image": image})
+  wanted = reference.logits(program, image)
+  np.testing.assert_array_equal(found["logits"], wanted)
+  np.testing.assert_array_equal(found["label"], wanted.argmax(-1))
+
+
+@pytest.mark.parametrize("bits", (1, 2, 3))
+def test_types_stay_in_a_clean_model(bits):
+  """Sums of windows and shortcuts among them; and the model gives equal logits."""
+  wrapper, execute = as_qonnx()
+  from qonnx.transformation import infer_datatypes
+  from qonnx.util import cleanup
+  from qonnx.util import inference_cost
+  program = residual_and_dense(bits)
+  clean = cleanup.cleanup_model(wrapper(onnx_graph.model(program, qonnx=True)))
+  image = images(program, 1)
+  result, = execute(clean, {
+      clean.graph.input[0].name: image.transpose(0, 3, 1, 2).astype(np.float32)
+  }).values()
+  np.testing.assert_array_equal(result, reference.logits(program, image))
+  cost = inference_cost.inference_cost(clean)["total_cost"]
+  assert not any("FLOAT" in key for key in cost), cost
+  inferred = clean.transform(infer_datatypes.InferDataTypes())
+  for name in clean.get_all_tensor_names():
+    assert inferred.get_tensor_datatype(name) == clean.get_tensor_datatype(name), name
+
+
+def test_types_hold_the_sums_that_there_can_be():
+  b = Builder(np.random.default_rng(0), (4, 4, 1))
+  x = b.threshold(b.conv(0, 1, 5), 3)
+  x = b.add(packed.Pool("sum", x, "sum", (4, 4), (1, 1)))  # 16 levels of 4: up to 64.
+  model = onnx_graph.model(b.end(x, 1), qonnx=True)
+  types = {a.tensor_name: a.quant_parameter_tensor_names[0].value
+           for a in model.graph.quantization_annotation}
+  assert types["03_sum"] == "INT8"
+  assert types["02_norm"] == "INT4" and types["01_conv"] == types["04_conv"] == "INT32"
+
+
 def test_tools_of_qonnx():
-  wrapper, execute, _ = as_qonnx()
+  wrapper, execute = as_qonnx()
   from qonnx.util import cleanup
   from qonnx.util import inference_cost
   program = digits_convnet()
@@ -152,16 +221,17 @@ def test_tools_of_qonnx():
 
 
 def test_convolutions_lower_as_finn_lowers_them():
-  wrapper, execute, infer_shapes = as_qonnx()
+  wrapper, execute = as_qonnx()
   from qonnx.transformation import fold_constants
   from qonnx.transformation import infer_datatypes
+  from qonnx.transformation import infer_shapes
   from qonnx.transformation import lower_convs_to_matmul
   from qonnx.util import cleanup
   program = digits_convnet()
   model = cleanup.cleanup_model(wrapper(onnx_graph.model(program, qonnx=True)))
   for transformation in (
       infer_datatypes.InferDataTypes(), fold_constants.FoldConstants([]),
-      lower_convs_to_matmul.LowerConvsToMatMul(), infer_shapes(),
+      lower_convs_to_matmul.LowerConvsToMatMul(), infer_shapes.InferShapes(),
       infer_datatypes.InferDataTypes()):
     model = model.transform(transformation)
   assert not model.get_nodes_by_op_type("Conv")

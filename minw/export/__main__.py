@@ -23,8 +23,16 @@ _MODULES = {"c": "c", "onnx": "onnx_graph", "qonnx": "onnx_graph",
             "stablehlo": "stablehlo"}
 
 
-def content(program: packed.Program, form: str, images: np.ndarray) -> bytes:
-  """The file of a format; `images` are for the test in it, where it has one.
+def content(
+    program: packed.Program, form: str, images: np.ndarray, batch: int | None = None
+) -> bytes:
+  """The file of a format.
+
+  Args:
+    program: the network.
+    form: a name of a format.
+    images: for the test in the file, where it has one.
+    batch: Number of images that the file's network takes at once; see `--batch`.
 
   Raises:
     cli.UsageError: the network can not be exported exactly, or a package is missing.
@@ -34,8 +42,9 @@ def content(program: packed.Program, form: str, images: np.ndarray) -> bytes:
     if form == "c":
       return module.source(program, images).encode()
     if form == "stablehlo":
-      return module.serialize(program)
-    return module.model(program, qonnx=form == "qonnx").SerializeToString()
+      return module.serialize(program, batch)
+    return module.model(
+        program, qonnx=form == "qonnx", batch=batch).SerializeToString()
   except ImportError as error:
     raise cli.UsageError(
         f"format={form!r} needs a package that is not installed ({error});"
@@ -72,6 +81,10 @@ def define_flags() -> None:
       "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
   flags.DEFINE_enum("format", None, sorted(_MODULES), "Of the file --out.")
   flags.DEFINE_string("out", None, "The file to write.")
+  flags.DEFINE_integer(
+      "batch", None, "Number of images that the exported network takes at once. By"
+      " default qonnx takes one, onnx and stablehlo any number; c always takes one.",
+      lower_bound=1)
   flags.DEFINE_string("golden", None, "A folder for the values of --images.")
   flags.DEFINE_list(
       "images", None, "PNG and JPEG files, or folders of them, for --golden and for the"
@@ -83,10 +96,12 @@ def main() -> None:
   f = flags.FLAGS
   if (f.format is None) != (f.out is None) or not (f.format or f.golden):
     raise cli.UsageError("--format and --out, or --golden, must be given")
+  cli.check(f.batch is None or f.format not in (None, "c"), "batch", f.batch,
+            "left out unless --format is onnx, qonnx or stablehlo")
   program = _program(f.workdir, f.model, f.checkpoint)
   images = test_images(f.images, program)
   if f.format:
-    data = content(program, f.format, images)
+    data = content(program, f.format, images, f.batch)
     try:
       pathlib.Path(f.out).write_bytes(data)
     except OSError as error:

@@ -10,7 +10,8 @@ where falling channels are multiplied by -1 before, and a shortcut is added to t
 times more than any sum, so that each of its levels has thresholds of its own.
 
 QONNX says all this by MultiThreshold, and by BipolarQuant and Quant of weights; plain
-ONNX by comparisons, and int8 weights.
+ONNX by comparisons, and int8 weights. Every tensor has its shape in the file, and in
+QONNX every tensor of integers its type, which are those that qonnx itself infers.
 """
 
 import json
@@ -30,19 +31,23 @@ _EXACT = 2 ** 24  # float32 holds the integers up to it.
 _STEPS = {1: [2], 2: [1, 1], 3: [2, 1, 1, 1, 1, 2]}  # From level to level.
 # 0, +-1, +-2, +-4 need 4 bits: Quant's levels of 3 bits end at +-3.
 _TYPES = {1: ("BIPOLAR", 1), 2: ("INT2", 2), 3: ("INT4", 4)}
+# The types that qonnx infers: INT32 from integers, and that of the first input.
+_SUMS = {"Add", "Sub", "Mul", "MatMul", "Conv"}
+_SAME_TYPE = {"Concat", "Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice"}
 
 
 def model(
-    program: packed.Program, *, qonnx: bool = False, batch: int = 1
+    program: packed.Program, *, qonnx: bool = False, batch: int | None = None
 ) -> onnx.ModelProto:
   """The model.
 
   Args:
     program: the network.
     qonnx: QONNX, of float images (batch, channels, height, width), 0 to 255, to
-      "logits"; else plain ONNX, of uint8 images (any batch, height, width, channels),
-      to "logits" and "label".
-    batch: of QONNX, whose tools ask for a fixed one.
+      "logits"; else plain ONNX, of uint8 images (batch, height, width, channels), to
+      "logits" and "label".
+    batch: Number of images that the model takes. By default QONNX takes one, because
+      its tools need a fixed number, and plain ONNX takes any number.
 
   Raises:
     ValueError: the network can not be exported exactly; names the layer.
@@ -54,7 +59,7 @@ def model(
   graph = _Graph(program, kinds, qonnx)
   for i in range(len(kinds)):
     graph.value(i)
-  return graph.model(batch)
+  return graph.model(batch or (1 if qonnx else "batch"))
 
 
 class _Graph:
@@ -62,14 +67,14 @@ class _Graph:
 
   def __init__(self, program, kinds, qonnx):
     self.program, self.kinds, self.qonnx = program, kinds, qonnx
-    self.names = common.names(program)
+    self.names, self.signs = common.names(program), packed.only_signs(program)
     self.nodes, self.made, self.initializers, self.types = [], set(), {}, {}
 
   def model(self, batch) -> onnx.ModelProto:
     h, w, c = self.program.source_shape
     shape, dtype = [batch, c, h, w], onnx.TensorProto.FLOAT
     if not self.qonnx:
-      shape, dtype, batch = ["batch", h, w, c], onnx.TensorProto.UINT8, "batch"
+      shape, dtype = [batch, h, w, c], onnx.TensorProto.UINT8
     classes = [batch, self.program.num_classes]
     outputs = [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, classes)]
     if not self.qonnx:
@@ -82,19 +87,35 @@ class _Graph:
     opsets = [helper.make_opsetid("", OPSET)]
     if self.qonnx:
       opsets.append(helper.make_opsetid(QONNX_DOMAIN, 1))
-      for name, datatype in {"image": "UINT8", **self.types}.items():
+      for name, datatype in self.all_types().items():
         annotation = graph.quantization_annotation.add(tensor_name=name)
         annotation.quant_parameter_tensor_names.add(key="finn_datatype", value=datatype)
     made = helper.make_model(
         graph, opset_imports=opsets, ir_version=8, producer_name="minw")
+    made.graph.value_info.extend(_shapes(made))
     helper.set_model_props(
         made, {"minw": json.dumps(common.metadata(self.program))})
     return made
+
+  def all_types(self) -> dict[str, str]:
+    """The QONNX type of every tensor that holds integers."""
+    types = {"image": "UINT8", **self.types}
+    for node in self.nodes:
+      given, made = [types.get(name) for name in node.input], node.output[0]
+      if node.op_type in _SUMS and all(given):
+        types[made] = "INT32"
+      elif node.op_type in _SAME_TYPE and given[0]:
+        types[made] = given[0]
+    return types
 
   def node(self, kind, name, *inputs, **attributes) -> str:
     """Adds a node that makes `name`, once."""
     if name not in self.made:
       self.made.add(name)
+      # qonnx's cleanup renames a tensor only where a node reads it first.
+      inputs = [
+          self.node("Identity", f"{name}_again{k}", x) if x in inputs[:k] else x
+          for k, x in enumerate(inputs)]
       self.nodes.append(helper.make_node(
           kind, inputs, [name], name=name, **attributes))
     return name
@@ -120,10 +141,13 @@ class _Graph:
     return 2 if self.kinds[i].bits == 1 and self.has_zeros(i) else self.kinds[i].bits
 
   def has_zeros(self, i) -> bool:
-    """Whether a convolution puts zeros around a code."""
+    """Whether a code gets zeros around it, or beside it in a concatenation."""
     for k, op in enumerate(self.program.ops, start=1):
       if i in packed.inputs(op):
         if isinstance(op, packed.Conv) and any(op.pads) and not op.pad:
+          return True
+        if isinstance(op, packed.Concat) and self.kinds[k].kind == "CODE" and (
+            not self.signs[k]):
           return True
         if isinstance(op, packed.Pool | packed.Concat | packed.Shortcut) and (
             self.kinds[k].kind == "CODE" and self.has_zeros(k)):
@@ -133,6 +157,7 @@ class _Graph:
   def typed(self, name, source, bits) -> str:
     """What QONNX knows the type of numbers by, which are levels already."""
     one = self.constant("one", np.float32(1))
+    self.types[name] = _TYPES[bits][0]
     if bits == 1:
       return self.node("BipolarQuant", name, source, one, domain=QONNX_DOMAIN)
     return self.node(
@@ -151,8 +176,9 @@ class _Graph:
   def times(self, name, source, factor) -> str:
     if factor == 1:
       return source
+    whole = float(factor).is_integer()
     return self.node("Mul", name, source, self.constant(
-        f"{name}_factor", np.float32(factor)))
+        f"{name}_factor", np.float32(factor), _integer(abs(factor)) if whole else None))
 
   def slice(self, name, source, starts, ends, steps) -> str:
     """Of height and width."""
@@ -231,12 +257,13 @@ def _pool(graph, i, op, name):
   if op.kind == "max":
     graph.map(i, "MaxPool", name, x, **options)
   elif tuple(op.window) == kind.shape[:2] and not any(op.pads):
+    graph.types[name] = _integer(graph.kinds[i].bound.max())
     graph.node("ReduceSum", name, x, graph.constant("axes", np.int64([2, 3])),
                keepdims=0)
   else:
     channels = kind.shape[2]
     graph.map(i, "Conv", name, x, graph.constant(
-        f"{name}_ones", np.ones((channels, 1, *op.window), np.float32)),
+        f"{name}_ones", np.ones((channels, 1, *op.window), np.float32), "BINARY"),
               group=channels, **options)
 
 
@@ -287,6 +314,7 @@ def _reached(graph, i, name, x, rows, scale, bias, datatype):
     rows: of (thresholds, a number for each channel; times).
   """
   if graph.qonnx:
+    graph.types[name] = datatype
     table = np.stack([t for t, times in rows for _ in range(times)], -1)
     return graph.node(
         "MultiThreshold", name, x,
@@ -326,20 +354,39 @@ def _shortcut(graph, i, op, name):
     x = graph.slice(f"{name}_pixels", x, (0, 0), (h, w), op.strides)
     if graph.flat(i):
       x = graph.node("Flatten", f"{name}_flat", x)
-  if op.before + op.after:
-    rest = () if graph.flat(i) else (0, 0)
-    x = graph.pad(f"{name}_filled", x, (0, op.before, *rest), (0, op.after, *rest), 0)
-  # Now with a 0 among signs.
-  if graph.qonnx:
-    graph.typed(name, x, max(bits, 2))
-  else:
+  if not op.before + op.after:
     graph.node("Identity", name, x)
+    return
+  if graph.qonnx:  # Typed before the Pad, whose type is that of its input.
+    x = graph.typed(f"{name}_levels", x, max(bits, 2))
+  rest = () if graph.flat(i) else (0, 0)
+  graph.pad(name, x, (0, op.before, *rest), (0, op.after, *rest), 0)
 
 
 def _add(graph, i, op, name):
   graph.node("Add", name, *(
       graph.times(f"{name}_{side}", graph.names[j], 1 << shift)
       for side, j, shift in (("a", op.a, op.shift_a), ("b", op.b, op.shift_b))))
+
+
+def _integer(bound: int) -> str:
+  """The narrowest signed type of QONNX that holds -bound to bound."""
+  return f"INT{max(2, int(bound).bit_length() + 1)}"
+
+
+def _shapes(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+  """Type and shape of every tensor between the nodes.
+
+  QONNX's nodes, which ONNX's inference does not know, keep their first input's shape.
+  """
+  standard = onnx.ModelProto()
+  standard.CopyFrom(model)
+  for node in standard.graph.node:
+    if node.domain:
+      node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output))
+  inferred = onnx.shape_inference.infer_shapes(
+      standard, check_type=True, strict_mode=True, data_prop=True)
+  return list(inferred.graph.value_info)
 
 
 _RULES = {

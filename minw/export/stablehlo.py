@@ -1,6 +1,6 @@
 """A packed network as serialized StableHLO, for `jax.export.deserialize`.
 
-It takes uint8 (batch, height, width, channels), for any batch, and returns the int32
+It takes uint8 (batch, height, width, channels), by default of any batch, and returns the int32
 labels and float32 logits. Weights are in it packed. `fun_name` is JSON: its metadata.
 """
 
@@ -18,16 +18,20 @@ from minw.kernels import xla
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def serialize(program: packed.Program) -> bytes:
+def serialize(program: packed.Program, batch: int | None = None) -> bytes:
   """The file's content.
+
+  Args:
+    program: the network.
+    batch: Number of images that it takes; any number by default.
 
   Raises:
     ImportError: flatbuffers is not installed.
     ValueError: the network can not be exported exactly; names the layer.
   """
   common.values(program)
-  batch, = export.symbolic_shape("batch")
-  images = jax.ShapeDtypeStruct((batch, *program.source_shape), jnp.uint8)
+  number = batch or export.symbolic_shape("batch")[0]
+  images = jax.ShapeDtypeStruct((number, *program.source_shape), jnp.uint8)
   operands, run = xla.values(program, "portable")
 
   def network(images):
