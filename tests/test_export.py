@@ -7,6 +7,7 @@ import ctypes
 import functools
 import json
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -35,12 +36,14 @@ from minw import packed
 from minw import pipeline
 from minw.export import __main__ as export_command
 from minw.export import c
+from minw.export import c_text
 from minw.export import golden
 from minw.kernels import reference
 
 ROOT = pathlib.Path(__file__).parents[1]
 GCC = shutil.which("gcc")
-FLAGS = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
+WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wcomment", "-Wtrigraphs", "-Werror")
+FLAGS = ("-std=c99", *WARNINGS)
 needs_gcc = pytest.mark.skipif(GCC is None, reason="gcc is not installed")
 
 
@@ -91,6 +94,49 @@ def residual_and_dense(bits):
   codes = b.add(packed.Pool("sum", codes, "sum", b.shape(codes)[:2], (1, 1)))
   b.threshold(level, 3)
   return b.end(codes, bits)
+
+
+def sum_of_many(bits=2, count=32):
+  """A network with a sum of `count` convolutions."""
+  b = Builder(np.random.default_rng(0), (8, 8, 3))
+  x = b.threshold(b.conv(0, 1, 16), bits)
+  y = b.conv(x, 1, 16)
+  for k in range(count - 1):
+    y = b.add(packed.Add("add", y, b.conv(x, bits, 16), 0, k % 2))
+  return b.end(b.threshold(y, bits))
+
+
+def chained_pools(kind, count):
+  """A network with a chain of pools whose windows overlap, over a convolution."""
+  b = Builder(np.random.default_rng(1), (10, 11, 2))
+  x = b.threshold(b.conv(0, 1, 33), 2)
+  y = b.conv(x, 1, 12)
+  for _ in range(count):
+    y = b.add(packed.Pool(f"{kind} pool", y, kind, (3, 2), (1, 1), (1, 1, 0, 1)))
+  return b.end(b.threshold(y, 1))
+
+
+def tree(bits=3):
+  """A network that pools, concatenates and adds in turns, before any threshold."""
+  b = Builder(np.random.default_rng(2), (9, 9, 3))
+  x = b.threshold(b.conv(0, bits, 16), bits)
+
+  def grow(height):
+    if not height:
+      return b.conv(x, bits, 5)
+    left, right = grow(height - 1), grow(height - 1)
+    y = b.add(packed.Concat("both", (left, right), (0, 1)))
+    y = b.add(packed.Add("add", y, b.conv(x, 2, b.shape(y)[2])))
+    return b.add(packed.Pool("pool", y, "max", (3, 3), (1, 1), (1, 1, 1, 1)))
+
+  return b.end(b.threshold(grow(2), bits), bits)
+
+
+STACKS = {
+    "sum": sum_of_many, "sums": lambda: chained_pools("sum", 5),
+    "maxima": lambda: chained_pools("max", 3), "tree": tree,
+    "digits": digits_convnet, "every1": lambda: residual_and_dense(1),
+    "every3": lambda: residual_and_dense(3), "dense": small}
 
 
 def order(logits):
@@ -269,10 +315,155 @@ def test_c_checks_itself(tmp_path):
   assert result.returncode == 1 and "1 scores are wrong" in result.stdout
 
 
+def compiler(name):
+  """A compiler's path; the test is skipped without it."""
+  return shutil.which(name) or pytest.skip(f"{name} is not installed")
+
+
+@pytest.mark.parametrize("make", [
+    sum_of_many, tree, lambda: chained_pools("sum", 5), lambda: chained_pools("max", 2)],
+    ids=["sum", "tree", "sums", "maxima"])
+def test_c_of_long_sums_and_pools(tmp_path, make):
+  compiler("gcc")
+  program = make()
+  assert_c_equal(program, tmp_path, images(program, 5))
+
+
+@pytest.mark.parametrize("name, flag", [
+    ("gcc", "-O0"), ("gcc", "-Os"), ("gcc", "-O2"), ("clang", "-O0"), ("clang", "-Os"),
+    ("clang", "-O2")])
+@pytest.mark.parametrize("make", STACKS.values(), ids=STACKS)
+def test_c_takes_less_stack_than_it_says(tmp_path, make, name, flag):
+  """As a painted stack shows."""
+  program = make()
+  text = c.source(program, images(program, 1))
+  (tmp_path / "net.c").write_text(text)
+  (tmp_path / "net.h").write_text(c.header(program))
+  subprocess.run(
+      [compiler(name), "-std=c99", flag, "-I", tmp_path, "-o", tmp_path / "stack",
+       ROOT / "tests" / "export" / "stack.c", tmp_path / "net.c"], check=True)
+  used = int(subprocess.run([tmp_path / "stack"], check=True, capture_output=True).stdout)
+  stated = int(text.split("Stack: less than ")[1].split()[0])
+  assert f"#define MINW_STACK {stated} " in text
+  assert 0 < used < stated < 1000
+
+
+@needs_gcc
+@pytest.mark.parametrize("make", [
+    sum_of_many, tree, lambda: chained_pools("sum", 8), lambda: residual_and_dense(2)],
+    ids=["sum", "tree", "sums", "every"])
+def test_c_computes_every_element_once(tmp_path, make):
+  program = make()
+  text = c.source(program, images(program, 1))
+  text, functions = re.subn(
+      r"(static int32_t f(\d+)\(int y, int x, int c\) {\n)", r"\1  calls[\2]++;\n", text)
+  sizes = [np.prod(kind.shape) for kind in packed.infer_values(program)[:-1]]
+  (tmp_path / "net.c").write_text(f"long calls[{len(sizes)}];\n{text}")
+  subprocess.run([GCC, "-shared", "-fPIC", "-o", tmp_path / "net.so",
+                  tmp_path / "net.c"], check=True)
+  library = ctypes.CDLL(str(tmp_path / "net.so"))
+  image, = images(program, 1)
+  library.minw_run(ctypes.c_void_p(np.ascontiguousarray(image).ctypes.data), None)
+  calls = (ctypes.c_long * len(sizes)).in_dll(library, "calls")
+  assert functions > len(sizes) // 2
+  # The image and sums inside a sum have no function.
+  for called, size in zip(calls, sizes, strict=True):
+    assert called in (0, size)
+  assert sum(map(bool, calls)) == functions
+
+
+NASTY = [
+    "/* comment */", "*/ int x; /*", "// line", "ends with \\", "??/", "??' ??<", '"quoted"',
+    "two\nlines\r\n", "tab\t", "é 数字 \u202e", "%s%d%n", "\\x41", "\x00", "a" * 4000]
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("gcc", ["-std=c99"]), ("gcc", ["-std=c17"]), ("clang", ["-std=c99"]),
+    *((name, ["-x", "c++", f"-std=c++{year}"]) for name in ("g++", "clang++")
+      for year in (11, 14, 17, 20))])
+def test_c_holds_any_text(tmp_path, name, flags):
+  """In labels, names of layers and metadata, by each standard of C and C++."""
+  names = iter(NASTY)
+  program = residual_and_dense(1)
+  program = program._replace(
+      ops=tuple(op._replace(name=next(names, "layer")) for op in program.ops),
+      num_classes=7, metadata={"labels": NASTY[:7], "config_hash": "*/??/\n\\"})
+  (tmp_path / "net.c").write_text(c.source(program, images(program, 2)), "ascii")
+  subprocess.run([compiler(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
+                  tmp_path / "net", tmp_path / "net.c"], check=True)
+  said = subprocess.run([tmp_path / "net"], check=True, capture_output=True).stdout
+  found = reference.logits(program, images(program, 2)).argmax(-1)
+  assert said.decode() == "".join(
+      f"image {i}: {k} {NASTY[k]}\n" for i, k in enumerate(found)
+  ) + "all scores are right\n"
+
+
+@needs_gcc
+def test_c_labels_are_bytes_of_utf8(tmp_path):
+  program = digits_network({"labels": (NASTY + list("abcdefghij"))[4:14]})
+  (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
+  subprocess.run([GCC, *FLAGS, "-shared", "-fPIC", "-o", tmp_path / "net.so",
+                  tmp_path / "net.c"], check=True)
+  library = ctypes.CDLL(str(tmp_path / "net.so"))
+  labels = (ctypes.c_char_p * 10).in_dll(library, "minw_labels")
+  # A C string ends at its first NUL.
+  assert [label.decode() for label in labels] == [
+      label.split("\0")[0] for label in program.metadata["labels"]]
+
+
+@pytest.mark.parametrize("name, prefix", [
+    ("digits", "digits"), ("ConvNet D.v2", "convnet_d_v2"), ("3bit", "minw_3bit"),
+    ("__x__y__", "x_y"), ("Über-Netz", "uber_netz"), ("数字", "minw"), ("", "minw"),
+    ("int", "int")])
+def test_prefixes_by_hand(name, prefix):
+  assert c_text.prefix(name) == prefix
+  assert c_text.PREFIX.fullmatch(prefix)
+
+
+@pytest.mark.parametrize("prefix", ["", "9a", "_a", "a_", "a__b", "a-b", "é", "a\n"])
+def test_bad_prefixes_are_refused(prefix):
+  with pytest.raises(ValueError, match="prefix .* must be made of letters"):
+    c.source(small(), images(small(), 1), prefix)
+
+
+@pytest.mark.parametrize("cc, cxx", [("gcc", "g++"), ("clang", "clang++")])
+def test_c_networks_link_into_one_program(tmp_path, cc, cxx):
+  """By their headers, from C++."""
+  programs_of = {"first": small(), "int": digits_convnet()}
+  wanted = []
+  for prefix, program in programs_of.items():
+    (tmp_path / f"{prefix}.h").write_text(c.header(program, prefix))
+    # The header agrees with the file.
+    (tmp_path / f"{prefix}.c").write_text(
+        f'#include "{prefix}.h"\n' + c.source(program, images(program, 1), prefix))
+    subprocess.run([compiler(cc), *FLAGS, "-Wmissing-prototypes", "-c", f"{prefix}.c"],
+                   cwd=tmp_path, check=True)
+    zeros = np.zeros((1, *program.source_shape), np.uint8)
+    wanted.append(int(reference.logits(program, zeros).argmax()))
+  (tmp_path / "app.cc").write_text("""
+#include "first.h"
+#include "int.h"
+#include <cstdio>
+int main() {
+  static const uint8_t a[FIRST_HEIGHT * FIRST_WIDTH * FIRST_CHANNELS] = {};
+  static const uint8_t b[INT_HEIGHT * INT_WIDTH * INT_CHANNELS] = {};
+  int32_t scores[FIRST_CLASSES + INT_CLASSES];
+  std::printf("%d %d %s\\n", first_run(a, scores), int_run(b, nullptr), int_labels[9]);
+}
+""".replace("\\\\", "\\"))
+  subprocess.run([compiler(cxx), "-std=c++11", *WARNINGS, "-o", "app", "app.cc",
+                  "first.o", "int.o"], cwd=tmp_path, check=True)
+  said = subprocess.run([tmp_path / "app"], check=True, capture_output=True, text=True)
+  assert said.stdout == f"{wanted[0]} {wanted[1]} number 9\n"
+  names = subprocess.run(["nm", "-g", "--defined-only", "first.o"], cwd=tmp_path,
+                         check=True, capture_output=True, text=True).stdout.split()[2::3]
+  assert sorted(names) == ["first_labels", "first_run"]
+
+
 @needs_gcc
 @pytest.mark.parametrize("flag", ["-O0", "-O3"])
 def test_c_needs_nothing(tmp_path, flag):
-  """No function of any library, and no more stack than it says."""
+  """No function of any library, and frames of fixed sizes."""
   program = residual_and_dense(3)
   (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
   subprocess.run([GCC, *FLAGS, flag, "-fstack-usage", "-c", "net.c"], cwd=tmp_path,
@@ -392,10 +583,13 @@ def test_command(tmp_path, model, form, needs):
   run = command(f"--model={model}", f"--format={form}", f"--out={out}",
                 f"--golden={tmp_path / 'golden'}")
   assert run.returncode == 0, run.stderr
-  assert run.stdout == (f"{out}: {out.stat().st_size} bytes\n"
+  written = [out, tmp_path / "net.h"] if form == "c" else [out]
+  assert run.stdout == ("".join(f"{p}: {p.stat().st_size} bytes\n" for p in written) +
                         f"{tmp_path / 'golden'}: 3 values of 4 images\n")
   assert b'"abcdefghij"' in out.read_bytes().replace(b'", "', b"")
   assert np.load(tmp_path / "golden" / "input.npy").shape == (4, 8, 8, 1)
+  if form == "c":  # By the name of net.minw.
+    assert "int net_run(" in (tmp_path / "net.h").read_text()
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -429,6 +623,15 @@ def test_images_from_files(tmp_path):
     (("--workdir=/nowhere", "--golden=x"), "workdir='/nowhere'"),
     (("--model={model}", "--format=c", "--out=/no/where"),
      "out='/no/where' can not be written"),
+    (("--model={model}", "--format=c", "--out=x.h"), "out='x.h': must be the C file"),
+    (("--model={model}", "--format=c", "--out=x.c", "--prefix=2x"),
+     "prefix='2x': must be made of letters, digits and single underscores"),
+    (("--model={model}", "--format=onnx", "--out=x", "--prefix=x"),
+     "prefix='x': must be left out unless --format is c"),
+    (("--model={model}", "--format=c", "--out=x.c", "--batch=2"),
+     "batch=2: must be left out unless --format is onnx, qonnx or stablehlo"),
+    (("--model={model}", "--format=qonnx", "--out=x", "--batch=0"),
+     "--batch=0: 0 is not a positive integer"),
     (("--model={model}", "--golden=/dev/null/x"), "golden='/dev/null/x': "),
     (("--model={model}", "--golden=x", "--images=/nowhere"),
      "images='/nowhere': must be a file or folder that exists"),

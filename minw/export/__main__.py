@@ -3,7 +3,7 @@
   python -m minw.export --workdir=DIR --format=FORMAT --out=FILE
   python -m minw.export --model=net.minw --golden=DIR [--images=FILES_OR_FOLDERS]
 
-The formats: c, one C99 file; stablehlo, for `jax.export` on CPU, GPU and TPU; onnx, for
+The formats: c, a C99 and C++11 file with its header beside it; stablehlo, for `jax.export` on CPU, GPU and TPU; onnx, for
 ONNX Runtime; qonnx, for FINN and other compilers of quantized networks. --golden writes
 all values of a few images, which --images names; else they are random.
 """
@@ -17,34 +17,42 @@ import numpy as np
 from minw import cli
 from minw import infer
 from minw import packed
+from minw.export import c
+from minw.export import c_text
 from minw.export import golden
 
-_MODULES = {"c": "c", "onnx": "onnx_graph", "qonnx": "onnx_graph",
-            "stablehlo": "stablehlo"}
+_FORMATS = ("c", "onnx", "qonnx", "stablehlo")
 
 
 def content(
-    program: packed.Program, form: str, images: np.ndarray, batch: int | None = None
+    program: packed.Program,
+    form: str,
+    images: np.ndarray,
+    *,
+    batch: int | None = None,
+    prefix: str = "minw",
 ) -> bytes:
   """The file of a format.
 
   Args:
     program: the network.
-    form: a name of a format.
-    images: for the test in the file, where it has one.
-    batch: Number of images that the file's network takes at once; see `--batch`.
+    form: one of the formats.
+    images: for the test in the C file.
+    batch: Number of images that the network takes at once; see `--batch`.
+    prefix: Beginning of the public names in the C file; see `--prefix`.
 
   Raises:
     cli.UsageError: the network can not be exported exactly, or a package is missing.
   """
   try:
-    module = importlib.import_module(f"minw.export.{_MODULES[form]}")
     if form == "c":
-      return module.source(program, images).encode()
+      return c.source(program, images, prefix).encode()
     if form == "stablehlo":
-      return module.serialize(program, batch)
-    return module.model(
-        program, qonnx=form == "qonnx", batch=batch).SerializeToString()
+      stablehlo = importlib.import_module("minw.export.stablehlo")
+      return stablehlo.serialize(program, batch)
+    graph = importlib.import_module("minw.export.onnx_graph")
+    model = graph.model(program, qonnx=form == "qonnx", batch=batch)
+    return model.SerializeToString()
   except ImportError as error:
     raise cli.UsageError(
         f"format={form!r} needs a package that is not installed ({error});"
@@ -73,18 +81,52 @@ def _program(workdir: str | None, model: str | None, which: str) -> packed.Progr
   return pack.pack_workdir(workdir, which)
 
 
+def _check_options(
+    form: str | None, out: str | None, batch: int | None, prefix: str | None
+) -> None:
+  """Refuses what does not go with the format.
+
+  Raises:
+    cli.UsageError: names the flag, its value and what is allowed.
+  """
+  cli.check(batch is None or form in ("onnx", "qonnx", "stablehlo"), "batch", batch,
+            "left out unless --format is onnx, qonnx or stablehlo")
+  cli.check(prefix is None or form == "c", "prefix", prefix,
+            "left out unless --format is c")
+  cli.check(prefix is None or c_text.PREFIX.fullmatch(prefix), "prefix", prefix,
+            f"made of {c_text.ALLOWED_PREFIX}")
+  cli.check(form != "c" or not out.endswith(".h"), "out", out,
+            "the C file; its header is written beside it")
+
+
+def _name(workdir: str | None, model: str | None) -> str:
+  """The name of the network: of the run's folder, or of the file without its ending."""
+  return pathlib.Path(workdir).resolve().name if workdir else pathlib.Path(model).stem
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+  try:
+    path.write_bytes(data)
+  except OSError as error:
+    raise cli.UsageError(f"out={str(path)!r} can not be written: {error}") from error
+  print(f"{path}: {len(data)} bytes")
+
+
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string("workdir", None, "Of a run.")
   flags.DEFINE_string("model", None, "A packed network, instead of a run.")
   flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
-  flags.DEFINE_enum("format", None, sorted(_MODULES), "Of the file --out.")
+  flags.DEFINE_enum("format", None, _FORMATS, "Of the file --out.")
   flags.DEFINE_string("out", None, "The file to write.")
   flags.DEFINE_integer(
       "batch", None, "Number of images that the exported network takes at once. By"
       " default qonnx takes one, onnx and stablehlo any number; c always takes one.",
       lower_bound=1)
+  flags.DEFINE_string(
+      "prefix", None, "Beginning of the public names in a C file, such as digits for"
+      " digits_run. By default it is made from the name of --model or --workdir.")
   flags.DEFINE_string("golden", None, "A folder for the values of --images.")
   flags.DEFINE_list(
       "images", None, "PNG and JPEG files, or folders of them, for --golden and for the"
@@ -96,17 +138,17 @@ def main() -> None:
   f = flags.FLAGS
   if (f.format is None) != (f.out is None) or not (f.format or f.golden):
     raise cli.UsageError("--format and --out, or --golden, must be given")
-  cli.check(f.batch is None or f.format not in (None, "c"), "batch", f.batch,
-            "left out unless --format is onnx, qonnx or stablehlo")
+  _check_options(f.format, f.out, f.batch, f.prefix)
   program = _program(f.workdir, f.model, f.checkpoint)
   images = test_images(f.images, program)
   if f.format:
-    data = content(program, f.format, images, f.batch)
-    try:
-      pathlib.Path(f.out).write_bytes(data)
-    except OSError as error:
-      raise cli.UsageError(f"out={f.out!r} can not be written: {error}") from error
-    print(f"{f.out}: {len(data)} bytes")
+    prefix = f.prefix or c_text.prefix(_name(f.workdir, f.model))
+    out = pathlib.Path(f.out)
+    files = {out: content(program, f.format, images, batch=f.batch, prefix=prefix)}
+    if f.format == "c":
+      files[out.with_suffix(".h")] = c.header(program, prefix).encode()
+    for path, data in files.items():
+      _write(path, data)
   if f.golden:
     try:
       golden.write(f.golden, program, images)

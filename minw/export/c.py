@@ -1,11 +1,17 @@
-"""A packed network as one C99 file: no heap, no libm, and no library.
+"""A packed network as one C99 or C++11 file: no heap, no libm, and no library.
 
-Each value has a function that computes one element of it. Codes, and sums that several
-operations or a convolution read, are kept in a static arena in which they follow one
-another; other sums never are in memory, so that a convolution, its pooling and its
-thresholds come to one loop. Where windows of pooling overlap, sums are computed again:
-memory is what small machines lack. Codes and weights are planes of bits, in words of 32
-along channels:
+Each value has a function that computes one element of it. A value is
+
+    stored      whole, in a static arena: codes, and sums that several operations or a
+                convolution read
+    a plane     kept one channel at a time, in the arena as well: sums that overlapping
+                windows of a pool would compute again, and sums of so many steps that
+                their functions would nest too deep for a small stack
+    computed    where it is read, and never in memory: other sums
+
+so that a convolution, its pooling and its thresholds usually become one loop. Buffers
+in the arena share memory where they are not needed at the same time. Codes and weights
+are planes of bits, in words of 32 along channels:
 
     1 bit   the sign (1 is minus)
     2 bits  where it is not 0; the sign
@@ -19,10 +25,15 @@ import re
 import numpy as np
 
 from minw import packed
+from minw.export import c_memory
+from minw.export import c_text
 from minw.export import common
 from minw.kernels import reference
 
-STACK = 512  # Bytes, of all functions together.
+# Bytes of stack, for what every network needs and for each function of a value. They
+# are about 1.5 times what gcc and clang take on x86-64, without or with optimization.
+_STACK = 256
+_STACK_OF_FUNCTION = 128
 
 # Functions that some networks need: each with what its text calls before it.
 _HELPERS = {
@@ -89,7 +100,7 @@ _SCORE = """\
 static int32_t score(int32_t sum, int c) {
   union { float f; int32_t i; } bits;
   volatile float y = (float)sum;
-  y = y * UNIT;
+  y = y * unit[0];
   y = y - center[c];
   y = y * scale[c];
   y = y + constant[c];
@@ -97,23 +108,53 @@ static int32_t score(int32_t sum, int c) {
   return bits.i < 0 ? bits.i ^ 0x7fffffff : bits.i;
 }"""
 
+_DECLARATIONS = """\
+#define {NAME}_CLASSES {classes}
+#define {NAME}_HEIGHT {height}
+#define {NAME}_WIDTH {width}
+#define {NAME}_CHANNELS {channels}
+#define {NAME}_STACK {stack} /* Bytes of stack that {name}_run takes at most. */
+
+#ifdef __cplusplus
+extern "C" {{
+#endif
+/* Returns the label of an image: the index of the first of the greatest scores.
+
+   image: {height} x {width} x {channels} bytes: rows, pixels, channels.
+   scores: {NAME}_CLASSES integers that are written, or a null pointer. They order as
+   the logits, whose float32 bits they are (those of negative logits with all bits but
+   the sign inverted).
+   It works in static memory, so that only one call may run at a time. */
+int {name}_run(const uint8_t *image, int32_t *scores);
+
+/* The names of the labels, in UTF-8. */
+extern const char *const {name}_labels[{NAME}_CLASSES];
+#ifdef __cplusplus
+}}
+#endif
+"""
+
 _MAIN = """\
 #ifdef MINW_MAIN
 #include <stdio.h>
 
-%s
-%s
-int main(void) {
-  int32_t scores[MINW_CLASSES];
+{images}
+{wanted}
+int main(void) {{
+  int32_t scores[{NAME}_CLASSES];
   int i, c, wrong = 0;
-  for (i = 0; i < %d; i++) {
-    const int label = minw_run(images + (long)i * %d, scores);
-    for (c = 0; c < MINW_CLASSES; c++) wrong += scores[c] != wanted[i * %d + c];
-    printf("image %%d: %%d %%s\\n", i, label, minw_labels[label]);
-  }
-  printf(wrong ? "%%d scores are wrong\\n" : "all scores are right\\n", wrong);
+  for (i = 0; i < {count}; i++) {{
+    const int label = {name}_run(images + (long)i * {pixels}, scores);
+    for (c = 0; c < {NAME}_CLASSES; c++)
+      wrong += scores[c] != wanted[i * {NAME}_CLASSES + c];
+    printf("image %d: %d %s\\n", i, label, {name}_labels[label]);
+  }}
+  if (wrong)
+    printf("%d scores are wrong\\n", wrong);
+  else
+    printf("all scores are right\\n");
   return wrong != 0;
-}
+}}
 #endif
 """
 
@@ -124,55 +165,93 @@ def scores(logits: np.ndarray) -> np.ndarray:
   return np.where(bits < 0, bits ^ 0x7fffffff, bits)
 
 
-def source(program: packed.Program, images: np.ndarray) -> str:
+def source(program: packed.Program, images: np.ndarray, prefix: str = "minw") -> str:
   """The C file.
 
   Args:
     program: the network.
     images: uint8 (batch, *program.source_shape), for the test in its `main`.
+    prefix: Begins all names that other files of a C program can see.
 
   Raises:
-    ValueError: the network can not be exported exactly; names the layer.
+    ValueError: the network can not be exported exactly; names the layer. Or the prefix
+      does not make a C name.
   """
-  return _Writer(program).text(images)
+  return _Writer(program, prefix).text(images)
+
+
+def header(program: packed.Program, prefix: str = "minw") -> str:
+  """The header that declares what `source` defines."""
+  writer = _Writer(program, prefix)
+  return f"""\
+/* {writer.title()} */
+#ifndef MINW_{prefix.upper()}_H
+#define MINW_{prefix.upper()}_H
+
+#include <stdint.h>
+
+{writer.declarations()}
+#endif
+"""
 
 
 class _Writer:
   """Writes the functions of a program's values."""
 
-  def __init__(self, program: packed.Program):
-    self.program = program
+  def __init__(self, program: packed.Program, prefix: str):
+    if not c_text.PREFIX.fullmatch(prefix):
+      raise ValueError(f"prefix {prefix!r} must be made of {c_text.ALLOWED_PREFIX}")
+    self.program, self.prefix = program, prefix
     self.kinds = common.values(program)
-    self.signs = packed.only_signs(program)
-    self.stored = [i for i in range(1, len(program.ops)) if self._is_stored(i)]
-    self.offsets, self.words = self._arena()
+    self.memory = c_memory.Memory(program, self.kinds)
     self.flash = 0  # Bytes of constants.
 
+  def title(self) -> str:
+    """The first line of both files."""
+    return "A network with 1-3 bit weights and activations, made by minw."
+
+  def stack(self) -> int:
+    """Bytes of stack that a call takes at most."""
+    return _STACK + self.memory.depth * _STACK_OF_FUNCTION
+
+  def declarations(self) -> str:
+    """What a program that calls the network includes."""
+    h, w, c = self.program.source_shape
+    return _DECLARATIONS.format(
+        name=self.prefix, NAME=self.prefix.upper(), height=h, width=w, channels=c,
+        classes=self.program.num_classes, stack=self.stack())
+
   def text(self, images: np.ndarray) -> str:
-    p = self.program
-    body = [self._function(i) for i in range(1, len(self.kinds))]
-    flash = self.flash
-    calls = "".join(f"  make{i}();\n" for i in self.stored)
-    pixels = math.prod(p.source_shape)
-    wanted = scores(reference.logits(p, images))
-    meta = common.metadata(p)
-    arena = f"static uint32_t arena[{self.words}];\n" if self.stored else ""
-    head = f"""\
-/* A network with 1-3 bit weights and activations, made by minw.
+    values = [self._function(i) for i in range(1, len(self.kinds))
+              if not self.memory.is_term(i)]
+    run = self._run()
+    body = "\n\n".join(values)
+    helpers: list[str] = []
+    for name, helper in reversed(_HELPERS.items()):
+      if any(f"{name}(" in text for text in (body, run, *helpers)):
+        helpers.insert(0, helper)
+    # The head says how large the constants of the functions are.
+    head = self._head(len(images))
+    return "\n".join(
+        [head, "\n\n".join([*helpers, body]), "", run, self._main(images)])
 
-   int minw_run(const uint8_t *image, int32_t *scores);
+  def _head(self, count):
+    """The text before the functions."""
+    meta = common.metadata(self.program)
+    words = self.memory.words
+    labels = "\n".join(f"  {c_text.string(str(label))}," for label in meta["labels"])
+    arena = f"static uint32_t arena[{words}];\n" if words else ""
+    offset = ", ".join(map(str, self.program.offset))
+    return f"""\
+/* {self.title()}
 
-   image: {' x '.join(map(str, p.source_shape))} bytes: rows, pixels, channels.
-   scores: {p.num_classes}, or a null pointer; they order as the logits, whose float32
-   bits they are (of negative ones with all bits but the sign inverted).
-   Returns the label, the first of the greatest scores.
+   Constants: {self.flash} bytes, and labels.
+   Static memory: {4 * words + 8} bytes, so that one call runs at a time.
+   Stack: less than {self.stack()} bytes, unless a compiler uses vector instructions.
+   No heap, no library.
+   With -DMINW_MAIN there is a main that checks {count} images.
 
-   Constants: {flash} bytes, and labels.
-   Static memory: {4 * self.words + 8} bytes, so that one call runs at a time.
-   Stack: less than {STACK} bytes. No heap, no library.
-   With -DMINW_MAIN there is a main that checks {len(images)} images.
-
-   {json.dumps(meta).replace('*/', '*' + chr(92) + '/')}
+   {c_text.json_comment(json.dumps(meta))}
 */
 #include <float.h>
 #include <limits.h>
@@ -182,27 +261,35 @@ class _Writer:
 #error "float must be IEEE single precision, and int have 32 bits"
 #endif
 
-#define MINW_CLASSES {p.num_classes}
-int minw_run(const uint8_t *image, int32_t *scores);
-const char *const minw_labels[MINW_CLASSES] = {{
-{chr(10).join('  ' + _string(label) + ',' for label in meta['labels'])}
+/* Functions inlined into one another would take more stack together. */
+#ifdef __GNUC__
+#define APART __attribute__((noinline))
+#else
+#define APART
+#endif
+
+{self.declarations()}
+const char *const {self.prefix}_labels[{self.prefix.upper()}_CLASSES] = {{
+{labels}
 }};
 
 {arena}static const uint8_t *input;
-static const uint8_t offset[] = {{{', '.join(map(str, p.offset))}}};
+static const uint8_t offset[] = {{{offset}}};
 """
-    body = "\n\n".join(body)
-    helpers = []
-    for name, helper in reversed(_HELPERS.items()):
-      if f"{name}(" in body or any(f"{name}(" in text for text in helpers):
-        helpers.insert(0, helper)
-    run = f"""\
-int minw_run(const uint8_t *image, int32_t *scores) {{
+
+  def _run(self):
+    """The function that runs the network."""
+    last = self.program.ops[-1].input
+    calls = "".join(f"  make{i}();\n" for i in self.memory.stored)
+    planes = "".join(f"    {line}\n" for line in self._make_planes(len(self.kinds) - 1))
+    return f"""\
+int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
   int c, label = 0;
   int32_t best = INT32_MIN;
   input = image;
-{calls}  for (c = 0; c < MINW_CLASSES; c++) {{
-    const int32_t s = score({self.get(p.ops[-1].input, '0', '0', 'c')}, c);
+{calls}  for (c = 0; c < {self.prefix.upper()}_CLASSES; c++) {{
+    int32_t s;
+{planes}    s = score({self.get(last, '0', '0', 'c')}, c);
     if (s > best) {{
       best = s;
       label = c;
@@ -212,54 +299,19 @@ int minw_run(const uint8_t *image, int32_t *scores) {{
   return label;
 }}
 """
-    main = _MAIN % (self.array("uint8_t", "images", images),
-                    self.array("int32_t", "wanted", wanted),
-                    len(images), pixels, p.num_classes)
-    return "\n".join([head, "\n\n".join([*helpers, body]), "", run, main])
 
-  def _is_stored(self, i):
-    """Whether a value is kept, rather than computed where it is read."""
-    kind, ops = self.kinds[i], self.program.ops
-    readers = [op for op in ops for j in packed.inputs(op) if j == i]
-    return kind.kind == "CODE" or len(readers) != 1 or isinstance(
-        readers[0], packed.Conv)
-
-  def _reads(self, i):
-    """The kept values that one is computed from."""
-    found = set()
-    for j in packed.inputs(self.program.ops[i - 1]) if i else ():
-      found |= {j} if j in self.stored else self._reads(j)
-    return found
-
-  def _arena(self):
-    """Where kept values are, in words: each in the first gap of its lifetime."""
-    last = {i: i for i in self.stored}
-    for i in [*self.stored, len(self.program.ops)]:
-      for j in self._reads(i):
-        last[j] = i
-    placed = []
-    for i in self.stored:
-      h, w, c = self.kinds[i].shape
-      size, at = h * w * self._pixel(i), 0
-      for start, end, j in sorted(placed):
-        if last[j] >= i and start < at + size and at < end:
-          at = end
-      placed.append((at, at + size, i))
-    return {i: start for start, _, i in placed}, max(
-        (end for _, end, _ in placed), default=0)
-
-  def planes(self, i):
-    """Bits of a code; one more than its grid has where there is a 0 among signs."""
-    return 2 if self.kinds[i].bits == 1 and not self.signs[i] else self.kinds[i].bits
-
-  def _pixel(self, i):
-    """Words that a pixel of a kept value takes."""
-    c = self.kinds[i].shape[2]
-    return c if self.kinds[i].kind == "INT" else -(-c // 32) * self.planes(i)
+  def _main(self, images):
+    """The test in the file."""
+    wanted = scores(reference.logits(self.program, images))
+    return _MAIN.format(
+        images=self.array("uint8_t", "images", images),
+        wanted=self.array("int32_t", "wanted", wanted), count=len(images),
+        pixels=math.prod(self.program.source_shape), name=self.prefix,
+        NAME=self.prefix.upper())
 
   def at(self, i, y, x):
     """The address of a kept value's pixel."""
-    return f"v{i} + ({y} * {self.kinds[i].shape[1]} + {x}) * {self._pixel(i)}"
+    return f"v{i} + ({y} * {self.kinds[i].shape[1]} + {x}) * {self.memory.pixel(i)}"
 
   def get(self, i, y, x, c):
     """An element: an integer, or a code."""
@@ -268,11 +320,13 @@ int minw_run(const uint8_t *image, int32_t *scores) {{
       top, left = (h - crop[0]) // 2, (w - crop[1]) // 2
       return (f"input[(({y} + {top}) * {w} + {x} + {left}) * {channels} + {c}]"
               f" - offset[{c}]")
-    if i not in self.stored:
+    if self.memory.is_plane(i):
+      return f"v{i}[{y} * {self.kinds[i].shape[1]} + {x}]"
+    if i not in self.memory.stored:
       return f"f{i}({y}, {x}, {c})"
     if self.kinds[i].kind == "INT":
       return f"({self.at(i, y, x)})[{c}]"
-    return f"code{self.planes(i)}({self.at(i, y, x)}, {c})"
+    return f"code{self.memory.bits(i)}({self.at(i, y, x)}, {c})"
 
   def level(self, i, *where):
     """An element as an integer."""
@@ -282,7 +336,7 @@ int minw_run(const uint8_t *image, int32_t *scores) {{
   def array(self, dtype, name, values):
     values = np.asarray(values).reshape(-1)
     if dtype == "float":
-      items = [float(v).hex() + "f" for v in values]
+      items = [f"{v:.8e}f" for v in values.tolist()]  # 9 digits hold any float32.
     elif dtype == "uint32_t":
       items = [f"0x{v:x}u" for v in values.tolist()]
     else:
@@ -297,51 +351,68 @@ int minw_run(const uint8_t *image, int32_t *scores) {{
     """The function of value i, with its constants."""
     op = self.program.ops[i - 1]
     if isinstance(op, packed.Logits):
-      unit = float(op.unit).hex() + "f"
-      return "".join(
+      return self.array("float", "unit", op.unit) + "".join(
           self.array("float", field, getattr(op, field))
-          for field in ("center", "scale", "constant")) + _SCORE.replace(
-              "UNIT", unit)
+          for field in ("center", "scale", "constant")) + _SCORE
     arrays, lines = _RULES[type(op)](self, i, op)
     unused = [f"(void){name};" for name in "yxc"
               if not re.search(rf"\b{name}\b", " ".join(lines))]
-    text = "".join(arrays) + f"/* {_comment(op.name)} */\n"
-    text += f"static int32_t f{i}(int y, int x, int c) {{\n"
+    text = "".join(arrays) + f"/* {c_text.comment(op.name)} */\n"
+    text += f"{'APART ' * self.memory.is_apart(i)}static int32_t f{i}(int y, int x, int c) {{\n"
     text += "".join(f"  {line}\n" for line in [*lines[:-1], *unused, lines[-1]]) + "}"
-    return f"{text}\n{self._make(i)}" if i in self.stored else text
+    if self.memory.is_plane(i):
+      text += f"\n{self._make_plane(i)}"
+    return f"{text}\n{self._make(i)}" if i in self.memory.stored else text
 
-  def _make(self, i):
-    """What keeps a value."""
-    kind = self.kinds[i]
-    h, w, c = kind.shape
-    if kind.kind == "INT":
-      dtype, keep = "int32_t", f"p[c] = f{i}(y, x, c)"
-    else:
-      dtype, keep = "uint32_t", f"put{self.planes(i)}(p, c, f{i}(y, x, c))"
+  def _make_plane(self, i):
+    """The function that makes a channel of a plane."""
+    h, w, _ = self.kinds[i].shape
     return f"""
-static {dtype} *const v{i} = ({dtype} *)arena + {self.offsets[i]};
+static int32_t *const v{i} = (int32_t *)arena + {self.memory.offsets[i]};
 
-static void make{i}(void) {{
-  int y, x, c;
+APART static void plane{i}(int c) {{
+  int y, x;
   for (y = 0; y < {h}; y++) {{
-    for (x = 0; x < {w}; x++) {{
-      {dtype} *p = {self.at(i, "y", "x")};
-      for (c = 0; c < {c}; c++) {keep};
-    }}
+    for (x = 0; x < {w}; x++) v{i}[y * {w} + x] = f{i}(y, x, c);
   }}
 }}"""
 
+  def _make_planes(self, i):
+    """Lines that make the planes that channel c of a value needs."""
+    lines = []
+    for plane in self.memory.planes[i]:
+      first, end = plane.first, plane.first + self.kinds[plane.value].shape[2]
+      limits = [f"c >= {first}"] * (first > 0) + [f"c < {end}"] * (
+          end < self.kinds[i].shape[2])
+      condition = f"if ({' && '.join(limits)}) " if limits else ""
+      lines.append(f"{condition}plane{plane.value}({f'c - {first}' if first else 'c'});")
+    return lines
 
-def _string(text):
-  """A string literal; all that could be misread in it as its bytes."""
-  return '"' + "".join(
-      chr(b) if chr(b).isalnum() and b < 128 or b in b" _-.,:/()+"
-      else f"\\{b:03o}" for b in str(text).encode()) + '"'
+  def _make(self, i):
+    """The function that makes a stored value."""
+    kind, planes = self.kinds[i], self._make_planes(i)
+    if kind.kind == "INT":
+      dtype, keep = "int32_t", f"({self.at(i, 'y', 'x')})[c] = f{i}(y, x, c);"
+    else:
+      dtype = "uint32_t"
+      keep = f"put{self.memory.bits(i)}({self.at(i, 'y', 'x')}, c, f{i}(y, x, c));"
+    # Planes have the channels outermost, each of which they are made for.
+    loops = [(f"for ({v} = 0; {v} < {n}; {v}++) {{", [])
+             for v, n in zip("yxc", kind.shape)]
+    if planes:
+      loops = [(loops[2][0], planes), *loops[:2]]
+    lines = []
+    for depth, (loop, then) in enumerate(loops):
+      lines += ["  " * depth + loop, *("  " * (depth + 1) + line for line in then)]
+    lines += ["      " + keep, "    }", "  }", "}"]
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"""
+static {dtype} *const v{i} = ({dtype} *)arena + {self.memory.offsets[i]};
 
-
-def _comment(name):
-  return "".join(c if c.isprintable() and c.isascii() else "?" for c in name).replace(
-      "*/", "* /").replace("/*", "/ *")
+APART static void make{i}(void) {{
+  int y, x, c;
+{body}
+}}"""
 
 
 # Each rule gives a value's constants, and the body of the function of its elements.
@@ -382,7 +453,7 @@ def _conv(writer, i, op):
         f"const int8_t *w = w{i} + {start.format('j')} * {channels};",
         f"for (k = 0; k < {channels}; k++)",
         f"  sum += w[k] * ({writer.get(op.input, 'r', 's', 'k')});"]), "return sum;"]
-  planes, words = writer.planes(op.input), -(-channels // 32)
+  planes, words = writer.memory.bits(op.input), -(-channels // 32)
   arrays = [writer.array("uint32_t", f"w{i}", _planes(op.kernel, op.bits))]
   ones = channels if planes == op.bits == 1 else 0  # A sum of signs counts from it.
   border = bool(op.pad and any(op.pads))
@@ -491,9 +562,10 @@ def _shortcut(writer, i, op):
 
 
 def _add(writer, i, op):
-  a, b = (_shifted(writer.level(j, "y", "x", "c"), shift)
-          for j, shift in ((op.a, op.shift_a), (op.b, op.shift_b)))
-  return [], [f"return {a} + {b};"]
+  terms = [_shifted(writer.level(j, "y", "x", "c"), shift)
+           for j, shift in writer.memory.terms(i)]
+  return [], [f"int32_t sum = {terms[0]};", *(f"sum += {term};" for term in terms[1:]),
+              "return sum;"]
 
 
 def _shifted(value, shift):

@@ -1,0 +1,158 @@
+"""Where generated C keeps the values of a network: see `minw.export.c`."""
+
+import math
+from typing import NamedTuple, Sequence
+
+from minw import packed
+
+_MAX_DEPTH = 4  # Functions of values that call one another.
+
+
+class Plane(NamedTuple):
+  """A value that is kept one channel at a time while another one is made.
+
+  Attributes:
+    value: the value.
+    first: Channel of the value that is made in which channel 0 of the plane is needed.
+    reader: the plane, or the value that is made, for which it is needed.
+  """
+
+  value: int
+  first: int
+  reader: int
+
+
+class Memory:
+  """Which values are kept, and where.
+
+  Attributes:
+    kinds: what is known of each value.
+    stored: the values that are kept whole, in order.
+    planes: by the value that is made, stored or the last, the planes that each of its
+      channels needs, in the order in which they are made.
+    depth: how many functions of values call one another at most.
+    offsets: where stored values and planes begin, in words of 32 bits.
+    words: size of the arena.
+  """
+
+  def __init__(self, program: packed.Program, kinds: Sequence[packed.Value]):
+    self.kinds = kinds
+    self._ops = program.ops
+    self._signs = packed.only_signs(program)
+    self._readers: list[list[int]] = [[] for _ in kinds]
+    for k, op in enumerate(program.ops, start=1):
+      for j in packed.inputs(op):
+        self._readers[j].append(k)
+    self.stored = [i for i in range(1, len(program.ops)) if self._is_stored(i)]
+    self._planes: set[int] = set()
+    self.depth = self._find_planes()
+    roots = [*self.stored, len(program.ops)]
+    self.planes = {root: list(self._planes_of(root, 0, root)) for root in roots}
+    self.offsets, self.words = self._place()
+
+  def bits(self, i: int) -> int:
+    """Bits of a code; one more than its grid has where there is a 0 among signs."""
+    return 2 if self.kinds[i].bits == 1 and not self._signs[i] else self.kinds[i].bits
+
+  def pixel(self, i: int) -> int:
+    """Words that a pixel of a stored value or of a plane takes."""
+    if i in self._planes:
+      return 1
+    c = self.kinds[i].shape[2]
+    return c if self.kinds[i].kind == "INT" else -(-c // 32) * self.bits(i)
+
+  def is_plane(self, i: int) -> bool:
+    """Whether a value is kept one channel at a time."""
+    return i in self._planes
+
+  def is_apart(self, i: int) -> bool:
+    """Whether a value is computed beside others for one element of its reader."""
+    return len(self._readers[i]) == 1 and isinstance(
+        self._ops[self._readers[i][0] - 1], packed.Add | packed.Concat)
+
+  def is_term(self, i: int) -> bool:
+    """Whether a value is a sum whose terms its only reader, a sum, adds itself."""
+    if i in self.stored or i in self._planes or not i < len(self._ops):
+      return False
+    reader, = self._readers[i]
+    return all(isinstance(self._ops[k - 1], packed.Add) for k in (i, reader))
+
+  def terms(self, i: int, shift: int = 0) -> list[tuple[int, int]]:
+    """The values that a sum adds, each with its shift; sums of sums are one."""
+    op = self._ops[i - 1]
+    found = []
+    for j, by in ((op.a, shift + op.shift_a), (op.b, shift + op.shift_b)):
+      found += self.terms(j, by) if j and self.is_term(j) else [(j, by)]
+    return found
+
+  def _is_stored(self, i):
+    readers = self._readers[i]
+    return self.kinds[i].kind == "CODE" or len(readers) != 1 or isinstance(
+        self._ops[readers[0] - 1], packed.Conv)
+
+  def _find_planes(self):
+    """Finds the values that are planes; returns the greatest depth of functions."""
+    depth = [0] * len(self.kinds)
+    for i in range(1, len(self.kinds)):
+      for j in packed.inputs(self._ops[i - 1]):
+        if j and j not in self.stored and j not in self._planes:
+          depth[i] = max(depth[i], depth[j] - self.is_term(j))
+      depth[i] += 1
+      if i not in self.stored and i < len(self._ops):
+        if depth[i] >= _MAX_DEPTH or self._overlaps(*self._readers[i]):
+          self._planes.add(i)
+    return max(depth)
+
+  def _overlaps(self, i):
+    """Whether a value is of a pool whose windows share pixels."""
+    op = self._ops[i - 1]
+    return isinstance(op, packed.Pool) and any(
+        n > step and size > 1
+        for n, step, size in zip(op.window, op.strides, self.kinds[i].shape))
+
+  def _planes_of(self, i, first, reader):
+    """The planes that value i needs, whose channel 0 is `first` of the root."""
+    op = self._ops[i - 1]
+    for j in packed.inputs(op):
+      if j and j not in self.stored:
+        is_plane = j in self._planes
+        yield from self._planes_of(j, first, j if is_plane else reader)
+        if is_plane:
+          yield Plane(j, first, reader)
+      if isinstance(op, packed.Concat):
+        first += self.kinds[j].shape[2]
+
+  def _reads(self, i):
+    """The stored values that one is computed from."""
+    found = set()
+    for j in packed.inputs(self._ops[i - 1]) if i else ():
+      found |= {j} if j in self.stored else self._reads(j)
+    return found
+
+  def _place(self):
+    """Offsets in an arena, and its size: each buffer in the first gap of its lifetime.
+
+    Times are (the value that is made, how many planes were made for it). All that the
+    making of a stored value reads and writes lives until it is made, because its planes
+    are made anew for each channel.
+    """
+    last = {i: i for i in self.stored}
+    for i in self.planes:
+      for j in self._reads(i):
+        last[j] = i
+    placed, offsets = [], {}
+    for root, planes in self.planes.items():
+      step = {plane.value: k for k, plane in enumerate(planes, start=1)}
+      buffers = [(plane.value, (root, step[plane.value]),
+                  (root, step.get(plane.reader, len(planes) + 1))) for plane in planes]
+      if root in last:
+        buffers.insert(0, (root, (root, 0), (last[root], math.inf)))
+      for i, born, dies in buffers:
+        h, w, _ = self.kinds[i].shape
+        size, at = h * w * self.pixel(i), 0
+        for start, end, other_dies in sorted(placed):
+          if other_dies >= born and start < at + size and at < end:
+            at = end
+        placed.append((at, at + size, dies))
+        offsets[i] = at
+    return offsets, max((end for _, end, _ in placed), default=0)
