@@ -136,7 +136,30 @@ STACKS = {
     "sum": sum_of_many, "sums": lambda: chained_pools("sum", 5),
     "maxima": lambda: chained_pools("max", 3), "tree": tree,
     "digits": digits_convnet, "every1": lambda: residual_and_dense(1),
-    "every3": lambda: residual_and_dense(3), "dense": small}
+    "every3": lambda: residual_and_dense(3), "dense": small,
+    "groups": lambda: groups_and_dilation(3, -1)}
+
+
+def groups_and_dilation(bits, pad=0):
+  """Depthwise and grouped convolutions of odd sizes, dilated ones among them."""
+  b = Builder(np.random.default_rng(bits), (11, 9, 3))
+  x = b.threshold(b.conv(0, bits, 9, groups=3, dilation=(2, 1)), bits)  # The image.
+  x = b.threshold(b.conv(x, bits, 9, groups=9, pad=pad), bits)  # Depthwise.
+  x = b.threshold(b.conv(x, bits, 35, (1, 1), pads=(0,) * 4), bits)
+  short = x
+  y = b.conv(x, bits, 35, (3, 3), (1, 1), (2, 2, 2, 2), pad, 35, (2, 2))
+  x = b.threshold(y, bits, short)
+  x = b.threshold(b.conv(x, bits, 70, (3, 2), (2, 1), (3, 3, 2, 1), pad, 7, (3, 3)), bits)
+  x = b.threshold(b.conv(x, bits, 96, (2, 3), (1, 2), (9, 1, 0, 7), pad, 1, (1, 3)), bits)
+  x = b.threshold(b.conv(x, bits, 64, (3, 3), (1, 1), (1, 1, 1, 1), pad, 1, (2, 1)), bits)
+  x = b.conv(x, bits, 66, (3, 3), (1, 1), (2, 0, 1, 3), pad, 2, (1, 2))  # Whole words.
+  x = b.threshold(b.add(packed.Pool("sum", x, "sum", (2, 2), (1, 1))), bits)
+  x = b.threshold(b.conv(x, bits, 33, b.shape(x)[:2], pads=(0,) * 4, groups=33), bits)
+  return b.end(x, bits)
+
+
+GROUPS = pytest.mark.parametrize(
+    "bits, pad", [(1, 0), (1, -1), (2, 0), (2, -1), (3, 0), (3, -1), (3, 2)])
 
 
 def order(logits):
@@ -199,6 +222,22 @@ def test_golden_says_what_codes_stand_for(tmp_path):
   assert code["levels"] == [-4, -2, -1, 0, 1, 2, 4]
   codes = np.load(tmp_path / f"{code['name']}.npy")
   assert codes.shape == (2, *code["shape"]) and codes.dtype == np.int8
+
+
+@pytest.mark.parametrize("bits", (1, 2, 3))
+def test_golden_of_groups_and_dilation(tmp_path, bits):
+  """A depthwise layer, by NumPy."""
+  program = groups_and_dilation(bits)
+  golden.write(tmp_path, program, images(program, 2))
+  index = json.loads((tmp_path / "index.json").read_text())["values"]
+  x, y = (packed.levels(np.load(tmp_path / f"{index[i]['name']}.npy"), bits)
+          if i == 2 else np.load(tmp_path / f"{index[i]['name']}.npy") for i in (2, 3))
+  x = np.pad(x.astype(int), [(0, 0), (1, 1), (1, 1), (0, 0)])
+  kernel = packed.levels(program.ops[2].kernel, bits).astype(int)
+  h, w = y.shape[1:3]
+  wanted = sum(x[:, i:i + h, j:j + w] * kernel[:, i, j, 0]
+               for i in range(3) for j in range(3))
+  np.testing.assert_array_equal(y, wanted)
 
 
 @needs_gcc
@@ -276,6 +315,31 @@ def test_c_every_operation(tmp_path, bits):
 
 
 @needs_gcc
+@GROUPS
+def test_c_groups_and_dilation(tmp_path, bits, pad):
+  program = groups_and_dilation(bits, pad)
+  assert_c_equal(program, tmp_path, images(program, 10), "-fsanitize=undefined",
+                 "-fno-sanitize-recover")
+
+
+@needs_gcc
+def test_c_depthwise_and_dilated_by_hand(tmp_path):
+  """Weights two pixels apart, of two channels that do not mix."""
+  kernel = np.int8([[[[1], [-1]]], [[[1], [1]]]])  # (2, 1, 2, 1)
+  program = packed.Program(
+      (1, 4, 2), (1, 4), np.uint8([0, 10]), 2, (
+          packed.Conv("depthwise", 0, 1, kernel, (1, 2), (0, 0, 1, 0), groups=2,
+                      dilation=(1, 2)),
+          packed.Pool("sum", 1, "sum", (1, 2), (1, 1)),
+          packed.Logits("norm", 2, 1.0, *np.float32([[0, 0], [1, 1], [0, 0]]))), {})
+  image = np.uint8([[[[1, 20], [2, 30], [4, 40], [8, 50]]]])
+  # Channel 0: 0 - 2, then 2 - 8. Channel 1, less 10: 0 + 20, then 20 + 40.
+  labels, scores = compiled(program, tmp_path)(image)
+  assert labels == [1]
+  assert scores.tolist() == order(np.float32([[-8, 80]])).tolist()
+
+
+@needs_gcc
 @hypothesis.given(programs())
 @hypothesis.settings(
     max_examples=12, suppress_health_check=list(hypothesis.HealthCheck))
@@ -350,8 +414,8 @@ def test_c_takes_less_stack_than_it_says(tmp_path, make, name, flag):
 
 @needs_gcc
 @pytest.mark.parametrize("make", [
-    sum_of_many, tree, lambda: chained_pools("sum", 8), lambda: residual_and_dense(2)],
-    ids=["sum", "tree", "sums", "every"])
+    sum_of_many, tree, lambda: chained_pools("sum", 8), lambda: residual_and_dense(2),
+    lambda: groups_and_dilation(2)], ids=["sum", "tree", "sums", "every", "groups"])
 def test_c_computes_every_element_once(tmp_path, make):
   program = make()
   text = c.source(program, images(program, 1))
@@ -524,7 +588,8 @@ def stablehlo():
 
 
 @pytest.mark.parametrize("make", [
-    digits_convnet, lambda: residual_and_dense(3)], ids=["digits", "residual"])
+    digits_convnet, lambda: residual_and_dense(3), lambda: groups_and_dilation(1, -1)],
+    ids=["digits", "residual", "groups"])
 def test_stablehlo_without_minw(tmp_path, make):
   program = make()
   (tmp_path / "net.bin").write_bytes(stablehlo().serialize(program))
@@ -541,6 +606,17 @@ def test_stablehlo_without_minw(tmp_path, make):
   metadata = json.loads(run.stdout)
   assert metadata["pixel_offset"] == program.offset.tolist()
   assert len(metadata["labels"]) == program.num_classes
+
+
+@GROUPS
+def test_stablehlo_groups_and_dilation(bits, pad):
+  program = groups_and_dilation(bits, pad)
+  batch = images(program, 3)
+  data = stablehlo().serialize(program, 3)
+  labels, logits = jax.jit(jax.export.deserialize(bytearray(data)).call)(batch)
+  wanted = reference.logits(program, batch)
+  np.testing.assert_array_equal(logits, wanted)
+  np.testing.assert_array_equal(labels, wanted.argmax(-1))
 
 
 WHOLE = [*(functools.partial(convnet, name=name) for name in "ABCD"), resnet18]

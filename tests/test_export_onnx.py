@@ -3,9 +3,11 @@
 import hypothesis
 import numpy as np
 import pytest
+from test_export import GROUPS
 from test_export import WHOLE
 from test_export import convnet
 from test_export import digits_convnet
+from test_export import groups_and_dilation
 from test_export import residual_and_dense
 from test_native import Builder
 from test_native import images
@@ -88,6 +90,13 @@ def test_convnets(bits, equal):
 def test_every_operation(bits, equal):
   program = residual_and_dense(bits)
   equal(program, images(program, 5))
+
+
+@pytest.mark.parametrize("equal", [assert_onnx_equal, assert_qonnx_equal])
+@GROUPS
+def test_groups_and_dilation(bits, pad, equal):
+  program = groups_and_dilation(bits, pad)
+  equal(program, images(program, 4))
 
 
 @pytest.mark.parametrize("equal", [assert_onnx_equal, assert_qonnx_equal])

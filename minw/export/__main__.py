@@ -3,9 +3,10 @@
   python -m minw.export --workdir=DIR --format=FORMAT --out=FILE
   python -m minw.export --model=net.minw --golden=DIR [--images=FILES_OR_FOLDERS]
 
-The formats: c, a C99 and C++11 file with its header beside it; stablehlo, for `jax.export` on CPU, GPU and TPU; onnx, for
-ONNX Runtime; qonnx, for FINN and other compilers of quantized networks. --golden writes
-all values of a few images, which --images names; else they are random.
+The formats: c, a C99 and C++11 file with its header beside it; stablehlo, for
+`jax.export` on CPU, GPU and TPU; onnx, for ONNX Runtime; qonnx, for FINN and other
+compilers of quantized networks. --golden writes all values of a few images, which
+--images names; else they are random.
 """
 
 import importlib

@@ -418,68 +418,113 @@ APART static void make{i}(void) {{
 # Each rule gives a value's constants, and the body of the function of its elements.
 
 
-def _window(writer, op, window, row, pixel=(), border=False):
+def _window(writer, op, window, row, pixel=(), border=False, dilation=(1, 1)):
   """Lines that go through a window, but for its border, which may be asked for, too.
 
   Args:
     row: what is done for each row i of it, that is r of the input, whose pixels in the
-      window are left + j, j0 <= j < j1.
+      window are left + j * dilation, j0 <= j < j1.
     pixel: what is done then for each of these pixels, s.
     border: whether those outside of the input are among them.
+    dilation: vertical and horizontal distance of neighbors in the window.
   """
   lines, (h, w, _) = [], writer.kinds[op.input].shape
   (sh, sw), (top, bottom, left, right) = op.strides, op.pads
-  for k, at, size, n, before, after in (
-      ("i", "top", h, window[0], top, bottom),
-      ("j", "left", w, window[1], left, right)):
-    first, last = f"{at} < 0 ? -{at} : 0", f"{at} > {size - n} ? {size} - {at} : {n}"
+  for k, at, size, n, step, before, after in (
+      ("i", "top", h, window[0], dilation[0], top, bottom),
+      ("j", "left", w, window[1], dilation[1], left, right)):
+    # Of at, at + step, ... the first that is not negative, and the first beyond size.
+    first = f"{at} < 0 ? {_steps(f'-{at}', step)} : 0"
+    last = (f"{at} > {size - 1 - (n - 1) * step} ?"
+            f" {_steps(f'{size} - {at}', step)} : {n}")
     lines.append(f"const int {k}0 = {first if before and not border else 0};")
     lines.append(f"const int {k}1 = {last if after and not border else n};")
   if pixel:
-    row = [*row, "for (j = j0; j < j1; j++) {", "  const int s = left + j;",
+    row = [*row, "for (j = j0; j < j1; j++) {",
+           f"  const int s = left + {_times('j', dilation[1])};",
            *(f"  {line}" for line in pixel), "}"]
   return [f"const int top = y * {sh} - {top}, left = x * {sw} - {left};", *lines,
           f"int i{', j' if pixel else ''};", "for (i = i0; i < i1; i++) {",
-          "  const int r = top + i;", *(f"  {line}" for line in row), "}"]
+          f"  const int r = top + {_times('i', dilation[0])};",
+          *(f"  {line}" for line in row), "}"]
+
+
+def _steps(distance, step):
+  """How many steps reach a distance, rounded up."""
+  return distance if step == 1 else f"({distance} + {step - 1}) / {step}"
+
+
+def _times(value, factor):
+  return value if factor == 1 else f"{value} * {factor}"
 
 
 def _conv(writer, i, op):
+  channels = op.kernel.shape[-1]
+  words = writer.kinds[op.input].kind == "CODE" and (
+      op.groups == 1 or channels % 32 == 0)
+  return (_conv_of_words if words else _conv_of_elements)(writer, i, op)
+
+
+def _start(op, j):
+  """The number of the pixel of weights for output channel c, row i and column j."""
+  _, h, w, _ = op.kernel.shape
+  return f"((c * {h} + i) * {w} + {j})"
+
+
+def _inside(writer, op):
+  """The condition that pixel (r, s) is inside the input of a convolution."""
+  h, w, _ = writer.kinds[op.input].shape
+  return f"r >= 0 && r < {h} && s >= 0 && s < {w}"
+
+
+def _conv_of_elements(writer, i, op):
+  """Products one by one: of integers, and where groups do not consist of words."""
   out, *window, channels = op.kernel.shape
   kind = writer.kinds[op.input]
-  start = f"((c * {window[0]} + i) * {window[1]} + {{}})"  # Of a pixel's weights.
-  if kind.kind == "INT":
-    weights = writer.array("int8_t", f"w{i}", packed.levels(op.kernel, op.bits))
-    return [weights], ["int32_t sum = 0;", "int k;", *_window(writer, op, window, [], [
-        f"const int8_t *w = w{i} + {start.format('j')} * {channels};",
-        f"for (k = 0; k < {channels}; k++)",
-        f"  sum += w[k] * ({writer.get(op.input, 'r', 's', 'k')});"]), "return sum;"]
+  weights = writer.array("int8_t", f"w{i}", packed.levels(op.kernel, op.bits))
+  k = "k" if op.groups == 1 else f"(c / {out // op.groups} * {channels} + k)"
+  value = writer.level(op.input, "r", "s", k)
+  border = bool(op.pad and any(op.pads))
+  if border:
+    level = packed.levels(np.int8([op.pad]), kind.bits)[0]
+    value = f"{_inside(writer, op)} ? {value} : {level}"
+  return [weights], ["int32_t sum = 0;", "int k;", *_window(writer, op, window, [], [
+      f"const int8_t *w = w{i} + {_start(op, 'j')} * {channels};",
+      f"for (k = 0; k < {channels}; k++)",
+      f"  sum += w[k] * ({value});"], border, op.dilation), "return sum;"]
+
+
+def _conv_of_words(writer, i, op):
+  """Products of codes, a word of channels at a time."""
+  out, *window, channels = op.kernel.shape
   planes, words = writer.memory.bits(op.input), -(-channels // 32)
   arrays = [writer.array("uint32_t", f"w{i}", _planes(op.kernel, op.bits))]
   ones = channels if planes == op.bits == 1 else 0  # A sum of signs counts from it.
   border = bool(op.pad and any(op.pads))
+  group = "" if op.groups == 1 else f" + c / {out // op.groups} * {words * planes}"
 
   def run(p, j, count):
     """Goes through words side by side."""
     lines = [f"const uint32_t *p = {p};",
-             f"const uint32_t *w = w{i} + {start.format(j)} * {words * op.bits};"]
+             f"const uint32_t *w = w{i} + {_start(op, j)} * {words * op.bits};"]
     if ones:
       lines.append(f"sum += {count} * {ones};")
     return [*lines, f"for (k = {count} * {words}; k > 0; k--) {{",
             *(f"  {line}" for line in _products(planes, op.bits)),
             f"  p += {planes};", f"  w += {op.bits};", "}"]
 
+  pixel = writer.at(op.input, "r", "s") + group
   if border:
     codes = np.full((1, 1, 1, channels), op.pad, np.int8)
     arrays.append(writer.array("uint32_t", f"pad{i}", _planes(codes, planes)))
-    h, w, _ = kind.shape
-    inside = f"r >= 0 && r < {h} && s >= 0 && s < {w}"
-    loops = _window(writer, op, window, [], run(
-        f"{inside} ? {writer.at(op.input, 'r', 's')} : pad{i}", "j", "1"), border=True)
-  else:
+    pixel = f"{_inside(writer, op)} ? {pixel} : pad{i}"
+  if border or group or op.dilation[1] > 1:
+    loops = _window(writer, op, window, [], run(pixel, "j", "1"), border, op.dilation)
+  else:  # The words of a row of pixels follow one another.
     row = run(writer.at(op.input, "r", "(left + j0)"), "j0", "(j1 - j0)")
     if max(op.pads[2:]) >= window[1]:
       row.insert(0, "if (j1 <= j0) continue;")
-    loops = _window(writer, op, window, row)
+    loops = _window(writer, op, window, row, dilation=op.dilation)
   return arrays, ["int32_t sum = 0;", "int k;", *loops, "return sum;"]
 
 

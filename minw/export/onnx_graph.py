@@ -231,7 +231,8 @@ def _conv(graph, i, op, name):
   out, *window, channels = op.kernel.shape
   kind, x = graph.kinds[op.input], graph.names[op.input]
   levels = packed.levels(op.kernel, op.bits).transpose(0, 3, 1, 2)
-  if tuple(window) == kind.shape[:2] and not any(op.pads):  # A dense layer.
+  whole = tuple(window) == kind.shape[:2] and not any(op.pads)
+  if whole and op.groups == 1:  # A dense layer.
     if not graph.flat(op.input):
       x = graph.node("Flatten", f"{name}_flat", x)
     graph.node("MatMul", name, x, graph.weights(
@@ -245,8 +246,8 @@ def _conv(graph, i, op, name):
     x = graph.pad(f"{name}_border", x, (0, 0, top, left), (0, 0, bottom, right), level)
     pads = 0, 0, 0, 0
   graph.map(i, "Conv", name, x, graph.weights(name, levels, op.bits),
-            kernel_shape=window, strides=op.strides, pads=pads, dilations=(1, 1),
-            group=1)
+            kernel_shape=window, strides=op.strides, pads=pads,
+            dilations=op.dilation, group=op.groups)
 
 
 def _pool(graph, i, op, name):
