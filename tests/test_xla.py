@@ -52,7 +52,7 @@ class Network:
     return len(self.ops)
 
   def conv(self, x, out, bits, window=(1, 1), **fields):
-    shape = (out, *window, self.values[x].shape[2])
+    shape = (out, *window, self.values[x].shape[2] // fields.get("groups", 1))
     if isinstance(bits, str):
       kernel = self.rng.normal(0, 0.3, shape).astype(packed.float_dtype(bits))
       return self.add(packed.Conv, x, bits, kernel.astype(np.float32), **fields)
@@ -141,6 +141,49 @@ def test_convolutions(products, data):
   np.testing.assert_array_equal(got[x], acc)
 
 
+def plain_conv(x, kernel, strides, dilation, groups):
+  """A convolution without a border, of float64 (n, h, w, c) and (o, kh, kw, c / g)."""
+  out, kh, kw, channels = kernel.shape
+  h = (x.shape[1] - (kh - 1) * dilation[0] - 1) // strides[0] + 1
+  w = (x.shape[2] - (kw - 1) * dilation[1] - 1) // strides[1] + 1
+  acc = np.zeros((len(x), h, w, out))
+  for o in range(out):
+    first = o // (out // groups) * channels
+    for i in range(kh):
+      for j in range(kw):
+        pixels = x[:, i * dilation[0]:, j * dilation[1]:, first:first + channels]
+        pixels = pixels[:, ::strides[0], ::strides[1]][:, :h, :w]
+        acc[..., o] += pixels @ kernel[o, i, j].astype(np.float64)
+  return acc
+
+
+@pytest.mark.parametrize("products", PRODUCTS + ["portable"])
+@settings(max_examples=6)
+@given(data=st.data())
+def test_groups_and_dilation(products, data):
+  draw = lambda *values: data.draw(st.sampled_from(values))
+  weights, inputs = draw(1, 2, 3), draw(1, 2, 3)
+  groups, channels, out = draw(1, 2, 3, 34), draw(1, 3, 33), draw(1, 2, 5)
+  window, strides = (draw(1, 2, 3), draw(1, 3)), (draw(1, 2), draw(1, 3))
+  dilation = draw(1, 2, 4), draw(1, 3)
+  pads = tuple(draw(0, 1, 5) for _ in range(4))
+  pad = draw(-1, 0, 1)
+  spans = [(n - 1) * step + 1 for n, step in zip(window, dilation)]
+  size = tuple(max(1, n - sum(draw_pads) + draw(0, 3))
+               for n, draw_pads in zip(spans, (pads[:2], pads[2:])))
+  net = Network(data.draw(st.integers(0, 99)), size, groups)
+  apart = dict(strides=strides, pads=pads, groups=groups, dilation=dilation)
+  codes = net.threshold(
+      net.conv(0, groups * channels, weights, groups=groups), inputs)
+  x = net.conv(codes, groups * out, weights, window, pad=pad, **apart)
+  program = net.program(net.threshold(x, draw(1, 2, 3)), weights)
+  want, got = assert_as_reference(program, products, net.images(draw(1, 5)))
+  padded = np.pad(got[codes], [(0, 0), pads[:2], pads[2:], (0, 0)], constant_values=pad)
+  np.testing.assert_array_equal(got[x], plain_conv(
+      levels(padded, inputs), levels(program.ops[x - 1].kernel, weights), strides,
+      dilation, groups))
+
+
 @pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("weights", [1, 2, 3])
 @pytest.mark.parametrize("inputs", [1, 2, 3])
@@ -197,6 +240,9 @@ def test_float_formats(name):
   net = Network(4, (6, 7), 3)
   a = net.conv(0, 6, name, (3, 3), pads=(1, 1, 1, 1), input_unit=1 / 64)
   b = net.float_norm(a, name)
+  b = net.float_norm(net.conv(b, 6, name, (3, 1), pads=(1, 1, 0, 0), groups=6), name)
+  b = net.float_norm(net.conv(
+      b, 6, name, (3, 3), pads=(2, 2, 1, 1), groups=2, dilation=(2, 1)), name)
   c = net.conv(b, 6, 2, (3, 3), pads=(1, 1, 1, 1), weight_unit=0.5)
   d = net.float_norm(c, name, shortcut=b)
   e = net.add(packed.Concat, (b, d), (0, 0))

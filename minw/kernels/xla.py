@@ -71,12 +71,8 @@ def values(
   for op, result in zip(program.ops, kinds[1:]):
     given = packed.inputs(op)
     if isinstance(op, packed.Conv):
-      kind = kinds[op.input]
-      if products == "popcount" and _counts(op, kind):
-        arrays, function = _popcount(op, kind, result, signs[op.input])
-      else:
-        cpu = products == "dot" and jax.default_backend() == "cpu"
-        arrays, function = _dot(op, kind, result, cpu)
+      arrays, function = _conv(
+          op, kinds[op.input], result, signs[op.input], products)
     else:
       arrays, function = _RULES[type(op)](op, [kinds[i] for i in given])
     operands.append(arrays)
@@ -140,6 +136,60 @@ def _apart(yes, function, *operands):
                   *operands)
 
 
+def _conv(op, kind, result, signs, products):
+  """A convolution: its arrays, and the function of these and the input."""
+  on_cpu = products != "portable" and jax.default_backend() == "cpu"
+  if op.groups > 1:
+    if math.prod(op.kernel.shape[1:]) <= _TERMS:
+      return _shifted(op, kind, result, on_cpu)
+    return _split(op, kind, result, signs, products)
+  if products == "popcount" and _counts(op, kind):
+    return _popcount(op, kind, result, signs)
+  return _dot(op, kind, result, on_cpu and products == "dot")
+
+
+def _split(op, kind, result, signs, products):
+  """A convolution in groups, as one of a single group that is mapped over them."""
+  kind = kind._replace(shape=(*kind.shape[:2], op.kernel.shape[-1]))
+  result = result._replace(shape=(*result.shape[:2], len(op.kernel) // op.groups))
+  made = [_conv(op._replace(kernel=kernel, groups=1), kind, result, signs, products)
+          for kernel in np.split(op.kernel, op.groups)]
+  every_yes, *arrays = zip(*(arrays for arrays, _ in made))
+  arrays = [jax.tree.map(lambda *parts: np.stack(parts), *each) for each in arrays]
+  of_groups = jax.vmap(
+      made[0][1], in_axes=([None] + [0] * len(arrays), 3), out_axes=3)
+
+  def function(arrays, x):
+    y = of_groups(arrays, x.reshape(*x.shape[:3], op.groups, -1))
+    return y.reshape(*y.shape[:3], -1)
+
+  return [every_yes[0], *arrays], function
+
+
+def _shifted(op, kind, result, on_cpu):
+  """A convolution in groups of few terms. For each weight of a kernel, inputs that are
+  shifted to its place are multiplied by that weight of every output channel."""
+  out, *window, channels = op.kernel.shape
+  floats = result.kind == "FLOAT"
+
+  def sums(kernel, x):
+    kernel, x = _numbers(
+        op, kind, floats, kernel, x, np.float32 if floats else np.int32)
+    acc = 0
+    for tap, x in enumerate(_windows(x, window, op.strides, op.dilation)):
+      x = x.reshape(*x.shape[:3], op.groups, channels)
+      weights = kernel[tap // window[1], tap % window[1]]
+      for i in range(channels):
+        acc = acc + jnp.repeat(x[..., i], out // op.groups, axis=-1) * weights[i]
+    return acc
+
+  def function(arrays, x):
+    yes, kernel = arrays
+    return _apart(yes, sums, kernel, x) if on_cpu else sums(kernel, x)
+
+  return [np.True_, _weights(op)], function
+
+
 # Products by population count. An operand consists of planes of bits: signs (1 is
 # minus; integers have none) and masks, each with a size that it marks. For the masks M
 # and the signs s of products, a sum of products is
@@ -152,7 +202,7 @@ def _apart(yes, function, *operands):
 
 def _counts(op, kind):
   """Whether popcounts are a way; of integers times 3 bits they would be too many."""
-  return op.groups == 1 and not isinstance(op.bits, str) and (
+  return not isinstance(op.bits, str) and (
       kind.kind == "CODE" or kind.kind == "INT" and op.bits < 3)
 
 
@@ -327,68 +377,55 @@ def _border(op, levels, size, result):
 
 def _dot(op, kind, result, cpu):
   """As `_popcount`; of floats, too. `cpu`: whether to choose what is fast on CPUs."""
-  out, *window, channels = op.kernel.shape
-  shape = (*window, channels, out)
+  out = len(op.kernel)
   floats = result.kind == "FLOAT"
-  if isinstance(op.bits, str):
-    kernel = op.kernel.transpose(1, 2, 3, 0).astype(packed.float_dtype(op.bits))
-  else:
-    kernel = _pack(op.kernel, op.bits)
   if floats or (cpu or kind.kind == "INT") and result.bound.max() <= _FLOAT_EXACT:
     dtype = np.float32
   else:
     dtype = np.int8 if kind.kind == "CODE" and not cpu else np.int32
-  fill = packed.levels(np.int8([op.pad]), kind.bits)[0] if kind.bits else 0
 
   def product(kernel, x):
-    if not isinstance(op.bits, str):
-      kernel = _unpack(kernel, shape)
-    kernel = kernel.astype(dtype)
-    x = _pad(_level(x, kind), op.pads, fill).astype(dtype)
-    if floats and kind.kind != "FLOAT":
-      x = x * np.float32(op.input_unit)
-    if floats and not isinstance(op.bits, str):
-      kernel = kernel * np.float32(op.weight_unit)
+    kernel, x = _numbers(op, kind, floats, kernel, x, dtype)
     options = dict(
         precision=lax.Precision.HIGHEST,
         preferred_element_type=np.float32 if dtype == np.float32 else np.int32)
     if cpu:
       acc = lax.conv_general_dilated(
           x, kernel, op.strides, "VALID", rhs_dilation=op.dilation,
-          feature_group_count=op.groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-          **options)
+          dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
     else:  # There algorithms of convolutions may round, and not know int8.
-      acc = _product_of_groups(_patches(x, op), kernel, op.groups, options)
+      acc = lax.dot_general(_patches(x, op), kernel.reshape(-1, out),
+                            (((3,), (0,)), ((), ())), **options)
     return acc.astype(np.float32 if floats else np.int32)
 
   def function(arrays, x):
     yes, kernel = arrays
     return _apart(yes, product, kernel, x) if cpu else product(kernel, x)
 
-  return [np.True_, kernel], function
+  return [np.True_, _weights(op)], function
 
 
-def _product_of_groups(patches, kernel, groups, options):
-  """Matrix products of the channels of each group.
+def _weights(op):
+  """The kernel as an operand: packed, or of a float format (height, width, in, out)."""
+  if isinstance(op.bits, str):
+    return op.kernel.transpose(1, 2, 3, 0).astype(packed.float_dtype(op.bits))
+  return _pack(op.kernel, op.bits)
 
-  Args:
-    patches: (batch, h, w, height * width * channels).
-    kernel: (height, width, channels / groups, out).
-    groups: their number.
-    options: of `lax.dot_general`.
 
-  Returns:
-    (batch, h, w, out).
-  """
-  height, width, channels, out = kernel.shape
-  taps = height * width
-  if groups == 1:
-    return lax.dot_general(
-        patches, kernel.reshape(-1, out), (((3,), (0,)), ((), ())), **options)
-  patches = patches.reshape(*patches.shape[:3], taps, groups, channels)
-  kernel = kernel.reshape(taps, channels, groups, out // groups)
-  acc = lax.dot_general(patches, kernel, (((3, 5), (0, 1)), ((4,), (2,))), **options)
-  return jnp.moveaxis(acc, 0, 3).reshape(*patches.shape[:3], out)
+def _numbers(op, kind, floats, kernel, x, dtype):
+  """What a convolution multiplies: the kernel (height, width, in, out) that `_weights`
+  packed, and the input with its border. `floats`: whether its sums are FLOAT."""
+  out, *shape = op.kernel.shape
+  if not isinstance(op.bits, str):
+    kernel = _unpack(kernel, (*shape, out))
+  kernel = kernel.astype(dtype)
+  fill = packed.levels(np.int8([op.pad]), kind.bits)[0] if kind.bits else 0
+  x = _pad(_level(x, kind), op.pads, fill).astype(dtype)
+  if floats and kind.kind != "FLOAT":
+    x = x * np.float32(op.input_unit)
+  if floats and not isinstance(op.bits, str):
+    kernel = kernel * np.float32(op.weight_unit)
+  return kernel, x
 
 
 def _pack(codes, bits):
