@@ -117,5 +117,5 @@ def as_jpeg(content: bytes) -> bytes:
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
       return content
     file = io.BytesIO()
-    image.convert("RGB").save(file, "jpeg", quality=100)
+    images.flatten(image, "RGB").save(file, "jpeg", quality=100)
     return file.getvalue()

@@ -1,51 +1,271 @@
-"""From image files to the pixels that networks see: Pillow and NumPy, no more.
+"""From the content of image files to the pixels that networks see: Pillow and NumPy only.
 
-Training's random crops, and the centre that evaluation and `minw.infer` take. A faster
-decoder of JPEG would go in here, as what these functions open images with.
+`flatten` brings an image of any Pillow mode to 8-bit gray or RGB. `centre` and
+`random_crop` build on it: the first serves evaluation and `minw.infer`, the second
+training. Color profiles are ignored: pixel values are taken to be sRGB.
 """
 
 import io
 import math
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL import ImageChops
+from PIL import JpegImagePlugin
+
+Color = tuple[int, int, int]
+BLACK: Color = (0, 0, 0)
+
+# Formats that are opened. Others are refused, among them those that run a program (EPS)
+# and those that are recognized by next to nothing (TGA).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI")
+
+# A JPEG decodes at a fraction of its size without ever holding all its pixels. Its limit
+# is therefore this many times Pillow's limit, 268 million pixels instead of 89 million.
+_JPEG_LIMIT = 3
+# A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, ...
+_DRAFT_PIXELS = 2**23
+# ... which must still be so many times as large as what is asked for.
+_DRAFT_MARGIN = 4
+# Largest image that resizing may make before the centre is cut out.
+_RESIZED_PIXELS = 2**26
+
+# How an image is turned to be upright, by its EXIF orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
+_ORIENTATION = 0x0112  # EXIF and TIFF tag.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags.
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # Values of the last two.
 
 _RATIO = (3 / 4, 4 / 3)  # Width to height of random crops.
 _TRIES = 10
 
 
-def open_image(content: bytes) -> Image.Image:
-  """Opens an image, of whatever format; the pixels are decoded when they are used."""
-  return Image.open(io.BytesIO(content))
+class ImageError(ValueError):
+  """An image that cannot be read, or of a kind that is not accepted."""
+
+
+def open_image(content: bytes | BinaryIO) -> Image.Image:
+  """Opens an image; the pixels are decoded when they are used.
+
+  Args:
+    content: The content of an image file, or the file, open for reading.
+
+  Raises:
+    ImageError: The image has more pixels than are accepted, or several frames.
+    Exception: The content is no image or is damaged; Pillow raises many kinds.
+  """
+  file = io.BytesIO(content) if isinstance(content, bytes) else content
+  start = file.read(3)
+  file.seek(0)
+  if start == b"\xff\xd8\xff":
+    # Image.open would refuse by the size of the whole JPEG, and would take a second
+    # image that is attached to a photo for a second frame.
+    image, limit = JpegImagePlugin.JpegImageFile(file), _JPEG_LIMIT
+  else:
+    Image.init()
+    image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    limit = 1
+  check_size(*image.size, limit)
+  if getattr(image, "is_animated", False):
+    raise ImageError("it has several frames or pages; save the one that is meant")
+  return image
+
+
+def check_size(width: int, height: int, factor: int = 1) -> None:
+  """Raises `ImageError` where an image has more pixels than Pillow's limit.
+
+  Args:
+    width: Width of the image.
+    height: Height of the image.
+    factor: How many times the limit is accepted.
+  """
+  limit = factor * (Image.MAX_IMAGE_PIXELS or math.inf)
+  if not 0 < width * height <= limit:
+    raise ImageError(f"it has {width} x {height} pixels; 1 to {limit:,} are accepted")
+
+
+def flatten(image: Image.Image, mode: str, background: Color = BLACK) -> Image.Image:
+  """Brings an image of any mode to 8-bit gray or RGB.
+
+  Transparent parts show the background. 16-bit values are divided by 256. CMYK of a
+  JPEG file is taken as inverted where the file has Adobe's marker, as programs that
+  write it do.
+
+  Args:
+    image: A single frame, just opened.
+    mode: "L" for luma or "RGB".
+    background: RGB color behind transparent parts.
+
+  Returns:
+    An image of that mode and of the same size.
+
+  Raises:
+    ImageError: The range of its values is unknown: 32-bit integers, floats, signed
+      integers; or which of its 16-bit colors is transparent.
+  """
+  stored = _stored_as(image)
+  image.load()
+  tags = getattr(image, "tag_v2", {})
+  if (image.mode == "F" or image.mode == "I" and image.format != "PPM"
+      or _SIGNED in tags.get(_SAMPLE_FORMAT, ())):
+    raise ImageError(f"the range of its pixel values is unknown (Pillow mode"
+                     f" {image.mode}); save it with 8 or 16 bits per channel")
+  opacity = None
+  if image.has_transparency_data:
+    if image.mode in ("1", "L", "RGB") or image.mode.startswith("I;16"):
+      opacity = _opacity_by_key(image, stored)
+    else:
+      rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+      image, opacity = rgba.convert("RGB"), rgba.getchannel("A")
+  if image.mode.startswith("I"):
+    image = _high_byte(image, tags)
+  elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+    image = ImageChops.invert(image)  # Pillow has inverted it without asking.
+  if opacity is not None:
+    ground = Image.new("RGB", image.size, background)
+    ground.paste(_plain(image, "RGB"), mask=opacity)
+    image = ground
+  return _plain(image, mode)
+
+
+def _stored_as(image):
+  """How Pillow's decoder names the layout of pixels in the file, such as "RGB;16B"."""
+  layout = image.tile[0][3] if getattr(image, "tile", None) else ""
+  return layout if isinstance(layout, str) else str(layout and layout[0])
+
+
+def _opacity_by_key(image, stored):
+  """A mask that is 0 where a pixel has the one value that is transparent, else 255."""
+  key = image.info["transparency"]
+  if image.mode == "RGB":
+    if stored.endswith("16B"):
+      raise ImageError("one of its 16-bit colors is transparent, of which Pillow reads"
+                       " 8 bits; save it with an alpha channel")
+    same = (np.asarray(image) == key).all(-1)
+  else:
+    # The key of a PNG has as many bits as the file; the pixels have been scaled.
+    key = {"1": 255 * bool(key), "L;2": key * 85, "L;4": key * 17}.get(stored, key)
+    same = np.asarray(image.convert("L") if image.mode == "1" else image) == key
+  return Image.fromarray(np.where(same, 0, 255).astype(np.uint8))
+
+
+def _high_byte(image, tags):
+  """Gray of more than 8 bits as 8 bits; `tags` are a TIFF file's."""
+  bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+  values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+  if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    values = 255 - values  # Pillow does this itself for 8 bits and less.
+  return Image.fromarray(values)
+
+
+def _plain(image, mode):
+  """An opaque 8-bit image as gray or RGB."""
+  if image.mode == mode:
+    return image
+  if image.mode not in ("1", "L", "RGB"):
+    image = image.convert("RGB")
+  if "transparency" in image.info:  # Pillow would convert that, too.
+    image = image.copy()
+    del image.info["transparency"]
+  return image.convert(mode)
 
 
 def centre(
     image: Image.Image, height: int, width: int, channels: int = 3, *,
-    shrink: bool = True,
+    shrink: bool = True, upright: bool = False, background: Color = BLACK,
 ) -> np.ndarray:
   """The centre of an image, at the largest scale that fills it.
 
+  A JPEG of more than 8 million pixels is decoded at a fraction of its size if that is
+  still four times the size asked for.
+
   Args:
-    image: of any size and mode.
-    height, width, channels: of the result; 1 channel is luma, 3 are RGB.
-    shrink: whether an image that is larger is made smaller first (bilinear, with
-      antialiasing), until its shorter side fits. One that is too small is enlarged
-      in any case.
+    image: A single frame of any size and mode, just opened.
+    height: Height of the result.
+    width: Width of the result.
+    channels: Channels of the result. 1 channel is luma and 3 are RGB, of any image; 2
+      and 4 channels are those of a file with gray and alpha, or RGB and alpha.
+    shrink: Whether a larger image is made smaller first (bilinear, with antialiasing),
+      until its shorter side fits. A smaller one is enlarged in any case.
+    upright: Whether to turn the image as its EXIF orientation says.
+    background: RGB color behind transparent parts.
+
+  Returns:
+    uint8 (height, width, channels).
+
+  Raises:
+    ImageError: See `flatten`; or the image is too large or has other channels.
+  """
+  if shrink and image.format == "JPEG" and image.width * image.height > _DRAFT_PIXELS:
+    image.draft(None, (_DRAFT_MARGIN * max(height, width),) * 2)
+  check_size(*image.size)
+  if channels in (1, 3):
+    parts = [flatten(image, {1: "L", 3: "RGB"}[channels], background)]
+  else:
+    parts = _channels(image, channels)
+  turn = _UPRIGHT.get(_orientation(image)) if upright else None
+  if turn is not None:
+    parts = [part.transpose(turn) for part in parts]
+  return fit(parts, height, width, shrink)
+
+
+def fit(
+    parts: list[Image.Image], height: int, width: int, shrink: bool = True
+) -> np.ndarray:
+  """Scales and crops images of one size, and stacks their channels.
+
+  Args:
+    parts: Images of mode "L" or "RGB".
+    height: Height of the result.
+    width: Width of the result.
+    shrink: See `centre`.
 
   Returns:
     uint8 (height, width, channels).
   """
-  mode = {1: "L", 3: "RGB"}[channels]
-  if image.mode != mode:  # It would copy.
-    image = image.convert(mode)
+  return np.concatenate([np.asarray(_fit(part, height, width, shrink)).reshape(
+      height, width, -1) for part in parts], axis=-1)
+
+
+def _fit(image, height, width, shrink):
   ratio = max(width / image.width, height / image.height)
   if ratio > 1 or shrink:
     size = (max(width, round(image.width * ratio)),
             max(height, round(image.height * ratio)))
+    if math.prod(size) > _RESIZED_PIXELS:  # It is a thousand times as long as high.
+      x, y = (max(0, n - m / ratio) / 2
+              for n, m in zip(image.size, (width, height)))
+      return image.resize((width, height), Image.Resampling.BILINEAR,
+                          box=(x, y, image.width - x, image.height - y))
     image = image.resize(size, Image.Resampling.BILINEAR)  # A copy, if as large.
   left, top = (image.width - width) // 2, (image.height - height) // 2
-  image = image.crop((left, top, left + width, top + height))
-  return np.asarray(image).reshape(height, width, channels)
+  return image.crop((left, top, left + width, top + height))
+
+
+def _channels(image, count):
+  """The channels of an image that has exactly so many, as they are."""
+  stored = _stored_as(image)
+  image.load()
+  mode = "LA" if stored == "LA;16B" else image.mode  # Pillow makes it RGBA.
+  if mode != {2: "LA", 4: "RGBA"}.get(count):
+    raise ImageError(
+        f"it has the channels of Pillow mode {mode}; the network takes {count}"
+        f" channels: {'gray and alpha, or ' if count == 2 else ''}"
+        f"{'RGB and alpha, or ' if count == 4 else ''}"
+        f"an .npy file of uint8 (height, width, {count})")
+  return list(image.split())
+
+
+def _orientation(image):
+  try:
+    return image.getexif().get(_ORIENTATION, 1)
+  except Exception:  # Damaged EXIF data say nothing.
+    return 1
 
 
 def random_box(
@@ -97,8 +317,7 @@ def random_crop(
                      math.ceil(height * size / (box[3] - box[1]))))
   across, down = image.width / width, image.height / height
   box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-  if image.mode != "RGB":
-    image = image.convert("RGB")
+  image = flatten(image, "RGB")
   image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
   if flip and rng.random() < 0.5:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -4,17 +4,21 @@ FILE is what `minw.pack` wrote, or the name of a network that comes with minw:
 `shipped`.
 
   network = infer.load("net.minw")
-  logits = network.logits(images)  # uint8 (batch, height, width, channels)
+  network.predict(["a.png", "b.jpg"])  # Labels and scores.
+  logits = network.logits(images)      # uint8 (batch, height, width, channels)
 
-needs NumPy and the native library. Where that was not built, JAX runs the network, or
-slowly NumPy; nothing that training needs is imported.
+needs NumPy, Pillow and the native library. Where that was not built, JAX runs the
+network, or slowly NumPy; nothing that training needs is imported.
 """
 
 import functools
+import itertools
 import logging
 import os
 import pathlib
-from typing import Sequence
+import sys
+from typing import Iterable, Iterator, NamedTuple, Sequence
+import warnings
 
 from absl import flags
 import numpy as np
@@ -22,6 +26,7 @@ from PIL import Image
 
 from minw import cli
 from minw import dependencies
+from minw import image_files as image_files_lib
 from minw import images as images_lib
 from minw import packed
 from minw.kernels import native
@@ -30,28 +35,76 @@ from minw.kernels import reference
 _log = logging.getLogger(__name__)
 
 BACKENDS = ("native", "xla", "reference")
+_BATCH = 256  # Most images that are read and run at a time, ...
+_BATCH_BYTES = 2**26  # ... and most bytes of them.
+
+
+class Prediction(NamedTuple):
+  """The most probable classes of an image.
+
+  Attributes:
+    labels: Their labels, the most probable one first.
+    scores: Their probabilities, in the same order.
+  """
+
+  labels: tuple[str, ...]
+  scores: tuple[float, ...]
+
+  @property
+  def label(self) -> str:
+    """The most probable label."""
+    return self.labels[0]
+
+  @property
+  def score(self) -> float:
+    """The probability of that label."""
+    return self.scores[0]
 
 
 class Network:
-  """A packed network, ready to run. `logits` may be called from several threads.
+  """A packed network, ready to run. Several threads may use it at once.
+
+  Copies and pickles are made from the content of the file.
 
   Attributes:
-    program: what it computes, see `minw.packed`.
-    labels: a name for each class; its number where the file has none.
-    backend: one of `BACKENDS`.
-    threads: how many the native path uses.
+    program: What the network computes, see `minw.packed`.
+    labels: A name for each class; its number where the file has none.
+    name: The file's name without its ending; None where the network is from no file.
+    backend: One of `BACKENDS`.
+    threads: How many threads the native path uses.
   """
 
-  def __init__(self, data: bytes, backend: str | None, threads: int | None):
+  def __init__(
+      self,
+      source: str | os.PathLike | bytes | packed.Program,
+      backend: str | None = None,
+      threads: int | None = None,
+  ):
+    """See `load`, whose arguments these are.
+
+    Args:
+      source: Path of a file, name of a network that comes with minw, content of a file,
+        or a program.
+      backend: One of `BACKENDS`; the first available one if None.
+      threads: Threads of the native path; as many as there are cores if None.
+    """
     cli.check(backend in (None, *BACKENDS), "backend", backend,
               f"one of {', '.join(BACKENDS)}")
-    self.program = packed.from_bytes(data)
+    self._options = backend, threads
+    self.name = None
+    if isinstance(source, (str, os.PathLike)):
+      path = _existing(source)
+      self.name, self._data = path.stem, path.read_bytes()
+    else:
+      self._data = (packed.to_bytes(source) if isinstance(source, packed.Program)
+                    else bytes(source))
+    self.program = packed.from_bytes(self._data)
     self.labels = tuple(self.program.metadata.get("labels") or map(
         str, range(self.program.num_classes)))
     self.threads = threads or len(os.sched_getaffinity(0))
     self.backend = backend or _default_backend()
     if self.backend == "native":
-      self._native = native.load(data)
+      self._native = native.load(self._data)
     elif self.backend == "xla":  # The only one that needs JAX.
       try:
         import jax
@@ -61,6 +114,17 @@ class Network:
       from minw.kernels import xla
       operands, function = xla.logits(self.program)
       self._logits = functools.partial(jax.jit(function), operands)
+
+  def __reduce__(self):
+    changed = {"name": self.name, "labels": self.labels, "threads": self.threads}
+    return type(self), (self._data, *self._options), changed
+
+  def __repr__(self) -> str:
+    name = "" if self.name is None else f"{self.name!r}, "
+    isa = f" ({self._native.isa})" if self.backend == "native" else ""
+    return (f"Network({name}images={self.program.source_shape},"
+            f" classes={self.program.num_classes}, bits={_bits(self.program)},"
+            f" backend={self.backend}{isa})")
 
   def logits(self, images: np.ndarray) -> np.ndarray:
     """The logits of a batch.
@@ -72,9 +136,11 @@ class Network:
       float32 (batch, classes).
 
     Raises:
-      ValueError: images of another shape or dtype, or none.
+      ValueError: The images have another shape or dtype.
     """
     images = self._checked(images)
+    if not len(images):
+      return np.zeros((0, self.program.num_classes), np.float32)
     if self.backend == "native":
       return self._native.logits(images, threads=self.threads)
     if self.backend == "xla":
@@ -82,8 +148,14 @@ class Network:
     return reference.logits(self.program, images)
 
   def values(self, images: np.ndarray) -> list[np.ndarray]:
-    """All values, of the image and of each operation; see `reference.run`."""
+    """All values, of the image and of each operation; see `reference.run`.
+
+    Raises:
+      ValueError: The images have another shape or dtype, or there are none.
+    """
     images = self._checked(images)
+    if not len(images):
+      raise ValueError(f"images of shape {images.shape}: must be a batch of at least one")
     if self.backend == "native":
       return self._native.values(images)
     if self.backend == "xla":
@@ -97,6 +169,48 @@ class Network:
     operands, function = xla.values(self.program)
     return functools.partial(jax.jit(function), operands)
 
+  def predict(
+      self,
+      images: str | os.PathLike | Iterable[str | os.PathLike] | np.ndarray,
+      top: int = 1,
+      *,
+      background: str = "black",
+  ) -> list[Prediction]:
+    """The most probable classes of images.
+
+    Args:
+      images: Path of an image file, several such paths, or uint8 (batch,
+        *program.source_shape).
+      top: How many classes of each image.
+      background: Color behind transparent parts of files: a name, #rrggbb or R,G,B.
+
+    Returns:
+      A prediction for each image.
+
+    Raises:
+      ValueError: A file cannot be read as an image, or an array has another shape or
+        dtype.
+      cli.UsageError: `top` or `background` cannot be used.
+    """
+    self.check_top(top)
+    if isinstance(images, (str, os.PathLike)):
+      images = [images]
+    if not isinstance(images, np.ndarray):
+      images = list(images)
+      if all(isinstance(image, (str, os.PathLike)) for image in images):
+        return [_successful(*pair) for pair in predict_files(
+            self, images, top, background=background)]
+    logits = self.logits(images)
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :top]
+    scores = np.take_along_axis(probabilities(logits), order, -1)
+    return [Prediction(tuple(self.labels[i] for i in row), tuple(map(float, score)))
+            for row, score in zip(order, scores)]
+
+  def check_top(self, top: int) -> None:
+    """Raises `cli.UsageError` where there are not so many classes to predict."""
+    classes = self.program.num_classes
+    cli.check(1 <= top <= classes, "top", top, f"1 to {classes}, the number of classes")
+
   def kernels(self) -> list[tuple[str, str]]:
     """Which kernel runs each operation: (name, kernel)."""
     if self.backend == "native":
@@ -104,15 +218,31 @@ class Network:
     return [(op.name, self.backend) for op in self.program.ops]
 
   def _checked(self, images):
-    images = np.asarray(images)
-    shape = self.program.source_shape
+    height, width, channels = self.program.source_shape
+    allowed = f"must be (batch, {height}, {width}, {channels})"
+    try:
+      images = np.asarray(images)
+    except ValueError as error:
+      raise ValueError(f"images of different shapes: {allowed}") from error
     if images.dtype != np.uint8:
       raise ValueError(f"images of {images.dtype}: must be uint8, 0 to 255")
-    if images.ndim != 4 or images.shape[1:] != shape or not len(images):
-      raise ValueError(
-          f"images of shape {images.shape}: must be (batch, {shape[0]}, {shape[1]},"
-          f" {shape[2]}), a batch of at least one")
+    if images.ndim != 4 or images.shape[1:] != (height, width, channels):
+      hint = ""
+      if images.shape == (height, width, channels):
+        hint = "; images[None] is a batch of one image"
+      elif channels == 1 and images.ndim == 3:
+        hint = "; images[..., None] has an axis of channels"
+      raise ValueError(f"images of shape {images.shape}: {allowed}{hint}")
     return images
+
+
+def _bits(program):
+  """Bits of weights and activations, such as W1A2."""
+  weights = {op.bits for op in program.ops if isinstance(op, packed.Conv)}
+  activations = {op.bits for op in program.ops
+                 if isinstance(op, (packed.Threshold, packed.FloatNorm))} - {None}
+  return "".join(letter + ",".join(sorted(map(str, bits)))
+                 for letter, bits in (("W", weights), ("A", activations)) if bits)
 
 
 @functools.cache  # To say it once.
@@ -139,16 +269,24 @@ def load(
     threads: of the native path; as many as there are cores if None.
 
   Raises:
-    OSError: there is no such file or network, or it can not be read.
-    ValueError: the file is not a packed network, or damaged.
+    OSError: There is no such file or network, or it cannot be read.
+    ValueError: The file is not a packed network, or it is damaged.
   """
+  return Network(path, backend, threads)
+
+
+def _existing(path):
+  """The path of a file or of a network that comes with minw."""
   known = shipped()
   if not os.path.exists(path):
     if str(path) not in known:
       raise FileNotFoundError(
           f"neither a file nor a network that comes with minw ({', '.join(known)})")
     path = known[str(path)]
-  return Network(pathlib.Path(path).read_bytes(), backend, threads)
+  path = pathlib.Path(path)
+  if not path.is_file():  # Reading a pipe or a device could have no end.
+    raise OSError("it is not a regular file")
+  return path
 
 
 def shipped() -> dict[str, pathlib.Path]:
@@ -164,15 +302,31 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def read_image(
-    path: str | os.PathLike, shape: Sequence[int], shrink: bool = True
+    path: str | os.PathLike, shape: Sequence[int], shrink: bool = True,
+    background: str = "black",
 ) -> np.ndarray:
-  """An image file as uint8 (height, width, channels), of the shape that is asked for.
+  """Reads an image file: upright, opaque, and of the shape that is asked for.
 
-  If it is of another size, its shorter side is brought to that size (unless it is
-  larger and `shrink` is false) and the centre taken: see `images.centre`.
+  An image of another size is scaled until its shorter side fits (unless it is larger and
+  `shrink` is false), and its centre is taken; see `images.centre`.
+
+  Args:
+    path: Path of the file.
+    shape: (height, width, channels) of the result.
+    shrink: Whether a larger image is made smaller first.
+    background: Color behind transparent parts: a name, #rrggbb or R,G,B.
+
+  Returns:
+    uint8, of that shape.
+
+  Raises:
+    ValueError: The file cannot be read as an image; the message names the file.
   """
-  with Image.open(path) as image:
-    return images_lib.centre(image, *shape, shrink=shrink)
+  try:
+    return image_files_lib.read(path, shape, shrink=shrink,
+                                background=image_files_lib.color(background))
+  except images_lib.ImageError as error:
+    raise images_lib.ImageError(f"{os.fspath(path)!r}: {error}") from error
 
 
 def shrinks(program: packed.Program) -> bool:
@@ -180,35 +334,64 @@ def shrinks(program: packed.Program) -> bool:
   return (program.metadata.get("config") or {}).get("eval_resize") != 0
 
 
-def image_files(paths: Sequence[str]) -> list[pathlib.Path]:
-  """The image files among `paths` and in the folders among them, in order."""
-  files = []
-  for path in map(pathlib.Path, paths):
-    cli.check(path.exists(), "images", str(path), "a file or folder that exists")
-    found = [path]
-    if path.is_dir():
-      found = sorted(p for p in path.rglob("*")
-                     if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-      cli.check(bool(found), "images", str(path), "a folder with .png or .jpg files")
-    files += found
-  return files
+def image_files(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
+  """The image files among `paths` and in folders among them; see `image_files.find`."""
+  return image_files_lib.find(paths)
 
 
 def read_images(
-    files: Sequence[str | os.PathLike], shape: Sequence[int], shrink: bool = True
+    files: Iterable[str | os.PathLike], shape: Sequence[int], shrink: bool = True,
+    background: str = "black",
 ) -> np.ndarray:
   """Image files as uint8 (files, height, width, channels); see `read_image`.
 
   Raises:
-    cli.UsageError: a file can not be read as an image.
+    cli.UsageError: A file cannot be read as an image.
   """
-  images = []
-  for file in files:
-    try:
-      images.append(read_image(file, shape, shrink))
-    except (OSError, ValueError) as error:
-      raise cli.UsageError(f"images={str(file)!r}: {error}") from error
-  return np.stack(images)
+  try:
+    return np.stack([read_image(file, shape, shrink, background) for file in files])
+  except images_lib.ImageError as error:
+    raise cli.UsageError(f"images={error}") from error
+
+
+def predict_files(
+    network: Network, files: Iterable[str | os.PathLike], top: int = 1, *,
+    background: str = "black",
+) -> Iterator[tuple[str | os.PathLike, Prediction | ValueError]]:
+  """Predicts image files a batch at a time; one that cannot be read stops no other.
+
+  Args:
+    network: The network.
+    files: Paths, taken from the iterator only as they are read.
+    top: How many classes of each image.
+    background: Color behind transparent parts: a name, #rrggbb or R,G,B.
+
+  Yields:
+    Each path with its prediction, or with the error that says why there is none.
+  """
+  network.check_top(top)
+  shape = network.program.source_shape
+  options = {"shrink": shrinks(network.program),
+             "background": image_files_lib.color(background)}
+  batch = min(_BATCH, max(1, _BATCH_BYTES // int(np.prod(shape))))
+  files = iter(files)
+  while part := list(itertools.islice(files, batch)):
+    read, errors = [], {}
+    for i, file in enumerate(part):
+      try:
+        read.append(image_files_lib.read(file, shape, **options))
+      except images_lib.ImageError as error:
+        errors[i] = error
+    images = np.stack(read) if read else np.zeros((0, *shape), np.uint8)
+    found = iter(network.predict(images, top))
+    for i, file in enumerate(part):
+      yield file, errors[i] if i in errors else next(found)
+
+
+def _successful(path, result):
+  if isinstance(result, ValueError):
+    raise images_lib.ImageError(f"{os.fspath(path)!r}: {result}") from result
+  return result
 
 
 def load_for_command(path: str, **options) -> Network:
@@ -219,33 +402,75 @@ def load_for_command(path: str, **options) -> Network:
     raise cli.UsageError(f"model={path!r}: {error}") from error
 
 
+def print_predictions(
+    network: Network, files: Iterable[str | os.PathLike], top: int, background: str
+) -> int:
+  """Prints a line for each image, and on standard error one for each that is bad.
+
+  Returns:
+    The exit code: 0; 1 where images are bad; 2 where that is the only one.
+  """
+  # Pillow warns of damaged metadata, which do not matter, and of large images, which
+  # are refused.
+  warnings.filterwarnings("ignore", module="PIL")
+  warnings.simplefilter("error", Image.DecompressionBombWarning)
+  hidden = sys.stderr.isatty() and not sys.stdout.isatty()
+  count = bad = 0
+  for file, result in predict_files(network, files, top, background=background):
+    count += 1
+    if isinstance(result, Prediction):
+      print(_line(file, result))
+    else:
+      bad += 1
+      message = f"images={os.fspath(file)!r}: {result}"
+      print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if hidden and count % 1000 == 0:  # Else the lines show the progress.
+      print(f"{count:,} images", file=sys.stderr)
+  return 2 if bad == count == 1 else int(bad > 0)
+
+
+def _line(file: str | os.PathLike, prediction: Prediction) -> str:
+  """FILE, LABEL, SCORE and further labels and scores, with tabs between them."""
+  pairs = zip(prediction.labels, prediction.scores)
+  fields = [os.fspath(file)]
+  for label, score in pairs:
+    fields += [label, f"{score:.4f}"]
+  return "\t".join(map(_printable, fields))
+
+
+def _printable(text: str) -> str:
+  """The text with line breaks, tabs and what no encoding has as escapes."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
+                 for c in str(text))
+
+
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string(
       "model", None, "The packed network: a file, or a name.", required=True)
   flags.DEFINE_list(
-      "images", None, "PNG and JPEG files, or folders of them.", required=True)
+      "images", None, "Image files, or folders of them.", required=True)
   flags.DEFINE_enum("backend", None, BACKENDS, "What computes.")
   flags.DEFINE_integer(
       "threads", None, "Of the native path; all cores by default.", lower_bound=1)
   flags.DEFINE_bool("kernels", False, "List what ran each operation.")
+  flags.DEFINE_integer(
+      "top", 1, "How many of the most probable classes are listed for each image.",
+      lower_bound=1)
+  flags.DEFINE_string(
+      "background", "black",
+      "Color behind transparent parts of images: a name, #rrggbb or R,G,B.")
 
 
-def main() -> None:
+def main() -> int:
   """Predicts the labels of images, as the flags say."""
   f = flags.FLAGS
   network = load_for_command(f.model, backend=f.backend, threads=f.threads)
-  shape = network.program.source_shape
-  files = image_files(f.images)
-  for start in range(0, len(files), 256):
-    part = files[start:start + 256]
-    images = read_images(part, shape, shrinks(network.program))
-    for file, row in zip(part, probabilities(network.logits(images))):
-      best = int(row.argmax())
-      print(f"{file}\t{network.labels[best]}\t{row[best]:.4f}")
+  code = print_predictions(network, image_files(f.images), f.top, f.background)
   if f.kernels:
     for name, kernel in network.kernels():
       print(f"{name}\t{kernel}")
+  return code
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """minw.images: crops with values that are known without it."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
+from PIL import UnidentifiedImageError
 import pytest
 
 from minw import images
@@ -56,6 +59,351 @@ def test_other_modes(mode):
   crop = images.random_crop(gray, 8, (0.5, 1.0), True, np.random.default_rng(0))
   assert crop.shape == (8, 8, 3) and (crop == 255).all()
   assert images.centre(gray, 8, 8, 1).shape == (8, 8, 1)
+
+
+# Mode, a pixel, and its color on black by the mode's definition: opacity multiplies;
+# CMYK (1 - c)(1 - k); YCbCr of JFIF; LAB of the white point D50.
+MODES = [
+    ("1", 1, (255, 255, 255)),
+    ("1", 0, (0, 0, 0)),
+    ("L", 77, (77, 77, 77)),
+    ("LA", (200, 128), (100, 100, 100)),
+    ("La", (100, 128), (100, 100, 100)),
+    ("RGB", (10, 20, 30), (10, 20, 30)),
+    ("RGBX", (10, 20, 30, 99), (10, 20, 30)),
+    ("RGBA", (200, 100, 50, 128), (100, 50, 25)),
+    ("RGBa", (100, 50, 25, 128), (100, 50, 25)),
+    ("CMYK", (51, 0, 0, 51), (163, 204, 204)),
+    ("YCbCr", (76, 85, 255), (254, 0, 0)),
+    ("HSV", (85, 255, 200), (0, 200, 0)),
+    ("LAB", (137, 128, 128), (128, 128, 128)),
+    ("I;16", 0x12FF, (0x12,) * 3),
+    ("I;16L", 0xFE01, (0xFE,) * 3),
+    ("I;16B", 0x12FF, (0x12,) * 3),
+    ("I;16N", 0x7F80, (0x7F,) * 3),
+]
+
+
+@pytest.mark.parametrize("mode, pixel, wanted", MODES)
+def test_modes(mode, pixel, wanted):
+  image = Image.new(mode, (3, 2), pixel)
+  luma = 0.299 * wanted[0] + 0.587 * wanted[1] + 0.114 * wanted[2]
+  for got, value in ((images.flatten(image, "RGB"), wanted),
+                     (images.flatten(image, "L"), (luma,))):
+    assert got.size == (3, 2)
+    got = np.asarray(got).reshape(2, 3, -1)
+    np.testing.assert_allclose(got, np.broadcast_to(value, got.shape), atol=1)
+
+
+def test_all_modes_are_tested():
+  elsewhere = {"P", "PA", "I", "F"}
+  assert {*Image.MODES} <= {mode for mode, *_ in MODES} | elsewhere
+
+
+def test_sixteen_bits_lose_the_low_byte():
+  values = np.arange(256, dtype=np.uint16)
+  for low in (0, 128, 255):
+    got = images.flatten(opened(Image.fromarray((values * 256 + low)[None]), "png"), "L")
+    assert np.asarray(got)[0].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+@pytest.mark.parametrize("kind", ["tiff", None])
+def test_values_of_unknown_range_are_refused(mode, kind):
+  image = Image.new(mode, (4, 4), 1)
+  with pytest.raises(images.ImageError, match="range of its pixel values is unknown"):
+    images.flatten(opened(image, kind) if kind else image, "L")
+
+
+def test_netpbm_states_its_range():
+  for largest in (255, 1000, 65535):
+    for share, wanted in ((0, 0), (0.5, 127), (1, 255)):
+      value = round(share * largest)
+      for head, pixel in ((b"P5", value.to_bytes(1 + (largest > 255), "big")),
+                          (b"P2", str(value).encode())):
+        with images.open_image(head + b" 1 1 %d\n" % largest + pixel) as image:
+          got = np.asarray(images.flatten(image, "L"))
+        assert abs(int(got[0, 0]) - wanted) <= 1, (largest, value)
+  with pytest.raises(images.ImageError, match="unknown"):
+    images.flatten(images.open_image(b"Pf 1 1 -1.0\n" + bytes(4)), "L")
+
+
+@pytest.mark.parametrize("background, wanted", [
+    ((0, 0, 0), (100, 50, 25)), ((255, 255, 255), (227, 177, 152)),
+    ((0, 255, 0), (100, 177, 25))])
+def test_background(background, wanted):
+  image = Image.new("RGBA", (2, 2), (200, 100, 50, 128))
+  for transparent in (image, opened(image, "png"), opened(image, "tiff")):
+    got = images.flatten(transparent, "RGB", background)
+    np.testing.assert_allclose(np.asarray(got)[0, 0], wanted, atol=1)
+
+
+def test_gray_on_a_color():
+  got = images.flatten(Image.new("LA", (1, 1), (200, 0)), "RGB", (1, 2, 3))
+  assert got.getpixel((0, 0)) == (1, 2, 3)
+  assert images.flatten(Image.new("LA", (1, 1), (200, 0)), "L", (0, 255, 0)).getpixel(
+      (0, 0)) == 150  # 0.587 of 255.
+
+
+def chunk(kind, data):
+  return struct.pack(">I", len(data)) + kind + data + struct.pack(
+      ">I", zlib.crc32(kind + data))
+
+
+def png(bits, color_type, row, *chunks):
+  """A PNG file of one row."""
+  width = len(row) * 8 // bits // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color_type]
+  head = struct.pack(">IIBBBBB", width, 1, bits, color_type, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + b"".join(
+      chunk(*pair) for pair in ((b"IHDR", head), *chunks,
+                                (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")))
+
+
+PALETTE = (b"PLTE", bytes([10, 20, 30, 200, 100, 50]))
+
+
+@pytest.mark.parametrize("content, wanted", [
+    # Gray of 1 to 16 bits with a transparent value: that of the first pixel.
+    (png(1, 0, b"\xbf", (b"tRNS", b"\0\1")), [0, 0, 0, 0, 0, 0, 0, 0]),
+    (png(1, 0, b"\xbf", (b"tRNS", b"\0\0")), [255, 0, 255, 255, 255, 255, 255, 255]),
+    (png(2, 0, b"\x6c", (b"tRNS", b"\0\1")), [0, 170, 255, 0]),
+    (png(4, 0, b"\x5a", (b"tRNS", b"\0\5")), [0, 170]),
+    (png(8, 0, bytes([85, 5]), (b"tRNS", b"\0\x55")), [0, 5]),
+    (png(16, 0, b"\x12\x34\x12\x35", (b"tRNS", b"\x12\x34")), [0, 0x12]),
+    # The same without one.
+    (png(1, 0, b"\xbf"), [255, 0, 255, 255, 255, 255, 255, 255]),
+    (png(2, 0, b"\x6c"), [85, 170, 255, 0]),
+    (png(4, 0, b"\x5a"), [85, 170]),
+    # A transparent color.
+    (png(8, 2, bytes([9, 8, 7, 9, 8, 6]), (b"tRNS", bytes([0, 9, 0, 8, 0, 7]))),
+     [(0, 0, 0), (9, 8, 6)]),
+    # A palette, opaque, with one transparent entry and with several opacities.
+    (png(8, 3, b"\0\1", PALETTE), [(10, 20, 30), (200, 100, 50)]),
+    (png(8, 3, b"\0\1", PALETTE, (b"tRNS", b"\0")), [(0, 0, 0), (200, 100, 50)]),
+    (png(8, 3, b"\0\1", PALETTE, (b"tRNS", b"\xff\x80")), [(10, 20, 30), (100, 50, 25)]),
+    (png(1, 3, b"\x40", PALETTE, (b"tRNS", b"\0")), [(0, 0, 0), (200, 100, 50)]
+     + 6 * [(0, 0, 0)]),
+    # Of 16 bits the upper 8 count.
+    (png(16, 2, bytes([9, 255, 8, 0, 7, 1])), [(9, 8, 7)]),
+    (png(16, 4, bytes([200, 0, 128, 0])), [100]),
+    (png(16, 6, bytes([200, 0, 100, 0, 50, 0, 128, 0])), [(100, 50, 25)]),
+])
+def test_png(content, wanted):
+  rgb = [3 * (value,) if isinstance(value, int) else value for value in wanted]
+  luma = np.array(rgb) @ [0.299, 0.587, 0.114]
+  got = np.asarray(images.flatten(images.open_image(content), "RGB"))
+  np.testing.assert_allclose(got[0], rgb, atol=1)
+  got = np.asarray(images.flatten(images.open_image(content), "L"))
+  np.testing.assert_allclose(got[0], luma, atol=1)
+
+
+def test_transparent_16_bit_color_is_refused():
+  content = png(16, 2, bytes(6), (b"tRNS", bytes(6)))
+  with pytest.raises(images.ImageError, match="save it with an alpha channel"):
+    images.flatten(images.open_image(content), "RGB")
+
+
+def test_palette_with_alpha():
+  image = Image.new("PA", (2, 1), (1, 128))
+  image.putpalette([10, 20, 30, 200, 100, 50])
+  np.testing.assert_allclose(images.flatten(image, "RGB").getpixel((0, 0)),
+                             (100, 50, 25), atol=1)
+
+
+def test_transparent_gif():
+  image = Image.fromarray(np.array([[0, 1]], np.uint8))
+  image.putpalette([10, 20, 30, 200, 100, 50])
+  got = images.flatten(opened(image, "gif", transparency=1), "RGB", (1, 2, 3))
+  assert np.asarray(got).tolist() == [[[10, 20, 30], [1, 2, 3]]]
+
+
+def tiff(data, bits, photometric=1, sample_format=1):
+  """A TIFF file of one row, little-endian, one channel."""
+  tags = [(256, 4, len(data) * 8 // bits), (257, 4, 1), (258, 3, bits), (259, 3, 1),
+          (262, 3, photometric), (273, 4, 8), (277, 3, 1), (278, 4, 1),
+          (279, 4, len(data)), (339, 3, sample_format)]
+  entries = b"".join(struct.pack("<HHII", tag, kind, 1, n) for tag, kind, n in tags)
+  return (b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+          + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+@pytest.mark.parametrize("content, wanted", [
+    (tiff(b"\x12\x34\x56", 12), [0x12, 0x45]),  # 0x123 and 0x456.
+    (tiff(b"\xff\x12", 16), [0x12]),
+    (tiff(b"\xff\x12", 16, photometric=0), [0xED]),
+    (tiff(b"\x12", 8, photometric=0), [0xED]),
+])
+def test_tiff(content, wanted):
+  image = images.flatten(images.open_image(content), "L")
+  assert np.asarray(image)[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("bits, sample_format", [(8, 2), (16, 2), (32, 1), (32, 3)])
+def test_tiff_of_unknown_range(bits, sample_format):
+  content = tiff(bytes(bits), bits, sample_format=sample_format)
+  with pytest.raises(images.ImageError, match="range of its pixel values is unknown"):
+    images.flatten(images.open_image(content), "L")
+
+
+def test_inverted_cmyk():
+  """JPEG has inverted inks if it has Adobe's marker, which Pillow writes."""
+  def jpeg(inks):
+    file = io.BytesIO()
+    Image.new("CMYK", (16, 16), inks).save(file, "jpeg", quality=100)
+    return file.getvalue()
+
+  def color(content):
+    return images.flatten(images.open_image(content), "RGB").getpixel((8, 8))
+
+  np.testing.assert_allclose(color(jpeg((51, 0, 0, 51))), (163, 204, 204), atol=1)
+  with_marker = jpeg((204, 255, 255, 204))
+  at = with_marker.index(b"\xff\xee\0\x0eAdobe")
+  without = with_marker[:at] + with_marker[at + 16:]
+  np.testing.assert_allclose(color(without), (163, 204, 204), atol=1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(90, 70), (30, 40), (64, 48)])
+def test_ordinary_jpeg_is_what_pillow_makes_of_it(mode, size):
+  """To the bit, as in the data sets that networks are trained on."""
+  pixels = np.random.default_rng(0).integers(0, 256, (*size, 4), np.uint8)
+  image = Image.fromarray(pixels, "RGBA").convert("RGB").convert(mode)
+  for channels, wanted_mode in ((3, "RGB"), (1, "L")):
+    file = opened(image)
+    got = images.centre(file, 32, 40, channels)
+    wanted = opened(image).convert("RGB").convert(wanted_mode)
+    ratio = max(40 / wanted.width, 32 / wanted.height)
+    wanted = wanted.resize((max(40, round(wanted.width * ratio)),
+                            max(32, round(wanted.height * ratio))),
+                           Image.Resampling.BILINEAR)
+    left, top = (wanted.width - 40) // 2, (wanted.height - 32) // 2
+    wanted = np.asarray(wanted)[top:top + 32, left:left + 40].reshape(32, 40, channels)
+    np.testing.assert_array_equal(got, wanted)
+
+
+# What a file with [[10, 20, 30], [40, 50, 60]] shows, by its orientation.
+ORIENTATIONS = {
+    1: [[10, 20, 30], [40, 50, 60]], 2: [[30, 20, 10], [60, 50, 40]],
+    3: [[60, 50, 40], [30, 20, 10]], 4: [[40, 50, 60], [10, 20, 30]],
+    5: [[10, 40], [20, 50], [30, 60]], 6: [[40, 10], [50, 20], [60, 30]],
+    7: [[60, 30], [50, 20], [40, 10]], 8: [[30, 60], [20, 50], [10, 40]],
+    0: [[10, 20, 30], [40, 50, 60]], 9: [[10, 20, 30], [40, 50, 60]]}
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp", "jpeg"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_orientation(kind, orientation):
+  stored = np.array([[10, 20, 30], [40, 50, 60]], np.uint8)
+  wanted = np.array(ORIENTATIONS[orientation])
+  if kind == "jpeg":  # Blocks of 8 x 8 are exact.
+    stored, wanted = (np.kron(a, np.ones((8, 8), np.uint8)) for a in (stored, wanted))
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  options = {"lossless": True} if kind == "webp" else {}
+  image = opened(Image.fromarray(stored), kind, exif=exif, **options)
+  got = images.centre(image, *wanted.shape, 1, upright=True)
+  np.testing.assert_allclose(got[..., 0], wanted, atol=1)
+  if kind == "jpeg":  # ImageNet is seen as it is stored.
+    image = opened(Image.fromarray(stored), kind, exif=exif)
+    got = images.centre(image, *stored.shape, 1)
+    np.testing.assert_allclose(got[..., 0], stored, atol=1)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_says_nothing():
+  file = io.BytesIO()
+  Image.new("L", (8, 8), 9).save(file, "jpeg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+  image = images.open_image(file.getvalue())
+  assert (images.centre(image, 8, 8, 1, upright=True) == 9).all()
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_several_frames_are_refused(kind):
+  frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+  with pytest.raises(images.ImageError, match="several frames or pages"):
+    opened(frames[0], kind, save_all=True, append_images=frames[1:])
+  assert images.centre(opened(frames[0], kind, save_all=True), 8, 8).shape == (8, 8, 3)
+
+
+def test_photo_with_a_second_image():
+  """Phones attach one; the photo is the first."""
+  frames = [Image.new("RGB", (8, 8), color) for color in ("white", "black")]
+  photo = opened(frames[0], "mpo", save_all=True, append_images=frames[1:])
+  assert (images.centre(photo, 8, 8) == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["eps", "tga", "ico", "pcx"])
+def test_formats_that_are_not_opened(kind):
+  with pytest.raises(UnidentifiedImageError):
+    opened(Image.new("RGB", (32, 32)), kind)
+
+
+def test_channels_as_they_are():
+  rng = np.random.default_rng(0)
+  for channels, mode in ((2, "LA"), (4, "RGBA")):
+    stored = rng.integers(0, 256, (6, 8, channels), np.uint8)
+    image = opened(Image.fromarray(stored), "png")
+    assert image.mode == mode
+    np.testing.assert_array_equal(images.centre(image, 6, 8, channels), stored)
+    # Each is scaled by itself: opacity does not weigh the others.
+    image = opened(Image.fromarray(stored), "png")
+    scaled = images.centre(image, 3, 4, channels)
+    for i in range(channels):
+      band = Image.fromarray(np.ascontiguousarray(stored[..., i]))
+      np.testing.assert_array_equal(
+          scaled[..., i], np.asarray(band.resize((4, 3), Image.Resampling.BILINEAR)))
+
+
+@pytest.mark.parametrize("mode, channels", [
+    ("RGB", 4), ("L", 2), ("RGBA", 2), ("LA", 4), ("RGBA", 5), ("CMYK", 4), ("P", 4)])
+def test_other_numbers_of_channels_are_refused(mode, channels):
+  image = Image.new(mode, (8, 8))
+  message = f"channels of Pillow mode {mode}; the network takes {channels}"
+  with pytest.raises(images.ImageError, match=message):
+    images.centre(image, 8, 8, channels)
+
+
+def test_gray_with_alpha_of_16_bits_has_two_channels():
+  content = png(16, 4, bytes([200, 0, 128, 0]))
+  with pytest.raises(images.ImageError, match="mode LA; the network takes 4"):
+    images.centre(images.open_image(content), 1, 1, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1)])
+def test_thin_images_take_no_memory(size):
+  """As large as it fills 224 x 224, this image would have 10^11 pixels."""
+  row = np.repeat(np.uint8([1, 100, 1]), [999_990, 20, 999_990])
+  image = Image.fromarray(row.reshape(size[::-1]))
+  got = images.centre(image, 224, 224, 1)
+  assert got.shape == (224, 224, 1) and (got == 100).all()
+
+
+def test_large_photos_are_decoded_at_a_fraction():
+  rng = np.random.default_rng(0)
+  small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+  large = small.resize((4032, 3024), Image.Resampling.BICUBIC)
+  for size, decoded in ((32, (504, 378)), (100, (1008, 756)), (400, (4032, 3024))):
+    file = opened(large, quality=95)
+    got = images.centre(file, size, size).astype(int)
+    assert file.size == decoded
+    exact = images.centre(large, size, size)
+    assert np.abs(got - exact).mean() < 1 and np.abs(got - exact).max() < 8
+  file = opened(large.resize((3000, 2000)), quality=95)  # Not large enough for that.
+  images.centre(file, 32, 32)
+  assert file.size == (3000, 2000)
+
+
+def test_limit_of_pixels(monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+  image = Image.new("L", (101, 100))
+  with pytest.raises((images.ImageError, Image.DecompressionBombWarning)):
+    opened(image, "png")
+  with pytest.raises(images.ImageError, match="101 x 100 pixels; 1 to 10,000"):
+    images.centre(opened(image), 8, 8)
+  with pytest.raises(images.ImageError, match="301 x 100 pixels; 1 to 30,000"):
+    opened(image.resize((301, 100)))
+  monkeypatch.setattr(images, "_DRAFT_PIXELS", 10_000)
+  assert images.centre(opened(image), 8, 8).shape == (8, 8, 3)
 
 
 def test_random_boxes():

@@ -1,10 +1,16 @@
 """Inference from files: what it needs, what it says, what it refuses."""
 
 import concurrent.futures
+import copy
+import gc
 import json
+import multiprocessing
+import os
+import pickle
 import subprocess
 import sys
 import types
+import weakref
 
 import numpy as np
 from PIL import Image
@@ -94,13 +100,174 @@ assert not found, found
     (np.zeros((8, 8, 1), np.uint8), r"shape \(8, 8, 1\): must be \(batch, 8, 8, 1\)"),
     (np.zeros((1, 8, 9, 1), np.uint8), "must be"),
     (np.zeros((1, 8, 8, 3), np.uint8), "must be"),
-    (np.zeros((0, 8, 8, 1), np.uint8), "a batch of at least one"),
+    (np.zeros((2, 8, 8), np.uint8), r"images\[..., None\] has an axis of channels"),
+    (np.zeros((8, 8, 1), np.uint8), r"images\[None\] is a batch of one image"),
+    (np.zeros((1, 28, 28, 1), np.uint8), "must be"),
+    (np.zeros((1, 8, 8, 1), np.int64), "images of int64: must be uint8"),
+    ([[[[0]] * 8] * 8], "images of int64: must be uint8"),
+    ([np.zeros((8, 8, 1), np.uint8), np.zeros((8, 9, 1), np.uint8)], "different shapes"),
+    ([], "images of float64"),
 ])
 def test_wrong_images(model, images, message):
   network = infer.load(model, backend="reference")
   for function in (network.logits, network.values):
     with pytest.raises(ValueError, match=message):
       function(images)
+
+
+def test_empty_batch(model):
+  empty = np.zeros((0, 8, 8, 1), np.uint8)
+  for backend in ("reference", "native" if native.available() else "xla"):
+    network = infer.load(model, backend=backend)
+    logits = network.logits(empty)
+    assert logits.shape == (0, 10) and logits.dtype == np.float32
+    assert network.predict(empty) == network.predict([]) == []
+    with pytest.raises(ValueError, match="a batch of at least one"):
+      network.values(empty)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arrays_in_other_orders(model, backend):
+  images = datasets.load("digits", "test", None)[0][:6]
+  wanted = digits_logits(images)
+  logits = infer.load(model, backend=backend).logits
+  for same in (np.asfortranarray(images), images.repeat(2, 0)[::2], list(images),
+               images[::-1][::-1], images.transpose(3, 2, 1, 0).copy().T):
+    np.testing.assert_array_equal(logits(same), wanted)
+
+
+def test_sources(model):
+  """A path, its content or a program give the same network."""
+  images = datasets.load("digits", "test", None)[0][:3]
+  data = model.read_bytes()
+  for source, name in ((model, "net"), (str(model), "net"), (data, None),
+                       (bytearray(data), None), (memoryview(data), None),
+                       (packed.from_bytes(data), None)):
+    network = infer.Network(source, "reference")
+    assert network.name == name and network.labels[3] == "three"
+    np.testing.assert_array_equal(network.logits(images), digits_logits(images))
+  assert infer.Network("digits_convnet", "reference").name == "digits_convnet"
+
+
+def test_repr(model):
+  assert repr(infer.load(model, backend="reference")) == (
+      "Network('net', images=(8, 8, 1), classes=10, bits=W2, backend=reference)")
+  network = infer.load("cifar10_convnet_a_quarter_2bit", backend="xla")
+  assert repr(network) == (
+      "Network('cifar10_convnet_a_quarter_2bit', images=(32, 32, 3), classes=10,"
+      " bits=W2A2, backend=xla)")
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+def test_repr_names_the_instruction_set(model, monkeypatch):
+  monkeypatch.setenv("MINW_ISA", "portable")
+  assert repr(infer.Network(model.read_bytes(), "native")) == (
+      "Network(images=(8, 8, 1), classes=10, bits=W2, backend=native (portable))")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies(model, backend):
+  images = datasets.load("digits", "test", None)[0][:5]
+  network = infer.load(model, backend=backend, threads=3)
+  network.labels = tuple("abcdefghij")
+  copies = [copy.copy(network)]
+  if backend != "xla":  # Each of these would be compiled.
+    copies += [copy.deepcopy([network])[0], pickle.loads(pickle.dumps(network)),
+               copy.copy(copies[0])]
+  if backend == "native":
+    native_network = native.load(model.read_bytes())
+    copies += [copy.copy(native_network), pickle.loads(pickle.dumps(native_network))]
+    del native_network
+  del network
+  gc.collect()
+  while copies:  # Each ends by itself; the others still run.
+    np.testing.assert_array_equal(copies[-1].logits(images), digits_logits(images))
+    if isinstance(copies[-1], infer.Network):
+      assert (copies[-1].name, copies[-1].backend, copies[-1].threads,
+              copies[-1].labels[3]) == ("net", backend, 3, "d")
+    copies.pop()
+    gc.collect()
+
+
+def test_copy_of_a_default_backend_takes_what_is_there(model, monkeypatch):
+  data = pickle.dumps(infer.load(model))
+  monkeypatch.setattr(infer, "_default_backend", lambda: "reference")
+  assert pickle.loads(data).backend == "reference"
+
+
+def test_networks_end_with_their_references(model):
+  network = infer.load(model)
+  reference_to = weakref.ref(network)
+  del network
+  gc.collect()
+  assert reference_to() is None
+
+
+def test_other_processes(model):
+  images = datasets.load("digits", "test", None)[0][:4]
+  network = infer.load(model)
+  with multiprocessing.get_context("spawn").Pool(1) as pool:
+    found = pool.map(network.logits, [images[:2], images[2:]])
+  np.testing.assert_array_equal(np.concatenate(found), digits_logits(images))
+
+
+def test_predict(model, tmp_path):
+  images = datasets.load("digits", "test", None)[0][:20]
+  files = []
+  for i, image in enumerate(images):
+    files.append(tmp_path / f"{i}.png")
+    Image.fromarray(image[..., 0]).save(files[-1])
+  logits = digits_logits(images)
+  powers = np.exp(logits - logits.max(-1, keepdims=True))
+  scores = powers / powers.sum(-1, keepdims=True)
+  network = infer.load(model)
+  from_files = network.predict(files, top=3)
+  assert from_files == network.predict(map(str, files), 3) == network.predict(images, 3)
+  for found, logit, score in zip(from_files, logits, scores, strict=True):
+    order = sorted(range(10), key=lambda k: (-logit[k], k))[:3]
+    assert found.labels == tuple(network.labels[k] for k in order)
+    np.testing.assert_allclose(found.scores, score[order], rtol=1e-5)
+    assert (found.label, found.score) == (found.labels[0], found.scores[0])
+  assert network.predict(files[0]) == network.predict(str(files[0])) == [
+      infer.Prediction(from_files[0].labels[:1], from_files[0].scores[:1])]
+  assert len(network.predict(images[:1], top=10)[0].labels) == 10
+
+
+def test_predict_on_a_background(model, tmp_path):
+  """Ink of any color that is drawn in transparency alone."""
+  images = datasets.load("digits", "test", None)[0][:4]
+  network = infer.load(model)
+  for ink, background in ((255, "black"), (0, "#fff")):
+    for i, image in enumerate(images):
+      pixels = np.concatenate([np.full_like(image, ink), image], -1)
+      Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    wanted = images if background == "black" else 255 - images
+    assert network.predict(files, background=background) == network.predict(wanted)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (("none.png",), ValueError, "'none.png': No such file or directory"),
+    ((np.zeros((1, 8, 8, 1), np.uint8), 0), cli.UsageError, "top=0: must be 1 to 10"),
+    ((np.zeros((1, 8, 8, 1), np.uint8), 11), cli.UsageError, "top=11: must be 1 to 10"),
+    ((np.zeros((8, 8, 1), np.uint8),), ValueError, "must be"),
+    (([np.zeros((8, 8), np.uint8)],), ValueError, "must be"),
+])
+def test_predict_refuses(model, arguments, error, message):
+  network = infer.load(model, backend="reference")
+  with pytest.raises(error, match=message):
+    network.predict(*arguments)
+
+
+def test_files_are_read_a_batch_at_a_time(model, tmp_path, monkeypatch):
+  Image.new("L", (8, 8)).save(tmp_path / "a.png")
+  monkeypatch.setattr(infer, "_BATCH", 3)
+  taken = []
+  files = (taken.append(i) or tmp_path / "a.png" for i in range(100))
+  found = infer.predict_files(infer.load(model, backend="reference"), files)
+  for _ in range(4):
+    assert isinstance(next(found)[1], infer.Prediction)
+  assert len(taken) == 6
 
 
 def test_wrong_backend(model):
@@ -180,6 +347,98 @@ def test_command(model, tmp_path):
   assert lines[5:] == ["fc\treference", "norm\treference"]
 
 
+def test_command_predicts_in_spite_of_bad_images(model, tmp_path):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  for i in range(5):
+    Image.new("L", (8, 8), 50 * i).save(folder / f"{i}.png")
+  noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+  Image.fromarray(noise).save(folder / "1.png")
+  (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:2000])
+  (folder / "3.png").write_bytes(b"hello")
+  os.mkfifo(folder / "4_pipe.png")
+  Image.new("F", (8, 8)).save(folder / "5 tab\t.tif")
+  Image.new("L", (8, 8)).save(folder / "6\n.png")
+  (folder / "notes.txt").write_text("hello")
+  done = run("minw.infer", f"--model={model}", "--backend=reference",
+             f"--images={folder}", "--top=2", "--kernels")
+  assert done.returncode == 1
+  lines = [line.split("\t") for line in done.stdout.splitlines()]
+  assert [line[0] for line in lines] == [
+      f"{folder}/{name}" for name in ("0.png", "2.png", "4.png", "6\\n.png")
+  ] + ["fc", "norm"]
+  for file, *pairs in lines[:4]:
+    image = np.full((1, 8, 8, 1), 50 * int(os.path.basename(file)[0]) % 300, np.uint8)
+    logits = digits_logits(image)[0]
+    powers = np.exp(logits - logits.max())
+    order = sorted(range(10), key=lambda k: (-logits[k], k))[:2]
+    names = infer.load(model, backend="reference").labels
+    assert pairs == [text for k in order for text in
+                     (names[k], f"{powers[k] / powers.sum():.4f}")]
+  errors = done.stderr.splitlines()
+  for line, (name, reason) in zip(errors[1:], (
+      ("1.png", "truncated"), ("3.png", "cannot identify image file"),
+      ("4_pipe.png", "not a regular file"), ("5 tab\\t.tif", "range"))):
+    assert line.startswith(f"error: images='{folder}/{name}': ") and reason in line
+  assert "left out 1 files" in errors[0] and len(errors) == 5
+
+
+@pytest.mark.parametrize("bad, good, code", [(0, 1, 0), (1, 0, 2), (1, 1, 1), (2, 0, 1)])
+def test_exit_code(model, tmp_path, capsys, bad, good, code):
+  files = [tmp_path / f"{i}.png" for i in range(bad + good)]
+  for i, file in enumerate(files):
+    file.write_bytes(b"") if i < bad else Image.new("L", (8, 8)).save(file)
+  network = infer.load(model, backend="reference")
+  assert infer.print_predictions(network, files, 1, "black") == code
+  out, err = capsys.readouterr()
+  assert out.count("\n") == good and err.count("error: images=") == err.count("\n") == bad
+
+
+def test_model_that_is_no_regular_file(tmp_path):
+  os.mkfifo(tmp_path / "net.minw")
+  for path in (tmp_path / "net.minw", "/dev/zero", tmp_path):
+    with pytest.raises(OSError, match="it is not a regular file"):
+      infer.load(path)
+
+
+def test_command_on_a_background(model, tmp_path):
+  Image.new("LA", (8, 8), (255, 0)).save(tmp_path / "a.png")
+  lines = [run("minw.infer", f"--model={model}", f"--images={tmp_path}", *more).stdout
+           for more in ((), ("--background=black",), ("--background=255,255,255",))]
+  assert lines[0] == lines[1] != lines[2]
+  network = infer.load(model)
+  white = network.predict(np.full((1, 8, 8, 1), 255, np.uint8))[0]
+  assert lines[2] == f"{tmp_path / 'a.png'}\t{white.label}\t{white.score:.4f}\n"
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_command_with_other_channels(tmp_path, channels):
+  """Files that have exactly these channels; others are refused in a line."""
+  rng = np.random.default_rng(0)
+  kernel = rng.choice([-1, 1], (3, 4, 4, channels)).astype(np.int8)
+  ops = (packed.Conv("fc", 0, 1, kernel),
+         packed.Logits("norm", 1, 2.0**-6, np.zeros(3, np.float32),
+                       np.full(3, 0.25, np.float32), np.zeros(3, np.float32)))
+  model = tmp_path / "net.minw"
+  packed.write(model, packed.Program(
+      (4, 4, channels), (4, 4), np.full(channels, 99, np.uint8), 3, ops, {}))
+  image = rng.integers(0, 256, (4, 4, channels), np.uint8)
+  wanted = ((image - 99.0) * kernel).sum((1, 2, 3)).argmax()
+  np.save(tmp_path / "a.npy", image)
+  good = ["a.npy"]
+  if channels != 5:
+    Image.fromarray(image).save(tmp_path / "a.png")
+    good.append("a.png")
+  for name in good:
+    done = run("minw.infer", f"--model={model}", f"--images={tmp_path / name}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\t")[1] == str(wanted)
+  Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+  done = run("minw.infer", f"--model={model}", f"--images={tmp_path}/b.png")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert f"Pillow mode RGB; the network takes {channels}" in done.stderr
+
+
 @pytest.mark.parametrize("arguments, message", [
     ("--model=none.minw --images=.", "error: model='none.minw': "),
     ("--model={tmp}/bad.minw --images=.", "not a packed network"),
@@ -188,6 +447,10 @@ def test_command(model, tmp_path):
     ("--model={model} --images={tmp}/bad.minw", "cannot identify image file"),
     ("--model={model} --images={tmp}/cut.png", "cut.png'"),
     ("--model={model} --images=. --threads=0", "threads"),
+    ("--model={model} --images={tmp}/whole.png --background=blak",
+     "background='blak': must be a color: a name, #rrggbb or R,G,B"),
+    ("--model={model} --images={tmp}/whole.png --top=11", "top=11: must be 1 to 10"),
+    ("--model={model} --images={tmp}/bad.minw --top=11", "top=11: must be 1 to 10"),
 ])
 def test_command_refuses_in_one_line(model, tmp_path, arguments, message):
   (tmp_path / "empty").mkdir()

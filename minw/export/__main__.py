@@ -62,13 +62,15 @@ def content(
     raise cli.UsageError(f"format={form!r}: {error}") from error
 
 
-def test_images(paths: list[str] | None, program: packed.Program) -> np.ndarray:
+def test_images(
+    paths: list[str] | None, program: packed.Program, background: str = "black"
+) -> np.ndarray:
   """The images that files hold, as `minw.infer` takes them; else four random ones."""
   shape = program.source_shape
   if not paths:
     return np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
   return infer.read_images(
-      infer.image_files(paths), shape, infer.shrinks(program))
+      infer.image_files(paths), shape, infer.shrinks(program), background)
 
 
 def _program(workdir: str | None, model: str | None, which: str) -> packed.Program:
@@ -132,6 +134,9 @@ def define_flags() -> None:
   flags.DEFINE_list(
       "images", None, "PNG and JPEG files, or folders of them, for --golden and for the"
       " test in a C file; random images if none.")
+  flags.DEFINE_string(
+      "background", "black",
+      "Color behind transparent parts of images: a name, #rrggbb or R,G,B.")
 
 
 def main() -> None:
@@ -141,7 +146,7 @@ def main() -> None:
     raise cli.UsageError("--format and --out, or --golden, must be given")
   _check_options(f.format, f.out, f.batch, f.prefix)
   program = _program(f.workdir, f.model, f.checkpoint)
-  images = test_images(f.images, program)
+  images = test_images(f.images, program, f.background)
   if f.format:
     prefix = f.prefix or c_text.prefix(_name(f.workdir, f.model))
     out = pathlib.Path(f.out)

@@ -70,6 +70,9 @@ def isas() -> list[str]:
 class Network:
   """A packed network in the library. May be used by several threads at once.
 
+  A copy or a pickle is made from the file's bytes, so that each object owns its own
+  network in the library.
+
   Attributes:
     isa: the instruction set of its kernels.
     shape: (height, width, channels) of the images.
@@ -77,6 +80,7 @@ class Network:
   """
 
   def __init__(self, data: bytes):
+    self._data = data
     self._lib = _need()
     message = ctypes.create_string_buffer(256)
     self._network = self._lib.minw_load(data, len(data), message, len(message))
@@ -87,9 +91,13 @@ class Network:
     self.shape = (source.height, source.width, source.channels)
     self.classes = self._lib.minw_classes(self._network)
 
+  def __reduce__(self):
+    return type(self), (self._data,)
+
   def __del__(self):
-    if getattr(self, "_network", None):
-      self._lib.minw_free(self._network)
+    network, self._network = getattr(self, "_network", None), None
+    if network:
+      self._lib.minw_free(network)
 
   def logits(self, images: np.ndarray, threads: int = 1) -> np.ndarray:
     """uint8 (batch, *shape) -> float32 (batch, classes)."""

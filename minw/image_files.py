@@ -1,0 +1,166 @@
+"""Image files by path: which files a list of paths names, and the pixels of each."""
+
+import logging
+import os
+import pathlib
+import stat
+from typing import Iterable, Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+from PIL import ImageColor
+from PIL import UnidentifiedImageError
+
+from minw import cli
+from minw import images
+
+_log = logging.getLogger(__name__)
+
+# Files in folders that are taken for images; any other file can be given by its path.
+SUFFIXES = frozenset((
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".qoi",
+    ".npy"))
+
+
+def find(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
+  """The image files among `paths` and in the folders among them, in order.
+
+  Folders are searched to any depth, through links, each folder once. What is hidden or
+  does not end as an image's name is left out; how much that is, is logged.
+
+  Args:
+    paths: Files and folders.
+
+  Returns:
+    An iterator that lists folders only as far as it is used.
+
+  Raises:
+    cli.UsageError: A path does not exist, or is a folder without image files.
+  """
+  paths = [pathlib.Path(path) for path in paths]
+  for path in paths:
+    cli.check(os.path.exists(path), "images", str(path), "a file or folder that exists")
+    cli.check(any(wanted for _, wanted in _walk(path)), "images", str(path),
+              "a folder with .png or .jpg files, or others that are images")
+  return _find(paths)
+
+
+def _find(paths):
+  for path in paths:
+    left_out = 0
+    for file, wanted in _walk(path):
+      if wanted:
+        yield file
+      left_out += not wanted
+    if left_out:
+      _log.warning("%s: left out %d files that are hidden or not named as images are",
+                   path, left_out)
+
+
+def _walk(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
+  """A file, or all files of a folder by name; with each, whether to read it."""
+  if not os.path.isdir(root):
+    yield root, True
+    return
+  waiting, seen = [root], set()
+  while waiting:
+    path = waiting.pop()
+    hidden = path is not root and path.name.startswith(".")
+    if hidden or not os.path.isdir(path):
+      yield path, not hidden and path.suffix.lower() in SUFFIXES
+      continue
+    status = os.stat(path)
+    if (status.st_dev, status.st_ino) in seen:  # Reached by another link before.
+      continue
+    seen.add((status.st_dev, status.st_ino))
+    try:
+      waiting += [path / name for name in sorted(os.listdir(path), reverse=True)]
+    except OSError:
+      yield path, True  # Reading it says what is wrong.
+
+
+def color(text: str) -> images.Color:
+  """The RGB values of a color that is given as a name, #rrggbb or R,G,B.
+
+  Raises:
+    cli.UsageError: It is not such a color, or not opaque.
+  """
+  try:
+    parts = tuple(map(int, text.split(",")))
+  except ValueError:
+    try:
+      parts = ImageColor.getrgb(text)
+    except ValueError:
+      parts = ()
+  cli.check(len(parts) == 3 and all(0 <= part <= 255 for part in parts), "background",
+            text, "a color: a name, #rrggbb or R,G,B from 0 to 255")
+  return parts
+
+
+def read(
+    path: str | os.PathLike,
+    shape: Sequence[int],
+    *,
+    shrink: bool = True,
+    background: images.Color = images.BLACK,
+) -> np.ndarray:
+  """Reads an image file: upright, opaque, and of the shape that is asked for.
+
+  An .npy file holds uint8 (height, width, channels), with any number of channels. For
+  all other files see `images.centre`.
+
+  Args:
+    path: Path of the file.
+    shape: (height, width, channels) of the result.
+    shrink: Whether a larger image is made smaller first; see `images.centre`.
+    background: RGB color behind transparent parts.
+
+  Returns:
+    uint8, of that shape.
+
+  Raises:
+    images.ImageError: The file cannot be read, is not an image, or is of a kind that is
+      not accepted. The message does not name the file.
+  """
+  try:
+    return _read(path, shape, shrink, background)
+  except images.ImageError:
+    raise
+  except UnidentifiedImageError as error:
+    raise images.ImageError("cannot identify image file; these are read: .npy, "
+                            + ", ".join(images.FORMATS)) from error
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise images.ImageError(
+        f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+  except Exception as error:  # Pillow has many kinds for damage.
+    reason = getattr(error, "strerror", None) or str(error)
+    raise images.ImageError(reason or f"it ends in {type(error).__name__}") from error
+
+
+def _read(path, shape, shrink, background):
+  height, width, channels = shape
+  mode = os.stat(path).st_mode
+  if stat.S_ISDIR(mode):
+    os.listdir(path)  # Says why it was not listed.
+  if not stat.S_ISREG(mode):  # Opening a pipe could take forever.
+    raise images.ImageError("it is not a regular file")
+  if os.fspath(path).lower().endswith(".npy"):
+    planes = _planes(np.load(path, mmap_mode="r"), channels)
+    return images.fit(planes, height, width, shrink)
+  with open(path, "rb") as file, images.open_image(file) as image:
+    return images.centre(image, height, width, channels, shrink=shrink, upright=True,
+                         background=background)
+
+
+def _planes(array, channels):
+  """The channels of what an .npy file holds, as images."""
+  if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or (
+      array.ndim != 3 or array.shape[2] != channels):
+    holds = (f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray)
+             else type(array).__name__)
+    raise images.ImageError(
+        f"it holds {holds}; the network takes uint8 (height, width, {channels})")
+  images.check_size(array.shape[1], array.shape[0])
+  return [Image.fromarray(np.ascontiguousarray(array[..., i]))
+          for i in range(channels)]
