@@ -6,6 +6,7 @@
 import os
 import pathlib
 from typing import Any, Sequence
+import warnings
 
 from absl import flags
 import jax
@@ -15,6 +16,8 @@ from minw import cli
 from minw import estimators as estimators_lib
 from minw import metrics
 from minw import quantizers
+from minw import titles
+from minw import workdir as workdir_lib
 
 # Of Okabe and Ito, for all kinds of colour vision.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
@@ -26,26 +29,40 @@ _CURVES = (  # Split, mode and style, the later over the earlier.
     ("validation", "mixed", {"color": BLUE, "linestyle": "--"}),
 )
 
-_ALPHAS = {  # Label and colour, the darker the nearer to the quantizer.
-    0.0: (r"$\alpha$ = 0, identity", "#BBBBBB"),
-    0.5: (r"$\alpha$ = 0.5", "#6DBBEA"),
-    0.8: (r"$\alpha$ = 0.8", BLUE),
-    1.0: (r"$\alpha$ = 1, quantizer", "#10284B"),
-}
+# Style of each alpha: the darker, the nearer to the quantizer.
+ALPHAS = {alpha: {"label": rf"$\alpha$ = {name}", "color": color, "linewidth": 2.5,
+                  "solid_capstyle": "butt"}
+          for alpha, name, color in ((0.0, "0, identity", "#BBBBBB"),
+                                     (0.5, "0.5", "#6DBBEA"), (0.8, "0.8", BLUE),
+                                     (1.0, "1, quantizer", "#10284B"))}
+STE = {"label": "straight-through estimator", "color": VERMILION,
+       "linestyle": (0, (3, 2)), "linewidth": 1.5}
 
 
 def curves(workdir: str) -> None:
   """Draws `workdir`/curves.png; nothing if the run has recorded nothing."""
   lines = metrics.read(workdir)
   if lines:
-    save(curves_figure(lines), pathlib.Path(workdir) / "curves.png")
+    path = pathlib.Path(workdir)
+    title = (titles.run(workdir_lib.read_config(workdir)) + "\n"
+             if (path / "config.json").exists() else "")
+    save(curves_figure(lines, title + _shortened(workdir)), path / "curves.png")
 
 
-def curves_figure(lines: Sequence[dict[str, Any]]) -> Any:
-  """Loss, accuracy and schedules by epoch, with the test accuracies as the title.
+def _shortened(path: str, length: int = 90) -> str:
+  """A path in one line, of a long one the end, which tells it from its neighbours."""
+  path = " ".join(os.fsencode(path).decode(errors="replace").split())
+  return path if len(path) <= length else f"...{path[-length:]}"
+
+
+def curves_figure(lines: Sequence[dict[str, Any]], title: str = "") -> Any:
+  """Loss, accuracy and schedules by epoch.
+
+  A star marks the epoch of the best validation accuracy, whose checkpoint is kept.
 
   Args:
     lines: of metrics.jsonl; a measurement that is missing or null leaves a gap.
+    title: says which run it is; test accuracies are added to it.
 
   Returns:
     The matplotlib Figure; its axes are loss, accuracy, alpha, learning rate.
@@ -53,7 +70,7 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Any:
   import matplotlib
   from matplotlib import figure
 
-  fig = figure.Figure(figsize=(10, 3.6), dpi=150, layout="constrained")
+  fig = figure.Figure(figsize=(10, 4), dpi=150, layout="constrained")
   loss, accuracy, alpha = fig.subplots(1, 3, width_ratios=(3, 3, 2))
   rate = alpha.twinx()
   # A short run may have a single point, which is no line.
@@ -67,6 +84,16 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Any:
       axes.plot(_column(chosen, "epoch"), _column(chosen, name),
                 label=f"{split}, {mode}", **markers, **style)
 
+  _log_scale(loss, "loss ({scale} scale)")
+  best = _best(lines)
+  for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+    if best is None or best.get(name) is None:
+      continue
+    axes.axvline(best["epoch"], color=VERMILION, linewidth=0.8, linestyle=":")
+    axes.plot(_column([best], "epoch"), _column([best], name), color=VERMILION,
+              linestyle="", marker="*", markersize=12, markeredgecolor="white",
+              label=f"best epoch: {best['epoch']}", zorder=3)
+
   train = [line for line in lines if line["split"] == "train" and "alpha" in line]
   epochs = _column(train, "epoch")
   by_layer = np.array([np.atleast_1d(line["alpha"]) for line in train]).T
@@ -74,26 +101,33 @@ def curves_figure(lines: Sequence[dict[str, Any]]) -> Any:
   for values, shade in zip(by_layer, shades):
     alpha.plot(epochs, values, color=shade, linewidth=1.5, **markers)
   rate.plot(epochs, _column(train, "learning_rate"), color=GREY, linestyle=":",
-            linewidth=2)
+            linewidth=2, **markers)
 
   decorate(loss, "loss", "epoch")
   decorate(accuracy, "accuracy", "epoch")
   decorate(alpha, "alpha, first layer darkest" if len(by_layer) > 1 else "alpha",
             "epoch")
-  for axes in (loss, rate):
-    _log_scale(axes)
+  _log_scale(rate, "learning rate (grey, {scale} scale)")
   for axes in (loss, accuracy, alpha):
     axes.set_xlim(left=0)
   alpha.set_ylim(-0.05, 1.05)
-  rate.set_ylabel("learning rate (dotted)", color="#666666")
+  rate.yaxis.label.set_color("#666666")
   rate.spines[["top", "left"]].set_visible(False)
-  fig.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=4,
-             frameon=False)
+  fig.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=5,
+             frameon=False, columnspacing=1.5)
   tests = [f"{line['accuracy']:.4f} ({line['checkpoint']} checkpoint)"
            for line in lines if line["split"] == "test"]
-  if tests:
-    fig.suptitle("test accuracy " + ", ".join(tests), fontsize=11)
+  fig.suptitle("\n".join(filter(None, [
+      title, "test accuracy " + ", ".join(tests) if tests else ""])),
+      fontsize=11, parse_math=False)  # A path may hold dollars.
   return fig
+
+
+def _best(lines):
+  """The validation line of the best checkpoint: of equal accuracies the last."""
+  hard = [line for line in lines if (line["split"], line["mode"]) == (
+      "validation", "hard") and line.get("accuracy") is not None]
+  return max(hard, key=lambda line: (line["accuracy"], line["epoch"]), default=None)
 
 
 def estimators(path: str) -> None:
@@ -117,13 +151,11 @@ def estimators_figure() -> Any:
   *forward, backward = fig.subplots(1, 3)
 
   def draw(axes, x, transform, grid):
-    for alpha, (label, color) in _ALPHAS.items():
+    for alpha, style in ALPHAS.items():
       y = transform(lambda x: estimators_lib.aqe(x, alpha, grid))(x)
-      axes.plot(*_pieces(x, y), label=label, color=color, linewidth=2.5,
-                solid_capstyle="butt")
+      axes.plot(*pieces(x, y), **style)
     y = transform(lambda x: estimators_lib.ste(x, grid))(x)
-    axes.plot(*_pieces(x, y), label="straight-through estimator",
-              color=VERMILION, linestyle=(0, (3, 2)), linewidth=1.5)
+    axes.plot(*pieces(x, y), **STE)
 
   inside = np.linspace(-1, 1, 4001, dtype=np.float32)
   for axes, bits in zip(forward, (1, 3)):
@@ -146,8 +178,13 @@ def estimators_figure() -> Any:
   return fig
 
 
-def _pieces(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """A densely sampled curve with gaps, instead of vertical lines, where it jumps."""
+def pieces(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """A densely sampled curve with gaps, instead of vertical lines, where it jumps.
+
+  Args:
+    x: ascending, a few thousandths apart.
+    y: what was sampled there; where neighbours differ by more than 0.05 it jumps.
+  """
   jumps = np.flatnonzero(np.abs(np.diff(y)) > 0.05) + 1
   return np.insert(x, jumps, np.nan), np.insert(y, jumps, np.nan)
 
@@ -165,9 +202,14 @@ def decorate(axes: Any, title: str, xlabel: str) -> None:
   axes.spines[["top", "right"]].set_visible(False)
 
 
-def _log_scale(axes: Any) -> None:
+def _log_scale(axes: Any, label: str) -> None:
+  """Makes y logarithmic if a line has positive values, and says so in its label."""
   from matplotlib import ticker
 
+  positive = any(np.any(line.get_ydata() > 0) for line in axes.get_lines())
+  axes.set_ylabel(label.format(scale="log" if positive else "linear"))
+  if not positive:
+    return
   axes.set_yscale("log")
   axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
   axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -177,7 +219,9 @@ def _log_scale(axes: Any) -> None:
 def save(fig: Any, path: pathlib.Path) -> None:
   """Writes a figure in one move, so that no reader sees half of it."""
   part = path.with_name(path.name + ".part")
-  fig.savefig(part, format="png")
+  with warnings.catch_warnings():  # A path may hold what the font does not have.
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    fig.savefig(part, format="png")
   os.replace(part, path)
 
 

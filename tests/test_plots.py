@@ -1,12 +1,14 @@
 """minw.plots: what the figures hold, and that they come out as pictures."""
 
 import json
+import os
 
 import matplotlib
 import numpy as np
 from PIL import Image
 import pytest
 
+from minw import config as config_lib
 from minw import plots
 
 
@@ -52,7 +54,7 @@ def check_picture(path, width, height):
 
 
 def test_curves_hold_the_measurements():
-  figure = plots.curves_figure(run_lines() + TESTS)
+  figure = plots.curves_figure(run_lines() + TESTS, "a run $of$ mine")
   loss, accuracy, alpha, rate = figure.axes
   epochs = np.array([4, 8, 12])
   for axes, values in (
@@ -61,15 +63,60 @@ def test_curves_hold_the_measurements():
       (accuracy, {"train, mixed": 1 - 1 / epochs, "validation, mixed": 1 - 2 / epochs,
                   "validation, hard": 1 - 3 / epochs})):
     lines = drawn(axes)
-    assert lines.keys() == values.keys()
-    for label, (x, y) in lines.items():
+    assert values.keys() <= lines.keys()
+    for label, (x, y) in ((label, lines[label]) for label in values):
       np.testing.assert_array_equal(x, epochs)
       np.testing.assert_allclose(y, values[label], rtol=1e-15)
   (line,), (rates,) = alpha.get_lines(), rate.get_lines()
   np.testing.assert_allclose(line.get_xydata(), np.stack([epochs, epochs / 12], 1))
   np.testing.assert_allclose(rates.get_xydata(), np.stack([epochs, 0.1 / epochs], 1))
   assert figure.get_suptitle() == (
+      "a run $of$ mine\n"
       "test accuracy 0.8441 (last checkpoint), 0.8500 (best checkpoint)")
+  assert loss.get_ylabel() == "loss (log scale)" and loss.get_yscale() == "log"
+  assert "log scale" in rate.get_ylabel() and rate.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("accuracies, best", [
+    ((0.5, 0.7, 0.6), 8), ((0.7, 0.5, 0.7), 12), ((None, 0.2, 0.1), 8),
+    ((0.1, 0.2, 0.3), 12)])
+def test_best_epoch_is_marked(accuracies, best):
+  """That of the checkpoint that is kept as the best: of equals the last."""
+  lines = run_lines()
+  for line, accuracy in zip(lines[2::3], accuracies):
+    assert (line["split"], line["mode"]) == ("validation", "hard")
+    line["accuracy"] = accuracy
+  loss, accuracy, *_ = plots.curves_figure(lines).axes
+  for axes, value in ((loss, 4 / best), (accuracy, max(filter(None, accuracies)))):
+    (x,), (y,) = drawn(axes)[f"best epoch: {best}"]
+    assert (x, y) == (best, value)
+
+
+def test_no_epoch_is_the_best_without_validation():
+  loss, *_ = plots.curves_figure(run_lines()[:1]).axes
+  assert not [label for label in drawn(loss) if "best" in label]
+
+
+@pytest.mark.parametrize("name", [
+    "digits", "costs $5", "a_{b}^c $x$", "数字", "line\nbreak", os.fsdecode(b"\xff"),
+    "long" * 60])
+def test_curves_name_their_run(tmp_path, name):
+  workdir = tmp_path / name
+  workdir.mkdir()
+  write(workdir, run_lines())
+  config = config_lib.copy(config_lib.default_config(), dataset="cifar100", input_bits=3)
+  (workdir / "config.json").write_text(config_lib.to_json(config))
+  titles = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, "curves_figure", lambda lines, title, make=plots.curves_figure: (
+        titles.append(title) or make(lines, title)))
+    plots.curves(str(workdir))
+  (title,) = titles
+  run, path = title.split("\n")
+  assert run == "ConvNet D, CIFAR-100, AQE, W1A3"
+  assert path == str(workdir) or path.startswith("...") and path.endswith("long") or (
+      name not in ("digits", "costs $5", "a_{b}^c $x$", "数字"))
+  check_picture(workdir / "curves.png", 1500, 600)
 
 
 def test_curves_of_alpha_by_layer():
@@ -97,13 +144,14 @@ def test_curves_file(tmp_path, lines):
   write(tmp_path, lines)
   plots.curves(str(tmp_path))
   assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "curves.png"}
-  check_picture(tmp_path / "curves.png", 1500, 540)
+  check_picture(tmp_path / "curves.png", 1500, 600)
 
 
 @pytest.mark.parametrize("lines", [
     run_lines((1,))[:1], run_lines((1,))[1:], TESTS,
     [{**line, "loss": None, "accuracy": 0.0} for line in run_lines()],
-], ids=["training", "validation", "test", "null losses"])
+    [{**line, "loss": 0.0, "learning_rate": 0.0} for line in run_lines()],
+], ids=["training", "validation", "test", "null losses", "zeros"])
 def test_curves_of_little(tmp_path, lines):
   write(tmp_path, lines)
   plots.curves(str(tmp_path))
@@ -122,7 +170,7 @@ def test_curves_replace_the_older(tmp_path):
   (tmp_path / "curves.png").write_text("older")
   write(tmp_path, run_lines())
   plots.curves(str(tmp_path))
-  check_picture(tmp_path / "curves.png", 1500, 540)
+  check_picture(tmp_path / "curves.png", 1500, 600)
 
 
 # Points between the thresholds, and their levels: 1 bit, 3 bits.
