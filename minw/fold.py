@@ -14,7 +14,8 @@ put on their grid here too, as the mean magnitude in their thresholds also depen
 the order of its sum.
 
 The hard network has levels only. Scales, of weights or of learned steps, are folded
-into the batch norm that follows; where that can not be, `fold` refuses.
+into the batch norm that follows, as are parameters that a network itself adds to sums or
+multiplies them with (`minw.affine`); where that cannot be, `fold` refuses.
 """
 
 from typing import Any, NamedTuple, Sequence
@@ -24,8 +25,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
+from minw import affine
 from minw import estimators
 from minw import quantizers
+from minw import structure
 
 
 class Norm(NamedTuple):
@@ -34,6 +37,14 @@ class Norm(NamedTuple):
   center: np.ndarray
   scale: np.ndarray
   constant: np.ndarray
+
+
+class Rprelu(NamedTuple):
+  """The activation of ReActNet, see `layers.NormQuant`: float32 (channels,) each."""
+
+  gamma: Any
+  beta: Any
+  zeta: Any
 
 
 class Probe(NamedTuple):
@@ -154,6 +165,27 @@ def apply_norm(acc: jax.Array, norm: Norm) -> jax.Array:
   return (acc - norm.center) * norm.scale + norm.constant
 
 
+def apply_rprelu(y: jax.Array, rprelu: Rprelu) -> jax.Array:
+  """ReActNet's activation, float32 (..., channels) -> the same; beta is at least 0."""
+  below = y - rprelu.gamma
+  # A product that feeds a sum directly may be fused with it, and rounded once.
+  product = lax.optimization_barrier(below * rprelu.beta)
+  return jnp.where(below > 0, below, product) + rprelu.zeta
+
+
+def fold_rprelu(rprelu: Rprelu, output_scale: float = 1.0) -> Rprelu:
+  """The hard network's activation.
+
+  Args:
+    rprelu: The trained parameters.
+    output_scale: As for `fold_norm`: input and output are divided by that.
+  """
+  gamma, beta, zeta = (np.asarray(field, np.float64) for field in rprelu)
+  return Rprelu(*(
+      np.where(np.abs(field) < _SMALLEST_NORMAL, 0.0, field).astype(np.float32)
+      for field in (gamma / output_scale, np.abs(beta), zeta / output_scale)))
+
+
 def fold_kernel(
     kernel: np.ndarray,
     bits: int | str,
@@ -234,8 +266,8 @@ def fold_norm(
     unit: (channels,) the power of two of which accumulators are multiples, or 0 where
       they are floats (then no rounding of `center` is needed, or exactness claimed).
       A bound over 2^22 units, which 4 and 5 bits can reach, counts as floats too.
-    input_scale: () or (channels,), at least 0: batch norm's input in training is that
-      times the accumulator.
+    input_scale: () or (channels,): batch norm's input in training is that times the
+      accumulator.
     output_scale: positive: its output is to be divided by that.
   """
   mean, var, scale, bias, bound, unit = (
@@ -310,30 +342,150 @@ def probe_linear(
                     round_scale(of_output(input_scale) * scale))
 
 
+class FoldedLayer(NamedTuple):
+  """A layer as `fold_layers` met it.
+
+  Attributes:
+    call: Its call.
+    name: Its path, with the iterations of loops around it: "block/conv[2]".
+    variables: Its trained variables, {"params", "batch_stats"}.
+    rows, output_rows: The probe before and after it.
+  """
+
+  call: structure.Call
+  name: str
+  variables: Any
+  rows: jax.Array
+  output_rows: jax.Array
+
+
+class Folded(NamedTuple):
+  """What `fold_layers` returns.
+
+  Attributes:
+    hard: The hard network's variables, see `fold`.
+    layers: Its layers, in the order of their calls.
+  """
+
+  hard: dict[str, Any]
+  layers: list[FoldedLayer]
+
+
 def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
   """The hard network's variables, to be applied with mode="hard".
 
   Args:
-    model: a Flax module made of minw's layers.
+    model: a Flax module made of minw's layers. Around these it may use nn.jit, nn.remat
+      and nn.scan (with "hard" among its variable_axes), and parameters of its own as
+      `minw.affine` describes.
     variables: {"params": ..., "batch_stats": ...}, on any device.
     probe: of the input images, each field (height, width, channels).
 
   Returns:
     {"hard": tree of float32 NumPy arrays}: for each layer its `kernel`, or the fields
-    of its `Norm`.
+    of its `Norm`. Where the network has parameters of its own, also {"params": tree}
+    with their neutral values.
 
   Raises:
-    ValueError: a variable is not finite, which a grid would hide; or a scale does not
-      fold, where the layer is named.
+    ValueError: a variable is not finite, which a grid would hide; a scale does not
+      fold; a layer is called twice and would need two hard versions; a parameter of the
+      network's own does not fold. The message names the layer or variable.
   """
+  return fold_layers(model, variables, probe).hard
+
+
+def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
+  """`fold`, with what is known of each layer."""
   variables = jax.device_get(
-      {name: variables[name] for name in ("params", "batch_stats")})
+      {name: variables.get(name, {}) for name in ("params", "batch_stats")})
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     if not np.isfinite(leaf).all():
       raise ValueError(f"{jax.tree_util.keystr(path)} is not finite")
-  output, hard = model.apply(
-      variables, probe_rows(probe), mode="fold", mutable=["hard"])
-  for leaf in jax.tree.leaves(output):
+  rows = probe_rows(probe)
+  network = structure.trace(model, variables, rows, "fold")
+  folding = _Folding(network.calls)
+  parameters = [
+      affine.Parameter("/".join(str(key.key) for key in path), leaf, np.size(leaf))
+      for path, leaf in jax.tree_util.tree_leaves_with_path(variables)]
+  results = structure.evaluate(
+      network.jaxpr, [*parameters, affine.Activation(rows)], folding.apply)
+  output, made = jax.tree.unflatten(network.output, results)
+  for leaf in jax.tree.leaves(output, is_leaf=lambda x: isinstance(x, affine.Activation)):
+    affine.check_folded(leaf, "the output")
+    leaf = affine.value_of(leaf)
     if jnp.shape(leaf)[:1] == (7,) and (probe_scale(leaf) != 1).any():
       raise ValueError("the network's output has a scale: a NormQuant must follow it")
-  return jax.tree.map(np.asarray, hard)
+  hard = {"hard": _without_unit_scales(made.get("hard", {}))}
+  own = {p.path: np.full_like(p.value, folding.neutral.get(p.path, p.value))
+         for p in parameters
+         if p.path.startswith("params/") and p.path not in folding.used}
+  return Folded(hard | _nested(own), folding.layers)
+
+
+class _Folding:
+  """Folds the layers of a traced network, one after the other."""
+
+  def __init__(self, calls: list[structure.Call]):
+    self.layers: list[FoldedLayer] = []
+    self.used: set[str] = set()  # Paths of parameters that are a layer's.
+    self.neutral: dict[str, float] = {}
+    self._calls = calls
+    self._made: dict[str, list[np.ndarray]] = {}  # By the layer's name.
+
+  def apply(self, eqn: Any, given: list[Any], where: str) -> list[Any]:
+    """An equation's results, see `structure.evaluate`."""
+    if eqn.primitive is not structure.layer_p:
+      return affine.apply(eqn, given, self.neutral)
+    call = self._calls[eqn.params["index"]]
+    name = call.name(where)
+    x, shortcut, variables = call.split(given)
+    for operand in (x, shortcut):
+      if not isinstance(operand, affine.Activation | None):
+        raise structure.refusal(f"{name}: gets what does not depend on the image")
+    affine.check_folded(shortcut, f"the shortcut of {name}")
+    if "batch_stats" not in variables or not variables["batch_stats"]:
+      affine.check_folded(x, name)
+    leaves = jax.tree.leaves(variables)
+    self.used |= {leaf.path for leaf in leaves
+                  if isinstance(leaf, affine.Parameter) and leaf.pure}
+    variables = jax.tree.map(affine.value_of, variables)
+    try:
+      rows, hard = call.layer.apply(
+          variables | {"affine": {"factor": x.factor, "summand": x.summand}}, x.rows,
+          1.0, "fold", **{} if shortcut is None else {"shortcut": shortcut.rows},
+          mutable=["hard"])
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}") from error
+    self.layers.append(FoldedLayer(call, name, variables, x.rows, rows))
+    hard = {"shortcut_scale": np.ones(rows.shape[-1:], np.float32), **hard["hard"]}
+    leaves = [np.asarray(hard[key]) for key in eqn.params["results"]]
+    self._check_again(name, leaves)
+    return [affine.Activation(rows), *leaves]
+
+  def _check_again(self, name, leaves):
+    """A layer that is called again must come to the same variables, bit for bit."""
+    before = self._made.setdefault(name, leaves)
+    if any(a.tobytes() != b.tobytes() for a, b in zip(before, leaves)):
+      raise structure.refusal(
+          f"{name}: is called more than once, with inputs that need different hard"
+          " networks (another bound, unit or scale); give each call a layer of its own")
+
+
+def _without_unit_scales(tree):
+  """A tree of hard variables without the shortcuts' scales that are 1."""
+  return {
+      key: _without_unit_scales(value) if isinstance(value, dict) else value
+      for key, value in tree.items()
+      if key != "shortcut_scale" or isinstance(value, dict) or (value != 1).any()}
+
+
+def _nested(leaves):
+  """The tree of leaves by path: "params/block/shift"."""
+  tree = {}
+  for path, leaf in leaves.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree

@@ -11,11 +11,10 @@ With alpha = 1 the first two use the hard quantizers of Eq 20. In "mixed" layers
 their estimator made, and its alpha, as "value" into the collection "quantized".
 """
 
-import contextlib
 import fnmatch
 import functools
 import math
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import flax.linen as nn
 import jax
@@ -26,6 +25,7 @@ import numpy as np
 from minw import estimators
 from minw import fold
 from minw import quantizers
+from minw import structure
 
 Bits = int | str  # 1 to 5, or a float format; `quantizers.is_grid` tells which.
 BitsOf = Bits | Callable[[str], Bits]  # ... or a function of the layer's path
@@ -76,6 +76,7 @@ def matches(pattern: str, path: str) -> bool:
   return fnmatch.fnmatchcase(path, pattern)
 
 
+@structure.layer
 class QuantConv(nn.Module):
   """A convolution with quantized weights, no bias, and float32 accumulators.
 
@@ -165,7 +166,13 @@ class QuantConv(nn.Module):
     return tuple(lax.padtype_to_pads(
         tuple(size), window, tuple(self.strides), self.padding))
 
+  def hard_shapes(self, params, input_shape, has_shortcut):
+    """Shapes of the variables that mode "fold" makes."""
+    del input_shape, has_shortcut
+    return {"kernel": params["kernel"].shape}
 
+
+@structure.layer
 class QuantDense(nn.Module):
   """A dense layer with quantized weights, no bias, and float32 accumulators.
 
@@ -190,9 +197,26 @@ class QuantDense(nn.Module):
     shape = (x.shape[-1], self.features)
     return _linear(self, x, shape, alpha, mode, 0.0, dense)
 
+  def hard_shapes(self, params, input_shape, has_shortcut):
+    """Shapes of the variables that mode "fold" makes."""
+    del input_shape, has_shortcut
+    return {"kernel": params["kernel"].shape}
 
+
+@structure.layer
 class NormQuant(nn.Module):
-  """Batch norm (-> + shortcut) -> HardTanh -> quantize: the next layer's inputs.
+  """Batch norm (-> + shortcut) (-> RPReLU) -> HardTanh -> quantize: the next layer's
+  inputs.
+
+  With `rprelu` the activation of ReActNet (Liu et al. 2020) stands before HardTanh:
+
+      y -> y - gamma + zeta             where y > gamma
+           |beta| (y - gamma) + zeta    elsewhere
+
+  with parameters "rprelu_gamma", "rprelu_beta" and "rprelu_zeta" for each channel, 0,
+  0.25 and 0 at first. The magnitude of beta keeps the layer monotone, so that it packs
+  into thresholds whatever was learned. ReActNet's learned shift before the sign, RSign,
+  needs no parameter of its own: zeta is one, and without RPReLU batch norm's bias is.
 
   Attributes:
     bits: of the output; None for logits, which get batch norm alone.
@@ -203,6 +227,7 @@ class NormQuant(nn.Module):
     momentum, epsilon, use_scale: batch norm's.
     group_size: examples that batch norm takes its statistics of in training, one after
       another of the batch; 0: the whole batch, on all devices.
+    rprelu: whether the activation of ReActNet is applied; logits have none.
   """
 
   bits: BitsOf | None = 1
@@ -212,12 +237,15 @@ class NormQuant(nn.Module):
   epsilon: float = 1e-4
   use_scale: bool = True
   group_size: int = 0
+  rprelu: bool = False
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard", shortcut=None):
     bits = bits_of(self)
     if mode == "train" and not self.is_initializing():
       _named(self, _check_group, x.shape, self.group_size)
+    if self.rprelu and bits is None:
+      raise ValueError(f"{'/'.join(self.path)}: rprelu=True; logits have none")
     if mode == "hard":
       y = fold.apply_norm(
           x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
@@ -238,6 +266,8 @@ class NormQuant(nn.Module):
       y = y + shortcut
     if bits is None:
       return y
+    if self.rprelu:
+      y = fold.apply_rprelu(y, self._rprelu(mode, x.shape[-1]))
     learns_step = _learns_step(self)
     if mode == "hard" or not learns_step:
       y = jax.nn.hard_tanh(y)
@@ -259,6 +289,16 @@ class NormQuant(nn.Module):
       self.sow("quantized", "value", (y, alpha))
     return y
 
+  def _rprelu(self, mode, channels):
+    if mode == "hard":
+      return fold.Rprelu(*(
+          self.get_variable("hard", f"rprelu_{n}") for n in fold.Rprelu._fields))
+    first = fold.Rprelu(gamma=0.0, beta=0.25, zeta=0.0)
+    gamma, beta, zeta = (
+        self.param(f"rprelu_{name}", nn.initializers.constant(value), (channels,))
+        for name, value in first._asdict().items())
+    return fold.Rprelu(gamma, jnp.abs(beta), zeta)
+
   def _fold(self, x, bits, shortcut):
     params = self.variables["params"]["batch_norm"]
     stats = self.variables["batch_stats"]["batch_norm"]
@@ -266,23 +306,39 @@ class NormQuant(nn.Module):
     if _learns_step(self):
       step = float(fold.round_scale(
           quantizers.positive_step(self.variables["params"]["step"])))
+    # What parameters of the network's own do to x, see `fold.fold`.
+    factor = self.get_variable("affine", "factor", 1.0)
+    summand = self.get_variable("affine", "summand", 0.0)
     rows = np.asarray(x)[:2].reshape(2, -1, x.shape[-1])
-    norm = fold.fold_norm(
-        stats["mean"], stats["var"],
+    hard = fold.fold_norm(
+        stats["mean"] - summand, stats["var"],
         params["scale"] if self.use_scale else np.ones_like(params["bias"]),
         params["bias"], self.epsilon, rows[0].max(0), rows[1].min(0),
-        input_scale=_named(self, fold.probe_scale, x), output_scale=step)
-    for name, value in zip(norm._fields, norm):
+        input_scale=factor * fold.probe_scale(x), output_scale=step)._asdict()
+    if self.rprelu:
+      learned = (self.variables["params"][f"rprelu_{n}"] for n in fold.Rprelu._fields)
+      hard |= {f"rprelu_{name}": value for name, value in fold.fold_rprelu(
+          fold.Rprelu(*learned), step)._asdict().items()}
+    scale = None if shortcut is None else fold.shortcut_scale(shortcut, step)
+    if scale is not None:
+      hard["shortcut_scale"] = scale
+    for name, value in hard.items():
       self.put_variable("hard", name, value)
-    if shortcut is not None:
-      scale = _named(self, fold.shortcut_scale, shortcut, step)
-      if scale is not None:
-        self.put_variable("hard", "shortcut_scale", scale)
     if bits is None:
       return fold.probe_rows(fold.Probe(*np.asarray(x)[:3]))
     bound = np.ones(x.shape[1:], np.float32)
     return fold.probe_rows(
         fold.Probe(bound, quantizers.step_size(bits), operand_bits(bits)), step)
+
+  def hard_shapes(self, params, input_shape, has_shortcut):
+    """Shapes of the variables that mode "fold" makes; "shortcut_scale" where needed."""
+    del params
+    names = [*fold.Norm._fields]
+    if self.rprelu:
+      names += [f"rprelu_{name}" for name in fold.Rprelu._fields]
+    if has_shortcut:
+      names.append("shortcut_scale")
+    return dict.fromkeys(names, input_shape[-1:])
 
 
 def _check_group(shape: Sequence[int], group_size: int) -> None:
@@ -426,9 +482,7 @@ def dense(x, kernel, *, dtype, precision=None):
                     preferred_element_type=jnp.float32)
 
 
-def bits_of(layer: nn.Module) -> Bits | None:
-  """The bits of a layer, by its rule if it has one."""
-  return layer.bits("/".join(layer.path)) if callable(layer.bits) else layer.bits
+bits_of = structure.bits_of
 
 
 def operand_bits(bits: Bits) -> int:
@@ -450,14 +504,6 @@ def _learns_step(layer):
           and quantizers.is_grid(bits))
 
 
-def _named(layer, function, *arguments):
-  """function(*arguments); what it refuses is refused with the layer's path."""
-  try:
-    return function(*arguments)
-  except ValueError as error:
-    raise ValueError(f"{'/'.join(layer.path)}: {error}") from error
-
-
 def _linear(layer, x, shape, alpha, mode, pad_value, apply):
   """What QuantConv and QuantDense share: the kernel of each mode."""
   bits = bits_of(layer)
@@ -476,8 +522,7 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     scale = fold.kernel_scale(kernel, bits, layer.weight_scale, step)
     layer.put_variable("hard", "kernel", levels)
     output = jax.eval_shape(lambda x: apply(x, levels, dtype=jnp.float32), x)
-    return _named(layer, fold.probe_linear, x, levels, bits, pad_value,
-                  output.shape[1:], scale)
+    return fold.probe_linear(x, levels, bits, pad_value, output.shape[1:], scale)
   if quantizers.is_grid(bits):
     learned = {} if step is None else {"step": step}
     grid = quantizers.weight_grid(
@@ -498,48 +543,27 @@ def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> A
   return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
 
 
-@contextlib.contextmanager
-def intercept(handle: Callable[..., Any]) -> Iterator[None]:
-  """Where calls of minw's layers go through handle(layer, call, *args, **kwargs)."""
-  def interceptor(call, args, kwargs, context):
-    if context.method_name == "__call__" and isinstance(
-        context.module, (QuantConv, QuantDense, NormQuant)):
-      return handle(context.module, call, *args, **kwargs)
-    return call(*args, **kwargs)
-
-  try:
-    with nn.intercept_methods(interceptor):
-      yield
-  finally:
-    if not __debug__:  # Flax removes the interceptor in an assert, which -O skips.
-      stack = nn.module._global_interceptor_stack  # pylint: disable=protected-access
-      if next(iter(stack), None) is interceptor:
-        stack.pop()
-
-
 def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
-  """The layers of a network in the order of their calls, without training it."""
-  infos = []
+  """The layers of a network in the order of their calls, without training it.
 
-  def record(layer, call, x, *args, **kwargs):
-    out = call(x, *args, **kwargs)
-    params = layer.variables["params"]
-    is_norm = isinstance(layer, NormQuant)
-    infos.append(LayerInfo(
-        path="/".join(layer.path),
-        kind={QuantConv: "conv", QuantDense: "dense", NormQuant: "norm"}[type(layer)],
-        bits=bits_of(layer),
-        input_bits=fold.probe_bits(x),
-        input_shape=x.shape[1:],
-        output_shape=out.shape[1:],
+  A layer inside nn.scan is there once for each iteration.
+  """
+  def info(folded):
+    call, params = folded.call, folded.variables["params"]
+    is_norm = isinstance(call.layer, NormQuant)
+    return LayerInfo(
+        path=call.path,
+        kind={QuantConv: "conv", QuantDense: "dense", NormQuant: "norm"}[
+            type(call.layer)],
+        bits=call.layer.bits,
+        input_bits=fold.probe_bits(folded.rows),
+        input_shape=folded.rows.shape[1:],
+        output_shape=folded.output_rows.shape[1:],
         kernel_shape=() if is_norm else params["kernel"].shape,
         channel_parameters=sum(map(np.size, jax.tree.leaves(params)))
-        if is_norm else 0))
-    return out
+        if is_norm else 0)
 
   shapes = jax.eval_shape(lambda: initialize(model, image_shape))
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
   probe = fold.Probe(*(np.full(image_shape, row) for row in (1.0, 1.0, 16.0)))
-  with intercept(record):
-    fold.fold(model, zeros, probe)
-  return infos
+  return [info(folded) for folded in fold.fold_layers(model, ones, probe).layers]

@@ -1,11 +1,12 @@
 """Trained network -> packed network: `python -m minw.pack --workdir=DIR --out=FILE`.
 
-The structure is read from the jaxpr of the hard mode, in which every layer of
-`minw.layers` stands as one equation; between them may stand what `_RULES` names.
-Nothing is registered, and what is not understood is refused. The thresholds are found
+The structure is read from the jaxpr of the hard mode, see `minw.structure`: layers are
+equations in it, and between them may stand what `_RULES` names. Nothing is registered,
+and what is not understood is refused. The thresholds are found
 by bisecting the hard layers themselves over all sums that there can be.
 """
 
+import collections
 import hashlib
 import json
 import math
@@ -25,6 +26,7 @@ from minw import layers
 from minw import packed
 from minw import pipeline
 from minw import quantizers
+from minw import structure
 from minw.experiment import Experiment
 
 
@@ -78,7 +80,7 @@ def pack(
     metadata: more to be kept in the file, of JSON.
 
   Raises:
-    ValueError: something in the network can not be packed; names the layer.
+    ValueError: something in the network cannot be packed; names the layer.
   """
   crop = tuple(crop or source_shape[:2])
   offset = np.asarray(pixels.offset)
@@ -87,13 +89,12 @@ def pack(
         f"pixels={pixels}: only integer pixels pack, (value - offset) / 64")
   image_shape = (*crop, source_shape[2])
   hard = fold.fold(model, variables, pipeline.probe(pixels, image_shape))
-  walk = _Walk(image_shape, offset)
-  closed, calls = _trace(model, hard, image_shape)
-  walk.calls = calls
-  result, = walk.run(closed.jaxpr, closed.consts, [walk.image])
-  name = walk.ops[-1].name if walk.ops else "the network"
-  if not walk.ops or result.value != len(walk.ops):
-    raise ValueError(f"{name}: is not what the network returns")
+  images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+  network = structure.trace(model, hard, images, "hard")
+  walk = _Walk(image_shape, offset, network.calls)
+  results = structure.evaluate(
+      network.jaxpr, [*jax.tree.leaves(hard), walk.image], walk.apply)
+  result = walk.logits(results)
   labels = tuple(labels)
   num_classes = math.prod(result.shape)
   if labels and len(labels) != num_classes:
@@ -111,31 +112,6 @@ class _Call(NamedTuple):
   layer: Any  # Of `minw.layers`, unbound.
   path: str
   hard: dict[str, np.ndarray]
-
-
-_layer = jex.Primitive("minw_layer")
-_layer.def_abstract_eval(
-    lambda *args, index, shape: jax.core.ShapedArray(shape, np.dtype(np.float32)))
-
-
-def _trace(model, hard, image_shape):
-  """The jaxpr of the hard network, for a batch of two, and its layers' calls."""
-  calls = []
-
-  def bind(layer, call, x, alpha=1.0, mode="hard", shortcut=None):
-    operands = [x] if shortcut is None else [x, shortcut]
-    more = {} if shortcut is None else {"shortcut": shortcut}
-    shape = jax.eval_shape(lambda: call(x, alpha, mode, **more)).shape
-    calls.append(_Call(
-        layer.clone(parent=None, name=None, bits=layers.bits_of(layer)),
-        "/".join(layer.path), layer.variables["hard"]))
-    return _layer.bind(*operands, index=len(calls) - 1, shape=shape)
-
-  with layers.intercept(bind):
-    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    jaxpr = jax.make_jaxpr(
-        lambda images: model.apply(hard, images, mode="hard"))(images)
-  return jaxpr, calls
 
 
 class _Array(NamedTuple):
@@ -172,36 +148,25 @@ class _Array(NamedTuple):
 class _Walk:
   """Walks a jaxpr and writes the program."""
 
-  def __init__(self, image_shape, offset):
+  def __init__(self, image_shape, offset, calls):
     bound = np.maximum(offset, 255 - offset).astype(np.int64)
     self.values = [packed.Value(image_shape, "INT", 0, bound)]
     self.ops: list[packed.Op] = []
     self.image = _Array(0, 1 / 64, image_shape)
-    self.calls: list[_Call] = []
+    self._calls = calls
+    self._names: collections.Counter[str] = collections.Counter()
 
-  def run(self, jaxpr, consts, args):
-    """Walks equations; returns what they come to: `_Array`s and NumPy arrays."""
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
-    read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
-    for eqn in jaxpr.eqns:
-      given = [read(atom) for atom in eqn.invars]
-      inner = eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr")
-      if inner is not None and eqn.primitive.name in _CALLS:
-        closed = inner if hasattr(inner, "consts") else jex.ClosedJaxpr(inner, ())
-        results = self.run(closed.jaxpr, closed.consts, given)
-      elif any(isinstance(x, _Array) for x in given):
-        results = self._apply(eqn, given)
-      else:
-        results = eqn.primitive.bind(*given, **eqn.params)
-        results = results if eqn.primitive.multiple_results else [results]
-      env.update(zip(eqn.outvars, results))
-    return [read(atom) for atom in jaxpr.outvars]
+  def apply(self, eqn, given, where):
+    """An equation's results, `_Array`s or NumPy arrays: see `structure.evaluate`."""
+    if eqn.primitive is structure.layer_p:
+      return [self._layer(self._calls[eqn.params["index"]], given, where)]
+    if not any(isinstance(x, _Array) for x in given):
+      return structure.apply_equation(eqn, given)
+    return self._apply(eqn, given)
 
   def _apply(self, eqn, given):
     name = eqn.primitive.name
-    if name == "minw_layer":
-      results = [self._layer(self.calls[eqn.params["index"]], given)]
-    elif name in _IDENTITIES:
+    if name in _IDENTITIES:
       results = given
     elif name in _RULES:
       results = [_RULES[name](self, eqn, given)]
@@ -239,6 +204,25 @@ class _Walk:
           f" values that there can be (up to {value.bound.max(initial=0) * x.unit:g} in"
           f" steps of {x.unit:g}); cast to float32, or not at all")
 
+  def logits(self, results: Sequence[Any]) -> "_Array":
+    """What the network returns, if that is what its last operation makes."""
+    name = self.ops[-1].name if self.ops else "the network"
+    if len(results) != 1:
+      raise self.refuse(f"{name}: the network returns {len(results)} arrays; it must"
+                        " return the logits alone")
+    result, = results
+    if not isinstance(result, _Array) or not self.ops or result.value != len(self.ops):
+      raise self.refuse(f"{name}: is not what the network returns")
+    for i, op in enumerate(self.ops, start=1):
+      last = i == len(self.ops)
+      makes_logits = isinstance(op, packed.Logits) or (
+          isinstance(op, packed.FloatNorm) and op.bits is None)
+      if makes_logits != last:
+        raise self.refuse(f"{op.name}: " + (
+            "is the last layer, which must be a NormQuant with bits=None"
+            if last else "has bits=None, which only the last layer may have"))
+    return result
+
   def after(self, given) -> str:
     """Says where arrays come from."""
     values = [x.value for x in given if isinstance(x, _Array)]
@@ -246,11 +230,15 @@ class _Walk:
         self.ops[v - 1].name if v else "the image" for v in values)
 
   def refuse(self, problem: str) -> ValueError:
-    return ValueError(f"this network can not be packed: {problem}")
+    return structure.refusal(problem)
 
   def emit(self, op: packed.Op, unit: float, form: str = "map") -> _Array:
     """Adds an operation to the program."""
-    value = packed.infer_value(op, self.values)
+    try:
+      value = packed.infer_value(op, self.values)
+    except ValueError as error:
+      sources = self.after([_Array(i, 1.0, ()) for i in packed.inputs(op)])
+      raise self.refuse(f"{op.name}, of {sources}: {error}") from error
     self.values.append(value)
     self.ops.append(op)
     return _Array(len(self.ops), unit, value.shape, form)
@@ -261,11 +249,18 @@ class _Walk:
       raise self.refuse(f"a part of {self.after([x])}, other than for pooling")
     return x
 
-  def _layer(self, call, given):
-    for x in given:
-      if not isinstance(x, _Array):
-        raise self.refuse(f"{call.path}: gets a constant")
-    given = [self.whole(x) for x in given]
+  def _layer(self, call, given, where):
+    call.check_exact()
+    x, shortcut, variables = call.split(given)
+    name = call.name(where)
+    self._names[name] += 1
+    if self._names[name] > 1:  # A second call of the same layer.
+      name += f"[{self._names[name] - 1}]"
+    given = [x] if shortcut is None else [x, shortcut]
+    if not all(isinstance(operand, _Array) for operand in given):
+      raise self.refuse(f"{name}: gets a constant")
+    given = [self.whole(operand) for operand in given]
+    call = _Call(call.layer, name, variables["hard"])
     if isinstance(call.layer, layers.NormQuant):
       return self._norm(call, *given)
     return self._linear(call, *given)
@@ -330,6 +325,9 @@ class _Walk:
     unit = quantizers.step_size(layer.bits) if grid else 1.0
     integer = kind.kind == "INT" and not (side and side.kind == "FLOAT")
     if integer and grid:
+      if kind.bound.max() > 2 ** 24:
+        raise self.refuse(f"{call.path}: gets sums of {self.after([x])} up to"
+                          f" {kind.bound.max()}; float32 holds 2^24 exactly")
       falling, thresholds = _thresholds(
           layer, call.hard, kind.bound, x.unit,
           [level * shortcut.unit for level in packed.LEVELS[side.bits]]
@@ -341,6 +339,8 @@ class _Walk:
       del source["shortcut"]
       return self.emit(packed.Logits(unit=x.unit, **source, **norm._asdict()),
                        unit, x.form)
+    if layer.rprelu:
+      raise self.refuse(f"{call.path}: rprelu, where an operand is in a float format")
     if grid:
       source["grid"] = np.asarray(layers.input_grid(layer).thresholds, np.float32)
     if shortcut:
@@ -386,8 +386,6 @@ def _thresholds(layer, hard, bound, unit, shortcuts):
   Returns:
     See `packed.Threshold`: falling (channels,), thresholds (shortcuts, j, channels).
   """
-  if bound.max() > 2 ** 24:
-    raise ValueError("sums beyond what float32 holds exactly")
   q, t = packed.max_code(layer.bits), packed.num_thresholds(layer.bits)
   falling = np.asarray(hard["scale"]) < 0
 
@@ -418,10 +416,8 @@ def _thresholds(layer, hard, bound, unit, shortcuts):
 # What may stand between layers. Each rule gives the array that its equation makes;
 # that it is of the shape that JAX says is checked after it.
 
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint",
-          "custom_jvp_call", "custom_vjp_call")
 # Whether a cast keeps all values is checked by the dtype of its result.
-_IDENTITIES = ("convert_element_type", "copy", "copy_p", "stop_gradient",
+_IDENTITIES = ("convert_element_type", "copy", "copy_p", "name", "stop_gradient",
                "optimization_barrier")
 
 
@@ -519,6 +515,10 @@ def _concatenate(walk, eqn, given):
     walk.whole(x)
   if eqn.params["dimension"] != len(first.dims) - 1:
     raise walk.refuse(f"{walk.after(given)} side by side other than in channels")
+  kinds = [walk.values[x.value] for x in given]
+  if len({(kind.kind, kind.bits) for kind in kinds}) > 1:
+    texts = [f"{walk.after([x])} ({_describe(kind)})" for x, kind in zip(given, kinds)]
+    raise walk.refuse(f"{', '.join(texts)}: side by side")
   unit = min(x.unit for x in given)
   shifts = tuple(_shift(walk, x, unit) for x in given)
   name = f"concat{len(walk.ops)}"
@@ -526,7 +526,29 @@ def _concatenate(walk, eqn, given):
       packed.Concat(name, tuple(x.value for x in given), shifts), unit, first.form)
 
 
+def _describe(kind):
+  return {"CODE": f"activations of {kind.bits} bits", "INT": "sums"}.get(
+      kind.kind, "floats")
+
+
+def _neutral(given, value):
+  """The `_Array` among two operands if the other is an array of `value` alone."""
+  a, b = given
+  if isinstance(a, _Array) and isinstance(b, _Array):
+    return None
+  x, constant = (a, b) if isinstance(a, _Array) else (b, a)
+  return x if (np.asarray(constant) == value).all() else None
+
+
+def _subtract(walk, eqn, given):
+  if isinstance(given[0], _Array) and _neutral(given, 0):
+    return given[0]
+  raise walk.refuse(f"subtracting from {walk.after(given)}, or from a constant")
+
+
 def _add(walk, eqn, given):
+  if _neutral(given, 0):
+    return _neutral(given, 0)
   a, b = given
   if not (isinstance(a, _Array) and isinstance(b, _Array) and a.dims == b.dims):
     raise walk.refuse(f"adding a constant to {walk.after(given)}")
@@ -544,6 +566,8 @@ def _shift(walk, x, unit):
 
 def _scale(sign):
   def scale(walk, eqn, given):
+    if _neutral(given, 1) and (isinstance(given[0], _Array) or sign > 0):
+      return _neutral(given, 1)
     x, factor = given if isinstance(given[0], _Array) else given[::-1]
     factor = np.asarray(0 if isinstance(factor, _Array) else factor)
     mantissa = np.frexp(factor.astype(np.float64))[0] if factor.ndim == 0 else 0
@@ -589,6 +613,7 @@ _RULES = {
     "reduce_window_sum": _window_pool("sum"),
     "concatenate": _concatenate,
     "add": _add,
+    "sub": _subtract,
     "mul": _scale(1),
     "div": _scale(-1),
     "reduce_precision": _reduce_precision,

@@ -1,4 +1,8 @@
-"""Whether a packed network computes what the trained one does, layer by layer."""
+"""Whether a packed network computes what the trained one does, layer by layer.
+
+The packed network is compared with the hard network bit for bit; the hard network with
+the trained one up to rounding, see `minw.trained`.
+"""
 
 from typing import Any, Iterator
 
@@ -9,29 +13,16 @@ import numpy as np
 from minw import cli
 from minw import evaluate
 from minw import infer
-from minw import layers
 from minw import packed
 from minw import pipeline
 from minw import quantizers
+from minw import trained
 from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import reference
 
 _LAYERS = (packed.Conv, packed.Threshold, packed.Logits, packed.FloatNorm)
 _TOLERANCE = 1e-5  # Of sums of floats, relative to the largest: they depend on order.
-
-
-def hard_outputs(model: Any, hard: Any, images: jax.Array) -> list[jax.Array]:
-  """What each layer of the hard network makes, in the order of their calls."""
-  outputs = []
-
-  def record(layer, call, *args, **kwargs):
-    outputs.append(call(*args, **kwargs))
-    return outputs[-1]
-
-  with layers.intercept(record):
-    model.apply(hard, images, mode="hard")
-  return outputs
 
 
 def differences(
@@ -64,7 +55,7 @@ def differences(
   """
   kinds = packed.infer_values(program)
   exact = all(k.kind != "FLOAT" for k in kinds[:-1])
-  run = jax.jit(lambda hard, images: hard_outputs(
+  run = jax.jit(lambda hard, images: trained.hard_outputs(
       model, hard, pipeline.normalize(images, pixels)))
   broken, disagree = set(), {}
   for start in range(0, len(images), batch_size):
@@ -154,7 +145,8 @@ def verify_workdir(
   if data_dir is not None:
     config.data_dir = data_dir
   experiment = Experiment(config)
-  hard = experiment.fold(evaluate.hard_variables(saved.tree))
+  variables = evaluate.hard_variables(saved.tree)
+  hard = experiment.fold(variables)
   try:
     images = experiment.source_images("test")
     name = f"the test split of {config.dataset}"
@@ -167,8 +159,15 @@ def verify_workdir(
   backends = [infer.load_for_command(path, backend=b) for b in names]
   found = list(differences(
       backends[0].program, experiment.model, hard, experiment.pixels, images, backends))
+  compared = trained.compare(
+      experiment.model, variables, experiment.pixels,
+      packed.crop(backends[0].program, images))
+  if compared.problem:
+    found.append(compared.problem)
   for line in found:
     print(line)
+  print(f"{compared.labels} of {compared.images} labels of the hard network differ from"
+        " the trained network's (alpha = 1)")
   if not found:
     print(f"equal, layer by layer, on {len(images)} images ({name}):"
           f" the trained network, {', '.join(names)} and, on the first 64, NumPy")

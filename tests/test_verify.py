@@ -124,7 +124,7 @@ def test_command(workdir, program, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (("--workdir={tmp}", "--out=x.minw"), "there is no config.json"),
-    (("--workdir={workdir}", "--out={tmp}/none/x.minw"), "can not be written"),
+    (("--workdir={workdir}", "--out={tmp}/none/x.minw"), "cannot be written"),
     (("--workdir={workdir}",), "out"),
 ])
 def test_command_refuses_in_one_line(workdir, tmp_path, arguments, message):

@@ -1,0 +1,203 @@
+"""Parameters of a network's own: affine maps of sums, which fold into batch norm.
+
+While `fold` runs the probe through a network, an `Activation` carries along what the
+network's own parameters have made of a sum: factor * sum + summand, in float64 for each
+channel. The NormQuant that follows takes both into its center and scale. In the hard
+network the parameters are neutral, 0 as summands and 1 as factors, so that its
+arithmetic stays exact. Every other use of a parameter is refused by its name.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
+
+from minw import structure
+
+# Operations that move values without changing them.
+_MOVES = ("broadcast_in_dim", "copy", "copy_p", "name", "optimization_barrier",
+          "reshape", "rev", "slice", "squeeze", "stop_gradient", "transpose")
+_CASTS = ("convert_element_type", "reduce_precision")
+_MAXIMA = ("reduce_max", "reduce_window_max")
+_SUMS = ("reduce_sum", "reduce_window_sum")
+_ALLOWED = (
+    "a parameter of the network's own may be added to sums, subtracted from them,"
+    " multiplied with them or divide them, as one number or one for each channel, where"
+    " a NormQuant follows (its option rprelu is a learned PReLU)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+  """A variable of the network, perhaps reshaped.
+
+  Attributes:
+    path: Its name in messages: "params/block/shift".
+    value: The array.
+    size: How many numbers the variable has, per iteration of the loops around it.
+    pure: Whether `value` holds these numbers unchanged.
+  """
+
+  path: str
+  value: Any
+  size: int
+  pure: bool = True
+
+  def __getitem__(self, i: int) -> "Parameter":
+    """The slice that an iteration of a loop gets."""
+    value = self.value[i]
+    return dataclasses.replace(self, value=value, size=np.size(value))
+
+
+class Activation(NamedTuple):
+  """An array that depends on the image.
+
+  Attributes:
+    rows: The probe, without the effect of the network's own parameters.
+    factor, summand: float64 (channels,), or 1 and 0 where there are none.
+    owners: Paths of these parameters.
+  """
+
+  rows: Any
+  factor: Any = np.float64(1)
+  summand: Any = np.float64(0)
+  owners: tuple[str, ...] = ()
+
+
+def value_of(x: Any) -> Any:
+  """The array of a `Parameter` or `Activation`; anything else as it is."""
+  if isinstance(x, Activation):
+    return x.rows
+  return x.value if isinstance(x, Parameter) else x
+
+
+def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any]:
+  """An equation's results on arrays, parameters and activations.
+
+  Args:
+    eqn: An equation that is not a layer's.
+    given: Its operands.
+    neutral: By path the value that the hard network has instead of a parameter; new
+      ones are added.
+
+  Raises:
+    ValueError: A parameter is used in a way that does not fold.
+  """
+  activations = [x for x in given if isinstance(x, Activation)]
+  parameters = [x for x in given if isinstance(x, Parameter)]
+  if activations and parameters:
+    return [_combine(eqn, given, parameters[0], neutral)]
+  owners = tuple(owner for x in activations for owner in x.owners)
+  if owners:
+    return [_carry(eqn, given, owners)]
+  if activations and eqn.primitive.name in _CASTS:
+    return given  # The probe is float32 throughout, whatever the network computes in.
+  results = structure.apply_equation(eqn, _operands(eqn, given))
+  if activations:
+    return [Activation(result) for result in results]
+  if parameters:
+    first = parameters[0]
+    pure = first.pure and len(given) == 1 and (
+        eqn.primitive.name in (*_MOVES, "convert_element_type"))
+    return [dataclasses.replace(first, value=result, pure=pure) for result in results]
+  return list(results)
+
+
+def _operands(eqn, given):
+  """Arrays to compute on; beside a probe that skipped a cast, numbers skip it too."""
+  dtypes = {var.aval.dtype for x, var in zip(given, eqn.invars)
+            if isinstance(x, Activation)}
+  return [
+      np.asarray(x, np.float32)
+      if var.aval.dtype in dtypes and not isinstance(x, (Activation, Parameter))
+      else value_of(x) for x, var in zip(given, eqn.invars)]
+
+
+def _combine(eqn, given, parameter, neutral):
+  """A sum with a parameter, or a product."""
+  name = eqn.primitive.name
+  changes = {"add": 0.0, "add_any": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
+  x = given[0] if isinstance(given[0], Activation) else given[-1]
+  rows = x.rows if isinstance(x, Activation) else np.zeros(0)
+  in_order = isinstance(given[0], Activation) or name not in ("sub", "div")
+  if (name not in changes or len(given) != 2 or not in_order or not parameter.pure
+      or eqn.outvars[0].aval.shape != rows.shape
+      or parameter.size not in (1, rows.shape[-1])):
+    raise _refusal(parameter.path, f"is used by {name}")
+  values = np.broadcast_to(np.asarray(parameter.value, np.float64), rows.shape)
+  values = values.reshape(-1, rows.shape[-1])
+  if (values != values[0]).any():
+    raise _refusal(parameter.path, "differs between the places of a channel")
+  value = values[0]
+  if neutral.setdefault(parameter.path, changes[name]) != changes[name]:
+    raise _refusal(parameter.path, "is a summand and a factor")
+  if name == "div":
+    if not value.all():
+      raise _refusal(parameter.path, "is a divisor and 0")
+    value = 1 / value
+  owners = (*x.owners, parameter.path)
+  if changes[name]:
+    return Activation(rows, x.factor * value, x.summand * value, owners)
+  value = -value if name == "sub" else value
+  return Activation(rows, x.factor * np.ones_like(value), x.summand + value, owners)
+
+
+def _carry(eqn, given, owners):
+  """What stands between the parameters and the NormQuant."""
+  name, x = eqn.primitive.name, given[0]
+  if len(given) == 1 and name in (*_MOVES, *_MAXIMA, *_SUMS):
+    return _moved(eqn, x)
+  if len(given) == 1 and name == "convert_element_type" and (
+      eqn.outvars[0].aval.dtype == x.rows.dtype):
+    return x
+  rows, = structure.apply_equation(eqn, [value_of(x) for x in given])
+  if all(isinstance(x, Activation) for x in given):
+    wide = [Activation(x.rows, *_by_channel(x), x.owners) for x in given]
+    if name == "concatenate" and eqn.params["dimension"] == rows.ndim - 1:
+      return Activation(rows, np.concatenate([x.factor for x in wide]),
+                        np.concatenate([x.summand for x in wide]), owners)
+    if name in ("add", "add_any") and (wide[0].factor == wide[-1].factor).all():
+      return Activation(
+          rows, wide[0].factor, wide[0].summand + wide[-1].summand, owners)
+  elif name in ("mul", "div"):
+    constant = given[1] if x is given[0] and isinstance(x, Activation) else given[0]
+    constant = np.unique(np.asarray(value_of(constant), np.float64))
+    if constant.size == 1 and (name == "mul" or isinstance(x, Activation)):
+      x = x if isinstance(x, Activation) else given[1]
+      scale = constant[0] if name == "mul" else 1 / constant[0]
+      return x._replace(rows=rows, summand=x.summand * scale, owners=owners)
+  raise _refusal(owners[-1], f"is followed by {name}")
+
+
+def _by_channel(x):
+  shape = x.rows.shape[-1:]
+  return np.broadcast_to(x.factor, shape), np.broadcast_to(x.summand, shape)
+
+
+def _moved(eqn, x):
+  """A reshape, maximum or sum, found by what it makes of the channels' numbers."""
+  name = eqn.primitive.name
+  factor, summand = _by_channel(x)
+  if name in _MAXIMA and (factor < 0).any():
+    raise _refusal(x.owners[-1], f"is a negative factor before {name}")
+  of = lambda value: np.asarray(structure.apply_equation(eqn, [value])[0])
+  channels = x.rows.shape[-1]
+  numbers = np.broadcast_to(np.arange(channels, dtype=np.float32), x.rows.shape)
+  rows = structure.apply_equation(eqn, [x.rows])[0]
+  flat = lambda value: value.reshape(-1, rows.shape[-1]).astype(np.float64)
+  terms = flat(of(np.ones_like(x.rows))) if name in _SUMS else np.ones((1, 1))
+  source = flat(of(numbers)) / terms
+  if (terms != terms[0]).any() or (source != source[0]).any():
+    raise _refusal(x.owners[-1], f"is followed by {name} over several channels, or"
+                   " over a border")
+  source = source[0].astype(int)
+  return Activation(rows, factor[source], summand[source] * terms[0], x.owners)
+
+
+def _refusal(path, problem):
+  return structure.refusal(f"parameter {path!r} {problem}; {_ALLOWED}")
+
+
+def check_folded(x: Any, layer: str) -> None:
+  """Raises `ValueError` where parameters are left that `layer` does not fold."""
+  if isinstance(x, Activation) and x.owners:
+    raise _refusal(x.owners[-1], f"reaches {layer} without a NormQuant between")

@@ -1,0 +1,208 @@
+"""Whether the hard network computes what the trained one does, layer by layer.
+
+The trained network is the "mixed" one at alpha = 1. Each of its layers gets what the
+hard network's layers before it have made, so that a code that falls to another side
+does not spread. A layer's results must then be equal, except as rounding allows:
+
+- Sums must be within 1e-5 of the layer's largest one (more where training computes in
+  16 bits). Channels are left out that have a weight which rounding puts on another
+  level; these may be one weight in 1,000.
+- Batch norm and everything after it is monotone in a channel's sum. The hard result
+  must lie between the trained results for sums that are larger and smaller by 2^-20 of
+  what they are calculated from: the largest sum, mean, bias and threshold. So a code
+  may only differ where its threshold is that near.
+"""
+
+from typing import Any, Iterator, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minw import fold
+from minw import pipeline
+from minw import quantizers
+from minw import structure
+
+_TOLERANCE = 1e-5  # Of sums and logits, relative to the layer's largest.
+_NEAR = 2.0**-20  # Of sums before a quantizer, relative to what they are made of.
+_FLIPPED_WEIGHTS = 1e-3  # The largest share of weights that rounding may move.
+
+
+class Comparison(NamedTuple):
+  """How a hard network differs from the trained one.
+
+  Attributes:
+    problem: Names the first layer that differs by more than rounding; or None.
+    labels: How many labels differ, each network running by itself.
+    images: How many images were compared.
+  """
+
+  problem: str | None
+  labels: int
+  images: int
+
+
+def compare(
+    model: Any,
+    variables: Any,
+    pixels: pipeline.Pixels,
+    images: np.ndarray,
+    batch_size: int = 64,
+) -> Comparison:
+  """Compares the hard network with the trained one.
+
+  Args:
+    model: Called as model(images, alpha, mode=mode).
+    variables: The trained ones, {"params", "batch_stats"}.
+    pixels: Their normalization.
+    images: uint8 (n, height, width, channels), as large as the network's input.
+    batch_size: How many are compared at a time.
+
+  Raises:
+    ValueError: The network does not fold.
+  """
+  variables = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+  folded = fold.fold_layers(model, variables, pipeline.probe(pixels, images.shape[1:]))
+  names = [layer.name for layer in folded.layers]
+  totals, labels = None, 0
+
+  @jax.jit
+  def run(variables, hard, images):
+    return _compare_batch(
+        model, folded, variables, hard, pipeline.normalize(images, pixels))
+
+  for start in range(0, len(images), batch_size):
+    batch = jnp.asarray(images[start:start + batch_size])
+    try:
+      counts, differ = run(variables, folded.hard, batch)
+    except _Different as error:
+      return Comparison(str(error), 0, len(images))
+    counts = np.asarray(counts, np.int64)
+    totals = counts if totals is None else totals + counts
+    labels += int(differ)
+  names.append(f"after {names[-1]}" if names else "the network")
+  for name, (count, size) in zip(names, totals, strict=True):
+    if count:
+      return Comparison(
+          f"{name}: {count} of {size} values of the hard network differ from the trained"
+          " network's on equal inputs, by more than rounding", labels, len(images))
+  return Comparison(None, labels, len(images))
+
+
+class _Different(Exception):
+  """The two networks consist of different layers."""
+
+
+def _compare_batch(model, folded, variables, hard, images):
+  """For each layer how many values differ, of how many; and how many labels differ."""
+  outputs, logits = _hard_run(model, hard, images)
+  network = structure.trace(model, variables, images, "mixed")
+  counts = []
+
+  def apply(eqn, given, where):
+    if eqn.primitive is not structure.layer_p:
+      return structure.apply_equation(eqn, given)
+    call = network.calls[eqn.params["index"]]
+    name, position = call.name(where), len(counts)
+    expected = [key for key, *_ in outputs] + ["nothing"]
+    if name != expected[position] or name != folded.layers[position].name:
+      raise _Different(f"{name}: is called by the trained network where the hard one"
+                       f" calls {expected[position]}")
+    _, value, its_hard = outputs[position]
+    scale = fold.probe_scale(folded.layers[position].output_rows)
+    want = value * jnp.asarray(scale, jnp.float32)
+    if want.shape != eqn.outvars[0].aval.shape:
+      raise _Different(f"{name}: gives arrays of shape {eqn.outvars[0].aval.shape} in the"
+                       f" trained network and {want.shape} in the hard one")
+    compare_layer = _norm_differs if "batch_norm" in call.split(
+        given)[2]["params"] else _sums_differ
+    differs = compare_layer(call, given, its_hard, want)
+    counts.append((differs.sum(), differs.size))
+    return [want]
+
+  result, = structure.evaluate(
+      network.jaxpr, [*jax.tree.leaves(variables), images], apply)
+  if len(counts) < len(outputs):
+    raise _Different(f"{outputs[len(counts)][0]}: is called by the hard network alone")
+  differs = _beyond(result, logits, logits, _TOLERANCE)
+  trained = model.apply(
+      variables, images, 1.0, mode="mixed", rngs={"estimator": jax.random.key(0)})
+  labels = (trained.argmax(-1) != logits.argmax(-1)).sum()
+  return [*counts, (differs.sum(), differs.size)], labels
+
+
+def hard_outputs(model: Any, hard: Any, images: jax.Array) -> list[jax.Array]:
+  """What each layer of the hard network makes, in the order of their calls."""
+  return [value for _, value, _ in _hard_run(model, hard, images)[0]]
+
+
+def _hard_run(model, hard, images):
+  """Each layer's name, output and variables; and the network's output."""
+  network = structure.trace(model, hard, images, "hard")
+  outputs = []
+
+  def apply(eqn, given, where):
+    if eqn.primitive is not structure.layer_p:
+      return structure.apply_equation(eqn, given)
+    call = network.calls[eqn.params["index"]]
+    value = structure.apply_layer(call, given, "hard")
+    outputs.append((call.name(where), value, call.split(given)[2]["hard"]))
+    return [value]
+
+  result, = structure.evaluate(
+      network.jaxpr, [*jax.tree.leaves(hard), images], apply)
+  return outputs, result
+
+
+def _beyond(have, want, largest, tolerance):
+  return jnp.abs(have - want) > tolerance * jnp.abs(largest).max()
+
+
+def _mixed(call, operands, x):
+  """A trained layer's output for `x`, and what it made of its weights."""
+  given = [x, *operands[1:]]
+  return structure.apply_layer(
+      call, given, "mixed", mutable=["quantized"], rngs={"estimator": jax.random.key(0)})
+
+
+def _sums_differ(call, operands, hard, want):
+  out, sown = _mixed(call, operands, operands[0])
+  tolerance = max(_TOLERANCE, 4 * float(jnp.finfo(call.layer.dtype).eps))
+  differs = _beyond(out, want, want, tolerance)
+  if not quantizers.is_grid(call.layer.bits):
+    return differs
+  (kernel, _), = sown["quantized"]["value"]
+  params = call.split(operands)[2]["params"]
+  step = quantizers.positive_step(params["step"]) if "step" in params else 1.0
+  flipped = jnp.abs(kernel / step - hard["kernel"]) > 0.1 * quantizers.step_size(
+      call.layer.bits)
+  few = flipped.sum() <= max(1, int(_FLIPPED_WEIGHTS * flipped.size))
+  channels = flipped.any(tuple(range(flipped.ndim - 1)))
+  return differs & ~(few & channels)
+
+
+def _norm_differs(call, operands, hard, want):
+  x, shortcut, variables = call.split(operands)
+  params, stats = variables["params"], variables["batch_stats"]["batch_norm"]
+  norm = params["batch_norm"]
+  scale = norm.get("scale", jnp.ones_like(norm["bias"]))
+  slope = jnp.abs(scale) / jnp.sqrt(stats["var"] + call.layer.epsilon)
+  size = 2 + jnp.abs(norm["bias"])  # What the thresholds are among, before the slope.
+  if shortcut is not None:
+    size += jnp.abs(shortcut).max()
+  if "step" in params:
+    size += jnp.abs(params["step"])
+  if "rprelu_beta" in params:
+    beta = jnp.maximum(jnp.abs(params["rprelu_beta"]), _NEAR)
+    size = (size + jnp.abs(params["rprelu_zeta"])) / jnp.minimum(beta, 1)
+    size += jnp.abs(params["rprelu_gamma"])
+  made_of = jnp.abs(x).max() + jnp.abs(stats["mean"]) + jnp.where(
+      slope > 0, size / slope, 0)
+  # Where the fold found the channel constant, any sum gives what the mean does.
+  constant = (hard["scale"] == 0) & (slope > 0)
+  margin = jnp.maximum(
+      _NEAR * made_of, jnp.where(constant, jnp.abs(x - stats["mean"]), 0))
+  near = jnp.stack([_mixed(call, operands, at)[0] for at in (x, x - margin, x + margin)])
+  slack = _TOLERANCE * jnp.abs(want).max()
+  return (want < near.min(0) - slack) | (want > near.max(0) + slack)
