@@ -99,10 +99,11 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
-  flags.DEFINE_string("module", "minw.main", "What `python -m` runs.")
+  flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
+  flags.DEFINE_string("module", "minw.main", "Module that `python -m` runs.")
   flags.DEFINE_float(
-      "grace", 60, "Seconds to end in, when one has ended badly.", lower_bound=0)
+      "grace", 60, "Seconds that the others have to end after one has ended badly.",
+      lower_bound=0)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -48,6 +48,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import workdir as workdir_lib
+from minw.progress import duration
 import places
 
 BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75  # Exit codes of minw.main.
@@ -292,23 +293,16 @@ def table(folder: str, found: dict[str, State], jobs: int) -> str:
       f"{kinds.count(kind)} {kind}" for kind in
       ("done", "running", "stopped", "waiting", "diverged", "failed") if kind in kinds)
   lines = [f"{folder}: {counts}" + (
-      f"; about {_time(total)} left" if total > 0 else "")]
+      f"; about {duration(total)} left" if total > 0 else "")]
   width = max(map(len, found))
   for name, s in found.items():
     step = f"{s.step}/{s.steps}" if s.steps else ""
     accuracy = "" if s.accuracy is None else f"{s.accuracy:.4f}"
     line = (f"  {name:{width}}  {s.name:8}  {step:>15}  {accuracy:6}  "
-            f"{_time(left[name]) if name in left else '':>7}  "
+            f"{duration(left[name]) if name in left else '':>10}  "
             f"{s.reason if s.name != 'done' else ''}")
     lines.append(line.rstrip())
   return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-  for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-    if seconds >= size:
-      return f"{seconds / size:.1f} {unit}"
-  return f"{seconds:.0f} s"
 
 
 class _Stop:
@@ -465,20 +459,21 @@ def _last_line(path: pathlib.Path) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string(
-      "sweep", None, "Name or file of a sweep; NAME:ARGUMENT passes it an argument.",
-      required=True)
-  flags.DEFINE_string("dir", None, "Holds a workdir for each run.", required=True)
-  flags.DEFINE_string(
-      "data_dir", None, "Where the data are; the default is as the configs say.")
-  flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+  cli.DEFINE_path(
+      "sweep", None, "Name or file of a sweep; NAME:ARGUMENT passes it an argument.")
+  cli.DEFINE_path("dir", None, "Directory that holds a workdir for each run.")
+  cli.DEFINE_path(
+      "data_dir", None,
+      "Directory of the prepared data sets, if not where the configs say.")
+  flags.DEFINE_integer("jobs", 1, "Number of runs at a time.", lower_bound=1)
   flags.DEFINE_integer(
       "retries", 2, "How often a run that failed is started again.", lower_bound=0)
-  flags.DEFINE_list("only", [], "Names of the runs to do; the default is all.")
-  flags.DEFINE_bool("status", False, "Only print where the runs are.")
+  flags.DEFINE_list("only", [], "Names of the runs to do; all by default.")
+  flags.DEFINE_bool("status", False, "Whether to print only where the runs are.")
   flags.DEFINE_enum(
-      "emit", None, ["slurm", "jobset"], "Only write a Slurm array or a JobSet.")
-  flags.DEFINE_string("out", None, "File for --emit.")
+      "emit", None, ["slurm", "jobset"], "Write only a Slurm array or a JobSet.")
+  cli.DEFINE_path("out", None, "File for --emit.")
+  cli.require("sweep", "dir")
 
 
 def main() -> int:

@@ -153,11 +153,12 @@ def table(found: dict[str, Any]) -> str:
 def define_flags() -> None:
   """Defines the flags of the command."""
   config_flag.define(default=__file__)
-  flags.DEFINE_list("seeds", ["1", "2", "4", "8"], "Numbers of seeds.")
-  flags.DEFINE_integer("rounds", 3, "How often.", lower_bound=1)
-  flags.DEFINE_float("seconds", 5, "For how long each.", lower_bound=0)
-  flags.DEFINE_string("json", None, "File to write all rounds to.")
-  flags.DEFINE_integer("work", None, "Of its processes: their seeds.")
+  flags.DEFINE_list("seeds", ["1", "2", "4", "8"], "Numbers of seeds to compare.")
+  flags.DEFINE_integer("rounds", 3, "Number of measurements of each.", lower_bound=1)
+  flags.DEFINE_float("seconds", 5, "Length of a measurement.", lower_bound=0)
+  cli.DEFINE_path("json", None, "File to write all measurements to.")
+  flags.DEFINE_integer(
+      "work", None, "For the processes that are measured: the seeds of each.")
 
 
 def main() -> None:

@@ -1,19 +1,27 @@
-"""What all commands share: absl flags, and one-line errors with exit code 2."""
+"""Everything that the commands share: flags, help, and one-line errors with code 2."""
 
+import contextlib
 import difflib
 import faulthandler
+import logging as std_logging
+import os
 import re
 import sys
-from typing import Any, Callable, Collection, Mapping, NoReturn
+from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, NoReturn
 
 from absl import flags
 from absl import logging
 
+import minw
 from minw import dependencies
+from minw import paths
+from minw import usage
+
+_COMMON = ("help", "version", "quiet", "verbosity")  # Flags of all commands.
 
 
 class UsageError(Exception):
-  """What the user gave can not be used; the message is one line for them."""
+  """The input of the user cannot be used; the message is one line for them."""
 
 
 def bad_value(field: str, value: Any, allowed: str) -> UsageError:
@@ -35,35 +43,83 @@ def unknown_name(kind: str, name: str, known) -> UsageError:
   return UsageError(f"{kind} {name!r} does not exist; {hint}")
 
 
-def _parse(argv: list[str], own: Collection[str]) -> None:
-  """Parses `argv`, the command's name and its flags; `own` are the names of these."""
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.IllegalFlagValueError as error:
-    # For a field of --config absl quotes what Python says of the conversion.
-    override = re.match(r"flag --(\w+\.\w+)=(.*?): ", str(error), re.DOTALL)
-    if override is None:
-      raise UsageError(str(error)) from error
-    name, value = override.groups()
-    kind = flags.FLAGS[name].parser.flag_type()
-    raise bad_value(name, value, f"of type {kind}") from error
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UsageError(str(error)) from error
-  for name in own:
-    check(flags.FLAGS[name].value != "", name, "", "not empty")
-  if rest[1:]:
-    raise UsageError(f"argument {rest[1]!r} is not a flag (flags are --name=value)")
+# Names of flags that must be given, see `require`.
+_required: set[str] = set()
 
 
-def _take_subcommand(subcommands: Collection[str]) -> str:
-  """Removes the first of `sys.argv` that is not a flag, and returns it."""
-  names = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-  if not names:
-    raise UsageError(f"a subcommand is missing; known: {', '.join(subcommands)}")
-  if names[0] not in subcommands:
-    raise unknown_name("subcommand", names[0], subcommands)
-  sys.argv.remove(names[0])
-  return names[0]
+def require(*names: str) -> None:
+  """Makes flags of the command required; positional arguments count as their flag."""
+  _required.update(names)
+
+
+def DEFINE_path(name: str, default: str | None, help: str) -> None:
+  """Defines a flag whose value is a path; every path on a command line is one.
+
+  Args:
+    name: Name of the flag.
+    default: Its default.
+    help: One sentence on what the path is.
+  """
+  flags.DEFINE(_Path(), name, default, help)
+
+
+def DEFINE_paths(name: str, help: str, positional: bool = False) -> None:
+  """Defines a flag whose value is a list of paths.
+
+  The flag may be repeated, and each value may be a list with commas and wildcards; see
+  `paths.several`. Its value is an empty list if it is not given.
+
+  Args:
+    name: Name of the flag.
+    help: One sentence on what the paths are.
+    positional: Whether arguments that are not flags are such paths, too.
+  """
+  flags.DEFINE_flag(_Paths(name, help, positional))
+
+
+class _Path(flags.ArgumentParser):
+  """Expands `~` and variables."""
+
+  def parse(self, argument: str) -> str:
+    return paths.expand(argument)
+
+  def flag_type(self) -> str:
+    return "path"
+
+
+class _Paths(flags.MultiFlag):
+  """A list of paths that flags and, if it is positional, other arguments add to."""
+
+  def __init__(self, name: str, help: str, positional: bool):
+    self.positional = positional
+    super().__init__(flags.ArgumentParser(), None, name, [], help)
+    self.help = help  # MultiFlag has added a line.
+
+  def flag_type(self) -> str:
+    return "paths"
+
+  def parse(self, arguments: str | Iterable[str]) -> None:
+    """Adds the paths of one or more values of the flag, each perhaps a list."""
+    values = [arguments] if isinstance(arguments, str) else arguments
+    for value in values:
+      self._add(value, paths.several)
+
+  def take(self, argument: str) -> None:
+    """Adds the paths of a positional argument, in which commas have no meaning."""
+    self._add(argument, paths.matching)
+
+  def _add(self, value: str, read: Callable[[str], list[str]]) -> None:
+    check(value.strip(",") != "", self.name, value, "not empty")
+    try:
+      super().parse(read(value))
+    except ValueError as error:
+      raise flags.IllegalFlagValueError(f"--{self.name}={value}: {error}") from error
+
+
+def show_progress() -> None:
+  """Lets minw's own messages of progress through, unless the user wants less."""
+  if not (flags.FLAGS.quiet or flags.FLAGS["verbosity"].present):
+    std_logging.getLogger("minw").setLevel(std_logging.INFO)
 
 
 def guarded(function: Callable, *arguments: Any) -> Any:
@@ -83,12 +139,14 @@ def guarded(function: Callable, *arguments: Any) -> Any:
 def run(
     main: Callable[[], int | None] | Mapping[str, Callable[[], int | None]],
     define_flags: Callable[..., None],
+    program: str | None = None,
 ) -> NoReturn:
   """Runs a command: defines its flags, parses `sys.argv` and calls its `main`.
 
   A `UsageError`, from the flags or from `main`, is printed as one line and ends the
   process with code 2; any other exception keeps its traceback. `--verbosity=1` shows
-  the tracebacks of usage errors too.
+  the tracebacks of usage errors too. `--help` prints the docstring of the module that
+  `define_flags` is in, and the flags.
 
   Args:
     main: Function that does the work. Its result is the exit code, None being 0. A
@@ -96,21 +154,155 @@ def run(
     define_flags: Function that defines the command's flags. It is called without
       arguments, or with the name of the subcommand if there are subcommands. Nothing
       is defined when a module is imported, because modules share names of flags.
+    program: How the user started the command, if `sys.argv` does not say it.
   """
   faulthandler.enable()
   logging.use_absl_handler()
-  sys.exit(guarded(_run, main, define_flags))
+  sys.exit(guarded(_run, main, define_flags, program or _program()))
 
 
-def _run(main, define_flags) -> int | None:
-  others = set(flags.FLAGS)
+def _run(main, define_flags, program) -> int | None:
+  about = sys.modules[define_flags.__module__].__doc__ or ""
+  wants_help = asks_for_help(sys.argv[1:])
+  common = _define_common_flags()
   if isinstance(main, Mapping):
-    name = _take_subcommand(main)
+    name = _take_subcommand(main, optional=wants_help)
+    if name is None:
+      print(usage.text(f"{program} {'|'.join(main)}", about, [], common, _required))
+      return 0
+    program = f"{program} {name}"
+    own = _define(lambda: define_flags(name))
     main = main[name]
-    define_flags(name)
   else:
-    define_flags()
-  _parse(sys.argv, set(flags.FLAGS) - others)
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # Libraries log much at INFO.
+    own = _define(define_flags)
+  if wants_help:
+    print(usage.text(program, about, own, common, _required))
+    return 0
+  if "--version" in _before_dashes(sys.argv[1:]):
+    print(f"minw {minw.__version__}")
+    return 0
+  _parse(own)
+  _set_verbosity()
   return main()
+
+
+def _define_common_flags() -> list[flags.Flag]:
+  """Defines the flags that all commands have, and returns them."""
+  flags.DEFINE_bool("help", False, "Print this text and exit.", short_name="h")
+  flags.DEFINE_bool("version", False, "Print the version of minw and exit.")
+  flags.DEFINE_bool(
+      "quiet", False, "Print results and errors, no progress and no warnings.",
+      short_name="q")
+  flags.FLAGS["verbosity"].help = (
+      "What is logged: -2 errors, -1 warnings, 0 information, also of libraries, and 1 "
+      "details, with the tracebacks of bad input.")
+  return [flags.FLAGS[name] for name in _COMMON]
+
+
+def _define(define_flags: Callable[[], None]) -> list[flags.Flag]:
+  """Defines the flags of a command and returns them, in the order of definition."""
+  others = set(flags.FLAGS)
+  define_flags()
+  return [flags.FLAGS[name] for name in flags.FLAGS if name not in others]
+
+
+@contextlib.contextmanager
+def defined(define_flags: Callable[[], None]) -> Iterator[list[flags.Flag]]:
+  """The flags of a command, which exist inside this context only."""
+  own = _define(define_flags)
+  yield own
+  for flag in own:
+    delattr(flags.FLAGS, flag.name)
+
+
+def asks_for_help(arguments: list[str]) -> bool:
+  """Whether one of the arguments is --help or -h."""
+  return not {"--help", "-help", "-h"}.isdisjoint(_before_dashes(arguments))
+
+
+def _before_dashes(arguments: list[str]) -> list[str]:
+  """The arguments before `--`, after which nothing is a flag."""
+  return arguments[:arguments.index("--")] if "--" in arguments else arguments
+
+
+def _take_subcommand(subcommands: Collection[str], optional: bool) -> str | None:
+  """Removes the first of `sys.argv` that is not a flag, and returns it."""
+  names = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+  if not names:
+    if optional:
+      return None
+    raise UsageError(f"a subcommand is missing; known: {', '.join(subcommands)}")
+  if names[0] not in subcommands:
+    raise unknown_name("subcommand", names[0], subcommands)
+  sys.argv.remove(names[0])
+  return names[0]
+
+
+def _parse(own: list[flags.Flag]) -> None:
+  """Parses `sys.argv`, which may hold the flags of the command, `own`, and others."""
+  try:
+    rest = flags.FLAGS(sys.argv)[1:]
+  except flags.UnrecognizedFlagError as error:
+    raise _unknown_flag(error.flagname, own) from error
+  except flags.IllegalFlagValueError as error:
+    raise _illegal_value(str(error)) from error
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UsageError(str(error)) from error
+  takers = [flag for flag in own if isinstance(flag, _Paths) and flag.positional]
+  for argument in rest:
+    if not takers:
+      raise UsageError(f"argument {argument!r} is not a flag (flags are --name=value)")
+    takers[0].take(argument)
+  missing = sorted(f"--{flag.name}" for flag in own
+                   if flag.name in _required and flag.value in (None, []))
+  if missing:
+    raise UsageError(
+        f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")
+  for flag in own:
+    check(flag.value != "", flag.name, "", "not empty")
+
+
+def _unknown_flag(name: str, own: list[flags.Flag]) -> UsageError:
+  """The error for a flag that does not exist, with the nearest one of the command."""
+  known = {}
+  for full in [*_COMMON, *names(own)]:
+    known.setdefault(full.rpartition(".")[2], full)  # --seed is near --config.seed.
+    known[full] = full
+  near = difflib.get_close_matches(name, known, n=1)
+  hint = f"did you mean --{known[near[0]]}?" if near else "see --help"
+  return UsageError(f"there is no flag --{name}; {hint}")
+
+
+def _illegal_value(message: str) -> UsageError:
+  """The error for a value that a flag refuses, in one form for most kinds of flags."""
+  match = re.match(r"flag --([\w.]+)=(.*?): ", message, re.DOTALL)
+  if match is None or match[1] not in flags.FLAGS:
+    return UsageError(message)
+  name, value = match.groups()
+  if "." in name:  # For a field of --config absl quotes what Python says.
+    return bad_value(name, value, f"of type {flags.FLAGS[name].parser.flag_type()}")
+  allowed = flags.FLAGS[name].parser.syntactic_help
+  return bad_value(name, value, allowed) if allowed else UsageError(message)
+
+
+def _set_verbosity() -> None:
+  if flags.FLAGS["verbosity"].present:
+    return
+  # Libraries log much at INFO.
+  logging.set_verbosity(logging.ERROR if flags.FLAGS.quiet else logging.WARNING)
+
+
+def names(own: Iterable[flags.Flag]) -> Iterator[str]:
+  """Names of flags, and of the fields that may follow them: config, config.seed, ..."""
+  for flag in own:
+    yield flag.name
+    for field in getattr(flag.parser, "fields", ()):
+      yield f"{flag.name}.{field}"
+
+
+def _program() -> str:
+  """How the running command was started."""
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  if spec:
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+  return ("python " if sys.argv[0].endswith(".py") else "") + os.path.relpath(sys.argv[0])

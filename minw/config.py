@@ -16,91 +16,150 @@ from minw import cli
 from minw import datasets
 from minw import estimators
 from minw import models
+from minw import paths
 from minw import quantizers
 from minw import schedules
 
 
+# Default and description of each field, by section. All configs have the same fields.
+FIELDS = {
+    "Data": {
+        "seed": (0, "Seed of initialization, order and augmentation."),
+        "dataset": ("cifar10", "digits, cifar10, cifar100 or imagenet2012."),
+        "data_dir": ("~/tensorflow_datasets",
+                     "Directory that `python -m minw.prepare` wrote the data to."),
+        "train_examples": (0, "Number of training examples, the first ones; 0 for all. "
+                              "Not for imagenet2012."),
+        "crop_size": (24, "Side of crops: random ones in training, else the center."),
+        "crop_padding": (0, "Pixels of mean value added on each side before random "
+                            "crops. Not for imagenet2012."),
+        "random_flip": (True, "Whether training mirrors images at random."),
+        "crop_scale": ((0.08, 1.0), "imagenet2012: smallest and largest area of random "
+                                    "crops, as fractions of the image."),
+        "eval_resize": (256, "imagenet2012: shorter side before the central crop; 0 for "
+                             "the image's own size."),
+        "data_workers": (0, "imagenet2012: processes that decode images; 0 for threads "
+                            "of the training process."),
+        "max_damaged": (0.001, "imagenet2012: largest fraction of damaged images in a "
+                               "split; with more, a run stops."),
+        "pixels": ("integer", "integer: (pixel - round(mean)) / 64; standardized: "
+                              "(pixel - mean) / deviation."),
+    },
+    "Network": {
+        "network": ("convnet", "convnet, or a name in minw.models.NETWORKS: resnet18, "
+                               "densenet100, ..."),
+        "conv_widths": ((64, 64, 128, 128, 256, 256),
+                        "convnet: widths of the 3x3 convolutions."),
+        "dense_widths": ((256, 256), "convnet: widths of the hidden dense layers."),
+        "first_padding": ("SAME", "convnet: padding of the first convolution, SAME or "
+                                  "VALID."),
+        "pad_value": (0.0, "Border of the other convolutions: 0, 1 or -1."),
+        "share_pool_gradient": (False, "Whether tied values of a pooling window share "
+                                       "the gradient."),
+        "norm_momentum": (0.9, "Momentum of batch norm's running statistics."),
+        "norm_epsilon": (1e-4, "Epsilon of batch norm."),
+        "norm_group_size": (0, "Number of examples that batch norm takes its statistics "
+                               "of; 0 for the whole batch."),
+        "norm_scale": (True, "Whether batch norm has a scale besides its shift."),
+        "kernel_init": ("glorot_uniform", "Initializer, a function of "
+                                          "jax.nn.initializers."),
+        "compute_dtype": ("float32", "Type of operands in training: float32, or "
+                                     "bfloat16 on accelerators."),
+    },
+    "Bits: 1 to 5, or a float format: float8_e4m3fn, bfloat16, float16, float32": {
+        "input_bits": (1, "Bits of all activations but the image and the logits."),
+        "weight_bits": (1, "Bits of all weights."),
+        "bits_rules": ((), "Exceptions: pairs of a pattern for layer names and bits. The "
+                           "last one that matches counts."),
+        "input_thresholds": ((), "Thresholds of activations; () for the defaults."),
+        "weight_threshold_rule": ("layer_mean", "layer_mean, channel_mean or fixed."),
+        "weight_thresholds": ((), "Thresholds of weights, or factors on the mean; () for "
+                                  "the defaults."),
+        "weight_scale": ("none", "none, layer_mean (DoReFa-Net) or channel_mean "
+                                 "(XNOR-Net)."),
+    },
+    "Estimator": {
+        "estimator": ("aqe", "A function of minw.estimators: ste, aqe, ede, ewgs, ..."),
+        "estimator_gradient": ("eq18", "eq18, algorithm1 or eq15."),
+        "estimator_noise_steps": (1, "Number of steps for which a random estimator keeps "
+                                     "its noise."),
+        "alpha_start": (0.5, "alpha at the start of the run."),
+        "alpha_final": (1.0, "alpha from alpha_end on."),
+        "alpha_end": (0.465, "Where alpha is final, as a fraction of the run: epoch 93 of "
+                             "200."),
+        "alpha_shape": ("linear", "linear, cosine, cubic or step."),
+        "alpha_per_layer": (False, "Whether alpha grows in one layer after another, from "
+                                   "the input on."),
+        "alpha_backward": (False, "Whether alpha_per_layer begins at the output."),
+    },
+    "Optimization": {
+        "batch_size": (256, "Examples of a step, on all devices together."),
+        "num_epochs": (200, "Length of the run."),
+        "optimizer": ("adam", "adam, sgd or bop."),
+        "shard_optimizer": (False, "Whether devices share the optimizer's state instead "
+                                   "of keeping a copy each."),
+        "adam_epsilon": (1e-8, "Epsilon of Adam."),
+        "momentum": (0.9, "Momentum of SGD."),
+        "bop_adaptivity_rate": (1e-4, "Adaptivity rate of Bop, for weights of one bit; "
+                                      "Adam has all others."),
+        "bop_threshold": (1e-8, "Threshold of Bop."),
+        "weight_decay": (0.0, "L2 penalty on all kernels, added to the gradient."),
+        "learning_rate": (0.01, "Learning rate at the start."),
+        "learning_rate_schedule": ("staircase", "staircase, exponential, steps or "
+                                                "constant."),
+        "learning_rate_decay": (0.9**35, "Factor on the learning rate over the whole run; "
+                                         "for steps, at each step."),
+        "learning_rate_stairs": (35, "staircase: number of stairs."),
+        "learning_rate_steps": ((0.5, 0.75), "steps: where they are, as fractions of the "
+                                             "run."),
+        "init_from": ("", "Workdir of another run whose last weights this one starts "
+                          "from."),
+    },
+    "Evaluation and records": {
+        "eval_every_epochs": (1, "Epochs between validations, each with metrics and a "
+                                 "checkpoint."),
+        "eval_batch_size": (1000, "Examples that are evaluated at a time."),
+        "eval_train": (False, "Whether the hard network is also evaluated on the "
+                              "training split."),
+        "histogram_layers": ((), "Patterns of layers whose weights or activations are "
+                                 "counted."),
+        "histogram_epochs": ((), "Epochs after which they are counted; () for 1/40, 1/8 "
+                                 "and 11/40 of the run: 5, 25 and 55 of 200."),
+        "reestimate_batches": (0, "Batches to re-estimate batch norm's statistics on."),
+        "deterministic": (True, "On GPUs: whether runs repeat to the bit, at some cost "
+                                "in speed."),
+    },
+}
+
+_HISTOGRAMS = ((1, 40), (1, 8), (11, 40))  # Fractions of the run, as in Figs 1-4.
+
+
 def default_config() -> config_dict.ConfigDict:
-  """The paper's recipe for CIFAR-10: ConvNet D, 1/1, AQE."""
+  """The paper's recipe for CIFAR-10: ConvNet D, W1A1, AQE."""
   c = config_dict.ConfigDict()
-  c.seed = 0  # Of initialization, order and augmentation.
-
-  # Data.
-  c.dataset = "cifar10"  # digits, cifar10, cifar100, imagenet2012.
-  c.data_dir = "~/tensorflow_datasets"  # Where `python -m minw.prepare` put it.
-  c.train_examples = 0  # The first of those in memory, for studies; 0: all.
-  c.crop_size = 24  # Random in training, central in evaluation.
-  c.crop_padding = 0  # Pixels of mean value added on each side before random crops.
-  c.random_flip = True  # Left to right.
-  # Of imagenet2012 alone, which is read from files all along (and not padded):
-  c.crop_scale = (0.08, 1.0)  # Area of random crops before they are resized, by image.
-  c.eval_resize = 256  # Shorter side before the central crop; 0: as it is.
-  c.data_workers = 0  # Processes that decode; 0: threads of the training process.
-  c.max_damaged = 0.001  # Share of a split's images; with more, a run stops.
-  c.pixels = "integer"  # (pixel - round(mean)) / 64; "standardized": (p - mean) / std.
-
-  # Network.
-  c.network = "convnet"  # Or one of minw.models.NETWORKS: resnet18, densenet100, ...
-  c.conv_widths = (64, 64, 128, 128, 256, 256)  # convnet: of the 3x3 convolutions,
-  c.dense_widths = (256, 256)  # and of the hidden dense layers;
-  c.first_padding = "SAME"  # "VALID": of its first convolution.
-  c.pad_value = 0.0  # Border of the other convolutions: 0, 1 or -1.
-  c.share_pool_gradient = False  # Among tied values of a pooling window.
-  c.norm_momentum = 0.9  # Batch norm: of the running statistics.
-  c.norm_epsilon = 1e-4
-  c.norm_group_size = 0  # Examples it takes its statistics of; 0: the whole batch.
-  c.norm_scale = True  # Whether batch norm has a scale beside its shift.
-  c.kernel_init = "glorot_uniform"  # A function of jax.nn.initializers.
-  c.compute_dtype = "float32"  # Of operands in training; "bfloat16" on accelerators.
-
-  # Bits: 1 to 5, or a float format: float8_e4m3fn, bfloat16, float16, float32.
-  c.input_bits = config_dict.placeholder(object)
-  c.input_bits = 1  # M: of every activation but the image and the logits.
-  c.weight_bits = config_dict.placeholder(object)
-  c.weight_bits = 1  # N: of every weight.
-  c.bits_rules = ()  # Exceptions, as (layer name pattern, bits), ...; the last counts.
-  c.input_thresholds = ()  # Fixed; () for the defaults.
-  c.weight_threshold_rule = "layer_mean"  # "channel_mean", "fixed".
-  c.weight_thresholds = ()  # Fixed, or factors on the mean; () for the defaults.
-  c.weight_scale = "none"  # "layer_mean" (DoReFa-Net), "channel_mean" (XNOR-Net).
-
-  # Estimator. alpha runs from start to final within alpha_end of the run.
-  c.estimator = "aqe"  # A function of minw.estimators: ste, aqe, ede, ewgs, ....
-  c.estimator_gradient = "eq18"  # "algorithm1", "eq15".
-  c.estimator_noise_steps = 1  # For how many steps a random one keeps its noise.
-  c.alpha_start = 0.5
-  c.alpha_final = 1.0
-  c.alpha_end = 0.465  # As a fraction of the run: epoch 93 of 200.
-  c.alpha_shape = "linear"  # "cosine", "cubic", "step".
-  c.alpha_per_layer = False  # One layer after another, from the input on,
-  c.alpha_backward = False  # or from the output on.
-
-  # Optimization.
-  c.batch_size = 256
-  c.num_epochs = 200
-  c.optimizer = "adam"  # "sgd", "bop".
-  c.shard_optimizer = False  # Its state in parts on the devices, not a copy on each.
-  c.adam_epsilon = 1e-8
-  c.momentum = 0.9  # Of sgd.
-  c.bop_adaptivity_rate = 1e-4  # Of weights of one bit; adam has all others.
-  c.bop_threshold = 1e-8
-  c.weight_decay = 0.0  # L2 penalty on all kernels, added to the gradient.
-  c.learning_rate = 0.01
-  c.learning_rate_schedule = "staircase"  # "exponential", "steps", "constant".
-  c.learning_rate_decay = 0.9**35  # Whole decay of the run (of each step: "steps").
-  c.learning_rate_stairs = 35  # "staircase": how many stairs the decay is made in.
-  c.learning_rate_steps = (0.5, 0.75)  # "steps": where, as fractions of the run.
-  c.init_from = ""  # Workdir of another run whose last weights this one starts from.
-
-  # Evaluation and records.
-  c.eval_every_epochs = 1  # Validation, metrics and a checkpoint.
-  c.eval_batch_size = 1000
-  c.eval_train = False  # Whether the hard network is evaluated on the training split.
-  c.histogram_layers = ()  # Patterns of layers whose weights or activations are counted
-  c.histogram_epochs = (5, 25, 55)  # after these epochs, from 1 on.
-  c.reestimate_batches = 0  # Batches to re-estimate batch norm's statistics on.
-  c.deterministic = True  # On GPUs: same numbers to the bit, at some cost in speed.
+  for section in FIELDS.values():
+    for name, (default, _) in section.items():
+      if name in ("input_bits", "weight_bits"):  # Numbers, or names of float formats.
+        c[name] = config_dict.placeholder(object)
+      c[name] = default
   return c
+
+
+def histogram_epochs(c: config_dict.ConfigDict) -> tuple[int, ...]:
+  """The epochs after which the layers of `histogram_layers` are counted.
+
+  Where the config names none, they are the first epochs with a validation after fixed
+  fractions of the run.
+  """
+  if c.histogram_epochs:
+    return c.histogram_epochs
+  return tuple(sorted({
+      min(epoch for epoch in _validated_epochs(c) if whole * epoch >= part * c.num_epochs)
+      for part, whole in _HISTOGRAMS}))
+
+
+def _validated_epochs(c: config_dict.ConfigDict) -> set[int]:
+  return {*range(0, c.num_epochs, c.eval_every_epochs), c.num_epochs} - {0}
 
 
 def validate(c: config_dict.ConfigDict) -> None:
@@ -163,6 +222,12 @@ def validate(c: config_dict.ConfigDict) -> None:
   one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
 
+  for name in ("data_dir", "init_from"):
+    try:
+      paths.expand(c[name])
+    except ValueError as error:
+      raise cli.UsageError(f"config.{name}={c[name]!r}: {error}") from error
+
   check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
   for name in ("num_epochs", "eval_every_epochs", "eval_batch_size",
                "learning_rate_stairs", "crop_size", "estimator_noise_steps"):
@@ -192,8 +257,7 @@ def validate(c: config_dict.ConfigDict) -> None:
     for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
       check(name, all(type(value) is kind for value in c[name]),
             f"a tuple of {kind.__name__}")
-    reports = {*range(0, c.num_epochs, c.eval_every_epochs), c.num_epochs} - {0}
-    check("histogram_epochs", reports.issuperset(c.histogram_epochs),
+    check("histogram_epochs", _validated_epochs(c).issuperset(c.histogram_epochs),
           f"epochs up to num_epochs={c.num_epochs} that end with a validation, as "
           f"every eval_every_epochs={c.eval_every_epochs} do")
 

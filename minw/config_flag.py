@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import types
 from typing import Any, Callable, Mapping
 
@@ -18,6 +19,25 @@ from ml_collections import config_flags
 
 from minw import cli
 from minw import config as config_lib
+from minw import paths
+
+
+_HELP = ("Name of an experiment that comes with minw, or a Python file; NAME:ARGUMENT "
+         "passes it an argument. --config.FIELD=VALUE overrides a field of its config; "
+         "the fields are listed below.")
+
+
+def _table() -> list[str]:
+  """A line or two for each field of a config."""
+  lines = ["Fields of --config, with the values that they have unless the file changes "
+           "them:"]
+  for section, fields in config_lib.FIELDS.items():
+    lines += ["", section]
+    for name, (default, text) in fields.items():
+      lines += [f"  {name} = {default!r}",
+                *textwrap.wrap(text, 88, initial_indent=6 * " ",
+                               subsequent_indent=6 * " ")]
+  return [*lines, ""]
 
 
 def define(default: str | None = None) -> flags.FlagHolder:
@@ -29,10 +49,9 @@ def define(default: str | None = None) -> flags.FlagHolder:
   """
   _check_arguments(sys.argv)  # Now, as a default is overridden when it is defined.
   holder = config_flags.DEFINE_config_file(
-      "config", default, "Name of an experiment that comes with minw, or a Python file;"
-      " --config.FIELD=VALUE overrides a field.")
+      "config", default, _HELP + "\n".join(["", *_table()]))
   if default is None:
-    flags.mark_flag_as_required("config")
+    cli.require("config")
   flags.FLAGS["config"].parser = _ExperimentFile()
   return holder
 
@@ -110,10 +129,10 @@ def call(
     cli.UsageError: by function or file; or whatever else they raise, as one.
   """
   path, colon, text = argument.partition(":")
-  path = _find(flag, path, known)
-  loader = machinery.SourceFileLoader(path, path)
-  module = types.ModuleType(loader.name)
   try:
+    path = _find(flag, path, known)
+    loader = machinery.SourceFileLoader(path, path)
+    module = types.ModuleType(loader.name)
     loader.exec_module(module)
     return then(getattr(module, name)(*([text] if colon else [])))
   except cli.UsageError:
@@ -126,7 +145,7 @@ def call(
 
 def _find(flag: str, name: str, known: Mapping[str, pathlib.Path]) -> str:
   """The path of the file that `name` names; a file of this name goes first."""
-  name = os.path.expanduser(name)
+  name = paths.expand(name)
   if os.path.isfile(name):
     return name
   stem = pathlib.Path(name).stem
@@ -143,5 +162,10 @@ def _find(flag: str, name: str, known: Mapping[str, pathlib.Path]) -> str:
 class _ExperimentFile(flags.ArgumentParser):
   """Makes NAME or NAME:ARGUMENT a config."""
 
+  fields = tuple(config_lib.default_config())  # What may follow --config and a dot.
+
   def parse(self, argument: str) -> Any:
     return load(argument)
+
+  def flag_type(self) -> str:
+    return "config"

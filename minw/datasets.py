@@ -18,6 +18,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 import numpy as np
 
 from minw import cli
+from minw import paths
 
 
 class Info(NamedTuple):
@@ -209,7 +210,7 @@ def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
   """Returns the shell command that prepares the data set in `data_dir`."""
-  where = shlex.quote(os.path.expanduser(data_dir)) if data_dir else "DIR"
+  where = shlex.quote(paths.expand(data_dir)) if data_dir else "DIR"
   return f"python -m minw.prepare --dataset={name} --data_dir={where}"
 
 
@@ -318,7 +319,7 @@ def _newest_version(
   """The directory of the newest version of a data set below `data_dir`."""
   versions = []
   if data_dir:
-    for path in pathlib.Path(os.path.expanduser(data_dir), name).glob("*"):
+    for path in pathlib.Path(paths.expand(data_dir), name).glob("*"):
       if re.fullmatch(r"\d+\.\d+\.\d+", path.name):
         versions.append(path)
   if not versions:

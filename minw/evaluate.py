@@ -225,16 +225,21 @@ def evaluate_model(
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("workdir", None, "Of a run.")
-  flags.DEFINE_string("model", None, "A packed network, instead of a run.")
+  cli.DEFINE_path("workdir", None, "Workdir of a run.")
+  cli.DEFINE_path(
+      "model", None, "Packed network instead of a run: a file, or the name of a network "
+      "that comes with minw.")
   flags.DEFINE_string(
-      "dataset", None, "For a packed network, if not what it was trained on.")
+      "dataset", None,
+      "Data set for a packed network, if not the one that it was trained on.")
   flags.DEFINE_enum(
-      "split", "test", ["train", "validation", "test"], "Which examples.")
+      "split", "test", ["train", "validation", "test"], "Examples to evaluate on.")
   flags.DEFINE_enum(
-      "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
-  flags.DEFINE_string(
-      "data_dir", None, "Where the data are now, if not where the run had them.")
+      "checkpoint", "last", ["last", "best"],
+      "The last checkpoint, or the one with the best validation accuracy.")
+  cli.DEFINE_path(
+      "data_dir", None,
+      "Directory of the prepared data sets, if not where the run's config says.")
 
 
 def main() -> None:

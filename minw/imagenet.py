@@ -10,6 +10,7 @@ from typing import Any, Iterator
 from minw import cli
 from minw import datasets
 from minw import images
+from minw import paths
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 CLASSES, VALIDATION_IMAGES = 1000, 50_000
@@ -25,7 +26,7 @@ def check_source(source: str | os.PathLike | None, partial: bool) -> pathlib.Pat
   Raises:
     UsageError: it is not there, or an archive is missing, cut off or incomplete.
   """
-  folder = pathlib.Path(os.path.expanduser(source or ""))
+  folder = pathlib.Path(paths.expand(source or ""))
   cli.check(
       bool(source) and folder.is_dir(), "source", source and str(source),
       f"the folder that holds {TRAIN} and {VALIDATION}, from https://image-net.org")

@@ -446,20 +446,24 @@ def _printable(text: str) -> str:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string(
-      "model", None, "The packed network: a file, or a name.", required=True)
-  flags.DEFINE_list(
-      "images", None, "Image files, or folders of them.", required=True)
-  flags.DEFINE_enum("backend", None, BACKENDS, "What computes.")
+  cli.DEFINE_path(
+      "model", None,
+      "Packed network: a file, or the name of a network that comes with minw.")
+  cli.DEFINE_paths("images", "Image files, or folders of them.", positional=True)
+  flags.DEFINE_enum(
+      "backend", None, BACKENDS,
+      "What runs the network; the first of these that is available by default.")
   flags.DEFINE_integer(
-      "threads", None, "Of the native path; all cores by default.", lower_bound=1)
-  flags.DEFINE_bool("kernels", False, "List what ran each operation.")
+      "threads", None, "Threads of the native backend; one for each core by default.",
+      lower_bound=1)
+  flags.DEFINE_bool("kernels", False, "Whether to list what ran each operation.")
   flags.DEFINE_integer(
       "top", 1, "How many of the most probable classes are listed for each image.",
       lower_bound=1)
   flags.DEFINE_string(
       "background", "black",
       "Color behind transparent parts of images: a name, #rrggbb or R,G,B.")
+  cli.require("model", "images")
 
 
 def main() -> int:

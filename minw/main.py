@@ -1,9 +1,11 @@
 """Trains a network: `python -m minw.main --config=NAME --workdir=DIR`.
 
-With --distributed it is one process of several, each of which is started so.
+With --distributed it is one process of several, each of which is started so. The exit
+code is 3 if the loss became infinite or NaN, and 75 if the run was interrupted and
+saved: the same command resumes it.
 """
 
-import logging
+import json
 import signal
 
 from absl import flags
@@ -19,18 +21,19 @@ PREEMPTED = 75  # Start the same command again to go on.
 def define_flags() -> None:
   """Defines the flags of the command."""
   config_flag.define()
-  flags.DEFINE_string(
-      "workdir", None, "Where the run is kept; one place for all processes.",
-      required=True)
+  cli.DEFINE_path(
+      "workdir", None, "Directory of the run, the same one for all processes.")
   flags.DEFINE_bool(
-      "distributed", False, "Whether this is one process of several; on TPU pods, "
-      "under Slurm and Open MPI, nothing else is needed.")
+      "distributed", False, "Whether this is one process of several. On TPU pods, under "
+      "Slurm and under Open MPI no other flag is needed.")
   flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens.")
-  flags.DEFINE_integer("num_processes", None, "How many there are.", lower_bound=1)
-  flags.DEFINE_integer("process_id", None, "Of this one, from 0.", lower_bound=0)
+  flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
   flags.DEFINE_integer(
-      "heartbeat_timeout", 100, "Seconds after which a process that is not heard of "
-      "counts as dead, which ends the others.", lower_bound=1)
+      "process_id", None, "Number of this process, from 0.", lower_bound=0)
+  flags.DEFINE_integer(
+      "heartbeat_timeout", 100, "Seconds after which a silent process counts as dead, "
+      "which ends the others.", lower_bound=1)
+  cli.require("workdir")
 
 
 def check_flags() -> None:
@@ -68,11 +71,11 @@ def main() -> int:
         f.coordinator, f.num_processes, f.process_id, f.heartbeat_timeout)
   with distributed.ending_at_once():
     if distributed.is_main():
-      logging.getLogger("minw").setLevel(logging.INFO)
+      cli.show_progress()
     status = train.train_and_evaluate(f.config, f.workdir)
   if status["state"] == "preempted":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Once more changes nothing.
-  print(f"{f.workdir}: {status}")
+  print(json.dumps({"workdir": f.workdir, **status}))
   return {"done": 0, "diverged": DIVERGED, "preempted": PREEMPTED}[status["state"]]
 
 

@@ -624,15 +624,18 @@ _RULES = {
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("workdir", None, "Of the run.", required=True)
-  flags.DEFINE_string("out", None, "The file to write.", required=True)
+  cli.DEFINE_path("workdir", None, "Workdir of the run.")
+  cli.DEFINE_path("out", None, "File to write.")
   flags.DEFINE_enum(
-      "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
+      "checkpoint", "last", ["last", "best"],
+      "The last checkpoint, or the one with the best validation accuracy.")
   flags.DEFINE_bool(
-      "verify", False, "Compare every layer with the trained network, on its test split"
-      " (on random images where there are no data).")
-  flags.DEFINE_string(
-      "data_dir", None, "Where the data are now, if not where the run had them.")
+      "verify", False, "Whether to compare every layer with the trained network, on its "
+      "test split, or on random images where there are no data.")
+  cli.DEFINE_path(
+      "data_dir", None,
+      "Directory of the prepared data sets, if not where the run's config says.")
+  cli.require("workdir", "out")
 
 
 def main() -> int:

@@ -227,7 +227,8 @@ def save(fig: Any, path: pathlib.Path) -> None:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("out", None, "The PNG to write.", required=True)
+  cli.DEFINE_path("out", None, "PNG file to write.")
+  cli.require("out")
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ import tqdm
 from minw import cli
 from minw import datasets
 from minw import imagenet
+from minw import paths
 
 
 class _Cifar(NamedTuple):
@@ -149,7 +150,7 @@ def prepare(
         f"one of {', '.join(_TFDS_CLASS)}; {dataset} needs no preparation")
   if not data_dir:
     raise cli.bad_value("data_dir", data_dir, "the directory to prepare data in")
-  root = pathlib.Path(os.path.expanduser(data_dir))
+  root = pathlib.Path(paths.expand(data_dir))
   target = root / dataset / str(_TFDS_CLASS[dataset].VERSION)
   work = root / dataset / "incomplete.minw"
   try:
@@ -210,7 +211,7 @@ def _build_cifar(
   """Writes the data set below `work` and returns the directory that holds it."""
   if source is None:
     source = _download(_CIFAR[dataset], work)
-  path = pathlib.Path(os.path.expanduser(source))
+  path = pathlib.Path(paths.expand(source))
   rows = _read_source(dataset, path)
   # The files are smaller than the records: PNG saves a fifth.
   _check_space(work, sum(part.nbytes for part in rows.values()))
@@ -491,15 +492,16 @@ def _png(image: np.ndarray) -> bytes:
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string(
-      "dataset", None, "Data set to prepare: cifar10, cifar100, imagenet2012.",
-      required=True)
-  flags.DEFINE_string("data_dir", None, "Directory of prepared data sets.", required=True)
-  flags.DEFINE_string(
+      "dataset", None, "Data set to prepare: cifar10, cifar100 or imagenet2012.")
+  cli.DEFINE_path("data_dir", None, "Directory of prepared data sets.")
+  cli.DEFINE_path(
       "source", None,
-      "Original archive, or the directory it was extracted to, if you have it; of "
+      "Original archive, or the directory it was extracted to, if you have it. For "
       "imagenet2012, the directory with its two archives.")
   flags.DEFINE_bool(
-      "partial", False, "imagenet2012: archives with a part of it will do.")
+      "partial", False,
+      "Whether archives with a part of imagenet2012 are enough.")
+  cli.require("dataset", "data_dir")
 
 
 def main() -> None:
@@ -507,11 +509,21 @@ def main() -> None:
   print(prepare(dataset, data_dir, flags.FLAGS.source, flags.FLAGS.partial))
   for split, count in datasets.info(dataset, data_dir).splits.items():
     print(f"  {split}: {count:,} images")
-  which = {"cifar10": "cifar_convnet.py",
-           "cifar100": f"cifar_convnet.py --config.dataset={dataset}",
-           "imagenet2012": "imagenet_resnet18.py"}[dataset]
-  print(f"Train with: python -m minw.main --config=experiments/{which} "
-        f"--config.data_dir={shlex.quote(os.path.expanduser(data_dir))}")
+  print(f"Train with: {training_command(dataset, data_dir)}")
+
+
+def training_command(dataset: str, data_dir: str) -> str:
+  """The shell command that trains on a prepared data set.
+
+  Args:
+    dataset: Name of the data set.
+    data_dir: Directory that it was prepared in.
+  """
+  config = {"cifar10": "cifar_convnet.py",
+            "cifar100": "cifar_convnet.py:dataset=cifar100",
+            "imagenet2012": "imagenet_resnet18.py"}[dataset]
+  return (f"python -m minw.main --config=experiments/{config} "
+          f"--workdir=runs/{dataset} --config.data_dir={shlex.quote(data_dir)}")
 
 
 if __name__ == "__main__":

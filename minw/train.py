@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import json
 import logging
 import os
 import signal
@@ -17,6 +16,7 @@ import optax
 
 from minw import checkpoint
 from minw import cli
+from minw import config as config_lib
 from minw import datasets
 from minw import display
 from minw import distributed
@@ -27,11 +27,13 @@ from minw import histograms
 from minw import layers
 from minw import metrics
 from minw import optim
+from minw import paths
 from minw import pipeline
 from minw import plots
 from minw import quantizers
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
+from minw.progress import duration
 
 _log = logging.getLogger(__name__)
 
@@ -281,6 +283,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   reestimate = make_reestimate(experiment)
   weight_report = make_weight_report(experiment)
   histogram = histograms.make_histograms(experiment)
+  histogram_epochs = config_lib.histogram_epochs(config)
   no_totals = experiment.jit(_no_totals, out_shardings=experiment.replicated)
   evaluator = evaluate.Evaluator(experiment)
 
@@ -352,7 +355,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
               evaluate.hard_variables(tree), train_data)})
         for line in lines if writer else ():
           writer.write({"step": step, "epoch": epochs_done, **line})
-        if config.histogram_layers and epochs_done in config.histogram_epochs:
+        if config.histogram_layers and epochs_done in histogram_epochs:
           counted = histogram(
               evaluate.trained_variables(state._asdict()), validation_data,
               np.asarray(experiment.alpha(step - 1)))
@@ -395,7 +398,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
           **{f"best_test_{name}": value for name, value in results["best"].items()})
     if writer:
       plots.curves(workdir)
-  _log.info("%s: %s", workdir, json.dumps(status))
+  _log.info("%s: %s at step %d", workdir, status["state"], status["step"])
   return status
 
 
@@ -441,7 +444,7 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   if not workdir:
     return {}
   try:
-    _, saved = evaluate.read_run(workdir)
+    _, saved = evaluate.read_run(paths.expand(workdir))
   except cli.UsageError as error:
     raise cli.UsageError(f"config.init_from={workdir!r}: {error}") from error
   source = evaluate.trained_variables(saved.tree)
@@ -513,8 +516,8 @@ class Progress:
     rate = self._rate()
     if not rate:
       return "measuring the rate"
-    minutes = self._left * self._batch_size / rate / 60
-    return f"{rate:.0f} examples/s, {minutes:.1f} minutes left"
+    left = duration(self._left * self._batch_size / rate)
+    return f"{rate:.0f} examples/s, {left} left"
 
   def pause(self) -> float | None:
     """Stops the clock; returns the examples per second since the last pause."""

@@ -42,7 +42,8 @@ def check_free(workdir: str, config: Any) -> None:
   if not (pathlib.Path(workdir) / "config.json").exists():
     return
   before = read_config(workdir)
-  for name in config_lib.FREE:
+  counts_nothing = not (before.histogram_layers or config.histogram_layers)
+  for name in (*config_lib.FREE, *["histogram_epochs"] * counts_nothing):
     before[name] = config[name]
   different = config_lib.differing_fields(before, config)
   if different:

@@ -340,7 +340,7 @@ def test_really_killed_in_a_checkpoints_write(start_to_end, tmp_path):
   assert json.loads((workdir / "status.json").read_text())["state"] == "running"
   code, out, err = ended(start(config, workdir, **cache))
   assert code == 0, err
-  assert "'state': 'done', 'step': 76" in out
+  assert '"state": "done", "step": 76' in out
   assert "starting from step 19 of 76" in err
   run(config, tmp_path / "whole")
   assert outcome(workdir) == outcome(tmp_path / "whole")

@@ -117,7 +117,7 @@ _NETWORKS = {"train": "D", "inference": "A", "data": "imagenet2012", "scaling": 
 
 def define_flags(subcommand: str) -> None:
   """Defines the flags of a subcommand."""
-  flags.DEFINE_string("json", None, "File to write the result to, as a JSON object.")
+  cli.DEFINE_path("json", None, "File to write the result to, as a JSON object.")
   if subcommand == "configs":
     flags.DEFINE_multi_string("configs", [], "Experiments; all that come with minw by default.")
     flags.DEFINE_integer("batch_size", None, "Of all configs, instead of their own.",

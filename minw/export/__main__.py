@@ -117,12 +117,15 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("workdir", None, "Of a run.")
-  flags.DEFINE_string("model", None, "A packed network, instead of a run.")
+  cli.DEFINE_path("workdir", None, "Workdir of a run.")
+  cli.DEFINE_path(
+      "model", None, "Packed network instead of a run: a file, or the name of a network "
+      "that comes with minw.")
   flags.DEFINE_enum(
-      "checkpoint", "last", ["last", "best"], "The last, or of the best validation.")
-  flags.DEFINE_enum("format", None, _FORMATS, "Of the file --out.")
-  flags.DEFINE_string("out", None, "The file to write.")
+      "checkpoint", "last", ["last", "best"],
+      "The last checkpoint, or the one with the best validation accuracy.")
+  flags.DEFINE_enum("format", None, _FORMATS, "Format of the file --out.")
+  cli.DEFINE_path("out", None, "File to write.")
   flags.DEFINE_integer(
       "batch", None, "Number of images that the exported network takes at once. By"
       " default qonnx takes one, onnx and stablehlo any number; c always takes one.",
@@ -130,10 +133,10 @@ def define_flags() -> None:
   flags.DEFINE_string(
       "prefix", None, "Beginning of the public names in a C file, such as digits for"
       " digits_run. By default it is made from the name of --model or --workdir.")
-  flags.DEFINE_string("golden", None, "A folder for the values of --images.")
-  flags.DEFINE_list(
-      "images", None, "PNG and JPEG files, or folders of them, for --golden and for the"
-      " test in a C file; random images if none.")
+  cli.DEFINE_path("golden", None, "Folder to write all values of --images to.")
+  cli.DEFINE_paths(
+      "images", "Image files, or folders of them, for --golden and for the test in a C "
+      "file; random images by default.")
   flags.DEFINE_string(
       "background", "black",
       "Color behind transparent parts of images: a name, #rrggbb or R,G,B.")

@@ -24,8 +24,7 @@ adds the records of runs to a study: a line each, with its curve beside the file
 writes RESULTS.md: all studies of a folder, the paper's tables, and what others
 published; and the studies' figures into their folders.
 
---runs may be repeated, or be a list with commas; folders are searched for workdirs and
-studies.
+Folders among --runs are searched for workdirs and studies.
 """
 
 import pathlib
@@ -42,19 +41,9 @@ from minw.report import results
 from minw.report import tables
 
 
-def _paths() -> list[str]:
-  return [path for part in flags.FLAGS.runs for path in part.split(",") if path]
-
-
-def _given() -> list[str]:
-  if not _paths():
-    raise cli.UsageError("--runs is missing: folders with workdirs or studies; studies")
-  return _paths()
-
-
 def _read() -> tuple[list[records.Record], list[records.LeftOut]]:
-  runs, left_out = records.read(_given())
-  cli.check(bool(runs) or bool(left_out), "runs", ",".join(_paths()),
+  runs, left_out = records.read(flags.FLAGS.runs)
+  cli.check(bool(runs) or bool(left_out), "runs", ",".join(flags.FLAGS.runs),
             "folders that hold workdirs of runs, or studies")
   return runs, left_out
 
@@ -75,12 +64,6 @@ def _write(name: str, text: str) -> None:
     raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
 
 
-def _out() -> str:
-  if flags.FLAGS.out is None:
-    raise cli.UsageError("--out is missing")
-  return flags.FLAGS.out
-
-
 def main_tables() -> None:
   runs, left_out = _read()
   rows, elsewhere = tables.tables(runs)
@@ -92,7 +75,7 @@ def main_tables() -> None:
 
 
 def main_figures() -> None:
-  out = _out()
+  out = flags.FLAGS.out
   runs, left_out = _read()
   try:
     drawn, missing = figures.draw(runs, out, flags.FLAGS.layer)
@@ -103,8 +86,6 @@ def main_figures() -> None:
 
 
 def main_compare() -> None:
-  if not flags.FLAGS.by:
-    raise cli.UsageError("--by is missing: the fields in which runs differ")
   runs, left_out = _read()
   text = comparison.markdown(comparison.compare(runs, flags.FLAGS.by))
   print(text, end="")
@@ -113,8 +94,8 @@ def main_compare() -> None:
 
 
 def main_collect() -> None:
-  out = _out()
-  added, left_out = records.collect(_given(), out)
+  out = flags.FLAGS.out
+  added, left_out = records.collect(flags.FLAGS.runs, out)
   print("\n".join([*(f"added: {name}" for name in added),
                    f"{out}: {len(added)} added"]))
   _say(left_out)
@@ -122,7 +103,7 @@ def main_collect() -> None:
 
 def main_results() -> None:
   out = flags.FLAGS.out or "."
-  folders = _paths() or ["results"]
+  folders = flags.FLAGS.runs or ["results"]
   cli.check(len(folders) == 1, "runs", ",".join(folders), "one folder with studies")
   try:
     print("\n".join(results.write(folders[0], out)))
@@ -141,9 +122,16 @@ SUBCOMMANDS = {
 
 def define_flags(subcommand: str) -> None:
   """Defines the flags of a subcommand."""
-  flags.DEFINE_multi_string("runs", [], "Folders with workdirs or studies; studies.")
-  flags.DEFINE_string("out", None, "The folder to write to; collect: the study's file.")
+  cli.DEFINE_paths(
+      "runs", "Folders with workdirs or studies, and studies.", positional=True)
+  cli.DEFINE_path("out", None, "File of the study." if subcommand == "collect"
+                  else "Folder to write to.")
+  if subcommand != "results":
+    cli.require("runs")
+  if subcommand in ("figures", "collect"):
+    cli.require("out")
   if subcommand == "compare":
+    cli.require("by")
     flags.DEFINE_list("by", [], "Fields in which runs differ.")
   if subcommand == "figures":
     flags.DEFINE_string("layer", "conv2", "Layer whose histograms are drawn.")

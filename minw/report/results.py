@@ -7,6 +7,7 @@ from typing import Sequence
 
 from minw import cli
 from minw import metrics
+from minw.progress import duration
 from minw.report import comparison
 from minw.report import figures
 from minw.report import paper
@@ -94,7 +95,7 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
   lines = [
       f"### {title}\n",
       f"[{path}]({path}), [how it was made]({path.with_suffix('')}/README.md). "
-      f"{len(runs)} runs of {min(seconds) / 60:.0f} to {max(seconds) / 60:.0f} minutes "
+      f"{len(runs)} runs of {duration(min(seconds))} to {duration(max(seconds))} "
       f"on {names(_device(run) for run in runs)}; commits "
       f"{names((run['commit'] or 'unknown')[:7] for run in runs)}.\n"]
   for each in compared:

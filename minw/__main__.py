@@ -1,0 +1,73 @@
+"""minw: networks of 1 to 3 bits, trained, packed and run.
+
+`minw COMMAND` and `python -m minw COMMAND` run a command, and with --help they say what
+it does and which flags it has.
+"""
+
+import ast
+import importlib
+import importlib.util
+import pathlib
+import sys
+
+import minw
+from minw import cli
+from minw import completion
+
+# The module of each command.
+COMMANDS = {
+    "train": "minw.main",
+    "evaluate": "minw.evaluate",
+    "pack": "minw.pack",
+    "infer": "minw.infer",
+    "export": "minw.export.__main__",
+    "prepare": "minw.prepare",
+    "summary": "minw.summary",
+    "report": "minw.report.__main__",
+    "bench": "minw.bench.__main__",
+    "plots": "minw.plots",
+}
+
+
+def main() -> None:
+  """Runs the command that the first argument names."""
+  cli.guarded(_run, sys.argv[1:])
+
+
+def _run(arguments: list[str]) -> None:
+  if arguments[:1] == ["help"]:
+    arguments = [*arguments[1:], "--help"]
+  name = arguments[0] if arguments else "--help"
+  if name in ("--help", "-h"):
+    print(_list())
+  elif name == "--version":
+    print(f"minw {minw.__version__}")
+  elif name == "completion":
+    print(completion.script(arguments[1:], COMMANDS))
+  elif name not in COMMANDS:
+    raise cli.unknown_name("command", name, [*COMMANDS, "completion"])
+  else:
+    module = importlib.import_module(COMMANDS[name])
+    sys.argv[1:] = arguments[1:]
+    cli.run(getattr(module, "SUBCOMMANDS", None) or module.main, module.define_flags,
+            f"minw {name}")
+
+
+def _list() -> str:
+  """The text of --help."""
+  commands = COMMANDS | {"completion": "minw.completion"}
+  lines = [f"  {name:12}{_summary(module)}" for name, module in commands.items()]
+  return "\n".join(["usage: minw COMMAND [ARGUMENT ...]", "", (__doc__ or "").strip(),
+                    "", "Commands:", *lines])
+
+
+def _summary(module: str) -> str:
+  """The first sentence of a module's docstring, read without importing the module."""
+  spec = importlib.util.find_spec(module)
+  assert spec and spec.origin
+  text = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())) or ""
+  return text.splitlines()[0].partition(": `")[0].rstrip(":.") + "."
+
+
+if __name__ == "__main__":
+  main()

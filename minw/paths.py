@@ -1,0 +1,64 @@
+"""Paths as users write them: `~`, environment variables, wildcards and lists."""
+
+import glob
+import os
+import re
+
+
+def expand(path: str | os.PathLike) -> str:
+  """Replaces a leading `~` or `~user`, and `$NAME` or `${NAME}` anywhere.
+
+  Args:
+    path: Path as a user wrote it.
+
+  Returns:
+    The path with the home directory and the variables' values.
+
+  Raises:
+    ValueError: The user or a variable does not exist, and no file has this very name.
+  """
+  result = os.path.expandvars(os.path.expanduser(path))
+  if not os.path.lexists(result):
+    if result.startswith("~"):
+      name = result.split("/")[0]
+      raise ValueError(f"{name!r} is no user's home directory; './{result}' names a "
+                       "file that begins with '~'")
+    variable = re.search(r"\$(\w+|\{[^}]*\})", result)
+    if variable:
+      raise ValueError(f"the environment variable {variable[1].strip('{}')!r} is not "
+                       "set")
+  return result
+
+
+def matching(pattern: str) -> list[str]:
+  """Expands a path and its wildcards: `*`, `?`, `[...]`, and `**` for any folders.
+
+  Args:
+    pattern: Path as a user wrote it.
+
+  Returns:
+    The existing paths that match, sorted. A path that exists is taken as it is, even if
+    it contains wildcards, and so is one that nothing matches.
+
+  Raises:
+    ValueError: See `expand`.
+  """
+  path = expand(pattern)
+  if os.path.lexists(path):
+    return [path]
+  return sorted(glob.glob(path, recursive=True)) or [path]
+
+
+def several(text: str) -> list[str]:
+  """Splits a list with commas, and expands each part as `matching` does.
+
+  Args:
+    text: Paths separated by commas. If `text` as a whole is an existing path, it is
+      that path, commas included.
+
+  Raises:
+    ValueError: See `expand`.
+  """
+  if os.path.lexists(os.path.expandvars(os.path.expanduser(text))):
+    return [expand(text)]
+  return [path for part in text.split(",") if part for path in matching(part)]

@@ -1,0 +1,82 @@
+"""The text that --help prints."""
+
+import re
+import textwrap
+from typing import Collection, Iterable
+
+from absl import flags
+
+_WIDTH = 88
+_PATHS = ("In a PATH, ~ is the home directory, and $NAME or ${NAME} is an environment "
+          "variable. PATHS are separated by commas or given by repeated flags, and may "
+          "contain the wildcards *, ? and **; a path that exists is taken as it is.")
+_CODES = ("Exit codes: 0, success; 1, failure, which a message explains; 2, bad input, "
+          "which is found before the work starts.")
+_KINDS = {"path": "PATH", "paths": "PATHS", "int": "N", "float": "NUMBER",
+          "comma separated list of strings": "A,B,...", "config": "FILE",
+          "multi string": "TEXT"}
+
+
+def text(
+    program: str,
+    about: str,
+    own: Collection[flags.Flag],
+    common: Iterable[flags.Flag],
+    required: Collection[str],
+) -> str:
+  """The help of a command.
+
+  Args:
+    program: How the command is started, without its flags.
+    about: Description of the command.
+    own: Its flags. The first line of a flag's help describes the flag; the others are
+      a table that follows all flags. A flag whose attribute `positional` is true takes
+      arguments that are not flags, too.
+    common: Flags that all commands have.
+    required: Names of the flags that must be given.
+  """
+  usage = [program, *(f"--{flag.name}={_kind(flag)}" for flag in own
+                      if flag.name in required and not _positional(flag))]
+  usage += [f"{flag.name.upper()} ..." for flag in own if _positional(flag)]
+  lines = ["usage: " + " ".join([*usage, "[--FLAG=VALUE ...]"]), "", about.strip(), ""]
+  if own:
+    lines += ["Flags:", *_entries(own, required), ""]
+  if any(_kind(flag) in ("PATH", "PATHS") for flag in own):
+    lines += [*textwrap.wrap(_PATHS, _WIDTH), ""]
+  for flag in own:
+    lines += flag.help.split("\n")[1:]
+  lines += ["Flags of all commands:", *_entries(common, ()), ""]
+  return "\n".join([*lines, *textwrap.wrap(_CODES, _WIDTH)])
+
+
+def _positional(flag: flags.Flag) -> bool:
+  return getattr(flag, "positional", False)
+
+
+def _entries(shown: Iterable[flags.Flag], required: Collection[str]) -> list[str]:
+  """Name, kind, help and default of flags, in lines."""
+  lines = []
+  for flag in shown:
+    short = f"-{flag.short_name}, " if flag.short_name else ""
+    name = f"--[no]{flag.name}" if flag.default is True else f"--{flag.name}"
+    lines.append(f"  {short}{name}" + ("" if flag.boolean else f"={_kind(flag)}"))
+    note = ""
+    if flag.name in required:
+      note = " Required."
+    elif flag.default not in (None, False, [], ""):
+      note = f" Default: {_default(flag)}."
+    # absl puts the values of an enumeration in front of its help.
+    sentence = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])
+    lines += textwrap.wrap(sentence + note, _WIDTH, initial_indent=6 * " ",
+                           subsequent_indent=6 * " ")
+  return lines
+
+
+def _default(flag: flags.Flag) -> str:
+  return (flag.default_as_str or "").strip("'")
+
+
+def _kind(flag: flags.Flag) -> str:
+  """Placeholder for the value of a flag."""
+  values = getattr(flag.parser, "enum_values", None)
+  return "|".join(values) if values else _KINDS.get(flag.flag_type(), "TEXT")
