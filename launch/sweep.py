@@ -47,6 +47,7 @@ from absl import flags
 from minw import cli
 from minw import config as config_lib
 from minw import config_flag
+from minw import environment
 from minw import workdir as workdir_lib
 from minw.progress import duration
 import places
@@ -82,6 +83,8 @@ class State(NamedTuple):
     step, steps: of training; steps is 0 before the run was first started.
     accuracy: the hard network's on the test split, when done.
     seconds: that it took so far.
+    left: seconds that its training will take yet, at the rate of its steps so far; None
+      before that is known.
     reason: why it failed, or failed last time.
   """
 
@@ -91,6 +94,7 @@ class State(NamedTuple):
   accuracy: float | None = None
   seconds: float = 0.0
   reason: str = ""
+  left: float | None = None
 
 
 def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
@@ -249,7 +253,22 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
   if name == "running" and record["started"] is not None:
     seconds += time.time() - record["started"]
   return State(name, status["step"], record["steps"], status.get("test_accuracy"),
-               seconds, record["reason"])
+               seconds, record["reason"], _training_left(run, name, status["step"],
+                                                         record["steps"]))
+
+
+def _training_left(run: Run, name: str, step: int, steps: int) -> float | None:
+  """Seconds until the last step; the time before the first step does not count.
+
+  run.json was written when the run was at `step`.
+  """
+  path = run.workdir / "run.json"
+  if name not in ("running", "stopped") or not (step and steps and path.exists()):
+    return None
+  content = environment.read(str(run.workdir))
+  trained = content["seconds"] - content.get("startup_seconds", 0.0)
+  since = time.time() - path.stat().st_mtime if name == "running" else 0.0
+  return max(trained / step * (steps - step) - since, 0.0)
 
 
 def states(runs: Sequence[Run], retries: int) -> dict[str, State]:
@@ -269,15 +288,14 @@ def states(runs: Sequence[Run], retries: int) -> dict[str, State]:
 def seconds_left(found: dict[str, State], jobs: int) -> tuple[dict[str, float], float]:
   """About how long the runs take yet, by name where it can be told, and all together.
 
-  A run's own steps tell it, or else the mean of the other runs. The first tenth does
-  not: compiling takes its time, too.
+  A run's own steps tell it, or else the mean of the other runs, from start to end.
   """
-  whole = {name: s.seconds / s.step * s.steps for name, s in found.items()
-           if 0 < s.steps <= 10 * s.step}
+  whole = [s.seconds + (s.left or 0.0) for s in found.values()
+           if s.name == "done" or s.left is not None]
   if not whole:
     return {}, float("nan")
-  mean = sum(whole.values()) / len(whole)
-  left = {name: max(whole.get(name, mean) - s.seconds, 0.0)
+  mean = sum(whole) / len(whole)
+  left = {name: max(mean - s.seconds, 0.0) if s.left is None else s.left
           for name, s in found.items() if s.name not in _FINAL}
   running = sum(s.name == "running" for s in found.values())
   if not left:

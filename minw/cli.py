@@ -209,10 +209,12 @@ def _define(define_flags: Callable[[], None]) -> list[flags.Flag]:
 @contextlib.contextmanager
 def defined(define_flags: Callable[[], None]) -> Iterator[list[flags.Flag]]:
   """The flags of a command, which exist inside this context only."""
-  own = _define(define_flags)
-  yield own
-  for flag in own:
-    delattr(flags.FLAGS, flag.name)
+  others = set(flags.FLAGS)
+  try:
+    yield _define(define_flags)
+  finally:
+    for name in set(flags.FLAGS) - others:
+      delattr(flags.FLAGS, name)
 
 
 def asks_for_help(arguments: list[str]) -> bool:

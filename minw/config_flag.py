@@ -49,10 +49,12 @@ def define(default: str | None = None) -> flags.FlagHolder:
   """
   _check_arguments(sys.argv)  # Now, as a default is overridden when it is defined.
   holder = config_flags.DEFINE_config_file(
-      "config", default, _HELP + "\n".join(["", *_table()]))
+      "config", None, _HELP + "\n".join(["", *_table()]))
+  flags.FLAGS["config"].parser = _ExperimentFile()
   if default is None:
     cli.require("config")
-  flags.FLAGS["config"].parser = _ExperimentFile()
+  else:
+    flags.set_default(holder, default)  # Only now, for our parser to read it.
   return holder
 
 

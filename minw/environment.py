@@ -61,12 +61,13 @@ def read(workdir: str) -> dict[str, Any]:
   """What `Journal` wrote; nothing is known of a run that has none.
 
   Returns:
-    `seconds`, and `environments`, those of the run's starts in order, each with
-    `commit`, `hardware` and `versions`; where two in a row are the same, once.
+    `seconds`; `startup_seconds`, the part of them until the first step of each start was
+      done; and `environments`, those of the run's starts in order, each with `commit`,
+      `hardware` and `versions`; where two in a row are the same, once.
   """
   path = pathlib.Path(workdir) / "run.json"
   return json.loads(path.read_text()) if path.exists() else {
-      "seconds": None, "environments": []}
+      "seconds": None, "startup_seconds": 0.0, "environments": []}
 
 
 class Journal:
@@ -77,15 +78,23 @@ class Journal:
     self._workdir = workdir
     content = read(workdir)
     self._environments = content["environments"]
-    self._began = time.monotonic() - (content["seconds"] or 0.0)
+    self._here = time.monotonic()  # When this start began.
+    self._began = self._here - (content["seconds"] or 0.0)
+    self._startup = content.get("startup_seconds", 0.0)
     here = {"commit": commit(), "hardware": hardware(), "versions": versions()}
     if self._environments[-1:] != [here]:
       self._environments.append(here)
     self.note()
 
+  def trains(self) -> None:
+    """Notes that the first step of this start, which was compiled for, is done."""
+    self._startup += time.monotonic() - self._here
+    self.note()
+
   def note(self) -> None:
     """Notes the time; what a killed run did after its last note is not counted."""
     content = {"seconds": round(time.monotonic() - self._began, 1),
+               "startup_seconds": round(self._startup, 1),
                "environments": self._environments}
     if distributed.is_main():
       workdir_lib.write_file(pathlib.Path(self._workdir) / "run.json",

@@ -452,7 +452,7 @@ def define_flags() -> None:
   cli.DEFINE_paths("images", "Image files, or folders of them.", positional=True)
   flags.DEFINE_enum(
       "backend", None, BACKENDS,
-      "What runs the network; the first of these that is available by default.")
+      "Engine that runs the network; the first of these that is available by default.")
   flags.DEFINE_integer(
       "threads", None, "Threads of the native backend; one for each core by default.",
       lower_bound=1)

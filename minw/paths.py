@@ -23,7 +23,7 @@ def expand(path: str | os.PathLike) -> str:
       name = result.split("/")[0]
       raise ValueError(f"{name!r} is no user's home directory; './{result}' names a "
                        "file that begins with '~'")
-    variable = re.search(r"\$(\w+|\{[^}]*\})", result)
+    variable = re.search(r"\$([A-Za-z_]\w*|\{[^}]*\})", result)
     if variable:
       raise ValueError(f"the environment variable {variable[1].strip('{}')!r} is not "
                        "set")

@@ -312,7 +312,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
 
       state, loss = train_step(state, *next(batches))
       step += 1
-      progress.stepped(loss)
+      if progress.stepped(loss):
+        journal.trains()
       show(step)
 
       # Processes that look at different steps would wait for each other in vain.
@@ -494,17 +495,22 @@ class Progress:
     self._since = None  # The clock starts after the first step, which compiles.
     self._next_line = time.monotonic() + _PROGRESS_SECONDS
 
-  def stepped(self, loss: jax.Array) -> None:
-    """One more step was dispatched; waits if the device is far behind."""
+  def stepped(self, loss: jax.Array) -> bool:
+    """Counts a step that was dispatched; waits if the device is far behind.
+
+    Returns:
+      Whether this was the first step, which is compiled and therefore not timed.
+    """
     self._left -= 1
     self._in_flight.append(loss)
     if self._since is None:
       loss.block_until_ready()
       self._since = time.monotonic()
-      return
+      return True
     self._steps += 1
     if len(self._in_flight) > _STEPS_IN_FLIGHT:
       self._in_flight.popleft().block_until_ready()
+    return False
 
   def due(self) -> bool:
     """Whether a line was not printed for a while."""

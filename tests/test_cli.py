@@ -4,15 +4,22 @@ The commands are run as `python -m` runs them, with their real exit codes and ou
 but forked from one process that has imported everything, which takes 30 ms each.
 """
 
+import configparser
+import functools
+import importlib
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 from typing import NamedTuple
 
+from PIL import Image
 import pytest
 
+import minw
+from minw import __main__ as minw_command
 from minw import cli
 from minw import config as config_lib
 from minw import train
@@ -295,7 +302,7 @@ def test_what_experiment_files_say(refuses, name, message):
     ("--configseed=1", "there is no flag --configseed; did you mean --config.seed?"),
     ("--config", "Missing value for flag --config"),
     ("--seed=1", "there is no flag --seed; did you mean --config.seed?"),
-    ("--num_epochs=3", "there is no flag --num_epochs; did you mean --config.num_epochs?"),
+    ("--num_epochs=3", "there is no flag --num_epochs; did you mean --config.num_ep"),
     ("--num_epoch", "there is no flag --num_epoch; did you mean --config.num_epochs?"),
     ("--num_proceses=3", "there is no flag --num_proceses; did you mean "
      "--num_processes?"),
@@ -337,8 +344,8 @@ PLACE = ("--coordinator=localhost:1234", "--num_processes=2", "--process_id=1")
     (("--distributed", *PLACE[1:], "--coordinator=:99"), "coordinator=':99': must be "),
     (("--distributed", *PLACE[:2], "--process_id=2"),
      "process_id=2: must be less than num_processes=2"),
-    (("--distributed", *PLACE[:2], "--process_id=-1"), "process_id='-1': must be a non-neg"),
-    (("--distributed", *PLACE[::2], "--num_processes=0"), "num_processes='0': must be a "),
+    (("--distributed", *PLACE[:2], "--process_id=-1"), "process_id='-1': must be a "),
+    (("--distributed", *PLACE[::2], "--num_processes=0"), "num_processes='0': must "),
     (("--distributed", "--heartbeat_timeout=0"), "heartbeat_timeout='0': must "),
 ])
 def test_processes_of_a_run(refuses, argv, message):
@@ -562,6 +569,253 @@ def test_subcommands(run, refuses):
                         (("train", "--name"), "Missing value for flag --name"),
                         (("train", "--name="), "name='': must be not empty")):
     refuses(message, "command", *argv, code=program)
+
+
+# --- Flags whose values are paths.
+
+COMMANDS = {f"minw {name}": module for name, module in minw_command.COMMANDS.items()}
+LAUNCHERS = {f"launch/{name}.py": name for name in (
+    "local_multiprocess", "sweep", "throughput")}
+# Flags of type string that are no paths. A new flag that is one is a `cli.DEFINE_path`.
+TEXTS = {"dataset", "layer", "coordinator", "module"}
+# Experiment files with arguments: `config_flag.load` expands them.
+FILES_WITH_ARGUMENTS = {"config", "configs"}
+PATHS = sorted({  # (command, subcommand, flag)
+    ("minw train", "", "workdir"), ("minw evaluate", "", "workdir"),
+    ("minw evaluate", "", "model"), ("minw evaluate", "", "data_dir"),
+    ("minw pack", "", "workdir"), ("minw pack", "", "out"), ("minw pack", "", "data_dir"),
+    ("minw infer", "", "model"), ("minw infer", "", "images"),
+    ("minw export", "", "workdir"), ("minw export", "", "model"),
+    ("minw export", "", "out"), ("minw export", "", "golden"),
+    ("minw export", "", "images"), ("minw prepare", "", "data_dir"),
+    ("minw prepare", "", "source"), ("minw plots", "", "out"),
+    *(("minw report", name, flag) for flag in ("runs", "out")
+      for name in ("tables", "figures", "compare", "collect", "results")),
+    *(("minw bench", name, "json")
+      for name in ("train", "inference", "data", "scaling", "configs")),
+    *(("launch/sweep.py", "", flag) for flag in ("sweep", "dir", "data_dir", "out")),
+    ("launch/throughput.py", "", "json")})
+
+
+def definers():
+  """(command, subcommand, a function that defines its flags) of all commands."""
+  for command, name in {**COMMANDS, **LAUNCHERS}.items():
+    module = importlib.import_module(name)
+    for arguments in [[name] for name in getattr(module, "SUBCOMMANDS", ())] or [[]]:
+      yield (command, "".join(arguments),
+             functools.partial(module.define_flags, *arguments))
+
+
+@pytest.fixture
+def launchers(monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "launch"))
+  monkeypatch.setattr(sys, "argv", ["command"])
+
+
+def test_all_flags_that_are_paths_are_path_flags(launchers):
+  found = set()
+  for command, subcommand, define in definers():
+    with cli.defined(define) as own:
+      for flag in own:
+        kind = flag.flag_type()
+        if kind in ("path", "paths"):
+          found.add((command, subcommand, flag.name))
+        elif "string" in kind and "enum" not in kind:
+          assert flag.name in TEXTS | FILES_WITH_ARGUMENTS or (
+              kind == "comma separated list of strings"), (command, flag.name)
+  assert PATHS == sorted(found | set(PATHS)) and found >= set(PATHS)
+
+
+@pytest.mark.parametrize("text, value", [
+    ("~/run", "{home}/run"), ("$PLACE/run", "{home}/in it/run"),
+    ("${PLACE}/größe/", "{home}/in it/größe/"), ("a b/c", "a b/c"), ("./x/", "./x/"),
+    ("../größe", "../größe"), ("/a/b", "/a/b"), ("x[1]*", "x[1]*")])
+def test_what_path_flags_expand(launchers, monkeypatch, tmp_path, text, value):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.setenv("PLACE", f"{tmp_path}/in it")
+  for _, _, define in definers():
+    with cli.defined(define) as own:
+      for flag in own:
+        if flag.flag_type() in ("path", "paths"):
+          expected = value.format(home=tmp_path)
+          flag.parse(text)
+          assert flag.value in (expected, [expected])
+
+
+def test_home_and_variables_in_real_commands(run, folder, tmp_path):
+  env = {"HOME": str(tmp_path), "RUNS": str(tmp_path / "my runs")}
+  (tmp_path / "x.py").write_text(FILES["good.py"])
+  (tmp_path / "sweep.py").write_text(
+      "def get_runs():\n  yield 'a', '~/x.py', {'init_from': '$RUNS/a'}\n")
+  before = sorted(folder.rglob("*"))
+  result = run("minw.main", "--config=~/x.py", *FAST, "--workdir=$RUNS/größe/", env=env)
+  assert result.code == TRAINING
+  assert (tmp_path / "my runs" / "größe" / "config.json").exists()
+  assert run("minw.summary", "--config=$HOME/x.py", env=env).code == 0
+  result = run("minw.plots", "--out=~/a picture.png", env=env)
+  assert result == (0, "", "") and (tmp_path / "a picture.png").exists()
+  result = run("minw.export", "--model=digits_convnet", "--format=c", "--out=~/net.c",
+               env=env)
+  assert result.code == 0 and (tmp_path / "net.c").exists()
+  result = run("minw.evaluate", "--workdir=~/none", env=env)
+  assert result.err.startswith(f"error: workdir='{tmp_path}/none': must be")
+  result = run("minw.main", f"--config={DIGITS}", *FAST, "--workdir=$NONE/run", env=env)
+  assert result.code == 2 and result.err == (
+      "error: flag --workdir=$NONE/run: the environment variable 'NONE' is not set\n")
+  result = run("minw.main", f"--config={DIGITS}", "--config.data_dir=$NONE", *FAST,
+               "--workdir=x", env=env)
+  assert result.code == 2 and result.err == (
+      "error: config.data_dir='$NONE': the environment variable 'NONE' is not set\n")
+  result = run("minw.main", f"--config={DIGITS}", "--config.init_from=~/none", *FAST,
+               "--workdir=x", env=env)
+  assert result.code == 2 and f"workdir='{tmp_path}/none'" in result.err
+  assert sorted(folder.rglob("*")) == before  # And no folder named ~.
+
+
+def test_images_by_name_position_and_wildcard(run, tmp_path):
+  names = ["a.png", "b,c.png", "größe 1.png", "-x.png"]
+  for name in names:
+    Image.new("L", (8, 8), 200).save(tmp_path / name)
+  env = {"HOME": str(tmp_path)}
+  model = "--model=digits_convnet"
+
+  def files(*argv):
+    result = run("minw.infer", model, "--quiet", *argv, env=env)
+    assert result.code == 0 and result.err == ""
+    lines = result.out.splitlines()
+    return [line.split("\t")[0].removeprefix(f"{tmp_path}/") for line in lines]
+
+  assert files("--images=~/a.png,~/größe 1.png") == ["a.png", "größe 1.png"]
+  assert files("--images=~/b,c.png") == ["b,c.png"]
+  assert files("--images=~/a.png", "--images=~/b,c.png") == ["a.png", "b,c.png"]
+  assert files("--images=~/*.png") == sorted(names)
+  assert files("~/a.png", f"{tmp_path}/b,c.png") == ["a.png", "b,c.png"]
+  assert files("--images=~/a.png", "~/[bg]*.png") == ["a.png", "b,c.png", "größe 1.png"]
+  assert files("~/") == sorted(names)
+  result = run("minw.infer", model, "--", "-x.png", env=env)
+  assert result.code == 2 and "'-x.png'" in result.err  # A file; not in this folder.
+
+
+# --- Help, version, quiet, completion, and the command `minw`.
+
+
+def test_help_lists_all_flags_with_their_defaults(run, launchers):
+  for command, subcommand, define in definers():
+    if command.startswith("launch"):
+      continue
+    argv = [*command.split()[1:], *filter(None, [subcommand]), "--help"]
+    result = run("minw", *argv)
+    assert result.code == 0 and result.err == ""
+    with cli.defined(define) as own:
+      for flag in own:
+        assert f"  --{flag.name}=" in result.out or flag.boolean and (
+            f"  --{flag.name}\n" in result.out or f"--[no]{flag.name}\n" in result.out)
+    first = importlib.import_module(COMMANDS[command]).__doc__.splitlines()[0]
+    assert first in result.out and "usage: minw " in result.out
+    for common in ("-h, --help", "--version", "-q, --quiet", "Exit codes: 0, success"):
+      assert common in result.out
+    if f"--config={'FILE'}" in result.out:
+      for name, value in config_lib.default_config().items():
+        assert f"\n  {name} = {value!r}\n" in result.out
+
+
+@pytest.mark.parametrize("argv", [
+    ("minw.main", "-h"), ("minw.main", "--bogus", "--help"), ("minw.report", "-h"),
+    ("minw.report", "tables", "-h"), ("minw", "-h"), ("minw", "help", "train"), ("minw",),
+    ("minw.infer", "--help", "--model=x")])
+def test_help_needs_nothing_else(run, argv):
+  result = run(*argv)
+  assert result.code == 0 and result.err == "" and result.out.startswith("usage: ")
+
+
+def test_all_help_is_sentences(launchers):
+  for _, _, define in definers():
+    with cli.defined(define) as own:
+      for flag in own:
+        text = flag.help.partition("\n")[0].rpartition(">: ")[2]
+        assert text[0].isupper() and text.endswith(".") or text.startswith("HOST"), text
+        assert not text.startswith(("Of ", "What ", "Whose ", "Where "))
+  for section in config_lib.FIELDS.values():
+    assert all(text.endswith((".", "...")) for _, text in section.values())
+
+
+def test_version(run):
+  for argv in (("minw", "--version"), ("minw.infer", "--version"),
+               ("minw.main", "--version", "--workdir=x")):
+    assert run(*argv) == (0, f"minw {minw.__version__}\n", "")
+
+
+def test_minw_runs_commands(run):
+  listed = run("minw").out
+  for name, module in minw_command.COMMANDS.items():
+    assert f"\n  {name} " in listed
+    assert run("minw", name, "--bogus").err.startswith("error: ")
+  assert run("minw", "summary", f"--config={DIGITS}") == run(
+      "minw.summary", f"--config={DIGITS}")
+  assert run("minw", "trian").err == (
+      "error: command 'trian' does not exist; did you mean 'train'?\n")
+  assert run("minw", "report", "tabels").err == (
+      "error: subcommand 'tabels' does not exist; did you mean 'tables'?\n")
+  assert run("minw", "--workdir=x").code == 2
+
+
+def test_console_command_is_installed():
+  metadata = configparser.ConfigParser()
+  metadata.read(ROOT / "setup.cfg")
+  assert "minw = minw.__main__:main" in metadata[
+      "options.entry_points"]["console_scripts"].split("\n")
+
+
+def test_quiet(run, folder):
+  """As where no compiler was found, of which a warning tells."""
+  Image.new("L", (8, 8)).save(folder / "quiet.png")
+  code = ("from minw import __main__\nfrom minw.kernels import native\n"
+          "native.available = lambda: False\n__main__.main()")
+  argv = ("minw", "infer", "--model=digits_convnet", "--images=quiet.png")
+  loud, silent = run(*argv, code=code), run(*argv, "--quiet", code=code)
+  assert "the native library was not built" in loud.err
+  assert silent == (0, loud.out, "") and "quiet.png" in silent.out
+  (folder / "quiet.png").unlink()
+
+
+@pytest.mark.parametrize("argv, lines", [((), 1), (("--quiet",), 0),
+                                         (("--verbosity=-1",), 0)])
+def test_progress_of_training_can_be_silenced(run, argv, lines):
+  code = ("import runpy\nfrom minw import train\nimport logging\n"
+          "def trained(config, workdir):\n"
+          "  logging.getLogger('minw.train').info('progress')\n"
+          "  return {'state': 'done', 'step': 3, 'test_accuracy': 0.5}\n"
+          "train.train_and_evaluate = trained\n"
+          "runpy.run_module('minw.main', run_name='__main__', alter_sys=True)")
+  result = run("minw.main", f"--config={DIGITS}", "--workdir=~", *argv, code=code,
+               env={"HOME": "/home/ada"})
+  assert result.code == 0 and result.err.count("progress") == lines
+  assert json.loads(result.out) == {"workdir": "/home/ada", "state": "done", "step": 3,
+                                    "test_accuracy": 0.5}
+
+
+def complete(script, *line):
+  """What bash offers for the last word of a command line."""
+  program = (f"{script}\nCOMP_WORDS=({shlex.join(line)}); COMP_CWORD={len(line) - 1}\n"
+             "_minw\nprintf '%s\\n' \"${COMPREPLY[@]}\"")
+  done = subprocess.run(["bash", "-c", program], capture_output=True, text=True,
+                        check=True)
+  return done.stdout.split()
+
+
+def test_completion(run, launchers):
+  result = run("minw", "completion", "bash")
+  assert result.code == 0 and result.err == ""
+  assert complete(result.out, "minw", "p") == ["pack", "prepare", "plots"]
+  assert complete(result.out, "minw", "pack", "--w") == ["--workdir="]
+  assert complete(result.out, "minw", "pack", "--v") == ["--verify"]
+  assert complete(result.out, "minw", "report", "c") == ["compare", "collect"]
+  assert complete(result.out, "minw", "train", "--config.num") == ["--config.num_epochs="]
+  zsh = run("minw", "completion", "zsh").out
+  assert zsh.endswith(result.out) and zsh.startswith("autoload -U +X bashcompinit")
+  for argv in ((), ("fish",), ("bash", "zsh")):
+    refused = run("minw", "completion", *argv)
+    assert refused.code == 2 and "bash or zsh" in refused.err
 
 
 def test_unknown_name_suggests():

@@ -402,3 +402,22 @@ def test_crops_of_streamed_images():
 def test_only_a_part_of_what_is_in_memory():
   assert refusal(dataset="imagenet2012", train_examples=20_000) == (
       "config.train_examples=20000: must be 0: imagenet2012 is not in memory")
+
+
+@pytest.mark.parametrize("num_epochs, every, given, epochs", [
+    (200, 1, (), (5, 25, 55)),  # Those of the paper's Figs 1 to 4.
+    (40, 1, (), (1, 5, 11)),
+    (100, 1, (), (3, 13, 28)),  # 2.5, 12.5 and 27.5, rounded up to whole epochs.
+    (200, 10, (), (10, 30, 60)),  # Rounded up to epochs with a validation.
+    (3, 1, (), (1,)),
+    (3, 2, (), (2,)),
+    (1, 5, (), (1,)),
+    (10, 7, (), (7,)),
+    (200, 1, (4, 9), (4, 9)),
+])
+def test_histogram_epochs(num_epochs, every, given, epochs):
+  c = config_lib.default_config()
+  c.update(num_epochs=num_epochs, eval_every_epochs=every, histogram_epochs=given,
+           histogram_layers=("conv2",))
+  config_lib.validate(c)
+  assert config_lib.histogram_epochs(c) == epochs

@@ -325,7 +325,8 @@ def runs(tmp_path_factory):
 
 def test_run_json(runs):
   content = json.loads((runs / "aqe" / "run.json").read_text())
-  assert list(content) == ["seconds", "environments"] and content["seconds"] > 0
+  assert list(content) == ["seconds", "startup_seconds", "environments"]
+  assert 0 < content["startup_seconds"] < content["seconds"]
   start, = content["environments"]
   assert start["versions"]["jax"] == jax.__version__
   assert start["hardware"]["num_devices"] == jax.local_device_count()
@@ -343,6 +344,8 @@ def test_journal_of_several_starts(tmp_path, monkeypatch):
   monkeypatch.setattr(environment.time, "monotonic", lambda: now[0])
   monkeypatch.setattr(environment, "commit", lambda: "one")
   journal = environment.Journal(str(tmp_path))
+  now[0] = 103.0
+  journal.trains()
   now[0] = 107.0
   journal.note()
   now[0] = 150.0  # Killed at once; then started twice on another machine.
@@ -351,10 +354,13 @@ def test_journal_of_several_starts(tmp_path, monkeypatch):
   for _ in range(2):
     now[0] = 5.0
     journal = environment.Journal(str(tmp_path))
+    now[0] = 5.5
+    journal.trains()
     now[0] = 6.5
     journal.note()
   content = environment.read(str(tmp_path))
   assert content["seconds"] == 7.0 + 2 * 1.5
+  assert content["startup_seconds"] == 3.0 + 2 * 0.5
   assert [start["commit"] for start in content["environments"]] == ["one", "two"]
 
 

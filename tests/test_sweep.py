@@ -330,16 +330,29 @@ def test_run_that_another_sweep_has_just_ended(tmp_path):
 def test_time_left():
   found = {
       "done": sweep.State("done", 100, 100, 0.5, 200.0),
-      "half": sweep.State("running", 50, 100, None, 60.0),  # 120 s in all.
-      "begun": sweep.State("running", 1, 100, None, 30.0),  # Not measured yet.
+      "half": sweep.State("running", 50, 100, None, 80.0, "", 40.0),  # 120 s in all.
+      "begun": sweep.State("running", 0, 100, None, 30.0),  # Not measured yet.
       "next": sweep.State("waiting"),
       "lost": sweep.State("failed", 50, 50, None, 100.0),
   }
-  mean = (200 + 120 + 100) / 3
-  left, total = sweep.seconds_left(found, 2)
-  assert left == pytest.approx({"half": 60, "begun": mean - 30, "next": mean})
-  assert total == pytest.approx((60 + mean - 30 + mean) / 2)
-  assert sweep.seconds_left(found, 9)[1] == pytest.approx(mean)  # Of the longest.
+  left, total = sweep.seconds_left(found, 2)  # The mean of 200 and 120 is 160.
+  assert left == pytest.approx({"half": 40, "begun": 130, "next": 160})
+  assert total == pytest.approx((40 + 130 + 160) / 2)
+  assert sweep.seconds_left(found, 9)[1] == pytest.approx(160)  # The longest run's.
+
+
+def test_compilation_is_no_part_of_the_time_left(tmp_path):
+  (run,) = fakes(tmp_path, ["ok"])
+  run.workdir.mkdir()
+  (run.workdir / "status.json").write_text('{"state": "preempted", "step": 20}')
+  (run.workdir / "run.json").write_text(json.dumps(
+      {"seconds": 100.0, "startup_seconds": 60.0, "environments": []}))
+  (run.workdir / "sweep.json").write_text(json.dumps({"steps": 120, "seconds": 110.0}))
+  # 40 s for 20 steps, so 200 s for the other 100. With compilation it would be 500 s.
+  assert sweep.state(run, 1).left == pytest.approx(200)
+  assert sweep.state(run, 1, held=True).left == pytest.approx(200, abs=5)
+  os.utime(run.workdir / "run.json", (0, time.time() - 50))  # It trains since then.
+  assert sweep.state(run, 1, held=True).left == pytest.approx(150, abs=5)
 
 
 def test_time_left_without_a_measurement():
@@ -357,11 +370,11 @@ def test_table():
       "c": sweep.State("waiting"),
   }
   assert sweep.table("runs/x", found, 1).splitlines() == [
-      "runs/x: 1 done, 1 waiting, 1 failed; about 1.0 h left",
+      "runs/x: 1 done, 1 waiting, 1 failed; about 1 h left",
       "  a   done              880/880  0.9556",
-      "  bb  failed              0/880                   "
+      "  bb  failed              0/880                      "
       "exit code 1: ValueError (3 times)",
-      "  c   waiting" + " " * 30 + "1.0 h"]
+      "  c   waiting" + " " * 35 + "1 h"]
 
 
 def test_state_without_anything(tmp_path):

@@ -1,0 +1,74 @@
+"""minw.paths."""
+
+import os
+import pathlib
+
+import pytest
+
+from minw import paths
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", "/home/ada")
+  monkeypatch.setenv("DATA", "/data/a b")
+  monkeypatch.delenv("NOTHING", raising=False)
+
+
+@pytest.mark.parametrize("text, path", [
+    ("~", "/home/ada"),
+    ("~/run", "/home/ada/run"),
+    ("~/run/", "/home/ada/run/"),
+    ("$DATA/x", "/data/a b/x"),
+    ("runs/${DATA}x", "runs//data/a bx"),
+    ("a b/größe", "a b/größe"),
+    ("../x", "../x"),
+    ("x~", "x~"),
+    ("./~/x", "./~/x"),
+    ("", ""),
+    ("5$", "5$"),
+    ("$3", "$3"),
+])
+def test_expand(text, path):
+  assert paths.expand(text) == path
+
+
+def test_expand_takes_path_objects():
+  assert paths.expand(pathlib.Path("~/run")) == "/home/ada/run"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("$NOTHING/run", "the environment variable 'NOTHING' is not set"),
+    ("run/${NOTHING}", "the environment variable 'NOTHING' is not set"),
+    ("~nobody-at-all/run", "'~nobody-at-all' is no user's home directory"),
+])
+def test_what_cannot_be_expanded_is_refused_unless_it_exists(text, message):
+  with pytest.raises(ValueError, match=message.replace("$", r"\$")):
+    paths.expand(text)
+  os.makedirs(text)
+  assert paths.expand(text) == text
+
+
+def test_matching():
+  for name in ("b.png", "a.png", "a.jpg", "c[1].png", "d/e/f.png"):
+    path = pathlib.Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+  assert paths.matching("*.png") == ["a.png", "b.png", "c[1].png"]
+  assert paths.matching("?.jpg") == ["a.jpg"]
+  assert paths.matching("c[1].png") == ["c[1].png"]  # It exists as it is.
+  assert paths.matching("[ab].png") == ["a.png", "b.png"]
+  assert paths.matching("d/**/*.png") == ["d/e/f.png"]
+  assert paths.matching("*.gif") == ["*.gif"]
+
+
+def test_several(monkeypatch):
+  for name in ("a.png", "b.png", "a.png,b.png", "c,d"):
+    pathlib.Path(name).touch()
+  assert paths.several("a.png,x.png") == ["a.png", "x.png"]
+  assert paths.several("a.png,b.png") == ["a.png,b.png"]  # One file has this name.
+  assert paths.several("?.png,c") == ["a.png", "b.png", "c"]
+  assert paths.several("~/a,$DATA/b,") == ["/home/ada/a", "/data/a b/b"]
+  monkeypatch.setenv("HOME", os.getcwd())
+  assert paths.several("~/c,d") == [os.getcwd() + "/c,d"]
