@@ -17,7 +17,7 @@ from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 
 # Bins 0.01 wide around -1, -0.99, ..., 1. All that is counted is in [-1, 1], and 0 and
-# the levels +-1/4, +-1/2, +-1 are in the middle of a bin, where rounding can not move
+# the levels +-1/4, +-1/2, +-1 are in the middle of a bin, where rounding cannot move
 # them to the next.
 CENTRES = np.linspace(-1, 1, 201)
 _BINS = len(CENTRES)

@@ -134,7 +134,7 @@ def estimators(path: str) -> None:
   """Draws the picture of `estimators_figure` to the PNG `path`.
 
   Raises:
-    OSError: it can not be written.
+    OSError: it cannot be written.
   """
   save(estimators_figure(), pathlib.Path(path))
 

@@ -45,7 +45,7 @@ def test_cards_are_of_their_networks(name):
 def test_readme_says_the_same(name):
   readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
   config = infer.load(name, backend="reference").program.metadata["config"]
-  bits = f"{config['input_bits']}/{config['weight_bits']}"
+  bits = f"W{config['weight_bits']}A{config['input_bits']}"
   size = f"{infer.shipped()[name].stat().st_size / 1000:.0f} kB"
   accuracy = card(name)["test accuracy"].split(",")[0]
   assert re.search(rf"^\| `{name}` \| .* \| {bits} "

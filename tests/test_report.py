@@ -11,6 +11,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from matplotlib.backends import backend_agg
 import numpy as np
 import pytest
 
@@ -85,6 +86,8 @@ def test_all_cells_are_there():
   # Some of the paper's numbers, from the text around its tables.
   find = lambda table, **place: [row["paper"] for row in rows[table] if all(
       row[name] == value for name, value in place.items())]
+  assert find("I", network="A", estimator="-") == [0.918]  # Nothing is estimated there.
+  assert find("III", estimator="-") == [6.61, 35.87, 4.51, 22.27]
   assert find("I", network="D", inputs=1, weights=1) == [0.844]
   assert find("I", network="C", inputs=16, weights=3) == [0.904]
   assert find("II", network="D", inputs=1, weights=1) == [0.530, 0.515]
@@ -160,9 +163,29 @@ def test_other_configs_are_not_averaged():
   assert [row["settings"] for row in ours(rows["I"], weights=16)] == [
       {"weight_bits": "float16"}, {"weight_bits": "bfloat16"}]
   text = tables.markdown(rows, [])
-  assert ("| D | 1 | 1 | 0.844 | 0.7000 | -0.1440 | 1 |  | 20 of 200 |  |\n") in text
+  assert (
+      "| D | aqe | W1A1 | 0.844 | 0.7000 | -0.1440 | 1 |  | 20 of 200 |  |\n") in text
   assert "| 200 | batch_size=128 |\n" in text
-  assert "| A | 1 | 1 | 0.884 |  |  |  |  |  |  |\n" in text
+  assert "| A | aqe | W1A1 | 0.884 |  |  |  |  |  |  |\n" in text
+  assert "| A | aqe | W3A2 | 0.903 |  |  |  |  |  |  |\n" in text
+  assert "| A | - | W32A32 | 0.918 |  |  |  |  |  |  |\n" in text
+
+
+def test_rows_without_a_run_can_be_left_out():
+  rows, _ = tables.tables([made(0.80), made(0.70, num_epochs=20),
+                           made(0.6, dataset="cifar100", weight_bits=2)])
+  found = tables.with_runs(rows)
+  assert {name: [row["ours"] for row in lines] for name, lines in found.items()} == {
+      "I": [0.80, 0.70], "II": [0.6]}
+  text = tables.markdown(found, [])
+  assert sum(line.startswith("| D |") for line in text.splitlines()) == 3
+  assert "## Table III" not in text and "| A |" not in text
+  # Two kinds of runs of one cell are one cell.
+  assert tables.counts(rows) == (
+      "Cells with runs, by table: I: 1 of 64, II: 1 of 68, III: 0 of 8, IV: 0 of 14, "
+      "V: 0 of 10.")
+  nothing = tables.markdown(tables.with_runs(tables.tables([])[0]), [])
+  assert "No run is of a cell of these tables.\n" in nothing and "|" not in nothing
 
 
 def test_shared_settings_are_said_once():
@@ -218,8 +241,8 @@ def test_csv():
   text = tables.csv_of(rows["I"])
   lines = list(csv.DictReader(text.splitlines()))
   assert len(lines) == 65 and list(lines[0]) == [
-      "network", "inputs", "weights", "paper", "ours", "difference", "seeds",
-      "standard deviation", "epochs", "settings", "commits"]
+      "network", "inputs", "weights", "estimator", "paper", "ours", "difference",
+      "seeds", "standard deviation", "epochs", "settings", "commits"]
   assert lines[0]["ours"] == lines[0]["standard deviation"] == lines[0]["commits"] == ""
   first, second = (line for line in lines if line["ours"])
   assert float(first["ours"]) == pytest.approx(0.85)
@@ -239,6 +262,44 @@ def test_estimate():
   assert deviation == pytest.approx(math.sqrt(7))  # (4 + 1 + 9) / 2.
   assert margin == pytest.approx(T2 * math.sqrt(7 / 3), rel=1e-9)
   assert comparison.estimate([1.0, 3.0]).margin == pytest.approx(T1, rel=1e-9)
+
+
+@pytest.mark.parametrize("values, bounds, expected, text", [
+    # mean 0.9, deviation 0.1 sqrt(2): 12.7 * 0.1 on either side, beyond both ends.
+    ([0.8, 1.0], (0, 1), (0.0, 1.0), "0.9000 (0.0000 to 1.0000)"),
+    # mean 0.98, deviation 0.02: 4.3027 * 0.02 / sqrt(3) = 0.0497.
+    ([0.96, 0.98, 1.0], (0, 1), (0.98 - 0.0496829, 1.0), "0.9800 (0.9303 to 1.0000)"),
+    ([0.0, 0.02, 0.04], (0, 1), (0.0, 0.02 + 0.0496829), "0.0200 (0.0000 to 0.0697)"),
+    ([0.48, 0.5, 0.52], (0, 1), (0.4503171, 0.5496829), "0.5000 ± 0.0497"),
+    ([1.0, 1.0, 1.0], (0, 1), (1.0, 1.0), "1.0000 ± 0.0000"),
+    ([0.0, 0.02, 0.04], (-1, 1), (-0.0296829, 0.0696829), "0.0200 ± 0.0497"),
+    ([-0.9, 0.9], (-1, 1), (-1.0, 1.0), "0.0000 (-1.0000 to 1.0000)"),
+])
+def test_intervals_stay_where_values_can_be(values, bounds, expected, text):
+  of = comparison.estimate(values)
+  np.testing.assert_allclose(comparison.interval(of, bounds), expected, atol=1e-6)
+  assert comparison.described(of, bounds) == text
+
+
+def test_described_estimates():
+  assert comparison.described(comparison.estimate([0.25])) == "0.2500"
+  assert comparison.described(
+      comparison.estimate([0.25]), comparison.DIFFERENCE, sign="+") == "+0.2500"
+
+
+def test_cut_intervals_hold_the_mean_as_often():
+  """Of 5 seeds with 50 test images each: what is cut off never holds the mean."""
+  generator = np.random.default_rng(0)
+  for accuracy in (0.9, 0.98):
+    draws = generator.binomial(50, accuracy, (2000, 5)) / 50
+    held, cut = [], []
+    for values in draws:
+      of = comparison.estimate(values.tolist())
+      low, high = comparison.interval(of)
+      assert 0 <= low <= of.mean <= high <= 1
+      held.append(low <= accuracy <= high)
+      cut.append(abs(of.mean - accuracy) <= of.margin)
+    assert held == cut and any(low < 1 for low in held)
 
 
 def test_comparison():
@@ -285,6 +346,26 @@ def test_comparison_by_several_fields_and_without_partners():
   assert len(comparison.compare(runs, ["alpha_end"])) == 2
 
 
+def test_estimators_of_float_networks_do_not_count():
+  """Settings of an estimator that does not act tell no runs apart."""
+  floats = dict(input_bits="bfloat16", weight_bits="float32")
+  runs = [made(0.9, seed=0, estimator="ste", **floats),
+          made(0.8, seed=1, alpha_start=0.0, estimator_gradient="algorithm1", **floats)]
+  assert records.key(runs[0]["config"]) == records.key(runs[1]["config"])
+  assert records.settings(runs[1]["config"]) == floats
+  compared, = comparison.compare(runs, ["estimator"])
+  group, = compared.groups
+  assert group.by == {"estimator": "-"} and group.estimates["test_accuracy"].count == 2
+  assert "| last checkpoint | - | 2 | 0.8500 |" in comparison.markdown([compared])
+  # One quantized operand is enough, of any layer.
+  for changes in (dict(weight_bits=1), dict(input_bits=3),
+                  dict(bits_rules=(("conv2", 1),))):
+    aqe, ste = (made(estimator=name, **{**floats, **changes})["config"]
+                for name in ("aqe", "ste"))
+    assert records.key(aqe) != records.key(ste)
+    assert records.acting(ste)["estimator"] == "ste"
+
+
 def test_p_value():
   # Of Student's t with 2 degrees of freedom: 1 - t / sqrt(t^2 + 2), where t^2 = 12.
   assert comparison.p_value([0.03, 0.01, 0.02]) == pytest.approx(1 - (12 / 14) ** 0.5)
@@ -313,7 +394,7 @@ def recording_config(**changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """Workdirs: aqe of 1/1 and 2/2 bits; "ste" is the first one under that name."""
+  """Workdirs: aqe of W1A1 and W2A2; "ste" is the first one under that name."""
   folder = tmp_path_factory.mktemp("report")
   run(recording_config(), folder / "aqe")
   run(recording_config(input_bits=2, weight_bits=2), folder / "two")
@@ -487,7 +568,7 @@ def test_records_of_an_interrupted_run(runs, tmp_path):
      "config.histogram_epochs=(1, 2): must be epochs up to num_epochs=4 that end with "
      "a validation, as every eval_every_epochs=2 do"),
 ])
-def test_histograms_that_can_not_be(changes, message):
+def test_histograms_that_cannot_be(changes, message):
   with pytest.raises(cli.UsageError) as error:
     Experiment(tiny_config(**changes))
   assert str(error.value).startswith(message)
@@ -580,7 +661,10 @@ def test_collect(runs, tmp_path):
   assert len(before) == 1 + 3 * 2
   assert str(runs).encode() not in study.read_bytes()  # No paths of a machine.
   for _ in range(2):
-    assert records.collect([str(runs), str(study)], str(study)) == ([], [])
+    added, left_out = records.collect([str(runs), str(study)], str(study))
+    assert added == [] and left_out == [
+        (str(runs / name), f"{study}:{line} is the same run")
+        for line, name in enumerate(("aqe", "ste", "two"), start=1)]
     assert files() == before
 
   copied(runs / "two", tmp_path / "more", seed=5)
@@ -606,11 +690,34 @@ def test_collect(runs, tmp_path):
   assert len(records.read([str(study), str(runs)])[0]) == 4
 
 
+def test_collect_names_what_it_drops(runs, tmp_path):
+  """Each run that is found is added or named."""
+  source = runs / "aqe"
+  copied(source, tmp_path / "runs" / "a")
+  copied(source, tmp_path / "runs" / "copy", data_dir="there")
+  copied(source, tmp_path / "runs" / "other", status=dict(test_accuracy=0.0))
+  copied(source, tmp_path / "runs" / "half", status=dict(state="running", step=7), seed=3)
+  (copied(source, tmp_path / "runs" / "new", seed=4) / "status.json").unlink()
+  (copied(source, tmp_path / "runs" / "torn", seed=5) / "status.json").write_text('{"sta')
+  (copied(source, tmp_path / "runs" / "old", seed=6) / "status.json").write_text("{}")
+  foreign = tmp_path / "runs" / "foreign"
+  foreign.mkdir()
+  (foreign / "config.json").write_text('{"model_type": "bert"}')
+  added, left_out = records.collect([str(tmp_path / "runs")], str(tmp_path / "s.jsonl"))
+  assert [pathlib.Path(name).name for name in added] == ["a"]
+  reasons = {pathlib.Path(name).name: reason for name, reason in left_out}
+  assert reasons.keys() == {"copy", "other", "half", "new", "torn", "old"}
+  assert reasons["copy"] == f"{tmp_path / 'runs' / 'a'} is the same run"
+  assert "it is not begun at step 0" in reasons["new"]
+  assert "it is running at step 7" in reasons["half"]
+  assert not any("\n" in reason for reason in reasons.values())
+
+
 def test_collect_refuses(runs, tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
   for out, message in ((tmp_path / "study.json", "whose name ends in .jsonl"),
                        (tmp_path / "metrics.jsonl", "must be a study, or a new file"),
-                       (tmp_path / "metrics.jsonl" / "s.jsonl", "can not be written")):
+                       (tmp_path / "metrics.jsonl" / "s.jsonl", "cannot be written")):
     with pytest.raises(cli.UsageError, match=message):
       records.collect([str(runs)], str(out))
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
@@ -671,11 +778,11 @@ def test_results(tmp_path):
           f"+0.0200 ± {margin:.4f} | 0.074 |\n") in text
   assert "| aqe | 1 | 0.8750 | 0.8500 | 0.8500 | +0.0500 |  |\n" in text
   # Together: 0.03, 0.01, 0.02, 0.05.
-  assert "**All networks on cifar10 together**" in text
+  assert "**All networks on CIFAR-10 together**" in text
   assert f"| aqe | 4 | +0.0275 ± {3.182446305 * math.sqrt(7 / 24e3 / 4):.4f} | " in text
   assert "8 x TPU v4" in text and "unknown hardware" in text
   assert "No cell of the paper: its widths are those of no ConvNet A to D." in text
-  assert "| D | 1 | 1 | 0.844 | 0.8500 | +0.0060 | 1 |" in text
+  assert "| D | aqe | W1A1 | 0.844 | 0.8500 | +0.0060 | 1 |" in text
   assert "I: 1 of 64, II: 0 of 68" in text
 
 
@@ -703,8 +810,8 @@ def test_heading_says_what_all_rows_share():
   runs += [named(f"{epochs}", 0.5, seed=0, num_epochs=epochs, dataset="cifar100",
                  crop_size=30) for epochs in (4, 5)]
   text = results.study(pathlib.Path("results/s.jsonl"), "A study", runs)
-  assert "cifar10, 1/1 bits (inputs/weights)**; num_epochs=3\n" in text
-  assert "cifar100, 1/1 bits (inputs/weights)**; crop_size=30\n" in text
+  assert "CIFAR-10, W1A1**; num_epochs=3\n" in text
+  assert "CIFAR-100, W1A1**; crop_size=30\n" in text
 
 
 def test_runs_that_others_went_on_from_have_no_row():
@@ -726,29 +833,43 @@ def test_results_of_the_repository(tmp_path):
 # Figures.
 
 
-@pytest.mark.parametrize("conv, dense, name", [
-    ([64, 64, 128, 128, 256, 256], [512, 512], "ConvNet C"),
-    ([32, 32, 64, 64, 128, 128], [256, 256], "ConvNet A at a quarter of its widths"),
-    ([16, 16, 32, 32, 64, 64], [64, 64], "ConvNet D at a quarter of its widths"),
-    ([16, 16], [64, 64], "ConvNet 16-16 + 64-64")])
-def test_networks_are_named_as_in_the_paper(conv, dense, name):
-  assert figures.network({"network": "convnet", "conv_widths": conv,
-                          "dense_widths": dense}) == name
-
-
 def test_figures_of_histograms(runs):
   lines = [line for line in histograms.read(runs / "two" / "histograms.jsonl")
            if line["layer"] == "norm_conv2"]
   figure = figures.histogram_figure(lines, "Fig 4")
   assert len(figure.axes) == 2 and figure.get_suptitle() == "Fig 4"
+  assert figure.get_supxlabel() == "activation as training computes with it"
   for axes, line in zip(figure.axes, lines):
     assert axes.get_title().startswith(f"epoch {line['epoch']}, ")
-    assert axes.get_xlabel() == "activation as training computes with it"
     stairs, = axes.patches
     heights, edges, _ = stairs.get_data()
     np.testing.assert_allclose(
         heights, 100 * np.array(line["counts"]) / sum(line["counts"]))
     np.testing.assert_allclose(edges, np.linspace(-1.005, 1.005, 202), atol=1e-9)
+
+
+def test_labels_of_histograms_do_not_collide():
+  """Whatever the number of epochs: no two labels of the picture overlap."""
+  counts = [1] * 201
+  for number in (1, 2, 3, 4, 5, 9):
+    lines = [{"epoch": 100 + i, "alpha": 0.5, "kind": "weights", "counts": counts}
+             for i in range(number)]
+    figure = figures.histogram_figure(lines, "Fig 1")
+    assert len(figure.axes) == number
+    renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    texts = []
+    for axes in figure.axes:
+      (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+      texts += [axes.title]
+      texts += [label for label in axes.get_xticklabels()
+                if left <= label.get_position()[0] <= right]
+      texts += [label for label in axes.get_yticklabels()
+                if low <= label.get_position()[1] <= high]
+    boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+    assert len(boxes) >= 6 * number
+    for i, box in enumerate(boxes):
+      assert not box.padded(1).count_overlaps(boxes[:i]), number
 
 
 def curve_run(tmp_path, estimator, seed, losses, splits=("validation",), **changes):
@@ -771,18 +892,66 @@ def test_figure_of_estimators(tmp_path):
            curve_run(tmp_path, "aqe", 2, (0.9, 0.9), dataset="cifar100"),
            curve_run(tmp_path, "ste", 2, (0.8, 0.7), both, dataset="cifar100"),
            curve_run(tmp_path, "ste", 3, (0.8, 0.7), weight_bits=2)]
-  pairs = figures._pairs(found)
-  assert [{name: [run["seed"] for run in group] for name, group in groups.items()}
-          for groups in pairs] == [
-              {"aqe": [0, 1], "ste": [0]}, {"aqe": [2], "ste": [2]}]
+  pairs, left_out = figures.pairs(found)
+  assert left_out == []
+  assert seeds_of(pairs) == [
+      {"aqe": [0, 1], "ste": [0]}, {"aqe": [2], "ste": [2]}]
   accuracy, loss, accuracy100, loss100 = figures.comparison_figure(pairs).axes
   assert "training split" in accuracy.get_title()
-  assert "validation split (training was not recorded)" in loss100.get_title()
+  assert "validation split" in loss100.get_title()
   np.testing.assert_allclose(drawn(loss)["AQE, mean of 2 seeds"], [[1, 2], [0.8, 0.4]])
   np.testing.assert_allclose(drawn(loss)["STE"], [[1, 2], [1.0, 0.8]])
   np.testing.assert_allclose(drawn(accuracy)["STE"], [[1, 2], [0.5, 0.6]])
   np.testing.assert_allclose(drawn(loss100)["STE"], [[1, 2], [0.8, 0.7]])
-  assert "cifar100" in accuracy100.get_title()
+  assert "CIFAR-100, W1A1" in accuracy100.get_title()
+
+
+def seeds_of(pairs):
+  return [{name: [run["seed"] for run in group] for name, group in pair.runs.items()}
+          for pair in pairs]
+
+
+def test_all_pairs_are_drawn(tmp_path):
+  """Of one data set too, of all bits, and of configs that differ in other fields."""
+  found = []
+  for changes in (dict(), dict(crop_size=30), dict(weight_bits=3),
+                  dict(conv_widths=(8, 8), dense_widths=(4,))):
+    folder = tmp_path / str(len(found))
+    folder.mkdir()
+    found += [curve_run(folder, name, seed, (0.5, 0.4), **changes)
+              for name in ("ste", "aqe") for seed in (0, 1)]
+  (tmp_path / "float").mkdir()
+  found += [curve_run(tmp_path / "float", name, 0, (0.5, 0.4), input_bits="float32",
+                      weight_bits="float32") for name in ("ste", "aqe")]
+  pairs, left_out = figures.pairs(found)
+  assert seeds_of(pairs) == [{"aqe": [0, 1], "ste": [0, 1]}] * 4 and left_out == []
+  titles = [axes.get_title() for axes in figures.comparison_figure(pairs).axes]
+  assert titles[0] == titles[1] == "ConvNet D\nCIFAR-10, W1A1, validation split"
+  assert titles[2::2] == ["ConvNet D\nCIFAR-10, W1A1, crop_size=30, validation split",
+                          "ConvNet D\nCIFAR-10, W3A1, validation split",
+                          "ConvNet 8-8 + 4\nCIFAR-10, W1A1, validation split"]
+
+
+def test_runs_that_are_in_no_figure_are_named(tmp_path):
+  short = curve_run(tmp_path, "aqe", 1, (0.5, 0.4))
+  short["config"]["num_epochs"] = 2
+  path = pathlib.Path(short["curve"])
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+  found = [curve_run(tmp_path, "aqe", 0, (0.5, 0.4)), short,
+           curve_run(tmp_path, "ste", 2, (0.3, 0.2)),
+           curve_run(tmp_path, "ste", 3, (0.3, 0.2)) | {"curve": None}]
+  pairs, left_out = figures.pairs(found)
+  assert seeds_of(pairs) == [{"aqe": [0], "ste": [2]}]
+  assert left_out == [
+      "aqe1.jsonl is not drawn: its curve does not have the 2 validations of its config",
+      "ste3.jsonl is not drawn: it has no curve"]
+  pairs, left_out = figures.pairs([found[0], found[3]])
+  assert pairs == [] and left_out == [
+      "ste3.jsonl is not drawn: it has no curve",
+      "aqe0.jsonl is not drawn: no run of STE that is equal but for the seed has a "
+      "whole curve"]
+  assert figures.pairs(found[:2])[1] == [
+      "no two runs, AQE and STE, are equal but for seed and estimator"]
 
 
 def test_draw(runs, tmp_path):
@@ -822,9 +991,13 @@ def test_commands(runs, tmp_path):
     outputs[arguments[0]], errors = process.communicate()
     assert process.returncode == 0, errors
   assert "3 added" in outputs["collect"]
+  assert "not copied of any run: checkpoints, " in outputs["collect"]
   assert f"left out: {tmp_path / 'half'}: " in outputs["collect"]
-  assert outputs["tables"] == (out / "tables.md").read_text()
-  assert f"- {study}:1: no table has digits\n" in outputs["tables"]
+  assert "No run is of a cell of these tables.\n" in outputs["tables"]
+  assert "|" not in outputs["tables"]  # Rows without a run are in the files alone.
+  assert (out / "tables.md").read_text().count("| W1A1 |") == 4 + 8 + 2 + 2
+  for text in (outputs["tables"], (out / "tables.md").read_text()):
+    assert f"- 3 runs, {study}:1 to {study}:3: no table has digits\n" in text
   assert "| last checkpoint | ste | 1 | " in outputs["compare"]
   assert outputs["compare"] == (out / "compare.md").read_text()
   assert sorted(path.name for path in out.iterdir()) == sorted(

@@ -2,13 +2,15 @@
 
   python -m minw.report tables --runs=DIR_OR_STUDY [--out=DIR]
 
-prints Tables I to V: the paper's numbers, ours, their difference, number of seeds and
-standard deviation; with --out they are also in DIR/tables.md and a CSV file each.
+prints the rows of Tables I to V that have a run: the paper's number, ours, their
+difference, number of seeds and standard deviation. With --out all rows are written to
+DIR/tables.md, and each table to a CSV file.
 
   python -m minw.report figures --runs=DIR_OR_STUDY --out=DIR [--layer=conv2]
 
 draws Figs 1 to 5: histograms of runs with config.histogram_layers, and the curves of
-AQE and STE, of the training split where runs had config.eval_train.
+all runs that differ in AQE and STE alone, of the training split where runs had
+config.eval_train.
 
   python -m minw.report compare --runs=DIR_OR_STUDY --by=estimator[,FIELD] [--out=DIR]
 
@@ -17,7 +19,8 @@ differences to the first, seed by seed; with --out also in DIR/compare.md.
 
   python -m minw.report collect --runs=DIR_OR_STUDY --out=results/STUDY.jsonl
 
-adds the records of runs to a study: a line each, with its curve beside the file.
+adds the records of runs to a study: a line each, with its curve beside the file. It
+names each run that it does not add, with the reason.
 
   python -m minw.report results [--runs=results] [--out=.]
 
@@ -61,15 +64,18 @@ def _write(name: str, text: str) -> None:
     pathlib.Path(out).mkdir(parents=True, exist_ok=True)
     workdir_lib.write_file(pathlib.Path(out) / name, text)
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
 
 
 def main_tables() -> None:
   runs, left_out = _read()
   rows, elsewhere = tables.tables(runs)
-  text = tables.markdown(rows, [*left_out, *elsewhere])
-  print(text, end="")
-  _write("tables.md", text)
+  nowhere = [*left_out, *elsewhere]
+  print(tables.markdown(tables.with_runs(rows), nowhere))
+  print(tables.counts(rows))
+  if flags.FLAGS.out is None:
+    print("All rows, also those without a run: --out=DIR")
+  _write("tables.md", tables.markdown(rows, nowhere))
   for name, lines in rows.items():
     _write(f"table_{name}.csv", tables.csv_of(lines))
 
@@ -80,7 +86,7 @@ def main_figures() -> None:
   try:
     drawn, missing = figures.draw(runs, out, flags.FLAGS.layer)
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
   print("\n".join([*drawn, *(f"not drawn: {line}" for line in missing)]))
   _say(left_out)
 
@@ -99,6 +105,8 @@ def main_collect() -> None:
   print("\n".join([*(f"added: {name}" for name in added),
                    f"{out}: {len(added)} added"]))
   _say(left_out)
+  if added:
+    print(f"not copied of any run: {records.NOT_COPIED}")
 
 
 def main_results() -> None:
@@ -108,7 +116,7 @@ def main_results() -> None:
   try:
     print("\n".join(results.write(folders[0], out)))
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
 
 
 SUBCOMMANDS = {

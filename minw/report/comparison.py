@@ -4,6 +4,7 @@ import math
 import statistics
 from typing import Any, NamedTuple, Sequence
 
+import numpy as np
 from scipy import stats
 
 from minw import cli
@@ -12,6 +13,7 @@ from minw.report import records
 from minw.report import tables
 
 CONFIDENCE = 0.95
+ACCURACY, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # The values that there can be.
 _MEASURES = {"test_accuracy": "last checkpoint",
              "best_test_accuracy": "best validation checkpoint"}
 
@@ -24,7 +26,7 @@ class Estimate(NamedTuple):
     mean: of them.
     deviation: sample standard deviation (n - 1); None of one.
     margin: half the width of the 95 % confidence interval of the mean, by Student's t
-      with n - 1 degrees of freedom; None of one.
+      with n - 1 degrees of freedom; None of one. See `interval`.
   """
 
   count: int
@@ -37,7 +39,7 @@ class Group(NamedTuple):
   """Runs that differ in the seed alone.
 
   Attributes:
-    by: the values of the chosen fields.
+    by: the values of the chosen fields, as `records.acting` has them.
     runs: their records, by seed.
     estimates: by measure, "test_accuracy" and "best_test_accuracy".
     differences: of the same, to the comparison's first group: of the seeds that both
@@ -70,6 +72,42 @@ def estimate(values: Sequence[float]) -> Estimate:
   deviation = statistics.stdev(values)
   quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
   return Estimate(n, mean, deviation, quantile * deviation / math.sqrt(n))
+
+
+def interval(
+    of: Estimate, bounds: tuple[float, float] = ACCURACY
+) -> tuple[float, float]:
+  """The confidence interval of a mean, as far as it is within `bounds`.
+
+  The mean is certain to lie within the bounds, so the part of Student's interval that
+  is beyond them can be cut off, and what is left holds the mean just as often.
+
+  Args:
+    of: an estimate of at least two values.
+    bounds: the least and the greatest value that there can be.
+  """
+  return tuple(float(end) for end in np.clip(
+      (of.mean - of.margin, of.mean + of.margin), *bounds))
+
+
+def described(
+    of: Estimate, bounds: tuple[float, float] = ACCURACY, sign: str = ""
+) -> str:
+  """A mean with its interval: "0.9000 ± 0.0100", or "0.9950 (0.9870 to 1.0000)" where
+  the interval is cut off.
+
+  Args:
+    of: an estimate; of one value there is no interval.
+    bounds: see `interval`.
+    sign: "+" for a sign before positive means.
+  """
+  mean = f"{of.mean:{sign}.4f}"
+  if of.margin is None:
+    return mean
+  low, high = interval(of, bounds)
+  if (low, high) == (of.mean - of.margin, of.mean + of.margin):
+    return f"{mean} ± {of.margin:.4f}"
+  return f"{mean} ({low:{sign}.4f} to {high:{sign}.4f})"
 
 
 def p_value(values: Sequence[float]) -> float | None:
@@ -124,8 +162,9 @@ def compare(runs: Sequence[records.Record], by: Sequence[str]) -> list[Compariso
 
 def _group(runs, by) -> Group:
   runs = {run["seed"]: run for run in sorted(runs, key=lambda run: run["seed"])}
+  acting = records.acting(next(iter(runs.values()))["config"])
   return Group(
-      by={name: next(iter(runs.values()))["config"][name] for name in by},
+      by={name: acting[name] for name in by},
       runs=runs,
       estimates={name: estimate([run[name] for run in runs.values()])
                  for name in _MEASURES},
@@ -142,8 +181,9 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
   """Comparisons for a reader."""
   parts = [
       "Test accuracy of the hard network: mean over the seeds, sample standard "
-      f"deviation, {CONFIDENCE:.0%} confidence interval (Student's t); paired: the "
-      "mean difference to the first row, seed by seed, and its interval.\n"]
+      f"deviation, {CONFIDENCE:.0%} confidence interval (Student's t, cut off at 0 and "
+      "1); paired: the mean difference to the first row, seed by seed, and its "
+      "interval (cut off at -1 and 1).\n"]
   for comparison in comparisons:
     names = list(comparison.groups[0].by)
     parts.append(f"## {records.described(comparison.settings) or 'Default config'}\n")
@@ -154,8 +194,9 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         rows.append([
             of, *(records.text(group.by[name]) for name in names),
             str(mean.count), f"{mean.mean:.4f}", _number(mean.deviation),
-            _interval(mean), str(paired.count) if paired else "",
-            f"{paired.mean:+.4f}" if paired else "", _interval(paired)])
+            _interval(mean, ACCURACY), str(paired.count) if paired else "",
+            f"{paired.mean:+.4f}" if paired else "",
+            _interval(paired, DIFFERENCE)])
     parts.append(tables.table_of(
         ["accuracy of", *names, "seeds", "mean", "deviation", "interval", "pairs",
          "paired difference", "its interval"], rows))
@@ -166,7 +207,8 @@ def _number(value: float | None) -> str:
   return "" if value is None else f"{value:.4f}"
 
 
-def _interval(of: Estimate | None) -> str:
+def _interval(of: Estimate | None, bounds: tuple[float, float]) -> str:
   if of is None or of.margin is None:
     return ""
-  return f"{of.mean - of.margin:.4f} to {of.mean + of.margin:.4f}"
+  low, high = interval(of, bounds)
+  return f"{low:.4f} to {high:.4f}"

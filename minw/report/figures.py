@@ -1,37 +1,55 @@
 """Figs 1 to 5 of the paper (arXiv 2003.04296), from what runs recorded."""
 
 import pathlib
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
 from minw import histograms
 from minw import metrics
-from minw import models
 from minw import plots
+from minw import titles
 from minw.report import records
 
-# Of what networks, inputs and weights, and what of a layer.
+# By number of the figure: bits of weights and activations, and which of the two.
 _HISTOGRAMS = {1: (1, "weights"), 2: (1, "activations"),
                3: (2, "weights"), 4: (2, "activations")}
+_PANELS = 4  # At most, in a row of Figs 1 to 4.
 
 _STYLES = {"aqe": ("AQE", plots.BLUE), "ste": ("STE", plots.VERMILION)}
 
 
-def draw(runs: Sequence[records.Record], out: str, layer: str) -> tuple[list[str],
-                                                                        list[str]]:
+class Pair(NamedTuple):
+  """Runs that differ in estimator and seed alone: a row of Fig 5.
+
+  Attributes:
+    runs: by estimator, "aqe" and "ste"; one for each seed.
+    split: "train" if all runs recorded the hard network on it, else "validation".
+    curves: by estimator, float64 (seeds, epochs, 3): epoch, accuracy and loss.
+  """
+
+  runs: dict[str, list[records.Record]]
+  split: str
+  curves: dict[str, np.ndarray]
+
+
+def draw(
+    runs: Sequence[records.Record], out: str, layer: str
+) -> tuple[list[str], list[str]]:
   """Draws what the runs have recorded, to `out`/fig1.png and so on.
 
   Args:
-    runs: see `records.read`; the first that fits counts, for Fig 5 with all its seeds.
+    runs: see `records.read`. Figs 1 to 4 show the first run that fits, Fig 5 all runs
+      that make a pair.
     out: a folder, made if missing.
-    layer: of Figs 1 to 4; what counts as its activations is what "norm_" + layer made.
+    layer: the layer of Figs 1 to 4; its activations are those that "norm_" + layer
+      made.
 
   Returns:
-    What was drawn and of what runs, and what was not and why, a line each.
+    What was drawn and from which runs, and what was not and why, a line each.
 
   Raises:
-    OSError: it can not be written.
+    OSError: it cannot be written.
   """
   folder = pathlib.Path(out)
   folder.mkdir(parents=True, exist_ok=True)
@@ -40,22 +58,21 @@ def draw(runs: Sequence[records.Record], out: str, layer: str) -> tuple[list[str
     path = layer if kind == "weights" else f"norm_{layer}"
     run, lines = _first_with(runs, bits, path)
     if run is None:
-      missing.append(f"Fig {number}: no run with AQE and {bits}/{bits} bits has "
-                     f"histograms of {path} (config.histogram_layers)")
+      missing.append(f"Fig {number}: no run with AQE and W{bits}A{bits} has histograms "
+                     f"of {path} (config.histogram_layers)")
       continue
+    c = run["config"]
     plots.save(histogram_figure(
-        lines, f"Fig {number}: {bits}-bit {kind} of {layer}, {_title(run)}"),
-        folder / f"fig{number}.png")
+        lines, f"Fig {number}: {bits}-bit {kind} of {layer}, {titles.network(c)}, "
+        f"{titles.dataset(c)}, seed {run['seed']}"), folder / f"fig{number}.png")
     drawn.append(f"{folder / f'fig{number}.png'}: {run['name']}")
-  pairs = _pairs(runs)
-  if pairs:
-    plots.save(comparison_figure(pairs), folder / "fig5.png")
-    names = [run["name"] for groups in pairs for runs in groups.values()
-             for run in runs]
+  found, left_out = pairs(runs)
+  missing += [f"Fig 5: {line}" for line in left_out]
+  if found:
+    plots.save(comparison_figure(found), folder / "fig5.png")
+    names = [run["name"] for pair in found for group in pair.runs.values()
+             for run in group]
     drawn.append(f"{folder / 'fig5.png'}: {', '.join(names)}")
-  else:
-    missing.append("Fig 5: no two runs with 1/1 bits, AQE and STE, are equal but for "
-                   "seed and estimator")
   return drawn, missing
 
 
@@ -83,54 +100,101 @@ def histogram_figure(lines: Sequence[dict[str, Any]], title: str) -> Any:
   """
   from matplotlib import figure
 
-  fig = figure.Figure(figsize=(10, 3.4), dpi=150, layout="constrained")
-  panels = fig.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+  columns = min(len(lines), _PANELS)
+  rows = -(-len(lines) // columns)
+  fig = figure.Figure(figsize=(10, 0.8 + 2.6 * rows), dpi=150, layout="constrained")
+  panels = fig.subplots(
+      rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
   kind = lines[0]["kind"]
   width = histograms.CENTRES[1] - histograms.CENTRES[0]
   edges = np.append(histograms.CENTRES - width / 2, 1 + width / 2)
   for axes, line in zip(panels, lines):
     counts = np.asarray(line["counts"])
     axes.stairs(100 * counts / counts.sum(), edges, fill=True, color=plots.BLUE)
-    axes.set_xlim(-1.05, 1.05)
+    axes.set_xlim(-1.1, 1.1)
     axes.set_xticks((-1, -0.5, 0, 0.5, 1))
-    # Of activations most are at the ends: what is between would not be seen.
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_tick_params(labelbottom=True)
+    # Most activations are at the ends: on a linear axis the others could not be seen.
     axes.set_yscale("log")
     axes.set_ylim(1e-3, 100)
     axes.yaxis.set_major_formatter("{x:g}")
     plots.decorate(
-        axes, rf"epoch {line['epoch']}, $\alpha$ = {line['alpha']:.3f}",
-        f"{kind[:-1]} as training computes with it")
-  panels[0].set_ylabel(f"% of all {kind}, in bins of {width:.2f}")
+        axes, rf"epoch {line['epoch']}, $\alpha$ = {line['alpha']:.3f}", "")
+  for axes in panels[len(lines):]:
+    axes.remove()
+  fig.supxlabel(f"{kind[:-1]} as training computes with it", fontsize=10)
+  fig.supylabel(f"% of all {kind}, in bins of {width:.2f}", fontsize=10)
   fig.suptitle(title, fontsize=11)
   return fig
 
 
-def _pairs(runs) -> list[dict[str, list[records.Record]]]:
-  """For each data set the first runs, by estimator, that Fig 5 can be drawn of."""
-  found = {}
+def pairs(runs: Sequence[records.Record]) -> tuple[list[Pair], list[str]]:
+  """All runs that differ in estimator, AQE or STE, and seed alone.
+
+  Returns:
+    The pairs, in the order of `runs`; and which runs are in none although their
+    config has a partner, and why, a line each.
+  """
+  groups: dict[str, dict[str, list[records.Record]]] = {}
   for run in runs:
-    c = run["config"]
-    if run["curve"] and c["estimator"] in _STYLES and (
-        c["input_bits"] == c["weight_bits"] == 1):
-      groups = found.setdefault(records.key(c, ["estimator"]), {})
-      groups.setdefault(c["estimator"], []).append(run)
-  pairs = {}
-  for groups in found.values():
-    if groups.keys() == _STYLES.keys():
-      dataset = groups["aqe"][0]["config"]["dataset"]
-      pairs.setdefault(dataset, {name: groups[name] for name in _STYLES})
-  return list(pairs.values())
+    name = titles.estimator(run["config"])
+    if name in _STYLES:
+      key = records.key(run["config"], ["estimator"])
+      groups.setdefault(key, {}).setdefault(name, []).append(run)
+  both = [group for group in groups.values() if group.keys() == _STYLES.keys()]
+  found, left_out = [], []
+  if not both:
+    left_out.append("no two runs, AQE and STE, are equal but for seed and estimator")
+  for group in both:
+    curves = {name: [(run, _curve(run)) for run in group[name]] for name in _STYLES}
+    left_out += [f"{run['name']} is not drawn: {why}" for some in curves.values()
+                 for run, (_, why) in some if why]
+    whole = {name: [(run, lines) for run, (lines, why) in some if not why]
+             for name, some in curves.items()}
+    if all(whole.values()):
+      found.append(_pair(whole))
+    else:
+      left_out += [f"{run['name']} is not drawn: no run of {_STYLES[other][0]} that is "
+                   "equal but for the seed has a whole curve" for name, other in
+                   zip(_STYLES, reversed(_STYLES)) for run, _ in whole[name]]
+  return found, left_out
 
 
-def comparison_figure(pairs: Sequence[dict[str, list[records.Record]]]) -> Any:
+def _curve(run: records.Record) -> tuple[dict[str, list[tuple]], str]:
+  """By split, (epoch, accuracy, loss) of the hard network; or nothing and why."""
+  if not run["curve"]:
+    return {}, "it has no curve"
+  points: dict[str, list[tuple]] = {"train": [], "validation": []}
+  for line in metrics.read_file(run["curve"]):
+    if line["mode"] == "hard" and line["split"] in points:
+      points[line["split"]].append((line["epoch"], line["accuracy"],
+                                   line.get("loss")))
+  epochs, every = run["config"]["num_epochs"], run["config"]["eval_every_epochs"]
+  reports = sorted({*range(every, epochs, every), epochs})
+  points = {split: lines for split, lines in points.items()
+            if [epoch for epoch, *_ in lines] == reports}
+  if "validation" not in points:
+    return {}, f"its curve does not have the {len(reports)} validations of its config"
+  return points, ""
+
+
+def _pair(whole):
+  split = "train" if all("train" in lines for some in whole.values()
+                         for _, lines in some) else "validation"
+  return Pair({name: [run for run, _ in some] for name, some in whole.items()}, split,
+              {name: np.array([lines[split] for _, lines in some], np.float64)
+               for name, some in whole.items()})  # A loss that is null is NaN.
+
+
+def comparison_figure(pairs: Sequence[Pair]) -> Any:
   """Fig 5: accuracy and loss of the hard network by epoch, AQE against STE.
 
-  They are the training split's where all runs of a row recorded them
-  (config.eval_train), else the validation split's, as the panel's title says. Thin
-  lines are single seeds, thick ones their mean.
+  Thin lines are single seeds, thick ones their mean. The panels' titles say whether
+  they are of the training split.
 
   Args:
-    pairs: for each row of panels, runs with curves by estimator, "aqe" and "ste".
+    pairs: rows of panels.
 
   Returns:
     The matplotlib Figure; its axes are, row by row, accuracy and loss.
@@ -138,49 +202,37 @@ def comparison_figure(pairs: Sequence[dict[str, list[records.Record]]]) -> Any:
   from matplotlib import figure
 
   fig = figure.Figure(
-      figsize=(10, 0.6 + 3.2 * len(pairs)), dpi=150, layout="constrained")
+      figsize=(10, 0.6 + 2.9 * len(pairs)), dpi=150, layout="constrained")
   panels = fig.subplots(len(pairs), 2, squeeze=False)
-  for row, groups in zip(panels, pairs):
-    lines = {name: [[line for line in metrics.read_file(run["curve"])
-                     if line["mode"] == "hard"] for run in runs]
-             for name, runs in groups.items()}
-    split = "train" if all(
-        any(line["split"] == "train" for line in curve)
-        for curves in lines.values() for curve in curves) else "validation"
-    config = groups["aqe"][0]["config"]
-    for axes, name in zip(row, ("accuracy", "loss")):
+  for row, pair, differing in zip(panels, pairs, _differing(pairs)):
+    config = pair.runs["aqe"][0]["config"]
+    split = {"train": "training split", "validation": "validation split"}[pair.split]
+    heading = f"{titles.network(config)}\n" + ", ".join(
+        [titles.dataset(config), titles.bits(config), *differing, split])
+    for column, (axes, name) in enumerate(zip(row, ("accuracy", "loss")), start=1):
       for estimator, (label, color) in _STYLES.items():
-        curves = [[(line["epoch"], line[name]) for line in curve
-                   if line["split"] == split] for curve in lines[estimator]]
-        curves = np.array(curves, np.float64)  # Seeds, epochs, 2; null is NaN.
-        epochs = curves[0, :, 0]
-        if len(curves) > 1:
-          label = f"{label}, mean of {len(curves)} seeds"
-          axes.plot(epochs, curves[:, :, 1].T, color=color, linewidth=0.6, alpha=0.5)
-        axes.plot(epochs, curves[:, :, 1].mean(0), color=color, linewidth=2,
-                  label=label, marker="o" if len(epochs) == 1 else "")
-      of = ("training split" if split == "train" else
-            "validation split (training was not recorded)")
-      plots.decorate(axes, f"{_title(groups['aqe'][0], seed=False)}\n{of}", "epoch")
+        _draw_seeds(axes, pair.curves[estimator], column, label, color)
+      plots.decorate(axes, heading, "epoch")
       axes.set_ylabel(f"{name} of the hard network")
       axes.set_xlim(0, config["num_epochs"])
       axes.legend(frameon=False)
-  fig.suptitle("Fig 5: AQE against STE, 1-bit weights and activations", fontsize=11)
+  fig.suptitle("Fig 5: AQE against STE", fontsize=11)
   return fig
 
 
-def _title(run: records.Record, seed: bool = True) -> str:
-  c = run["config"]
-  return f"{network(c)}, {c['dataset']}" + (f", seed {run['seed']}" if seed else "")
+def _differing(pairs):
+  """For each pair the settings that not all have, and that a title does not say."""
+  said = ("estimator", "dataset", "network", "conv_widths", "dense_widths",
+          "input_bits", "weight_bits", "bits_rules")
+  settings = [records.settings(pair.runs["aqe"][0]["config"], said) for pair in pairs]
+  return [[records.described({name: value}) for name, value in each.items()
+           if any(other.get(name) != value for other in settings)] for each in settings]
 
 
-def network(config: dict[str, Any]) -> str:
-  """Which network it is, so that a small one is not taken for the paper's."""
-  if config["network"] != "convnet":
-    return config["network"]
-  widths = config["conv_widths"], config["dense_widths"]
-  for name, known in models.CONVNETS.items():
-    for part, of in ((1, ""), (4, " at a quarter of its widths")):
-      if widths == tuple([width // part for width in some] for some in known):
-        return f"ConvNet {name}{of}"
-  return "ConvNet " + " + ".join("-".join(map(str, some)) for some in widths)
+def _draw_seeds(axes, curves, column, label, color):
+  epochs, values = curves[0, :, 0], curves[:, :, column]
+  if len(curves) > 1:
+    label = f"{label}, mean of {len(curves)} seeds"
+    axes.plot(epochs, values.T, color=color, linewidth=0.6, alpha=0.5)
+  axes.plot(epochs, values.mean(0), color=color, linewidth=2, label=label,
+            marker="o" if len(epochs) == 1 else "")

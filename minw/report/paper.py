@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from minw import datasets
 from minw import models
+from minw import titles
 
 
 class Cell(NamedTuple):
@@ -18,7 +19,7 @@ class Cell(NamedTuple):
     table: "I" to "V".
     dataset, network: as in a config, but ConvNets are "A" to "D".
     inputs, weights: M and N, bits of activations and weights.
-    estimator: in training.
+    estimator: in training; `titles.NO_ESTIMATOR` of a float network.
     measure: "accuracy", "error %", ...: see `measured`.
     paper: the number.
     epochs: of the recipe, the paper's or, of ResNet-18, the usual one.
@@ -124,30 +125,29 @@ def _cells() -> tuple[Cell, ...]:
   return tuple(cells)
 
 
-CELLS = _cells()
+CELLS = tuple(
+    cell._replace(estimator=titles.NO_ESTIMATOR)
+    if cell.inputs == cell.weights == 32 else cell for cell in _cells())
 
 # Of others: network, data, accuracy, policy, source.
 PUBLISHED = (
-    ("ConvNet A's topology, 32x32 images, 1/1", "CIFAR-10", ".8860",
+    ("ConvNet A's topology, 32x32 images, W1A1", "CIFAR-10", ".8860",
      "all layers 1-bit; no augmentation", "BinaryNet, arXiv 1602.02830"),
-    ("ConvNet A's topology, 32x32 images, 1/1", "CIFAR-10", ".913",
+    ("ConvNet A's topology, 32x32 images, W1A1", "CIFAR-10", ".913",
      "all layers 1-bit; random crops of 40x40, flips", "Bop, arXiv 1906.02107"),
-    ("CNV, 1.54 M weights, 1/1", "CIFAR-10", ".8422",
+    ("CNV, 1.54 M weights, W1A1", "CIFAR-10", ".8422",
      "all layers 1-bit, images of 8 bits", "Brevitas' examples"),
-    ("VGG-small, ResNet-18, ResNet-20, 1/1", "CIFAR-10", ".904, .915, .865",
+    ("VGG-small, ResNet-18, ResNet-20, W1A1", "CIFAR-10", ".904, .915, .865",
      "first and last layer real", "IR-Net, arXiv 1909.10788"),
-    ("VGG-small, ResNet-18, ResNet-20, 1/1", "CIFAR-10", ".9255, .9263, .8675",
+    ("VGG-small, ResNet-18, ResNet-20, W1A1", "CIFAR-10", ".9255, .9263, .8675",
      "first and last layer not stated", "ReSTE, arXiv 2308.06689"),
-    ("ResNet-18, 1/1", "ImageNet, top-1", ".512", "first and last layer real",
+    ("ResNet-18, W1A1", "ImageNet, top-1", ".512", "first and last layer real",
      "XNOR-Net, arXiv 1603.05279"),
-    ("ResNet-18, 1/1", "ImageNet, top-1", ".564", "first and last layer real",
+    ("ResNet-18, W1A1", "ImageNet, top-1", ".564", "first and last layer real",
      "Bi-Real Net, arXiv 1808.00278"),
-    ("ResNet-18, 1/1", "ImageNet, top-1", ".659", "first and last layer real",
+    ("ResNet-18, W1A1", "ImageNet, top-1", ".659", "first and last layer real",
      "ReActNet, arXiv 2003.03488"),
 )
-
-_BITS = {1: 1, 2: 2, 3: 3, "float8_e4m3fn": 8, "bfloat16": 16, "float16": 16,
-         "float32": 32}
 
 # Of each network the layers that may be kept.
 _ENDS = {"alexnet": ("conv1", "dense3"), "resnet18": ("stem", "dense1")}
@@ -201,12 +201,12 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
     return [], (f"it has {run['step']} steps: {c['num_epochs']} epochs of all "
                 f"{examples} training examples have {steps}")
 
-  bits = [_BITS.get(c[name]) for name in ("input_bits", "weight_bits")]
+  bits = [titles.num_bits(c[name]) for name in ("input_bits", "weight_bits")]
   cells = [cell for cell in cells if [cell.inputs, cell.weights] == bits]
   if not cells:
     return [], (f"no cell has inputs of {c['input_bits']} and weights of "
                 f"{c['weight_bits']} bits")
-  if not bits[0] == bits[1] == 32:  # Else there is nothing to estimate.
+  if not bits[0] == bits[1] == 32:  # Those have nothing to estimate.
     cells = [cell for cell in cells if cell.estimator == c["estimator"]]
   if not cells:
     return [], f"no cell has the estimator {c['estimator']}"

@@ -23,13 +23,22 @@ from minw import cli
 from minw import config as config_lib
 from minw import environment
 from minw import metrics
+from minw import titles
 from minw import workdir as workdir_lib
 
 LOCAL = ("data_dir", "data_workers")  # Of a machine.
+_RATES = ("examples_per_second", "decode_rate")
+NOT_COPIED = ", ".join([
+    "checkpoints", "TensorBoard's files", *LOCAL, *_RATES, "measurements by layer"])
 
 # Fields on which the hard network does not depend, but for the chance of its seed.
 NO_MATTER = ("seed", *LOCAL, "shard_optimizer", "max_damaged", "eval_batch_size",
              "eval_train", "histogram_layers", "histogram_epochs")
+
+# Fields that count only where something is quantized.
+_OF_ESTIMATOR = ("estimator", "estimator_gradient", "estimator_noise_steps",
+                 "alpha_start", "alpha_final", "alpha_end", "alpha_shape",
+                 "alpha_per_layer", "alpha_backward")
 
 Record = dict[str, Any]
 
@@ -87,19 +96,31 @@ def as_source(config: dict[str, Any]) -> str:
   return f"a run of config {_digest(key(config))}"
 
 
+def acting(config: dict[str, Any]) -> dict[str, Any]:
+  """The config, with `titles.NO_ESTIMATOR` for an estimator that does not act.
+
+  A network whose operands are all floats is the same whatever its config says of
+  estimator and alpha.
+  """
+  if titles.estimator(config) != titles.NO_ESTIMATOR:
+    return config
+  return config | dict.fromkeys(_OF_ESTIMATOR, titles.NO_ESTIMATOR)
+
+
 def key(config: dict[str, Any], without: Sequence[str] = ()) -> str:
   """Equal for configs that differ only in seed, `without` and what does not matter."""
   left_out = {*without, *NO_MATTER}
-  return json.dumps({name: value for name, value in config.items()
+  return json.dumps({name: value for name, value in acting(config).items()
                      if name not in left_out}, sort_keys=True)
 
 
 def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-  """The fields that are not as in `config.default_config`, but `without`, and what
-  `key` leaves out."""
+  """The fields that act and are not as in `config.default_config`, but `without`, and
+  what `key` leaves out."""
   default = json.loads(config_lib.to_json(config_lib.default_config()))
-  return {name: value for name, value in config.items()
-          if name not in {*without, *NO_MATTER} and value != default[name]}
+  return {name: value for name, value in acting(config).items()
+          if name not in {*without, *NO_MATTER}
+          and value not in (default[name], titles.NO_ESTIMATOR)}
 
 
 def method(run: Record) -> str:
@@ -126,19 +147,27 @@ def read(paths: Sequence[str]) -> tuple[list[Record], list[LeftOut]]:
   Returns:
     The records, in the order of `paths` and of names in folders. Their configs have
     all fields, those not recorded as by default; a field `name` is the workdir, or
-    the study and line. And what is left out: runs that are not done or can not be read,
+    the study and line. And what is left out: runs that are not done or cannot be read,
     and, of two of equal config and seed with other results, the second.
 
   Raises:
     cli.UsageError: a path is neither a folder nor a study.
   """
-  found, left_out, seen = [], [], {}
+  found, left_out, _ = _scan(paths)
+  return found, left_out
+
+
+def _scan(
+    paths: Sequence[str],
+) -> tuple[list[Record], list[LeftOut], list[LeftOut]]:
+  """What `read` returns, and the copies of runs that were found before."""
+  found, left_out, copies, seen = [], [], [], {}
   for name, load in _sources(paths):
     try:
       run = load()
       filled = config_lib.from_json(json.dumps(run["config"]))
-    except (cli.UsageError, ValueError) as error:
-      left_out.append(LeftOut(name, str(error)))
+    except (cli.UsageError, OSError, ValueError, KeyError, TypeError) as error:
+      left_out.append(LeftOut(name, " ".join(str(error).split())))
       continue
     run = {**run, "name": name, "config": json.loads(config_lib.to_json(filled))}
     first = seen.setdefault((key(run["config"]), run["seed"]), run)
@@ -148,26 +177,50 @@ def read(paths: Sequence[str]) -> tuple[list[Record], list[LeftOut]]:
       left_out.append(LeftOut(
           name, f"its config and seed are those of {first['name']}, whose result is "
           f"another (commits {run['commit']}, {first['commit']})"))
-  return found, left_out
+    else:
+      copies.append(LeftOut(name, f"{first['name']} is the same run"))
+  return found, left_out, copies
 
 
 def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
+  """Names of runs, and functions that load them; each workdir and study once."""
+  visited = set()
+
+  def new(path):
+    real = os.path.realpath(path)
+    return not (real in visited or visited.add(real))
+
   for path in paths:
     if os.path.isfile(path):
       cli.check(is_study(path), "runs", path,
                 "a folder, or a study: lines of JSON that `collect` wrote")
-      yield from _lines(path)
+      if new(path):
+        yield from _lines(path)
       continue
     cli.check(os.path.isdir(path), "runs", path, "a folder or a file that exists")
     for folder, folders, files in os.walk(path):
-      if {"config.json", "status.json"} <= {*files}:
+      if _is_workdir(folder, files):
         folders.clear()  # It has checkpoints, no other runs.
-        yield folder, lambda folder=folder: record(folder)
+        if new(folder):
+          yield folder, lambda folder=folder: record(folder)
         continue
       folders.sort()
       for file in sorted(files):
-        if file.endswith(".jsonl") and is_study(os.path.join(folder, file)):
-          yield from _lines(os.path.join(folder, file))
+        study = os.path.join(folder, file)
+        if file.endswith(".jsonl") and is_study(study) and new(study):
+          yield from _lines(study)
+
+
+def _is_workdir(folder: str, files: Sequence[str]) -> bool:
+  """Whether it holds a run; one that ended before its first step has no status.json."""
+  if "config.json" not in files:
+    return False
+  if {"status.json", "run.json", "metrics.jsonl"} & {*files}:
+    return True
+  try:
+    return bool(workdir_lib.read_config(folder))
+  except cli.UsageError:
+    return False
 
 
 def is_study(path: str | os.PathLike) -> bool:
@@ -211,10 +264,11 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
     out: ends in .jsonl; it is made, with its folder, if missing.
 
   Returns:
-    The names of what was added, and what was left out.
+    The names of what was added, and what was not and why: what `read` leaves out, and
+    runs that the study has already or that were found twice.
 
   Raises:
-    cli.UsageError: as `read`; `out` is not a study, or can not be written.
+    cli.UsageError: as `read`; `out` is not a study, or cannot be written.
   """
   study = pathlib.Path(out)
   cli.check(study.suffix == ".jsonl", "out", out, "a file whose name ends in .jsonl")
@@ -222,7 +276,7 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
   cli.check(not before or is_study(out), "out", out, "a study, or a new file")
   known, _ = read([out]) if before else ([], [])
   names = {run["name"] for run in known}
-  runs, left_out = read([*[out] * bool(before), *paths])
+  runs, left_out, copies = _scan([*[out] * bool(before), *paths])
   added, lines = [], []
   try:
     for run in runs:
@@ -244,8 +298,8 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
     if lines:
       workdir_lib.write_file(study, before + "".join(lines))
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
-  return added, left_out
+    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
+  return added, [*left_out, *copies]
 
 
 def _put(study: pathlib.Path, name: str, content: str) -> str:
@@ -255,7 +309,7 @@ def _put(study: pathlib.Path, name: str, content: str) -> str:
 
 def _reduced(line: dict[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in line.items() if not isinstance(value, dict)
-          and name not in ("examples_per_second", "decode_rate")}
+          and name not in _RATES}
 
 
 def _digest(of: str) -> str:

@@ -8,6 +8,7 @@ from typing import Sequence
 from minw import cli
 from minw import metrics
 from minw.progress import duration
+from minw import titles
 from minw.report import comparison
 from minw.report import figures
 from minw.report import paper
@@ -26,12 +27,13 @@ numbers are kept apart: ours, by study; the paper's, with ours where a run is of
 its cells; and what others published.
 """
 
-_COLUMNS = f"""Accuracies are the hard network's, means over the seeds with half their
-{comparison.CONFIDENCE:.0%} confidence interval (Student's t). "Validation", of images that
-are not trained on, is what choices are made by; "test" is of the last checkpoint, "best"
-that of the checkpoint with the best validation accuracy. "Paired" is the difference of
-"test" to the first row, seed by seed, p the probability of one as large if there were none
-(two-sided t test, not corrected for the number of rows).
+_COLUMNS = f"""W1A2 stands for weights of 1 bit and activations of 2. Accuracies are the hard network's,
+means over the seeds with half their {comparison.CONFIDENCE:.0%} confidence interval
+(Student's t); an interval that would leave [0, 1] is cut off there and written out.
+"Validation", of images that are not trained on, is what choices are made by; "test" is of
+the last checkpoint, "best" that of the checkpoint with the best validation accuracy.
+"Paired" is the difference of "test" to the first row, seed by seed, p the probability of
+one as large if there were none (two-sided t test, not corrected for the number of rows).
 """
 
 
@@ -47,7 +49,7 @@ def write(folder: str, out: str) -> list[str]:
 
   Raises:
     cli.UsageError: there is no study, or `folder` is not in `out`.
-    OSError: it can not be written.
+    OSError: it cannot be written.
   """
   root = pathlib.Path(out).resolve()
   cli.check(pathlib.Path(folder).resolve().is_relative_to(root), "runs", folder,
@@ -62,8 +64,8 @@ def write(folder: str, out: str) -> list[str]:
     everything += runs
     curves = [run for run in runs
               if run["config"]["eval_every_epochs"] < run["config"]["num_epochs"]]
-    drawn, _ = figures.draw(curves, str(path.with_suffix("")), "conv2")
-    log += drawn
+    drawn, missing = figures.draw(curves, str(path.with_suffix("")), "conv2")
+    log += [*drawn, *(f"not drawn of {path}: {line}" for line in missing)]
     parts.append(study(path.resolve().relative_to(root), _title(path), runs))
     parts += [f"![{file.stem}]({file.resolve().relative_to(root)})\n"
               for file in sorted(path.with_suffix("").glob("fig*.png"))]
@@ -121,7 +123,7 @@ def _dataset(compared):
 def _varied(runs):
   values = {}
   for run in runs:
-    for name, value in run["config"].items():
+    for name, value in records.acting(run["config"]).items():
       values.setdefault(name, set()).add(json.dumps(value))
   return [name for name, found in values.items()
           if len(found) > 1 and name not in records.NO_MATTER]
@@ -133,8 +135,9 @@ def _table(groups, by):
     test, best = group.estimates.values()
     pairs = [] if group is groups[0] else comparison.paired(
         group, groups[0], "test_accuracy")
-    rows.append([_label(group, by), str(test.count), _validation(group), _mean(test),
-                 _mean(best), *_difference(pairs)])
+    rows.append([_label(group, by), str(test.count), _validation(group),
+                 comparison.described(test), comparison.described(best),
+                 *_difference(pairs)])
   return tables.table_of(
       ["run", "seeds", "validation", "test", "best", "paired", "p"], rows)
 
@@ -148,7 +151,8 @@ def _pooled(dataset, compared, by):
         pairs.setdefault(_label(group, by), []).extend(found)
   if len(compared) == 1 or not pairs:
     return ""
-  return f"**All networks on {dataset} together**\n\n" + tables.table_of(
+  title = titles.dataset({"dataset": dataset})
+  return f"**All networks on {title} together**\n\n" + tables.table_of(
       ["run", "pairs", "paired", "p"],
       [[name, str(len(values)), *_difference(values)]
        for name, values in pairs.items()])
@@ -172,21 +176,17 @@ def _validation(group):
   return f"{comparison.estimate(values).mean:.4f}"
 
 
-def _mean(of):
-  return f"{of.mean:.4f}" + ("" if of.margin is None else f" ± {of.margin:.4f}")
-
-
 def _difference(pairs):
   if not pairs:
     return "", ""
   found, p = comparison.estimate(pairs), comparison.p_value(pairs)
-  margin = "" if found.margin is None else f" ± {found.margin:.4f}"
-  return f"{found.mean:+.4f}{margin}", "" if p is None else f"{p:.2g}"
+  return (comparison.described(found, comparison.DIFFERENCE, sign="+"),
+          "" if p is None else f"{p:.2g}")
 
 
 def _problem(config):
-  return (f"{figures.network(config)}, {config['dataset']}, "
-          f"{config['input_bits']}/{config['weight_bits']} bits (inputs/weights)")
+  return ", ".join(name(config) for name in (titles.network, titles.dataset,
+                                             titles.bits))
 
 
 def _shared(compared):
@@ -214,15 +214,11 @@ def _title(path):
 
 def _paper(runs):
   found, _ = tables.tables(runs)
-  ours = {table: [row for row in rows if row["ours"] is not None]
-          for table, rows in found.items()}
-  lines = ["## The paper's, and ours at full size\n", tables.WHAT]
-  lines += [tables.sections({table: rows for table, rows in ours.items() if rows})]
-  counts = (f"{table}: {len(ours[table])} of {len(rows)}"
-            for table, rows in found.items())
-  lines.append("Cells that runs are of, by table: " + ", ".join(counts) + ". All of the "
-               "paper's numbers: `python -m minw.report tables --runs=results`.\n")
-  return "\n".join(lines)
+  return "\n".join([
+      "## The paper's, and ours at full size\n", tables.WHAT,
+      tables.sections(tables.with_runs(found)),
+      f"{tables.counts(found)} All of the paper's numbers: `python -m minw.report tables "
+      "--runs=results --out=tables`.\n"])
 
 
 def _published() -> str:

@@ -11,6 +11,7 @@ from minw.report import records
 
 Rows = list[dict[str, Any]]
 
+_BITS = ("inputs", "weights")  # In every row; the rest of a place where it varies.
 _PLACE = ("dataset", "network", "inputs", "weights", "estimator", "measure")
 _RESULT = ("paper", "ours", "difference", "seeds", "standard deviation", "epochs")
 
@@ -23,9 +24,9 @@ def tables(runs: Sequence[records.Record]) -> tuple[dict[str, Rows],
     runs: see `records.read`.
 
   Returns:
-    By table rows, one a cell without runs, else one for each kind of run: configs that
-    differ in more than the seed are never averaged. A row has the names of the cell's
-    place, of which those are left out that are the same in all of the table, and
+    By table rows, one for a cell without runs, else one for each kind of run: configs
+    that differ in more than the seed are never averaged. A row has the bits of inputs
+    and weights, the other names of the cell's place that vary within the table, and
 
       paper: the number.
       ours, difference: the mean over the seeds; that minus the paper's.
@@ -48,7 +49,8 @@ def tables(runs: Sequence[records.Record]) -> tuple[dict[str, Rows],
   result = {}
   for table, cells in itertools.groupby(paper.CELLS, lambda cell: cell.table):
     cells = list(cells)
-    place = [name for name in _PLACE if len({getattr(c, name) for c in cells}) > 1]
+    place = [name for name in _PLACE
+             if name in _BITS or len({getattr(c, name) for c in cells}) > 1]
     result[table] = [
         {**{name: getattr(cell, name) for name in place}, **_result(cell, group)}
         for cell in cells for group in found.get(cell, {"": []}).values()]
@@ -84,13 +86,39 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
   return records.settings(config, said)
 
 
+def with_runs(rows: dict[str, Rows]) -> dict[str, Rows]:
+  """The rows that have a run, of tables that have any."""
+  ours = {table: [row for row in lines if row["ours"] is not None]
+          for table, lines in rows.items()}
+  return {table: lines for table, lines in ours.items() if lines}
+
+
+def counts(rows: dict[str, Rows]) -> str:
+  """How many cells of each table have runs: "Cells with runs, by table: I: 1 of 64"."""
+  cells = {table: {tuple(row.get(name) for name in _PLACE): row["ours"] is not None
+                   for row in lines} for table, lines in rows.items()}
+  return "Cells with runs, by table: " + ", ".join(
+      f"{table}: {sum(found.values())} of {len(found)}"
+      for table, found in cells.items()) + "."
+
+
 def markdown(rows: dict[str, Rows], left_out: Sequence[records.LeftOut]) -> str:
-  """All tables for a reader; what is not there is empty."""
-  parts = ["# The paper's results and ours\n", WHAT, sections(rows)]
+  """Tables for a reader; what is not there is empty."""
+  parts = ["# The paper's results and ours\n", WHAT,
+           sections(rows) if rows else "No run is of a cell of these tables.\n"]
   if left_out:
     parts.append("## Runs that are in no table\n")
-    parts.append("".join(f"- {name}: {why}\n" for name, why in left_out))
+    parts.append("".join(
+        f"- {_together([name for name, _ in group])}: {why}\n"
+        for (why, _), group in itertools.groupby(
+            left_out, lambda run: (run.why, run.name.rpartition(":")[0]))))
   return "\n".join(parts)
+
+
+def _together(names: list[str]) -> str:
+  """Names of runs that follow each other and have one reason."""
+  return names[0] if len(names) == 1 else (
+      f"{len(names)} runs, {names[0]} to {names[-1]}")
 
 
 WHAT = ("Paper: arXiv 2003.04296. Ours: mean over the seeds, of the hard network at the "
@@ -107,10 +135,11 @@ def sections(rows: dict[str, Rows]) -> str:
     shared = dict(set.intersection(*(_items(row["settings"]) for row in ours))
                   if len(ours) > 1 else ())
     own = ("settings",) * any(_items(row["settings"]) - shared.items() for row in ours)
-    names = [name for name in lines[0] if name not in ("settings", "commits")]
+    place = [name for name in lines[0] if name in _PLACE and name not in _BITS]
     parts.append(f"## Table {table}: {paper.CAPTIONS[table]}\n")
-    parts.append(table_of([*names, *own], [
-        [*(_text(row[name], name, digits) for name in names),
+    parts.append(table_of([*place, "bits", *_RESULT, *own], [
+        [*(row[name] for name in place), f"W{row['weights']}A{row['inputs']}",
+         *(_text(row[name], name, digits) for name in _RESULT),
          *(_described(_items(row["settings"]) - shared.items()) for _ in own)]
         for row in lines]))
     if shared:
