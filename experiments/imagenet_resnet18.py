@@ -22,17 +22,8 @@ def get_config(argument: str = ""):
   a = config.parse_argument(
       argument, input_bits=2, weight_bits=1, first="float32", last="float32",
       estimator="aqe", seed=0)
-  c = config.default_config()
-  c.dataset = "imagenet2012"
-  c.network = "resnet18"
-  c.crop_size = 224
+  c = config.default_config(dataset="imagenet2012")
   c.data_workers = 8
-  c.kernel_init = "he_normal"
-  c.batch_size, c.eval_batch_size = 256, 250
-  c.num_epochs = 90
-  c.optimizer, c.momentum, c.weight_decay = "sgd", 0.9, 1e-4
-  c.learning_rate, c.learning_rate_schedule = 0.1, "steps"
-  c.learning_rate_decay, c.learning_rate_steps = 0.1, (30 / 90, 60 / 90, 80 / 90)
   c.input_bits = a.input_bits
   c.weight_bits = a.weight_bits
   c.bits_rules = (("stem", a.first), ("dense1", a.last))

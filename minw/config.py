@@ -134,15 +134,65 @@ FIELDS = {
 _HISTOGRAMS = ((1, 40), (1, 8), (11, 40))  # Fractions of the run, as in Figs 1-4.
 
 
-def default_config() -> config_dict.ConfigDict:
-  """The paper's recipe for CIFAR-10: ConvNet D, W1A1, AQE."""
-  c = config_dict.ConfigDict()
+# What differs from the fields' defaults, which are for CIFAR, on another data set.
+_RECIPES = {
+    "digits": dict(
+        crop_size=8, random_flip=False, conv_widths=(32, 32, 64, 64),
+        dense_widths=(128,), batch_size=64, num_epochs=40, eval_batch_size=360,
+        eval_every_epochs=4),
+    "imagenet2012": dict(
+        network="resnet18", crop_size=224, kernel_init="he_normal", batch_size=256,
+        eval_batch_size=250, num_epochs=90, optimizer="sgd", momentum=0.9,
+        weight_decay=1e-4, learning_rate=0.1, learning_rate_schedule="steps",
+        learning_rate_decay=0.1, learning_rate_steps=(30 / 90, 60 / 90, 80 / 90)),
+}
+
+_BITS = ("input_bits", "weight_bits")  # Integers, or names of float formats.
+
+
+class Config(config_dict.ConfigDict):
+  """A config. Once locked, a wrong name or type is an error at the assignment."""
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    if not self.is_locked:
+      super().__setitem__(name, value)
+      return
+    if name not in self:
+      raise cli.unknown_name("config field", name, self.keys())
+    kind = type(self[name])
+    allowed = name in _BITS or (
+        value is not None and isinstance(value, bool) == (kind is bool))
+    try:
+      cli.check(allowed, f"config.{name}", value, f"of type {kind.__name__}")
+      super().__setitem__(name, value)
+    except TypeError as error:
+      raise cli.bad_value(
+          f"config.{name}", value, f"of type {kind.__name__}") from error
+
+
+def default_config(dataset: str = "cifar10") -> Config:
+  """A config that trains on a data set, for experiments to start from.
+
+  Args:
+    dataset: One of `datasets.NAMES`. For CIFAR-10 and CIFAR-100 the config is the
+      paper's recipe: ConvNet D, W1A1, AQE.
+
+  Returns:
+    The config, locked: fields can be changed and none can be added.
+
+  Raises:
+    cli.UsageError: there is no such data set.
+  """
+  if dataset not in datasets.NAMES:
+    raise cli.unknown_name("data set", dataset, datasets.NAMES)
+  c = Config()
   for section in FIELDS.values():
     for name, (default, _) in section.items():
-      if name in ("input_bits", "weight_bits"):  # Numbers, or names of float formats.
+      if name in _BITS:
         c[name] = config_dict.placeholder(object)
       c[name] = default
-  return c
+  c.update(_RECIPES.get(dataset, {}), dataset=dataset)
+  return c.lock()
 
 
 def histogram_epochs(c: config_dict.ConfigDict) -> tuple[int, ...]:
@@ -175,7 +225,7 @@ def validate(c: config_dict.ConfigDict) -> None:
   for name, default in defaults.items():
     if name not in c:
       raise cli.UsageError(f"config field {name!r} is missing")
-    if name not in ("input_bits", "weight_bits"):
+    if name not in _BITS:
       cli.check(type(c[name]) is type(default), f"config.{name}", c[name],
                 f"of type {type(default).__name__}")
 
@@ -335,13 +385,7 @@ def from_json(text: str) -> config_dict.ConfigDict:
   except (ValueError, TypeError) as error:
     raise cli.UsageError(f"config.json is damaged: {error}") from error
   for name, value in values.items():
-    if name not in config:
-      raise cli.unknown_name("config field", name, config.keys())
-    try:
-      config[name] = _tuples(value)
-    except TypeError as error:
-      raise cli.bad_value(f"config.{name}", value,
-                          f"of type {type(config[name]).__name__}") from error
+    config[name] = _tuples(value)
   return config
 
 

@@ -195,11 +195,9 @@ FILE = "must be a name or a Python file whose get_config returns a config"
     ("os_error.py", "FileNotFoundError: "),
     ("none.py", "TypeError: it returned NoneType"),
     ("dict.py", "TypeError: it returned dict"),
-    ("wrong_type.py", "TypeError: Could not override field 'seed'"),
     ("frozen.py", "AttributeError: "),
     ("good.py:seed=1", "TypeError: get_config() takes 0 positional arguments but 1"),
     ("good.py:", "TypeError: get_config() takes 0 positional arguments but 1"),
-    (f"{CIFAR}:seed=a", "TypeError: Could not override field 'seed'"),
     (f"{CIFAR}:network=[1]", "TypeError: "),
 ])
 def test_experiment_files(refuses, name, reason):
@@ -212,6 +210,8 @@ def test_experiment_files(refuses, name, reason):
     ("unknown_field.py",
      "config field 'learning_rte' does not exist; did you mean 'learning_rate'?"),
     ("list.py", "config.input_bits: bits=[1, 2]: must be one of 1, 2, 3, 4, 5 or a "),
+    ("wrong_type.py", "config.seed='x': must be of type int"),
+    (f"{CIFAR}:seed=a", "config.seed='a': must be of type int"),
     ("nan.py", "config.alpha_end=nan: must be in [0, 1]"),
     ("grüße.py", "config.seed=-1: must be in [0, 2^32)"),
     ("folder", "config 'folder' does not exist; known: cifar_convnet, cifar_densenet1"),

@@ -10,6 +10,7 @@ import pytest
 
 from minw import cli
 from minw import config as config_lib
+from minw import datasets
 
 DEFAULT = config_lib.default_config()
 BITS = ("must be one of 1, 2, 3, 4, 5 or a float format named by its dtype: "
@@ -46,6 +47,54 @@ def test_default_is_the_papers_recipe():
   assert (c.alpha_shape, c.alpha_start, c.alpha_final) == ("linear", 0.5, 1.0)
   assert c.alpha_end * c.num_epochs == 93 and not c.alpha_per_layer
   assert c.pixels == "integer" and c.pad_value == 0.0 and c.seed == 0
+
+
+@pytest.mark.parametrize("name", datasets.NAMES)
+def test_defaults_fit_their_data_set(name):
+  c = config_lib.default_config(dataset=name)
+  config_lib.validate(c)
+  assert c.dataset == name
+  # Crops are no larger than what is read: all of the digits, most of the others.
+  assert c.crop_size == {"digits": 8, "imagenet2012": 224}.get(name, 24)
+  assert c.random_flip == (name != "digits")  # A mirrored 2 is no digit.
+  assert c.network == ("resnet18" if name == "imagenet2012" else "convnet")
+
+
+def test_defaults_of_an_unknown_data_set():
+  with pytest.raises(cli.UsageError,
+                     match="data set 'digit' does not exist; did you mean 'digits'?"):
+    config_lib.default_config(dataset="digit")
+  with pytest.raises(TypeError, match="datset"):
+    config_lib.default_config(datset="digits")  # pytype: disable=wrong-keyword-args
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("crop_sze", 9, "config field 'crop_sze' does not exist; did you mean 'crop_size'?"),
+    ("crop_size", "9", "config.crop_size='9': must be of type int"),
+    ("crop_size", 9.5, "config.crop_size=9.5: must be of type int"),
+    ("seed", True, "config.seed=True: must be of type int"),
+    ("seed", None, "config.seed=None: must be of type int"),
+    ("random_flip", 1, "config.random_flip=1: must be of type bool"),
+    ("conv_widths", 8, "config.conv_widths=8: must be of type tuple"),
+    ("estimator", 1, "config.estimator=1: must be of type str"),
+])
+def test_wrong_assignments(name, value, message):
+  """They fail where they are made, and change nothing."""
+  c = config_lib.default_config()
+  for assign in (lambda: setattr(c, name, value), lambda: c.update({name: value}),
+                 lambda: config_lib.copy(c, **{name: value})):
+    with pytest.raises(cli.UsageError) as error:
+      assign()
+    assert str(error.value) == message
+  assert config_lib.differing_fields(c, DEFAULT) == []
+
+
+def test_right_assignments():
+  c = config_lib.default_config()
+  c.conv_widths, c.learning_rate, c.input_bits = [8, 8], 1, "bfloat16"
+  assert (c.conv_widths, c.learning_rate, c.input_bits) == ((8, 8), 1.0, "bfloat16")
+  assert type(c.learning_rate) is float
+  config_lib.validate(c)
 
 
 def test_each_call_makes_another_config():
@@ -316,7 +365,7 @@ GOOD = config_lib.to_json(DEFAULT)
     (GOOD.replace('"random_flip": true', '"random_flip": 1'),
      "config.random_flip=1: must be of type bool"),
     (GOOD.replace('"seed": 0', '"seed": [0]'),
-     r"config.seed=\[0\]: must be of type int"),
+     r"config.seed=\(0,\): must be of type int"),
 ])
 def test_damaged_json(text, message):
   assert text != GOOD
@@ -340,6 +389,8 @@ def test_differing_fields():
       "conv_widths: (64, 64, 128, 128, 256, 256), (8,)",
       "input_bits: 'bfloat16', 1",
       "seed: 0, 3"]
+  a.unlock()
+  b.unlock()
   del a.seed
   b.more = 1
   assert config_lib.differing_fields(a, b)[2:] == ["more: None, 1", "seed: None, 3"]

@@ -5,7 +5,10 @@ import re
 
 import numpy as np
 
+from minw import datasets
 from minw import infer
+from minw import pack
+from minw.kernels import reference
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -17,6 +20,31 @@ def blocks():
 def test_estimators():
   code = next(block for block in blocks() if "estimators.aqe" in block)
   exec(code, {})
+
+
+def test_train_and_evaluate(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  code = next(block for block in blocks() if "train.train_and_evaluate" in block)
+  names = {}
+  shorter = "num_epochs, c.conv_widths, c.dense_widths = 1, (8, 8), (16,)"
+  assert "num_epochs = 10 " in code
+  exec(code.replace("num_epochs = 10 ", shorter), names)
+  assert names["status"]["state"] == "done"
+  assert (tmp_path / "runs" / "python" / "status.json").exists()
+
+
+def test_own_loop():
+  """Its network is right on most test images once it is packed."""
+  code = next(block for block in blocks() if "def step" in block)
+  assert "(32, 32)" in code
+  names = {}
+  exec(code.replace("(32, 32)", "(16, 16)"), names)
+  info = datasets.info("digits")
+  program = pack.pack(names["net"], names["variables"], pixels=names["pixels"],
+                      source_shape=info.image_shape)
+  images, labels = datasets.load("digits", "test", None)
+  found = reference.logits(program, images).argmax(-1)
+  assert np.mean(found == labels) > 0.8
 
 
 def test_own_network(tmp_path, monkeypatch):
