@@ -15,8 +15,8 @@ import numpy as np
 from minw import structure
 
 # Operations that move values without changing them.
-_MOVES = ("broadcast_in_dim", "copy", "copy_p", "name", "optimization_barrier",
-          "reshape", "rev", "slice", "squeeze", "stop_gradient", "transpose")
+_MOVES = ("broadcast_in_dim", "copy", "copy_p", "name", "reshape", "rev", "slice",
+          "squeeze", "stop_gradient", "transpose")
 _CASTS = ("convert_element_type", "reduce_precision")
 _MAXIMA = ("reduce_max", "reduce_window_max")
 _SUMS = ("reduce_sum", "reduce_window_sum")
@@ -82,6 +82,8 @@ def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any
   Raises:
     ValueError: A parameter is used in a way that does not fold.
   """
+  if eqn.primitive.name == "optimization_barrier":
+    return list(given)
   activations = [x for x in given if isinstance(x, Activation)]
   parameters = [x for x in given if isinstance(x, Parameter)]
   if activations and parameters:
@@ -149,7 +151,9 @@ def _carry(eqn, given, owners):
   if len(given) == 1 and name == "convert_element_type" and (
       eqn.outvars[0].aval.dtype == x.rows.dtype):
     return x
-  rows, = structure.apply_equation(eqn, [value_of(x) for x in given])
+  rows, *more = structure.apply_equation(eqn, [value_of(x) for x in given])
+  if more:
+    raise _refusal(owners[-1], f"is followed by {name}")
   if all(isinstance(x, Activation) for x in given):
     wide = [Activation(x.rows, *_by_channel(x), x.owners) for x in given]
     if name == "concatenate" and eqn.params["dimension"] == rows.ndim - 1:
