@@ -182,7 +182,7 @@ def fold_rprelu(rprelu: Rprelu, output_scale: float = 1.0) -> Rprelu:
   """
   gamma, beta, zeta = (np.asarray(field, np.float64) for field in rprelu)
   return Rprelu(*(
-      np.where(np.abs(field) < _SMALLEST_NORMAL, 0.0, field).astype(np.float32)
+      _without_denormals(field).astype(np.float32)
       for field in (gamma / output_scale, np.abs(beta), zeta / output_scale)))
 
 
