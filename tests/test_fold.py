@@ -446,6 +446,30 @@ def test_bounds_of_a_convolution_are_attained(
             0, 0, 0, channel]
 
 
+def test_bounds_scales_and_units_of_groups():
+  """An output channel is bounded by its own group's inputs, and has their scale."""
+  rng = np.random.default_rng(0)
+  kernel = rng.normal(size=(3, 3, 2, 6)).astype(np.float32)
+  levels = h(kernel, np.array(FACTORS[3]) * np.abs(kernel).mean(), LEVELS[3])
+  bound = np.float32([1, 2, 0.5, 0.25, 4, 3])
+  unit, scale = np.repeat([1, 0.25, 0.5], 2), np.repeat([0.75, 1.0, 3.0], 2)
+  layer = layers.QuantConv(6, bits=3, feature_group_count=3, kernel_dilation=(2, 1))
+  probe = lambda scale: np.asarray(fold.probe_rows(
+      fold.Probe(np.broadcast_to(bound, (5, 4, 6)), unit, 2.0), scale))
+  apply = lambda rows: layer.apply(
+      {"params": {"kernel": kernel}}, rows, mode="fold", mutable=["hard"])[0]
+  rows = np.asarray(apply(probe(scale)))
+  size = np.abs(levels).sum((0, 1))
+  for channel in range(6):
+    group = channel // 2
+    inputs = bound[2 * group:2 * group + 2]
+    np.testing.assert_array_equal(rows[0, ..., channel], inputs @ size[:, channel])
+  np.testing.assert_array_equal(rows[1], np.broadcast_to(unit / 4, rows[1].shape))
+  np.testing.assert_array_equal(fold.probe_scale(rows), scale)
+  with pytest.raises(ValueError, match="gets channels of different scales"):
+    apply(probe(np.float64([0.75, 1, 1, 1, 3, 3])))
+
+
 def test_bounds_of_a_dense_layer():
   # Every input has its own bound: 1 and 2 come from two places of a 1x2 map.
   kernel = np.float32([[0.4, -0.6], [-0.8, 0.001]])

@@ -43,9 +43,11 @@ def mixed_input(y, bits, alpha) -> np.ndarray:
   return alpha * h(y, THRESHOLDS[bits], LEVELS[bits]) + (1 - alpha) * y
 
 
-def convolve(x, kernel, strides, padding, pad_value) -> np.ndarray:
+def convolve(x, kernel, strides, padding, pad_value, dilation=(1, 1), groups=1):
   """A direct convolution in float64: one product for each place of the kernel."""
-  (height, width), (kh, kw) = x.shape[1:3], kernel.shape[:2]
+  height, width = x.shape[1:3]
+  kh, kw = ((n - 1) * step + 1 for n, step in zip(kernel.shape[:2], dilation))
+  inputs, outputs = kernel.shape[2], kernel.shape[3] // groups
   (top, bottom), (left, right) = (
       ((0, 0), (0, 0)) if isinstance(padding, str) else padding)
   out_h = (height + top + bottom - kh) // strides[0] + 1
@@ -56,12 +58,16 @@ def convolve(x, kernel, strides, padding, pad_value) -> np.ndarray:
     left = max((out_w - 1) * strides[1] + kw - width, 0) // 2
   out = np.zeros((len(x), out_h, out_w, kernel.shape[-1]))
   for i, j in np.ndindex(out_h, out_w):
-    for k, l in np.ndindex(kh, kw):
-      row, column = i * strides[0] + k - top, j * strides[1] + l - left
+    for k, l in np.ndindex(kernel.shape[:2]):
+      row = i * strides[0] + k * dilation[0] - top
+      column = j * strides[1] + l * dilation[1] - left
       inside = 0 <= row < height and 0 <= column < width
       pixel = x[:, row, column] if inside else np.full(
           (len(x), x.shape[-1]), pad_value)
-      out[:, i, j] += pixel @ kernel[k, l]
+      for group in range(groups):
+        to = slice(group * outputs, (group + 1) * outputs)
+        out[:, i, j, to] += (
+            pixel[:, group * inputs:(group + 1) * inputs] @ kernel[k, l, :, to])
   return out
 
 
@@ -116,6 +122,54 @@ def test_convolution(bits, size, kernel_size, strides, padding, pad):
         x, mixed_kernel(kernel, bits, alpha), strides, padding, pad), atol=2e-5)
 
 
+@pytest.mark.parametrize("groups, channels, features, dilation, strides, padding", [
+    (4, 4, 4, (1, 1), (1, 1), "SAME"),
+    (3, 3, 6, (1, 1), (2, 2), "SAME"),
+    (2, 6, 4, (1, 1), (1, 2), "VALID"),
+    (1, 2, 3, (2, 2), (1, 1), "SAME"),
+    (1, 2, 3, (3, 1), (2, 3), "VALID"),
+    (1, 1, 2, (1, 9), (1, 1), "SAME"),  # Wider than the map.
+    (3, 3, 3, (2, 1), (2, 2), "SAME"),
+    (2, 4, 6, (1, 2), (1, 1), ((3, 0), (1, 2))),
+])
+def test_groups_and_dilation(groups, channels, features, dilation, strides, padding):
+  rng = np.random.default_rng(groups)
+  x = rng.normal(size=(2, 7, 8, channels)).astype(np.float32)
+  kernel = rng.normal(0, 0.5, (3, 3, channels // groups, features)).astype(np.float32)
+  for bits, pad in ((1, 0.0), (3, -1.0)):
+    layer = layers.QuantConv(
+        features, (3, 3), strides, padding, pad, bits=bits,
+        feature_group_count=groups, kernel_dilation=dilation)
+    fresh = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, 1.0, "train"))
+    assert fresh["params"]["kernel"].shape == kernel.shape
+    got = layer.apply({"params": {"kernel": kernel}}, x, 0.3, "mixed")
+    np.testing.assert_allclose(got, convolve(
+        x, mixed_kernel(kernel, bits, 0.3), strides, padding, pad, dilation, groups),
+                               atol=2e-5)
+
+
+@pytest.mark.parametrize("groups", (1, 2, 4))
+def test_scales_and_means_of_channels_in_groups(groups):
+  """They are over the weights that an output channel has."""
+  rng = np.random.default_rng(0)
+  x = rng.choice([-1.0, 1.0], (1, 3, 3, 4)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 4 // groups, 8)).astype(np.float32)
+  layer = layers.QuantConv(
+      8, padding="VALID", bits=2, threshold_rule="channel_mean",
+      weight_scale="channel_mean", feature_group_count=groups)
+  mean = np.abs(kernel.astype(np.float64)).reshape(-1, 8).mean(0)
+  levels = np.sign(kernel) * (np.abs(kernel) > 0.7 * mean)
+  np.testing.assert_allclose(
+      layer.apply({"params": {"kernel": kernel}}, x, 1.0, "mixed"),
+      convolve(x, levels * mean, (1, 1), "VALID", 0, groups=groups), atol=2e-5)
+
+
+def test_groups_that_do_not_divide_the_inputs():
+  layer = layers.QuantConv(6, feature_group_count=3)
+  with pytest.raises(ValueError, match="feature_group_count=3 must divide .* 4 input"):
+    layer.init(jax.random.key(0), np.zeros((1, 5, 5, 4)), mode="train")
+
+
 @pytest.mark.parametrize("attribute, value", [
     ("padding", "same"), ("padding", "SAME_LOWER"), ("padding", "CIRCULAR"),
     ("padding", 1), ("padding", (1, 1)), ("padding", ((1, 1),)), ("padding", None),
@@ -124,6 +178,7 @@ def test_convolution(bits, size, kernel_size, strides, padding, pad):
     ("strides", 2), ("strides", (2,)), ("strides", (0, 1)), ("strides", (1, 1.0)),
     ("kernel_size", 3), ("kernel_size", (3, 3, 3)), ("kernel_size", (0, 3)),
     ("features", 0), ("features", 4.0), ("kernel_dilation", 2),
+    ("kernel_dilation", (0, 1)), ("kernel_dilation", (1, 1, 1)),
     ("feature_group_count", 0), ("feature_group_count", 3),
 ])
 def test_attributes_of_a_convolution_that_are_wrong(attribute, value):

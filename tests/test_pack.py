@@ -20,6 +20,7 @@ from minw import packed
 from minw import pipeline
 from minw import quantizers
 from minw import verify
+from minw.kernels import native
 
 PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 
@@ -198,6 +199,82 @@ def test_dense_network(weights, bits):
   assert [max(op.shifts) for op in concats] == [{1: 6, 2: 6, 3: 4}[bits]] * 3
 
 
+class MobileNet(nn.Module):
+  """Depthwise 3x3 and pointwise 1x1 convolutions in turn."""
+
+  bits: tuple = (1, 1, 1)  # Activations before each depthwise convolution.
+  weights: tuple = (1, 1, 1)  # Of each pair of convolutions.
+  pad: float = 0.0
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode="hard"):
+    x = layers.QuantConv(8, strides=(2, 2), name="stem")(x, alpha, mode)
+    for i, (bits, weights) in enumerate(zip(self.bits, self.weights)):
+      channels = x.shape[-1]
+      conv = functools.partial(layers.QuantConv, bits=weights)
+      norm = functools.partial(layers.NormQuant, bits=bits)
+      x = norm(name=f"norm{i}a")(x, alpha, mode)
+      x = conv((1 + (i == 2)) * channels, strides=(1 + i % 2,) * 2, name=f"depthwise{i}",
+               pad_value=self.pad, kernel_dilation=(1 + i // 2, 1),
+               feature_group_count=channels)(x, alpha, mode)
+      x = norm(name=f"norm{i}b")(x, alpha, mode)
+      x = conv(12 + 12 * i, (1, 1), name=f"pointwise{i}",
+               feature_group_count=1 + i)(x, alpha, mode)
+    x = norm(name="norm_last")(x, alpha, mode)
+    x = layers.QuantDense(5, name="fc")(jnp.sum(x, (1, 2)), alpha, mode)
+    return layers.NormQuant(bits=None, name="norm_fc")(x, mode=mode)
+
+
+def same_logits(program, *backends, count=3):
+  data = packed.to_bytes(program)
+  images = np.random.default_rng(1).integers(
+      0, 256, (count, *program.source_shape), np.uint8)
+  want = infer.Network(data, "reference", 1).logits(images)
+  for backend in backends:
+    got = infer.Network(data, backend, 2).logits(images)
+    np.testing.assert_array_equal(got, want, err_msg=backend)
+
+
+@pytest.mark.parametrize("bits, weights, pad", [
+    ((1, 1, 1), (1, 1, 1), 0.0), ((2, 2, 2), (2, 2, 2), 1.0),
+    ((3, 3, 3), (3, 3, 3), -1.0), ((3, 1, 2), (1, 2, 3), 0.0)])
+def test_mobilenet(bits, weights, pad):
+  model = MobileNet(bits, weights, pad)
+  program = assert_packs(model, size=15, count=3)
+  assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
+  assert [(op.groups, op.dilation) for op in program.ops if op.name[:5] == "depth"] == [
+      (8, (1, 1)), (12, (1, 1)), (24, (2, 1))]
+  same_logits(program, "native" if native.available() else "reference", "xla")
+
+
+def test_mobilenet_learns():
+  """Every kernel has a gradient, and the loss falls."""
+  model, shape = MobileNet((1, 2), (1, 3)), (8, 8, 3)
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(16, *shape)).astype(np.float32)
+  labels = jax.nn.one_hot(rng.integers(0, 5, 16), 5)
+  variables = layers.initialize(model, shape)
+
+  @jax.jit
+  def step(params, stats):
+    def loss(params):
+      logits, new = model.apply({"params": params, "batch_stats": stats}, x, 1.0,
+                                mode="train", mutable="batch_stats")
+      return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean(), new["batch_stats"]
+    (value, stats), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    params = jax.tree.map(lambda p, g: p - 0.05 * jnp.sign(g), params, gradients)
+    return value, gradients, params, stats
+
+  params, stats = variables["params"], variables["batch_stats"]
+  first, gradients, params, stats = step(params, stats)
+  for name, layer in gradients.items():
+    if "kernel" in layer:
+      assert np.isfinite(layer["kernel"]).all() and layer["kernel"].any(), name
+  for _ in range(10):
+    value, _, params, stats = step(params, stats)
+  assert value < 0.8 * first
+
+
 class Net(nn.Module):
   """A conv layer, then what a test puts there, then logits."""
 
@@ -370,6 +447,40 @@ def test_scales_of_shortcuts_beside_floats():
   program = assert_packs(Mixed(), size=9)
   op, = (op for op in program.ops if isinstance(op, packed.FloatNorm))
   assert op.shortcut_unit not in (0, 1) and op.grid == np.float32(0.5)
+
+
+def test_scales_that_differ_between_groups_fold():
+  """Inputs of two learned steps side by side, and channel means into a depthwise."""
+  lsq = estimators.by_name("lsq")
+
+  def body(x, *a):
+    x = jnp.concatenate([
+        layers.NormQuant(bits=2, estimator=lsq, name=f"n{i}")(x, *a) for i in (0, 1)], -1)
+    x = layers.QuantConv(6, bits=2, feature_group_count=2, weight_scale="channel_mean",
+                         name="grouped")(x, *a)
+    x = layers.QuantConv(6, feature_group_count=6, name="depthwise")(x, *a)
+    return layers.NormQuant(bits=3, name="last")(x, *a)
+
+  model, shape = Net(body), (9, 9, 3)
+  variables = randomized(model, shape)
+  variables["params"]["n0"]["step"] = np.float32(0.7)
+  variables["params"]["n1"]["step"] = np.float32(1.9)
+  program = assert_packs(model, size=9, variables=variables)
+  assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
+  images = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
+  x = pipeline.normalize(images, PIXELS)
+  hard = fold.fold(model, variables, pipeline.probe(PIXELS, shape))
+  trained = model.apply(variables, x, 1.0, mode="mixed")
+  near = np.isclose(model.apply(hard, x, mode="hard"), trained, rtol=1e-3, atol=1e-3)
+  assert near.all(-1).sum() >= 6 and np.ptp(trained, 0).max() > 0.1
+
+
+def test_border_too_wide_for_the_format_is_refused_by_name():
+  model = Net(lambda x, *a: layers.QuantConv(
+      4, kernel_dilation=(65, 1), name="wide")(quantized(x, *a), *a))
+  with pytest.raises(ValueError, match="layer wide: a dilation of 65"):
+    pack.pack(model, randomized(model, (9, 9, 3)), pixels=PIXELS,
+              source_shape=(9, 9, 3))
 
 
 @pytest.mark.parametrize("body, message", [

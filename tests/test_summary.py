@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
 import pytest
 
 from minw import config as config_lib
@@ -103,6 +104,28 @@ def test_a_valid_convolution_has_fewer_positions():
                  for padding in ("SAME", "VALID"))
   assert same.macs == 32 * 32 * 27 * 128
   assert valid.macs == 30 * 30 * 27 * 128
+
+
+def test_groups_and_dilation():
+  """The multiply-accumulates are those of each group."""
+  class Network(nn.Module):
+
+    @nn.compact
+    def __call__(self, x, alpha=1.0, mode="hard"):
+      x = layers.QuantConv(8, strides=(2, 2), name="full")(x, alpha, mode)
+      x = layers.NormQuant(name="norm1")(x, alpha, mode)
+      x = layers.QuantConv(16, name="depthwise", feature_group_count=8)(x, alpha, mode)
+      x = layers.NormQuant(name="norm2")(x, alpha, mode)
+      x = layers.QuantConv(12, name="groups", feature_group_count=4, padding="VALID",
+                           kernel_dilation=(2, 1))(x, alpha, mode)
+      return layers.NormQuant(bits=None, name="norm3")(x, alpha, mode)
+
+  result = summary.summarize(layers.trace(Network(), (16, 16, 3)))
+  assert [(layer.path, layer.output_shape, layer.weights, layer.macs)
+          for layer in result.layers] == [
+      ("full", (8, 8, 8), 9 * 3 * 8, 64 * 27 * 8),
+      ("depthwise", (8, 8, 16), 9 * 16, 64 * 9 * 16),
+      ("groups", (4, 6, 12), 9 * 4 * 12, 24 * 36 * 12)]
 
 
 def test_mixed_bits():
