@@ -253,7 +253,10 @@ def test_mobilenet_learns():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(16, *shape)).astype(np.float32)
   labels = jax.nn.one_hot(rng.integers(0, 5, 16), 5)
-  variables = layers.initialize(model, shape)
+  shapes = jax.eval_shape(lambda: layers.initialize(model, shape))
+  variables = jax.tree.map(
+      lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32) if leaf.ndim > 1
+      else np.ones(leaf.shape, np.float32), shapes)
 
   @jax.jit
   def step(params, stats):
