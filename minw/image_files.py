@@ -142,7 +142,8 @@ def _read(path, shape, shrink, background):
   height, width, channels = shape
   mode = os.stat(path).st_mode
   if stat.S_ISDIR(mode):
-    os.listdir(path)  # Says why it was not listed.
+    os.listdir(path)  # Says why `find` could not list it.
+    raise images.ImageError("it is a folder")
   if not stat.S_ISREG(mode):  # Opening a pipe could take forever.
     raise images.ImageError("it is not a regular file")
   if os.fspath(path).lower().endswith(".npy"):

@@ -237,7 +237,7 @@ def _fit(image, height, width, shrink):
   if ratio > 1 or shrink:
     size = (max(width, round(image.width * ratio)),
             max(height, round(image.height * ratio)))
-    if math.prod(size) > _RESIZED_PIXELS:  # It is a thousand times as long as high.
+    if math.prod(size) > _RESIZED_PIXELS:  # A long and narrow image.
       x, y = (max(0, n - m / ratio) / 2
               for n, m in zip(image.size, (width, height)))
       return image.resize((width, height), Image.Resampling.BILINEAR,

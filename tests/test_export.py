@@ -688,6 +688,16 @@ def test_images_from_files(tmp_path):
   np.testing.assert_array_equal(found, image[None, 2:6, 2:6])
 
 
+def test_images_on_a_background(tmp_path):
+  Image.new("LA", (8, 8), (99, 0)).save(tmp_path / "a.png")
+  for background, value in (("black", 0), ("255,255,255", 255)):
+    found = export_command.test_images([str(tmp_path)], small(), background)
+    assert (found == value).all()
+  (tmp_path / "b.png").write_bytes(b"")  # All that are named, or none.
+  with pytest.raises(cli.UsageError, match="images='.*b.png': cannot identify"):
+    export_command.test_images([str(tmp_path)], small())
+
+
 @pytest.mark.parametrize("arguments, message", [
     (("--format=c", "--out=x"), "one of --workdir and --model must be given"),
     (("--model={model}",), "--format and --out, or --golden, must be given"),

@@ -177,9 +177,11 @@ def test_what_is_no_regular_file(tmp_path):
   os.mkfifo(tmp_path / "pipe.png")
   with socket.socket(socket.AF_UNIX) as server:
     server.bind(str(tmp_path / "s.png"))
-    for path in (tmp_path / "pipe.png", tmp_path / "s.png", "/dev/zero", tmp_path):
+    for path in (tmp_path / "pipe.png", tmp_path / "s.png", "/dev/zero"):
       with pytest.raises(images.ImageError, match="it is not a regular file"):
         image_files.read(path, (8, 8, 1))
+  with pytest.raises(images.ImageError, match="it is a folder"):
+    image_files.read(tmp_path, (8, 8, 1))
   with pytest.raises(images.ImageError, match="^No such file or directory$"):
     image_files.read(tmp_path / "none.png", (8, 8, 1))
   (tmp_path / "loop.png").symlink_to("loop.png")
@@ -252,6 +254,13 @@ def test_decompression_bombs(tmp_path, monkeypatch):
         warnings.simplefilter(filters)
         with pytest.raises(images.ImageError, match="pixels"):
           image_files.read(path, (8, 8, 1))
+
+
+def test_photo_of_200_million_pixels(tmp_path):
+  """More than Pillow opens; decoded at an eighth of its size it takes little memory."""
+  path = tmp_path / "photo.jpg"
+  Image.new("L", (16320, 12240), 90).save(path, quality=50)
+  assert (image_files.read(path, (32, 32, 3)) == 90).all()
 
 
 def test_read_from_threads(tmp_path):
