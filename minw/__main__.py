@@ -6,7 +6,6 @@ it does and which flags it has.
 
 import ast
 import importlib
-import importlib.util
 import pathlib
 import sys
 
@@ -63,9 +62,8 @@ def _list() -> str:
 
 def _summary(module: str) -> str:
   """The first sentence of a module's docstring, read without importing the module."""
-  spec = importlib.util.find_spec(module)
-  assert spec and spec.origin
-  text = ast.get_docstring(ast.parse(pathlib.Path(spec.origin).read_text())) or ""
+  path = pathlib.Path(__file__).parent.joinpath(*module.split(".")[1:])
+  text = ast.get_docstring(ast.parse(path.with_suffix(".py").read_text())) or ""
   return text.splitlines()[0].partition(": `")[0].rstrip(":.") + "."
 
 

@@ -67,6 +67,12 @@ def test_inference(core):
   assert done.stdout.startswith("image.png\t")
 
 
+def test_list_of_commands(core):
+  done = core("-m", "minw", "--help")
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "  train " in done.stdout and "  infer " in done.stdout
+
+
 def test_export_as_c(core):
   done = core("-m", "minw.export", "--model=digits_convnet", "--format=c", "--out=n.c")
   assert (done.returncode, done.stderr) == (0, "")
@@ -77,6 +83,7 @@ def test_export_as_c(core):
     ["-m", "minw.main", "--config=digits_convnet", "--workdir=run"],
     ["-m", "minw.evaluate", "--help"],
     ["-m", "minw.report", "tables"],
+    ["-m", "minw", "train", "--help"],
     ["-m", "minw.export", "--workdir=run", "--format=c", "--out=n.c"],
 ], ids=" ".join)
 def test_commands_for_training(core, arguments):
