@@ -161,7 +161,8 @@ def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
 def apply_norm(acc: jax.Array, norm: Norm) -> jax.Array:
   """The hard network's batch norm: float32 (..., channels) -> the same."""
   # Where XLA sees a constant of 0 it may fuse the product into the next addition.
-  norm = Norm(*lax.optimization_barrier(tuple(norm)))
+  norm = Norm(*(lax.broadcast_to_rank(value, acc.ndim)
+                for value in lax.optimization_barrier(tuple(norm))))
   return (acc - norm.center) * norm.scale + norm.constant
 
 

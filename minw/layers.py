@@ -243,14 +243,15 @@ class NormQuant(nn.Module):
   def __call__(self, x, alpha=1.0, mode: str = "hard", shortcut=None):
     bits = bits_of(self)
     if mode == "train" and not self.is_initializing():
-      _named(self, _check_group, x.shape, self.group_size)
+      _check_group("/".join(self.path), x.shape, self.group_size)
     if self.rprelu and bits is None:
       raise ValueError(f"{'/'.join(self.path)}: rprelu=True; logits have none")
     if mode == "hard":
       y = fold.apply_norm(
           x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
       if self.has_variable("hard", "shortcut_scale"):  # Exact, as levels are 2^-n.
-        shortcut = shortcut * self.get_variable("hard", "shortcut_scale")
+        scale = self.get_variable("hard", "shortcut_scale")
+        shortcut = shortcut * lax.broadcast_to_rank(scale, shortcut.ndim)
     elif mode == "fold":
       return self._fold(x, bits, shortcut)
     elif mode == "train" and self.group_size and not self.is_initializing():
@@ -341,15 +342,15 @@ class NormQuant(nn.Module):
     return dict.fromkeys(names, input_shape[-1:])
 
 
-def _check_group(shape: Sequence[int], group_size: int) -> None:
+def _check_group(path: str, shape: Sequence[int], group_size: int) -> None:
   """Raises ValueError if batch norm would see a single value of each channel.
 
   That value less its mean is 0, whatever the input is.
   """
   if (group_size or shape[0]) * math.prod(shape[1:-1]) == 1:
     raise ValueError(
-        f"batch norm of one example of shape {tuple(shape[1:])} sees one value of each"
-        " channel, which teaches it nothing: train with at least 2 examples")
+        f"{path}: batch norm of one example of shape {tuple(shape[1:])} sees one value of"
+        " each channel, which teaches it nothing: train with at least 2 examples")
 
 
 class _GroupedBatchNorm(nn.Module):
@@ -376,8 +377,10 @@ class _GroupedBatchNorm(nn.Module):
       running.value = self.momentum * running.value + (1 - self.momentum) * now
     scale = lax.rsqrt(var + self.epsilon)
     if self.use_scale:
-      scale *= self.param("scale", nn.initializers.ones, x.shape[-1:])
+      learned = self.param("scale", nn.initializers.ones, x.shape[-1:])
+      scale *= lax.broadcast_to_rank(learned, groups.ndim)
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+    bias = lax.broadcast_to_rank(bias, groups.ndim)
     return ((groups - mean) * scale + bias).reshape(x.shape)
 
 
