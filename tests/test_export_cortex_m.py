@@ -7,12 +7,14 @@ import subprocess
 
 import numpy as np
 import pytest
-from test_export import FLAGS
 from test_export import convnet
 from test_export import digits_convnet
+from test_export import groups_and_dilation
 from test_export import order
 from test_export import residual_and_dense
 from test_export import resnet18
+from test_export import sum_of_many
+from test_export import tree
 from test_native import images
 
 from minw.export import c
@@ -42,14 +44,16 @@ def vectors(program, batch):
     (digits_convnet, 20), (lambda: residual_and_dense(1), 4),
     (lambda: residual_and_dense(3), 4),
     *[(functools.partial(convnet, name=name), 1) for name in "ABCD"],
-    (resnet18, 1)], ids=["digits", "every1", "every3", *"ABCD", "resnet18"])
+    (lambda: groups_and_dilation(2, -1), 4), (sum_of_many, 1), (tree, 1),
+    (resnet18, 1)], ids=[
+        "digits", "every1", "every3", *"ABCD", "groups", "sum", "tree", "resnet18"])
 def test_cortex_m3(tmp_path, capsys, make, count):
   program = make()
   batch = images(program, count)
   text = c.source(program, batch[:1])
   (tmp_path / "net.c").write_text(text)
   (tmp_path / "vectors.h").write_text(vectors(program, batch))
-  flags = [*FLAGS[:4], "-O2", "-mcpu=cortex-m3", "-mthumb"]
+  flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-mcpu=cortex-m3", "-mthumb"]
   subprocess.run([GCC, *flags, "-c", "net.c"], cwd=tmp_path, check=True)
   size = subprocess.run(["arm-none-eabi-size", "net.o"], cwd=tmp_path, check=True,
                         capture_output=True, text=True).stdout.split()
