@@ -384,9 +384,18 @@ def compiler(name):
   return shutil.which(name) or pytest.skip(f"{name} is not installed")
 
 
+def longest_sum():
+  """More terms than functions may recurse."""
+  b = Builder(np.random.default_rng(3), (3, 3, 1))
+  x = y = b.conv(0, 1, 4)
+  for _ in range(1500):
+    y = b.add(packed.Add("add", y, x))
+  return b.end(b.threshold(y, 1))
+
+
 @pytest.mark.parametrize("make", [
-    sum_of_many, tree, lambda: chained_pools("sum", 5), lambda: chained_pools("max", 2)],
-    ids=["sum", "tree", "sums", "maxima"])
+    sum_of_many, tree, longest_sum, lambda: chained_pools("sum", 5),
+    lambda: chained_pools("max", 2)], ids=["sum", "tree", "longest", "sums", "maxima"])
 def test_c_of_long_sums_and_pools(tmp_path, make):
   compiler("gcc")
   program = make()

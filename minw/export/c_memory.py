@@ -47,8 +47,9 @@ class Memory:
     self._planes: set[int] = set()
     self.depth = self._find_planes()
     roots = [*self.stored, len(program.ops)]
-    self.planes = {root: list(self._planes_of(root, 0, root)) for root in roots}
-    self.offsets, self.words = self._place()
+    reads, planes = self._find_sources()
+    self.planes = {root: planes[root] for root in roots}
+    self.offsets, self.words = self._place(reads)
 
   def bits(self, i: int) -> int:
     """Bits of a code; one more than its grid has where there is a 0 among signs."""
@@ -77,12 +78,17 @@ class Memory:
     reader, = self._readers[i]
     return all(isinstance(self._ops[k - 1], packed.Add) for k in (i, reader))
 
-  def terms(self, i: int, shift: int = 0) -> list[tuple[int, int]]:
+  def terms(self, i: int) -> list[tuple[int, int]]:
     """The values that a sum adds, each with its shift; sums of sums are one."""
-    op = self._ops[i - 1]
-    found = []
-    for j, by in ((op.a, shift + op.shift_a), (op.b, shift + op.shift_b)):
-      found += self.terms(j, by) if j and self.is_term(j) else [(j, by)]
+    op, found = self._ops[i - 1], []
+    rest = [(op.b, op.shift_b), (op.a, op.shift_a)]
+    while rest:
+      j, shift = rest.pop()
+      if j and self.is_term(j):
+        op = self._ops[j - 1]
+        rest += [(op.b, shift + op.shift_b), (op.a, shift + op.shift_a)]
+      else:
+        found.append((j, shift))
     return found
 
   def _is_stored(self, i):
@@ -110,26 +116,30 @@ class Memory:
         n > step and size > 1
         for n, step, size in zip(op.window, op.strides, self.kinds[i].shape))
 
-  def _planes_of(self, i, first, reader):
-    """The planes that value i needs, whose channel 0 is `first` of the root."""
-    op = self._ops[i - 1]
-    for j in packed.inputs(op):
-      if j and j not in self.stored:
-        is_plane = j in self._planes
-        yield from self._planes_of(j, first, j if is_plane else reader)
-        if is_plane:
-          yield Plane(j, first, reader)
-      if isinstance(op, packed.Concat):
-        first += self.kinds[j].shape[2]
+  def _find_sources(self):
+    """By value, the stored values and the planes that it is computed from.
 
-  def _reads(self, i):
-    """The stored values that one is computed from."""
-    found = set()
-    for j in packed.inputs(self._ops[i - 1]) if i else ():
-      found |= {j} if j in self.stored else self._reads(j)
-    return found
+    A plane's `first` counts from channel 0 of the value, and its `reader` is 0 until
+    the value is the plane or stored value that reads it.
+    """
+    reads, planes = [set() for _ in self.kinds], [[] for _ in self.kinds]
+    for i, op in enumerate(self._ops, start=1):
+      first = 0
+      for j in packed.inputs(op):
+        if j in self.stored:
+          reads[i].add(j)
+        else:
+          reads[i] |= reads[j]
+          planes[i] += [p._replace(first=first + p.first) for p in planes[j]]
+          if j in self._planes:
+            planes[i].append(Plane(j, first, 0))
+        if isinstance(op, packed.Concat):
+          first += self.kinds[j].shape[2]
+      if i in self._planes or i in self.stored or i == len(self._ops):
+        planes[i] = [p._replace(reader=p.reader or i) for p in planes[i]]
+    return reads, planes
 
-  def _place(self):
+  def _place(self, reads):
     """Offsets in an arena, and its size: each buffer in the first gap of its lifetime.
 
     Times are (the value that is made, how many planes were made for it). All that the
@@ -138,7 +148,7 @@ class Memory:
     """
     last = {i: i for i in self.stored}
     for i in self.planes:
-      for j in self._reads(i):
+      for j in reads[i]:
         last[j] = i
     placed, offsets = [], {}
     for root, planes in self.planes.items():
