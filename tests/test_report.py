@@ -329,8 +329,24 @@ def test_comparison():
   assert ("| last checkpoint | aqe | 3 | 0.8500 | 0.0100 | 0.8252 to 0.8748 |  |  |  |"
           "\n") in text
   assert "| 3 | +0.0100 | -0.0148 to 0.0348 |\n" in text
-  assert "## Default config\n" in text and "## weight_bits=2\n" in text
+  assert "## ConvNet D, CIFAR-10, W1A1\n" in text
+  assert "## ConvNet D, CIFAR-10, W2A1\n" in text
   assert "| last checkpoint | ste | 1 | 0.3000 |  |  |  |  |  |\n" in text
+
+
+def test_headings_of_comparisons():
+  """They say what is shared, and nothing that is compared."""
+  runs = [made(0.5, crop_size=30, bits_rules=(("conv1", 2),)), made(0.6, crop_size=30)]
+  for by, expected in (
+      (["bits_rules"], "ConvNet D, CIFAR-10, W1A1; crop_size=30"),
+      (["bits_rules", "weight_bits"], "ConvNet D, CIFAR-10; crop_size=30"),
+      (["bits_rules", "dataset", "network"], "W1A1; crop_size=30"),
+      (["bits_rules", "dataset", "network", "input_bits", "crop_size"], "All of these")):
+    compared, = comparison.compare(runs, by)
+    assert comparison.heading(compared) == expected
+  compared, *_ = comparison.compare(runs, ["estimator"])
+  assert comparison.heading(compared) == (
+      "ConvNet D, CIFAR-10, W1A1 (conv1=2); crop_size=30")
 
 
 def test_comparison_by_several_fields_and_without_partners():

@@ -27,7 +27,7 @@ SEEDS = range(2 if SMALL else 5)
 
 
 def digits_config(**changes: Any) -> Any:
-  """A 1/1 ConvNet on scikit-learn's digits, too small to learn them all."""
+  """A ConvNet with W1A1 on scikit-learn's digits, too small to learn them all."""
   c = config_lib.default_config()
   c.update(dataset="digits", crop_size=8, random_flip=False, conv_widths=(8, 8, 16, 16),
            dense_widths=(32,), batch_size=64, num_epochs=2 if SMALL else 12,
@@ -91,37 +91,58 @@ def show_table(results: Results, baseline: str) -> None:
            "|---|---|---|---|"]
   for name, values in results.items():
     mean = comparison.estimate(list(values.values()))
-    change = "" if name == baseline else _interval(
-        comparison.estimate(differences(results, name, baseline)), sign="+")
-    lines.append(f"| {name} | {mean.count} | {_interval(mean)} | {change} |")
+    change = "" if name == baseline else comparison.described(
+        comparison.estimate(differences(results, name, baseline)),
+        comparison.DIFFERENCE, sign="+")
+    lines.append(
+        f"| {name} | {mean.count} | {comparison.described(mean)} | {change} |")
   display.display(display.Markdown("\n".join(lines)))
 
 
 def plot_means(axes: Any, results: Results) -> None:
   """Accuracies by name, the first on top: each seed's, mean and interval."""
-  _plot(axes, {name: list(values.values()) for name, values in results.items()})
+  for row, values in enumerate(results.values()):
+    _plot_row(axes, row, list(values.values()), comparison.ACCURACY)
+  _name_rows(axes, list(results))
 
 
-def plot_differences(axes: Any, results: Results, baseline: str) -> None:
-  """Paired differences to `baseline`: each seed's, mean and interval."""
-  _plot(axes, {name: differences(results, name, baseline)
-               for name in results if name != baseline})
+def plot_differences(
+    axes: Any, results: Results, baseline: str, within: float = 1.0
+) -> None:
+  """Paired differences to `baseline`: each seed's, mean and interval.
+
+  Args:
+    axes: to draw on.
+    results: accuracies by name and seed.
+    baseline: one of the names.
+    within: where the axis ends on either side. An arrow stands for what is beyond it,
+      with the numbers of a mean that is.
+  """
+  names = [name for name in results if name != baseline]
+  for row, name in enumerate(names):
+    _plot_row(axes, row, differences(results, name, baseline), comparison.DIFFERENCE,
+              within)
+  _name_rows(axes, names)
   axes.axvline(0, color="black", linewidth=0.8)
+  axes.set_xlim(-within, within)
 
 
-def _plot(axes, numbers):
-  for row, values in enumerate(numbers.values()):
-    mean = comparison.estimate(values)
-    axes.plot(values, np.full(len(values), row), ".", color="#999999", zorder=1)
-    axes.errorbar(mean.mean, row, xerr=mean.margin, fmt="o", color=plots.BLUE,
-                  capsize=3, zorder=2)
-  axes.set_yticks(range(len(numbers)), numbers)
-  axes.set_ylim(len(numbers) - 0.5, -0.5)
-  axes.grid(axis="x", color="#E5E5E5")
-  axes.set_axisbelow(True)
-  axes.spines[["top", "right"]].set_visible(False)
+def _plot_row(axes, row, values, bounds, within=np.inf):
+  of = comparison.estimate(values)
+  low, high = (of.mean, of.mean) if of.margin is None else comparison.interval(
+      of, bounds)
+  axes.plot(values, np.full(len(values), row), ".", color=plots.GREY, zorder=1)
+  axes.errorbar(of.mean, row, xerr=[[of.mean - low], [high - of.mean]], fmt="o",
+                color=plots.BLUE, capsize=3, zorder=2)
+  for sign, marker, align in ((-1, "<", "left"), (1, ">", "right")):
+    if max(sign * value for value in (low, high, *values)) > within:
+      axes.plot(sign * within, row, marker=marker, color=plots.BLUE, clip_on=False)
+    if sign * of.mean > within:
+      axes.annotate(comparison.described(of, bounds, sign="+"), (sign * within, row),
+                    (-9 * sign, 0), textcoords="offset points", ha=align, va="center",
+                    fontsize=9, color=plots.BLUE, bbox={"color": "white", "pad": 1})
 
 
-def _interval(of, sign=""):
-  margin = "" if of.margin is None else f" ± {of.margin:.4f}"
-  return f"{of.mean:{sign}.4f}{margin}"
+def _name_rows(axes, names):
+  axes.set_yticks(range(len(names)), names)
+  axes.set_ylim(len(names) - 0.5, -0.5)

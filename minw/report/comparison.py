@@ -9,6 +9,7 @@ from scipy import stats
 
 from minw import cli
 from minw import config as config_lib
+from minw import titles
 from minw.report import records
 from minw.report import tables
 
@@ -177,6 +178,29 @@ def _differences(group, first):
   return {name: estimate(values) if values else None for name, values in pairs.items()}
 
 
+# What a heading says in words, and of which fields.
+_IN_WORDS = ((titles.network, ("network", "conv_widths", "dense_widths")),
+             (titles.dataset, ("dataset",)),
+             (titles.bits, ("input_bits", "weight_bits", "bits_rules")))
+
+
+def heading(comparison: Comparison) -> str:
+  """What all groups share: "ConvNet D, CIFAR-10, W1A2; batch_size=128"."""
+  group = comparison.groups[0]
+  by = {*group.by}
+  config = next(iter(group.runs.values()))["config"]
+  if "bits_rules" in by:
+    config, by = config | {"bits_rules": []}, by - {"bits_rules"}
+  words, said = [], set()
+  for title, fields in _IN_WORDS:
+    if not by & {*fields}:
+      words.append(title(config))
+      said.update(fields)
+  rest = records.described({name: value for name, value in comparison.settings.items()
+                            if name not in said})
+  return "; ".join(filter(None, [", ".join(words), rest])) or "All of these"
+
+
 def markdown(comparisons: Sequence[Comparison]) -> str:
   """Comparisons for a reader."""
   parts = [
@@ -186,7 +210,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
       "interval (cut off at -1 and 1).\n"]
   for comparison in comparisons:
     names = list(comparison.groups[0].by)
-    parts.append(f"## {records.described(comparison.settings) or 'Default config'}\n")
+    parts.append(f"## {heading(comparison)}\n")
     rows = []
     for measure, of in _MEASURES.items():
       for group in comparison.groups:

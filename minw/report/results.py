@@ -185,6 +185,7 @@ def _difference(pairs):
 
 
 def _problem(config):
+  config = config | {"bits_rules": []}  # In the settings, or in the rows.
   return ", ".join(name(config) for name in (titles.network, titles.dataset,
                                              titles.bits))
 
