@@ -26,7 +26,7 @@ from minw import metrics
 from minw import titles
 from minw import workdir as workdir_lib
 
-LOCAL = ("data_dir", "data_workers")  # Of a machine.
+LOCAL = ("data_dir", "data_workers")  # Fields that say where a run is computed.
 _RATES = ("examples_per_second", "decode_rate")
 NOT_COPIED = ", ".join([
     "checkpoints", "TensorBoard's files", *LOCAL, *_RATES, "measurements by layer"])
