@@ -288,10 +288,11 @@ def _illegal_value(message: str) -> UsageError:
 
 
 def _set_verbosity() -> None:
-  if flags.FLAGS["verbosity"].present:
-    return
-  # Libraries log much at INFO.
-  logging.set_verbosity(logging.ERROR if flags.FLAGS.quiet else logging.WARNING)
+  if not flags.FLAGS["verbosity"].present:
+    # Libraries log much at INFO.
+    logging.set_verbosity(logging.ERROR if flags.FLAGS.quiet else logging.WARNING)
+  # A level of its own tells `display.shown` that a command has chosen it.
+  std_logging.getLogger("minw").setLevel(std_logging.root.level)
 
 
 def names(own: Iterable[flags.Flag]) -> Iterator[str]:
@@ -307,4 +308,5 @@ def _program() -> str:
   spec = getattr(sys.modules["__main__"], "__spec__", None)
   if spec:
     return f"python -m {spec.name.removesuffix('.__main__')}"
-  return ("python " if sys.argv[0].endswith(".py") else "") + os.path.relpath(sys.argv[0])
+  path = sys.argv[0]
+  return f"python {path}" if path.endswith(".py") else os.path.basename(path)

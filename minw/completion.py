@@ -7,9 +7,8 @@
 import importlib
 from typing import Mapping, Sequence
 
-from absl import flags
-
 from minw import cli
+from minw import dependencies
 
 SHELLS = ("bash", "zsh")
 
@@ -55,9 +54,13 @@ def words(module: str) -> list[str]:
   """What may follow the name of a command: its subcommands and flags.
 
   Args:
-    module: Full name of the command's module.
+    module: Full name of the command's module. If its dependencies are not installed,
+      nothing may follow.
   """
-  command = importlib.import_module(module)
+  try:
+    command = importlib.import_module(module)
+  except dependencies.MissingDependencies:
+    return []
   subcommands = list(getattr(command, "SUBCOMMANDS", ()))
   found = {}
   for arguments in [[name] for name in subcommands] or [[]]:

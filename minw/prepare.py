@@ -519,11 +519,10 @@ def training_command(dataset: str, data_dir: str) -> str:
     dataset: Name of the data set.
     data_dir: Directory that it was prepared in.
   """
-  config = {"cifar10": "cifar_convnet.py",
-            "cifar100": "cifar_convnet.py:dataset=cifar100",
-            "imagenet2012": "imagenet_resnet18.py"}[dataset]
-  return (f"python -m minw.main --config=experiments/{config} "
-          f"--workdir=runs/{dataset} --config.data_dir={shlex.quote(data_dir)}")
+  config = {"cifar10": "cifar_convnet",
+            "cifar100": "cifar_convnet:dataset=cifar100",
+            "imagenet2012": "imagenet_resnet18"}[dataset]
+  return (f"python -m minw.main --config={config} --workdir=runs/{dataset} --config.data_dir={shlex.quote(data_dir)}")
 
 
 if __name__ == "__main__":

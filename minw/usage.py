@@ -29,8 +29,8 @@ def text(
   Args:
     program: How the command is started, without its flags.
     about: Description of the command.
-    own: Its flags. The first line of a flag's help describes the flag; the others are
-      a table that follows all flags. A flag whose attribute `positional` is true takes
+    own: Its flags. The first line of a flag's help describes the flag. If the flag has
+      fields, the other lines are their table, which follows all flags. A flag whose attribute `positional` is true takes
       arguments that are not flags, too.
     common: Flags that all commands have.
     required: Names of the flags that must be given.
@@ -44,9 +44,16 @@ def text(
   if any(_kind(flag) in ("PATH", "PATHS") for flag in own):
     lines += [*textwrap.wrap(_PATHS, _WIDTH), ""]
   for flag in own:
-    lines += flag.help.split("\n")[1:]
+    if getattr(flag.parser, "fields", ()):
+      lines += flag.help.split("\n")[1:]
   lines += ["Flags of all commands:", *_entries(common, ()), ""]
   return "\n".join([*lines, *textwrap.wrap(_CODES, _WIDTH)])
+
+
+def sentence(flag: flags.Flag) -> str:
+  """The description of a flag, without what absl adds to it and without its table."""
+  text = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])  # Of an enumeration.
+  return text.removesuffix(";")  # absl goes on to say that the flag may be repeated.
 
 
 def _positional(flag: flags.Flag) -> bool:
@@ -65,9 +72,7 @@ def _entries(shown: Iterable[flags.Flag], required: Collection[str]) -> list[str
       note = " Required."
     elif flag.default not in (None, False, [], ""):
       note = f" Default: {_default(flag)}."
-    # absl puts the values of an enumeration in front of its help.
-    sentence = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])
-    lines += textwrap.wrap(sentence + note, _WIDTH, initial_indent=6 * " ",
+    lines += textwrap.wrap(sentence(flag) + note, _WIDTH, initial_indent=6 * " ",
                            subsequent_indent=6 * " ")
   return lines
 

@@ -23,6 +23,7 @@ from minw import __main__ as minw_command
 from minw import cli
 from minw import config as config_lib
 from minw import train
+from minw import usage
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "experiments" / "digits_convnet.py")
@@ -732,7 +733,7 @@ def test_all_help_is_sentences(launchers):
   for _, _, define in definers():
     with cli.defined(define) as own:
       for flag in own:
-        text = flag.help.partition("\n")[0].rpartition(">: ")[2]
+        text = usage.sentence(flag)
         assert text[0].isupper() and text.endswith(".") or text.startswith("HOST"), text
         assert not text.startswith(("Of ", "What ", "Whose ", "Where "))
   for section in config_lib.FIELDS.values():

@@ -14,6 +14,7 @@ from PIL import Image
 import pytest
 
 from minw import __main__ as minw_command
+from minw import config_flag
 from minw import datasets
 from minw import prepare
 from test_cli import folder  # pylint: disable=unused-import
@@ -22,11 +23,10 @@ from test_cli import run  # pylint: disable=unused-import
 
 # What stands for something in a documented command, and an example of it.
 _PLACEHOLDERS = {
-    "--sweep=experiments/sweeps/...": "--sweep=experiments/sweeps/estimators.py",
-    "--sweep=...": "--sweep=experiments/sweeps/estimators.py", "--dir=...": "--dir=runs",
+    "--sweep=...": "--sweep=estimators", "--dir=...": "--dir=runs",
     "--config=FILE": "--config=experiments/digits_convnet.py",
-    "experiments/x.py": "experiments/digits_convnet.py",
-    "--configs=FILE:ARGUMENT": "--configs=experiments/cifar_convnet.py:network=A",
+    "--config=NAME": "--config=digits_convnet",
+    "--configs=NAME:ARGUMENT": "--configs=cifar_convnet:network=A",
     "config.FIELD=VALUE": "config.seed=1", "=estimator,FIELD": "=estimator,seed",
     "--format=FORMAT": "--format=c", "--jobs=N": "--jobs=2", "=N": "=8",
     "$size": "quarter", "$1_$2": "cifar10_A", "dataset=$1": "dataset=cifar10",
@@ -192,13 +192,13 @@ def test_documented_overrides_are_accepted_by_the_first_config(run, here):
 
 
 def test_documented_sweeps_are_accepted(run, here):
-  """`file.py:arguments` in README's tables of sweeps."""
+  """`name:arguments` in README's tables of sweeps."""
   text = (ROOT / "README.md").read_text()
-  found = {name for name in re.findall(r"`(\w+\.py:[^`]+)`", text)
-           if (ROOT / "experiments" / "sweeps" / name.partition(":")[0]).exists()}
+  found = {name for name in re.findall(r"`(?:--sweep=)?(\w+:[^`]+)`", text)
+           if name.partition(":")[0] in config_flag.sweeps()}
   assert len(found) >= 8
   for name in found:
-    result = accepted(run, "sweep", [f"--sweep=experiments/sweeps/{name}", "--dir=x"])
+    result = accepted(run, "sweep", [f"--sweep={name}", "--dir=x"])
     assert result.code == 0, (name, result.err)
 
 

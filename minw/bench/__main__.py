@@ -120,7 +120,7 @@ def define_flags(subcommand: str) -> None:
   cli.DEFINE_path("json", None, "File to write the result to, as a JSON object.")
   if subcommand == "configs":
     flags.DEFINE_multi_string("configs", [], "Experiments; all that come with minw by default.")
-    flags.DEFINE_integer("batch_size", None, "Of all configs, instead of their own.",
+    flags.DEFINE_integer("batch_size", None, "Batch size of all configs instead of their own.",
                          lower_bound=1)
   else:
     config_flag.define(default=f"{__file__}:{_NETWORKS[subcommand]}")
