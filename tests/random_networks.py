@@ -15,7 +15,7 @@ from minw import estimators
 from minw import layers
 
 NEAR_MISSES = (
-    "", "", "", "", "cast", "cast", "narrow cast", "odd padding", "subclass",
+    *[""] * 16, "cast", "cast", "narrow cast", "odd padding", "subclass",
     "shared conv", "shared norm", "own dense", "own norm", "prelu", "relu",
     "transpose", "4 bits", "odd pad value", "two outputs", "norm of codes",
     "fixed mode", "mean of 3", "own parameter", "constant")
@@ -98,7 +98,8 @@ class RandomNetwork(nn.Module):
     shortcut = alike[-1] if alike and draw.chance(0.5) else None
     x = norm(y, alpha, mode, shortcut=shortcut)
     if miss == "shared norm":
-      x = norm(layers.QuantConv(x.shape[-1], bits=draw.bits())(x, alpha, mode), alpha, mode)
+      x = layers.QuantConv(x.shape[-1], bits=draw.bits())(x, alpha, mode)
+      x = norm(x, alpha, mode)
     if miss == "norm of codes":
       x = layers.NormQuant(bits=1)(x, alpha, mode)
     return self._after(draw, x, miss, alpha, mode)
@@ -112,12 +113,16 @@ class RandomNetwork(nn.Module):
           lambda: nn.max_pool(y, (3, 3), (2, 2), padding=((1, 1), (0, 2))),
           lambda: nn.avg_pool(y, (2, 2), (2, 2)), lambda: nn.avg_pool(y, (2, 1), (1, 1)))
     if miss == "own parameter" or draw.chance(0.1):
-      shift = self.param(f"shift{draw.integer(0, 10**6)}", _normal, (y.shape[-1],))
-      factor = self.param(f"factor{draw.integer(0, 10**6)}", _normal, (y.shape[-1],))
+      name = f"{draw.integer(0, 10**6)}"
+      shift = self.param("shift" + name, _normal, (y.shape[-1],))
+      factor = self.param("factor" + name, _normal, (y.shape[-1],))
       y = draw.one_of(
           lambda: y + shift, lambda: y - shift, lambda: y * factor + shift,
-          lambda: (y - shift) / (1 + factor**2), lambda: y * jnp.exp(factor),
-          lambda: y * factor, lambda: y + shift * y)
+          lambda: (y - shift) / factor, lambda: y * factor)
+      if miss:
+        y = draw.one_of(
+            lambda: y * jnp.exp(factor), lambda: y + shift * y, lambda: y + factor,
+            lambda: shift - y, lambda: layers.max_pool(y, min(y.shape[1:3])))
     odd = {
         "cast": lambda: y.astype(draw.one_of(*_CASTS)).astype(jnp.float32),
         "narrow cast": lambda: lax.reduce_precision(y, 8, draw.integer(2, 10)),

@@ -28,9 +28,12 @@ def trained(model: RandomNetwork):
   """Variables as after training: batch norms of both signs among them."""
   random = np.random.default_rng(model.seed)
   ranges = {
-      "kernel": lambda n: random.normal(0, 0.5, n), "scale": lambda n: random.normal(0, 1, n),
-      "bias": lambda n: random.normal(0, 0.5, n), "mean": lambda n: random.normal(0, 2, n),
-      "var": lambda n: random.uniform(0.5, 30, n), "step": lambda n: random.uniform(0.4, 1.5, n)}
+      "kernel": lambda n: random.normal(0, 0.5, n),
+      "scale": lambda n: random.normal(0, 1, n),
+      "bias": lambda n: random.normal(0, 0.5, n),
+      "mean": lambda n: random.normal(0, 2, n),
+      "var": lambda n: random.uniform(0.5, 30, n),
+      "step": lambda n: random.uniform(0.4, 1.5, n)}
   shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: ranges.get(path[-1].key, ranges["scale"])(leaf.shape).astype(
@@ -50,8 +53,9 @@ def outcome(seed: int, backends=("reference", "native")) -> str:
     program = pack.pack(model, variables, pixels=PIXELS, source_shape=SHAPE)
   except ValueError as error:
     text = str(error)
-    assert re.search(r"cannot be packed: .|Quant|shared|padding=|Dense_|shift|factor",
-                     text), f"{where}: {text}"
+    # The one error at construction names the attribute, all others a layer or parameter.
+    assert re.search(r"padding=|(Quant|Norm|Dense|concat|_pool|params)\w*/?\w*", text), (
+        f"{where}: {text}")
     return text
   inputs = pipeline.normalize(IMAGES, PIXELS)
   hard = fold.fold(model, variables, pipeline.probe(PIXELS, SHAPE))
@@ -60,7 +64,8 @@ def outcome(seed: int, backends=("reference", "native")) -> str:
   data = packed.to_bytes(program)
   for backend in backends:
     got = infer.Network(data, backend, 1).logits(IMAGES)
-    np.testing.assert_array_equal(got, want, f"{where}: {backend} differs from the hard network")
+    np.testing.assert_array_equal(
+        got, want, f"{where}: {backend} differs from the hard network")
   # At alpha = 1 training computes the same but for the rounding of its batch norm, by
   # which a code next to a threshold may flip: nearly all images must agree.
   mixed = np.asarray(jax.jit(lambda variables, x: model.apply(
@@ -77,7 +82,7 @@ def outcome(seed: int, backends=("reference", "native")) -> str:
 def check(seeds, backends=("reference", "native")) -> None:
   """Both outcomes must be frequent, as a test of refusals alone tests nothing."""
   outcomes = collections.Counter(outcome(seed, backends) for seed in seeds)
-  assert 0.3 * len(seeds) < outcomes["packed"] < 0.9 * len(seeds), outcomes
+  assert 0.4 * len(seeds) < outcomes["packed"] < 0.9 * len(seeds), outcomes
 
 
 def test_equal_to_the_trained_network_or_refused_by_name():
