@@ -46,7 +46,7 @@ def find(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
   return _find(paths)
 
 
-def _find(paths):
+def _find(paths: list[pathlib.Path]) -> Iterator[pathlib.Path]:
   for path in paths:
     left_out = 0
     for file, wanted in _walk(path):
@@ -54,7 +54,7 @@ def _find(paths):
         yield file
       left_out += not wanted
     if left_out:
-      _log.warning("%s: left out %d files that are hidden or not named as images are",
+      _log.warning("%s: files left out, hidden or not named as images are: %d",
                    path, left_out)
 
 
@@ -138,7 +138,9 @@ def read(
     raise images.ImageError(reason or f"it ends in {type(error).__name__}") from error
 
 
-def _read(path, shape, shrink, background):
+def _read(
+    path: str | os.PathLike, shape: Sequence[int], shrink: bool, background: images.Color
+) -> np.ndarray:
   height, width, channels = shape
   mode = os.stat(path).st_mode
   if stat.S_ISDIR(mode):
@@ -154,7 +156,7 @@ def _read(path, shape, shrink, background):
                          background=background)
 
 
-def _planes(array, channels):
+def _planes(array: np.ndarray, channels: int) -> list[Image.Image]:
   """The channels of what an .npy file holds, as images."""
   if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or (
       array.ndim != 3 or array.shape[2] != channels):

@@ -7,7 +7,7 @@ training. Color profiles are ignored: pixel values are taken to be sRGB.
 
 import io
 import math
-from typing import BinaryIO
+from typing import Any, BinaryIO, Mapping
 
 import numpy as np
 from PIL import Image
@@ -133,13 +133,13 @@ def flatten(image: Image.Image, mode: str, background: Color = BLACK) -> Image.I
   return _plain(image, mode)
 
 
-def _stored_as(image):
+def _stored_as(image: Image.Image) -> str:
   """How Pillow's decoder names the layout of pixels in the file, such as "RGB;16B"."""
   layout = image.tile[0][3] if getattr(image, "tile", None) else ""
   return layout if isinstance(layout, str) else str(layout and layout[0])
 
 
-def _opacity_by_key(image, stored):
+def _opacity_by_key(image: Image.Image, stored: str) -> Image.Image:
   """A mask that is 0 where a pixel has the one value that is transparent, else 255."""
   key = image.info["transparency"]
   if image.mode == "RGB":
@@ -154,7 +154,7 @@ def _opacity_by_key(image, stored):
   return Image.fromarray(np.where(same, 0, 255).astype(np.uint8))
 
 
-def _high_byte(image, tags):
+def _high_byte(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
   """Gray of more than 8 bits as 8 bits; `tags` are a TIFF file's."""
   bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
   values = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
@@ -163,7 +163,7 @@ def _high_byte(image, tags):
   return Image.fromarray(values)
 
 
-def _plain(image, mode):
+def _plain(image: Image.Image, mode: str) -> Image.Image:
   """An opaque 8-bit image as gray or RGB."""
   if image.mode == mode:
     return image
@@ -232,7 +232,7 @@ def fit(
       height, width, -1) for part in parts], axis=-1)
 
 
-def _fit(image, height, width, shrink):
+def _fit(image: Image.Image, height: int, width: int, shrink: bool) -> Image.Image:
   ratio = max(width / image.width, height / image.height)
   if ratio > 1 or shrink:
     size = (max(width, round(image.width * ratio)),
@@ -247,7 +247,7 @@ def _fit(image, height, width, shrink):
   return image.crop((left, top, left + width, top + height))
 
 
-def _channels(image, count):
+def _channels(image: Image.Image, count: int) -> list[Image.Image]:
   """The channels of an image that has exactly so many, as they are."""
   stored = _stored_as(image)
   image.load()
@@ -261,7 +261,8 @@ def _channels(image, count):
   return list(image.split())
 
 
-def _orientation(image):
+def _orientation(image: Image.Image) -> int:
+  """The EXIF orientation: 1 to 8, of which 1 is upright."""
   try:
     return image.getexif().get(_ORIENTATION, 1)
   except Exception:  # Damaged EXIF data say nothing.

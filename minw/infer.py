@@ -236,7 +236,7 @@ class Network:
     return images
 
 
-def _bits(program):
+def _bits(program: packed.Program) -> str:
   """Bits of weights and activations, such as W1A2."""
   weights = {op.bits for op in program.ops if isinstance(op, packed.Conv)}
   activations = {op.bits for op in program.ops
@@ -275,7 +275,7 @@ def load(
   return Network(path, backend, threads)
 
 
-def _existing(path):
+def _existing(path: str | os.PathLike) -> pathlib.Path:
   """The path of a file or of a network that comes with minw."""
   known = shipped()
   if not os.path.exists(path):
@@ -388,7 +388,9 @@ def predict_files(
       yield file, errors[i] if i in errors else next(found)
 
 
-def _successful(path, result):
+def _successful(
+    path: str | os.PathLike, result: Prediction | ValueError
+) -> Prediction:
   if isinstance(result, ValueError):
     raise images_lib.ImageError(f"{os.fspath(path)!r}: {result}") from result
   return result

@@ -38,7 +38,7 @@ def test_find(tmp_path, caplog):
   wanted = ["A.Jpeg", "a/10.webp", "a/2.JPG", "b.png", "c/d/e/x.TIF", "x.npy"]
   assert names(tmp_path, image_files.find([tmp_path])) == wanted
   assert [record.getMessage() for record in caplog.records] == [
-      f"{tmp_path}: left out 5 files that are hidden or not named as images are"]
+      f"{tmp_path}: files left out, hidden or not named as images are: 5"]
 
 
 def test_find_takes_any_file_that_is_named(tmp_path):

@@ -350,6 +350,19 @@ def outcome(workdir):
   return lines, json.loads((workdir / "status.json").read_text())
 
 
+@pytest.mark.parametrize("image, wanted", [
+    (Image.fromarray(np.full((16, 16), 0x4DFF, np.uint16)), (0x4D, 0x4D, 0x4D)),
+    (Image.new("RGBA", (16, 16), (200, 100, 50, 128)), (100, 50, 25)),
+    (Image.new("RGB", (16, 16), (200, 100, 50)), (200, 100, 50)),
+    (Image.new("1", (16, 16), 1), (255, 255, 255))])
+def test_images_of_other_kinds_are_stored_as_they_look(image, wanted):
+  file = io.BytesIO()
+  image.save(file, "png")
+  with Image.open(io.BytesIO(imagenet.as_jpeg(file.getvalue()))) as stored:
+    assert (stored.format, stored.mode) == ("JPEG", "RGB")
+    np.testing.assert_allclose(stored.getpixel((8, 8)), wanted, atol=2)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_workers(prepared, tmp_path, monkeypatch):
   plain = train.train_and_evaluate(tiny_config(prepared), str(tmp_path / "plain"))

@@ -380,7 +380,7 @@ def test_command_predicts_in_spite_of_bad_images(model, tmp_path):
       ("1.png", "truncated"), ("3.png", "cannot identify image file"),
       ("4_pipe.png", "not a regular file"), ("5 tab\\t.tif", "range"))):
     assert line.startswith(f"error: images='{folder}/{name}': ") and reason in line
-  assert "left out 1 files" in errors[0] and len(errors) == 5
+  assert "hidden or not named as images are: 1" in errors[0] and len(errors) == 5
 
 
 @pytest.mark.parametrize("bad, good, code", [(0, 1, 0), (1, 0, 2), (1, 1, 1), (2, 0, 1)])
