@@ -512,7 +512,7 @@ def main() -> int:
   except OSError as error:
     raise cli.bad_value("dir", f.dir, f"a folder to write in ({error})") from error
   ended = run_all(runs, jobs=f.jobs, retries=f.retries, steps=check(runs),
-                  say=lambda line: print(line, flush=True))
+                  say=cli.note)
   show()
   if not ended:
     return PREEMPTED

@@ -122,6 +122,12 @@ def show_progress() -> None:
     std_logging.getLogger("minw").setLevel(std_logging.INFO)
 
 
+def note(line: str) -> None:
+  """Prints a line on the progress of a command to stderr, unless --quiet was given."""
+  if not flags.FLAGS.quiet:
+    print(line, file=sys.stderr, flush=True)
+
+
 def guarded(function: Callable, *arguments: Any) -> Any:
   """Calls `function`; a `UsageError` is printed as one line and exits with code 2."""
   try:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import http.client
 import io
+import logging
 import os
 import pathlib
 import pickle
@@ -41,6 +42,8 @@ from minw import cli
 from minw import datasets
 from minw import imagenet
 from minw import paths
+
+_log = logging.getLogger(__name__)
 
 
 class _Cifar(NamedTuple):
@@ -306,7 +309,7 @@ def _fetch(url: str, size: int, part: pathlib.Path, done: int) -> None:
       done = 0
     with open(part, "ab") as file, tqdm.tqdm(
         total=size, initial=done, desc=posixpath.basename(url), unit="B",
-        unit_scale=True, disable=None) as progress:
+        unit_scale=True, disable=_hides_bars()) as progress:
       file.truncate(done)
       while done < size:
         try:
@@ -450,7 +453,7 @@ def _write(
 
       def _generate_examples(self, split):
         return tqdm.tqdm(splits[split], desc=f"{dataset} {split}", unit=" records",
-                         disable=None)
+                         disable=_hides_bars())
 
   _allow_open_files(shuffle.BUCKETS_NUMBER + 100)
   builder = Builder(data_dir=work / "tfds", file_format="array_record")
@@ -464,6 +467,11 @@ def _write(
   finally:
     tfds.enable_progress_bar()
   return pathlib.Path(builder.data_dir)
+
+
+def _hides_bars() -> bool | None:
+  """Whether there are no bars of progress; None, unless stderr is a terminal."""
+  return None if _log.isEnabledFor(logging.WARNING) else True
 
 
 def _allow_open_files(count: int) -> None:

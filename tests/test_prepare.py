@@ -601,8 +601,8 @@ def test_archives_are_those_that_tfds_knows(name):
 
 
 @pytest.mark.parametrize("name, config", [
-    ("cifar10", "cifar_convnet.py"),
-    ("cifar100", "cifar_convnet.py --config.dataset=cifar100")])
+    ("cifar10", "cifar_convnet"),
+    ("cifar100", "cifar_convnet:dataset=cifar100")])
 def test_the_command_says_what_to_do_next(
     small, name, config, tmp_path, monkeypatch, capsys):
   source = write_directory(tmp_path / "source", name, "binary")
@@ -618,7 +618,7 @@ def test_the_command_says_what_to_do_next(
       f"  train: {train} images",
       "  validation: 4 images",
       f"  test: {test} images",
-      f"Train with: python -m minw.main --config=experiments/{config} "
+      f"Train with: python -m minw.main --config={config} --workdir=runs/{name} "
       f"--config.data_dir={tmp_path}/data",
   ]
 

@@ -23,6 +23,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import environment
 from minw import metrics
+from minw import paths as paths_lib
 from minw import titles
 from minw import workdir as workdir_lib
 
@@ -85,8 +86,8 @@ def _source(init_from: str) -> str:
   if not init_from:
     return ""
   try:
-    config = workdir_lib.read_config(init_from)
-  except cli.UsageError:
+    config = workdir_lib.read_config(paths_lib.expand(init_from))
+  except (cli.UsageError, ValueError):
     return init_from
   return as_source(json.loads(config_lib.to_json(config)))
 
