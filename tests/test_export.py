@@ -471,6 +471,17 @@ def test_c_holds_any_text(tmp_path, name, flags):
   ) + "all scores are right\n"
 
 
+@pytest.mark.parametrize("name, flags", [
+    ("gcc", ["-std=c99"]), ("g++", ["-std=c++11", "-x", "c++"]),
+    ("clang", ["-std=c99"]), ("clang++", ["-std=c++14", "-x", "c++"])])
+@pytest.mark.parametrize("make", STACKS.values(), ids=STACKS)
+def test_c_compiles_without_warnings(tmp_path, make, name, flags):
+  program = make()
+  (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
+  subprocess.run([compiler(name), *flags, *WARNINGS, "-O1", "-c", "net.c"], check=True,
+                 cwd=tmp_path)
+
+
 @needs_gcc
 def test_c_labels_are_bytes_of_utf8(tmp_path):
   program = digits_network({"labels": (NASTY + list("abcdefghij"))[4:14]})
