@@ -17,7 +17,8 @@ from minw import structure
 # Operations that move values without changing them.
 _MOVES = ("broadcast_in_dim", "copy", "copy_p", "name", "reshape", "rev", "slice",
           "squeeze", "stop_gradient", "transpose")
-_CASTS = ("convert_element_type", "reduce_precision")
+# These round, unless pack finds that every value survives.
+CASTS = ("convert_element_type", "reduce_precision")
 _MAXIMA = ("reduce_max", "reduce_window_max")
 _SUMS = ("reduce_sum", "reduce_window_sum")
 _ALLOWED = (
@@ -91,7 +92,7 @@ def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any
   owners = tuple(owner for x in activations for owner in x.owners)
   if owners:
     return [_carry(eqn, given, owners)]
-  if activations and eqn.primitive.name in _CASTS:
+  if activations and eqn.primitive.name in CASTS:
     return given  # The probe is float32 throughout, whatever the network computes in.
   results = structure.apply_equation(eqn, _operands(eqn, given))
   if activations:

@@ -423,6 +423,20 @@ def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
   return Folded(hard | _nested(own), folding.layers)
 
 
+def _check_cast(eqn, x, layers):
+  """Raises `ValueError` for a cast of numbers whose scale the hard network leaves out.
+
+  It would round the trained network's numbers, and not the hard network's levels.
+  """
+  dtype = eqn.outvars[0].aval.dtype
+  wide = dtype in (np.float32, np.float64) and eqn.primitive.name != "reduce_precision"
+  if isinstance(x, affine.Activation) and not wide and (
+      (np.asarray(x.rows)[3] != np.asarray(x.rows)[4]).any()
+      or (np.asarray(x.rows)[3] != np.asarray(x.rows)[6]).any()):
+    raise structure.refusal(
+        f"{layers[-1].name}: after it, numbers that have a scale are cast to {dtype.name}")
+
+
 class _Folding:
   """Folds the layers of a traced network, one after the other."""
 
@@ -436,6 +450,8 @@ class _Folding:
   def apply(self, eqn: Any, given: list[Any], where: str) -> list[Any]:
     """An equation's results, see `structure.evaluate`."""
     if eqn.primitive is not structure.layer_p:
+      if eqn.primitive.name in affine.CASTS:
+        _check_cast(eqn, given[0], self.layers)
       return affine.apply(eqn, given, self.neutral)
     call = self._calls[eqn.params["index"]]
     name = call.name(where)

@@ -177,7 +177,7 @@ class _Walk:
         continue
       if result.dims != var.aval.shape:
         raise self.refuse(
-            f"{name} of {self.after(given)}, from {given[0].dims} to"
+            f"{name} of {self.after(given)}, from {result.dims} to"
             f" {var.aval.shape}, does not pack")
       self._check_survival(name, given, result, var.aval.dtype)
     return results

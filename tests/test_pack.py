@@ -369,6 +369,17 @@ def test_what_may_not_is_refused_by_name(body, message):
     pack.pack(model, variables, pixels=PIXELS, source_shape=(9, 9, 3))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_casts_of_what_has_a_scale_are_refused(dtype):
+  """The hard network has levels alone, which a cast keeps; in training it rounds."""
+  lsq = estimators.by_name("lsq")
+  model = Net(lambda x, *a: quantized(
+      x, *a, bits=2, estimator=lsq).astype(dtype).astype(jnp.float32))
+  variables = randomized(model, (9, 9, 3))
+  with pytest.raises(ValueError, match=f"norm1: after it, .* cast to {dtype.__name__}"):
+    fold.fold(model, variables, pipeline.probe(PIXELS, (9, 9, 3)))
+
+
 @pytest.mark.parametrize("pad", [0.0, -1.0, 1.0])
 @pytest.mark.parametrize("padding, strides", [
     (((1, 1), (1, 1)), (4, 4)), (((0, 2), (3, 1)), (2, 1)), (((5, 0), (0, 4)), (1, 2)),
