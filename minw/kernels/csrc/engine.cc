@@ -71,7 +71,7 @@ struct Layer {
   Conv conv = {};
   std::unique_ptr<Buffer> weights;
   std::vector<int32_t> base;
-  std::vector<int32_t> offsets;
+  std::vector<int32_t> offsets, channels;
   std::vector<int> row_class, col_class;
   std::vector<char> border;
   const char* kernel = "";
@@ -145,10 +145,7 @@ class LayerBuilder {
     c_.unit = op.unit;
     inputs_ = x_.map.c / op.groups;
     first_weight_ = uint64_t{1} * part * c_.out.c * c_.window.h * c_.window.w * inputs_;
-    if (op.groups > parts) {
-      c_.inputs = inputs_;
-      c_.outputs = out.c / op.groups;
-    }
+    c_.own = op.groups > parts;
     c_.w_bits = op.weights.grid() ? op.weights.format : 0;
     choose_form();
     geometry();
@@ -182,7 +179,7 @@ class LayerBuilder {
     c_.width = 32;
     if (!w || c_.in.kind == kFloat) {
       c_.form = kFloat32;
-    } else if (codes && !c_.outputs && (a == 1 || w == 1 || (a == 2 && w == 2))) {
+    } else if (codes && !c_.own && (a == 1 || w == 1 || (a == 2 && w == 2))) {
       c_.form = kPlanes;
       c_.width = kLane;
       c_.words = (c_.in.c + 63) / 64;
@@ -199,7 +196,7 @@ class LayerBuilder {
       }
       c_.swapped = false;
       c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
-    } else if (codes && !c_.outputs && isa_.dot) {
+    } else if (codes && !c_.own && isa_.dot) {
       c_.form = kBytes;
       c_.fold = 4;
     } else {
@@ -214,10 +211,22 @@ class LayerBuilder {
     }
   }
 
+  // What pixels hold where they are not packed.
+  void elements() {
+    c_.elements = c_.own ? inputs_ * c_.out.stride : c_.in.c;
+    if (!c_.own || (inputs_ == 1 && c_.in.c == c_.out.c)) return;
+    layer_.channels.resize(c_.elements);
+    int outputs = c_.out.c / (c_.in.c / inputs_);  // Of a group.
+    for (int i = 0; i < inputs_; i++)
+      for (int o = 0; o < c_.out.c; o++)
+        layer_.channels[i * c_.out.stride + o] = o / outputs * inputs_ + i;
+    c_.channels = layer_.channels.data();
+  }
+
   void geometry() {
     const Window& w = c_.window;
     int step = inputs_;  // Steps of a pixel.
-    int elements = c_.outputs ? inputs_ * c_.out.stride : c_.in.c;  // If they are lanes.
+    elements();
     switch (c_.form) {
       case kPlanes:
         step = c_.words;
@@ -231,9 +240,9 @@ class LayerBuilder {
         step = (c_.in.c + 3) / 4;
         c_.pixel_bytes = c_.in.stride;
         break;
-      case kInt16: c_.pixel_bytes = elements * 2; break;
+      case kInt16: c_.pixel_bytes = c_.elements * 2; break;
       case kInt32:
-      case kFloat32: c_.pixel_bytes = elements * 4; break;
+      case kFloat32: c_.pixel_bytes = c_.elements * 4; break;
     }
     if (c_.paired) step /= 2;
     c_.padded_h = c_.in.h + w.top + w.bottom;

@@ -73,10 +73,11 @@ struct Conv {
   float unit;          // Of the input, for kFloat32.
   int words;           // Of a pixel and plane (kPlanes).
   int fold;            // Channels of a step (kLookup, kBytes).
-  // Of a convolution in groups of `inputs` and `outputs` channels whose pixels hold, for
-  // each step, a channel for every output channel. Both are 0 where all outputs share
-  // their inputs.
-  int inputs, outputs;
+  // Whether each output channel has inputs of its own: a pixel then holds, for each
+  // step, an element for every output channel. Elsewhere all output channels share one.
+  bool own;
+  int elements;  // Of a pixel (kInt16 and what follows), and the input channel of
+  const int32_t* channels;  // each; null if they are in order.
   int row_bytes;       // Of a pixel's window in work.gathered.
   bool swapped;        // Weights select the tables, and pixels index them.
   int pixel_bytes;     // Of a pixel in `form`.
