@@ -430,6 +430,38 @@ def test_wrong_checksum_and_version():
     native.load(data[:8] + b"\3" + data[9:])
 
 
+@pytest.mark.parametrize("fields, message", (
+    ((0, 5, 3), "number of groups 0"),
+    ((4, 5, 3), "4 groups of 1 input channels, but its input has 6"),
+    ((2**32 - 1, 5, 3), "number of groups 4294967295"),
+    ((6, 0, 3), "dilation 0"), ((6, 5, 65), "dilation 65"),
+    ((6, 2**31, 3), "dilation 2147483648"), ((6, 7, 3), "larger than the padded input")))
+def test_groups_and_dilation_that_do_not_fit(fields, message):
+  b = Builder(np.random.default_rng(0), (11, 7, 6))
+  x = b.conv(0, 2, 12, pads=(1, 1, 0, 0), groups=6, dilation=(5, 3))
+  data = packed.to_bytes(b.end(b.threshold(x, 1)))
+  native.load(data)
+  valid = struct.pack("<3I", 6, 5, 3)
+  assert data.count(valid) == 1
+  bad = with_checksum(data.replace(valid, struct.pack("<3I", *fields)))
+  with pytest.raises(ValueError, match=message):
+    native.load(bad)
+  with pytest.raises(ValueError, match="packed network"):
+    packed.from_bytes(bad)
+
+
+def test_outputs_that_are_no_groups():
+  b = Builder(np.random.default_rng(0), (3, 3, 2))
+  data = packed.to_bytes(b.end(b.conv(0, 1, 6, (1, 1), pads=(0,) * 4, groups=2), 1))
+  sizes = struct.pack("<4I", 1, 1, 1, 6)
+  assert data.count(sizes) == 1
+  bad = with_checksum(data.replace(sizes, struct.pack("<4I", 1, 1, 1, 5)))
+  with pytest.raises(ValueError, match="5 output channels in 2 groups"):
+    native.load(bad)
+  with pytest.raises(ValueError, match="5 output channels in 2 groups"):
+    packed.from_bytes(bad)
+
+
 @hypothesis.given(programs(), st.data())
 @hypothesis.settings(max_examples=150, deadline=None)
 def test_damaged_files_are_refused_as_the_reader_does(program, data):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
+from minw import infer
 from minw import packed
 from minw.kernels import reference
 
@@ -160,6 +161,14 @@ def programs(draw) -> packed.Program:
   return packed.Program((h + size() - 1, w, c), (h, w),
                         rng.integers(0, 256, c).astype(np.uint8), classes, tuple(ops),
                         {"labels": None, "n": draw(st.integers())})
+
+
+def test_networks_without_groups_keep_their_bytes():
+  """Those that come with minw were written before there was a version 2."""
+  for path in infer.shipped().values():
+    data = path.read_bytes()
+    assert data[8:12] == struct.pack("<I", 1)
+    assert packed.to_bytes(packed.from_bytes(data)) == data, path
 
 
 @hypothesis.given(programs())
