@@ -41,6 +41,7 @@ def optimizer(
   if weight_decay:
     kernels = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     update = optax.chain(optax.add_decayed_weights(weight_decay, kernels), update)
+  update = _with_standard_promotion(update)
   if name != "bop":
     return update
 
@@ -51,6 +52,17 @@ def optimizer(
   return optax.partition(
       {"bop": bop(bop_adaptivity_rate, bop_threshold), "adam": update},
       lambda params: jax.tree_util.tree_map_with_path(label, params))
+
+
+def _with_standard_promotion(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """Lets optax mix its integer counts with floats where JAX's promotion is strict."""
+  def update(*arguments):
+    with jax.numpy_dtype_promotion("standard"):
+      return transformation.update(*arguments)
+
+  return optax.GradientTransformation(transformation.init, update)
 
 
 def bop(adaptivity_rate: float, threshold: float) -> optax.GradientTransformation:

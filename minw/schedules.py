@@ -37,19 +37,26 @@ def learning_rate(
     steps: where the "steps" are, as fractions of the run.
   """
   if kind == "constant":
-    return optax.constant_schedule(initial)
-  if kind == "exponential":
-    return optax.exponential_decay(initial, num_steps, decay)
-  if kind == "staircase":
-    return optax.exponential_decay(
+    schedule = optax.constant_schedule(initial)
+  elif kind == "exponential":
+    schedule = optax.exponential_decay(initial, num_steps, decay)
+  elif kind == "staircase":
+    schedule = optax.exponential_decay(
         initial, num_steps / stairs, decay ** (1 / stairs), staircase=True)
-  if kind == "steps":
+  elif kind == "steps":
     # In a short run several may fall on one step.
     drops = collections.Counter(round(fraction * num_steps) for fraction in steps)
-    return optax.piecewise_constant_schedule(
+    schedule = optax.piecewise_constant_schedule(
         initial, {step: decay**count for step, count in drops.items()})
-  raise ValueError(
-      f"kind={kind!r}: must be one of {', '.join(LEARNING_RATE_SCHEDULES)}")
+  else:
+    raise ValueError(
+        f"kind={kind!r}: must be one of {', '.join(LEARNING_RATE_SCHEDULES)}")
+
+  def at(step):
+    with jax.numpy_dtype_promotion("standard"):  # Optax divides the integer step.
+      return schedule(step)
+
+  return at
 
 
 def alpha(
