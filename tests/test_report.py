@@ -1033,6 +1033,7 @@ def test_commands_refuse_in_one_line(tmp_path):
       ("figures", runs): "--out is missing",
       ("compare", runs): "--by is missing",
       ("collect", runs, "--out=a.json"): "out='a.json': must be a file whose name",
+      ("collect", runs, "--out=a.jsonl"): f"runs='{tmp_path}': must be folders that",
       ("results", runs, f"--out={tmp_path}"): "must be a folder with studies",
       ("results", runs, "--out=minw"): "must be a folder in out='minw'",
   }

@@ -31,7 +31,7 @@ Folders among --runs are searched for workdirs and studies.
 """
 
 import pathlib
-from typing import Sequence
+from typing import Any, Sequence
 
 from absl import flags
 
@@ -46,9 +46,13 @@ from minw.report import tables
 
 def _read() -> tuple[list[records.Record], list[records.LeftOut]]:
   runs, left_out = records.read(flags.FLAGS.runs)
-  cli.check(bool(runs) or bool(left_out), "runs", ",".join(flags.FLAGS.runs),
-            "folders that hold workdirs of runs, or studies")
+  _check_found([*runs, *left_out])
   return runs, left_out
+
+
+def _check_found(runs: Sequence[Any]) -> None:
+  cli.check(bool(runs), "runs", ",".join(flags.FLAGS.runs),
+            "folders that hold workdirs of runs, or studies")
 
 
 def _say(left_out: Sequence[records.LeftOut]) -> None:
@@ -102,6 +106,7 @@ def main_compare() -> None:
 def main_collect() -> None:
   out = flags.FLAGS.out
   added, left_out = records.collect(flags.FLAGS.runs, out)
+  _check_found([*added, *left_out])
   print("\n".join([*(f"added: {name}" for name in added),
                    f"{out}: {len(added)} added"]))
   _say(left_out)
