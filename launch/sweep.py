@@ -18,19 +18,16 @@ those that refused their input. SIGTERM and SIGINT let the runs save, and end th
 with code 75; a second one kills them. Exit codes besides: 0 all done, 1 some not, 2 bad
 input.
 
-Several sweeps may work on one directory: a run is its process' that holds the lock of
-NAME/lock (flock), which the operating system gives back when that process dies, however
-it dies. On network file systems this is as good as their flock: that of NFS holds
-between machines, that of Lustre if mounted with the option flock, that of gcsfuse does
-not; there, and where in doubt, give each machine runs of its own with --only, as what
---emit writes does.
+Several sweeps may work on one directory: a run belongs to the process that holds the
+lock of its workdir, which `minw.locks` describes and `minw.main` takes as well. Where
+that is not sure to hold between machines, give each machine runs of its own with
+--only, as what --emit writes does.
 
 Tried on Linux with CPUs, on a local file system; the division of GPUs and network file
 systems were not.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -40,7 +37,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, TextIO
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from absl import flags
 
@@ -48,6 +45,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import environment
+from minw import locks
 from minw import workdir as workdir_lib
 from minw.progress import duration
 import places
@@ -199,16 +197,10 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _locked(run: Run, kind: int) -> Iterator[TextIO | None]:
-  """The run's lock, held until the end and by processes started with it; or None."""
+def _with_locks(run: Run) -> Iterator[None]:
+  """Inside, an error of the run's lock is one of --dir."""
   try:
-    with (run.workdir / "lock").open("a+") as file:
-      try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-      except BlockingIOError:
-        yield None
-      else:
-        yield file
+    yield
   except OSError as error:
     raise cli.UsageError(f"dir={str(run.workdir.parent)!r} can not be written to, or "
                          f"has no locks: {error}") from error
@@ -241,8 +233,8 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
     name = status["state"]
   else:
     if held is None:
-      with _locked(run, fcntl.LOCK_SH) as lock:
-        held = lock is None
+      with _with_locks(run):
+        held = locks.is_held(str(run.workdir))
     if held:
       name = "running"
     elif record["failures"] > retries or record["code"] == BAD_INPUT:
@@ -418,10 +410,12 @@ def run_all(
 def _start(run, place, retries, steps, command, refused) -> _Active | None:
   """Starts a run, unless another sweep has it or has just ended it."""
   with contextlib.ExitStack() as stack:
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context(_locked(run, fcntl.LOCK_EX))
+    with _with_locks(run):
+      run.workdir.mkdir(parents=True, exist_ok=True)
+      lock = locks.take(str(run.workdir))
     if lock is None:
       return None
+    stack.enter_context(lock)
     if state(run, retries, held=False).name in _FINAL and not refused:
       return None
     record = _read_record(run)
@@ -436,8 +430,9 @@ def _start(run, place, retries, steps, command, refused) -> _Active | None:
       log.write(f"$ {shlex.join(command)}\n")
       log.flush()
       # The process holds the lock, too: it may live longer than the sweep.
+      told = place._replace(environment=place.environment | locks.passed_on(lock))
       process = places.start(
-          command, place, stdin=subprocess.DEVNULL, stdout=log,
+          command, told, stdin=subprocess.DEVNULL, stdout=log,
           stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
     return _Active(run, process, place, stack.pop_all(), time.monotonic())
   return None

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 import weakref
@@ -39,6 +40,8 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
   Raises:
     cli.UsageError: Orbax cannot handle the path of `workdir` on this system.
   """
+  for name in ("absl", "concurrent.futures"):
+    logging.getLogger(name).addFilter(_is_news)
   folder, close = _plainly_named(pathlib.Path(workdir).resolve())
   directory = folder / "checkpoints"
   if read_only:
@@ -59,6 +62,13 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
     absl_logging.set_verbosity(verbosity)
   weakref.finalize(manager, close)
   return manager
+
+
+def _is_news(entry: logging.LogRecord) -> bool:
+  """False for tracebacks that follow from an error of Orbax, which raises it as well."""
+  error = entry.exc_info[1] if entry.exc_info else None
+  return error is None or not (
+      "orbax" in entry.pathname or str(error) == "Event loop is closed")
 
 
 def _plainly_named(
@@ -207,6 +217,19 @@ def _restore_first(manager, steps, target):
     distributed.on_main(_move_aside, pathlib.Path(manager.directory), damaged)
     manager.reload()
   return restored
+
+
+def newest_step(workdir: str) -> int:
+  """The step of the newest checkpoint, without opening it; 0 if there is none."""
+  directory = pathlib.Path(workdir) / "checkpoints"
+  names = os.listdir(directory) if directory.is_dir() else []
+  return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def discard_unfinished(workdir: str) -> None:
+  """Removes what a failed save left, which frees the disk; no save may be going on."""
+  for path in (pathlib.Path(workdir) / "checkpoints").glob("*.orbax-checkpoint-tmp"):
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _real(manager):

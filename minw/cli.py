@@ -6,6 +6,8 @@ import faulthandler
 import logging as std_logging
 import os
 import re
+import select
+import signal
 import sys
 from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, NoReturn
 
@@ -21,7 +23,15 @@ _COMMON = ("help", "version", "quiet", "verbosity")  # Flags of all commands.
 
 
 class UsageError(Exception):
-  """The input of the user cannot be used; the message is one line for them."""
+  """The input of the user cannot be used; the message is one line for them.
+
+  Attributes:
+    exit_code: Of a command that ends with this error.
+    at_once: Whether a command that trains ends without waiting for its threads.
+  """
+
+  exit_code = 2
+  at_once = False
 
 
 def bad_value(field: str, value: Any, allowed: str) -> UsageError:
@@ -129,9 +139,18 @@ def note(line: str) -> None:
 
 
 def guarded(function: Callable, *arguments: Any) -> Any:
-  """Calls `function`; a `UsageError` is printed as one line and exits with code 2."""
+  """Calls `function`, and ends the process where no traceback would help its user.
+
+  A `UsageError` is printed as one line and exits with its code, which is 2 for bad
+  input. An interrupt (SIGINT) exits with 130. Output to a pipe that no one reads any
+  more, as after `| head`, exits with 141 and says nothing.
+  """
   try:
-    return function(*arguments)
+    try:
+      return function(*arguments)
+    finally:
+      if sys.stdout:
+        sys.stdout.flush()
   except dependencies.MissingDependencies:
     print(f"error: this command {dependencies.NEED}", file=sys.stderr)
     sys.exit(2)
@@ -139,7 +158,26 @@ def guarded(function: Callable, *arguments: Any) -> Any:
     if logging.get_verbosity() >= logging.DEBUG:
       raise
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(error.exit_code)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+  except BrokenPipeError:
+    if not _output_is_closed():
+      raise
+    # Python would flush its buffers at exit and complain that it cannot.
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+      os.dup2(null, number)
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def _output_is_closed() -> bool:
+  """Whether standard output or error is a pipe that has lost its reader."""
+  pipes = select.poll()
+  for number in (1, 2):
+    pipes.register(number, 0)
+  return any(events & select.POLLERR for _, events in pipes.poll(0))
 
 
 def run(
@@ -164,7 +202,17 @@ def run(
   """
   faulthandler.enable()
   logging.use_absl_handler()
-  sys.exit(guarded(_run, main, define_flags, program or _program()))
+  _exchange_interrupt(signal.SIG_DFL, signal.default_int_handler)  # See minw.__init__.
+  try:
+    sys.exit(guarded(_run, main, define_flags, program or _program()))
+  finally:  # From here on, an interrupt would only be a traceback.
+    _exchange_interrupt(signal.default_int_handler, signal.SIG_DFL)
+
+
+def _exchange_interrupt(old: Any, new: Any) -> None:
+  """Handles SIGINT by `new` where it was handled by `old`; it may also be ignored."""
+  if signal.getsignal(signal.SIGINT) == old:
+    signal.signal(signal.SIGINT, new)
 
 
 def _run(main, define_flags, program) -> int | None:

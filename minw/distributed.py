@@ -60,29 +60,36 @@ def initialize(
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-  """Within it, an error of this process alone ends it without a farewell.
+  """Inside, an error of this process alone ends it without a farewell.
 
   Otherwise Python would wait at its end for the other processes, which wait for this
-  one. They notice within the heartbeat timeout.
+  one. They notice within the heartbeat timeout. With a single process that holds for
+  `cli.UsageError.at_once`: threads of this process may wait for what will not come.
   """
   try:
     yield
   except Agreed:
     raise
-  except Exception as error:  # Of any kind.
-    if not jax.distributed.is_initialized():
+  except (Exception, KeyboardInterrupt) as error:
+    alone = not jax.distributed.is_initialized()
+    if alone and not (isinstance(error, cli.UsageError) and error.at_once):
       raise
-    usage = isinstance(error, cli.UsageError)
-    if usage:
+    code = 1
+    if isinstance(error, cli.UsageError):
+      code = error.exit_code
       print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+      code = 128 + signal.SIGINT
+      print("interrupted", file=sys.stderr)
     else:
       traceback.print_exc()
-    print(f"error: process {jax.process_index()} of {jax.process_count()} ends here, or"
-          " another one did before; none can go on alone, and the same commands again "
-          "go on from the last checkpoint", file=sys.stderr)
+    if not alone:
+      print(f"error: process {jax.process_index()} of {jax.process_count()} ends here, or"
+            " another one did before; none can go on alone, and the same commands again "
+            "go on from the last checkpoint", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if usage else 1)
+    os._exit(code)
 
 
 def several() -> bool:

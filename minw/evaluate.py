@@ -19,6 +19,7 @@ from minw import checkpoint
 from minw import cli
 from minw import datasets
 from minw import infer
+from minw import metrics
 from minw import pipeline
 from minw import streaming
 from minw import workdir as workdir_lib
@@ -150,9 +151,13 @@ def evaluate_workdir(
     many images were left out, and "decode_rate", see `streaming.Split`.
 
   Raises:
-    cli.UsageError: no run or no checkpoint there, or no data.
+    cli.UsageError: no run or no checkpoint there, no data, or a run that is done but
+      whose record is not complete, see `metrics.check_complete`.
   """
   config, saved = read_run(workdir, which)
+  status = workdir_lib.read_status(workdir)
+  if status and status["state"] == "done":
+    metrics.check_complete(workdir, config, status)
   if data_dir is not None:
     config.data_dir = data_dir
   experiment = Experiment(config)

@@ -13,7 +13,8 @@ from absl import flags
 from minw import cli
 from minw import config_flag
 
-# Exit codes beside 0, done, and 2, bad input.
+# Exit codes beside 0, done, 2, bad input, 74, a file cannot be written, and 130, SIGINT
+# came twice or before training began.
 DIVERGED = 3
 PREEMPTED = 75  # Start the same command again to go on.
 
@@ -72,9 +73,13 @@ def main() -> int:
   with distributed.ending_at_once():
     if distributed.is_main():
       cli.show_progress()
-    status = train.train_and_evaluate(f.config, f.workdir)
+    try:
+      status = train.train_and_evaluate(f.config, f.workdir)
+    except train.Interrupted as interrupted:
+      status = interrupted.status
   if status["state"] == "preempted":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Once more changes nothing.
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, signal.SIG_IGN)  # Once more changes nothing.
   print(json.dumps({"workdir": f.workdir, **status}))
   return {"done": 0, "diverged": DIVERGED, "preempted": PREEMPTED}[status["state"]]
 

@@ -3,6 +3,7 @@
 `python -m minw.plots --out=docs/aqe.png` draws the latter.
 """
 
+import io
 import os
 import pathlib
 from typing import Any, Sequence
@@ -218,11 +219,11 @@ def _log_scale(axes: Any, label: str) -> None:
 
 def save(fig: Any, path: pathlib.Path) -> None:
   """Writes a figure in one move, so that no reader sees half of it."""
-  part = path.with_name(path.name + ".part")
+  image = io.BytesIO()
   with warnings.catch_warnings():  # A path may hold what the font does not have.
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-    fig.savefig(part, format="png")
-  os.replace(part, path)
+    fig.savefig(image, format="png")
+  workdir_lib.write_file(path, image.getvalue())
 
 
 def define_flags() -> None:

@@ -1,13 +1,17 @@
 """A training run, top to bottom: `train_and_evaluate`."""
 
 import collections
+import contextlib
+import errno
 import itertools
 import logging
 import os
+import re
+import shutil
 import signal
 import threading
 import time
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,11 +241,31 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
   return experiment.jit(report)
 
 
+class Interrupted(KeyboardInterrupt):
+  """SIGINT stopped a run, after its state was saved.
+
+  Attributes:
+    status: What status.json holds: `state` is "preempted".
+  """
+
+  def __init__(self, status: dict[str, Any]):
+    super().__init__(f"the run is saved at step {status['step']} and resumes from there")
+    self.status = status
+
+
+class StorageError(cli.UsageError):
+  """A file of a run cannot be written or read; what was saved before is whole."""
+
+  exit_code = os.EX_IOERR
+  at_once = True  # Orbax's threads wait minutes for a save that has failed.
+
+
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
   """Trains the network of `config`, or goes on from the last checkpoint in `workdir`.
 
   A run that was interrupted, at whatever moment, and started again ends with the same
-  parameters and metrics, rates apart, as one that was not.
+  parameters and metrics, rates apart, as one that was not. In the main thread, SIGTERM
+  and SIGINT (Ctrl-C, or a notebook's interrupt) end it after its state is saved.
 
   Several processes (see `distributed.initialize`) call this alike, and do the same
   steps together. What the first alone does stands behind `distributed.is_main`.
@@ -252,28 +276,88 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
     config: see `config.default_config`.
     workdir: receives config.json, run.json, metrics.jsonl, status.json, curves.png,
       tensorboard/ and checkpoints/, and histograms.jsonl if the config asks for it;
-      made if missing.
+      made if missing. Its lock is held until this returns.
 
   Returns:
     What status.json holds in the end: `state` ("done", "diverged" or "preempted"),
     `step` and, when done, the hard network's `test_accuracy` and `test_loss`.
 
   Raises:
-    cli.UsageError: the config can not be run, `workdir` belongs to another config or
-      can not be written to, or data are missing; before training starts.
+    cli.UsageError: the config can not be run, `workdir` belongs to another config, is
+      in use or can not be written to, or data are missing; before training starts.
+    StorageError: later, a file cannot be written. The state is then "stopped".
+    Interrupted: SIGINT came, and the state is saved. A second SIGINT raises
+      KeyboardInterrupt at once; what was trained since the last checkpoint is lost.
   """
   workdir = os.fspath(workdir)
-  together, on_main = distributed.together, distributed.on_main
+  together = distributed.together
   experiment = together(Experiment, config)
   together(datasets.check_available, config.dataset, config.data_dir)
   source = together(read_source, config.init_from, experiment)
-  on_main(workdir_lib.claim, workdir, config)
-  together(workdir_lib.check_claimed, workdir, config)
-  status = on_main(workdir_lib.read_status, workdir)
-  if status and status["state"] in ("done", "diverged"):
-    _log.warning("%s: already %s at step %d; nothing to do",
-                 workdir, status["state"], status["step"])
-    return status
+  with workdir_lib.claimed(workdir, config):
+    status = distributed.on_main(workdir_lib.read_status, workdir)
+    if status and status["state"] in ("done", "diverged"):
+      _log.warning("%s: already %s at step %d; nothing to do",
+                   workdir, status["state"], status["step"])
+      return status
+    with _stopping(workdir, checkpoint_target(experiment)), StopSignal() as stop:
+      status = _train(experiment, source, workdir, stop)
+  if status["state"] == "preempted" and stop.interrupted:
+    raise Interrupted(status)
+  return status
+
+
+@contextlib.contextmanager
+def _stopping(workdir: str, target: Any) -> Iterator[None]:
+  """Notes the state "stopped" when an interrupt or a file's error ends a run.
+
+  Args:
+    workdir: Directory of the run.
+    target: Shapes and dtypes of a checkpoint, for the message.
+
+  Raises:
+    StorageError: for an error of the file system, naming the file.
+  """
+  try:
+    yield
+  except (Exception, KeyboardInterrupt) as error:
+    failed = _storage_error(error, workdir)
+    if not (failed or isinstance(error, KeyboardInterrupt)):
+      raise
+    with contextlib.suppress(OSError):
+      if distributed.is_main():
+        checkpoint.discard_unfinished(workdir)  # It may have filled the disk.
+      workdir_lib.write_status(workdir, "stopped", checkpoint.newest_step(workdir))
+    if not failed:
+      raise
+    need = ""
+    if failed.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+      need = f" ({size / 1e6:.1f} MB a checkpoint are needed"
+      with contextlib.suppress(OSError):
+        need += f", {shutil.disk_usage(workdir).free / 1e6:.1f} MB are free"
+      need += ")"
+    raise StorageError(
+        f"{failed.filename or workdir}: {failed.strerror}{need}; the run is stopped, and"
+        " the same command resumes it from its last checkpoint") from error
+
+
+def _storage_error(error: BaseException, workdir: str) -> OSError | None:
+  """The file system's error that `error` is or, if it is TensorStore's, tells of."""
+  if not isinstance(error, OSError):
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if not number:
+      return None
+    code = int(number.group(1))
+    return OSError(code, os.strerror(code), os.path.join(workdir, "checkpoints"))
+  return error if error.errno and not isinstance(error, ConnectionError) else None
+
+
+def _train(
+    experiment: Experiment, source: dict[str, Any], workdir: str, stop: "StopSignal"
+) -> dict[str, Any]:
+  """Runs what is left of a run, and returns its status."""
+  together, config = distributed.together, experiment.config
   journal = environment.Journal(workdir)
   train_data, validation_data, test_data = (
       together(experiment.load, split) for split in ("train", "validation", "test"))
@@ -287,7 +371,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   no_totals = experiment.jit(_no_totals, out_shardings=experiment.replicated)
   evaluator = evaluate.Evaluator(experiment)
 
-  with (StopSignal() as stop, checkpoint.open_manager(workdir) as manager,
+  with (checkpoint.open_manager(workdir) as manager,
         display.shown(workdir, experiment.num_steps) as show):
     target = checkpoint_target(experiment)
     restored = together(checkpoint.restore_newest, manager, target)
@@ -392,13 +476,13 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
     if writer:
       writer.close()
     journal.note()
+    if writer:
+      plots.curves(workdir)
     if status["state"] == "running":
       status = workdir_lib.write_status(
           workdir, "done", step, best_step=best.step,
           **{f"test_{name}": value for name, value in results["last"].items()},
           **{f"best_test_{name}": value for name, value in results["best"].items()})
-    if writer:
-      plots.curves(workdir)
   _log.info("%s: %s at step %d", workdir, status["state"], status["step"])
   return status
 
@@ -465,23 +549,38 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
 
 
 class StopSignal:
-  """Notes SIGTERM, as sent before a preemption, instead of dying of it."""
+  """Notes SIGTERM, as sent before a preemption, and SIGINT instead of dying of them.
+
+  Attributes:
+    requested: Whether one of them came.
+    interrupted: Whether SIGINT did. A second one raises KeyboardInterrupt.
+  """
 
   def __init__(self):
-    self.requested = False
+    self.requested = self.interrupted = False
 
   def __enter__(self):
-    self._previous = None
+    self._previous = {}
     if threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, self._note)
+      self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+      # Who started this process in the background may have it ignore SIGINT.
+      if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
     return self
 
-  def _note(self, *_):
+  def _note(self, number, _):
+    if number == signal.SIGINT:
+      if self.interrupted:
+        raise KeyboardInterrupt
+      self.interrupted = True
+      _log.warning("interrupted: the run stops when its state is saved; another"
+                   " interrupt stops it at once")
     self.requested = True
 
   def __exit__(self, *_):
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      if handler is not None:
+        signal.signal(number, handler)
 
 
 class Progress:

@@ -1,33 +1,109 @@
 """The files of a run beside its metrics and checkpoints, whole at any moment."""
 
+import contextlib
+import errno
 import json
+import logging
 import os
 import pathlib
-from typing import Any
+from typing import Any, ContextManager, Iterator
 
 from minw import cli
 from minw import config as config_lib
 from minw import distributed
+from minw import locks
+
+_log = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
-  """Replaces a file in one move, so that no reader sees half of it."""
+def write_file(path: pathlib.Path, content: str | bytes) -> None:
+  """Replaces a file in one move, so that no reader sees half of it.
+
+  Raises:
+    OSError: naming the file; the file is as it was.
+  """
   part = path.with_name(path.name + ".part")
-  part.write_text(text)
-  os.replace(part, path)
+  data = content.encode() if isinstance(content, str) else content
+  with naming(path):
+    try:
+      part.write_bytes(data)
+      os.replace(part, path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        part.unlink()
+      raise
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Inside, an OSError that names no file, as those of writing, gets this file's name."""
+  try:
+    yield
+  except OSError as error:
+    error.filename = error.filename or os.fspath(path)
+    raise
+
+
+@contextlib.contextmanager
+def claimed(workdir: str, config: Any) -> Iterator[None]:
+  """Inside, `workdir` is that of a run of `config`, and no other process trains there.
+
+  Process 0 of several takes the lock (see `minw.locks`). On a file system without locks
+  a warning is logged instead.
+
+  Raises:
+    cli.UsageError: on all processes: the workdir cannot be written to, is that of a run
+      of another config or in use, or is not the same for all processes.
+  """
+  with contextlib.ExitStack() as stack:
+
+    def take() -> None:
+      check_free(workdir, config)  # In the workdir of another run not even a lock is left.
+      stack.enter_context(_lock(workdir))
+      claim(workdir, config)
+
+    distributed.on_main(take)
+    distributed.together(check_claimed, workdir, config)
+    yield
+
+
+def _lock(workdir: str) -> ContextManager:
+  """Makes `workdir` and takes its lock, which leaving the returned context gives back."""
+  with _refusing(workdir):
+    os.makedirs(workdir, exist_ok=True)
+    try:
+      lock = locks.take(workdir)
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      _log.warning("%s: this file system has no locks (%s), so that nothing keeps a"
+                   " second run out", workdir, error.strerror)
+      return contextlib.nullcontext()
+  if lock is None:
+    raise cli.UsageError(
+        f"workdir={workdir!r} is in use: another process is training there")
+  return lock
 
 
 def claim(workdir: str, config: Any) -> None:
   """Makes `workdir` that of a run of `config`, unless it is so already.
 
   Raises:
-    cli.UsageError: it can not be written to, or is another config's.
+    cli.UsageError: it cannot be written to, or is another config's.
   """
   path = pathlib.Path(workdir)
-  try:
+  with _refusing(workdir):
     path.mkdir(parents=True, exist_ok=True)
     check_free(workdir, config)
     write_file(path / "config.json", config_lib.to_json(config))
+
+
+@contextlib.contextmanager
+def _refusing(workdir: str) -> Iterator[None]:
+  try:
+    yield
   except OSError as error:
     raise cli.UsageError(
         f"workdir={workdir!r} can not be written to: {error}") from error
@@ -37,7 +113,7 @@ def check_free(workdir: str, config: Any) -> None:
   """Checks that `workdir` holds no run but one of `config`.
 
   Raises:
-    cli.UsageError: naming the fields that differ.
+    cli.UsageError: naming the fields that differ, and what to do instead.
   """
   if not (pathlib.Path(workdir) / "config.json").exists():
     return
@@ -49,7 +125,8 @@ def check_free(workdir: str, config: Any) -> None:
   if different:
     raise cli.UsageError(
         f"workdir={workdir!r} holds a run of another config (field: there, here):"
-        f" {'; '.join(different)}")
+        f" {'; '.join(different)}. Give this run another --workdir; with"
+        f" --config.init_from={workdir} it starts from the weights trained there")
 
 
 def check_claimed(workdir: str, config: Any) -> None:
@@ -85,9 +162,16 @@ def read_config(workdir: str) -> Any:
 
 
 def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, Any]:
-  """Writes status.json; `state` is running, done, diverged or preempted.
+  """Writes status.json; of several processes the first does.
 
-  Of several processes the first writes it, and all return what it says.
+  Args:
+    workdir: Directory of the run.
+    state: "running", "done", "diverged", "preempted" or "stopped".
+    step: Number of training steps that are saved or, if diverged, finite.
+    **more: Results, when done.
+
+  Returns:
+    What the file says.
   """
   status = {"state": state, "step": step, **more}
   if distributed.is_main():
@@ -96,6 +180,17 @@ def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, 
 
 
 def read_status(workdir: str) -> dict[str, Any] | None:
-  """What `write_status` wrote; None if nothing."""
+  """What `write_status` wrote; None if nothing.
+
+  A run that was killed left "running" there. It is returned as "stopped" unless a
+  process has the workdir's lock, or it is not known whether one has.
+  """
   path = pathlib.Path(workdir) / "status.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  status = json.loads(path.read_text())
+  if status["state"] == "running":
+    with contextlib.suppress(OSError):
+      if not locks.is_held(workdir):
+        status["state"] = "stopped"
+  return status

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -539,6 +540,55 @@ def test_run(run, main, code, out, err):
   program = _COMMAND.format(required=True, main=main, run="main")
   assert run("command", "--name=x", code=program) == (code, out, err)
   assert run("command", "--name=x", "--verbosity=-1", code=program)[0] == code
+
+
+@pytest.mark.parametrize("main, code, err", [
+    ("raise KeyboardInterrupt", 130, "interrupted\n"),
+    ("os.kill(os.getpid(), signal.SIGINT); return 0", 130, "interrupted\n"),
+])
+def test_interrupt(run, main, code, err):
+  program = "import os, signal\n" + _COMMAND.format(required=False, main=main, run="main")
+  assert run("command", code=program) == (code, "", err)
+
+
+def test_interrupt_of_a_command_that_starts():
+  """It takes seconds to import what a command needs."""
+  command = subprocess.Popen(
+      [sys.executable, "-X", "importtime", "-m", "minw.evaluate", "--workdir=nowhere"],
+      cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  lines = []
+  with command:
+    for line in command.stderr:
+      lines.append(line)
+      if line.endswith(" minw\n"):
+        command.send_signal(signal.SIGINT)
+  assert command.returncode == -signal.SIGINT
+  assert all(line.startswith("import time:") for line in lines)
+
+
+# Standard output is a pipe whose reader has gone, as that of `| head` does.
+_PIPE = """
+import os, sys
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+sys.stdout = open(1, "w", closefd=False)
+"""
+
+
+@pytest.mark.parametrize("main", [
+    "print('x')", "print('x', flush=True)", "print('x' * 10**6)", "print(1); sys.exit(0)"
+])
+def test_output_that_no_one_reads(run, main):
+  program = _PIPE + _COMMAND.format(required=False, main=main, run="main")
+  assert run("command", code=program) == (141, "", "")
+
+
+def test_other_broken_pipes_are_errors(run):
+  program = _COMMAND.format(
+      required=False, main="raise BrokenPipeError('a worker')", run="main")
+  result = run("command", code=program)
+  assert result.code == 1 and result.err.endswith("BrokenPipeError: a worker\n")
 
 
 def test_errors_of_ours_keep_their_traceback(run):

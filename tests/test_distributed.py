@@ -19,6 +19,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import distributed
 from minw import evaluate
+from minw import locks
 from minw import train
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
@@ -415,14 +416,18 @@ def test_bad_input_ends_all_alike(tmp_path):
   other = tiny_config(seed=1)
   assert refusals([other, other], workdir) == {
       f"error: workdir='{workdir}' holds a run of another config (field: there, here):"
-      " seed: 0, 1"}
+      f" seed: 0, 1. Give this run another --workdir; with --config.init_from={workdir} it"
+      " starts from the weights trained there"}
   assert refusals([config, other], workdir) == {
       "error: the processes were started with different configs (field: first process,"
       " another): seed: 0, 1"}
   # What one finds out by itself.
   line, = refusals([config, tiny_config(bits_rules=(("x", 2),))], workdir)
   assert line.startswith("error: config.bits_rules='x': must be a pattern that matches")
-  assert os.listdir(workdir) == ["config.json"]
+  assert sorted(os.listdir(workdir)) == ["config.json", "lock"]
+  with locks.take(str(workdir)):
+    assert refusals([config, config], workdir) == {
+        f"error: workdir='{workdir}' is in use: another process is training there"}
 
 
 # Data that are streamed.

@@ -19,6 +19,7 @@ from minw import config as config_lib
 from minw import evaluate
 from minw import pipeline
 from minw import workdir as workdir_lib
+from minw.report import records
 from short_runs import EPOCH
 from short_runs import ROOT
 from short_runs import contents
@@ -239,3 +240,17 @@ def test_reading_a_run_changes_nothing(plain):
   assert config_lib.to_json(config) == config_lib.to_json(tiny_config())
   assert saved.step == json.loads((plain / "status.json").read_text())["best_step"]
   assert contents(plain) == before
+
+
+@pytest.mark.parametrize("read", [evaluate.evaluate_workdir, records.record])
+def test_done_without_its_final_lines_is_refused(read, plain, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(plain, workdir)
+  path = workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(line for line in lines if '"split": "test"' not in line))
+  with pytest.raises(cli.UsageError) as error:
+    read(str(workdir))
+  assert str(error.value).startswith(
+      f"workdir='{workdir}': must be that of a run whose record is complete, but"
+      " metrics.jsonl has 0 lines of the test split for the last checkpoint instead of 1")

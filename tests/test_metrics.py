@@ -1,14 +1,18 @@
 """minw.metrics: what is kept of a record, and what TensorBoard is shown of it."""
 
+import errno
 import itertools
 import json
 import math
 import re
+import resource
 
 import numpy as np
 import pytest
 from tensorboardX.proto import layout_pb2
 
+from minw import cli
+from minw import config as config_lib
 from minw import metrics
 from short_runs import events_of
 from short_runs import values_of
@@ -211,3 +215,88 @@ def test_tensorboard_after_a_kill(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
   metrics.Writer(str(tmp_path), 20).close()
   assert {step for _, step in numbers_of(tmp_path)} == {10, 20}
+
+
+# A full disk.
+
+
+def test_a_board_that_cannot_be_written_is_named(tmp_path):
+  """tensorboardX's own writer would wait forever for a thread that has ended."""
+  writer = metrics.Writer(str(tmp_path), 0)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+  try:
+    with pytest.raises(OSError) as error:
+      for step in range(100):  # In metrics.jsonl they take 400 bytes.
+        writer.show_histograms([{"kind": "weights", "layer": "conv1", "step": step,
+                                 "counts": [1] * 201}])
+        writer.write({"step": step, "split": "validation", "mode": "hard"})
+    with pytest.raises(OSError):
+      writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert (error.value.errno, error.value.filename) == (
+      errno.EFBIG, str(tmp_path / "tensorboard"))
+  assert step < 5
+  writer.close()
+
+
+# Records of runs that are done.
+
+STATUS = {"state": "done", "step": 30, "test_accuracy": 0.5, "test_loss": 1.0,
+          "best_test_accuracy": 0.25, "best_test_loss": 1.0, "best_step": 20}
+
+
+def complete_lines():
+  return [line_at(10), line_at(20), line_at(30, "train", "mixed"), line_at(30),
+          line_at(30, "test", checkpoint="last"),
+          line_at(30, "test", checkpoint="best", accuracy=0.25)]
+
+
+def check(workdir, lines, status=STATUS, **fields):
+  (workdir / "metrics.jsonl").write_text(
+      "".join(json.dumps(line) + "\n" for line in lines))
+  config = config_lib.default_config()
+  config.update({"num_epochs": 3} | fields)
+  metrics.check_complete(str(workdir), config, status)
+
+
+def test_a_complete_record(tmp_path):
+  check(tmp_path, complete_lines())
+  every = complete_lines()
+  del every[0]
+  check(tmp_path, every, eval_every_epochs=2)  # Epoch 2, and 3, which is the last.
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: lines.pop(), "has 0 lines of the test split for the best checkpoint"),
+    (lambda lines: lines.pop(4), "has 0 lines of the test split for the last checkpoint"),
+    (lambda lines: lines.append(lines[5]), "has 2 lines of the test split for the best"),
+    (lambda lines: lines.pop(0), "holds are 2 instead of 3"),
+    (lambda lines: lines.insert(1, lines[1]), "holds are 4 instead of 3"),
+    (lambda lines: lines[0].update(epoch=2), "holds validations of other epochs"),
+    (lambda lines: lines[4].update(accuracy=0.75),
+     "last checkpoint is 0.75 in metrics.jsonl and 0.5 in status.json"),
+    (lambda lines: lines[0].pop("epoch"), "metrics.jsonl is damaged (KeyError('epoch'))"),
+    (lambda lines: lines.clear(), "holds are 0 instead of 3"),
+])
+def test_what_a_record_lacks_is_named(change, message, tmp_path):
+  lines = complete_lines()
+  change(lines)
+  with pytest.raises(cli.UsageError) as error:
+    check(tmp_path, lines)
+  assert str(error.value).startswith(f"workdir='{tmp_path}': must be that of a run whose")
+  assert message in str(error.value)
+
+
+def test_a_status_without_results(tmp_path):
+  with pytest.raises(cli.UsageError, match="0.5 in metrics.jsonl and None in status"):
+    check(tmp_path, complete_lines(), {"state": "done", "step": 30})
+
+
+def test_no_lines_at_all(tmp_path):
+  config = config_lib.default_config()
+  metrics.check_complete(str(tmp_path), config, STATUS)  # A copy of two files.
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(cli.UsageError, match="holds are 0 instead of 200"):
+    metrics.check_complete(str(tmp_path), config, STATUS)

@@ -184,12 +184,17 @@ def test_deleting_what_is_too_old_may_be_cut(busy, tmp_path):
 # SIGTERM.
 
 
-def terminate_at(wanted):
+def send_at(wanted, *numbers):
   def action(step, _):
     if step == wanted:
-      os.kill(os.getpid(), signal.SIGTERM)
+      for number in numbers:
+        os.kill(os.getpid(), number)
 
   return action
+
+
+def terminate_at(wanted):
+  return send_at(wanted, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("step", [EPOCH - 1, EPOCH + 6])
@@ -231,6 +236,59 @@ def test_terminated_at_the_end_is_done(busy, tmp_path):
   expected, _ = busy
   run_with(terminate_at(4 * EPOCH - 1), busy_config(), tmp_path)
   assert outcome(tmp_path) == expected
+
+
+# SIGINT.
+
+
+@pytest.mark.parametrize("step", [EPOCH - 1, EPOCH + 6])
+def test_interrupted_run_stops_and_goes_on(step, busy, tmp_path):
+  expected, _ = busy
+  handler = signal.getsignal(signal.SIGINT)
+  with pytest.raises(train.Interrupted) as interrupt:
+    # What a launcher passes on beside it is no second interrupt.
+    run_with(send_at(step, signal.SIGTERM, signal.SIGINT, signal.SIGTERM),
+             busy_config(), tmp_path)
+  assert interrupt.value.status == {"state": "preempted", "step": step + 1}
+  assert str(interrupt.value) == (
+      f"the run is saved at step {step + 1} and resumes from there")
+  assert json.loads((tmp_path / "status.json").read_text()) == interrupt.value.status
+  assert signal.getsignal(signal.SIGINT) == handler
+  assert_ends_like(tmp_path, expected, busy_config())
+
+
+def test_second_interrupt_stops_at_once(busy, tmp_path):
+  expected, _ = busy
+  begun = []
+
+  def action(step, state):
+    begun.append(step)
+    send_at(EPOCH + 6, signal.SIGINT, signal.SIGINT)(step, state)
+
+  with pytest.raises(KeyboardInterrupt) as interrupt:
+    run_with(action, busy_config(), tmp_path)
+  assert not isinstance(interrupt.value, train.Interrupted)
+  assert begun == list(range(EPOCH + 7))
+  assert json.loads((tmp_path / "status.json").read_text()) == {
+      "state": "stopped", "step": EPOCH}
+  assert_ends_like(tmp_path, expected, busy_config())
+
+
+def test_interrupted_at_the_end_is_done(busy, tmp_path):
+  expected, _ = busy
+  run_with(send_at(4 * EPOCH - 1, signal.SIGINT), busy_config(), tmp_path)
+  assert outcome(tmp_path) == expected
+
+
+def test_ignored_interrupt_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with train.StopSignal() as stop:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert not stop.requested
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 # The best checkpoint.

@@ -1,9 +1,16 @@
 """minw.train: the step, the loop, what a run leaves behind, and how it can end."""
 
+import contextlib
+import errno
+import fcntl
 import functools
 import itertools
 import json
+import re
+import resource
 import runpy
+import shutil
+import time
 
 import jax
 from jax import lax
@@ -19,6 +26,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import datasets
 from minw import infer
+from minw import locks
 from minw import pack
 from minw import packed
 from minw import pipeline
@@ -67,7 +75,7 @@ def test_workdir_is_complete(plain):
       "best_test_accuracy": best["accuracy"], "best_test_loss": best["loss"]}
   assert (plain / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
   assert sorted(path.name for path in plain.iterdir()) == [
-      "checkpoints", "config.json", "curves.png", "metrics.jsonl", "run.json",
+      "checkpoints", "config.json", "curves.png", "lock", "metrics.jsonl", "run.json",
       "status.json", "tensorboard"]
 
 
@@ -284,6 +292,120 @@ def test_workdir_that_can_not_be_written(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(cli.UsageError, match="can not be written to"):
     run(tiny_config(), tmp_path / "file" / "run")
+
+
+def test_workdir_in_use_is_refused(plain, tmp_path):
+  shutil.copytree(plain, tmp_path / "run")
+  status = tmp_path / "run" / "status.json"
+  status.write_text('{"state": "running", "step": 19}')
+  before = contents(tmp_path)
+  with locks.take(str(tmp_path / "run")):
+    assert workdir_lib.read_status(str(tmp_path / "run"))["state"] == "running"
+    with pytest.raises(cli.UsageError) as error:
+      run_with(stop_before(0), tiny_config(), tmp_path / "run")
+    assert str(error.value) == (
+        f"workdir='{tmp_path}/run' is in use: another process is training there")
+    assert contents(tmp_path) == before
+  assert workdir_lib.read_status(str(tmp_path / "run")) == {
+      "state": "stopped", "step": 19}
+
+
+def test_workdir_is_given_back_however_a_run_ends(tmp_path):
+  for _ in range(2):
+    with pytest.raises(Stop):
+      run_with(stop_before(1), tiny_config(num_epochs=1), tmp_path)
+    assert not locks.is_held(str(tmp_path))
+  for _ in range(2):
+    assert run(tiny_config(num_epochs=1), tmp_path)["state"] == "done"
+    assert not locks.is_held(str(tmp_path))
+
+
+def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, caplog):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  assert run(tiny_config(num_epochs=1), tmp_path)["state"] == "done"
+  assert "this file system has no locks (No locks available)" in caplog.text
+
+
+def test_more_epochs_are_another_run(plain):
+  with pytest.raises(cli.UsageError) as error:
+    run_with(stop_before(0), tiny_config(num_epochs=8), plain)
+  assert "num_epochs: 4, 8. Give this run another --workdir" in str(error.value)
+  assert f"--config.init_from={plain} it starts from" in str(error.value)
+
+
+# Files that cannot be written.
+
+TENSORSTORE = (
+    'RESOURCE_EXHAUSTED: Error writing "a/0" in OCDBT database at local file "/x/":'
+    " Failed to write 4 bytes to file 4: No space left on device [os_error_code=\'28\']")
+
+
+@pytest.mark.parametrize("error, file, reason", [
+    (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "/a/file",
+     r"No space left on device \(0\.0 MB a checkpoint are needed, [\d.]+ MB are free\)"),
+    (OSError(errno.EROFS, "Read-only file system"), "{workdir}",
+     "Read-only file system"),
+    (ValueError(TENSORSTORE), "{workdir}/checkpoints", r"No space left on device \(.*"),
+])
+def test_error_of_a_file_stops_a_run(error, file, reason, tmp_path):
+  def action(step, _):
+    if step == 3:
+      raise error
+
+  with pytest.raises(train.StorageError) as stopped:
+    run_with(action, tiny_config(num_epochs=1), tmp_path)
+  assert re.fullmatch(
+      re.escape(file.format(workdir=tmp_path)) + f": {reason}; the run is stopped, and"
+      " the same command resumes it from its last checkpoint", str(stopped.value))
+  assert stopped.value.exit_code == 74
+  assert json.loads((tmp_path / "status.json").read_text()) == {
+      "state": "stopped", "step": 0}
+
+
+@pytest.mark.parametrize("error", [
+    ConnectionResetError(errno.ECONNRESET, "Connection reset"), OSError("no number"),
+    ValueError("28")])
+def test_other_errors_stay_what_they_are(error, tmp_path):
+  def action(step, _):
+    raise error
+
+  with pytest.raises(type(error)) as raised:
+    run_with(action, tiny_config(num_epochs=1), tmp_path)
+  assert raised.value is error
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+  """As on a full disk, what is written beyond that fails, and what fits is written."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_cut_line_of_metrics_is_written_again(plain, tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  with contextlib.ExitStack() as stack:
+
+    def action(step, _):
+      if step == EPOCH + 3:
+        while list((tmp_path / "checkpoints").glob("*tmp")):
+          time.sleep(0.01)
+        stack.enter_context(files_no_larger_than(path.stat().st_size + 100))
+
+    with pytest.raises(train.StorageError, match=f"^{path}: File too large"):
+      run_with(action, tiny_config(), tmp_path)
+  *whole, part = path.read_text().split("\n")
+  assert len(whole) == 3 and len(part) == 100
+  assert json.loads((tmp_path / "status.json").read_text()) == {
+      "state": "stopped", "step": EPOCH}
+  run(tiny_config(), tmp_path)
+  assert outcome(tmp_path) == outcome(plain)
 
 
 # One step, against the method's definition.

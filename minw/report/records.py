@@ -55,13 +55,15 @@ def record(workdir: str) -> Record:
   """The record of the run in `workdir`; its files are named by their whole paths.
 
   Raises:
-    cli.UsageError: there is no run, or it is not done.
+    cli.UsageError: there is no run, it is not done, or its record is not complete, see
+      `metrics.check_complete`.
   """
   config = workdir_lib.read_config(workdir)
   status = workdir_lib.read_status(workdir) or {"state": "not begun", "step": 0}
   cli.check(status["state"] == "done", "workdir", workdir,
             f"that of a run that is done: it is {status['state']} at step "
             f"{status['step']}")
+  metrics.check_complete(workdir, config, status)
   run = environment.read(workdir)
   *earlier, last = run["environments"] or [
       {"commit": None, "hardware": None, "versions": None}]
