@@ -11,7 +11,8 @@ _PATHS = ("In a PATH, ~ is the home directory, and $NAME or ${NAME} is an enviro
           "variable. PATHS are separated by commas or given by repeated flags, and may "
           "contain the wildcards *, ? and **; a path that exists is taken as it is.")
 _CODES = ("Exit codes: 0, success; 1, failure, which a message explains; 2, bad input, "
-          "which is found before the work starts.")
+          "which is found before the work starts; 130, interrupted by Ctrl-C; 141, the "
+          "reader of a pipe has gone.")
 _KINDS = {"path": "PATH", "paths": "PATHS", "int": "N", "float": "NUMBER",
           "comma separated list of strings": "A,B,...", "config": "FILE",
           "multi string": "TEXT"}
