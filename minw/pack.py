@@ -213,6 +213,9 @@ class _Walk:
     result, = results
     if not isinstance(result, _Array) or not self.ops or result.value != len(self.ops):
       raise self.refuse(f"{name}: is not what the network returns")
+    if result.shape[:2] != (1, 1):
+      raise self.refuse(f"{name}: gives logits of shape {result.shape}, for each place"
+                        " of a map; sum over it or flatten it first")
     for i, op in enumerate(self.ops, start=1):
       last = i == len(self.ops)
       makes_logits = isinstance(op, packed.Logits) or (
