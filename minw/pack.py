@@ -648,7 +648,7 @@ def main() -> int:
   try:
     size = packed.write(f.out, program)
   except OSError as error:
-    raise cli.UsageError(f"out={f.out!r} can not be written: {error}") from error
+    raise cli.UsageError(f"out={f.out!r} cannot be written: {error}") from error
   print(f"{f.out}: {size / 2**20:.3f} MiB, {len(program.ops)} operations,"
         f" step {program.metadata['step']}")
   if not f.verify:

@@ -162,13 +162,14 @@ def verify_workdir(
   compared = trained.compare(
       experiment.model, variables, experiment.pixels,
       packed.crop(backends[0].program, images))
+  labels = (f"{compared.labels} of {compared.images} labels of the hard network differ"
+            " from those of training (alpha = 1)")
   if compared.problem:
-    found.append(compared.problem)
+    found.append(f"{compared.problem}; {labels}")
   for line in found:
     print(line)
-  print(f"{compared.labels} of {compared.images} labels of the hard network differ from"
-        " the trained network's (alpha = 1)")
   if not found:
     print(f"equal, layer by layer, on {len(images)} images ({name}):"
           f" the trained network, {', '.join(names)} and, on the first 64, NumPy")
+    print(labels)
   return 1 if found else 0

@@ -76,6 +76,7 @@ def variables_of(model, seed=0):
           "var": lambda n: rng.uniform(1, 40, n), "scale": lambda n: rng.normal(0, 1, n),
           "bias": lambda n: rng.normal(0, 0.5, n)}
   shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
+  shapes = {kind: shapes[kind] for kind in ("params", "batch_stats")}
   return jax.tree_util.tree_map_with_path(
       lambda path, leaf: draw[path[-1].key](leaf.shape).astype(np.float32), shapes)
 

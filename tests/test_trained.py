@@ -83,14 +83,14 @@ def test_trained_networks_agree(make, kind):
   assert trained.compare(model, variables_of(model), PIXELS, IMAGES[:16]).problem is None
 
 
-@pytest.mark.parametrize("offset, found", [(1e-7, False), (1e-3, True)])
+@pytest.mark.parametrize("offset, found", [(1e-5, False), (1e-3, True)])
 def test_only_codes_beside_a_threshold_may_differ(offset, found, monkeypatch):
   """A center that is off by rounding is no difference; one that is off by more is."""
   model = Branching("none")
   variables = variables_of(model)
-  # Means on sums, so that many sums are exactly on a threshold.
+  # Sums are integers; many of them lie between the mean and the center made below.
   norm = variables["batch_stats"]["norm2"]["batch_norm"]
-  norm["mean"] = np.round(norm["mean"])
+  norm["mean"] = np.round(norm["mean"]) + np.float32(offset / 2)
   variables["params"]["norm2"]["batch_norm"]["bias"] *= 0
   exact = trained.fold.fold_layers
 

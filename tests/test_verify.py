@@ -10,6 +10,7 @@ import pytest
 from minw import datasets
 from minw import evaluate
 from minw import infer
+from minw import layers
 from minw import packed
 from minw import pack
 from minw import verify
@@ -58,8 +59,28 @@ def test_accuracy_is_the_runs(workdir, program, tmp_path):
 def test_nothing_differs(workdir, program, tmp_path, capsys):
   packed.write(tmp_path / "net.minw", program)
   assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 0
-  assert "360 images (the test split of digits): the trained network, " in (
-      capsys.readouterr().out)
+  first, second = capsys.readouterr().out.splitlines()
+  assert "360 images (the test split of digits): the trained network, " in first
+  assert second.endswith("of 360 labels of the hard network differ from those of training"
+                         " (alpha = 1)")
+
+
+def test_a_hard_network_that_is_not_the_trained_one_is_found(
+    workdir, program, tmp_path, capsys, monkeypatch):
+  packed.write(tmp_path / "net.minw", program)
+  exact = layers.NormQuant.__call__
+
+  def shifted(layer, x, alpha=1.0, mode="hard", shortcut=None):
+    """In training something that the hard network lacks."""
+    if mode == "mixed" and layer.name == "norm_conv2":
+      x = x + 1.0
+    return exact(layer, x, alpha, mode, shortcut)
+
+  monkeypatch.setattr(layers.NormQuant, "__call__", shifted)
+  assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 1
+  line, = capsys.readouterr().out.splitlines()
+  assert line.startswith("norm_conv2: ") and "by more than rounding; " in line
+  assert "of 360 labels of the hard network differ from those of training" in line
 
 
 def changed(program, index, **fields):
