@@ -48,7 +48,8 @@ def pixels(kind: str, mean: Sequence[float], std: Sequence[float]) -> Pixels:
 
 def normalize(images: jax.Array, pixels: Pixels) -> jax.Array:
   """uint8 (..., channels) -> float32 (..., channels)."""
-  offset, divisor = (np.asarray(part, np.float32) for part in pixels)
+  channels = (1,) * (images.ndim - 1) + (-1,)
+  offset, divisor = (np.asarray(part, np.float32).reshape(channels) for part in pixels)
   return (images.astype(jnp.float32) - offset) / divisor
 
 
@@ -110,7 +111,8 @@ def train_batch(
         frame, images, (0, crop_padding, crop_padding, 0))
   crop_key, flip_key = jax.random.split(key)
   room = np.asarray(images.shape[1:3]) - crop_size
-  corners = jax.random.randint(crop_key, (batch_size, 2), 0, room + 1)
+  corners = jax.random.randint(
+      crop_key, (batch_size, 2), 0, np.broadcast_to(room + 1, (batch_size, 2)))
   size = (crop_size, crop_size, images.shape[-1])
   images = jax.vmap(
       lambda image, corner: lax.dynamic_slice(image, (*corner, 0), size)

@@ -24,7 +24,7 @@ hypothesis.settings.load_profile("minw")
 def strict() -> Iterator[None]:
   """No implicit change of dtype or rank.
 
-  By request, not for all tests: optax's bias correction promotes int32 to float.
+  It is by request because tests compute their own expectations with NumPy's promotion.
   """
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.numpy_dtype_promotion("strict"))

@@ -81,9 +81,11 @@ def values(
 
   def run(operands, images):
     image = packed.crop(program, images).astype(np.int32)
-    found = [image - operands[0]]
-    for function, arrays, given in zip(functions, operands[1:], inputs):
-      found.append(function(arrays, *(found[i] for i in given)))
+    # Operations have constants for each channel, which are broadcast to all pixels.
+    with jax.numpy_rank_promotion("allow"):
+      found = [image - operands[0]]
+      for function, arrays, given in zip(functions, operands[1:], inputs):
+        found.append(function(arrays, *(found[i] for i in given)))
     return found
 
   return jax.tree.map(jnp.asarray, operands), run

@@ -1,0 +1,100 @@
+"""Training, evaluation and the XLA backend under strict dtype and rank promotion."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from minw import config as config_lib
+from minw import estimators
+from minw import evaluate
+from minw import histograms
+from minw import infer
+from minw import layers
+from minw import models
+from minw import train
+from minw.experiment import Experiment
+from minw.kernels import reference
+from minw.kernels import xla
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+def tiny(**changes):
+  c = config_lib.default_config(dataset="digits")
+  c.update(conv_widths=(4, 4), dense_widths=(4,))
+  c.update(changes)
+  return Experiment(c)
+
+
+def trace_a_step(experiment):
+  """Promotion is checked while a function is traced, so nothing has to be compiled."""
+  images = jax.ShapeDtypeStruct((64, *experiment.image_shape), jnp.float32)
+  labels = jax.ShapeDtypeStruct((64,), jnp.int32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state, loss = jax.eval_shape(
+      lambda *arguments: train.update(experiment, *arguments),
+      train.abstract_state(experiment), images, labels, key)
+  assert (loss.shape, loss.dtype) == ((), jnp.float32)
+  shape_of = lambda leaf: (leaf.shape, leaf.dtype)
+  assert jax.tree.map(shape_of, state) == jax.tree.map(
+      shape_of, train.abstract_state(experiment))
+
+
+def test_promotion_is_strict_here():
+  with pytest.raises(Exception, match="jax_numpy_dtype_promotion=strict"):
+    jnp.ones(2, jnp.int32) + jnp.ones(2, jnp.float32)
+  with pytest.raises(ValueError, match="rank_promotion"):
+    jnp.ones((2, 2)) + jnp.ones(2)
+
+
+@pytest.mark.parametrize("name", estimators.network_estimators())
+def test_estimators(name):
+  trace_a_step(tiny(estimator=name))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(optimizer="sgd", weight_decay=1e-4, learning_rate_schedule="steps"),
+    dict(optimizer="bop", estimator="ste", learning_rate_schedule="constant"),
+    dict(learning_rate_schedule="exponential", compute_dtype="bfloat16"),
+    dict(norm_group_size=32, alpha_per_layer=True, share_pool_gradient=True),
+    dict(input_bits=2, weight_bits=3, weight_scale="channel_mean", pad_value=1.0),
+    dict(input_bits="bfloat16", weight_bits="float8_e4m3fn", alpha_shape="cosine"),
+], ids=str)
+def test_fields(changes):
+  trace_a_step(tiny(**changes))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "alexnet"])
+def test_networks(name):
+  c = config_lib.default_config(dataset="imagenet2012")
+  c.network = name
+  c.eval_resize = c.crop_size = max(models.SMALLEST_IMAGE.get(name, 32), 32)
+  trace_a_step(Experiment(c))
+
+
+def test_batches_and_evaluation():
+  experiment = tiny(crop_padding=1, random_flip=True, reestimate_batches=1,
+                    histogram_layers=("conv2", "norm_conv1"), num_epochs=4)
+  variables = layers.initialize(experiment.model, experiment.image_shape)
+  data = experiment.load("validation")
+  evaluator = evaluate.Evaluator(experiment)
+  assert 0 <= evaluator.hard(variables, data)["accuracy"] <= 1
+  alpha = np.float32(0.7)
+  assert 0 <= evaluator.mixed(variables, data, alpha)["accuracy"] <= 1
+  counted = histograms.make_histograms(experiment)(variables, data, alpha)
+  assert [line["layer"] for line in counted] == ["norm_conv1", "conv2"]
+  data, order = experiment.load("train"), train.make_epoch_order(experiment)
+  images, labels = jax.eval_shape(
+      experiment.train_batch, data, order(0), jnp.int32(0), jax.random.key(0))
+  assert (images.dtype, labels.dtype) == (jnp.float32, jnp.int32)
+
+
+@pytest.mark.parametrize("name", ["digits_convnet"])
+def test_xla_backend(name):
+  program = infer.load(name, backend="reference").program
+  images = np.random.default_rng(0).integers(
+      0, 256, (2, *program.source_shape), np.uint8)
+  operands, function = xla.logits(program)
+  np.testing.assert_array_equal(
+      jax.jit(function)(operands, images), reference.logits(program, images))
