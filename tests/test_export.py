@@ -737,7 +737,7 @@ def test_images_on_a_background(tmp_path):
     (("--model={model}", "--format=c", "--out=x.c", "--batch=2"),
      "batch=2: must be left out unless --format is onnx, qonnx or stablehlo"),
     (("--model={model}", "--format=qonnx", "--out=x", "--batch=0"),
-     "--batch=0: 0 is not a positive integer"),
+     "batch='0': must be a positive integer"),
     (("--model={model}", "--golden=/dev/null/x"), "golden='/dev/null/x': "),
     (("--model={model}", "--golden=x", "--images=/nowhere"),
      "images='/nowhere': must be a file or folder that exists"),
