@@ -628,7 +628,7 @@ def test_stablehlo_without_minw(tmp_path, make):
   assert len(metadata["labels"]) == program.num_classes
 
 
-@GROUPS
+@pytest.mark.parametrize("bits, pad", [(1, 0), (2, -1), (3, 2)])
 def test_stablehlo_groups_and_dilation(bits, pad):
   program = groups_and_dilation(bits, pad)
   batch = images(program, 3)
