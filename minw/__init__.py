@@ -7,10 +7,10 @@ used, as in `minw.infer.load("digits_convnet")`.
 import signal
 import sys
 
-# `python -m minw.NAME` imports this first, and then for seconds what the command needs.
-# In this time an interrupt ends it without a traceback; later, `cli.run` handles it.
+# `python -m minw.NAME` imports this first, then for seconds all that the command needs.
+# Meanwhile an interrupt ends it without a traceback; later, `cli.run` handles it.
 if (sys.argv[:1] == ["-m"]
-    and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith("minw.")
+    and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "minw"
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
   signal.signal(signal.SIGINT, signal.SIG_DFL)
 
