@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Sequence
 
 from absl import flags
 import jax
-from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
 

@@ -13,7 +13,7 @@ does not spread. A layer's results must then be equal, except as rounding allows
   may only differ where its threshold is that near.
 """
 
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp

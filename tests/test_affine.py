@@ -39,7 +39,8 @@ class Net(nn.Module):
 
 def variables_of(model, seed=0):
   rng = np.random.default_rng(seed)
-  draw = {"kernel": lambda n: rng.normal(0, 0.5, n), "mean": lambda n: rng.normal(0, 2, n),
+  draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
+          "mean": lambda n: rng.normal(0, 2, n),
           "var": lambda n: rng.uniform(1, 40, n), "scale": lambda n: rng.normal(0, 1, n),
           "bias": lambda n: rng.normal(0, 0.5, n), "shift": lambda n: rng.normal(0, 3, n),
           "gain": lambda n: rng.choice([-1.5, 0.3, 2, 0.7], n),
@@ -172,7 +173,8 @@ def test_rprelu(bits):
   edges = {1: [0], 3: [-0.75, -0.375, -0.125, 0.125, 0.375, 0.75]}[bits]
   code = lambda y: np.asarray(levels)[sum((y > edge).astype(int) for edge in edges)]
   np.testing.assert_array_equal(got, code(y32))
-  exact = np.float64(acc - stats["mean"]) / np.sqrt(np.float64(stats["var"])) * np.float64(
+  deviation = np.sqrt(np.float64(stats["var"]))
+  exact = np.float64(acc - stats["mean"]) / deviation * np.float64(
       batch_norm["scale"]) + batch_norm["bias"]
   exact = rprelu(exact, **jax.tree.map(np.float64, learned))
   near = np.abs(exact[..., None] - edges).min(-1) < 1e-5

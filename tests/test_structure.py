@@ -72,7 +72,8 @@ class Net(nn.Module):
 
 def variables_of(model, seed=0):
   rng = np.random.default_rng(seed)
-  draw = {"kernel": lambda n: rng.normal(0, 0.5, n), "mean": lambda n: rng.normal(0, 2, n),
+  draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
+          "mean": lambda n: rng.normal(0, 2, n),
           "var": lambda n: rng.uniform(1, 40, n), "scale": lambda n: rng.normal(0, 1, n),
           "bias": lambda n: rng.normal(0, 0.5, n)}
   shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
