@@ -210,7 +210,7 @@ def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
   """Returns the shell command that prepares the data set in `data_dir`."""
-  where = shlex.quote(paths.expand(data_dir)) if data_dir else "DIR"
+  where = shlex.quote(_expanded(data_dir)) if data_dir else "DIR"
   return f"python -m minw.prepare --dataset={name} --data_dir={where}"
 
 
@@ -313,13 +313,20 @@ def _refusal(directory: pathlib.Path, what: str) -> cli.UsageError:
       f"choose another data_dir, and run: {prepare_command(name, data_dir)}")
 
 
+def _expanded(data_dir: str | os.PathLike) -> str:
+  try:
+    return paths.expand(data_dir)
+  except ValueError as error:
+    raise cli.UsageError(f"data_dir={os.fspath(data_dir)!r}: {error}") from error
+
+
 def _newest_version(
     name: str, data_dir: str | os.PathLike | None
 ) -> pathlib.Path:
   """The directory of the newest version of a data set below `data_dir`."""
   versions = []
   if data_dir:
-    for path in pathlib.Path(paths.expand(data_dir), name).glob("*"):
+    for path in pathlib.Path(_expanded(data_dir), name).glob("*"):
       if re.fullmatch(r"\d+\.\d+\.\d+", path.name):
         versions.append(path)
   if not versions:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import tempfile
 import tracemalloc  # pytest would, inside TFDS's lazy imports, which break it.
 from typing import Iterator
@@ -14,6 +15,10 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY",
 import hypothesis
 import jax
 import pytest
+
+# A shell that starts the tests in the background has them, and all that they start,
+# ignore SIGINT, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile(
     "minw", derandomize=True, deadline=None, database=None)

@@ -274,8 +274,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
       "  train: 21 images",
       "  validation: 3 images",
       "  test: 6 images",
-      "Train with: python -m minw.main --config=experiments/imagenet_resnet18.py"
-      f" --config.data_dir={tmp_path}"]
+      "Train with: python -m minw.main --config=imagenet_resnet18"
+      f" --workdir=runs/imagenet2012 --config.data_dir={tmp_path}"]
 
 
 def tiny_config(data_dir, **changes):

@@ -725,7 +725,7 @@ def test_collect_names_what_it_drops(runs, tmp_path):
   assert reasons.keys() == {"copy", "other", "half", "new", "torn", "old"}
   assert reasons["copy"] == f"{tmp_path / 'runs' / 'a'} is the same run"
   assert "it is not begun at step 0" in reasons["new"]
-  assert "it is running at step 7" in reasons["half"]
+  assert "it is stopped at step 7" in reasons["half"]  # No process holds its lock.
   assert not any("\n" in reason for reason in reasons.values())
 
 
