@@ -26,7 +26,7 @@ class UsageError(Exception):
   """The input of the user cannot be used; the message is one line for them.
 
   Attributes:
-    exit_code: Of a command that ends with this error.
+    exit_code: Exit code of a command that ends with this error.
     at_once: Whether a command that trains ends without waiting for its threads.
   """
 

@@ -239,7 +239,7 @@ def main() -> None:
   try:
     estimators(out)
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} can not be written: {error}") from error
+    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

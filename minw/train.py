@@ -283,8 +283,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
     `step` and, when done, the hard network's `test_accuracy` and `test_loss`.
 
   Raises:
-    cli.UsageError: the config can not be run, `workdir` belongs to another config, is
-      in use or can not be written to, or data are missing; before training starts.
+    cli.UsageError: the config cannot be run, `workdir` belongs to another config, is
+      in use or cannot be written to, or data are missing; before training starts.
     StorageError: later, a file cannot be written. The state is then "stopped".
     Interrupted: SIGINT came, and the state is saved. A second SIGINT raises
       KeyboardInterrupt at once; what was trained since the last checkpoint is lost.

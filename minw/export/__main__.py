@@ -111,7 +111,7 @@ def _write(path: pathlib.Path, data: bytes) -> None:
   try:
     path.write_bytes(data)
   except OSError as error:
-    raise cli.UsageError(f"out={str(path)!r} can not be written: {error}") from error
+    raise cli.UsageError(f"out={str(path)!r} cannot be written: {error}") from error
   print(f"{path}: {len(data)} bytes")
 
 

@@ -174,7 +174,7 @@ def source(program: packed.Program, images: np.ndarray, prefix: str = "minw") ->
     prefix: Begins all names that other files of a C program can see.
 
   Raises:
-    ValueError: the network can not be exported exactly; names the layer. Or the prefix
+    ValueError: The network cannot be exported exactly; names the layer. Or the prefix
       does not make a C name.
   """
   return _Writer(program, prefix).text(images)
@@ -215,7 +215,7 @@ class _Writer:
     return _STACK + self.memory.depth * _STACK_OF_FUNCTION
 
   def declarations(self) -> str:
-    """What a program that calls the network includes."""
+    """The header, which programs that call the network include."""
     h, w, c = self.program.source_shape
     return _DECLARATIONS.format(
         name=self.prefix, NAME=self.prefix.upper(), height=h, width=w, channels=c,
@@ -433,7 +433,7 @@ def _window(writer, op, window, row, pixel=(), border=False, dilation=(1, 1)):
   for k, at, size, n, step, before, after in (
       ("i", "top", h, window[0], dilation[0], top, bottom),
       ("j", "left", w, window[1], dilation[1], left, right)):
-    # Of at, at + step, ... the first that is not negative, and the first beyond size.
+    # The first of at, at + step, ... that is not negative, and the first beyond size.
     first = f"{at} < 0 ? {_steps(f'-{at}', step)} : 0"
     last = (f"{at} > {size - 1 - (n - 1) * step} ?"
             f" {_steps(f'{size} - {at}', step)} : {n}")

@@ -50,7 +50,7 @@ def model(
       its tools need a fixed number, and plain ONNX takes any number.
 
   Raises:
-    ValueError: the network can not be exported exactly; names the layer.
+    ValueError: The network cannot be exported exactly; the message names the layer.
   """
   kinds = common.values(program)
   for op, kind in zip(program.ops, kinds[1:]):

@@ -27,7 +27,7 @@ def serialize(program: packed.Program, batch: int | None = None) -> bytes:
 
   Raises:
     ImportError: flatbuffers is not installed.
-    ValueError: the network can not be exported exactly; names the layer.
+    ValueError: The network cannot be exported exactly; the message names the layer.
   """
   common.values(program)
   number = batch or export.symbolic_shape("batch")[0]

@@ -115,7 +115,7 @@ struct RunSums {
 // lanes of vectors are output channels with inputs of their own. Pixels then hold a
 // channel for each output channel and input of its group.
 constexpr int kMaxOwn = 256;  // Input times output channels of such a group.
-constexpr int64_t kMaxOwnElements = int64_t{1} << 26;  // Of a padded image.
+constexpr int64_t kMaxOwnElements = int64_t{1} << 26;  // Elements of a padded image.
 
 bool has_own_inputs(const Op& op, const Map& in, const Map& out) {
   const Window& w = op.window;
@@ -216,7 +216,7 @@ class LayerBuilder {
     c_.elements = c_.own ? inputs_ * c_.out.stride : c_.in.c;
     if (!c_.own || (inputs_ == 1 && c_.in.c == c_.out.c)) return;
     layer_.channels.resize(c_.elements);
-    int outputs = c_.out.c / (c_.in.c / inputs_);  // Of a group.
+    int outputs = c_.out.c / (c_.in.c / inputs_);  // Output channels of a group.
     for (int i = 0; i < inputs_; i++)
       for (int o = 0; o < c_.out.c; o++)
         layer_.channels[i * c_.out.stride + o] = o / outputs * inputs_ + i;
