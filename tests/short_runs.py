@@ -72,9 +72,10 @@ _init_state = train.init_state
 def shared_programs(draw=False):
   """Runs of equal configs compile their programs once in this process.
 
-  Without `draw`, curves.png is a file of nothing.
+  They run under JAX's strict promotion. Without `draw`, curves.png is a file of nothing.
   """
-  with pytest.MonkeyPatch.context() as patch:
+  with (pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise")):
     if not draw:
       patch.setattr(plots, "curves", lambda workdir: workdir_lib.write_file(
           pathlib.Path(workdir) / "curves.png", ""))
