@@ -227,9 +227,27 @@ class _Walk:
 
   def after(self, given) -> str:
     """Says where arrays come from."""
-    values = [x.value for x in given if isinstance(x, _Array)]
     return " and ".join(
-        self.ops[v - 1].name if v else "the image" for v in values)
+        self._described(x.value) for x in given if isinstance(x, _Array))
+
+  def _described(self, value: int) -> str:
+    """A layer's name; for what stands between layers, also those of layers before it."""
+    if not value:
+      return "the image"
+    between = (packed.Pool, packed.Concat, packed.Shortcut, packed.Add)
+    op = self.ops[value - 1]
+    if not isinstance(op, between):
+      return op.name
+    seen, waiting = set(), [*packed.inputs(op)]
+    while waiting:
+      value = waiting.pop()
+      if value not in seen and value and isinstance(self.ops[value - 1], between):
+        waiting += packed.inputs(self.ops[value - 1])
+      seen.add(value)
+    names = sorted({self._described(v) for v in seen
+                    if not v or not isinstance(self.ops[v - 1], between)})
+    more = f" and {len(names) - 3} more" * (len(names) > 3)
+    return f"{op.name} (of {', '.join(names[:3])}{more})"
 
   def refuse(self, problem: str) -> ValueError:
     return structure.refusal(problem)

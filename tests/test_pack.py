@@ -360,7 +360,7 @@ def test_what_may_stand_between_layers(body):
     (lambda x, *a: layers.QuantConv(3, name="conv2")(
         quantized(x, *a).astype(jnp.uint8).astype(jnp.float32), *a), "gives uint8"),
     (lambda x, *a: jax.lax.div(quantized(x, *a, bits=2).astype(jnp.int32).sum((1, 2)), 2),
-     "div of sum_pool2 gives int32"),
+     r"div of sum_pool2 \(of norm1\) gives int32"),
 ], ids=range(26))
 def test_what_may_not_is_refused_by_name(body, message):
   model = Net(body)

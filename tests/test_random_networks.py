@@ -19,7 +19,7 @@ from random_networks import RandomNetwork
 SHAPE = (7, 6, 2)
 PIXELS = pipeline.pixels("integer", (0.49, 0.45), (0.25, 0.25))
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
-# How many networks the slow test draws, and the first seed of them.
+# How many networks are drawn in all, and the first seed of the slow test's.
 COUNT = int(os.environ.get("MINW_RANDOM_NETWORKS", "500"))
 FIRST = int(os.environ.get("MINW_RANDOM_SEED", "0"))
 
@@ -54,7 +54,7 @@ def outcome(seed: int, backends=("reference", "native")) -> str:
   except ValueError as error:
     text = str(error)
     # The one error at construction names the attribute, all others a layer or parameter.
-    assert re.search(r"padding=|(Quant|Norm|Dense|concat|_pool|params)\w*/?\w*", text), (
+    assert re.search(r"padding=|(Quant|Norm|Dense|params)\w*/?\w*", text), (
         f"{where}: {text}")
     return text
   inputs = pipeline.normalize(IMAGES, PIXELS)
@@ -97,4 +97,4 @@ def test_xla_too():
 @pytest.mark.slow
 def test_many_more():
   """MINW_RANDOM_NETWORKS=20000 draws as many; MINW_RANDOM_SEED sets the first seed."""
-  check(range(FIRST + 40, FIRST + 40 + COUNT))
+  check(range(FIRST + 40, FIRST + COUNT))
