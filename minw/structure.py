@@ -299,7 +299,10 @@ def evaluate(
 
 def _unrolled(eqn, given, apply, where):
   p = eqn.params
-  consts, carry = p["num_consts"], p["num_carry"]
+  if "num_consts" in p:
+    consts, carry = p["num_consts"], p["num_carry"]
+  else:  # Since JAX 0.11 a tree holds constants, carry and what the loop runs over.
+    consts, carry, _ = map(len, p["ft_in"].unpack())
   fixed, state, over = (
       given[:consts], given[consts:consts + carry], given[consts + carry:])
   steps = range(p["length"])
