@@ -728,7 +728,7 @@ def test_images_on_a_background(tmp_path):
     (("--model=/nowhere", "--golden=x"), "model='/nowhere': "),
     (("--workdir=/nowhere", "--golden=x"), "workdir='/nowhere'"),
     (("--model={model}", "--format=c", "--out=/no/where"),
-     "out='/no/where' can not be written"),
+     "out='/no/where' cannot be written"),
     (("--model={model}", "--format=c", "--out=x.h"), "out='x.h': must be the C file"),
     (("--model={model}", "--format=c", "--out=x.c", "--prefix=2x"),
      "prefix='2x': must be made of letters, digits and single underscores"),
