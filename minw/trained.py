@@ -24,8 +24,8 @@ from minw import pipeline
 from minw import quantizers
 from minw import structure
 
-_TOLERANCE = 1e-5  # Of sums and logits, relative to the layer's largest.
-_NEAR = 2.0**-20  # Of sums before a quantizer, relative to what they are made of.
+_TOLERANCE = 1e-5  # Error of sums and logits, relative to the largest.
+_NEAR = 2.0**-20  # Error of sums before a quantizer, see above.
 _FLIPPED_WEIGHTS = 1e-3  # The largest share of weights that rounding may move.
 
 

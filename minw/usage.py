@@ -53,7 +53,7 @@ def text(
 
 def sentence(flag: flags.Flag) -> str:
   """The description of a flag, without what absl adds to it and without its table."""
-  text = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])  # Of an enumeration.
+  text = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])  # Enumerations begin so.
   return text.removesuffix(";")  # absl goes on to say that the flag may be repeated.
 
 

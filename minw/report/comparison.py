@@ -178,7 +178,7 @@ def _differences(group, first):
   return {name: estimate(values) if values else None for name, values in pairs.items()}
 
 
-# What a heading says in words, and of which fields.
+# Functions that put a config's fields into words for headings, and these fields.
 _IN_WORDS = ((titles.network, ("network", "conv_widths", "dense_widths")),
              (titles.dataset, ("dataset",)),
              (titles.bits, ("input_bits", "weight_bits", "bits_rules")))

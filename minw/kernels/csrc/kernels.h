@@ -76,7 +76,7 @@ struct Conv {
   // Whether each output channel has inputs of its own: a pixel then holds, for each
   // step, an element for every output channel. Elsewhere all output channels share one.
   bool own;
-  int elements;  // Of a pixel (kInt16 and what follows), and the input channel of
+  int elements;  // Elements of a pixel (kInt16 and what follows), and the input channel of
   const int32_t* channels;  // each; null if they are in order.
   int row_bytes;       // Of a pixel's window in work.gathered.
   bool swapped;        // Weights select the tables, and pixels index them.

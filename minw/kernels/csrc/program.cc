@@ -272,7 +272,7 @@ class Parser {
     return value;
   }
 
-  // Of an output channel, which has `row` weights, over `in` channels.
+  // The bound of an output channel with `row` weights, over `in` channels.
   static int64_t sum_bound(const Weights& weights, int64_t out, int64_t row,
                            const int64_t* bound, int64_t in) {
     int64_t sum = 0;

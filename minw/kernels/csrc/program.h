@@ -56,7 +56,7 @@ struct Op {
   Window window = {};
   Weights weights = {};
   int pad = 0;
-  int groups = 1;  // Of a convolution's channels.
+  int groups = 1;  // Groups of a convolution's channels.
   float weight_unit = 1, unit = 1, shortcut_unit = 1;
   int bits = 0;  // Of codes that it makes.
   int format = 0;  // Of FLOAT_NORM.
