@@ -234,7 +234,7 @@ def test_no_flipped_bit_is_restored(runs, tmp_path):
       assert arrays == whole, (path, at, bit)
       again = folder.relative_to(runs[0]) / "record" / "metadata"
       assert json.loads((workdir / again).read_text()) == json.loads(record)
-  assert noticed > 50
+  assert noticed > 20  # How many depends on the names of the files, which are random.
 
 
 def test_arrays_come_back_to_the_bit(tmp_path):

@@ -9,6 +9,7 @@ import platform
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 
 import hypothesis
@@ -368,6 +369,49 @@ def test_many_callers():
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     for have in pool.map(lambda i: network.logits(x, threads=i % 4), range(200)):
       np.testing.assert_array_equal(have, want)
+
+
+# Forks while four threads are in calls, with helpers of their own. A child that waits for
+# a lock that a thread held which it does not have would wait forever.
+FORKS = """
+import os, signal, sys, threading
+import numpy as np
+from minw import packed
+from minw.kernels import native
+
+network = native.load(open(sys.argv[1], "rb").read())
+images = np.load(sys.argv[2])
+want = network.logits(images)
+stop = threading.Event()
+
+def work():
+  while not stop.is_set():
+    network.logits(images, threads=3)
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+  thread.start()
+codes = []
+for _ in range(int(sys.argv[3])):
+  child = os.fork()
+  if not child:
+    signal.alarm(20)
+    os._exit(int((network.logits(images, threads=3) != want).any()))
+  codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop.set()
+for thread in threads:
+  thread.join()
+sys.exit(f"{sum(map(bool, codes))} of {len(codes)} children failed" if any(codes) else 0)
+"""
+
+
+@pytest.mark.parametrize("forks", (100, pytest.param(2000, marks=pytest.mark.slow)))
+def test_forks(tmp_path, forks):
+  program = small()
+  (tmp_path / "small.minw").write_bytes(packed.to_bytes(program))
+  np.save(tmp_path / "images.npy", images(program, 33))
+  subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS,
+                  tmp_path / "small.minw", tmp_path / "images.npy", str(forks)], check=True)
 
 
 def test_names_and_kernels(isa):

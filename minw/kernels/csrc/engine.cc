@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
@@ -38,6 +39,38 @@ class Buffer {
   size_t size_;
 };
 
+// Scratch memory between calls: fresh memory costs page faults. Without a lock, so that
+// in a fork's child no thread that is gone can hold it: each buffer is in one place, and
+// those that calls had taken at the fork are lost to the child.
+class Spare {
+ public:
+  ~Spare() {
+    for (auto& place : places_) delete place.load();
+  }
+
+  std::unique_ptr<Buffer> take(size_t bytes) {
+    for (auto& place : places_)
+      if (place.load(std::memory_order_relaxed)) {
+        std::unique_ptr<Buffer> buffer(place.exchange(nullptr));
+        if (buffer && buffer->size() >= bytes) return buffer;
+      }
+    return std::make_unique<Buffer>(bytes);
+  }
+
+  void keep(std::unique_ptr<Buffer> buffer) {
+    for (auto& place : places_) {
+      Buffer* none = nullptr;
+      if (place.compare_exchange_strong(none, buffer.get())) {
+        buffer.release();
+        return;
+      }
+    }
+  }
+
+ private:
+  std::atomic<Buffer*> places_[64] = {};
+};
+
 bool runs(const Isa& isa) {
   if (!isa.name) return false;
 #if defined(__x86_64__)
@@ -53,6 +86,14 @@ bool runs(const Isa& isa) {
 }
 
 const Isa* const kIsas[] = {&kAvx512, &kAvx2, &kNeon, &kPortable};  // Best first.
+
+// Made when the library is loaded, as a fork during a first call would leave it half made.
+const std::string isa_names = [] {
+  std::string names;
+  for (const Isa* isa : kIsas)
+    if (runs(*isa)) names += (names.empty() ? "" : " ") + std::string(isa->name);
+  return names;
+}();
 
 const Isa& best_isa() {
   const char* forced = std::getenv("MINW_ISA");
@@ -477,8 +518,6 @@ struct minw_network {
   size_t work_bytes(const Plan& plan, size_t images) const;
   void run(const Plan& plan, const uint8_t* images, size_t n, char* scratch,
            float* logits) const;
-  std::unique_ptr<Buffer> scratch(size_t bytes) const;
-  void keep(std::unique_ptr<Buffer> buffer) const;
   size_t image_bytes() const {
     return static_cast<size_t>(program.source.h) * program.source.w * program.channels;
   }
@@ -489,9 +528,7 @@ struct minw_network {
   std::vector<std::vector<Layer>> layers;
   std::vector<Threshold> thresholds;
   Plan fast, plain;
-  // Scratch memory between calls: fresh memory costs page faults.
-  mutable std::mutex mutex;
-  mutable std::vector<std::unique_ptr<Buffer>> spare;
+  mutable Spare spare;
 
   void image(const uint8_t* images, size_t n, char* out) const;
   void split_conv(int op, const char* x, size_t n, const Work& work, char* to) const;
@@ -501,26 +538,6 @@ struct minw_network {
   void float_norm(const Op& op, const Map& in, const void* x, const void* shortcut,
                   size_t n, const Map& out, void* to) const;
 };
-
-std::unique_ptr<Buffer> minw_network::scratch(size_t bytes) const {
-  {
-    std::lock_guard<std::mutex> lock(mutex);
-    for (auto& buffer : spare)
-      if (buffer->size() >= bytes) {
-        std::swap(buffer, spare.back());
-        auto taken = std::move(spare.back());
-        spare.pop_back();
-        return taken;
-      }
-    spare.clear();
-  }
-  return std::make_unique<Buffer>(bytes);
-}
-
-void minw_network::keep(std::unique_ptr<Buffer> buffer) const {
-  std::lock_guard<std::mutex> lock(mutex);
-  spare.push_back(std::move(buffer));
-}
 
 Plan minw_network::plan(bool fused) const {
   const auto& ops = program.ops;
@@ -963,10 +980,10 @@ int minw_logits(const minw_network* network, const uint8_t* images, size_t batch
     Pool::shared().run((batch + group - 1) / group, threads, [&](size_t i) {
       size_t first = i * group, n = std::min(group, batch - first);
       try {
-        auto scratch = net.scratch(bytes);
+        auto scratch = net.spare.take(bytes);
         net.run(net.fast, images + first * net.image_bytes(), n, scratch->data(),
                 logits + first * net.program.classes);
-        net.keep(std::move(scratch));
+        net.spare.keep(std::move(scratch));
       } catch (const std::bad_alloc&) {
         failed = true;
       }
@@ -1041,15 +1058,7 @@ const char* minw_isa(const minw_network* network) {
   return name;
 }
 
-const char* minw_isas(void) {
-  static const std::string names = [] {
-    std::string all;
-    for (const Isa* isa : kIsas)
-      if (runs(*isa)) all += (all.empty() ? "" : " ") + std::string(isa->name);
-    return all;
-  }();
-  return names.c_str();
-}
+const char* minw_isas(void) { return isa_names.c_str(); }
 
 uint64_t minw_peak(const minw_network* network, uint64_t steps) {
   return network->isa.peak(steps);

@@ -18,15 +18,7 @@ namespace minw {
 
 class Pool {
  public:
-  static Pool& shared() {
-    // Never destroyed: helpers may outlive static objects. After a fork there are no
-    // helpers, and the lock may be held by one, so the child starts anew.
-    static Pool* pool = [] {
-      pthread_atfork(nullptr, nullptr, [] { new (&shared()) Pool; });
-      return new Pool;
-    }();
-    return *pool;
-  }
+  static Pool& shared() { return *shared_; }
 
   // work(0), ..., work(count - 1), in any order, on up to `threads` threads. `work`
   // must not throw.
@@ -91,12 +83,22 @@ class Pool {
     }
   }
 
+  static Pool* const shared_;
   static constexpr int kMaxThreads = 256;
   std::mutex mutex_;
   std::condition_variable begun_, ended_;
   std::list<Job*> jobs_;
   int threads_ = 0;
 };
+
+// Made when the library is loaded and never destroyed: helpers may outlive static objects.
+// In a fork's child there are no helpers, and one may have held the lock, so that the
+// child starts anew.
+inline Pool* const Pool::shared_ = [] {
+  static Pool* pool = new Pool;
+  pthread_atfork(nullptr, nullptr, [] { new (pool) Pool; });
+  return pool;
+}();
 
 }  // namespace minw
 
