@@ -9,20 +9,21 @@ records, keys and order that TFDS itself would write; TensorFlow is not needed.
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import http.client
 import io
 import logging
 import os
 import pathlib
-import pickle
 import posixpath
 import resource
 import shlex
 import shutil
+import stat
 import tarfile
 import types
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence
 from unittest import mock
 import urllib.error
 import urllib.request
@@ -38,10 +39,12 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 import tqdm
 
+from minw import archives
 from minw import cli
 from minw import datasets
 from minw import imagenet
 from minw import paths
+from minw import unpickle
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +53,7 @@ class _Cifar(NamedTuple):
   """The original files of a CIFAR data set.
 
   Both versions hold the same records in the same order, so one table describes
-  them: a binary file is NAME.bin, a pickle of the Python version is NAME, and
-  the md5 is that of the binary file's bytes.
+  them: a binary file is NAME.bin and a pickle of the Python version is NAME.
   """
 
   url: str  # Of the archive of the binary version, as are:
@@ -61,7 +63,8 @@ class _Cifar(NamedTuple):
   python_folder: str
   label_keys: tuple[str, ...]  # In the order of a record's label bytes.
   python_label_keys: tuple[str, ...]  # The same in the pickles.
-  files: dict[str, dict[str, str]]  # Split -> name -> md5.
+  files: dict[str, dict[str, str]]  # Split -> name -> md5 of the binary file.
+  pickle_md5s: dict[str, str]  # Name -> md5 of the pickle.
 
 
 _COARSE_NAMES = """
@@ -91,6 +94,14 @@ _CIFAR = {
             },
             "test": {"test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"},
         },
+        pickle_md5s={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
     ),
     "cifar100": _Cifar(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
@@ -104,6 +115,10 @@ _CIFAR = {
             "train": {"train": "6172c7755cfe09b2fe270c85cebc1b15"},
             "test": {"test": "4499cfba6c016c1be1438163640a0898"},
         },
+        pickle_md5s={
+            "train": "16019d7e3df5f24257cddd939b257f8d",
+            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+        },
     ),
 }
 
@@ -114,6 +129,11 @@ _TFDS_CLASS = {
 }
 
 _PIXELS = 3 * 32 * 32  # Bytes of an image: all red, all green, all blue.
+# Most bytes of a pickle beside the pixels: for each image, whose file name it has, and
+# in all. The original files have 32 for each image.
+_PICKLED_IMAGE, _PICKLED_FILE = 64, 4096
+# Most bytes of an archive beside the files with images, and most entries in it.
+_OTHER_FILES, _ENTRIES = 2**20, 100
 _TIMEOUT = 30  # Seconds without a byte, after which a download is given up.
 
 
@@ -334,17 +354,19 @@ def _read_source(dataset: str, source: pathlib.Path) -> dict[str, np.ndarray]:
     The records of 'train' and 'test' as in the binary version: uint8,
     (n, label bytes + 3072).
   """
-  cifar = _CIFAR[dataset]
-  names = [name for md5s in cifar.files.values() for name in md5s]
+  cifar, counts = _CIFAR[dataset], _image_counts(dataset)
   layouts = [
-      {name: f"{prefix}{name}{suffix}" for name in names}
+      {name: f"{prefix}{name}{suffix}" for name in counts}
       for folder, suffix in ((cifar.binary_folder, ".bin"), (cifar.python_folder, ""))
       for prefix in (f"{folder}/", "")
   ]
-  contents = _contents(source, {path for paths in layouts for path in paths.values()})
+  limits = {path: counts[name] * (len(cifar.label_keys) + _PIXELS + _PICKLED_IMAGE)
+                  + _PICKLED_FILE
+            for paths in layouts for name, path in paths.items()}
+  contents = _contents(source, limits)
   layout = max(layouts, key=lambda paths: len(contents.keys() & paths.values()))
   missing = [path for path in layout.values() if path not in contents]
-  if len(missing) == len(names):
+  if len(missing) == len(counts):
     raise cli.bad_value(
         "source", str(source),
         f"the archive of {dataset}, binary or Python version, or the directory it was "
@@ -352,19 +374,15 @@ def _read_source(dataset: str, source: pathlib.Path) -> dict[str, np.ndarray]:
   if missing:
     raise cli.UsageError(f"source={str(source)!r}: lacks {', '.join(missing)}")
 
-  splits = datasets.info(dataset).splits
-  counts = {"train": splits["train"] + splits["validation"], "test": splits["test"]}
   rows = {}
   for split, md5s in cifar.files.items():
     parts = []
     for name, md5 in md5s.items():
       path = layout[name]
       try:
-        part = _parse(cifar, path, contents[path], counts[split] // len(md5s))
-        found = hashlib.md5(part).hexdigest()
-        if found != md5:
-          raise ValueError(f"its records have md5 {found} and not {md5}")
-      except Exception as error:  # An unpickler may raise whatever the file says.
+        part = _parse(cifar, path, contents[path], counts[name])
+        _check_md5(part, md5, "its records have")
+      except Exception as error:  # The file is not trusted.
         raise cli.UsageError(
             f"source={str(source)!r}: {path} is damaged or not the original "
             f"({error})") from error
@@ -373,55 +391,85 @@ def _read_source(dataset: str, source: pathlib.Path) -> dict[str, np.ndarray]:
   return rows
 
 
-def _contents(source: pathlib.Path, wanted: set[str]) -> dict[str, bytes]:
-  """The content of those files of a directory or tar archive that are `wanted`."""
+def _image_counts(dataset: str) -> dict[str, int]:
+  """How many images each original file of a CIFAR data set holds, by its name."""
+  splits = datasets.info(dataset).splits
+  images = {"train": splits["train"] + splits["validation"], "test": splits["test"]}
+  return {name: images[split] // len(md5s)
+          for split, md5s in _CIFAR[dataset].files.items() for name in md5s}
+
+
+def _contents(source: pathlib.Path, limits: dict[str, int]) -> dict[str, memoryview]:
+  """The content of those files of a directory or tar archive that have limits.
+
+  Args:
+    source: The directory, or the archive, which gzip may have compressed.
+    limits: Most bytes that a file may have, by its path in the source.
+
+  Raises:
+    UsageError: The source cannot be read, or holds more than it may.
+  """
   try:
     if source.is_dir():
-      return {
-          path: (source / path).read_bytes()
-          for path in wanted if (source / path).is_file()
-      }
+      return {path: _read(source / path, limit)
+              for path, limit in limits.items() if (source / path).is_file()}
+    # The four layouts have the same files, and an archive has one layout.
+    content = _read(source, sum(limits.values()) // 4 + _OTHER_FILES, _opened_archive)
+    found = archives.files(
+        io.BytesIO(content), largest=max(limits.values()), most=_ENTRIES)
     contents = {}
-    with tarfile.open(source) as archive:
-      for member in archive:
-        path = posixpath.normpath(member.name)
-        if path in wanted and member.isfile():
-          contents[path] = archive.extractfile(member).read()
+    for name, start, size in found:
+      path = posixpath.normpath(name)
+      if path in contents:
+        raise tarfile.TarError(f"{path} is there twice")
+      if path in limits:
+        contents[path] = content[start:start + size]
     return contents
-  except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+  except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
     raise cli.UsageError(
-        f"source={str(source)!r}: can not be read as a directory or tar archive "
+        f"source={str(source)!r}: cannot be read as a directory or tar archive "
         f"({error})") from error
 
 
-def _parse(cifar: _Cifar, path: str, content: bytes, count: int) -> np.ndarray:
-  """The records in a file of either version: uint8, (count, label bytes + 3072)."""
+def _read(
+    path: pathlib.Path, limit: int, opened: Callable[[BinaryIO], BinaryIO] | None = None
+) -> memoryview:
+  """The content of a regular file of at most `limit` bytes, after `opened` if given."""
+  if not stat.S_ISREG(path.stat().st_mode):
+    raise OSError(f"{path.name} is not a regular file")
+  with open(path, "rb") as file:
+    content = (opened(file) if opened else file).read(limit + 1)
+  if len(content) > limit:
+    raise OSError(f"{path.name} holds more than the {limit:,} bytes that it may have")
+  return memoryview(content)
+
+
+def _opened_archive(file: BinaryIO) -> BinaryIO:
+  """An archive that is read as it was before gzip compressed it, if it did."""
+  compressed = file.read(2) == b"\x1f\x8b"
+  file.seek(0)
+  return gzip.GzipFile(fileobj=file) if compressed else file
+
+
+def _check_md5(content: Any, md5: str, what: str) -> None:
+  found = hashlib.md5(content).hexdigest()
+  if found != md5:
+    raise ValueError(f"{what} md5 {found} and not {md5}")
+
+
+def _parse(cifar: _Cifar, path: str, content: memoryview, count: int) -> np.ndarray:
+  """The records in a file of either version: uint8, (count, label bytes + 3072).
+
+  A pickle must be the original before anything is made of it.
+  """
   if path.endswith(".bin"):
     values = np.frombuffer(content, np.uint8)
     return values.reshape(count, len(cifar.label_keys) + _PIXELS)
-  pickled = _Unpickler(io.BytesIO(content), encoding="bytes").load()
-  labels = [pickled[key.encode()] for key in cifar.python_label_keys]
-  return np.concatenate(
-      [np.array(labels, np.uint8).T, pickled[b"data"].reshape(count, _PIXELS)], axis=1)
-
-
-class _Unpickler(pickle.Unpickler):
-  """Reads the numbers, strings, lists, dicts and arrays that Python 2 pickled.
-
-  It refuses all else, since a pickle can call any function that it can name.
-  """
-
-  _ALLOWED = {
-      ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-      ("numpy", "ndarray"): np.ndarray,
-      # Python 2 wrote the flags as integers, which NumPy 2.4 warns of.
-      ("numpy", "dtype"): lambda code, *flags_: np.dtype(code, *map(bool, flags_)),
-  }
-
-  def find_class(self, module: str, name: str) -> Any:
-    if (module, name) not in self._ALLOWED:
-      raise pickle.UnpicklingError(f"it names {module}.{name}")
-    return self._ALLOWED[module, name]
+  _check_md5(content, cifar.pickle_md5s[posixpath.basename(path)], "it has")
+  pickled = unpickle.loads(bytes(content))
+  labels = [np.array(pickled[key.encode()], np.uint8)
+            for key in cifar.python_label_keys]
+  return np.column_stack([*labels, pickled[b"data"].reshape(count, _PIXELS)])
 
 
 def _write(

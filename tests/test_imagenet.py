@@ -227,7 +227,54 @@ def test_wrong_sources_are_refused(tmp_path):
   assert not list(data.rglob("*.*"))
 
 
-@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+IMAGE, CLASS = "ILSVRC2012_val_00000001.JPEG", "n01440764.tar"
+
+
+def claim(name, size):
+  """The header of a file that claims a size, and nothing after it."""
+  member = tarfile.TarInfo(name)
+  member.size = size
+  return member.tobuf()
+
+
+@pytest.mark.parametrize("name, content, wanted", [
+    (VAL, bytes(1024), "holds 0 images and must hold 50,000"),
+    (VAL, b"", "can not be read (empty file)"),
+    (VAL, tar({IMAGE: b"1", f"folder/{IMAGE}": b"2"}),
+     f"folder/{IMAGE} is there twice"),
+    (VAL, claim(IMAGE, 2**30), f"{IMAGE} has 1,073,741,824 bytes and may have"),
+    (VAL, tar({"../" * 9 + "etc/passwd": b"1"}), "passwd is no validation image"),
+    (VAL, tar({"a\x1b[2J": b"1"}), r"'a\x1b[2J' is no validation image"),
+    (VAL, tar({"ILSVRC2012_val_0000000\u0661.JPEG": b"1"}), "is no validation"),
+    (TRAIN, bytes(1024), "holds 0 archives of a class and must hold 1,000"),
+    (TRAIN, tar({CLASS: tar({}), f"./{CLASS}": tar({})}), f"{CLASS} is there twice"),
+    (TRAIN, claim(CLASS, 2**40), f"{CLASS} has 1,099,511,627,776 bytes and may have"),
+    (TRAIN, tar({CLASS: b""}), f"({CLASS}: empty file)"),
+    (TRAIN, tar({CLASS: tar({})}), "it holds no images"),
+    (TRAIN, tar({CLASS: 700 * b"1"}), f"({CLASS}: "),
+    (TRAIN, tar({CLASS: claim("n01440764_1.JPEG", 100)}),
+     f"({CLASS}: n01440764_1.JPEG is cut off)"),
+    (TRAIN, tar({CLASS: claim("n01440764_1.JPEG", 2**30)}),
+     f"({CLASS}: n01440764_1.JPEG has 1,073,741,824 bytes and may have"),
+    (TRAIN, tar({CLASS: tar({"a/n01440764_1.JPEG": b"1", "b/n01440764_1.JPEG": b"2"})}),
+     f"({CLASS}: b/n01440764_1.JPEG is there twice)"),
+    (TRAIN, tar({CLASS: tar({"n01443537_1.JPEG": b"1"})}),
+     f"({CLASS}: n01443537_1.JPEG is no image of this class)"),
+    (TRAIN, tar({CLASS: tar({"n01440764_1\udcff.JPEG": b"1"})}),
+     f"({CLASS}: 'n01440764_1\\udcff.JPEG' is no image of this class)"),
+    (TRAIN, tar({CLASS: tar({f"n01440764_{i}.JPEG": b"" for i in range(2601)})}),
+     f"({CLASS}: it holds more than 2,600 entries)"),
+])
+def test_hostile_archives_are_refused(tmp_path, name, content, wanted):
+  source = write_archives(tmp_path / "source")
+  (source / name).write_bytes(content)
+  message = refusal(tmp_path / "data", source, partial=True)
+  assert message.startswith(f"source='{source}': {name} ") and wanted in message
+  assert not os.listdir(tmp_path / "data/imagenet2012")
+
+
+@pytest.mark.parametrize("name", [TRAIN, VAL])
 def test_an_archive_that_is_cut_off_is_refused(tmp_path, name):
   source = write_archives(tmp_path / "source")
   content = (source / name).read_bytes().rstrip(b"\0")

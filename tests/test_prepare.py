@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import http.server
 import os
@@ -11,12 +12,12 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import types
 
 import numpy as np
@@ -27,6 +28,8 @@ from tensorflow_datasets.image_classification import cifar as tfds_cifar
 from minw import cli
 from minw import datasets
 from minw import prepare
+from python2_pickles import dump
+from python2_pickles import pickled
 
 # Images in each original file; the last four of the training images validate.
 COUNTS = {
@@ -57,31 +60,6 @@ def is_test(file: str) -> bool:
   return file.startswith("test")
 
 
-def python2_pickle(value) -> bytes:
-  """Pickles as Python 2's cPickle did, protocol 2: its strings were bytes."""
-
-  def dump(value):
-    match value:
-      case bytes():
-        return b"T" + struct.pack("<I", len(value)) + value
-      case int():
-        return b"J" + struct.pack("<i", value)
-      case list():
-        return b"](" + b"".join(map(dump, value)) + b"e"
-      case dict():
-        items = (dump(part) for item in value.items() for part in item)
-        return b"}(" + b"".join(items) + b"u"
-      case np.ndarray():
-        head = b"cnumpy.core.multiarray\n_reconstruct\n"
-        head += b"cnumpy\nndarray\nK\0\x85U\1b\x87R"
-        dtype = b"cnumpy\ndtype\nU\2u1K\0K\1\x87R(K\3U\1|NNN" + dump(-1) * 2 + b"K\0tb"
-        shape = b"(" + b"".join(map(dump, value.shape)) + b"t"
-        return head + b"(K\1" + shape + dtype + b"\x89" + dump(value.tobytes()) + b"tb"
-    raise TypeError(value)
-
-  return b"\x80\2" + dump(value) + b"."
-
-
 def original_files(name: str, version: str) -> dict[str, bytes]:
   """File name -> content."""
   files = {}
@@ -90,10 +68,10 @@ def original_files(name: str, version: str) -> dict[str, bytes]:
     if version == "binary":
       files[f"{file}.bin"] = rows.tobytes()
     else:
-      pickled = {b"batch_label": b"some", b"data": rows[:, len(keys):]}
+      content = {b"batch_label": b"some", b"data": rows[:, len(keys):]}
       for i, key in enumerate(keys):
-        pickled[key.encode()] = rows[:, i].tolist()
-      files[file] = python2_pickle(pickled)
+        content[key.encode()] = rows[:, i].tolist()
+      files[file] = pickled(dump(content))
   return files
 
 
@@ -125,7 +103,9 @@ def small_tables():
       split = "test" if is_test(file) else "train"
       md5s[split][file] = hashlib.md5(part.tobytes()).hexdigest()
       sizes[split] += len(part)
-    originals[name] = prepare._CIFAR[name]._replace(files=md5s)
+    pickles = {file: hashlib.md5(content).hexdigest()
+               for file, content in original_files(name, "python").items()}
+    originals[name] = prepare._CIFAR[name]._replace(files=md5s, pickle_md5s=pickles)
     infos[name] = datasets._INFOS[name]._replace(splits=sizes)
   return originals, infos
 
@@ -295,13 +275,13 @@ def test_a_truncated_archive_is_refused(small, keep, tmp_path):
     b"cnumpy\nload\n(V%s\ntR.",  # Of NumPy, but no array.
     b"cbuiltins\nopen\n(V%s\nVw\ntR.",
 ])
-def test_a_pickle_can_not_call_functions(small, call, tmp_path):
+def test_a_pickle_that_calls_functions_is_refused(small, call, tmp_path):
   source = write_directory(tmp_path / "source", "cifar10", "python")
   trace = tmp_path / "trace"
   argument = f"touch {trace}" if b"system" in call else str(trace)
   (source / "data_batch_1").write_bytes(call % argument.encode())
   message = refusal("cifar10", tmp_path / "data", source)
-  assert "data_batch_1 is damaged" in message and "it names" in message
+  assert "data_batch_1 is damaged" in message and "it has md5" in message
   assert not trace.exists()
 
 
@@ -314,6 +294,75 @@ def test_members_of_an_archive_can_not_point_elsewhere(small, tmp_path):
     archive.add(folder, folder.name)
   message = refusal("cifar10", tmp_path / "data", tmp_path / "source.tar")
   assert message.endswith("lacks cifar-10-batches-bin/test_batch.bin")
+
+
+def tar_of(members: dict[str, bytes | int]) -> bytes:
+  """An archive of files; those given by a size are empty but claim to have it."""
+  content = b""
+  for name, data in members.items():
+    member = tarfile.TarInfo(name)
+    member.size = data if isinstance(data, int) else len(data)
+    content += member.tobuf()
+    if not isinstance(data, int):
+      content += data + bytes(-len(data) % 512)
+  return content + bytes(1024)
+
+
+def write_bomb(path: pathlib.Path, size: int) -> None:
+  """An archive whose one file expands to `size` bytes, by a factor of 1000."""
+  with gzip.open(path, "wb") as file:
+    file.write(tar_of({"cifar-10-batches-bin/data_batch_1.bin": size})[:512])
+    for _ in range(size >> 20):
+      file.write(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("members, wanted", [
+    ({"data_batch_1.bin": 2**34}, "data_batch_1.bin has 17,179,869,184 bytes and may"),
+    ({"readme.html": 2**34}, "readme.html has 17,179,869,184 bytes and may"),
+    ({"../data_batch_1.bin": b"1"}, "must be the archive of cifar10"),
+    ({"/data_batch_1.bin": b"1"}, "must be the archive of cifar10"),
+    ({f"{i}": b"" for i in range(101)}, "it holds more than 100 entries"),
+    ({f"{i}": bytes(50_000) for i in range(50)}, "source.tar holds more than the"),
+    ({"data_batch_1.bin": b"1", "./data_batch_1.bin": b"1"},
+     "data_batch_1.bin is there twice"),
+    ({"a\x1b[2J": 2**34}, r"'a\x1b[2J' has"),
+])
+def test_hostile_archives_are_refused(small, members, wanted, tmp_path):
+  for compress in (bytes, gzip.compress):
+    source = tmp_path / "source.tar"
+    source.write_bytes(compress(tar_of(members)))
+    message = refusal("cifar10", tmp_path / "data", source)
+    assert message.startswith(f"source='{source}': ") and wanted in message
+    assert not os.listdir(tmp_path / "data/cifar10")
+
+
+def test_an_archive_that_expands_is_not_read_further_than_it_may(small, tmp_path):
+  write_bomb(tmp_path / "bomb.tar.gz", 1 << 26)
+  tracemalloc.start()
+  try:
+    message = refusal("cifar10", tmp_path / "data", tmp_path / "bomb.tar.gz")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 23
+  finally:
+    tracemalloc.stop()
+  assert "bomb.tar.gz holds more than the" in message
+
+
+def test_a_directory_with_a_large_file_is_refused(small, tmp_path):
+  source = write_directory(tmp_path / "source", "cifar10", "binary")
+  os.truncate(source / "data_batch_2.bin", 1 << 40)  # Sparse.
+  message = refusal("cifar10", tmp_path / "data", source)
+  assert message.startswith(f"source='{source}'")
+  assert "data_batch_2.bin holds more than the" in message
+
+
+def test_a_source_that_never_ends_is_refused(small, tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  for path in (tmp_path / "pipe", "/dev/zero"):
+    assert "is not a regular file" in refusal("cifar10", tmp_path / "data", path)
+  source = write_directory(tmp_path / "source", "cifar10", "binary")
+  (source / "data_batch_1.bin").unlink()
+  (source / "data_batch_1.bin").symlink_to("/dev/zero")
+  assert "lacks data_batch_1.bin" in refusal("cifar10", tmp_path / "data", source)
 
 
 def test_an_unwritable_data_dir_is_refused(small, tmp_path):
