@@ -121,7 +121,7 @@ def _train_images(archive: BinaryIO) -> Iterator[tuple[str, str, bytes]]:
         archive, largest=_LARGEST_IMAGE, most=2 * _CLASS_IMAGES, start=start, size=size)
     try:
       for image, start, size in _each_once(found):
-        if not re.fullmatch(label + r"_\d+\.JPEG", image, re.ASCII):
+        if not re.fullmatch(label + r"_[!-~]+\.JPEG", image):
           raise tarfile.TarError(
               f"{archives.printable(image)} is no image of this class")
         yield image, label, _read(archive, start, size)
