@@ -7,7 +7,6 @@ writes such a directory, and nothing here downloads anything.
 
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -175,7 +174,7 @@ def load(
     raise cli.unknown_name("split", split, wanted.splits)
   if name == "digits":
     return _digits(split)
-  from PIL import Image
+  from minw import images as decoding
 
   records = open_records(name, split, data_dir)
   with _reading(records.dataset_info, name, split):
@@ -183,7 +182,10 @@ def load(
     images = np.empty((len(records), *wanted.image_shape), np.uint8)
     # More threads would not help: of a small image's time, Python has the most.
     for image, record in zip(images, encoded):
-      image[...] = np.asarray(Image.open(io.BytesIO(record["image"])))
+      with decoding.open_image(record["image"]) as opened:
+        if opened.size != image.shape[1::-1] or opened.mode != "RGB":
+          raise ValueError(f"an image has {opened.size} pixels of mode {opened.mode}")
+        image[...] = np.asarray(opened)
     labels = np.array([record["label"] for record in encoded], np.int32)
   return images, labels
 
@@ -295,14 +297,10 @@ def _reading(tfds_info: Any, name: str, split: str) -> Iterator[None]:
   """Refuses a directory in which the files of a split are damaged."""
   try:
     yield
-  except _DAMAGE as error:
+  except Exception as error:  # Of array_record, TFDS and Pillow, with no common base.
     files = ", ".join(map(str, tfds_info.splits[_kept_in(name, split)].filepaths))
     raise _refusal(pathlib.Path(tfds_info.data_dir),
                    f"{files} can not be read ({error})") from error
-
-
-# What array_record (RuntimeError), TFDS and Pillow raise where files are damaged.
-_DAMAGE = (RuntimeError, OSError, ValueError, LookupError, TypeError)
 
 
 def _refusal(directory: pathlib.Path, what: str) -> cli.UsageError:

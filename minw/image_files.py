@@ -1,5 +1,6 @@
 """Image files by path: which files a list of paths names, and the pixels of each."""
 
+import io
 import logging
 import os
 import pathlib
@@ -19,8 +20,10 @@ _log = logging.getLogger(__name__)
 # Files in folders that are taken for images; any other file can be given by its path.
 SUFFIXES = frozenset((
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib",
-    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".qoi",
-    ".npy"))
+    ".tif", ".tiff", ".npy"))
+
+# Largest file that is read: 8-bit RGB of the most pixels that are accepted.
+_LARGEST = 2**28
 
 
 def find(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
@@ -142,28 +145,34 @@ def _read(
     path: str | os.PathLike, shape: Sequence[int], shrink: bool, background: images.Color
 ) -> np.ndarray:
   height, width, channels = shape
-  mode = os.stat(path).st_mode
-  if stat.S_ISDIR(mode):
-    os.listdir(path)  # Says why `find` could not list it.
-    raise images.ImageError("it is a folder")
-  if not stat.S_ISREG(mode):  # Opening a pipe could take forever.
-    raise images.ImageError("it is not a regular file")
+  content = _content(path)
   if os.fspath(path).lower().endswith(".npy"):
-    planes = _planes(np.load(path, mmap_mode="r"), channels)
-    return images.fit(planes, height, width, shrink)
-  with open(path, "rb") as file, images.open_image(file) as image:
+    array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return images.fit(_planes(array, channels), height, width, shrink)
+  with images.open_image(content) as image:
     return images.centre(image, height, width, channels, shrink=shrink, upright=True,
                          background=background)
 
 
+def _content(path: str | os.PathLike) -> bytes:
+  """All of a regular file, if it is not too large."""
+  status = os.stat(path)
+  if stat.S_ISDIR(status.st_mode):
+    os.listdir(path)  # Says why `find` could not list it.
+    raise images.ImageError("it is a folder")
+  if not stat.S_ISREG(status.st_mode):  # Opening a pipe could take forever.
+    raise images.ImageError("it is not a regular file")
+  if status.st_size > _LARGEST:
+    raise images.ImageError(f"it has {status.st_size:,} bytes; {_LARGEST:,} are accepted")
+  with open(path, "rb") as file:
+    return file.read(status.st_size)
+
+
 def _planes(array: np.ndarray, channels: int) -> list[Image.Image]:
   """The channels of what an .npy file holds, as images."""
-  if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or (
-      array.ndim != 3 or array.shape[2] != channels):
-    holds = (f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray)
-             else type(array).__name__)
-    raise images.ImageError(
-        f"it holds {holds}; the network takes uint8 (height, width, {channels})")
+  if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != channels:
+    raise images.ImageError(f"it holds {array.dtype} {array.shape}; the network takes"
+                            f" uint8 (height, width, {channels})")
   images.check_size(array.shape[1], array.shape[0])
   return [Image.fromarray(np.ascontiguousarray(array[..., i]))
           for i in range(channels)]

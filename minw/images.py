@@ -7,7 +7,8 @@ training. Color profiles are ignored: pixel values are taken to be sRGB.
 
 import io
 import math
-from typing import Any, BinaryIO, Mapping
+import re
+from typing import Any, Iterator, Mapping
 
 import numpy as np
 from PIL import Image
@@ -19,17 +20,26 @@ BLACK: Color = (0, 0, 0)
 
 # Formats that are opened. Others are refused, among them those that run a program (EPS)
 # and those that are recognized by next to nothing (TGA).
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 # A JPEG decodes at a fraction of its size without ever holding all its pixels. Its limit
 # is therefore this many times Pillow's limit, 268 million pixels instead of 89 million.
 _JPEG_LIMIT = 3
+# A JPEG that comes in several scans is held as a whole, and each scan takes the time of
+# an image. Largest number of pixels times scans.
+_SCANNED_PIXELS = 2**30
 # A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, ...
 _DRAFT_PIXELS = 2**23
 # ... which must still be so many times as large as what is asked for.
 _DRAFT_MARGIN = 4
-# Largest image that resizing may make before the centre is cut out.
-_RESIZED_PIXELS = 2**26
+# A BMP with run-length encoding is decoded in Python. Most pixels, and its longest side.
+_RUNS_PIXELS, _RUNS_SIDE = 2**24, 2**16
+# Most pixels of a tile of a TIFF file, unless the image has as many: tiles are decoded
+# as a whole.
+_TILE_PIXELS = 2**24
+# An image is resized as a whole before its centre is cut out, unless that would make
+# more than so many times the pixels that are asked for, as for a long and narrow image.
+_RESIZED = 16
 
 # How an image is turned to be upright, by its EXIF orientation.
 _UPRIGHT = {
@@ -38,6 +48,7 @@ _UPRIGHT = {
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90}
 _ORIENTATION = 0x0112  # EXIF and TIFF tag.
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags.
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # Values of the last two.
 
@@ -49,31 +60,72 @@ class ImageError(ValueError):
   """An image that cannot be read, or of a kind that is not accepted."""
 
 
-def open_image(content: bytes | BinaryIO) -> Image.Image:
+def open_image(content: bytes) -> Image.Image:
   """Opens an image; the pixels are decoded when they are used.
 
   Args:
-    content: The content of an image file, or the file, open for reading.
+    content: The content of an image file.
 
   Raises:
     ImageError: The image has more pixels than are accepted, or several frames.
     Exception: The content is no image or is damaged; Pillow raises many kinds.
   """
-  file = io.BytesIO(content) if isinstance(content, bytes) else content
-  start = file.read(3)
-  file.seek(0)
-  if start == b"\xff\xd8\xff":
+  if content.startswith(b"\xff\xd8\xff"):
     # Image.open would refuse by the size of the whole JPEG, and would take a second
     # image that is attached to a photo for a second frame.
-    image, limit = JpegImagePlugin.JpegImageFile(file), _JPEG_LIMIT
+    image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))
+    _check_scans(image, content)
   else:
     Image.init()
-    image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
-    limit = 1
-  check_size(*image.size, limit)
+    image = Image.open(io.BytesIO(content),
+                       formats=[name for name in FORMATS if name in Image.OPEN])
+    check_size(*image.size)
+    _check_decoder(image)
   if getattr(image, "is_animated", False):
     raise ImageError("it has several frames or pages; save the one that is meant")
   return image
+
+
+def _check_scans(image: JpegImagePlugin.JpegImageFile, content: bytes) -> None:
+  """Raises `ImageError` where a JPEG would take too much memory or time."""
+  scans = _scans(content)
+  first = next(scans, b"\0")
+  if first[0] == image.layers and "progressive" not in image.info:
+    check_size(*image.size, _JPEG_LIMIT)  # All is in one scan.
+    return
+  check_size(*image.size)
+  count = 1 + sum(1 for _ in scans)
+  if count * image.width * image.height > _SCANNED_PIXELS:
+    raise ImageError(f"it has {count:,} scans of {image.width} x {image.height} pixels;"
+                     f" {_SCANNED_PIXELS:,} pixels are accepted in all scans together")
+
+
+def _scans(content: bytes) -> Iterator[bytes]:
+  """The headers of the scans of a JPEG: the number of channels comes first."""
+  at = 2
+  # Any marker but those that have no length, which may stand within a scan.
+  while marker := re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])").search(content, at):
+    if marker[1] == b"\xd9":  # The end of the image.
+      return
+    start = marker.end() + 2
+    at = start - 2 + int.from_bytes(content[start - 2:start], "big")
+    if marker[1] == b"\xda" and content[start:at]:
+      yield content[start:at]
+
+
+def _check_decoder(image: Image.Image) -> None:
+  """Raises `ImageError` where Pillow would decode more than the image has."""
+  decoders = {tile[0] for tile in image.tile}
+  if "bmp_rle" in decoders and (image.width * image.height > _RUNS_PIXELS
+                                or max(image.size) > _RUNS_SIDE):
+    raise ImageError(f"it has {image.width} x {image.height} pixels in run-length"
+                     f" encoding; {_RUNS_PIXELS:,} are accepted")
+  tags = getattr(image, "tag_v2", {})
+  tile = [tags.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
+  if not all(type(size) is int and size > 0 for size in tile) or (
+      math.prod(tile) > max(image.width * image.height, _TILE_PIXELS)):
+    raise ImageError(f"its tiles have {tile[0]!r:.20} x {tile[1]!r:.20} pixels;"
+                     f" {_TILE_PIXELS:,} are accepted")
 
 
 def check_size(width: int, height: int, factor: int = 1) -> None:
@@ -111,8 +163,7 @@ def flatten(image: Image.Image, mode: str, background: Color = BLACK) -> Image.I
   stored = _stored_as(image)
   image.load()
   tags = getattr(image, "tag_v2", {})
-  if (image.mode == "F" or image.mode == "I" and image.format != "PPM"
-      or _SIGNED in tags.get(_SAMPLE_FORMAT, ())):
+  if image.mode in ("F", "I") or _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
     raise ImageError(f"the range of its pixel values is unknown (Pillow mode"
                      f" {image.mode}); save it with 8 or 16 bits per channel")
   opacity = None
@@ -120,8 +171,9 @@ def flatten(image: Image.Image, mode: str, background: Color = BLACK) -> Image.I
     if image.mode in ("1", "L", "RGB") or image.mode.startswith("I;16"):
       opacity = _opacity_by_key(image, stored)
     else:
-      rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-      image, opacity = rgba.convert("RGB"), rgba.getchannel("A")
+      if image.mode != "RGBA":
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+      image, opacity = image.convert("RGB"), image.getchannel("A")
   if image.mode.startswith("I"):
     image = _high_byte(image, tags)
   elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
@@ -146,12 +198,12 @@ def _opacity_by_key(image: Image.Image, stored: str) -> Image.Image:
     if stored.endswith("16B"):
       raise ImageError("one of its 16-bit colors is transparent, of which Pillow reads"
                        " 8 bits; save it with an alpha channel")
-    same = (np.asarray(image) == key).all(-1)
+    same = np.equal(np.asarray(image), key).all(-1)
   else:
     # The key of a PNG has as many bits as the file; the pixels have been scaled.
     key = {"1": 255 * bool(key), "L;2": key * 85, "L;4": key * 17}.get(stored, key)
     same = np.asarray(image.convert("L") if image.mode == "1" else image) == key
-  return Image.fromarray(np.where(same, 0, 255).astype(np.uint8))
+  return Image.fromarray(np.where(same, np.uint8(0), np.uint8(255)))
 
 
 def _high_byte(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
@@ -234,17 +286,18 @@ def fit(
 
 def _fit(image: Image.Image, height: int, width: int, shrink: bool) -> Image.Image:
   ratio = max(width / image.width, height / image.height)
+  columns, rows = image.size
   if ratio > 1 or shrink:
-    size = (max(width, round(image.width * ratio)),
-            max(height, round(image.height * ratio)))
-    if math.prod(size) > _RESIZED_PIXELS:  # A long and narrow image.
-      x, y = (max(0, n - m / ratio) / 2
-              for n, m in zip(image.size, (width, height)))
-      return image.resize((width, height), Image.Resampling.BILINEAR,
-                          box=(x, y, image.width - x, image.height - y))
-    image = image.resize(size, Image.Resampling.BILINEAR)  # A copy, if as large.
-  left, top = (image.width - width) // 2, (image.height - height) // 2
-  return image.crop((left, top, left + width, top + height))
+    columns, rows = max(width, round(columns * ratio)), max(height, round(rows * ratio))
+  left, top = (columns - width) // 2, (rows - height) // 2
+  box = left, top, left + width, top + height
+  if (columns, rows) == image.size:
+    return image.crop(box)
+  if columns * rows <= _RESIZED * width * height:
+    return image.resize((columns, rows), Image.Resampling.BILINEAR).crop(box)
+  part = tuple(at * old / new for at, old, new in zip(box, 2 * image.size,
+                                                      2 * (columns, rows)))
+  return image.resize((width, height), Image.Resampling.BILINEAR, box=part)
 
 
 def _channels(image: Image.Image, count: int) -> list[Image.Image]:

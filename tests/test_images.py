@@ -115,19 +115,6 @@ def test_values_of_unknown_range_are_refused(mode, kind):
     images.flatten(opened(image, kind) if kind else image, "L")
 
 
-def test_netpbm_states_its_range():
-  for largest in (255, 1000, 65535):
-    for share, wanted in ((0, 0), (0.5, 127), (1, 255)):
-      value = round(share * largest)
-      for head, pixel in ((b"P5", value.to_bytes(1 + (largest > 255), "big")),
-                          (b"P2", str(value).encode())):
-        with images.open_image(head + b" 1 1 %d\n" % largest + pixel) as image:
-          got = np.asarray(images.flatten(image, "L"))
-        assert abs(int(got[0, 0]) - wanted) <= 1, (largest, value)
-  with pytest.raises(images.ImageError, match="unknown"):
-    images.flatten(images.open_image(b"Pf 1 1 -1.0\n" + bytes(4)), "L")
-
-
 @pytest.mark.parametrize("background, wanted", [
     ((0, 0, 0), (100, 50, 25)), ((255, 255, 255), (227, 177, 152)),
     ((0, 255, 0), (100, 177, 25))])
@@ -332,7 +319,8 @@ def test_photo_with_a_second_image():
   assert (images.centre(photo, 8, 8) == 255).all()
 
 
-@pytest.mark.parametrize("kind", ["eps", "tga", "ico", "pcx"])
+@pytest.mark.parametrize("kind", [
+    "eps", "tga", "ico", "pcx", "ppm", "jpeg2000", "pdf"])
 def test_formats_that_are_not_opened(kind):
   with pytest.raises(UnidentifiedImageError):
     opened(Image.new("RGB", (32, 32)), kind)
@@ -376,6 +364,96 @@ def test_thin_images_take_no_memory(size):
   image = Image.fromarray(row.reshape(size[::-1]))
   got = images.centre(image, 224, 224, 1)
   assert got.shape == (224, 224, 1) and (got == 100).all()
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 1000, 4097])
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("width", [3, 8, 13])
+def test_thin_images_look_as_if_resized_as_a_whole(length, upright, width):
+  """The same part, to the rounding of where it begins."""
+  pixels = np.random.default_rng(0).integers(0, 256, (length, width, 3), np.uint8)
+  whole = Image.fromarray(pixels if upright else pixels.transpose(1, 0, 2))
+  got = images.centre(whole, 8, 8).astype(int)
+  size = tuple(max(8, round(n * 8 / width)) for n in whole.size)
+  left, top = ((n - 8) // 2 for n in size)
+  wanted = whole.resize(size, Image.Resampling.BILINEAR).crop(
+      (left, top, left + 8, top + 8))
+  assert np.abs(got - np.asarray(wanted)).max() <= 1
+
+
+def scans(content):
+  """Where the scans of a JPEG begin that has no thumbnail."""
+  return [at for at in range(len(content)) if content.startswith(b"\xff\xda", at)]
+
+
+def test_jpeg_of_many_scans():
+  """Each takes the time of the whole image and next to no bytes."""
+  file = io.BytesIO()
+  Image.new("L", (4096, 4096), 90).save(file, "jpeg", progressive=True)
+  content = file.getvalue()
+  count, last = len(scans(content)), content[scans(content)[-1]:-2]
+  assert (images.centre(images.open_image(content), 8, 8) == 90).all()
+  for scan_count, good in ((64, True), (65, False)):  # Of 2^24 pixels, 2^30 in all.
+    longer = content[:-2] + (scan_count - count) * last + content[-2:]
+    if good:
+      images.open_image(longer)
+      continue
+    with pytest.raises(images.ImageError, match="65 scans of 4096 x 4096 pixels; 1,073"):
+      images.open_image(longer)
+  # What follows the image, and what stands in other segments, are no scans of it.
+  comment = b"\xff\xfe\x02\x02" + 256 * b"\xff\xda"
+  images.open_image(content[:2] + comment + content[2:] + 100 * last)
+
+
+@pytest.mark.parametrize("kind", ["progressive", "one channel after the other"])
+def test_jpeg_that_is_held_as_a_whole_is_smaller(kind, monkeypatch):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+  for width, good in ((100, True), (101, False)):
+    file = io.BytesIO()
+    Image.new("RGB", (width, 100)).save(file, "jpeg", progressive=kind == "progressive")
+    content = file.getvalue()
+    if kind != "progressive":
+      images.open_image(content)
+      at = scans(content)[0]
+      assert content[at:at + 5] == b"\xff\xda\x00\x0c\3"
+      content = (content[:at] + b"\xff\xda\x00\x08\1" + content[at + 5:at + 7]
+                 + content[at + 11:])
+    if good:
+      images.open_image(content)
+      continue
+    with pytest.raises(images.ImageError, match="101 x 100 pixels; 1 to 10,000"):
+      images.open_image(content)
+
+
+def bmp_of_runs(width, height, runs):
+  """A BMP of 8 bits with run-length encoding."""
+  start = 14 + 40 + 1024
+  return (b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+          + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(runs),
+                        0, 0, 256, 0) + bytes(i // 4 for i in range(1024)) + runs)
+
+
+def test_bmp_of_runs():
+  got = images.centre(images.open_image(bmp_of_runs(8, 8, b"\x08\x4d\0\0" * 8)), 8, 8)
+  assert (got == 77).all()
+  for width, height in ((80_000_000, 1), (9000, 9000)):  # Python would fill the rows.
+    with pytest.raises(images.ImageError, match="in run-length encoding; 16,777,216"):
+      images.open_image(bmp_of_runs(width, height, b"\0\2\xff\xff"))
+
+
+@pytest.mark.parametrize("width, length, good", [
+    (16, 16, True), (4096, 4096, True), (4096, 4112, False), (2**31 - 16, 16, False)])
+def test_tiff_of_tiles(width, length, good):
+  """A decoder makes a whole tile, however small the image is."""
+  tags = [(256, 8), (257, 8), (258, 8), (259, 1), (262, 1), (277, 1), (322, width),
+          (323, length), (324, 8), (325, 100)]
+  content = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(
+      struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4))
+  if good:
+    images.open_image(content)
+  else:
+    with pytest.raises(images.ImageError, match="its tiles have .*; 16,777,216 are"):
+      images.open_image(content)
 
 
 def test_large_photos_are_decoded_at_a_fraction():
