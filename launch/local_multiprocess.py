@@ -7,10 +7,15 @@ one run. Each has its own cores, and its own GPUs where there are any; their lin
 prefixed with their numbers. SIGTERM and SIGINT are passed on. If one ends with another
 code than 0, the others get SIGTERM, and SIGKILL after --grace seconds. The exit code is
 that of the first to fail, or 75 if the run was preempted and goes on when started
-again.
+again. If this launcher is killed, its processes get SIGTERM within a second.
 
 Tried on Linux with two CPU processes (tests/test_launch.py); not on several GPUs.
 """
+
+from minw import stopping
+
+if __name__ == "__main__":  # Until `run` handles signals itself.
+  stopping.watch()
 
 import functools
 import signal
@@ -26,7 +31,6 @@ from absl import flags
 from minw import cli
 import places
 
-_PREEMPTED = 75
 _POLL_SECONDS = 0.05
 
 
@@ -55,12 +59,15 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
     The first code that is neither 0 nor 75, as a shell gives it; else 75 if there is
     one, else 0.
   """
-  stopping = []  # The signals received.
+  received = []  # Signals.
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda received, _: stopping.append(received))
+    signal.signal(number, lambda number, _: received.append(number))
   processes = [
-      places.start(command, place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                   stderr=subprocess.STDOUT, text=True, errors="replace")
+      places.start(
+          command,
+          place._replace(environment=place.environment | stopping.following()),
+          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+          text=True, errors="replace")
       for command, place in zip(commands, places.split(len(commands)))]
   readers = [threading.Thread(target=_prefixed, args=(i, process), daemon=True)
              for i, process in enumerate(processes)]
@@ -73,13 +80,13 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
     for process in [p for p in running if p.poll() is not None]:
       running.remove(process)
       code = process.returncode
-      if code == -signal.SIGTERM and stopping:
-        code = _PREEMPTED  # Before it could note the signal: nothing is lost.
+      if code == -signal.SIGTERM and received:
+        code = stopping.PREEMPTED  # Before it could note the signal: nothing is lost.
       codes.append(code if code >= 0 else 128 - code)
     failed = any(codes)
-    if (failed or len(stopping) > 1) and deadline is None:
+    if (failed or len(received) > 1) and deadline is None:
       deadline = time.monotonic() + grace
-    signals = max(len(stopping), failed)  # Once; a second one may be deadly.
+    signals = max(len(received), failed)  # Once; a second one may be deadly.
     if signals > passed_on:
       passed_on = signals
       for process in running:
@@ -93,7 +100,7 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
     time.sleep(_POLL_SECONDS)
   for reader in readers:
     reader.join(timeout=1)  # A child of a process may hold its output open.
-  failures = [code for code in codes if code not in (0, _PREEMPTED)]
+  failures = [code for code in codes if code not in (0, stopping.PREEMPTED)]
   return (failures + [code for code in codes if code] + [0])[0]
 
 

@@ -27,6 +27,11 @@ Tried on Linux with CPUs, on a local file system; the division of GPUs and netwo
 systems were not.
 """
 
+from minw import stopping
+
+if __name__ == "__main__":  # Importing all the others takes seconds.
+  stopping.watch()
+
 import contextlib
 import json
 import os

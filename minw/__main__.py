@@ -12,6 +12,7 @@ import sys
 import minw
 from minw import cli
 from minw import completion
+from minw import stopping
 
 # The module of each command.
 COMMANDS = {
@@ -46,6 +47,8 @@ def _run(arguments: list[str]) -> None:
   elif name not in COMMANDS:
     raise cli.unknown_name("command", name, [*COMMANDS, "completion"])
   else:
+    if name == "train":
+      stopping.watch()  # Now, as the import takes seconds.
     module = importlib.import_module(COMMANDS[name])
     sys.argv[1:] = arguments[1:]
     cli.run(getattr(module, "SUBCOMMANDS", None) or module.main, module.define_flags,

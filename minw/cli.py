@@ -9,6 +9,8 @@ import re
 import select
 import signal
 import sys
+import threading
+import traceback
 from typing import Any, Callable, Collection, Iterable, Iterator, Mapping, NoReturn
 
 from absl import flags
@@ -19,6 +21,7 @@ from minw import dependencies
 from minw import paths
 from minw import usage
 
+_FLUSH_SECONDS = 5.0  # How long an error's last output may take.
 _COMMON = ("help", "version", "quiet", "verbosity")  # Flags of all commands.
 
 
@@ -27,11 +30,9 @@ class UsageError(Exception):
 
   Attributes:
     exit_code: Exit code of a command that ends with this error.
-    at_once: Whether a command that trains ends without waiting for its threads.
   """
 
   exit_code = 2
-  at_once = False
 
 
 def bad_value(field: str, value: Any, allowed: str) -> UsageError:
@@ -139,11 +140,13 @@ def note(line: str) -> None:
 
 
 def guarded(function: Callable, *arguments: Any) -> Any:
-  """Calls `function`, and ends the process where no traceback would help its user.
+  """Calls `function`, and ends the process at once if that raises an error.
 
   A `UsageError` is printed as one line and exits with its code, which is 2 for bad
-  input. An interrupt (SIGINT) exits with 130. Output to a pipe that no one reads any
-  more, as after `| head`, exits with 141 and says nothing.
+  input. An error of the file system is one line, too, and exits with 74. An interrupt
+  (SIGINT) exits with 130. Output to a pipe that no one reads any more, as after
+  `| head`, exits with 141 and says nothing. Any other exception is a bug, whose traceback
+  is printed; the code is 1. `--verbosity=1` shows all tracebacks.
   """
   try:
     try:
@@ -152,24 +155,53 @@ def guarded(function: Callable, *arguments: Any) -> Any:
       if sys.stdout:
         sys.stdout.flush()
   except dependencies.MissingDependencies:
-    print(f"error: this command {dependencies.NEED}", file=sys.stderr)
-    sys.exit(2)
-  except UsageError as error:
+    _end(2, f"error: this command {dependencies.NEED}")
+  except KeyboardInterrupt as error:
+    _end(128 + signal.SIGINT, _one_line("interrupted", error))
+  except BrokenPipeError as error:
+    if _output_is_closed():
+      os._exit(128 + signal.SIGPIPE)  # There is nothing left to flush.
+    _end_with_traceback(error)
+  except Exception as error:
     if logging.get_verbosity() >= logging.DEBUG:
-      raise
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(error.exit_code)
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
-  except BrokenPipeError:
-    if not _output_is_closed():
-      raise
-    # Python would flush its buffers at exit and complain that it cannot.
-    null = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-      os.dup2(null, number)
-    sys.exit(128 + signal.SIGPIPE)
+      _end_with_traceback(error)
+    if isinstance(error, UsageError):
+      _end(error.exit_code, _one_line(f"error: {error}", error))
+    if isinstance(error, OSError) and error.errno and error.filename:
+      _end(os.EX_IOERR, _one_line(f"error: {error.filename}: {error.strerror}", error))
+    _end_with_traceback(error)
+
+
+def _one_line(text: str, error: BaseException) -> str:
+  """`text` and the notes of an error as one line."""
+  return " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
+
+
+def _end_with_traceback(error: BaseException) -> NoReturn:
+  _end(1, "".join(traceback.format_exception(error)).rstrip())
+
+
+def _end(code: int, message: str) -> NoReturn:
+  """Prints a message and ends the process now.
+
+  The ordinary end of a Python process waits for its threads, and those of a library
+  whose work has failed may wait for minutes: Orbax's for a checkpoint that could not be
+  written, JAX's for other processes. Everything else that ends with a process, such as
+  locks and data workers, does not need that.
+  """
+  with contextlib.suppress(OSError, ValueError, RuntimeError):
+    timer = threading.Timer(_FLUSH_SECONDS, os._exit, [code])  # Who reads may be stuck.
+    timer.daemon = True
+    timer.start()
+  steps = [std_logging.shutdown]
+  if sys.stdout:
+    steps.append(sys.stdout.flush)
+  if sys.stderr:
+    steps += [lambda: print(message, file=sys.stderr), sys.stderr.flush]
+  for step in steps:
+    with contextlib.suppress(OSError, ValueError):
+      step()
+  os._exit(code)
 
 
 def _output_is_closed() -> bool:
@@ -187,9 +219,7 @@ def run(
 ) -> NoReturn:
   """Runs a command: defines its flags, parses `sys.argv` and calls its `main`.
 
-  A `UsageError`, from the flags or from `main`, is printed as one line and ends the
-  process with code 2; any other exception keeps its traceback. `--verbosity=1` shows
-  the tracebacks of usage errors too. `--help` prints the docstring of the module that
+  Errors, from the flags or from `main`, end the process as `guarded` says. `--help` prints the docstring of the module that
   `define_flags` is in, and the flags.
 
   Args:

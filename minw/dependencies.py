@@ -13,7 +13,7 @@ from typing import Any
 
 # Modules and packages of minw that work with the core alone.
 CORE = ("__main__", "c_flags", "cli", "completion", "dependencies", "export",
-        "image_files", "images", "infer", "kernels", "packed", "paths", "progress",
+        "image_files", "images", "infer", "kernels", "packed", "paths", "progress", "stopping",
         "usage")
 
 # Packages that stand for the whole layer: nearly all modules for training need them.

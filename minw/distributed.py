@@ -8,10 +8,7 @@ process nothing here communicates.
 
 import contextlib
 import json
-import os
 import signal
-import sys
-import traceback
 from typing import Any, Callable, Iterator
 import zlib
 
@@ -45,6 +42,7 @@ def initialize(
     cli.UsageError: nothing is given, and there is no such environment.
   """
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  handler = signal.getsignal(signal.SIGTERM)
   try:
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
@@ -53,43 +51,30 @@ def initialize(
     raise cli.UsageError(
         f"--distributed: {error} (no TPU pod, Slurm or Open MPI was found; elsewhere "
         "--coordinator, --num_processes and --process_id are needed)") from error
-  # JAX notes the first SIGTERM, and leaves the second deadly. Until training, which
-  # handles all, there is nothing to lose.
-  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  signal.signal(signal.SIGTERM, handler)  # JAX would only note it.
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
-  """Inside, an error of this process alone ends it without a farewell.
+def saying_who_ends() -> Iterator[None]:
+  """Inside, an error of one process of several says so; `cli.guarded` ends the process.
 
-  Otherwise Python would wait at its end for the other processes, which wait for this
-  one. They notice within the heartbeat timeout. With a single process that holds for
-  `cli.UsageError.at_once`: threads of this process may wait for what will not come.
+  It ends without a farewell: Python would wait at its end for the other processes, which
+  wait for this one. They notice within the heartbeat timeout. After an `Agreed` error,
+  all processes do say farewell, so that each can print it before the first is gone.
   """
   try:
     yield
   except Agreed:
+    with contextlib.suppress(Exception):
+      jax.distributed.shutdown()
     raise
   except (Exception, KeyboardInterrupt) as error:
-    alone = not jax.distributed.is_initialized()
-    if alone and not (isinstance(error, cli.UsageError) and error.at_once):
-      raise
-    code = 1
-    if isinstance(error, cli.UsageError):
-      code = error.exit_code
-      print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    elif isinstance(error, KeyboardInterrupt):
-      code = 128 + signal.SIGINT
-      print("interrupted", file=sys.stderr)
-    else:
-      traceback.print_exc()
-    if not alone:
-      print(f"error: process {jax.process_index()} of {jax.process_count()} ends here, or"
-            " another one did before; none can go on alone, and the same commands again "
-            "go on from the last checkpoint", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    if jax.distributed.is_initialized():
+      error.add_note(
+          f"process {jax.process_index()} of {jax.process_count()} ends here, or another"
+          " one did before; none can go on alone, and the same commands again resume"
+          " from the last checkpoint")
+    raise
 
 
 def several() -> bool:

@@ -46,9 +46,11 @@ def commit() -> str:
   "minw 0.1.0" if the package is not in a git checkout of its own.
   """
   def git(*arguments):
+    # Otherwise `describe` would lock the index, and a command of the user might fail.
+    command = ["git", "--no-optional-locks", "-C", pathlib.Path(minw.__file__).parent]
     return subprocess.run(
-        ["git", "-C", pathlib.Path(minw.__file__).parent, *arguments],
-        capture_output=True, text=True, check=True).stdout.strip()
+        [*command, *arguments], capture_output=True, text=True,
+        check=True).stdout.strip()
 
   try:
     git("ls-files", "--error-unmatch", "__init__.py")  # Or it is installed in another.

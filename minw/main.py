@@ -8,15 +8,20 @@ saved: the same command resumes it.
 import json
 import signal
 
+from minw import stopping
+
+if __name__ == "__main__":  # Importing all the others takes seconds.
+  stopping.watch()
+
 from absl import flags
 
 from minw import cli
 from minw import config_flag
+from minw.stopping import PREEMPTED
 
-# Exit codes beside 0, done, 2, bad input, 74, a file cannot be written, and 130, SIGINT
-# came twice or before training began.
+# Exit codes beside 0, done, 2, bad input, 74, a file cannot be written, 75, `PREEMPTED`,
+# and 130, SIGINT came twice or before there was anything to save.
 DIVERGED = 3
-PREEMPTED = 75  # Start the same command again to go on.
 
 
 def define_flags() -> None:
@@ -70,7 +75,7 @@ def main() -> int:
   if f.distributed:
     distributed.initialize(
         f.coordinator, f.num_processes, f.process_id, f.heartbeat_timeout)
-  with distributed.ending_at_once():
+  with distributed.saying_who_ends():
     if distributed.is_main():
       cli.show_progress()
     try:

@@ -8,8 +8,6 @@ import logging
 import os
 import re
 import shutil
-import signal
-import threading
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -35,6 +33,7 @@ from minw import paths
 from minw import pipeline
 from minw import plots
 from minw import quantizers
+from minw import stopping
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 from minw.progress import duration
@@ -257,7 +256,6 @@ class StorageError(cli.UsageError):
   """A file of a run cannot be written or read; what was saved before is whole."""
 
   exit_code = os.EX_IOERR
-  at_once = True  # Orbax's threads wait minutes for a save that has failed.
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -300,7 +298,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       _log.warning("%s: already %s at step %d; nothing to do",
                    workdir, status["state"], status["step"])
       return status
-    with _stopping(workdir, checkpoint_target(experiment)), StopSignal() as stop:
+    with _stopping(workdir, checkpoint_target(experiment)), stopping.StopSignal() as stop:
       status = _train(experiment, source, workdir, stop)
   if status["state"] == "preempted" and stop.interrupted:
     raise Interrupted(status)
@@ -354,7 +352,7 @@ def _storage_error(error: BaseException, workdir: str) -> OSError | None:
 
 
 def _train(
-    experiment: Experiment, source: dict[str, Any], workdir: str, stop: "StopSignal"
+    experiment: Experiment, source: dict[str, Any], workdir: str, stop: stopping.StopSignal
 ) -> dict[str, Any]:
   """Runs what is left of a run, and returns its status."""
   together, config = distributed.together, experiment.config
@@ -384,6 +382,8 @@ def _train(
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
     status = workdir_lib.write_status(workdir, "running", step)
     writer = metrics.Writer(workdir, step) if distributed.is_main() else None
+    if distributed.several():
+      stop.hold()  # No process can stop alone: they agree on a step.
     progress = Progress(step, experiment.num_steps, config.batch_size)
     batches = experiment.train_batches(train_data, epoch_order, step)
     show(step)
@@ -398,6 +398,7 @@ def _train(
       step += 1
       if progress.stepped(loss):
         journal.trains()
+        stop.hold()
       show(step)
 
       # Processes that look at different steps would wait for each other in vain.
@@ -546,41 +547,6 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   cli.check(not different, "config.init_from", workdir,
             "a run of the same shapes: " + "; ".join(different[:3]))
   return source
-
-
-class StopSignal:
-  """Notes SIGTERM, as sent before a preemption, and SIGINT instead of dying of them.
-
-  Attributes:
-    requested: Whether one of them came.
-    interrupted: Whether SIGINT did. A second one raises KeyboardInterrupt.
-  """
-
-  def __init__(self):
-    self.requested = self.interrupted = False
-
-  def __enter__(self):
-    self._previous = {}
-    if threading.current_thread() is threading.main_thread():
-      self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
-      # Who started this process in the background may have it ignore SIGINT.
-      if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
-    return self
-
-  def _note(self, number, _):
-    if number == signal.SIGINT:
-      if self.interrupted:
-        raise KeyboardInterrupt
-      self.interrupted = True
-      _log.warning("interrupted: the run stops when its state is saved; another"
-                   " interrupt stops it at once")
-    self.requested = True
-
-  def __exit__(self, *_):
-    for number, handler in self._previous.items():
-      if handler is not None:
-        signal.signal(number, handler)
 
 
 class Progress:

@@ -160,7 +160,7 @@ def test_alone_nothing_is_exchanged():
     with pytest.raises(cli.UsageError) as error:
       how(refuse)
     assert error.value is refusal
-  with pytest.raises(ZeroDivisionError), distributed.ending_at_once():
+  with pytest.raises(ZeroDivisionError), distributed.saying_who_ends():
     1 / 0
 
 
@@ -388,7 +388,7 @@ def test_an_error_of_one_ends_all(failing, tmp_path):
       timeout=60)
   assert codes[failing] == 1 and codes[1 - failing] not in (0, 2, 3, 75)
   assert "OSError: the disk is full" in errors[failing]
-  assert f"error: process {failing} of 2 ends here" in errors[failing]
+  assert f"process {failing} of 2 ends here" in errors[failing]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import pytest
 
 from minw import checkpoint
 from minw import evaluate
+from minw import stopping
 from minw import train
 from short_runs import EPOCH
 from short_runs import Stop
@@ -283,7 +284,7 @@ def test_interrupted_at_the_end_is_done(busy, tmp_path):
 def test_ignored_interrupt_stays_ignored():
   before = signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
-    with train.StopSignal() as stop:
+    with stopping.StopSignal() as stop:
       os.kill(os.getpid(), signal.SIGINT)
       assert not stop.requested
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
