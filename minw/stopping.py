@@ -11,11 +11,13 @@ tells of each signal as it arrives, and which can end the process meanwhile.
 """
 
 import logging
+import multiprocessing
 import os
 import select
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 PREEMPTED = 75  # Exit code after SIGTERM: the same command starts or resumes the run.
@@ -101,6 +103,22 @@ def following() -> dict[str, str]:
   If this process dies, a child that trains gets SIGTERM.
   """
   return {_PARENT: str(os.getpid())}
+
+
+def end_with_parent() -> None:
+  """Makes this process, one of `multiprocessing`, end when its parent is gone.
+
+  A parent that is killed cannot end its workers, which would wait for it forever. (Linux
+  can send a signal instead, but does so when the thread that started the process ends.)
+  """
+  parent = multiprocessing.parent_process().pid
+
+  def wait():
+    while os.getppid() == parent:
+      time.sleep(_PARENT_SECONDS)
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
 
 
 class StopSignal:

@@ -5,8 +5,11 @@ workers and processes, so that a run can go on from any step. What a batch holds
 pixels; they are normalized inside the compiled step.
 """
 
+import contextlib
+import itertools
 import json
 import logging
+from multiprocessing import resource_tracker
 import os
 import signal
 import time
@@ -19,6 +22,7 @@ import numpy as np
 from minw import cli
 from minw import distributed
 from minw import images
+from minw import stopping
 
 _log = logging.getLogger(__name__)
 
@@ -140,13 +144,20 @@ class Split:
     if not flags.FLAGS.is_parsed():  # Not in a command: grain asks for its own.
       flags.FLAGS.mark_as_parsed()
     threads = 0 if self._workers else len(os.sched_getaffinity(0))
-    elements = iter(batches.to_iter_dataset(
+    elements = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     ).mp_prefetch(
         grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2),
-        worker_init_fn=_ignore_signals))
+        worker_init_fn=_begin_worker)
+    if self._workers:
+      resource_tracker.ensure_running()  # It unblocks signals when it starts.
+    # Workers start here. From their first moment on they leave a stop to the run, which
+    # needs them for another step.
+    with _signals_blocked():
+      elements = iter(elements)
+      first = next(elements, None)
     try:
-      for element in elements:
+      for element in itertools.chain([] if first is None else [first], elements):
         self._note(element["damaged"])
         self.decode_rate = len(element["label"]) / float(element["seconds"].sum())
         yield Batch(element["image"], element["label"])
@@ -176,10 +187,22 @@ class Split:
       return f"record {index}"
 
 
-def _ignore_signals(*_: Any) -> None:
-  """A stop is for the run to handle, which needs its workers for another step."""
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+  """Inside, SIGTERM and SIGINT pass this thread, and are blocked in what it starts."""
+  before = signal.pthread_sigmask(
+      signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(*_: Any) -> None:
+  """Makes a worker deaf to signals, and end soon after the process that it works for."""
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  stopping.end_with_parent()
 
 
 class _RandomCrop(NamedTuple):

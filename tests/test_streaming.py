@@ -5,7 +5,12 @@ import itertools
 import logging
 import multiprocessing
 import os
+import pathlib
+import select
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 from PIL import Image
@@ -100,6 +105,46 @@ def test_workers_make_the_same_batches(workers):
   assert split.damaged == 2
   batches.close()
   assert not multiprocessing.active_children()
+
+
+_STARTED_AND_KILLED = """
+import multiprocessing, signal, sys, time
+from minw import streaming
+import test_streaming
+
+if __name__ == "__main__":
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+  split = streaming.Split(test_streaming.records(8), "some", workers=1)
+  batches = split.train_batches(0, **test_streaming.TRAINING)
+  print("starting", flush=True)
+  next(batches)
+  print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+  time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_killed_process_and_not_with_signals_as_they_start(tmp_path):
+  script = tmp_path / "script.py"
+  script.write_text(_STARTED_AND_KILLED)
+  root = pathlib.Path(streaming.__file__).parents[1]
+  process = subprocess.Popen(
+      [sys.executable, str(script)], start_new_session=True, text=True,
+      stdout=subprocess.PIPE,
+      env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"})
+  with process:
+    assert process.stdout.readline() == "starting\n"
+    while not select.select([process.stdout], [], [], 0.05)[0]:
+      os.killpg(process.pid, signal.SIGINT)
+      os.killpg(process.pid, signal.SIGTERM)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 1
+    process.kill()
+  running = lambda: [pid for pid in workers if pathlib.Path(f"/proc/{pid}").exists()]
+  deadline = time.monotonic() + 10
+  while running() and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not running()
 
 
 def test_damaged_images_are_replaced_and_reported(caplog):

@@ -25,6 +25,7 @@ from minw import config as config_lib
 from minw import layers as layers_lib
 from minw import pack
 from minw import packed
+from minw import stopping
 from minw.bench import timing
 from minw.experiment import Experiment
 from minw.kernels import native
@@ -78,7 +79,8 @@ def bench_inference(
     measure = functools.partial(
         _layers if layers else _networks, config.to_dict(), rounds, batches, threads)
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        1, context, stopping.end_with_parent) as pool:
       found, left_out = pool.submit(measure).result()
     runs += found
     if layers:
