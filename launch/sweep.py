@@ -50,6 +50,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import environment
+from minw import files
 from minw import locks
 from minw import workdir as workdir_lib
 from minw.progress import duration
@@ -219,7 +220,7 @@ def _read_record(run: Run) -> dict[str, Any]:
 
 
 def _write_record(run: Run, record: dict[str, Any]) -> None:
-  workdir_lib.write_file(run.workdir / "sweep.json", json.dumps(record) + "\n")
+  files.write(run.workdir / "sweep.json", json.dumps(record) + "\n")
 
 
 def state(run: Run, retries: int, held: bool | None = None) -> State:
@@ -528,7 +529,7 @@ def _emit(runs: Sequence[Run]) -> None:
           f"--retries={f.retries}",
           *([f"--data_dir={f.data_dir}"] if f.data_dir else [])])
   try:
-    pathlib.Path(f.out).write_text(text)
+    files.write(f.out, text)
   except OSError as error:
     raise cli.bad_value("out", f.out, f"a file to write ({error})") from error
 

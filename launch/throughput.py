@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from minw import cli
 from minw import config as config_lib
 from minw import config_flag
+from minw import files
 from minw import models
 from minw import pipeline
 from minw import train
@@ -179,8 +180,7 @@ def main() -> None:
     # Only now: a process that has looked at its GPU keeps most of its memory.
     result = {"steps_per_second": found, "config": f.config.to_dict(),
               "machine": timing.machine()}
-    with open(f.json, "w") as file:
-      file.write(json.dumps(result, indent=2) + "\n")
+    files.write(f.json, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax
 
 import minw
 from minw import distributed
-from minw import workdir as workdir_lib
+from minw import files
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -99,5 +99,5 @@ class Journal:
                "startup_seconds": round(self._startup, 1),
                "environments": self._environments}
     if distributed.is_main():
-      workdir_lib.write_file(pathlib.Path(self._workdir) / "run.json",
-                             json.dumps(content, indent=2) + "\n")
+      files.write(pathlib.Path(self._workdir) / "run.json",
+                  json.dumps(content, indent=2) + "\n")

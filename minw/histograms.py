@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minw import files
 from minw import layers
-from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 
 # Bins 0.01 wide around -1, -0.99, ..., 1. All that is counted is in [-1, 1], and 0 and
@@ -94,6 +94,6 @@ def write(
   path = pathlib.Path(workdir) / "histograms.jsonl"
   before = [line for line in read(path) if line["step"] < step]
   added = [{"step": step, "epoch": epoch, **line} for line in histograms]
-  workdir_lib.write_file(
+  files.write(
       path, "".join(json.dumps(line) + "\n" for line in [*before, *added]))
   return added

@@ -20,7 +20,7 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2
 
 from minw import cli
-from minw import workdir as workdir_lib
+from minw import files
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ class Writer:
     kept = [line for line in read(workdir)
             if line["step"] <= step and line["split"] != "test"]
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    workdir_lib.write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+    files.write(path, "".join(json.dumps(line) + "\n" for line in kept))
     self._path = path
     self._file = path.open("ab", buffering=0)  # Nothing is left to write after an error.
     # Shown anew: a run that was killed may not have written all of it.
@@ -129,7 +129,7 @@ class Writer:
       OSError: naming the file that cannot be written.
     """
     line = _finite(line)
-    with workdir_lib.naming(self._path):
+    with files.naming(self._path):
       text = json.dumps(line, allow_nan=False).encode() + b"\n"
       while text:  # A disk that gets full takes a part.
         text = text[self._file.write(text):]
@@ -187,7 +187,7 @@ class _Events:
 
   def __init__(self, folder: str):
     self._folder = folder
-    with workdir_lib.naming(folder):
+    with files.naming(folder):
       os.makedirs(folder, exist_ok=True)
       # The suffix tells apart files begun in the same second, which would overwrite
       # each other.
@@ -202,17 +202,17 @@ class _Events:
 
   def flush(self) -> None:
     """Hands to the operating system what is buffered."""
-    with workdir_lib.naming(self._folder):
+    with files.naming(self._folder):
       self._file.flush()
 
   def close(self) -> None:
     """Closes the file."""
-    with workdir_lib.naming(self._folder):
+    with files.naming(self._folder):
       self._file.close()
 
   def _add(self, event: event_pb2.Event) -> None:
     event.wall_time = time.time()
-    with workdir_lib.naming(self._folder):
+    with files.naming(self._folder):
       self._file.write_event(event)
 
 

@@ -9,7 +9,7 @@ value i + 1. A value is a batch of
     FLOAT  float32, where an operand is in a float format
 
 Sums are of integer levels: -1, 1; -1, 0, 1; 0, +-1, +-2, +-4 for 1, 2 and 3 bits.
-This module needs NumPy alone. A file is not trusted: `read` checks all of it before
+This module needs no package but NumPy and ml_dtypes. A file is not trusted: `read` checks all of it before
 it allocates anything that the file's own size does not bound.
 """
 
@@ -21,6 +21,8 @@ import zlib
 
 import ml_dtypes
 import numpy as np
+
+from minw import files
 
 MAGIC = b"MINW\r\n\x1a\0"
 # Version 2 adds groups and dilation to each convolution. A program that has neither is
@@ -523,8 +525,7 @@ def from_bytes(data: bytes) -> Program:
 def write(path: str, program: Program) -> int:
   """Writes the file; returns its size in bytes."""
   data = to_bytes(program)
-  with open(path, "wb") as file:
-    file.write(data)
+  files.write(path, data)
   return len(data)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from minw import cli
 from minw import estimators as estimators_lib
+from minw import files
 from minw import metrics
 from minw import quantizers
 from minw import titles
@@ -223,7 +224,7 @@ def save(fig: Any, path: pathlib.Path) -> None:
   with warnings.catch_warnings():  # A path may hold what the font does not have.
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")
     fig.savefig(image, format="png")
-  workdir_lib.write_file(path, image.getvalue())
+  files.write(path, image.getvalue())
 
 
 def define_flags() -> None:

@@ -42,6 +42,7 @@ import tqdm
 from minw import archives
 from minw import cli
 from minw import datasets
+from minw import files
 from minw import imagenet
 from minw import paths
 from minw import unpickle
@@ -186,7 +187,7 @@ def prepare(
             built = _build_imagenet(source, work, partial)
           else:
             built = _build_cifar(dataset, source, work)
-          os.replace(built, target)
+          files.move_folder(built, target)
   except OSError as error:
     raise cli.UsageError(
         f"data_dir={str(root)!r}: must be a directory that can be written to "

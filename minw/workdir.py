@@ -11,39 +11,12 @@ from typing import Any, ContextManager, Iterator
 from minw import cli
 from minw import config as config_lib
 from minw import distributed
+from minw import files
 from minw import locks
 
 _log = logging.getLogger(__name__)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-
-
-def write_file(path: pathlib.Path, content: str | bytes) -> None:
-  """Replaces a file in one move, so that no reader sees half of it.
-
-  Raises:
-    OSError: naming the file; the file is as it was.
-  """
-  part = path.with_name(path.name + ".part")
-  data = content.encode() if isinstance(content, str) else content
-  with naming(path):
-    try:
-      part.write_bytes(data)
-      os.replace(part, path)
-    except OSError:
-      with contextlib.suppress(OSError):
-        part.unlink()
-      raise
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Inside, an OSError that names no file, as those of writing, gets this file's name."""
-  try:
-    yield
-  except OSError as error:
-    error.filename = error.filename or os.fspath(path)
-    raise
 
 
 @contextlib.contextmanager
@@ -97,7 +70,7 @@ def claim(workdir: str, config: Any) -> None:
   with _refusing(workdir):
     path.mkdir(parents=True, exist_ok=True)
     check_free(workdir, config)
-    write_file(path / "config.json", config_lib.to_json(config))
+    files.write(path / "config.json", config_lib.to_json(config))
 
 
 @contextlib.contextmanager
@@ -175,7 +148,7 @@ def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, 
   """
   status = {"state": state, "step": step, **more}
   if distributed.is_main():
-    write_file(pathlib.Path(workdir) / "status.json", json.dumps(status) + "\n")
+    files.write(pathlib.Path(workdir) / "status.json", json.dumps(status) + "\n")
   return status
 
 

@@ -18,10 +18,10 @@ from tensorboardX.proto import event_pb2
 from minw import checkpoint
 from minw import config as config_lib
 from minw import evaluate
+from minw import files
 from minw import metrics
 from minw import plots
 from minw import train
-from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def shared_programs(draw=False):
   with (pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("strict"),
         jax.numpy_rank_promotion("raise")):
     if not draw:
-      patch.setattr(plots, "curves", lambda workdir: workdir_lib.write_file(
+      patch.setattr(plots, "curves", lambda workdir: files.write(
           pathlib.Path(workdir) / "curves.png", ""))
     for module in (train, evaluate):
       patch.setattr(module, "Experiment", lambda c: fresh_state(c.seed)

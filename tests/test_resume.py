@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import sys
@@ -35,7 +36,11 @@ EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtr
 
 
 def moment_of(event, args, workdir):
-  """"os.rename checkpoints/38.orbax-checkpoint-tmp"; None if nothing is changed."""
+  """"os.rename checkpoints/38.orbax-checkpoint-tmp"; None if nothing is changed.
+
+  Of names that are drawn by chance, "status.json.0123456789abcdef.part", "status.json.part"
+  is left.
+  """
   if event not in EVENTS or not args or not isinstance(args[0], (str, os.PathLike)):
     return None
   path = os.fspath(args[0])
@@ -43,7 +48,7 @@ def moment_of(event, args, workdir):
     return None
   if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
     return None
-  return f"{event} {path[len(str(workdir)) + 1:]}"
+  return f"{event} {re.sub(r'[.][0-9a-f]{16}[.]part$', '.part', path[len(str(workdir)) + 1:])}"
 
 
 class Copies:

@@ -38,6 +38,7 @@ from absl import flags
 from minw import cli
 from minw import config as config_lib
 from minw import config_flag
+from minw import files
 from minw import models
 from minw.bench import configs
 from minw.bench import data
@@ -99,8 +100,7 @@ def _report(module, measure) -> None:
   result = measure()
   print(module.table(result))
   if path:
-    with open(path, "w") as file:
-      file.write(json.dumps(result, indent=2) + "\n")
+    files.write(path, json.dumps(result, indent=2) + "\n")
 
 
 SUBCOMMANDS = {

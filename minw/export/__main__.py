@@ -16,6 +16,7 @@ from absl import flags
 import numpy as np
 
 from minw import cli
+from minw import files
 from minw import infer
 from minw import packed
 from minw.export import c
@@ -109,7 +110,7 @@ def _name(workdir: str | None, model: str | None) -> str:
 
 def _write(path: pathlib.Path, data: bytes) -> None:
   try:
-    path.write_bytes(data)
+    files.write(path, data)
   except OSError as error:
     raise cli.UsageError(f"out={str(path)!r} cannot be written: {error}") from error
   print(f"{path}: {len(data)} bytes")

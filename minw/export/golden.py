@@ -6,12 +6,14 @@ channels: the uint8 images as "input", the pixels less their offset, accumulator
 what it reads and makes, and of codes which integer levels they stand for.
 """
 
+import io
 import json
 import os
 import pathlib
 
 import numpy as np
 
+from minw import files
 from minw import packed
 from minw.export import common
 from minw.kernels import reference
@@ -28,14 +30,20 @@ def write(path: str | os.PathLike, program: packed.Program, images: np.ndarray) 
   kinds, names = common.values(program), common.names(program)
   folder = pathlib.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
-  np.save(folder / "input.npy", images)
+  _save(folder / "input.npy", images)
   for name, value in zip(names, reference.run(program, images)):
-    np.save(folder / f"{name}.npy", value)
+    _save(folder / f"{name}.npy", value)
   values = [{"name": name, "kind": kind.kind, "shape": list(kind.shape)}
             | ({"levels": packed.LEVELS[kind.bits]} if kind.bits else {})
             for name, kind in zip(names, kinds)]
   for value, op in zip(values[1:], program.ops):
     value["operation"] = type(op).__name__
     value["inputs"] = [names[i] for i in packed.inputs(op)]
-  (folder / "index.json").write_text(json.dumps(
+  files.write(folder / "index.json", json.dumps(
       {**common.metadata(program), "values": values}, indent=1) + "\n")
+
+
+def _save(path: pathlib.Path, array: np.ndarray) -> None:
+  data = io.BytesIO()
+  np.save(data, array)
+  files.write(path, data.getvalue())

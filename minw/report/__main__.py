@@ -36,7 +36,7 @@ from typing import Any, Sequence
 from absl import flags
 
 from minw import cli
-from minw import workdir as workdir_lib
+from minw import files
 from minw.report import comparison
 from minw.report import figures
 from minw.report import records
@@ -66,7 +66,7 @@ def _write(name: str, text: str) -> None:
     return
   try:
     pathlib.Path(out).mkdir(parents=True, exist_ok=True)
-    workdir_lib.write_file(pathlib.Path(out) / name, text)
+    files.write(pathlib.Path(out) / name, text)
   except OSError as error:
     raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
 

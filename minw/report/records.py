@@ -22,6 +22,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 from minw import cli
 from minw import config as config_lib
 from minw import environment
+from minw import files
 from minw import metrics
 from minw import paths as paths_lib
 from minw import titles
@@ -201,24 +202,24 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield from _lines(path)
       continue
     cli.check(os.path.isdir(path), "runs", path, "a folder or a file that exists")
-    for folder, folders, files in os.walk(path):
-      if _is_workdir(folder, files):
+    for folder, folders, names in os.walk(path):
+      if _is_workdir(folder, names):
         folders.clear()  # It has checkpoints, no other runs.
         if new(folder):
           yield folder, lambda folder=folder: record(folder)
         continue
       folders.sort()
-      for file in sorted(files):
+      for file in sorted(names):
         study = os.path.join(folder, file)
         if file.endswith(".jsonl") and is_study(study) and new(study):
           yield from _lines(study)
 
 
-def _is_workdir(folder: str, files: Sequence[str]) -> bool:
+def _is_workdir(folder: str, names: Sequence[str]) -> bool:
   """Whether it holds a run; one that ended before its first step has no status.json."""
-  if "config.json" not in files:
+  if "config.json" not in names:
     return False
-  if {"status.json", "run.json", "metrics.jsonl"} & {*files}:
+  if {"status.json", "run.json", "metrics.jsonl"} & {*names}:
     return True
   try:
     return bool(workdir_lib.read_config(folder))
@@ -299,14 +300,14 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
                                  pathlib.Path(run["histograms"]).read_text())
       lines.append(json.dumps(run, sort_keys=True) + "\n")
     if lines:
-      workdir_lib.write_file(study, before + "".join(lines))
+      files.write(study, before + "".join(lines))
   except OSError as error:
     raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
   return added, [*left_out, *copies]
 
 
 def _put(study: pathlib.Path, name: str, content: str) -> str:
-  workdir_lib.write_file(study.with_suffix("") / name, content)
+  files.write(study.with_suffix("") / name, content)
   return f"{study.stem}/{name}"
 
 

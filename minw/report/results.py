@@ -6,6 +6,7 @@ import pathlib
 from typing import Sequence
 
 from minw import cli
+from minw import files
 from minw import metrics
 from minw.progress import duration
 from minw import titles
@@ -72,7 +73,7 @@ def write(folder: str, out: str) -> list[str]:
   parts.append(_paper(everything))
   parts.append(_published())
   target = root / "RESULTS.md"
-  target.write_text("\n".join(parts))
+  files.write(target, "\n".join(parts))
   return [*log, str(target)]
 
 

@@ -1,0 +1,119 @@
+"""JSON files that are read back: what is damaged in them is named in one line.
+
+A file may have been cut off, overwritten or replaced since it was written, by a disk,
+another program or a hand. Nothing that a file holds leads to another error than
+`Damaged`, and no file that never ends is read.
+"""
+
+import json
+import os
+import pathlib
+import stat
+import sys
+from typing import Any, Callable
+
+from minw import cli
+
+
+class Damaged(cli.UsageError):
+  """A file that minw has written does not hold any more what it must."""
+
+  def __init__(self, path: str | os.PathLike[str], why: str):
+    super().__init__(f"{os.fspath(path)} is damaged ({why})")
+
+
+def read_object(
+    path: str | os.PathLike[str], check: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any] | None:
+  """Reads a file that holds one JSON object.
+
+  Args:
+    path: Path of the file.
+    check: Raises ValueError, saying why, for an object that cannot be the right one.
+
+  Returns:
+    The object; None if there is no file.
+
+  Raises:
+    Damaged: The file is not a file, or holds something else.
+  """
+  text = read_text(path)
+  if text is None:
+    return None
+  try:
+    return _checked(text, check)
+  except ValueError as error:
+    raise Damaged(path, str(error)) from error
+
+
+def read_lines(
+    path: str | os.PathLike[str], check: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
+  """Reads a file with a JSON object on each line.
+
+  A last line that does not end was being written when its process was killed. It is left
+  out.
+
+  Args:
+    path: Path of the file.
+    check: As `read_object` takes it, for each line.
+
+  Returns:
+    The objects; none if there is no file.
+
+  Raises:
+    Damaged: The file is not a file, or a line holds something else.
+  """
+  lines = []
+  for number, line in enumerate((read_text(path) or "").split("\n")[:-1], start=1):
+    try:
+      lines.append(_checked(line, check))
+    except ValueError as error:
+      raise Damaged(path, f"line {number}: {error}") from error
+  return lines
+
+
+def read_text(path: str | os.PathLike[str]) -> str | None:
+  """Reads a text file in UTF-8.
+
+  Returns:
+    The text; None if there is no file, or a link that leads nowhere.
+
+  Raises:
+    Damaged: The path is that of a folder or a device, or what is there cannot be read.
+  """
+  try:
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+      raise Damaged(path, "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
+    return pathlib.Path(path).read_bytes().decode()
+  except FileNotFoundError:
+    return None
+  except OSError as error:
+    raise Damaged(path, error.strerror or str(error)) from error
+  except UnicodeDecodeError as error:
+    raise Damaged(path, "it is not text in UTF-8") from error
+
+
+def _checked(text: str, check: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+  if not text.strip("\0 \r\n\t"):
+    raise ValueError("it is empty")
+  try:
+    value = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"it is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise ValueError("it is not a JSON object")
+  if check:
+    check(value)
+  return value
+
+
+def is_count(value: Any) -> bool:
+  """Whether a value read from JSON is an integer of at least 0."""
+  return type(value) is int and value >= 0
+
+
+def is_number(value: Any) -> bool:
+  """Whether a value read from JSON is a finite number."""
+  return type(value) in (int, float) and abs(value) <= sys.float_info.max
