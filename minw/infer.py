@@ -79,6 +79,7 @@ class Network:
       source: str | os.PathLike | bytes | packed.Program,
       backend: str | None = None,
       threads: int | None = None,
+      limits: packed.Limits = packed.Limits(),
   ):
     """See `load`, whose arguments these are.
 
@@ -87,10 +88,11 @@ class Network:
         or a program.
       backend: One of `BACKENDS`; the first available one if None.
       threads: Threads of the native path; as many as there are cores if None.
+      limits: The most that loading and running the network may cost.
     """
     cli.check(backend in (None, *BACKENDS), "backend", backend,
               f"one of {', '.join(BACKENDS)}")
-    self._options = backend, threads
+    self._options = backend, threads, limits
     self.name = None
     if isinstance(source, (str, os.PathLike)):
       path = _existing(source)
@@ -98,13 +100,13 @@ class Network:
     else:
       self._data = (packed.to_bytes(source) if isinstance(source, packed.Program)
                     else bytes(source))
-    self.program = packed.from_bytes(self._data)
+    self.program = packed.from_bytes(self._data, limits)
     self.labels = tuple(self.program.metadata.get("labels") or map(
         str, range(self.program.num_classes)))
     self.threads = threads or len(os.sched_getaffinity(0))
     self.backend = backend or _default_backend()
     if self.backend == "native":
-      self._native = native.load(self._data)
+      self._native = native.load(self._data, limits)
     elif self.backend == "xla":  # The only one that needs JAX.
       try:
         import jax
@@ -258,7 +260,8 @@ def _default_backend():
 
 
 def load(
-    path: str | os.PathLike, *, backend: str | None = None, threads: int | None = None
+    path: str | os.PathLike, *, backend: str | None = None, threads: int | None = None,
+    limits: packed.Limits = packed.Limits(),
 ) -> Network:
   """Loads a packed network.
 
@@ -267,12 +270,14 @@ def load(
       the networks that come with minw.
     backend: "native", "xla" or "reference"; the first that is there if None.
     threads: of the native path; as many as there are cores if None.
+    limits: The most that loading and running the network may cost. A file that is
+      trusted may be loaded with higher ones, or with `packed.UNLIMITED`.
 
   Raises:
     OSError: There is no such file or network, or it cannot be read.
-    ValueError: The file is not a packed network, or it is damaged.
+    ValueError: The file is not a packed network, is damaged, or is beyond `limits`.
   """
-  return Network(path, backend, threads)
+  return Network(path, backend, threads, limits)
 
 
 def _existing(path: str | os.PathLike) -> pathlib.Path:
@@ -458,6 +463,9 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       "threads", None, "Threads of the native backend; one for each core by default.",
       lower_bound=1)
+  flags.DEFINE_bool(
+      "limits", True, "Whether to refuse a network that takes much memory or time for its"
+      " size. Leave it on for files that you do not trust.")
   flags.DEFINE_bool("kernels", False, "Whether to list what ran each operation.")
   flags.DEFINE_integer(
       "top", 1, "How many of the most probable classes are listed for each image.",
@@ -471,7 +479,9 @@ def define_flags() -> None:
 def main() -> int:
   """Predicts the labels of images, as the flags say."""
   f = flags.FLAGS
-  network = load_for_command(f.model, backend=f.backend, threads=f.threads)
+  network = load_for_command(
+      f.model, backend=f.backend, threads=f.threads,
+      limits=packed.Limits() if f.limits else packed.UNLIMITED)
   code = print_predictions(network, image_files(f.images), f.top, f.background)
   if f.kernels:
     for name, kernel in network.kernels():

@@ -9,14 +9,15 @@ value i + 1. A value is a batch of
     FLOAT  float32, where an operand is in a float format
 
 Sums are of integer levels: -1, 1; -1, 0, 1; 0, +-1, +-2, +-4 for 1, 2 and 3 bits.
-This module needs no package but NumPy and ml_dtypes. A file is not trusted: `read` checks all of it before
-it allocates anything that the file's own size does not bound.
+This module needs no packages but NumPy and ml_dtypes. A file is not trusted: `from_bytes`
+checks all of it, by the rules in docs/format.md, which the native library follows as
+well. Memory of a load stays below 64 times the size of the file, and 64 MB.
 """
 
 import json
 import math
 import struct
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 import zlib
 
 import ml_dtypes
@@ -35,13 +36,48 @@ FLOAT_FORMATS = {
 SMALLEST = np.float32(2.0 ** -126)  # A FLOAT below it has the one-bit code of 0.
 _FORMAT_NAMES = {number: name for name, number in FLOAT_FORMATS.items()}
 
-# A file beyond these limits is refused.
-_MAX_SIZE = 2 ** 16  # Of a dimension,
-_MAX_STEP = 64  # of a stride or a border,
+# Rules of the format that are numbers; csrc/program.cc has the same ones.
+_MAX_SIZE = 2 ** 16  # Largest dimension.
+_MAX_STEP = 64  # Largest stride, dilation or border.
+_MAX_SHIFT = 23
 _MAX_OPS = 2 ** 12
-_MAX_ELEMENTS = 2 ** 24  # of a value, for one image,
-_MAX_SUM = 2 ** 31 - 1  # of an INT,
-_MAX_LOGIT_SUM = 2 ** 24  # and of one that float32 must hold exactly.
+_MAX_ELEMENTS = 2 ** 24  # Elements of an image or of another value.
+_MAX_PADDED = 2 ** 26  # Elements of a value and the border around it.
+_MAX_CHANNELS = 2 ** 22  # Channels of all values together.
+_MAX_WEIGHTS = 2 ** 31  # Weights of all convolutions together.
+_MAX_SUM = 2 ** 31 - 1  # Magnitude of an INT.
+_MAX_LOGIT_SUM = 2 ** 24  # Magnitude of an INT that float32 must hold exactly.
+# Magnitudes of float constants that are not 0: logits then never overflow, and no
+# intermediate result is a subnormal number, which some backends take for 0.
+_LEAST_CONSTANT, _MOST_CONSTANT = 2.0 ** -40, 2.0 ** 40
+_LEAST_ADDED = 2.0 ** -100  # The constant that is added last may be smaller.
+_MAX_EXPONENT = 40  # FLOATs stay below 2 ** 40.
+
+# What `cost` counts for an element: of a value that an operation makes, ...
+_OPERATIONS = 16
+_FLOAT_OPERATIONS = 256  # ... or of one that is rounded to a float format.
+_FREE_PADDING = 4  # Padded weights that each weight of a file may cost.
+_OWN_PRODUCTS = 256  # See `_has_own_inputs`.
+
+
+class Limits(NamedTuple):
+  """The most that a network may cost those who load and run it; see `cost`.
+
+  The defaults leave ResNet-50 at 224 x 224 pixels room for 60 times its operations.
+
+  Attributes:
+    padding: Weights that padding adds, beyond 4 for each weight. Kernels keep up to 8
+      bytes for each padded weight.
+    memory: Bytes of the values that an image needs at the same time.
+    operations: Multiplications and other operations for an image, with the padding.
+  """
+
+  padding: int = 2 ** 24
+  memory: int = 2 ** 29
+  operations: int = 2 ** 38
+
+
+UNLIMITED = Limits(*[2 ** 63 - 1] * 3)
 
 
 class Conv(NamedTuple):
@@ -211,12 +247,14 @@ class Value(NamedTuple):
     kind: "INT", "CODE" or "FLOAT".
     bits: of a CODE.
     bound: int64 (channels,), the largest magnitude of an INT or of a CODE's level.
+    exponent: A FLOAT's magnitudes are below 2 ** exponent.
   """
 
   shape: tuple[int, int, int]
   kind: str
   bits: int = 0
   bound: np.ndarray = np.zeros(0, np.int64)
+  exponent: int = 0
 
 
 def num_thresholds(bits: int) -> int:
@@ -236,7 +274,9 @@ def float_dtype(name: str) -> np.dtype:
 
 def levels(codes: np.ndarray, bits: int) -> np.ndarray:
   """The integer levels of codes: int8 of the same shape."""
-  return np.asarray(LEVELS[bits], np.int8)[codes.astype(np.int64) + max_code(bits)]
+  codes = np.asarray(codes, np.int8)
+  # Of 3 bits, the codes 1, 2, 3 are the levels 1, 2, 4.
+  return codes if bits < 3 else np.sign(codes) * (np.int8(1) << np.abs(codes) >> np.int8(1))
 
 
 def crop(program: Program, images: Any) -> Any:
@@ -277,18 +317,33 @@ def infer_values(program: Program) -> list[Value]:
   Raises:
     ValueError: the program does not fit together, or is larger than allowed.
   """
-  p = program
-  values = [_image(p.source_shape, p.crop, p.offset)]
-  for op in p.ops:
+  values = [_image(program.source_shape, program.crop, program.offset)]
+  _append_values(values, program.ops)
+  _check_logits(program, values[-1])
+  return values
+
+
+def _append_values(values: list[Value], ops: Iterable[Op]) -> None:
+  """Appends the value of each operation."""
+  channels, weights = values[0].shape[2], 0
+  for op in ops:
     values.append(infer_value(op, values))
+    channels += values[-1].shape[2]
+    weights += op.kernel.size if isinstance(op, Conv) else 0
+    _require(channels <= _MAX_CHANNELS, op.name, f"over {_MAX_CHANNELS} channels in all")
+    _require(weights <= _MAX_WEIGHTS, op.name, f"over {_MAX_WEIGHTS} weights in all")
+
+
+def _check_logits(program, last):
+  p = program
   makes_logits = [
       isinstance(op, Logits) or isinstance(op, FloatNorm) and op.bits is None
       for op in p.ops]
+  _require(len(p.ops) <= _MAX_OPS, "", f"{len(p.ops)} operations")
   _require(makes_logits == [False] * (len(p.ops) - 1) + [True], "",
            "logits are made by the last operation, and by no other")
-  _require(values[-1].shape == (1, 1, p.num_classes), p.ops[-1].name,
-           f"logits of shape {values[-1].shape} for {p.num_classes} classes")
-  return values
+  _require(last.shape == (1, 1, p.num_classes), p.ops[-1].name,
+           f"logits of shape {last.shape} for {p.num_classes} classes")
 
 
 def _image(source_shape, crop, offset):
@@ -299,12 +354,13 @@ def _image(source_shape, crop, offset):
   _require(offset.shape == (c,) and (offset.clip(0, 255) == offset).all(), "",
            "a pixel offset, 0 to 255, for each channel")
   shape = (*crop, c)
-  _require(math.prod(shape) <= _MAX_ELEMENTS, "", f"an image of {shape}")
+  _require(math.prod(source_shape) <= _MAX_ELEMENTS, "", f"an image of {source_shape}")
   return Value(shape, "INT", 0, np.maximum(offset, 255 - offset))
 
 
 def infer_value(op: Op, values: Sequence[Value]) -> Value:
   """The value that `op` makes, after `values`."""
+  _require("\0" not in op.name, op.name.replace("\0", "?"), "a name with a NUL")
   for index in inputs(op):
     _require(0 <= index < len(values), op.name,
              f"input {index} of operation {len(values) - 1}")
@@ -315,6 +371,8 @@ def infer_value(op: Op, values: Sequence[Value]) -> Value:
            f"a value of shape {value.shape}")
   if value.kind == "INT":
     _require(value.bound.max() <= _MAX_SUM, op.name, "sums beyond 32 bits")
+  _require(value.exponent <= _MAX_EXPONENT, op.name,
+           f"floats up to 2^{value.exponent}, beyond 2^{_MAX_EXPONENT}")
   return value
 
 
@@ -334,25 +392,31 @@ def _result(op, given):
       _require(abs(op.pad) <= max_code(x.bits), name, f"a border of {op.pad}")
     else:
       _require(op.pad == 0, name, f"a border of {op.pad} around {x.kind}")
-    shape = (*_windows(name, (h, w), op.window, op.strides, op.pads), out)
+    shape = (*_windows(name, x.shape, op.window, op.strides, op.pads), out)
+    _constants(op, "weight_unit", "input_unit")
+    if isinstance(op.bits, str):
+      _require(op.bits in FLOAT_FORMATS, name, f"weights of format {op.bits!r}")
+      with np.errstate(over="ignore"):  # What overflows is found below.
+        kernel = op.kernel.astype(float_dtype(op.bits))
+      _require(np.isfinite(kernel).all(), name, "weights that are not finite")
+    else:
+      q = max_code(_grid_bits(op.bits, name))
+      _require(np.abs(op.kernel).max() <= q and (op.bits > 1 or op.kernel.all()), name,
+               f"weights that are no codes of {op.bits} bits")
     if isinstance(op.bits, str) or x.kind == "FLOAT":
-      return Value(shape, "FLOAT")
-    q = max_code(_grid_bits(op.bits, name))
-    _require(np.abs(op.kernel).max() <= q and (op.bits > 1 or op.kernel.all()), name,
-             f"weights that are no codes of {op.bits} bits")
-    sizes = np.abs(levels(op.kernel, op.bits)).sum((1, 2), dtype=np.int64)
-    sizes = sizes.reshape(op.groups, -1, channels)
-    bounds = sizes @ bound.reshape(op.groups, channels, 1)
-    return Value(shape, "INT", 0, bounds.reshape(-1))
+      return Value(shape, "FLOAT", exponent=_product_exponent(op, x))
+    return Value(shape, "INT", 0, _sum_bounds(op, bound))
   if isinstance(op, Pool):
     _require(op.kind in ("max", "sum"), name, f"a pool of kind {op.kind!r}")
-    shape = (*_windows(name, (h, w), op.window, op.strides, op.pads), c)
+    shape = (*_windows(name, x.shape, op.window, op.strides, op.pads), c)
     for pad, size in zip(op.pads, (op.window[0],) * 2 + (op.window[1],) * 2):
       _require(pad < size, name, "a border as wide as the window")
     if op.kind == "max":
       return x._replace(shape=shape)
-    kind = "FLOAT" if x.kind == "FLOAT" else "INT"
-    return Value(shape, kind, 0, bound * math.prod(op.window))
+    terms = math.prod(op.window)
+    if x.kind == "FLOAT":
+      return Value(shape, "FLOAT", exponent=x.exponent + terms.bit_length())
+    return Value(shape, "INT", 0, bound * terms)
   if isinstance(op, Threshold):
     _require(x.kind == "INT", name, f"thresholds over {x.kind}")
     _grid_bits(op.bits, name)
@@ -377,23 +441,24 @@ def _result(op, given):
     if op.shortcut is not None:
       _require(given[1].kind != "INT" and given[1].shape == x.shape, name,
                f"a shortcut of shape {given[1].shape} and kind {given[1].kind}")
-    if op.bits is None or isinstance(op.bits, str):
-      return Value(x.shape, "FLOAT")
-    _grid_bits(op.bits, name)
-    q = 0 if op.bits == 1 else max_code(op.bits)
+    _constants(op, "shortcut_unit", "grid")
+    floats = op.bits is None or op.bits in FLOAT_FORMATS
+    q = 0 if floats or _grid_bits(op.bits, name) == 1 else max_code(op.bits)
     _require(op.grid.shape == (q,), name, f"{len(op.grid)} thresholds of a grid")
-    return _codes(x.shape, op.bits)
+    # What is rounded to a format is between -1 and 1.
+    return Value(x.shape, "FLOAT", exponent=1) if floats else _codes(x.shape, op.bits)
   if isinstance(op, Concat):
     _require(len(op.shifts) == len(op.inputs), name, "one shift for each input")
     for value, shift in zip(given, op.shifts):
       _require(value.kind == x.kind and value.bits == x.bits
                and value.shape[:2] == (h, w), name,
                f"{value.kind} of shape {value.shape} beside {x.kind} of {x.shape}")
-      _require(0 <= shift < 24 and (not shift or x.kind == "INT"), name,
+      _require(0 <= shift <= _MAX_SHIFT and (not shift or x.kind == "INT"), name,
                f"a shift of {shift}")
     bounds = [v.bound << shift for v, shift in zip(given, op.shifts)]
     return x._replace(shape=(h, w, sum(v.shape[2] for v in given)),
-                      bound=np.concatenate(bounds))
+                      bound=np.concatenate(bounds),
+                      exponent=max(v.exponent for v in given))
   if isinstance(op, Shortcut):
     _require(x.kind == "CODE", name, f"a shortcut of {x.kind}")
     for stride in op.strides:
@@ -406,7 +471,7 @@ def _result(op, given):
   _require(x.kind == given[1].kind != "FLOAT" and x.shape == given[1].shape, name,
            f"{given[1].kind} of shape {given[1].shape} added to {x.kind} of {x.shape}")
   for shift in (op.shift_a, op.shift_b):
-    _require(0 <= shift < 24, name, f"a shift of {shift}")
+    _require(0 <= shift <= _MAX_SHIFT, name, f"a shift of {shift}")
   return Value(x.shape, "INT", 0,
                (x.bound << op.shift_a) + (given[1].bound << op.shift_b))
 
@@ -418,9 +483,51 @@ def _codes(shape, bits):
 def _norm(op, channels):
   for field in ("center", "scale", "constant"):
     _require(getattr(op, field).shape == (channels,), op.name, f"{field}'s shape")
+  _constants(op, "unit", "center", "scale")
+  _constants(op, "constant", least=_LEAST_ADDED)
 
 
-def _windows(name, size, window, strides, pads):
+def _constants(op, *fields, least=_LEAST_CONSTANT):
+  """Checks that float constants are 0 or of a magnitude that the rules allow."""
+  for field in fields:
+    size = np.abs(np.asarray(getattr(op, field), np.float64))
+    _require(((size == 0) | (least <= size) & (size <= _MOST_CONSTANT)).all(), op.name,
+             f"{field}: a constant that is neither 0 nor between 2^{math.log2(least):.0f}"
+             f" and 2^{math.log2(_MOST_CONSTANT):.0f} in magnitude")
+
+
+def _sum_bounds(op: Conv, bound: np.ndarray) -> np.ndarray:
+  """The largest magnitude of each output channel, of inputs up to `bound`."""
+  out, *_, channels = op.kernel.shape
+  bound = bound.reshape(op.groups, channels)
+  results = np.empty(out, np.int64)
+  step = max(1, 2 ** 18 // op.kernel[0].size)  # Few at a time, to bound the memory.
+  for first in range(0, out, step):
+    sizes = np.abs(levels(op.kernel[first:first + step], op.bits)).sum(
+        (1, 2), dtype=np.int64)
+    group = np.arange(first, first + len(sizes)) // (out // op.groups)
+    results[first:first + step] = (sizes * bound[group]).sum(-1)
+  return results
+
+
+def _product_exponent(op: Conv, x: Value) -> int:
+  """An exponent e: the FLOAT sums of a convolution are below 2 ** e in magnitude."""
+  if isinstance(op.bits, str):
+    weight = _exponent(np.abs(op.kernel).max())
+  else:
+    weight = LEVELS[op.bits][-1].bit_length() + _exponent(op.weight_unit)
+  pixel = x.exponent
+  if x.kind != "FLOAT":
+    pixel = int(x.bound.max()).bit_length() + _exponent(op.input_unit)
+  return weight + pixel + op.kernel[0].size.bit_length()
+
+
+def _exponent(x: float) -> int:
+  """An exponent e: the magnitude of x is below 2 ** e."""
+  return math.frexp(x)[1]
+
+
+def _windows(name, shape, window, strides, pads):
   """The number of windows, vertically and horizontally."""
   for n in window:
     _size(n, name)
@@ -428,10 +535,113 @@ def _windows(name, size, window, strides, pads):
     _require(1 <= n <= _MAX_STEP, name, f"a stride of {n}")
   for n in pads:
     _require(0 <= n <= _MAX_STEP, name, f"a border of {n}")
-  room = (size[0] + pads[0] + pads[1] - window[0],
-          size[1] + pads[2] + pads[3] - window[1])
-  _require(min(room) >= 0, name, f"a window of {window} over {size}")
+  height, width = _padded_size(shape, pads)
+  room = (height - window[0], width - window[1])
+  _require(min(room) >= 0, name, f"a window of {window} over {shape[:2]}")
+  _require(height * width * shape[2] <= _MAX_PADDED, name,
+           f"{height} x {width} x {shape[2]} elements with the border")
   return room[0] // strides[0] + 1, room[1] // strides[1] + 1
+
+
+def _padded_size(shape, pads):
+  return shape[0] + pads[0] + pads[1], shape[1] + pads[2] + pads[3]
+
+
+def cost(program: Program, values: Sequence[Value] | None = None) -> Limits:
+  """What a network costs, in the terms of `Limits`; docs/format.md has the formulas.
+
+  Args:
+    program: the network.
+    values: what `infer_values` gives for it, if that is at hand.
+  """
+  values = infer_values(program) if values is None else values
+  last = list(range(-1, len(program.ops)))  # The last operation that needs a value.
+  for i, op in enumerate(program.ops):
+    for value in inputs(op):
+      last[value] = i
+  ends = [[] for _ in range(len(program.ops) + 1)]  # The last item: never needed.
+  for value, i in enumerate(last):
+    ends[i].append(value)
+  padding = memory = operations = 0
+  live = 0 if last[0] < 0 else _bytes(values[0])
+  for i, op in enumerate(program.ops):
+    x, result = values[inputs(op)[0]], values[i + 1]
+    live += _bytes(result)
+    work = 0
+    if isinstance(op, Conv):
+      weights = _padded_weights(op, x.shape)
+      padding += max(0, weights - _FREE_PADDING * op.kernel.size)
+      elements = math.prod(_padded_size(x.shape, op.pads)) * _pixel_elements(op, x.shape)
+      work = 4 * elements
+      operations += math.prod(result.shape[:2]) * weights + _OPERATIONS * elements
+    operations += _stored(result.shape) * _element_operations(op)
+    memory = max(memory, live + work)
+    live -= sum(_bytes(values[value]) for value in ends[i])
+  return Limits(padding, memory, operations)
+
+
+def check_limits(
+    program: Program, limits: Limits = Limits(), values: Sequence[Value] | None = None
+) -> None:
+  """Refuses a network that costs more than `limits` allow.
+
+  Args:
+    program: the network.
+    limits: the most that it may cost.
+    values: what `infer_values` gives for it, if that is at hand.
+
+  Raises:
+    ValueError: It costs more; the message names the limit.
+  """
+  for field, need, limit in zip(Limits._fields, cost(program, values), limits):
+    _require(need <= limit, "", f"{field} of {need}, over the limit of {limit}; where"
+             " the file is trusted, raise it by `limits`")
+
+
+def _up(n, multiple):
+  """n, rounded up to a multiple."""
+  return -(-n // multiple) * multiple
+
+
+def _stored(shape):
+  """Elements of a value with its channels padded."""
+  return shape[0] * shape[1] * _up(shape[2], 16)
+
+
+def _bytes(value):
+  return _stored(value.shape) * (1 if value.kind == "CODE" else 4)
+
+
+def _has_own_inputs(op: Conv, shape: Sequence[int]) -> bool:
+  """Whether kernels copy the inputs of each output channel beside one another, instead
+  of running one group of a convolution after the other."""
+  out, *_, channels = op.kernel.shape
+  elements = math.prod(_padded_size(shape, op.pads)) * channels * _up(out, 16)
+  return (op.groups > 1 and channels * (out // op.groups) <= _OWN_PRODUCTS
+          and elements <= _MAX_PADDED)
+
+
+def _pixel_elements(op: Conv, shape: Sequence[int]) -> int:
+  """Elements of a pixel that a convolution reads."""
+  out, *_, channels = op.kernel.shape
+  return channels * _up(out, 16) if _has_own_inputs(op, shape) else shape[2]
+
+
+def _padded_weights(op: Conv, shape: Sequence[int]) -> int:
+  """Weights of a convolution with input and output channels padded, as in kernels."""
+  out, *window, channels = op.kernel.shape
+  if _has_own_inputs(op, shape):
+    return math.prod(window) * channels * _up(out, 64)
+  return op.groups * math.prod(window) * _up(channels, 8) * _up(out // op.groups, 64)
+
+
+def _element_operations(op: Op) -> int:
+  """Operations for an element of a result, without multiplications."""
+  if isinstance(op, Pool):
+    return _OPERATIONS * math.prod(op.window)
+  if isinstance(op, Threshold):
+    return _OPERATIONS * math.prod(op.thresholds.shape[:2])
+  return _FLOAT_OPERATIONS if isinstance(op, FloatNorm) else _OPERATIONS
 
 
 def _grid_bits(bits, name):
@@ -477,11 +687,16 @@ def _is_plain(op):
   return not isinstance(op, Conv) or op.groups == 1 and tuple(op.dilation) == (1, 1)
 
 
-def from_bytes(data: bytes) -> Program:
+def from_bytes(data: bytes, limits: Limits = Limits()) -> Program:
   """The program that a file holds.
 
+  Args:
+    data: the content of the file.
+    limits: the most that loading and running the network may cost.
+
   Raises:
-    ValueError: it is not such a file, of another version, damaged or impossible.
+    ValueError: it is not such a file, of another version, damaged or impossible, or
+      beyond `limits`.
   """
   if data[:8] != MAGIC:
     raise ValueError("not a packed network: it does not begin as one")
@@ -496,30 +711,34 @@ def from_bytes(data: bytes) -> Program:
     raise ValueError(f"packed network: {len(data)} bytes where it says {size}")
   if crc != zlib.crc32(data[16:]):
     raise ValueError("packed network: its checksum does not match: it is damaged")
-  try:
-    metadata = json.loads(data[32 + body_size:])
-    if not isinstance(metadata, dict):
-      raise TypeError
-  except (UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
-    raise ValueError("packed network: its metadata are not a JSON object") from error
+  metadata = decode_metadata(data[32 + body_size:])
   r = _Reader(data[32:32 + body_size])
   source_shape, crop = r.unpack("3I"), r.unpack("2I")
   offset = r.array(np.uint8, source_shape[2])
   num_classes, num_ops = r.unpack("2I")
   _require(num_ops <= _MAX_OPS, "", f"{num_ops} operations")
   ops, values = [], [_image(source_shape, crop, offset)]
-  for _ in range(num_ops):
-    kind, length = r.unpack("2B")
-    try:
-      name = r.take(length).decode()
-    except UnicodeDecodeError as error:
-      raise ValueError("packed network: a layer's name is not UTF-8") from error
-    ops.append(_read_op(r, kind, name, values, version))
-    values.append(infer_value(ops[-1], values))
+  _append_values(values, _read_ops(r, num_ops, version, ops, values))
   _require(r.done(), "", "bytes after the last operation")
   program = Program(source_shape, crop, offset, num_classes, tuple(ops), metadata)
-  infer_values(program)
+  _check_logits(program, values[-1])
+  check_limits(program, limits, values)
   return program
+
+
+def decode_metadata(data: bytes) -> dict[str, Any]:
+  """The metadata of a file.
+
+  Raises:
+    ValueError: they are not a JSON object.
+  """
+  try:
+    metadata = json.loads(data.decode())
+    if not isinstance(metadata, dict):
+      raise TypeError
+  except (UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
+    raise ValueError("packed network: its metadata are not a JSON object") from error
+  return metadata
 
 
 def write(path: str, program: Program) -> int:
@@ -602,6 +821,18 @@ def _write_op(op, version):
   return _ADD, struct.pack("<2I2B", op.a, op.b, op.shift_a, op.shift_b)
 
 
+def _read_ops(r, count, version, ops, values) -> Iterator[Op]:
+  """Reads operations, and appends each to `ops` before its value is asked for."""
+  for _ in range(count):
+    kind, length = r.unpack("2B")
+    try:
+      name = r.take(length).decode()
+    except UnicodeDecodeError as error:
+      raise ValueError("packed network: a layer's name is not UTF-8") from error
+    ops.append(_read_op(r, kind, name, values, version))
+    yield ops[-1]
+
+
 def _read_op(r, kind, name, values, version):
   """Reads an operation; `values` are those before it, of which channels are asked."""
   def value(index):
@@ -677,9 +908,12 @@ def _unplanes(r, bits, shape):
   n = math.prod(shape)
   sign, *size = (
       np.unpackbits(r.array(np.uint8, -(-n // 8)), count=n, bitorder="little")
-      .astype(np.int8) for _ in range(bits))
-  magnitude = sum(plane << i for i, plane in enumerate(size)) if size else 1
-  return np.where(sign, magnitude, -magnitude).astype(np.int8).reshape(shape)
+      .view(np.int8) for _ in range(bits))
+  sign += sign
+  sign -= 1
+  for i, plane in enumerate(size[1:], 1):
+    size[0] += plane << i
+  return (sign * size[0] if size else sign).reshape(shape)
 
 
 def _floats(*arrays):

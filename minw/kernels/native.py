@@ -19,6 +19,8 @@ from typing import Any, Callable
 
 import numpy as np
 
+from minw import packed
+
 LIBRARY = pathlib.Path(__file__).with_name("libminw.so")
 
 _KINDS = (np.int32, np.int8, np.float32)  # INT, CODE, FLOAT.
@@ -29,6 +31,10 @@ class _Shape(ctypes.Structure):
               for name in ("height", "width", "channels", "kind", "bits")]
 
 
+class _Limits(ctypes.Structure):
+  _fields_ = [(name, ctypes.c_uint64) for name in packed.Limits._fields]
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
   if not LIBRARY.exists():
@@ -37,10 +43,12 @@ def _library() -> ctypes.CDLL | None:
   pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
   op = [pointer, ctypes.c_uint32]
   for name, result, arguments in (
-      ("load", pointer, [pointer, size, text, size]),
+      ("load_within", pointer,
+       [pointer, size, ctypes.POINTER(_Limits), text, size]),
       ("free", None, [pointer]),
       ("source", _Shape, [pointer]),
       ("classes", ctypes.c_uint32, [pointer]),
+      ("metadata", pointer, [pointer, ctypes.POINTER(size)]),
       ("logits", ctypes.c_int,
        [pointer, pointer, size, pointer, ctypes.c_int, text, size]),
       ("num_ops", ctypes.c_uint32, [pointer]),
@@ -79,20 +87,25 @@ class Network:
     classes: their number.
   """
 
-  def __init__(self, data: bytes):
-    self._data = data
+  def __init__(self, data: bytes, limits: packed.Limits = packed.Limits()):
+    """See `load`, whose arguments these are."""
+    self._data, self._limits = data, limits
     self._lib = _need()
     message = ctypes.create_string_buffer(256)
-    self._network = self._lib.minw_load(data, len(data), message, len(message))
+    self._network = self._lib.minw_load_within(
+        data, len(data), _Limits(*limits), message, len(message))
     if not self._network:
       raise ValueError(f"packed network: {message.value.decode(errors='replace')}")
+    size = ctypes.c_size_t()
+    metadata = self._lib.minw_metadata(self._network, size)
+    packed.decode_metadata(ctypes.string_at(metadata, size.value))  # Checks them.
     self.isa = self._lib.minw_isa(self._network).decode()
     source = self._lib.minw_source(self._network)
     self.shape = (source.height, source.width, source.channels)
     self.classes = self._lib.minw_classes(self._network)
 
   def __reduce__(self):
-    return type(self), (self._data,)
+    return type(self), (self._data, self._limits)
 
   def __del__(self):
     network, self._network = getattr(self, "_network", None), None
@@ -149,22 +162,30 @@ class Network:
       raise MemoryError(message.value.decode(errors="replace"))
 
 
-def load(data: bytes) -> Network:
+def load(data: bytes, limits: packed.Limits = packed.Limits()) -> Network:
   """Loads the content of a .minw file.
 
+  Args:
+    data: the content.
+    limits: the most that loading and running the network may cost.
+
   Raises:
-    ValueError: it is not one, is damaged, or MINW_ISA does not run here.
+    ValueError: it is not one, is damaged, is beyond `limits`, or MINW_ISA does not run
+      here.
     RuntimeError: the library was not built.
   """
-  return Network(data)
+  return Network(data, limits)
 
 
-def ffi_logits(data: bytes, threads: int = 1) -> Callable[[Any], Any]:
+def ffi_logits(
+    data: bytes, threads: int = 1, limits: packed.Limits = packed.Limits()
+) -> Callable[[Any], Any]:
   """The network as a JAX function on CPUs, for jit and vmap.
 
   Args:
     data: the content of a .minw file.
     threads: how many a call uses.
+    limits: the most that loading and running the network may cost.
 
   Returns:
     A function uint8 (..., *shape) -> float32 (..., classes).
@@ -175,7 +196,7 @@ def ffi_logits(data: bytes, threads: int = 1) -> Callable[[Any], Any]:
   """
   import jax  # Only this function needs it.
 
-  network = load(data)
+  network = load(data, limits)
   _register()
   file = np.frombuffer(data, np.uint8)
   key = np.uint64(_need().minw_hash(data, len(data))).astype(np.int64)

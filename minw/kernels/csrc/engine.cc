@@ -152,20 +152,6 @@ struct RunSums {
   }
 };
 
-// Where each output channel reads few inputs and few others read the same ones, the
-// lanes of vectors are output channels with inputs of their own. Pixels then hold a
-// channel for each output channel and input of its group.
-constexpr int kMaxOwn = 256;  // Input times output channels of such a group.
-constexpr int64_t kMaxOwnElements = int64_t{1} << 26;  // Elements of a padded image.
-
-bool has_own_inputs(const Op& op, const Map& in, const Map& out) {
-  const Window& w = op.window;
-  int64_t inputs = in.c / op.groups, outputs = out.c / op.groups;
-  int64_t pixels = int64_t{in.h + w.top + w.bottom} * (in.w + w.left + w.right);
-  return op.groups > 1 && inputs * outputs <= kMaxOwn &&
-         pixels * inputs * out.stride <= kMaxOwnElements;
-}
-
 // A group of a map's channels.
 Map part_of(Map map, int parts) {
   map.c /= parts;
@@ -490,8 +476,8 @@ struct Plan {
 using namespace minw;
 
 struct minw_network {
-  minw_network(const uint8_t* bytes, size_t size)
-      : program(parse(bytes, size)), isa(best_isa()) {
+  minw_network(const uint8_t* bytes, size_t size, const Limits& limits)
+      : program(parse(bytes, size, limits)), isa(best_isa()) {
     program.source.offset = program.offset.data();
     size_t n = program.ops.size();
     layers.resize(n);
@@ -870,8 +856,9 @@ void minw_network::run(const Plan& plan, const uint8_t* images, size_t n, char* 
           const Map& m = program.values[op.inputs[k]].map;
           const char* v = at(op.inputs[k]);
           for (size_t i = 0; i < pixels; i++)
-            if (m.kind == kCode)
-              std::memcpy(to + i * out.stride + from, v + i * m.stride, m.c);
+            if (m.kind != kInt)
+              std::memcpy(to + (i * out.stride + from) * m.size(),
+                          v + i * m.stride * m.size(), m.c * m.size());
             else
               for (int c = 0; c < m.c; c++)
                 reinterpret_cast<int32_t*>(to)[i * out.stride + from + c] =
@@ -946,9 +933,16 @@ minw_shape shape(const Map& m) {
 
 minw_network* minw_load(const void* bytes, size_t size, char* error,
                         size_t error_size) {
+  return minw_load_within(bytes, size, nullptr, error, error_size);
+}
+
+minw_network* minw_load_within(const void* bytes, size_t size, const minw_limits* limits,
+                               char* error, size_t error_size) {
   minw_network* network = nullptr;
   guarded(error, error_size, [&] {
-    network = new minw_network(static_cast<const uint8_t*>(bytes), size);
+    Limits most;
+    if (limits) most = {limits->padding, limits->memory, limits->operations};
+    network = new minw_network(static_cast<const uint8_t*>(bytes), size, most);
   });
   return network;
 }

@@ -34,15 +34,31 @@ typedef struct {
   uint32_t kind, bits;
 } minw_shape;
 
-/* A network, or NULL. The bytes may be freed afterwards. */
+/* A network, or NULL. The bytes may be freed afterwards. The file is not trusted: what
+ * breaks a rule of the format, or costs more than the limits below, is refused. Only its
+ * metadata are not read. */
 MINW_API minw_network* minw_load(const void* bytes, size_t size, char* error,
                                  size_t error_size);
+/* The most that loading and running a network may cost. docs/format.md says how it is
+ * counted; UINT64_MAX is no limit.
+ */
+typedef struct {
+  uint64_t padding;    /* Weights that padding adds, beyond 4 for each weight. */
+  uint64_t memory;     /* Bytes of the values that an image needs at the same time. */
+  uint64_t operations; /* Operations for an image. */
+} minw_limits;
+
+/* As minw_load, with other limits than 2^24, 2^29 and 2^38; these if NULL. */
+MINW_API minw_network* minw_load_within(const void* bytes, size_t size,
+                                        const minw_limits* limits, char* error,
+                                        size_t error_size);
 MINW_API void minw_free(minw_network* network);
 
 /* Shape of the images, before cropping. */
 MINW_API minw_shape minw_source(const minw_network* network);
 MINW_API uint32_t minw_classes(const minw_network* network);
-/* JSON, UTF-8, `size` bytes; belongs to the network. */
+/* JSON, UTF-8, `size` bytes; belongs to the network. It is as the file has it: check it
+ * before you use it. */
 MINW_API const char* minw_metadata(const minw_network* network, size_t* size);
 
 /* Fills logits, (batch, classes), on up to `threads` threads. 0, or -1 for an error. */

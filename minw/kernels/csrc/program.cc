@@ -11,10 +11,16 @@ namespace {
 #endif
 
 constexpr int64_t kMaxSize = 65536, kMaxPad = 64, kMaxStride = 64;
-constexpr int64_t kMaxElements = int64_t{1} << 24, kMaxPadded = kMaxElements << 2;
+constexpr int64_t kMaxElements = int64_t{1} << 24, kMaxPadded = int64_t{1} << 26;
 constexpr int64_t kMaxWeights = int64_t{1} << 31;
 constexpr int64_t kMaxBound = int64_t{1} << 31, kMaxLogits = int64_t{1} << 24;
-constexpr int kMaxOps = 4096, kMaxShift = 23;
+constexpr int64_t kMaxChannels = int64_t{1} << 22, kMaxFile = int64_t{1} << 30;
+constexpr int kMaxOps = 4096, kMaxShift = 23, kMaxExponent = 40;
+// Magnitudes of float constants that are not 0.
+constexpr float kLeastConstant = 0x1p-40f, kMostConstant = 0x1p40f;
+constexpr float kLeastAdded = 0x1p-100f;
+constexpr int kOperations = 16, kFloatOperations = 256;
+constexpr int kFreePadding = 4, kOwnProducts = 256;
 constexpr int kHeader = 32;
 
 std::string str(int64_t x) { return std::to_string(x); }
@@ -48,24 +54,67 @@ class Reader {
 
   int size(const char* what) { return limited(what, 1, kMaxSize); }
 
-  std::vector<float> floats(size_t n) {
+  // Float constants; see `constant`.
+  std::vector<float> constants(const char* what, size_t n, float least = kLeastConstant) {
     const uint8_t* from = take(n * sizeof(float));
     std::vector<float> x(n);
     if (n) std::memcpy(x.data(), from, n * sizeof(float));
+    for (float value : x) check(what, value, least);
     return x;
   }
 
-  float finite(const char* what) {
+  // A constant is 0, or its magnitude is neither tiny nor huge.
+  float constant(const char* what) {
     float x = get<float>();
-    if (!std::isfinite(x)) throw Error(std::string(what) + " is not finite");
+    check(what, x, kLeastConstant);
     return x;
   }
 
   bool done() const { return at_ == end_; }
 
  private:
+  static void check(const char* what, float x, float least) {
+    float size = std::fabs(x);
+    if (x != 0 && !(least <= size && size <= kMostConstant))
+      throw Error(std::string(what) + " is neither 0 nor between " +
+                  (least == kLeastAdded ? "2^-100" : "2^-40") + " and 2^40 in magnitude");
+  }
+
   const uint8_t *at_, *end_;
 };
+
+// Whether it is UTF-8 without a NUL, which would end a name of C. Refused are, as by
+// Python's decoder, codes that are longer than necessary, and surrogates.
+bool is_name(const uint8_t* at, const uint8_t* end) {
+  while (at < end) {
+    uint32_t first = *at++;
+    if (first == 0) return false;
+    if (first < 0x80) continue;
+    int more = first >= 0xf0 ? 3 : first >= 0xe0 ? 2 : 1;
+    if (first < 0xc2 || first > 0xf4 || end - at < more) return false;
+    uint32_t code = first & (0x3f >> more);
+    for (int i = 0; i < more; i++, at++) {
+      if ((*at & 0xc0) != 0x80) return false;
+      code = code << 6 | (*at & 0x3f);
+    }
+    if (more == 2 && (code < 0x800 || (code >= 0xd800 && code < 0xe000))) return false;
+    if (more == 3 && (code < 0x10000 || code > 0x10ffff)) return false;
+  }
+  return true;
+}
+
+// An exponent e: the magnitude of x is below 2^e.
+int exponent_of(float x) {
+  int e;
+  std::frexp(x, &e);
+  return e;
+}
+
+int bit_length(int64_t x) {
+  int n = 0;
+  for (; x; x >>= 1) n++;
+  return n;
+}
 
 uint32_t crc32(const uint8_t* bytes, size_t size) {
   uint32_t table[256];
@@ -107,12 +156,15 @@ class Parser {
     s.top = (s.h - h) / 2;
     s.left = (s.w - w) / 2;
     const uint8_t* offset = in_.take(p_.channels);
+    if (int64_t{s.h} * s.w * p_.channels > kMaxElements)
+      throw Error("an image of over 2^24 elements");
     Map image = make_map(kInt, 0, h, w, p_.channels);
     p_.offset.assign(offset, offset + p_.channels);
     std::vector<int64_t> bound(p_.channels);
     for (int c = 0; c < p_.channels; c++)
       bound[c] = std::max<int64_t>(offset[c], 255 - offset[c]);
     p_.values.push_back({image, false, std::move(bound)});
+    channels_ = p_.channels;
     p_.classes = in_.size("number of classes");
     int ops = in_.limited("number of operations", 1, kMaxOps);
     for (int i = 0; i < ops; i++) {
@@ -124,8 +176,11 @@ class Parser {
         op.kind = static_cast<OpKind>(kind);
         size_t length = in_.get<uint8_t>();
         const uint8_t* name = in_.take(length);
+        if (!is_name(name, name + length)) throw Error("its name is not UTF-8");
         op.name.assign(name, name + length);
         p_.values.push_back(fields(&op, kind));
+        channels_ += p_.values.back().map.c;
+        if (channels_ > kMaxChannels) throw Error("over 2^22 channels in all");
         p_.ops.push_back(std::move(op));
       } catch (const Error& error) {
         throw Error(where + ": " + error.what());
@@ -231,8 +286,8 @@ class Parser {
     auto [kh, kw, in, out] = size;
     op->window = window(kh, kw);
     op->pad = in_.get<int8_t>();
-    op->weight_unit = in_.finite("weight unit");
-    op->unit = in_.finite("input unit");
+    op->weight_unit = in_.constant("weight unit");
+    op->unit = in_.constant("input unit");
     if (version_ > 1) {
       op->groups = in_.size("number of groups");
       op->window.step_h = in_.limited("dilation", 1, kMaxStride);
@@ -265,6 +320,8 @@ class Parser {
     Map map = make_map(exact ? kInt : kFloat, 0, out_h(x.map, op->window),
                        out_w(x.map, op->window), out);
     Value value = {map, false, {}};
+    float largest = format > 3 ? largest_weight(op->weights) : 0;
+    if (!exact) value.exponent = checked_exponent(exponent_of_products(*op, x, row, largest));
     for (int o = 0; exact && o < out; o++) {
       const int64_t* bound = x.bound.data() + int64_t{o} / (out / op->groups) * in;
       value.bound.push_back(checked(sum_bound(op->weights, o, row, bound, in)));
@@ -290,6 +347,34 @@ class Parser {
     return sum;
   }
 
+  static float largest_weight(const Weights& weights) {
+    float largest = 0;
+    for (uint64_t i = 0; i < weights.count; i++) {
+      float x = std::fabs(weights.value(i));
+      if (!std::isfinite(x)) throw Error("a weight is not finite");
+      largest = std::max(largest, x);
+    }
+    return largest;
+  }
+
+  // That of FLOAT sums of `row` products.
+  static int exponent_of_products(const Op& op, const Value& x, int64_t row,
+                                  float largest) {
+    int weight = op.weights.grid()
+                     ? bit_length(op.weights.format == 3 ? 4 : 1) +
+                           exponent_of(op.weight_unit)
+                     : exponent_of(largest);
+    int pixel = x.map.kind == kFloat ? x.exponent
+                                     : bit_length(x.most()) + exponent_of(op.unit);
+    return weight + pixel + bit_length(row);
+  }
+
+  static int checked_exponent(int exponent) {
+    if (exponent > kMaxExponent)
+      throw Error("its floats may reach 2^" + str(exponent));
+    return exponent;
+  }
+
   Value pool(Op* op) {
     const Value& x = input(op);
     int h = in_.size("window"), w = in_.size("window");
@@ -306,6 +391,8 @@ class Parser {
                          out_w(x.map, win), x.map.c);
     if (sum)
       for (int64_t& bound : value.bound) bound = checked(bound * h * w);
+    if (sum && kind == kFloat)
+      value.exponent = checked_exponent(x.exponent + bit_length(int64_t{h} * w));
     return value;
   }
 
@@ -347,9 +434,9 @@ class Parser {
   }
 
   void norm(Op* op, int c) {
-    op->center = in_.floats(c);
-    op->scale = in_.floats(c);
-    op->constant = in_.floats(c);
+    op->center = in_.constants("center", c);
+    op->scale = in_.constants("scale", c);
+    op->constant = in_.constants("constant", c, kLeastAdded);
   }
 
   Value finish(const Map& map) {
@@ -362,7 +449,7 @@ class Parser {
   Value logits(Op* op) {
     const Value& x = input(op, kInt, "INT");
     if (x.most() > kMaxLogits) throw Error("its input may reach " + str(x.most()));
-    op->unit = in_.finite("unit");
+    op->unit = in_.constant("unit");
     Value out = finish(x.map);
     norm(op, p_.classes);
     return out;
@@ -375,15 +462,16 @@ class Parser {
     for (int i = 0; i < count; i++) {
       const Value& x = input(op);
       const Map& first = p_.values[op->inputs[0]].map;
-      if (x.map.kind != first.kind || x.map.kind == kFloat || x.map.bits != first.bits)
+      if (x.map.kind != first.kind || x.map.bits != first.bits)
         throw Error("its inputs are of different kinds");
       if (x.map.h != first.h || x.map.w != first.w)
         throw Error("its inputs have different sizes");
       int by = shift(op, x);
-      if (by && x.map.kind == kCode) throw Error("a shift of codes");
+      if (by && x.map.kind != kInt) throw Error("a shift of what is not INT");
       channels += x.map.c;
       value.map = make_map(first.kind, first.bits, first.h, first.w, channels);
       value.zeros |= x.zeros;
+      value.exponent = i ? std::max(value.exponent, x.exponent) : x.exponent;
       for (int64_t bound : x.bound) value.bound.push_back(bound << by);
     }
     return value;
@@ -408,20 +496,21 @@ class Parser {
     const Value* shortcut = shortcut_of(op, x.map);
     if (shortcut && shortcut->map.kind == kInt) throw Error("its shortcut is INT");
     op->format = in_.get<uint8_t>();
-    op->unit = in_.finite("unit");
-    op->shortcut_unit = in_.finite("shortcut unit");
+    op->unit = in_.constant("unit");
+    op->shortcut_unit = in_.constant("shortcut unit");
     norm(op, x.map.c);
     op->bits = op->format <= 3 ? op->format : 0;
     int q = in_.get<uint8_t>();
     if (q != (op->bits < 2 ? 0 : levels_of(op->bits)))
       throw Error(str(q) + " thresholds for format " + str(op->format));
-    op->grid = in_.floats(q);
+    op->grid = in_.constants("grid", q);
     if (op->bits) return code(x.map, op->bits);
     if (op->format == 0) return finish(x.map);
     if (op->format != kFloat8 && op->format != kHalf && op->format != kBfloat &&
         op->format != kSingle)
       throw Error("unknown format " + str(op->format));
-    return {make_map(kFloat, 0, x.map.h, x.map.w, x.map.c), false, {}};
+    // What is rounded to a format is between -1 and 1.
+    return {make_map(kFloat, 0, x.map.h, x.map.w, x.map.c), false, {}, 1};
   }
 
   Value add(Op* op) {
@@ -443,8 +532,88 @@ class Parser {
   const uint32_t version_;
   Program& p_;
   uint64_t weights_ = 0;
+  int64_t channels_ = 0;
   bool ended_ = false;
 };
+
+// What a network costs: see docs/format.md. The products exceed 64 bits.
+
+using Cost = unsigned __int128;
+
+Cost up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int64_t padded_pixels(const Map& in, const Window& w) {
+  return int64_t{in.h + w.top + w.bottom} * (in.w + w.left + w.right);
+}
+
+// Elements of a value with its channels padded.
+Cost stored(const Map& m) { return Cost(m.h) * m.w * m.stride; }
+
+// Elements that a convolution reads, with the border.
+Cost padded_elements(const Op& op, const Map& in, const Map& out) {
+  bool own = has_own_inputs(op, in, out);
+  return Cost(padded_pixels(in, op.window)) * (own ? in.c / op.groups * out.stride : in.c);
+}
+
+// Weights with input and output channels padded, as in kernels.
+Cost padded_weights(const Op& op, const Map& in, const Map& out) {
+  Cost taps = Cost(op.window.h) * op.window.w, inputs = in.c / op.groups;
+  if (has_own_inputs(op, in, out)) return taps * inputs * up(out.c, 64);
+  return op.groups * taps * up(in.c / op.groups, 8) * up(out.c / op.groups, 64);
+}
+
+// Operations for an element of a result, without multiplications.
+int64_t element_operations(const Op& op) {
+  switch (op.kind) {
+    case kMaxPool:
+    case kSumPool: return kOperations * int64_t{op.window.h} * op.window.w;
+    case kThreshold: return kOperations * int64_t{op.codes} * op.count;
+    case kFloatNorm: return kFloatOperations;
+    default: return kOperations;
+  }
+}
+
+void check_limits(const Program& p, const Limits& limits) {
+  int n = static_cast<int>(p.ops.size());
+  std::vector<int> last(n + 1);  // The last operation that needs a value.
+  for (int i = 0; i <= n; i++) last[i] = i - 1;
+  for (int i = 0; i < n; i++) {
+    for (int value : p.ops[i].inputs) last[value] = i;
+    if (p.ops[i].shortcut >= 0) last[p.ops[i].shortcut] = i;
+  }
+  std::vector<Cost> ending(n);  // Bytes of the values that an operation is the last to need.
+  auto bytes = [&](int value) {
+    const Map& m = p.values[value].map;
+    return stored(m) * m.size();
+  };
+  for (int value = 0; value <= n; value++)
+    if (last[value] >= 0) ending[last[value]] += bytes(value);
+  Cost padding = 0, memory = 0, operations = 0, live = last[0] < 0 ? 0 : bytes(0);
+  for (int i = 0; i < n; i++) {
+    const Op& op = p.ops[i];
+    const Map &in = p.values[op.inputs[0]].map, &out = p.values[i + 1].map;
+    Cost work = 0;
+    live += bytes(i + 1);
+    if (op.kind == kConv) {
+      Cost weights = padded_weights(op, in, out), elements = padded_elements(op, in, out);
+      Cost free = Cost(op.weights.count) * kFreePadding;
+      padding += weights > free ? weights - free : 0;
+      work = 4 * elements;
+      operations += Cost(out.h) * out.w * weights + kOperations * elements;
+    }
+    operations += stored(out) * element_operations(op);
+    memory = std::max(memory, live + work);
+    live -= ending[i];
+  }
+  auto check = [](const char* name, Cost need, uint64_t limit) {
+    if (need > limit)
+      throw Error(std::string("its ") + name + " is over the limit of " +
+                  std::to_string(limit));
+  };
+  check("padding", padding, limits.padding);
+  check("memory", memory, limits.memory);
+  check("number of operations", operations, limits.operations);
+}
 
 // Up to 64 bits from bit `first` on; `bytes` in all.
 uint64_t bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n) {
@@ -473,6 +642,12 @@ float half(uint16_t x) {
 }
 
 }  // namespace
+
+bool has_own_inputs(const Op& op, const Map& in, const Map& out) {
+  int64_t inputs = in.c / op.groups, outputs = out.c / op.groups;
+  return op.groups > 1 && inputs * outputs <= kOwnProducts &&
+         padded_pixels(in, op.window) * inputs * out.stride <= kMaxPadded;
+}
 
 int64_t Value::most() const {
   return bound.empty() ? 0 : *std::max_element(bound.begin(), bound.end());
@@ -518,7 +693,7 @@ float rounded(float x, int format) {
   return std::ldexp(std::nearbyint(std::ldexp(x, -exponent)), exponent);
 }
 
-Program parse(const uint8_t* bytes, size_t size) {
+Program parse(const uint8_t* bytes, size_t size, const Limits& limits) {
   static const uint8_t kMagic[8] = {'M', 'I', 'N', 'W', 0x0d, 0x0a, 0x1a, 0};
   if (size < kHeader) throw Error("too short for a packed network");
   if (std::memcmp(bytes, kMagic, 8)) throw Error("not a packed network");
@@ -526,6 +701,7 @@ Program parse(const uint8_t* bytes, size_t size) {
   uint32_t version = header.get<uint32_t>();
   if (version != 1 && version != 2)
     throw Error("version " + str(version) + " of the format is not known (1 and 2 are)");
+  if (size > kMaxFile) throw Error("the file has over 2^30 bytes");
   uint32_t crc = header.get<uint32_t>();
   if (header.get<uint64_t>() != size) throw Error("the file is cut short or too long");
   uint64_t program = header.get<uint32_t>(), metadata = header.get<uint32_t>();
@@ -535,6 +711,7 @@ Program parse(const uint8_t* bytes, size_t size) {
   Program p;
   const uint8_t* end = bytes + kHeader + program;
   Parser(Reader(bytes + kHeader, end), version, &p).run();
+  check_limits(p, limits);
   p.metadata.assign(end, end + metadata);
   return p;
 }

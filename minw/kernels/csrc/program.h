@@ -70,6 +70,7 @@ struct Value {
   Map map;
   bool zeros;  // 1-bit codes of which some may be 0.
   std::vector<int64_t> bound;  // Of the magnitudes of a channel's INTs or levels.
+  int exponent = 0;  // FLOATs are below 2^exponent in magnitude.
   int64_t most() const;  // Of all channels.
 };
 
@@ -82,8 +83,20 @@ struct Program {
   std::string metadata;
 };
 
+// The most that a network may cost; the formulas are those of docs/format.md.
+struct Limits {
+  uint64_t padding = uint64_t{1} << 24;     // Weights that padding adds.
+  uint64_t memory = uint64_t{1} << 29;      // Bytes of an image's values at a time.
+  uint64_t operations = uint64_t{1} << 38;  // Operations for an image.
+};
+
 // The weights point into the bytes. Throws Error, before anything large is allocated.
-Program parse(const uint8_t* bytes, size_t size);
+Program parse(const uint8_t* bytes, size_t size, const Limits& limits);
+
+// Whether the lanes of vectors are output channels with inputs of their own. That is for
+// convolutions where each output channel reads few inputs and few others read the same
+// ones. Pixels then hold an element for each output channel and input of its group.
+bool has_own_inputs(const Op& op, const Map& in, const Map& out);
 
 float rounded(float x, int format);  // To the nearest of a float format, ties to even.
 
