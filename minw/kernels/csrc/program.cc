@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kMaxSize = 65536, kMaxPad = 64, kMaxStride = 64;
 constexpr int64_t kMaxElements = int64_t{1} << 24, kMaxPadded = int64_t{1} << 26;
-constexpr int64_t kMaxWeights = int64_t{1} << 31;
 constexpr int64_t kMaxBound = int64_t{1} << 31, kMaxLogits = int64_t{1} << 24;
 constexpr int64_t kMaxChannels = int64_t{1} << 22, kMaxFile = int64_t{1} << 30;
 constexpr int kMaxOps = 4096, kMaxShift = 23, kMaxExponent = 40;
@@ -302,11 +301,8 @@ class Parser {
     int edge = x.map.kind == kCode ? levels_of(x.map.bits) : 0;
     if (std::abs(op->pad) > edge)
       throw Error("padding by code " + str(op->pad));
-    uint64_t row = uint64_t{1} * kh * kw * in;  // At most 2^48.
-    if (row > static_cast<uint64_t>(kMaxWeights) || weights_ + row * out > kMaxWeights)
-      throw Error("over 2^31 weights");
+    uint64_t row = uint64_t{1} * kh * kw * in;  // At most kMaxPadded.
     uint64_t count = row * out;
-    weights_ += count;
     uint64_t bytes;
     switch (format) {
       case 1: case 2: case 3: bytes = (count + 7) / 8 * format; break;
@@ -531,7 +527,6 @@ class Parser {
   Reader in_;
   const uint32_t version_;
   Program& p_;
-  uint64_t weights_ = 0;
   int64_t channels_ = 0;
   bool ended_ = false;
 };
