@@ -52,9 +52,10 @@ _LEAST_CONSTANT, _MOST_CONSTANT = 2.0 ** -40, 2.0 ** 40
 _LEAST_ADDED = 2.0 ** -100  # The constant that is added last may be smaller.
 _MAX_EXPONENT = 40  # FLOATs stay below 2 ** 40.
 
-# What `cost` counts for an element: of a value that an operation makes, ...
-_OPERATIONS = 16
-_FLOAT_OPERATIONS = 256  # ... or of one that is rounded to a float format.
+# Operations that `cost` counts for an element that is read or made, besides products, ...
+_OPERATIONS = 64
+_STEP_OPERATIONS = 16  # ... for each number of a window and each threshold of it, ...
+_FLOAT_OPERATIONS = 512  # ... and for an element that is rounded to a float format.
 _FREE_PADDING = 4  # Padded weights that each weight of a file may cost.
 _OWN_PRODUCTS = 256  # See `_has_own_inputs`.
 
@@ -62,7 +63,7 @@ _OWN_PRODUCTS = 256  # See `_has_own_inputs`.
 class Limits(NamedTuple):
   """The most that a network may cost those who load and run it; see `cost`.
 
-  The defaults leave ResNet-50 at 224 x 224 pixels room for 60 times its operations.
+  The defaults leave ResNet-50 at 224 x 224 pixels room for 30 times its operations.
 
   Attributes:
     padding: Weights that padding adds, beyond 4 for each weight. Kernels keep up to 8
@@ -545,6 +546,19 @@ def _padded_size(shape, pads):
   return shape[0] + pads[0] + pads[1], shape[1] + pads[2] + pads[3]
 
 
+def last_uses(program: Program) -> list[list[int]]:
+  """For each operation, the values that no later one needs."""
+  last = list(range(-1, len(program.ops)))  # What nothing needs ends where it is made.
+  for i, op in enumerate(program.ops):
+    for value in inputs(op):
+      last[value] = i
+  ends = [[] for _ in program.ops]
+  for value, i in enumerate(last):
+    if i >= 0:
+      ends[i].append(value)
+  return ends
+
+
 def cost(program: Program, values: Sequence[Value] | None = None) -> Limits:
   """What a network costs, in the terms of `Limits`; docs/format.md has the formulas.
 
@@ -553,15 +567,9 @@ def cost(program: Program, values: Sequence[Value] | None = None) -> Limits:
     values: what `infer_values` gives for it, if that is at hand.
   """
   values = infer_values(program) if values is None else values
-  last = list(range(-1, len(program.ops)))  # The last operation that needs a value.
-  for i, op in enumerate(program.ops):
-    for value in inputs(op):
-      last[value] = i
-  ends = [[] for _ in range(len(program.ops) + 1)]  # The last item: never needed.
-  for value, i in enumerate(last):
-    ends[i].append(value)
+  ends = last_uses(program)
   padding = memory = operations = 0
-  live = 0 if last[0] < 0 else _bytes(values[0])
+  live = _bytes(values[0]) if any(0 in end for end in ends) else 0
   for i, op in enumerate(program.ops):
     x, result = values[inputs(op)[0]], values[i + 1]
     live += _bytes(result)
@@ -592,8 +600,8 @@ def check_limits(
     ValueError: It costs more; the message names the limit.
   """
   for field, need, limit in zip(Limits._fields, cost(program, values), limits):
-    _require(need <= limit, "", f"{field} of {need}, over the limit of {limit}; where"
-             " the file is trusted, raise it by `limits`")
+    _require(need <= limit, "", f"its {field}, {need}, exceeds the limit of {limit};"
+             " higher limits are for files that you trust")
 
 
 def _up(n, multiple):
@@ -636,9 +644,9 @@ def _padded_weights(op: Conv, shape: Sequence[int]) -> int:
 def _element_operations(op: Op) -> int:
   """Operations for an element of a result, without multiplications."""
   if isinstance(op, Pool):
-    return _OPERATIONS * math.prod(op.window)
+    return _OPERATIONS + _STEP_OPERATIONS * math.prod(op.window)
   if isinstance(op, Threshold):
-    return _OPERATIONS * math.prod(op.thresholds.shape[:2])
+    return _OPERATIONS + _STEP_OPERATIONS * math.prod(op.thresholds.shape[:2])
   return _FLOAT_OPERATIONS if isinstance(op, FloatNorm) else _OPERATIONS
 
 

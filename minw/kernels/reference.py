@@ -7,6 +7,8 @@ import numpy as np
 
 from minw import packed
 
+_PATCHES = 2 ** 24  # Inputs of products that are kept at a time.
+
 
 def run(program: packed.Program, images: np.ndarray) -> list[np.ndarray]:
   """All values of a batch.
@@ -19,18 +21,26 @@ def run(program: packed.Program, images: np.ndarray) -> list[np.ndarray]:
     For the image and each operation int32 (INT), int8 (CODE) or float32 (FLOAT)
     (batch, height, width, channels).
   """
-  kinds = packed.infer_values(program)
-  image = packed.crop(program, images).astype(np.int32)
-  values = [image - np.asarray(program.offset, np.int32)]
-  for op, kind in zip(program.ops, kinds[1:]):
-    given = [values[i] for i in packed.inputs(op)]
-    values.append(run_op(op, given, [kinds[i] for i in packed.inputs(op)], kind))
-  return values
+  return _run(program, images, [()] * len(program.ops))
 
 
 def logits(program: packed.Program, images: np.ndarray) -> np.ndarray:
   """float32 (batch, classes)."""
-  return run(program, images)[-1].reshape(len(images), program.num_classes)
+  values = _run(program, images, packed.last_uses(program))
+  return values[-1].reshape(len(images), program.num_classes)
+
+
+def _run(program, images, dropped):
+  """All values but those that are `dropped` after each operation."""
+  kinds = packed.infer_values(program)
+  image = packed.crop(program, images).astype(np.int32)
+  values = [image - np.asarray(program.offset, np.int32)]
+  for op, kind, drop in zip(program.ops, kinds[1:], dropped, strict=True):
+    given = [values[i] for i in packed.inputs(op)]
+    values.append(run_op(op, given, [kinds[i] for i in packed.inputs(op)], kind))
+    for i in set(drop) - {len(program.ops)}:
+      values[i] = None
+  return values
 
 
 def run_op(
@@ -107,11 +117,20 @@ def _conv(op, x, kind):
   windows = _windows(x, op.window, op.strides, op.pads, fill)
   windows = windows[..., ::op.dilation[0], ::op.dilation[1]]
   n, h, w = windows.shape[:3]
-  # Per group, (positions, terms of a sum) @ (terms of a sum, output channels).
-  patches = windows.reshape(n * h * w, op.groups, -1).transpose(1, 0, 2)
-  matrix = kernel.transpose(0, 3, 1, 2).reshape(op.groups, -1, patches.shape[-1])
-  sums = patches @ matrix.transpose(0, 2, 1)
-  return sums.transpose(1, 0, 2).reshape(n, h, w, -1)
+  terms = kernel[0].size
+  matrix = kernel.transpose(0, 3, 1, 2).reshape(op.groups, -1, terms).transpose(0, 2, 1)
+  sums = np.empty((n, h, w, len(kernel)))
+  # As many positions at a time as bound the memory.
+  step = max(1, _PATCHES // (n * op.groups * terms))
+  rows, columns = max(1, step // w), min(step, w)
+  for top in range(0, h, rows):
+    for left in range(0, w, columns):
+      part = windows[:, top:top + rows, left:left + columns]
+      # Per group, (positions, terms of a sum) @ (terms of a sum, output channels).
+      patches = part.reshape(-1, op.groups, terms).transpose(1, 0, 2)
+      sums[:, top:top + rows, left:left + columns] = (
+          patches @ matrix).transpose(1, 0, 2).reshape(*part.shape[:3], -1)
+  return sums
 
 
 def _norm(op, x):

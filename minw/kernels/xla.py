@@ -370,8 +370,10 @@ def _border(op, levels, size, result):
                              return_inverse=True)
     inside.append(kinds)
     indices.append(index.reshape(-1))
-  outside = 1 - np.einsum("rh,sw->rshw", *(kinds.astype(np.int32) for kinds in inside))
-  return np.einsum("rshw,ohwi->rso", outside, levels).astype(np.int32), *indices
+  rows, columns = (kinds.astype(np.int32) for kinds in inside)
+  sums = levels.sum(3, dtype=np.int32)  # (out, height, width)
+  within = np.einsum("sw,row->rso", columns, np.einsum("rh,ohw->row", rows, sums))
+  return sums.sum((1, 2), dtype=np.int32) - within, *indices
 
 
 # Products of numbers.

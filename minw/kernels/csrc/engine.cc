@@ -496,11 +496,14 @@ struct minw_network {
                          op.thresholds.data()};
       }
     }
-    fast = plan(true);
-    plain = plan(false);
+    plain = plan(false, 0);
+    fast = plan(true, static_cast<int>(n));
+    // The convolution of a pass runs as late as its last operation. Where that is far
+    // away, inputs of many convolutions could have to wait.
+    if (fast.arena > limits.memory) fast = plan(true, 1);
   }
 
-  Plan plan(bool fused) const;
+  Plan plan(bool fused, int reach) const;
   size_t work_bytes(const Plan& plan, size_t images) const;
   void run(const Plan& plan, const uint8_t* images, size_t n, char* scratch,
            float* logits) const;
@@ -525,7 +528,9 @@ struct minw_network {
                   size_t n, const Map& out, void* to) const;
 };
 
-Plan minw_network::plan(bool fused) const {
+// What follows a convolution in its pass is at most `reach` operations after the one
+// before it.
+Plan minw_network::plan(bool fused, int reach) const {
   const auto& ops = program.ops;
   int n = static_cast<int>(ops.size());
   std::vector<int> uses(n + 1), consumer(n + 1, -1);
@@ -547,6 +552,7 @@ Plan minw_network::plan(bool fused) const {
         int value = step.op + 1;
         if (!fused || uses[value] != 1 || program.values[value].map.kind != kInt)
           return false;
+        if (consumer[value] > step.op + reach) return false;
         const Op& op = ops[consumer[value]];
         const Window& w = op.window;
         if (op.kind != kind || op.inputs[0] != value) return false;

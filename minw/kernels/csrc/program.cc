@@ -18,7 +18,7 @@ constexpr int kMaxOps = 4096, kMaxShift = 23, kMaxExponent = 40;
 // Magnitudes of float constants that are not 0.
 constexpr float kLeastConstant = 0x1p-40f, kMostConstant = 0x1p40f;
 constexpr float kLeastAdded = 0x1p-100f;
-constexpr int kOperations = 16, kFloatOperations = 256;
+constexpr int kOperations = 64, kStepOperations = 16, kFloatOperations = 512;
 constexpr int kFreePadding = 4, kOwnProducts = 256;
 constexpr int kHeader = 32;
 
@@ -561,8 +561,9 @@ Cost padded_weights(const Op& op, const Map& in, const Map& out) {
 int64_t element_operations(const Op& op) {
   switch (op.kind) {
     case kMaxPool:
-    case kSumPool: return kOperations * int64_t{op.window.h} * op.window.w;
-    case kThreshold: return kOperations * int64_t{op.codes} * op.count;
+    case kSumPool:
+      return kOperations + kStepOperations * int64_t{op.window.h} * op.window.w;
+    case kThreshold: return kOperations + kStepOperations * int64_t{op.codes} * op.count;
     case kFloatNorm: return kFloatOperations;
     default: return kOperations;
   }
@@ -602,12 +603,12 @@ void check_limits(const Program& p, const Limits& limits) {
   }
   auto check = [](const char* name, Cost need, uint64_t limit) {
     if (need > limit)
-      throw Error(std::string("its ") + name + " is over the limit of " +
-                  std::to_string(limit));
+      throw Error(std::string("its ") + name + " exceeds the limit of " +
+                  std::to_string(limit) + "; higher limits are for files that you trust");
   };
   check("padding", padding, limits.padding);
   check("memory", memory, limits.memory);
-  check("number of operations", operations, limits.operations);
+  check("operations", operations, limits.operations);
 }
 
 // Up to 64 bits from bit `first` on; `bytes` in all.
