@@ -9,7 +9,7 @@ Results keep the dtype of `x`; the mixture is formed in float32 (float64 for flo
 
 import functools
 import inspect
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 from jax import lax
@@ -27,6 +27,9 @@ GRADIENTS = {
     "eq15": lambda alpha: 1 - alpha,  # Eq 15: differentiate the mixture, h' = 0
 }
 
+
+# The largest float32 number.
+_LARGEST = float(np.finfo(np.float32).max)
 
 # Not defined for more.
 ONE_BIT = ("approx_sign", "ede", "reste", "stochastic_aqe", "swish_sign")
@@ -74,8 +77,7 @@ def aqe(
     ValueError: unknown `gradient`.
   """
   _check_gradient(gradient)
-  alpha = jnp.asarray(alpha, jnp.result_type(float))
-  return _aqe(jnp.asarray(x), alpha, grid, gradient)
+  return _aqe(_floats(x), _number("alpha", alpha, 0, 1), grid, gradient)
 
 
 def stochastic_aqe(
@@ -96,9 +98,9 @@ def stochastic_aqe(
     The shape and dtype of `x`.
   """
   _check_gradient(gradient)
-  x = jnp.asarray(x)
+  x = _floats(x)
   z = jax.random.uniform(key, x.shape, quantizers._wide(x), -1.0, 1.0)
-  return _stochastic_aqe(x, jnp.asarray(alpha, jnp.result_type(float)), z, gradient)
+  return _stochastic_aqe(x, _number("alpha", alpha, 0, 1), z, gradient)
 
 
 # Estimators of others, to compare with. Those down to `ewgs` have the forward of `ste`;
@@ -151,7 +153,7 @@ def ede(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
   Raises:
     ValueError: a grid of more bits.
   """
-  return _hard(_slope_ede, x, alpha, _one_bit(grid))
+  return _hard(_slope_ede, x, _number("alpha", alpha, 0, 1), _one_bit(grid))
 
 
 def reste(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
@@ -162,7 +164,7 @@ def reste(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
 
   Args, returns, raises: as `ede`.
   """
-  return _hard(_slope_reste, x, alpha, _one_bit(grid))
+  return _hard(_slope_reste, x, _number("alpha", alpha, 0, 1), _one_bit(grid))
 
 
 def dsq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
@@ -181,7 +183,7 @@ def dsq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
   Returns:
     The shape and dtype of `x`.
   """
-  return _hard(_slope_dsq, x, alpha, grid)
+  return _hard(_slope_dsq, x, _number("alpha", alpha, 0, 1), grid)
 
 
 def ewgs(x: jax.Array, grid: Grid, *, delta: float = 1e-3) -> jax.Array:
@@ -197,7 +199,7 @@ def ewgs(x: jax.Array, grid: Grid, *, delta: float = 1e-3) -> jax.Array:
   Returns:
     The shape and dtype of `x`.
   """
-  return _hard(_slope_ewgs, x, delta, grid)
+  return _hard(_slope_ewgs, x, _number("delta", delta, 0, _LARGEST), grid)
 
 
 def lsq(
@@ -222,7 +224,9 @@ def lsq(
   Returns:
     The shape and dtype of `x`.
   """
-  x, step = jnp.asarray(x), jnp.asarray(step, jnp.result_type(float))
+  x, step = _floats(x), _number("step", step, quantizers.SMALLEST, _LARGEST)
+  if count is not None and (type(count) is not int or count < 1):
+    raise ValueError(f"count={count!r}: must be an integer of at least 1")
   return _lsq(x, step, grid, x.size if count is None else count)
 
 
@@ -308,6 +312,7 @@ WEIGHT_SCALES = {"none": lambda quantized, weights: quantized,
 
 def mean_magnitude(weights: jax.Array, rule: str) -> jax.Array:
   """mean |W|: () of the "layer_mean", (output channels,) of the "channel_mean"."""
+  quantizers.check_float("weights", weights)
   axes = tuple(range(weights.ndim - 1)) if rule == "channel_mean" else None
   return abs(weights).mean(axes)
 
@@ -328,6 +333,7 @@ def stochastic_neuron(
   Returns:
     h in {0, 1} and log P(h), both of the shape and dtype of `x`; h has no gradient.
   """
+  quantizers.check_float("x", x)
   z = jax.random.uniform(key, x.shape, quantizers._wide(x))
   on = lax.stop_gradient(z < jax.nn.sigmoid(x.astype(z.dtype)))
   log_prob = jnp.where(on, jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x))
@@ -403,6 +409,29 @@ def _check_gradient(gradient: str) -> None:
     raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
 
 
+def _floats(x: Any) -> jax.Array:
+  """`x` as an array, which must be float; see `quantizers.check_float`."""
+  x = jnp.asarray(x)
+  quantizers.check_float("x", x)
+  return x
+
+
+def _number(name: str, value: Any, least: float, most: float) -> jax.Array:
+  """A parameter as a float array, in a range where it is not an array of JAX.
+
+  The values of JAX's arrays are not looked at: they may be traced, and to wait for
+  them would take time.
+  """
+  dtype = jnp.asarray(value).dtype
+  if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+    raise TypeError(f"{name} of dtype {dtype}: must be real numbers")
+  if not isinstance(value, jax.Array):
+    values = np.asarray(value)
+    if not ((least <= values) & (values <= most)).all():
+      raise ValueError(f"{name}={value!r}: must be in [{least}, {most}]")
+  return jnp.asarray(value, jnp.result_type(float))
+
+
 def _inside(x: jax.Array) -> jax.Array:
   """1[|x| <= 1]: clipped weights sit at exactly +-1 and must be able to leave."""
   return (jnp.abs(x) <= 1).astype(x.dtype)
@@ -461,7 +490,7 @@ def _one_bit(grid: Grid) -> Grid:
 def _hard(slope, x, shape, grid):
   """Forward h(x); backward g * slope(x, shape, grid, g), `shape` a scalar or array."""
   shape = jnp.asarray(shape, jnp.result_type(float))
-  return _hard_forward(slope, jnp.asarray(x), shape, grid)
+  return _hard_forward(slope, _floats(x), shape, grid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -552,8 +581,8 @@ _lsq.defvjp(lambda x, step, grid, count: (_lsq(x, step, grid, count), (x, step, 
 
 
 def _frozen(x, alpha, key, grid, straight):
-  x = jnp.asarray(x)
-  alpha = jnp.asarray(alpha, quantizers._wide(x))
+  x = _floats(x)
+  alpha = _number("alpha", alpha, 0, 1).astype(quantizers._wide(x))
   mask = jax.random.uniform(key, x.shape, alpha.dtype) < alpha
   return _stompp(x, mask, grid, straight)
 

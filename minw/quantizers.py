@@ -65,8 +65,49 @@ def is_grid(bits: int | str) -> bool:
 
 
 def num_thresholds(bits: int) -> int:
-  """q: how many positive thresholds a grid of `bits` has (0, 1, 3, 7, 15)."""
+  """q: how many positive thresholds a grid of `bits` has (0, 1, 3, 7, 15).
+
+  Raises:
+    ValueError: `bits` names no grid.
+  """
+  if not is_grid(bits):
+    raise ValueError(f"bits={bits!r} is a float format; a grid has 1 to 5 bits")
   return 2 ** (bits - 1) - 1
+
+
+def check_float(name: str, x: Any) -> None:
+  """Checks the dtype of an argument, which is known under tracing too.
+
+  Args:
+    name: Name of the argument, for the error message.
+    x: The argument.
+
+  Raises:
+    TypeError: `x` is not an array of a real float dtype.
+  """
+  dtype = getattr(x, "dtype", None)
+  if dtype is None:
+    raise TypeError(f"{name}={x!r:.80}: must be a float array")
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f"{name} of dtype {dtype}: must be a float array")
+
+
+def _check_thresholds(name: str, thresholds: Any, bits: int) -> None:
+  """Raises where thresholds, or factors that become some, are wrong for `bits`."""
+  q = num_thresholds(bits)
+  traced = isinstance(thresholds, jax.core.Tracer)
+  values = thresholds if traced else np.asarray(thresholds)
+  given = f"{name} of shape {values.shape}" if traced else f"{name}={thresholds!r}"
+  if values.shape[:1] != (q,):
+    raise ValueError(f"{given}: must be {q} for bits={bits}")
+  if not any(jnp.issubdtype(values.dtype, kind) for kind in (np.floating, np.integer)):
+    raise TypeError(f"{given} of dtype {values.dtype}: must be real numbers")
+  if not traced:
+    with np.errstate(over="ignore"):
+      values = values.astype(jnp.result_type(float))
+    steps = np.diff(values, axis=0, prepend=0)
+    if not (np.isfinite(values) & (steps > 0)).all():
+      raise ValueError(f"{given}: must be finite, positive and ascending")
 
 
 def level_magnitudes(bits: int) -> np.ndarray:
@@ -82,8 +123,9 @@ def step_size(bits: int | str) -> float:
 
 def fixed_thresholds(bits: int) -> np.ndarray:
   """The default fixed thresholds: float64 (q,); 0.1 for two bits, else midpoints."""
+  q = num_thresholds(bits)
   if bits <= 2:
-    return np.full(num_thresholds(bits), _TERNARY_THRESHOLD)
+    return np.full(q, _TERNARY_THRESHOLD)
   levels = level_magnitudes(bits).astype(np.float64)
   return (np.concatenate([[0.0], levels[:-1]]) + levels) / 2
 
@@ -110,8 +152,9 @@ def mean_factors(bits: int) -> np.ndarray:
   0.7 for two bits (Ternary Weight Networks, after which Eq 21 is modelled); for the
   powers of two 2.5 times the midpoints, (0.31, 0.94, 1.88) for three bits.
   """
+  q = num_thresholds(bits)
   if bits <= 2:
-    return np.full(num_thresholds(bits), _TERNARY_FACTOR)
+    return np.full(q, _TERNARY_FACTOR)
   return _POWERS_FACTOR * fixed_thresholds(bits)
 
 
@@ -133,8 +176,14 @@ def mean_thresholds(
   Returns:
     float32 (or float64, as the weights) (q,), or (q, channels) if `per_channel`,
     with no gradient to the weights.
+
+  Raises:
+    TypeError: the weights are not float, or the factors are not real numbers.
+    ValueError: the factors are not q numbers, finite, positive and ascending.
   """
+  check_float("weights", weights)
   factors = mean_factors(bits) if factors is None else np.asarray(factors)
+  _check_thresholds("factors", factors, bits)
   wide = _wide(weights)
   axes = tuple(range(weights.ndim - 1)) if per_channel else None
   mean = jnp.mean(jnp.abs(lax.stop_gradient(weights)).astype(wide), axis=axes)
@@ -151,23 +200,12 @@ def grid(bits: int, thresholds: jax.Array | Sequence[float] | None = None) -> Gr
 
   Raises:
     ValueError: no such grid, the wrong number of thresholds, or (where they are
-      concrete) thresholds that are not positive and ascending.
+      concrete) thresholds that are not finite, positive and ascending.
+    TypeError: the thresholds are not real numbers.
   """
-  if not is_grid(bits):
-    raise ValueError(f"bits={bits!r} is a float format; a grid has 1 to 5 bits")
-  q = num_thresholds(bits)
   if thresholds is None:
     thresholds = fixed_thresholds(bits)
-  if not isinstance(thresholds, jax.core.Tracer):
-    values = np.asarray(thresholds)
-    if values.shape[:1] != (q,):
-      raise ValueError(f"thresholds={thresholds!r}: must be {q} for bits={bits}")
-    if not (np.diff(values.astype(np.float64), axis=0, prepend=0.0) > 0).all():
-      raise ValueError(
-          f"thresholds={thresholds!r}: must be positive and ascending")
-  elif thresholds.shape[:1] != (q,):
-    raise ValueError(
-        f"thresholds of shape {thresholds.shape}: must be {q} for bits={bits}")
+  _check_thresholds("thresholds", thresholds, bits)
   dtype = jnp.result_type(float)
   return Grid(jnp.asarray(thresholds, dtype),
               jnp.asarray(level_magnitudes(bits), dtype))
@@ -235,7 +273,11 @@ def quantize(x: jax.Array, grid: Grid) -> jax.Array:
 
   Returns:
     The shape and dtype of `x`; NaN where `x` is NaN.
+
+  Raises:
+    TypeError: `x` is not float.
   """
+  check_float("x", x)
   levels = _staircase(x, grid, grid.magnitudes.astype(x.dtype))
   return jnp.where(jnp.isnan(x), x, levels)
 
@@ -246,13 +288,23 @@ def encode(x: jax.Array, grid: Grid) -> jax.Array:
   Returns:
     int8 of the shape of `x`: -1 or 1 for one bit, -q..q otherwise. NaN has no code;
     it gets that of 0.
+
+  Raises:
+    TypeError: `x` is not float.
   """
+  check_float("x", x)
   count = grid.magnitudes.shape[0]
   return _staircase(x, grid, jnp.arange(1, count + 1, dtype=jnp.int8))
 
 
 def decode(codes: jax.Array, grid: Grid) -> jax.Array:
-  """The levels of int8 `codes`: the shape of `codes`, the dtype of the grid."""
+  """The levels of int8 `codes`: the shape of `codes`, the dtype of the grid.
+
+  Raises:
+    TypeError: `codes` are not integers.
+  """
+  if not jnp.issubdtype(codes.dtype, jnp.integer):
+    raise TypeError(f"codes of dtype {codes.dtype}: must be integers")
   levels = jnp.concatenate(
       [-grid.magnitudes[::-1], jnp.zeros(1, grid.magnitudes.dtype), grid.magnitudes])
   return levels[codes.astype(jnp.int32) + grid.magnitudes.shape[0]]
@@ -266,7 +318,14 @@ def round_to(x: jax.Array, dtype: str) -> jax.Array:
   Args:
     x: float, any shape.
     dtype: one of `FLOAT_FORMATS`; "8 (float)" of Table IV is float8_e4m3fn.
+
+  Raises:
+    TypeError: `x` is not float.
+    ValueError: unknown `dtype`.
   """
+  check_float("x", x)
+  if dtype not in FLOAT_FORMATS:
+    raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(FLOAT_FORMATS)}")
   return x if dtype == "float32" else _round_to(x, dtype)
 
 

@@ -741,3 +741,69 @@ def test_which_runs_are_equal():
   for a, b in itertools.combinations(range(3), 2):
     assert distance(by_adam[a], by_adam[b]) < 1e-9
     assert distance(by_sgd[a], by_sgd[b]) > 0.01
+
+
+def calls(x, alpha=0.5):
+  """Each estimator's name with a call of it, whose alpha may be another number."""
+  grid, key = quantizers.grid(1), jax.random.key(0)
+  return {
+      "ste": lambda: estimators.ste(x, grid),
+      "aqe": lambda: estimators.aqe(x, alpha, grid),
+      "stochastic_aqe": lambda: estimators.stochastic_aqe(x, alpha, key),
+      "approx_sign": lambda: estimators.approx_sign(x, grid),
+      "swish_sign": lambda: estimators.swish_sign(x, grid),
+      "ede": lambda: estimators.ede(x, alpha, grid),
+      "reste": lambda: estimators.reste(x, alpha, grid),
+      "dsq": lambda: estimators.dsq(x, alpha, grid),
+      "ewgs": lambda: estimators.ewgs(x, grid),
+      "lsq": lambda: estimators.lsq(x, 1.0, grid),
+      "stompp": lambda: estimators.stompp(x, alpha, key, grid),
+      "stompp_ste": lambda: estimators.stompp_ste(x, alpha, key, grid)}
+
+
+def test_all_estimators_are_called():
+  assert {*calls(X)} == {*estimators.network_estimators(), "lsq"}
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
+@pytest.mark.parametrize("name", calls(X))
+def test_inputs_that_are_not_float_are_refused(name, dtype):
+  with pytest.raises(TypeError, match=f"x of dtype {dtype}: must be a float array"):
+    calls(jnp.zeros(3, dtype))[name]()
+  with pytest.raises(TypeError, match=f"x of dtype {dtype}: must be a float array"):
+    jax.jit(lambda x: calls(x)[name]())(jnp.zeros(3, dtype))
+
+
+@pytest.mark.parametrize("alpha, error", [
+    (-0.1, ValueError), (1.5, ValueError), (2, ValueError), (float("nan"), ValueError),
+    (float("inf"), ValueError),
+    (np.float32([0.5, 2]), ValueError), (0.5j, TypeError),
+    (True, TypeError), (jnp.zeros(3, jnp.complex64), TypeError)])
+@pytest.mark.parametrize("name", [
+    "aqe", "stochastic_aqe", "ede", "reste", "dsq", "stompp", "stompp_ste"])
+def test_alpha_that_is_wrong(name, alpha, error):
+  with pytest.raises(error, match="alpha.*: must be (in|real)"):
+    calls(X, alpha)[name]()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda grid: estimators.lsq(X, 0.0, grid), "step=0.0: must be in"),
+    (lambda grid: estimators.lsq(X, -1.0, grid), "step=-1.0: must be in"),
+    (lambda grid: estimators.lsq(X, float("nan"), grid), "step=nan: must be in"),
+    (lambda grid: estimators.lsq(X, 1.0, grid, count=0), "count=0: must be an integer"),
+    (lambda grid: estimators.lsq(X, 1.0, grid, count=2.0), "count=2.0: must be an int"),
+    (lambda grid: estimators.ewgs(X, grid, delta=-1.0), "delta=-1.0: must be in"),
+    (lambda grid: estimators.ewgs(X, grid, delta=float("inf")), "delta=inf: must be")])
+def test_other_parameters_that_are_wrong(call, message):
+  with pytest.raises(ValueError, match=message):
+    call(quantizers.grid(1))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+def test_scales_and_the_neuron_take_floats(dtype):
+  x = jnp.ones((2, 3), dtype)
+  for call in (lambda: estimators.layer_mean_scale(X, x),
+               lambda: estimators.channel_mean_scale(X, x),
+               lambda: estimators.stochastic_neuron(x, jax.random.key(0))):
+    with pytest.raises(TypeError, match=f"of dtype {dtype}: must be a float array"):
+      call()

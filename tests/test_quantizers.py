@@ -344,13 +344,87 @@ def test_bits_are_a_grid_or_a_float_format():
     # The first of two channels is the wrong one.
     (3, [[0.1, 0.2], [0.3, 0.4], [0.2, 0.5]], "positive and ascending"),
     (2, [[0.1, 0.0]], "positive and ascending"),
+    (2, [np.inf], "thresholds=.*inf.*: must be finite, positive and ascending"),
+    (2, [-np.inf], "finite, positive and ascending"),
+    (3, [0.1, 0.2, np.inf], "finite, positive and ascending"),
+    # In float32 the first is infinite, the next 0, and the last two are the same.
+    (2, [1e39], "finite, positive and ascending"),
+    (2, [1e-50], "finite, positive and ascending"),
+    (3, [0.1, 0.2, 0.2 + 1e-12], "finite, positive and ascending"),
 ])
 def test_thresholds_that_are_wrong(bits, thresholds, message):
   with pytest.raises(ValueError, match=message):
     quantizers.grid(bits, thresholds)
 
 
+@pytest.mark.parametrize("thresholds", [
+    [True], [0.1j], ["0.1"], [None], np.array([0.1], complex), np.array([1], object)])
+def test_thresholds_that_are_no_real_numbers(thresholds):
+  with pytest.raises(TypeError, match="thresholds=.*: must be real numbers"):
+    quantizers.grid(2, thresholds)
+
+
+def test_thresholds_may_be_whole_numbers():
+  np.testing.assert_array_equal(quantizers.grid(3, [1, 2, 3]).thresholds, [1, 2, 3])
+
+
+@pytest.mark.parametrize("factors, error", [
+    ([np.inf], ValueError), ([NAN], ValueError), ([-0.7], ValueError),
+    ([0.7, 0.8], ValueError), ([0.7j], TypeError), ([True], TypeError)])
+def test_factors_that_are_wrong(factors, error):
+  with pytest.raises(error, match="factors=.*: must be"):
+    quantizers.mean_thresholds(np.ones((3, 4), np.float32), 2, factors=factors)
+
+
+GRID = quantizers.grid(2)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
+@pytest.mark.parametrize("name, function", [
+    ("x", lambda x: quantizers.quantize(x, GRID)),
+    ("x", lambda x: quantizers.encode(x, GRID)),
+    ("x", lambda x: quantizers.round_to(x, "bfloat16")),
+    ("x", lambda x: quantizers.round_to(x, "float32")),
+    ("weights", lambda x: quantizers.mean_thresholds(x, 2)),
+    ("weights", lambda x: quantizers.weight_grid(x, 3, "channel_mean"))])
+def test_what_is_not_float_is_refused(dtype, name, function):
+  """Under tracing too, where dtypes are known."""
+  x = jnp.zeros((2, 3), dtype)
+  for call in (function, jax.jit(function)):
+    with pytest.raises(TypeError, match=f"{name} of dtype {dtype}: must be a float arr"):
+      call(x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool", "complex64"])
+def test_codes_that_are_no_integers_are_refused(dtype):
+  with pytest.raises(TypeError, match=f"codes of dtype {dtype}: must be integers"):
+    quantizers.decode(jnp.zeros(3, dtype), GRID)
+
+
+@pytest.mark.parametrize("x", [0.5, 1, "a", None, [0.5], b"1"])
+def test_what_is_no_array_is_refused(x):
+  with pytest.raises(TypeError, match="x=.*: must be a float array"):
+    quantizers.quantize(x, quantizers.grid(1))
+
+
+def test_float_formats_that_nobody_has():
+  for dtype in ("int8", "float64", "bf16", 3):
+    with pytest.raises(ValueError, match="dtype=.*: must be one of float8_e4m3fn, bfl"):
+      quantizers.round_to(jnp.zeros(3), dtype)
+
+
+@pytest.mark.parametrize("function", [
+    quantizers.num_thresholds, quantizers.level_magnitudes, quantizers.fixed_thresholds,
+    quantizers.mean_factors, quantizers.unit_thresholds, quantizers.input_grid])
+@pytest.mark.parametrize("bits", [0, 6, 64, -1, True, 2.0, None, "3", "float16"])
+def test_bits_are_checked_everywhere(function, bits):
+  with pytest.raises(ValueError, match="bits=.*(must be one of|is a float format)"):
+    function(bits)
+
+
 def test_thresholds_that_are_wrong_under_tracing():
+  with pytest.raises(TypeError, match=r"shape \(1,\) of dtype complex64: must be real"):
+    jax.jit(lambda t: quantizers.grid(2, t))(np.array([0.1], np.complex64))
   with pytest.raises(ValueError, match=r"shape \(2,\): must be 3 for bits=3"):
     jax.jit(lambda t: quantizers.grid(3, t))(np.array([0.1, 0.2], np.float32))
 
