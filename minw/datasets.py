@@ -116,6 +116,11 @@ _INFOS = {
 
 NAMES = tuple(_INFOS)
 
+# Largest JSON file of a prepared data set that is read.
+_DESCRIPTION_BYTES = 2**24
+# Where such files name classes; the last is what old versions of TFDS wrote.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+
 
 def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
   """Returns what is known of the data set `name` without reading it.
@@ -135,9 +140,9 @@ def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
     wordnet_ids = tfds_file("datasets/imagenet2012/labels.txt").read_text().split()
     found = found._replace(label_names=tuple(wordnet_ids))
     try:
-      text = (_newest_version(name, data_dir) / "dataset_info.json").read_text()
+      described = _description(_newest_version(name, data_dir) / "dataset_info.json")
       sizes = {split["name"]: sum(map(int, split["shardLengths"]))
-               for split in json.loads(text)["splits"]}
+               for split in described["splits"]}
       found = found._replace(
           splits=_imagenet_splits(sizes["train"], sizes["validation"]))
     except (cli.UsageError, OSError, ValueError, LookupError, TypeError):
@@ -263,6 +268,8 @@ def open_records(
   }[split]
 
   try:
+    _description(directory / "dataset_info.json")
+    _check_features(_description(directory / "features.json"))
     builder = tfds.builder_from_directory(directory)
     found = {key: value.num_examples for key, value in builder.info.splits.items()}
     formats = {format_.value for format_ in builder.info.available_file_formats()}
@@ -278,11 +285,34 @@ def open_records(
   if found != expected:
     raise _refusal(directory, f"it holds {found} records and must hold {expected}")
   with _reading(builder.info, name, split):
+    for file in builder.info.splits[_kept_in(name, split)].filepaths:
+      if os.path.exists(file) and not os.path.isfile(file):  # A pipe would not end.
+        raise OSError(f"{file} is not a regular file")
     return builder.as_data_source(
         part,
         decoders={"image": tfds.decode.SkipDecoding()},
         file_format="array_record",
     )
+
+
+def _description(path: pathlib.Path) -> Any:
+  """The content of a JSON file, which must be a regular file that is not too large."""
+  if not path.is_file() or path.stat().st_size > _DESCRIPTION_BYTES:
+    raise ValueError(f"{path.name} is not a file of at most {_DESCRIPTION_BYTES:,} bytes")
+  return json.loads(path.read_text())
+
+
+def _check_features(described: Any) -> None:
+  """Refuses classes that are not TFDS's own: it imports any module that is named."""
+  if isinstance(described, dict):
+    for key, value in described.items():
+      if key in _CLASS_KEYS and isinstance(value, str) and not (
+          re.fullmatch(r"tensorflow_datasets\.core\.features\.\w+\.\w+", value)):
+        raise ValueError(f"it names {value!r}")
+      _check_features(value)
+  elif isinstance(described, list):
+    for value in described:
+      _check_features(value)
 
 
 def _kept_in(name: str, split: str) -> str:

@@ -254,6 +254,47 @@ def test_a_damaged_description_is_reported(directory, tmp_path, file, how):
   assert str(directory) in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_description_imports_no_module(directory, tmp_path, monkeypatch, key):
+  """TFDS would import it, and with it run what lies in the working directory."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "hostile_module.py").write_text("open('trace', 'w')")
+  description = directory / "features.json"
+  features = json.loads(description.read_text())
+  features["featuresDict"]["features"]["label"] = {
+      key: "hostile_module.Feature", "content": {}}
+  description.write_text(json.dumps(features))
+  with pytest.raises(cli.UsageError, match="can not be read .it names 'hostile_mod"):
+    datasets.load("cifar10", "test", tmp_path)
+  assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("file", [
+    "features.json", "dataset_info.json", "cifar10-test.array_record-00000-of-00001"])
+@pytest.mark.parametrize("kind", ["pipe", "sparse"])
+def test_files_that_never_end_are_refused(directory, tmp_path, file, kind):
+  path, = directory.glob(file)
+  path.unlink()
+  if kind == "pipe":
+    os.mkfifo(path)
+  else:
+    with open(path, "wb") as sparse:
+      sparse.truncate(2**40)
+  with pytest.raises(cli.UsageError, match=file):
+    datasets.load("cifar10", "test", tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (32, 32), (33, 32, 3), (32, 32, 4)])
+def test_images_of_another_shape_are_refused(tmp_path, data, shape):
+  images, labels = data["test"]
+  others = [*images[1:], np.zeros(shape, np.uint8)]
+  directory = write_tfds(tmp_path, "3.0.2", data | {"test": (others, labels)})
+  with pytest.raises(cli.UsageError, match="an image has .* pixels of mode") as error:
+    datasets.load("cifar10", "test", tmp_path)
+  assert str(directory / "cifar10-test.array_record") in str(error.value)
+
+
 def test_tfrecord_files_are_refused(directory, tmp_path):
   description = directory / "dataset_info.json"
   content = json.loads(description.read_text())
