@@ -19,6 +19,7 @@ from absl import logging
 import minw
 from minw import dependencies
 from minw import paths
+from minw import text
 from minw import usage
 
 _FLUSH_SECONDS = 5.0  # How long an error's last output may take.
@@ -139,6 +140,11 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def print_error(message: str) -> None:
+  """Prints an error to stderr, as one line in which nothing foreign is as it was."""
+  print(f"error: {text.printable(' '.join(message.split()))}", file=sys.stderr)
+
+
 def guarded(function: Callable, *arguments: Any) -> Any:
   """Calls `function`, and ends the process at once if that raises an error.
 
@@ -172,9 +178,10 @@ def guarded(function: Callable, *arguments: Any) -> Any:
     _end_with_traceback(error)
 
 
-def _one_line(text: str, error: BaseException) -> str:
-  """`text` and the notes of an error as one line."""
-  return " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
+def _one_line(message: str, error: BaseException) -> str:
+  """A message and the notes of an error, as one line without control characters."""
+  message = "; ".join([message, *getattr(error, "__notes__", ())])
+  return text.printable(" ".join(message.split()))
 
 
 def _end_with_traceback(error: BaseException) -> NoReturn:
@@ -232,6 +239,8 @@ def run(
   """
   faulthandler.enable()
   logging.use_absl_handler()
+  if hasattr(sys.stdout, "reconfigure"):  # Else an encoding could lack characters.
+    sys.stdout.reconfigure(errors="backslashreplace")
   _exchange_interrupt(signal.SIG_DFL, signal.default_int_handler)  # See minw.__init__.
   try:
     sys.exit(guarded(_run, main, define_flags, program or _program()))

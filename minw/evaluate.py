@@ -6,6 +6,7 @@
 
 import collections
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -17,11 +18,13 @@ import optax
 
 from minw import checkpoint
 from minw import cli
+from minw import config as config_lib
 from minw import datasets
 from minw import infer
 from minw import metrics
 from minw import pipeline
 from minw import streaming
+from minw import text
 from minw import workdir as workdir_lib
 from minw.experiment import Experiment
 
@@ -136,7 +139,11 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, checkpoint.Restore
 
 
 def evaluate_workdir(
-    workdir: str, split: str = "test", which: str = "last", data_dir: str | None = None
+    workdir: str,
+    split: str = "test",
+    which: str = "last",
+    data_dir: str | None = None,
+    data_workers: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates the hard network of a run, from its checkpoint.
 
@@ -145,6 +152,8 @@ def evaluate_workdir(
     split: "train", "validation" or "test".
     which: "last" or "best" (validation accuracy) checkpoint.
     data_dir: where the data are now, if not where the run's config says.
+    data_workers: Processes that decode images of ImageNet, if not as many as the run's
+      config says.
 
   Returns:
     {"step"} and what `Evaluator.hard` returns; of streamed data also "damaged", how
@@ -160,6 +169,8 @@ def evaluate_workdir(
     metrics.check_complete(workdir, config, status)
   if data_dir is not None:
     config.data_dir = data_dir
+  if data_workers is not None:
+    config.data_workers = data_workers
   experiment = Experiment(config)
   variables = hard_variables(saved.tree)
   data = experiment.load(split)
@@ -173,14 +184,21 @@ def evaluate_model(
     dataset: str | None = None,
     data_dir: str | None = None,
     batch_size: int = 256,
+    data_workers: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates a packed network.
 
+  The file is not trusted. It says what the network was trained on, but neither where
+  the data are nor how many processes read them.
+
   Args:
-    path: of its file.
+    path: Path of its file.
     split: "train", "validation" or "test".
-    dataset, data_dir: what and where the data are; as in training if None.
-    batch_size: images at a time.
+    dataset: Name of the data set; the one that it was trained on if None.
+    data_dir: Directory of the prepared data sets; that of a default config if None.
+    batch_size: Images at a time.
+    data_workers: Processes that decode images of ImageNet; that of a default config if
+      None.
 
   Returns:
     {"loss", "accuracy"}, and "top5_accuracy" as `Evaluator` does.
@@ -190,9 +208,14 @@ def evaluate_model(
   """
   network = infer.load_for_command(path)
   config = network.program.metadata.get("config") or {}
-  dataset = dataset or config.get("dataset")
-  cli.check(dataset is not None, "dataset", dataset,
-            "given: the file does not say what it was trained on")
+  if dataset is None:
+    dataset = config.get("dataset")
+    cli.check(dataset is not None, "dataset", dataset,
+              "given: the file does not say what it was trained on")
+    if dataset not in datasets.NAMES:
+      raise cli.UsageError(
+          f"model={os.fspath(path)!r} was trained on {text.quoted(dataset)}: --dataset"
+          f" must be given, one of {', '.join(datasets.NAMES)}")
   info = datasets.info(dataset)
   source_shape = network.program.source_shape
   cli.check(
@@ -200,10 +223,11 @@ def evaluate_model(
       and info.num_classes == network.program.num_classes, "dataset", dataset,
       f"one of images of shape {network.program.source_shape} in"
       f" {network.program.num_classes} classes, as the network has")
-  data_dir = data_dir or config.get("data_dir")
+  defaults = config_lib.default_config(dataset)
+  data_dir = data_dir or defaults.data_dir
   if info.streamed:
-    limits = {"workers": config.get("data_workers", 0),
-              "max_damaged": config.get("max_damaged", 0.0)}
+    limits = {"max_damaged": defaults.max_damaged, "workers": (
+        defaults.data_workers if data_workers is None else data_workers)}
     batches = streaming.Split(
         datasets.open_records(dataset, split, data_dir), f"{dataset}, {split}", **limits
     ).eval_batches(batch_size, source=source_shape[:2], crop=source_shape[:2],
@@ -244,7 +268,12 @@ def define_flags() -> None:
       "The last checkpoint, or the one with the best validation accuracy.")
   cli.DEFINE_path(
       "data_dir", None,
-      "Directory of the prepared data sets, if not where the run's config says.")
+      "Directory of the prepared data sets. By default it is where the run's config says, "
+      "and for a packed network ~/tensorflow_datasets.")
+  flags.DEFINE_integer(
+      "data_workers", None, "Processes that decode images of imagenet2012. By default as "
+      "many as the run's config says, and for a packed network threads of this one.",
+      lower_bound=0)
 
 
 def main() -> None:
@@ -255,11 +284,13 @@ def main() -> None:
   if f.workdir is not None:
     cli.check(f.dataset is None, "dataset", f.dataset,
               "left out with --workdir, whose config names it")
-    result = evaluate_workdir(f.workdir, f.split, f.checkpoint, f.data_dir)
+    result = evaluate_workdir(
+        f.workdir, f.split, f.checkpoint, f.data_dir, f.data_workers)
   else:
     cli.check(not f["checkpoint"].present, "checkpoint", f.checkpoint,
               "left out with --model, which is of one checkpoint")
-    result = evaluate_model(f.model, f.split, f.dataset, f.data_dir)
+    result = evaluate_model(
+        f.model, f.split, f.dataset, f.data_dir, data_workers=f.data_workers)
   print(json.dumps({"split": f.split, "mode": "hard", **result}))
 
 

@@ -29,6 +29,7 @@ from minw import dependencies
 from minw import image_files as image_files_lib
 from minw import images as images_lib
 from minw import packed
+from minw import text
 from minw.kernels import native
 from minw.kernels import reference
 
@@ -96,7 +97,7 @@ class Network:
     self.name = None
     if isinstance(source, (str, os.PathLike)):
       path = _existing(source)
-      self.name, self._data = path.stem, path.read_bytes()
+      self.name, self._data = path.stem, packed.read_bytes(path)
     else:
       self._data = (packed.to_bytes(source) if isinstance(source, packed.Program)
                     else bytes(source))
@@ -288,10 +289,7 @@ def _existing(path: str | os.PathLike) -> pathlib.Path:
       raise FileNotFoundError(
           f"neither a file nor a network that comes with minw ({', '.join(known)})")
     path = known[str(path)]
-  path = pathlib.Path(path)
-  if not path.is_file():  # Reading a pipe or a device could have no end.
-    raise OSError("it is not a regular file")
-  return path
+  return pathlib.Path(path)
 
 
 def shipped() -> dict[str, pathlib.Path]:
@@ -429,8 +427,7 @@ def print_predictions(
       print(_line(file, result))
     else:
       bad += 1
-      message = f"images={os.fspath(file)!r}: {result}"
-      print(f"error: {' '.join(message.split())}", file=sys.stderr)
+      cli.print_error(f"images={os.fspath(file)!r}: {result}")
     if hidden and count % 1000 == 0:  # Else the lines show the progress.
       print(f"{count:,} images", file=sys.stderr)
   return 2 if bad == count == 1 else int(bad > 0)
@@ -442,13 +439,7 @@ def _line(file: str | os.PathLike, prediction: Prediction) -> str:
   fields = [os.fspath(file)]
   for label, score in pairs:
     fields += [label, f"{score:.4f}"]
-  return "\t".join(map(_printable, fields))
-
-
-def _printable(text: str) -> str:
-  """The text with line breaks, tabs and what no encoding has as escapes."""
-  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
-                 for c in str(text))
+  return "\t".join(map(text.printable, fields))
 
 
 def define_flags() -> None:
@@ -485,7 +476,7 @@ def main() -> int:
   code = print_predictions(network, image_files(f.images), f.top, f.background)
   if f.kernels:
     for name, kernel in network.kernels():
-      print(f"{name}\t{kernel}")
+      print(f"{text.printable(name)}\t{kernel}")
   return code
 
 

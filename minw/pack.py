@@ -22,6 +22,7 @@ from minw import config as config_lib
 from minw import evaluate
 from minw import fold
 from minw import layers
+from minw import metadata as metadata_lib
 from minw import packed
 from minw import pipeline
 from minw import quantizers
@@ -42,13 +43,14 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
   config, saved = evaluate.read_run(workdir, which)
   experiment = Experiment(config)
   text = config_lib.to_json(config)
+  shared = metadata_lib.shared(json.loads(text))
   try:
     return pack(
         experiment.model, evaluate.hard_variables(saved.tree),
         pixels=experiment.pixels, source_shape=experiment.info.image_shape,
         crop=experiment.image_shape[:2],
         labels=experiment.info.label_names,
-        metadata={"config": json.loads(text), "step": saved.step,
+        metadata={"config": shared, "step": saved.step,
                   "config_hash": hashlib.sha256(text.encode()).hexdigest()})
   except ValueError as error:
     raise cli.UsageError(f"workdir={workdir!r}: {error}") from error
@@ -76,10 +78,11 @@ def pack(
     source_shape: (height, width, channels) of the images that it will get.
     crop: (height, width) that the network sees, from the centre; all if None.
     labels: a name for each class.
-    metadata: more to be kept in the file, of JSON.
+    metadata: What else the file says; see `minw.metadata`.
 
   Raises:
-    ValueError: something in the network cannot be packed; names the layer.
+    ValueError: Something in the network cannot be packed; the message names the layer.
+      Or the labels or the metadata are not as `minw.metadata` says.
   """
   crop = tuple(crop or source_shape[:2])
   offset = np.asarray(pixels.offset)
@@ -94,13 +97,12 @@ def pack(
   results = structure.evaluate(
       network.jaxpr, [*jax.tree.leaves(hard), walk.image], walk.apply)
   result = walk.logits(results)
-  labels = tuple(labels)
   num_classes = math.prod(result.shape)
-  if labels and len(labels) != num_classes:
-    raise ValueError(f"{len(labels)} labels for {num_classes} classes")
+  metadata = {"labels": tuple(labels), **(metadata or {})}
+  metadata_lib.encode(metadata, num_classes)  # An error here is better than at the end.
   program = packed.Program(
       tuple(source_shape), crop, offset.astype(np.uint8), num_classes,
-      tuple(walk.ops), {"labels": labels, **(metadata or {})})
+      tuple(walk.ops), metadata)
   packed.infer_values(program)
   return program
 

@@ -14,8 +14,9 @@ checks all of it, by the rules in docs/format.md, which the native library follo
 well. Memory of a load stays below 64 times the size of the file, and 64 MB.
 """
 
-import json
 import math
+import os
+import stat
 import struct
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 import zlib
@@ -24,11 +25,15 @@ import ml_dtypes
 import numpy as np
 
 from minw import files
+from minw import metadata as metadata_lib
+from minw import text
 
 MAGIC = b"MINW\r\n\x1a\0"
 # Version 2 adds groups and dilation to each convolution. A program that has neither is
 # written in version 1, which older versions of minw read.
 VERSIONS = (1, 2)
+
+_HEAD = 32  # Bytes before the program: magic, version, checksum and sizes.
 
 LEVELS = {1: (-1, 0, 1), 2: (-1, 0, 1), 3: (-4, -2, -1, 0, 1, 2, 4)}  # By code + q.
 FLOAT_FORMATS = {
@@ -37,6 +42,7 @@ SMALLEST = np.float32(2.0 ** -126)  # A FLOAT below it has the one-bit code of 0
 _FORMAT_NAMES = {number: name for name, number in FLOAT_FORMATS.items()}
 
 # Rules of the format that are numbers; csrc/program.cc has the same ones.
+_MAX_FILE = 2 ** 30  # Bytes of a file.
 _MAX_SIZE = 2 ** 16  # Largest dimension.
 _MAX_STEP = 64  # Largest stride, dilation or border.
 _MAX_SHIFT = 23
@@ -228,7 +234,7 @@ class Program(NamedTuple):
     offset: uint8 (channels,), subtracted from pixels.
     num_classes: of the logits.
     ops: the operations; the last one makes the logits.
-    metadata: of JSON: "labels", "config", "config_hash", ...
+    metadata: What else the file says, such as "labels"; see `minw.metadata`.
   """
 
   source_shape: tuple[int, int, int]
@@ -662,7 +668,8 @@ def _size(n, name):
 
 def _require(ok: bool, name: str, problem: str) -> None:
   if not ok:
-    raise ValueError(f"packed network{', layer ' if name else ''}{name}: {problem}")
+    layer = f", layer {text.shortened(name)}" if name else ""
+    raise ValueError(f"packed network{layer}: {problem}")
 
 
 # The file. Little-endian throughout; weights ordered as in `Conv.kernel`.
@@ -682,8 +689,8 @@ def to_bytes(program: Program) -> bytes:
     kind, fields = _write_op(op, version)
     parts.append(struct.pack("<2B", kind, len(name)) + name + fields)
   body = b"".join(parts)
-  metadata = json.dumps(p.metadata, separators=(",", ":")).encode()
-  rest = struct.pack("<Q2I", 32 + len(body) + len(metadata), len(body),
+  metadata = metadata_lib.encode(p.metadata, p.num_classes)
+  rest = struct.pack("<Q2I", _HEAD + len(body) + len(metadata), len(body),
                      len(metadata)) + body + metadata
   return MAGIC + struct.pack("<2I", version, zlib.crc32(rest)) + rest
 
@@ -704,21 +711,10 @@ def from_bytes(data: bytes, limits: Limits = Limits()) -> Program:
     ValueError: it is not such a file, of another version, damaged or impossible, or
       beyond `limits`.
   """
-  if data[:8] != MAGIC:
-    raise ValueError("not a packed network: it does not begin as one")
-  if len(data) < 32:
-    raise ValueError(f"packed network: {len(data)} bytes are less than its head")
-  version, crc, size, body_size, metadata_size = struct.unpack_from("<2IQ2I", data, 8)
-  if version not in VERSIONS:
-    raise ValueError(
-        f"packed network of format version {version}; this minw reads the versions"
-        f" {' and '.join(map(str, VERSIONS))}: pack it again, or install a newer minw")
-  if size != len(data) or size != 32 + body_size + metadata_size:
-    raise ValueError(f"packed network: {len(data)} bytes where it says {size}")
+  version, crc, body_size = _head(data, len(data))
   if crc != zlib.crc32(data[16:]):
     raise ValueError("packed network: its checksum does not match: it is damaged")
-  metadata = decode_metadata(data[32 + body_size:])
-  r = _Reader(data[32:32 + body_size])
+  r = _Reader(data[_HEAD:_HEAD + body_size])
   source_shape, crop = r.unpack("3I"), r.unpack("2I")
   offset = r.array(np.uint8, source_shape[2])
   num_classes, num_ops = r.unpack("2I")
@@ -726,25 +722,11 @@ def from_bytes(data: bytes, limits: Limits = Limits()) -> Program:
   ops, values = [], [_image(source_shape, crop, offset)]
   _append_values(values, _read_ops(r, num_ops, version, ops, values))
   _require(r.done(), "", "bytes after the last operation")
-  program = Program(source_shape, crop, offset, num_classes, tuple(ops), metadata)
+  program = Program(source_shape, crop, offset, num_classes, tuple(ops), {})
   _check_logits(program, values[-1])
   check_limits(program, limits, values)
-  return program
-
-
-def decode_metadata(data: bytes) -> dict[str, Any]:
-  """The metadata of a file.
-
-  Raises:
-    ValueError: they are not a JSON object.
-  """
-  try:
-    metadata = json.loads(data.decode())
-    if not isinstance(metadata, dict):
-      raise TypeError
-  except (UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
-    raise ValueError("packed network: its metadata are not a JSON object") from error
-  return metadata
+  metadata = metadata_lib.decode(data[_HEAD + body_size:], num_classes)
+  return program._replace(metadata=metadata)
 
 
 def write(path: str, program: Program) -> int:
@@ -754,10 +736,54 @@ def write(path: str, program: Program) -> int:
   return len(data)
 
 
-def read(path: str) -> Program:
-  """Reads a file; see `from_bytes`."""
-  with open(path, "rb") as file:
-    return from_bytes(file.read())
+def read(path: str | os.PathLike) -> Program:
+  """Reads a file; see `from_bytes` and `read_bytes`."""
+  return from_bytes(read_bytes(path))
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+  """The content of a file that begins as a packed network.
+
+  Reading ends, and no more is read than the file's head says. Otherwise a pipe could
+  wait forever, a device have no end, and a file with holes be larger than memory.
+
+  Raises:
+    OSError: The file cannot be read, or it is not a regular file.
+    ValueError: It does not begin as a packed network of its size, or is too large.
+  """
+  if not stat.S_ISREG(os.stat(path).st_mode):  # Opening a device may have effects.
+    raise OSError("it is not a regular file")
+  with open(path, "rb", opener=_open_at_once) as file:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(_HEAD)
+    _head(start, size)
+    return start + file.read(size - _HEAD)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+  """Opens a file. A pipe that has just taken its place would wait for its writer."""
+  return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _head(data: bytes, size: int) -> tuple[int, int, int]:
+  """Reads the head of a file that has `size` bytes.
+
+  Returns:
+    The version, the checksum, and the size of the program. The rest are the metadata.
+  """
+  if data[:8] != MAGIC:
+    raise ValueError("not a packed network: it does not begin as one")
+  if len(data) < _HEAD:
+    raise ValueError(f"packed network: {len(data)} bytes are less than its head")
+  version, crc, said, body, metadata = struct.unpack_from("<2IQ2I", data, 8)
+  if version not in VERSIONS:
+    raise ValueError(
+        f"packed network of format version {version}; this minw reads the versions"
+        f" {' and '.join(map(str, VERSIONS))}: pack it again, or install a newer minw")
+  if size != said or size != _HEAD + body + metadata:
+    raise ValueError(f"packed network: {size} bytes where it says {said}")
+  _require(size <= _MAX_FILE, "", f"{size} bytes; a file has at most {_MAX_FILE}")
+  return version, crc, body
 
 
 class _Reader:

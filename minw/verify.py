@@ -16,6 +16,7 @@ from minw import infer
 from minw import packed
 from minw import pipeline
 from minw import quantizers
+from minw import text
 from minw import trained
 from minw.experiment import Experiment
 from minw.kernels import native
@@ -79,7 +80,7 @@ def differences(
         if len(where):
           broken.add(network.backend)
           first = tuple(int(i) for i in where[0])
-          yield (f"{network.backend}: {op.name} differs first, at image"
+          yield (f"{network.backend}: {text.printable(op.name)} differs first, at image"
                  f" {start + first[0]}, (row, column, channel) {first[1:]}:"
                  f" {have[first]} where the trained network has {want[first]};"
                  f" {len(where)} of {want.size} in this batch differ")
@@ -123,7 +124,8 @@ def _against_reference(program, kinds, wanted):
     floats = kinds[i + 1].kind == "FLOAT" and not isinstance(op, packed.Logits)
     bound = _TOLERANCE * np.abs(want).max() if floats else 0
     if (np.abs(have - want) > bound).any():
-      yield f"reference: {op.name} differs from the trained network on equal inputs"
+      yield (f"reference: {text.printable(op.name)} differs from the trained network on"
+             " equal inputs")
       return
 
 

@@ -6,6 +6,7 @@ C is compiled with all warnings as errors; StableHLO runs in processes without m
 import ctypes
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -222,6 +223,18 @@ def test_golden_says_what_codes_stand_for(tmp_path):
   assert code["levels"] == [-4, -2, -1, 0, 1, 2, 4]
   codes = np.load(tmp_path / f"{code['name']}.npy")
   assert codes.shape == (2, *code["shape"]) and codes.dtype == np.int8
+
+
+@pytest.mark.parametrize("text, name", [
+    ("", ""), ("a/../b", "a_b"), ("\n*/", "_"), ("é数字", "_"), ("..", "_"),
+    ("a" * 255, "a" * 100)])
+def test_names_of_values_are_names_of_files(tmp_path, text, name):
+  program = small()
+  program = program._replace(ops=tuple(op._replace(name=text) for op in program.ops))
+  golden.write(tmp_path / "golden", program, images(program, 1))
+  assert sorted(os.listdir(tmp_path)) == ["golden"]
+  assert sorted(os.listdir(tmp_path / "golden")) == [
+      "00_image.npy", f"01_{name}.npy", f"02_{name}.npy", "index.json", "input.npy"]
 
 
 @pytest.mark.parametrize("bits", (1, 2, 3))
@@ -626,6 +639,19 @@ def test_stablehlo_without_minw(tmp_path, make):
   metadata = json.loads(run.stdout)
   assert metadata["pixel_offset"] == program.offset.tolist()
   assert len(metadata["labels"]) == program.num_classes
+
+
+def test_stablehlo_holds_no_paths():
+  """Nor lines of source files, also where a caller has asked JAX for them."""
+  program = small()
+  limit = jax.config.jax_traceback_in_locations_limit
+  assert limit != 0
+  data = stablehlo().serialize(program)
+  assert jax.config.jax_traceback_in_locations_limit == limit
+  for path in (__file__, c.__file__, jax.__file__, sys.executable, os.getcwd()):
+    parts = pathlib.Path(path).parts
+    assert os.path.join(*parts[:3]).encode() not in data
+  assert b".py" not in data
 
 
 @pytest.mark.parametrize("bits, pad", [(1, 0), (2, -1), (3, 2)])

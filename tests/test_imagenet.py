@@ -430,7 +430,7 @@ def test_a_run_goes_on_with_other_workers(prepared, tmp_path, monkeypatch):
   packed.write(model, pack.pack_workdir(workdir))
   assert verify.verify_workdir(workdir, model) == 0
   evaluated = evaluate.evaluate_workdir(workdir)
-  found = evaluate.evaluate_model(model)
+  found = evaluate.evaluate_model(model, data_dir=str(prepared))
   assert found["accuracy"] == evaluated["accuracy"] == plain["test_accuracy"]
   assert found["top5_accuracy"] == plain["test_top5_accuracy"]
   assert found["loss"] == pytest.approx(plain["test_loss"], rel=1e-5)

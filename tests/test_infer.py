@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import types
@@ -21,6 +22,7 @@ from minw import datasets
 from minw import evaluate
 from minw import infer
 from minw import packed
+from minw import streaming
 from minw.kernels import native
 
 BACKENDS = [
@@ -307,10 +309,10 @@ def test_image_of_another_size(tmp_path):
   assert gray.shape == (16, 16, 1) and abs(int(gray[8, 8, 0]) - 124) <= 1
 
 
-def run(module, *arguments):
+def run(module, *arguments, **environment):
   return subprocess.run(
       [sys.executable, "-W", "error", "-m", module, *arguments],
-      capture_output=True, text=True, check=False)
+      env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 def test_images_may_be_taken_as_they_are(tmp_path):
@@ -401,6 +403,26 @@ def test_model_that_is_no_regular_file(tmp_path):
       infer.load(path)
 
 
+def test_no_more_of_a_model_is_read_than_its_head_says(model, tmp_path):
+  data = model.read_bytes()
+  cases = [(data[:31], "less than its head"), (b"MINW" + data[4:8], "less than its head"),
+           (data + b"\0", "where it says"), (data[:-1], "where it says")]
+  # A file with a hole of 2 TB, and one whose head agrees with its size of 4 GB.
+  for size, head, message in (
+      (2**41, b"", "does not begin as one"), (2**41, data[:32], "where it says"),
+      (32 + 2**32 - 2, data[:16] + struct.pack("<Q2I", 2**32 + 30, 2**32 - 4, 2),
+       "at most 1073741824")):
+    with open(tmp_path / "hole.minw", "wb") as file:
+      file.write(head)
+      file.truncate(size)
+    with pytest.raises(ValueError, match=message):
+      infer.load(tmp_path / "hole.minw")
+  for bad, message in cases:
+    (tmp_path / "bad.minw").write_bytes(bad)
+    with pytest.raises(ValueError, match=message):
+      packed.read(tmp_path / "bad.minw")
+
+
 def test_command_on_a_background(model, tmp_path):
   Image.new("LA", (8, 8), (255, 0)).save(tmp_path / "a.png")
   lines = [run("minw.infer", f"--model={model}", f"--images={tmp_path}", *more).stdout
@@ -463,6 +485,31 @@ def test_command_refuses_in_one_line(model, tmp_path, arguments, message):
   assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def forged_network(path):
+  """A network whose layers have names that look like lines of others."""
+  program = digits_network({"labels": ["a b\u0020é"] * 10})
+  names = "fc\tnative\nnorm", "\x1b[2J\x9b\u202e??/\\"
+  packed.write(path, program._replace(ops=tuple(
+      op._replace(name=name) for op, name in zip(program.ops, names))))
+
+
+def test_command_prints_foreign_text_escaped(tmp_path):
+  forged_network(tmp_path / "net.minw")
+  image = tmp_path / "a\n\t\x1b.png"
+  Image.new("L", (8, 8)).save(image)
+  arguments = ["minw.infer", f"--model={tmp_path}/net.minw", "--kernels",
+               "--backend=reference", str(image), str(tmp_path / "net.minw")]
+  done = run(*arguments)
+  first, *kernels = done.stdout.split("\n")
+  assert first.split("\t")[:2] == [f"{tmp_path}/a\\n\\t\\x1b.png", "a b é"]
+  assert kernels == ["fc\\tnative\\nnorm\treference",
+                     "\\x1b[2J\\x9b\\u202e??/\\\treference", ""]
+  # Not every encoding has all characters.
+  done = run(*arguments, PYTHONIOENCODING="ascii")
+  assert done.returncode == 1 and done.stdout.split("\t")[1] == r"a b \xe9"
+  assert done.stderr.count("\n") == 1
+
+
 def test_evaluate_command(model):
   done = run("minw.evaluate", f"--model={model}", "--split=validation")
   assert done.returncode == 0, done.stderr
@@ -496,6 +543,41 @@ def test_evaluate_takes_a_run_or_a_file(model, arguments, message):
   done = run("minw.evaluate", *(a.format(model=model) for a in arguments))
   assert done.returncode == 2 and message in done.stderr
   assert done.stderr.count("\n") == 1
+
+
+def test_evaluate_takes_no_paths_and_workers_of_a_file(tmp_path, monkeypatch):
+  rng = np.random.default_rng(0)
+  ops = (packed.Conv("fc", 0, 1, rng.choice([-1, 1], (1000, 8, 8, 3)).astype(np.int8)),
+         packed.Logits("norm", 1, 1.0, *np.ones((3, 1000), np.float32)))
+  config = {"dataset": "imagenet2012", "data_dir": str(tmp_path / "theirs"),
+            "data_workers": 64, "max_damaged": 1.0}
+  packed.write(tmp_path / "net.minw", packed.Program(
+      (8, 8, 3), (8, 8), np.zeros(3, np.uint8), 1000, ops, {"config": config}))
+  asked = []
+
+  class Split:
+
+    def __init__(self, records, name, *, workers, max_damaged):
+      asked.append((records, workers, max_damaged))
+
+    def eval_batches(self, *arguments, **options):
+      yield np.zeros((1, 8, 8, 3), np.uint8), np.int32([0])
+
+  monkeypatch.setattr(streaming, "Split", Split)
+  monkeypatch.setattr(
+      datasets, "open_records", lambda name, split, data_dir: (name, data_dir))
+  evaluate.evaluate_model(tmp_path / "net.minw")
+  evaluate.evaluate_model(tmp_path / "net.minw", data_dir="mine", data_workers=3)
+  assert asked == [(("imagenet2012", "~/tensorflow_datasets"), 0, 0.001),
+                   (("imagenet2012", "mine"), 3, 0.001)]
+
+
+@pytest.mark.parametrize("name", ["mnist", "", "x\nerror: y", "\x1b[2J", "a" * 10**4])
+def test_a_data_set_that_a_file_invents_is_refused(tmp_path, name):
+  packed.write(tmp_path / "net.minw", digits_network({"config": {"dataset": name}}))
+  with pytest.raises(cli.UsageError, match="--dataset must be given, one of digits") as caught:
+    evaluate.evaluate_model(tmp_path / "net.minw")
+  assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
 def test_dataset_must_be_known(tmp_path):

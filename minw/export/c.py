@@ -334,7 +334,7 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
         self.get(i, *where))
 
   def array(self, dtype, name, values):
-    values = np.asarray(values).reshape(-1)
+    values = np.asarray(values, np.float32 if dtype == "float" else None).reshape(-1)
     if dtype == "float":
       items = [f"{v:.8e}f" for v in values.tolist()]  # 9 digits hold any float32.
     elif dtype == "uint32_t":

@@ -7,6 +7,8 @@ import numpy as np
 
 from minw import packed
 
+_LONGEST = 100  # Characters of a layer's name that are kept.
+
 
 def values(program: packed.Program) -> list[packed.Value]:
   """What is known of all values, of a program that can be exported exactly.
@@ -24,9 +26,13 @@ def values(program: packed.Program) -> list[packed.Value]:
 
 
 def names(program: packed.Program) -> list[str]:
-  """A name for each value, the same in all exports: "00_image", "01_conv1", ..."""
+  """A name for each value, the same in all exports: "00_image", "01_conv1", ...
+
+  Names of layers come from a file, and these names become names of files and tensors:
+  they are made of letters, digits and `_`, they are short, and no two are equal.
+  """
   titles = ["image", *(op.name for op in program.ops)]
-  return [f"{i:02d}_{re.sub('[^0-9A-Za-z]+', '_', title)}"
+  return [f"{i:02d}_{re.sub('[^0-9A-Za-z]+', '_', title)[:_LONGEST]}"
           for i, title in enumerate(titles)]
 
 

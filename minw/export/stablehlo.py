@@ -4,8 +4,10 @@ It takes uint8 (batch, height, width, channels), by default of any batch, and re
 labels and float32 logits. Weights are in it packed. `fun_name` is JSON: its metadata.
 """
 
+import contextlib
 import dataclasses
 import json
+from typing import Iterator
 
 import jax
 from jax import export
@@ -38,7 +40,23 @@ def serialize(program: packed.Program, batch: int | None = None) -> bytes:
     logits = run(operands, images)[-1].reshape(-1, program.num_classes)
     return logits.argmax(-1).astype(jnp.int32), logits
 
-  exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
+  with _no_locations():
+    exported = export.export(jax.jit(network), platforms=PLATFORMS)(images)
   exported = dataclasses.replace(
       exported, fun_name=json.dumps(common.metadata(program)))
   return bytes(exported.serialize())
+
+
+@contextlib.contextmanager
+def _no_locations() -> Iterator[None]:
+  """Exports inside this context hold no paths of source files.
+
+  JAX would note for each operation the file and the line that it comes from, and so
+  tell whoever gets the file where minw and the caller's program are installed.
+  """
+  limit = jax.config.jax_traceback_in_locations_limit
+  jax.config.update("jax_traceback_in_locations_limit", 0)
+  try:
+    yield
+  finally:
+    jax.config.update("jax_traceback_in_locations_limit", limit)

@@ -19,6 +19,7 @@ from typing import Any, Callable
 
 import numpy as np
 
+from minw import metadata
 from minw import packed
 
 LIBRARY = pathlib.Path(__file__).with_name("libminw.so")
@@ -96,13 +97,13 @@ class Network:
         data, len(data), _Limits(*limits), message, len(message))
     if not self._network:
       raise ValueError(f"packed network: {message.value.decode(errors='replace')}")
-    size = ctypes.c_size_t()
-    metadata = self._lib.minw_metadata(self._network, size)
-    packed.decode_metadata(ctypes.string_at(metadata, size.value))  # Checks them.
     self.isa = self._lib.minw_isa(self._network).decode()
     source = self._lib.minw_source(self._network)
     self.shape = (source.height, source.width, source.channels)
     self.classes = self._lib.minw_classes(self._network)
+    size = ctypes.c_size_t()
+    said = self._lib.minw_metadata(self._network, size)
+    metadata.decode(ctypes.string_at(said, size.value), self.classes)  # Checks them.
 
   def __reduce__(self):
     return type(self), (self._data, self._limits)
