@@ -51,6 +51,7 @@ from minw import config as config_lib
 from minw import config_flag
 from minw import environment
 from minw import files
+from minw import json_files
 from minw import locks
 from minw import workdir as workdir_lib
 from minw.progress import duration
@@ -189,9 +190,10 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
   steps, known = {}, {}
   for run in runs:
     with _naming(run.name):
+      if _damage(run):
+        continue  # It counts as failed; the others go on.
       workdir_lib.check_free(str(run.workdir), run.config)
-      status = workdir_lib.read_status(str(run.workdir))
-      if status and status["state"] in _FINAL:
+      if _read_status(run)[0]["state"] in _FINAL:
         continue
       # Of runs that differ by their seeds, one is enough: each takes a while.
       key = config_lib.to_json(config_lib.copy(run.config, seed=0))
@@ -212,11 +214,37 @@ def _with_locks(run: Run) -> Iterator[None]:
                          f"has no locks: {error}") from error
 
 
+_NO_RECORD = {"steps": 0, "failures": 0, "code": 0, "reason": "", "seconds": 0.0,
+              "started": None}
+
+
 def _read_record(run: Run) -> dict[str, Any]:
-  path = run.workdir / "sweep.json"
-  record = {"steps": 0, "failures": 0, "code": 0, "reason": "", "seconds": 0.0,
-            "started": None}
-  return record | (json.loads(path.read_text()) if path.exists() else {})
+  """What `_write_record` wrote; of a damaged file no more than that it is damaged."""
+  try:
+    found = json_files.read_object(run.workdir / "sweep.json", _check_record)
+  except json_files.Damaged as error:
+    found = {"reason": f"{error}: what was tried before is not known"}
+  return _NO_RECORD | (found or {})
+
+
+def _check_record(record: dict[str, Any]) -> None:
+  """Raises ValueError for what `_write_record` cannot have written."""
+  for name in _NO_RECORD.keys() & record.keys():
+    value = record[name]
+    right = (isinstance(value, str) if name == "reason" else
+             type(value) is int if name in ("steps", "failures", "code") else
+             json_files.is_number(value) or (name, value) == ("started", None))
+    if not right:
+      raise ValueError(f"{name}={value!r} is of another type")
+
+
+def _damage(run: Run) -> str:
+  """Says why the run cannot be started: its config.json is damaged; "" if it is not."""
+  try:
+    json_files.read_object(run.workdir / "config.json")
+  except json_files.Damaged as error:
+    return f"{error}: move it away, and the next start of the run writes it anew"
+  return ""
 
 
 def _write_record(run: Run, record: dict[str, Any]) -> None:
@@ -233,8 +261,11 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
   """
   if not run.workdir.exists():
     return State("waiting")
-  status = workdir_lib.read_status(str(run.workdir)) or {"state": "", "step": 0}
+  status, fault = _read_status(run)
   record = _read_record(run)
+  record["reason"] = fault or record["reason"]
+  if damage := _damage(run):
+    return State("failed", status["step"], record["steps"], reason=damage)
   if status["state"] in ("done", "diverged"):
     name = status["state"]
   else:
@@ -249,10 +280,20 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
       name = "stopped" if status["state"] else "waiting"
   seconds = record["seconds"]
   if name == "running" and record["started"] is not None:
-    seconds += time.time() - record["started"]
+    seconds += max(time.time() - record["started"], 0.0)  # The clock may be set back.
   return State(name, status["step"], record["steps"], status.get("test_accuracy"),
                seconds, record["reason"], _training_left(run, name, status["step"],
                                                          record["steps"]))
+
+
+def _read_status(run: Run) -> tuple[dict[str, Any], str]:
+  """What status.json holds, and what is wrong with it, which the run mends when started."""
+  try:
+    status, fault = workdir_lib.read_status(str(run.workdir)), ""
+  except json_files.Damaged as error:
+    # The run has begun: its checkpoints tell how far it is.
+    status, fault = {"state": "stopped", "step": 0}, str(error)
+  return status or {"state": "", "step": 0}, fault
 
 
 def _training_left(run: Run, name: str, step: int, steps: int) -> float | None:
@@ -263,8 +304,13 @@ def _training_left(run: Run, name: str, step: int, steps: int) -> float | None:
   path = run.workdir / "run.json"
   if name not in ("running", "stopped") or not (step and steps and path.exists()):
     return None
-  content = environment.read(str(run.workdir))
-  trained = content["seconds"] - content.get("startup_seconds", 0.0)
+  try:
+    content = environment.read(str(run.workdir))
+  except json_files.Damaged:
+    return None
+  if content["seconds"] is None:
+    return None
+  trained = content["seconds"] - content["startup_seconds"]
   since = time.time() - path.stat().st_mtime if name == "running" else 0.0
   return max(trained / step * (steps - step) - since, 0.0)
 
@@ -448,7 +494,7 @@ def _finish(job: _Active, stopping: bool) -> str:
   """Records how a run ended, gives its lock back, and says it in one line."""
   code = job.process.returncode
   with job.lock:
-    status = workdir_lib.read_status(str(job.run.workdir)) or {"state": "", "step": 0}
+    status, _ = _read_status(job.run)
     record = _read_record(job.run)
     record["seconds"] += time.monotonic() - job.begun
     record |= {"started": None, "code": code, "reason": ""}

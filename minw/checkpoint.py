@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from minw import cli
 from minw import distributed
+from minw import json_files
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +29,12 @@ class Restored(NamedTuple):
   Attributes:
     step: how many steps were trained.
     tree: what was saved.
+    run: what the run had recorded until then, see `save`; None of a checkpoint without.
   """
 
   step: int
   tree: dict[str, Any]
+  run: dict[str, Any] | None = None
 
 
 def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager:
@@ -57,7 +60,8 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
     manager = ocp.CheckpointManager(
         directory, options=options,
         item_handlers={"tree": ocp.StandardCheckpointHandler(),
-                       "record": ocp.JsonCheckpointHandler()})
+                       "record": ocp.JsonCheckpointHandler(),
+                       "run": ocp.JsonCheckpointHandler()})
   finally:
     absl_logging.set_verbosity(verbosity)
   weakref.finalize(manager, close)
@@ -118,6 +122,7 @@ def save(
     step: int,
     tree: dict[str, Any],
     accuracy: float | None,
+    run: dict[str, Any] | None = None,
 ) -> None:
   """Saves in the background; of several processes each writes a part.
 
@@ -126,13 +131,16 @@ def save(
     step: how many steps were trained.
     tree: arrays.
     accuracy: of the validation split, by which the best is chosen; None if unknown.
+    run: what the files of the workdir hold that the run would lose with them, as JSON.
   """
   manager.save(
       step,
       args=ocp.args.Composite(
           tree=ocp.args.StandardSave(tree),
           record=ocp.args.JsonSave(
-              {"accuracy": accuracy, "crc32": _crc32(tree, accuracy)})),
+              {"accuracy": accuracy, "crc32": _crc32(tree, accuracy),
+               "run": run is not None}),
+          **({} if run is None else {"run": ocp.args.JsonSave(json_files.sealed(run))})),
       metrics=None if accuracy is None else {"accuracy": accuracy})
 
 
@@ -154,16 +162,25 @@ def restore(
   """
   wanted = manager.item_metadata(step)["tree"] if target is None else target
   on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
+  # Earlier versions of minw have not saved it.
+  has_run = (pathlib.Path(manager.directory) / str(step) / "run").exists()
   saved = manager.restore(
       step,
       args=ocp.args.Composite(
-          tree=ocp.args.StandardRestore(on_host), record=ocp.args.JsonRestore()))
+          tree=ocp.args.StandardRestore(on_host), record=ocp.args.JsonRestore(),
+          **({"run": ocp.args.JsonRestore()} if has_run else {})))
   if _crc32(saved.tree, saved.record["accuracy"]) != saved.record["crc32"]:
     raise ValueError("the checksum differs")
+  if has_run != saved.record.get("run", False):
+    raise ValueError("a part is missing")
+  run = None
+  if has_run:
+    json_files.check_sealed(saved.run)
+    run = saved.run
   if target is None:
-    return Restored(step, jax.device_put(saved.tree, jax.local_devices()[0]))
+    return Restored(step, jax.device_put(saved.tree, jax.local_devices()[0]), run)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-  return Restored(step, distributed.put(saved.tree, shardings))
+  return Restored(step, distributed.put(saved.tree, shardings), run)
 
 
 def restore_newest(

@@ -272,7 +272,7 @@ def from_json(text: str) -> config_dict.ConfigDict:
   config = default_config()
   try:
     values = dict(json.loads(text))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, RecursionError) as error:
     raise cli.UsageError(f"config.json is damaged: {error}") from error
   for name, value in values.items():
     config[name] = _tuples(value)

@@ -36,6 +36,19 @@ def shown(name: str, num_steps: int) -> Iterator[Callable[..., None]]:
       yield lambda step, text="": None
 
 
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+  """Inside this context, an error is a warning: what only shows a run must not end it.
+
+  Args:
+    what: Clause that says what fails.
+  """
+  try:
+    yield
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    _LOGGER.warning("%s (%s)", what, error)
+
+
 def in_notebook() -> bool:
   """Whether this is the kernel of a notebook."""
   ipython = sys.modules.get("IPython")
@@ -48,8 +61,21 @@ class _Bar:
   def __init__(self, name: str, num_steps: int):
     self._name, self._num_steps = name, num_steps
     self._bar = None
+    self._failed = False
 
   def show(self, step: int, text: str = "") -> None:
+    if not self._failed:
+      self._failed = True
+      with harmless("the bar of progress cannot be shown"):
+        self._show(step, text)
+        self._failed = False
+
+  def close(self) -> None:
+    if self._bar is not None:
+      with harmless("the bar of progress cannot be closed"):
+        self._bar.close()
+
+  def _show(self, step: int, text: str) -> None:
     if self._bar is None:
       from tqdm import auto  # It warns where a notebook has no widgets.
       self._bar = auto.tqdm(
@@ -57,10 +83,6 @@ class _Bar:
     self._bar.update(step - self._bar.n)
     if text:
       self._bar.set_postfix_str(text)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.close()
 
 
 @contextlib.contextmanager

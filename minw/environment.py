@@ -3,6 +3,7 @@
 import functools
 from importlib import metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -15,6 +16,9 @@ import jax
 import minw
 from minw import distributed
 from minw import files
+from minw import json_files
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -59,34 +63,85 @@ def commit() -> str:
     return f"minw {minw.__version__}"
 
 
+# Stands for what is not known of a start.
+UNKNOWN = {"commit": None, "hardware": None, "versions": None}
+
+_HARDWARE = {"device": str, "num_devices": int, "cpu": str, "cores": int}
+
+
 def read(workdir: str) -> dict[str, Any]:
-  """What `Journal` wrote; nothing is known of a run that has none.
+  """Reads what `Journal` wrote; nothing is known of a run that has none.
 
   Returns:
     `seconds`; `startup_seconds`, the part of them until the first step of each start was
-      done; and `environments`, those of the run's starts in order, each with `commit`,
-      `hardware` and `versions`; where two in a row are the same, once.
+    done; and `environments`, those of the run's starts in order, each with `commit`,
+    `hardware` and `versions`; where two in a row are the same, once. They are `UNKNOWN`
+    where a start found the file damaged and could not make it again. Then `seconds` lack
+    the time before that start.
+
+  Raises:
+    json_files.Damaged: The file holds something else.
   """
-  path = pathlib.Path(workdir) / "run.json"
-  return json.loads(path.read_text()) if path.exists() else {
-      "seconds": None, "startup_seconds": 0.0, "environments": []}
+  content = json_files.read_object(pathlib.Path(workdir) / "run.json", _check)
+  return {"seconds": None, "startup_seconds": 0.0, "environments": []} | (content or {})
+
+
+def _check(content: dict[str, Any]) -> None:
+  """Raises ValueError for what `Journal` cannot have written."""
+  for name in ("seconds", "startup_seconds"):
+    value = content.get(name, 0.0)
+    if not json_files.is_number(value) or value < 0:
+      raise ValueError(f"{name} is not a number of seconds")
+  environments = content.get("environments")
+  if "seconds" not in content or not isinstance(environments, list) or not all(
+      map(is_environment, environments)):
+    raise ValueError("it does not say where the run was made")
+
+
+def is_environment(value: Any) -> bool:
+  """Whether a value read from JSON is one of the `environments` of `read`."""
+  if not isinstance(value, dict) or value.keys() != UNKNOWN.keys():
+    return False
+  where, made_of = value["hardware"], value["versions"]
+  return (
+      isinstance(value["commit"], str | None)
+      and (where is None or isinstance(where, dict) and all(
+          type(where.get(name)) is kind for name, kind in _HARDWARE.items()))
+      and (made_of is None or isinstance(made_of, dict) and all(
+          isinstance(version, str) for version in made_of.values())))
 
 
 class Journal:
   """Keeps run.json while a run goes on, over all its starts."""
 
-  def __init__(self, workdir: str):
-    """Notes where the run is started, now."""
+  def __init__(self, workdir: str, begun: float | None = None,
+               saved: dict[str, Any] | None = None, step: int = 0):
+    """Notes where a run is started.
+
+    Args:
+      workdir: Directory of the run.
+      begun: When it was started, by `time.monotonic`; now if None.
+      saved: `content` as the checkpoint has it that the run resumes from, if it has one.
+      step: How many steps were trained in earlier starts. If there were some and nothing
+        tells where, that is noted, too.
+    """
     self._workdir = workdir
-    content = read(workdir)
-    self._environments = content["environments"]
-    self._here = time.monotonic()  # When this start began.
-    self._began = self._here - (content["seconds"] or 0.0)
-    self._startup = content.get("startup_seconds", 0.0)
+    before = _before(workdir, saved, step)
+    self._environments = before["environments"]
+    self._here = time.monotonic() if begun is None else begun  # When this start began.
+    self._began = self._here - (before["seconds"] or 0.0)
+    self._startup = before["startup_seconds"]
     here = {"commit": commit(), "hardware": hardware(), "versions": versions()}
     if self._environments[-1:] != [here]:
       self._environments.append(here)
     self.note()
+
+  @property
+  def content(self) -> dict[str, Any]:
+    """What run.json holds, as of now."""
+    return {"seconds": round(time.monotonic() - self._began, 1),
+            "startup_seconds": round(self._startup, 1),
+            "environments": [*self._environments]}
 
   def trains(self) -> None:
     """Notes that the first step of this start, which was compiled for, is done."""
@@ -95,9 +150,27 @@ class Journal:
 
   def note(self) -> None:
     """Notes the time; what a killed run did after its last note is not counted."""
-    content = {"seconds": round(time.monotonic() - self._began, 1),
-               "startup_seconds": round(self._startup, 1),
-               "environments": self._environments}
     if distributed.is_main():
       files.write(pathlib.Path(self._workdir) / "run.json",
-                  json.dumps(content, indent=2) + "\n")
+                  json.dumps(self.content, indent=2) + "\n")
+
+
+def _before(workdir: str, saved: dict[str, Any] | None, step: int) -> dict[str, Any]:
+  """What is known of earlier starts: by run.json, or else by a checkpoint."""
+  try:
+    found = read(workdir)
+    fault = "it is missing" if step and found["seconds"] is None else ""
+  except json_files.Damaged as error:
+    found, fault = {"seconds": None, "startup_seconds": 0.0, "environments": []}, error.why
+  if not fault:
+    return found
+  if saved is not None:
+    found = {**saved, "environments": [*saved["environments"]]}
+  elif step:
+    found["environments"] = [UNKNOWN]
+  if distributed.is_main():
+    _log.warning(
+        "%s: %s; it is %s", os.path.join(workdir, "run.json"), fault,
+        "written anew as the checkpoint has it" if saved is not None else
+        "begun anew, without the time and place of earlier starts")
+  return found

@@ -4,15 +4,12 @@ They count mixed weights and activations, alpha h(x) + (1 - alpha) x with AQE (E
 19), of the layers and after the epochs that a config chooses.
 """
 
-import json
-import pathlib
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minw import files
 from minw import layers
 from minw.experiment import Experiment
 
@@ -72,28 +69,3 @@ def _counts(x: jax.Array, mask: jax.Array) -> jax.Array:
   bins = jnp.clip(jnp.round(x.astype(jnp.float32) * 100) + 100, 0, _BINS - 1)
   return jnp.bincount(bins.astype(jnp.int32).ravel(), mask.astype(jnp.int32).ravel(),
                       length=_BINS)
-
-
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines that `write` wrote, none if there is no such file."""
-  return [json.loads(line) for line in path.read_text().splitlines()
-          ] if path.exists() else []
-
-
-def write(
-    workdir: str, step: int, epoch: int, histograms: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-  """Adds histograms to `workdir`/histograms.jsonl, in one move.
-
-  Lines of this step or later, of a run that was interrupted before its checkpoint, are
-  replaced: what is in the file in the end does not depend on interruptions.
-
-  Returns:
-    The lines that were added.
-  """
-  path = pathlib.Path(workdir) / "histograms.jsonl"
-  before = [line for line in read(path) if line["step"] < step]
-  added = [{"step": step, "epoch": epoch, **line} for line in histograms]
-  files.write(
-      path, "".join(json.dumps(line) + "\n" for line in [*before, *added]))
-  return added

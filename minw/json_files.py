@@ -11,15 +11,25 @@ import pathlib
 import stat
 import sys
 from typing import Any, Callable
+import zlib
 
 from minw import cli
 
 
 class Damaged(cli.UsageError):
-  """A file that minw has written does not hold any more what it must."""
+  """A file that minw has written does not hold any more what it must.
+
+  Attributes:
+    why: A clause that says what it holds instead.
+  """
 
   def __init__(self, path: str | os.PathLike[str], why: str):
     super().__init__(f"{os.fspath(path)} is damaged ({why})")
+    self.why = why
+
+  def add(self, remedy: str) -> None:
+    """Adds to the message what can be done."""
+    self.args = (f"{self}: {remedy}",)
 
 
 def read_object(
@@ -87,7 +97,7 @@ def read_text(path: str | os.PathLike[str]) -> str | None:
     if not stat.S_ISREG(mode):
       raise Damaged(path, "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
     return pathlib.Path(path).read_bytes().decode()
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
     raise Damaged(path, error.strerror or str(error)) from error
@@ -107,6 +117,26 @@ def _checked(text: str, check: Callable[[dict[str, Any]], None] | None) -> dict[
   if check:
     check(value)
   return value
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+  """An object with a checksum of the rest of it, which `check_sealed` checks."""
+  return {**value, "crc32": _crc32(value)}
+
+
+def check_sealed(value: dict[str, Any]) -> None:
+  """Checks that an object is as `sealed` made it.
+
+  Raises:
+    ValueError: The checksum is missing or another.
+  """
+  rest = {name: part for name, part in value.items() if name != "crc32"}
+  if value.get("crc32") != _crc32(rest):
+    raise ValueError("the checksum differs")
+
+
+def _crc32(value: dict[str, Any]) -> int:
+  return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def is_count(value: Any) -> bool:

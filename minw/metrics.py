@@ -1,37 +1,88 @@
-"""The measurements of a run: metrics.jsonl, and TensorBoard's view of it.
+"""The records of a run: metrics.jsonl and histograms.jsonl, an object on each line.
 
-TensorBoard shows loss and accuracy of the splits under tags that group them, loss/train,
-loss/validation and so on. A chart has one tag, so the page "Custom Scalars" joins those
-of a group in one. Writing the splits as runs of their own, with one tag, would join them
-on the other pages too, but would make several runs of each workdir, and tags that do not
-say which split they are of.
+Each checkpoint holds a copy of both up to its step, with a checksum. What a disk or a
+hand does to the files is found out by comparing them with that copy, and mended from it
+at the next start of the run.
 """
 
 import json
+import logging
 import math
 import os
 import pathlib
-import time
 from typing import Any
 
-import numpy as np
-import tensorboardX
-from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2
-
+from minw import board
 from minw import cli
+from minw import config as config_lib
+from minw import environment
 from minw import files
+from minw import json_files
+
+_log = logging.getLogger(__name__)
+
+Lines = list[dict[str, Any]]
+
+_SPLITS = {("train", "mixed"), ("train", "hard"), ("validation", "mixed"),
+           ("validation", "hard"), ("test", "hard")}
+_NAMES = {"train": "training", "validation": "validation"}
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl; a last line that was cut off is left out."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
-  return read_file(path) if path.exists() else []
+def read(workdir: str) -> Lines:
+  """Reads metrics.jsonl of a run; a last line that was cut off is left out.
+
+  Raises:
+    json_files.Damaged: Naming the file, and the line that cannot be right.
+  """
+  return read_file(pathlib.Path(workdir) / "metrics.jsonl")
 
 
-def read_file(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The lines of a file like metrics.jsonl, wherever it is."""
-  return [json.loads(line) for line in pathlib.Path(path).read_text().split("\n")[:-1]]
+def read_file(path: str | os.PathLike[str]) -> Lines:
+  """Reads a file like metrics.jsonl, wherever it is; see `read`."""
+  return json_files.read_lines(path, _check_line)
+
+
+def read_histograms(path: str | os.PathLike[str]) -> Lines:
+  """Reads a file like histograms.jsonl; no lines if there is no file.
+
+  Raises:
+    json_files.Damaged: Naming the file, and the line that cannot be right.
+  """
+  return json_files.read_lines(path, _check_histogram)
+
+
+def _check_line(line: dict[str, Any]) -> None:
+  _check_place(line)
+  split, mode = line.get("split"), line.get("mode")
+  if not (isinstance(split, str) and isinstance(mode, str) and (split, mode) in _SPLITS):
+    raise ValueError(f"split={split!r}, mode={mode!r} is not what is measured")
+  if "accuracy" not in line:
+    raise ValueError("it has no accuracy")
+  for name, value in line.items():
+    parts = (value.values() if isinstance(value, dict) else
+             value if isinstance(value, list) else [value])
+    if name not in ("split", "mode", "checkpoint") and not all(
+        part is None or json_files.is_number(part) for part in parts):
+      raise ValueError(f"{name} is neither a number nor numbers")
+  if split == "test" and line.get("checkpoint") not in ("last", "best"):
+    raise ValueError("it does not say which checkpoint was tested")
+
+
+def _check_histogram(line: dict[str, Any]) -> None:
+  _check_place(line)
+  if not (isinstance(line.get("layer"), str)
+          and line.get("kind") in ("weights", "activations")
+          and json_files.is_number(line.get("alpha"))
+          and isinstance(line.get("counts"), list)
+          and len(line["counts"]) > 1
+          and all(map(json_files.is_count, line["counts"]))):
+    raise ValueError("it is not a histogram of a layer")
+
+
+def _check_place(line: dict[str, Any]) -> None:
+  for name in ("step", "epoch"):
+    if not json_files.is_count(line.get(name)):
+      raise ValueError(f"{name} is not a number of {name}s")
 
 
 def check_complete(workdir: str, config: Any, status: dict[str, Any]) -> None:
@@ -45,180 +96,245 @@ def check_complete(workdir: str, config: Any, status: dict[str, Any]) -> None:
     status: Its status; the state is "done".
 
   Raises:
-    cli.UsageError: naming the workdir and what is missing.
+    cli.UsageError: Naming the workdir and what is missing.
+  """
+  found = faults(workdir, config, status)
+  cli.check(not found, "workdir", workdir,
+            f"that of a run whose record is complete, but {'; '.join(found)}")
+
+
+def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
+  """Says what is missing or wrong in the record of a run that has ended.
+
+  Args:
+    workdir: Directory of the run.
+    config: Its config.
+    status: Its status; the state is "done" or "diverged".
+
+  Returns:
+    A clause for each fault; none of a complete record.
   """
   path = pathlib.Path(workdir)
-  if not (path / "metrics.jsonl").exists() and not (path / "checkpoints").exists():
-    return
+  if not any(os.path.lexists(path / name) for name in ("metrics.jsonl", "checkpoints")):
+    return []
   try:
-    faults = _faults(read(workdir), config, status)
-  except (ValueError, LookupError, TypeError, AttributeError) as error:
-    faults = [f"metrics.jsonl is damaged ({error!r})"]
-  cli.check(not faults, "workdir", workdir,
-            f"that of a run whose record is complete, but {'; '.join(faults)}")
+    lines = read(workdir)
+    counted = read_histograms(path / "histograms.jsonl")
+    environment.read(workdir)
+  except json_files.Damaged as error:
+    return [str(error)]
+  found = []
+  if status["state"] == "done":
+    found = [*_missing(lines, counted, config), *_contradictions(lines, status)]
+  saved = _saved(path)
+  if saved is not None and not found:
+    measured = [line for line in lines if line["split"] != "test"]
+    for name, here in (("metrics", measured), ("histograms", counted)):
+      if here != saved.get(name):
+        found.append(f"{name}.jsonl is not what the last checkpoint holds of it")
+  return found
 
 
-def _faults(lines, config, status) -> list[str]:
-  """What the lines of a run that is done lack, in words."""
-  faults = []
-  every = config.eval_every_epochs
-  wanted = [*range(every, config.num_epochs, every), config.num_epochs]
-  found = [line["epoch"] for line in lines
-           if (line["split"], line["mode"]) == ("validation", "hard")]
-  if found != wanted:
-    faults.append(f"the validations that metrics.jsonl holds are {len(found)} instead of"
-                  f" {len(wanted)}" if len(found) != len(wanted) else
-                  "metrics.jsonl holds validations of other epochs")
+def _missing(lines: Lines, counted: Lines, config: Any) -> list[str]:
+  """The training and validation lines that a whole run of `config` has and this has not."""
+  found = []
+  every, last = config.eval_every_epochs, config.num_epochs
+  wanted = [*range(every, last, every), last]
+  for split, mode in sorted(_SPLITS):
+    if split == "test" or (split, mode) == ("train", "hard") and not config.eval_train:
+      continue
+    epochs = [line["epoch"] for line in lines
+              if (line["split"], line["mode"]) == (split, mode)]
+    kind = f"{_NAMES[split]} lines of the {mode} network"
+    if len(epochs) != len(wanted):
+      found.append(f"metrics.jsonl has {len(epochs)} {kind} instead of {len(wanted)}")
+    elif epochs != wanted:
+      found.append(f"metrics.jsonl has {kind} after other epochs")
+  if config.histogram_layers:
+    epochs = sorted({line["epoch"] for line in counted})
+    if epochs != sorted(config_lib.histogram_epochs(config)):
+      found.append(f"histograms.jsonl has those after the epochs {epochs}")
+  return found
+
+
+def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
+  """What the lines of the test split and status.json do not agree on."""
+  found = []
   for which, prefix in (("last", ""), ("best", "best_")):
-    accuracy = [line["accuracy"] for line in lines
-                if line["split"] == "test" and line["checkpoint"] == which]
-    told = status.get(f"{prefix}test_accuracy")
-    if len(accuracy) != 1:
-      faults.append(f"metrics.jsonl has {len(accuracy)} lines of the test split for the"
-                    f" {which} checkpoint instead of 1")
-    elif accuracy != [told]:
-      faults.append(f"the test accuracy of the {which} checkpoint is {accuracy[0]} in"
-                    f" metrics.jsonl and {told} in status.json")
-  return faults
+    tests = [line for line in lines
+             if line["split"] == "test" and line["checkpoint"] == which]
+    if len(tests) != 1:
+      found.append(f"metrics.jsonl has {len(tests)} lines of the test split for the"
+                   f" {which} checkpoint instead of 1")
+      continue
+    for name in ("accuracy", "loss"):
+      told = status.get(f"{prefix}test_{name}")
+      if tests[0][name] != _finite(told):
+        found.append(f"the test {name} of the {which} checkpoint is {tests[0][name]} in"
+                     f" metrics.jsonl and {told} in status.json")
+  return found
 
 
-# By split and mode, what TensorBoard calls it: without a remark, training as it is
-# computed and validation as it is deployed.
-_CURVES = {("train", "mixed"): "train", ("train", "hard"): "train_hard",
-           ("validation", "hard"): "validation",
-           ("validation", "mixed"): "validation_mixed"}
-
-_BY_SPLIT = ("loss", "accuracy", "top5_accuracy")
+def _saved(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The newest copy of the records in a checkpoint; None if there is none that is whole."""
+  folders = [path for path in (workdir / "checkpoints").glob("[0-9]*")
+             if path.name.isdecimal()]
+  for folder in sorted(folders, key=lambda path: -int(path.name)):
+    try:
+      return json_files.read_object(folder / "run" / "metadata", json_files.check_sealed)
+    except json_files.Damaged:
+      continue
+  return None
 
 
 class Writer:
-  """Appends lines to metrics.jsonl, and shows them to TensorBoard."""
+  """Appends lines to metrics.jsonl and histograms.jsonl, and shows them to TensorBoard."""
 
-  def __init__(self, workdir: str, step: int):
-    """Opens the records of a run that goes on after `step` steps.
+  def __init__(self, workdir: str, step: int, saved: dict[str, Any] | None = None):
+    """Opens the records of a run that resumes after `step` steps.
 
     What an interrupted run recorded beyond its last checkpoint will be measured again,
-    as will the test split, which ends a run: those lines go.
-    """
-    kept = [line for line in read(workdir)
-            if line["step"] <= step and line["split"] != "test"]
-    path = pathlib.Path(workdir) / "metrics.jsonl"
-    files.write(path, "".join(json.dumps(line) + "\n" for line in kept))
-    self._path = path
-    self._file = path.open("ab", buffering=0)  # Nothing is left to write after an error.
-    # Shown anew: a run that was killed may not have written all of it.
-    self._board = _Board(os.path.join(os.path.abspath(workdir), "tensorboard"))
-    self._board.add_custom_scalars({"train and validation": {
-        "loss": ["Multiline", ["loss/"]],
-        "accuracy": ["Multiline", ["(top5_)?accuracy/"]]}})  # Matched from the start.
-    config = pathlib.Path(workdir) / "config.json"
-    if config.exists():
-      self._board.add_text("config", _as_code(config.read_text()), 0)
-    for line in kept:
-      self._show(line)
-    counted = pathlib.Path(workdir) / "histograms.jsonl"
-    self.show_histograms([line for line in read_file(counted) if line["step"] <= step]
-                         if counted.exists() else [])
+    as will the test split, which ends a run: those lines are dropped.
 
-  def write(self, line: dict[str, Any]) -> None:
-    """Writes a line: step, epoch, split, mode ("hard" or "mixed") and measurements.
-
-    A measurement is a number, a list with one for each layer, or a dict by layer.
+    Args:
+      workdir: Directory of the run.
+      step: Number of steps that are trained.
+      saved: Copy of the records in the checkpoint of that step. Files that differ from it
+        are replaced, with a warning. None if the run begins, or if the checkpoint was
+        written by a version of minw without such copies.
 
     Raises:
-      OSError: naming the file that cannot be written.
+      json_files.Damaged: A file is damaged, and there is no copy of what it held.
+      OSError: Naming the file that cannot be written.
     """
+    path = pathlib.Path(workdir)
+    self._metrics = _Log(path / "metrics.jsonl", _check_line)
+    self._histograms = _Log(path / "histograms.jsonl", _check_histogram)
+    for log, name in ((self._metrics, "metrics"), (self._histograms, "histograms")):
+      log.open(step, None if saved is None else saved[name])
+    self._metrics.begin()  # Of the other there are lines only if the config asks for them.
+    # Shown anew: a run that was killed may not have written all of it.
+    config = path / "config.json"
+    self._board = board.Board(workdir, config.read_text() if config.exists() else None)
+    for line in self._metrics.lines:
+      self._board.show(line)
+    for line in self._histograms.lines:
+      self._board.show_histogram(line)
+
+  @property
+  def lines(self) -> dict[str, Lines]:
+    """The records so far, for a checkpoint to keep."""
+    return {"metrics": [*self._metrics.lines], "histograms": [*self._histograms.lines]}
+
+  def write(self, line: dict[str, Any]) -> None:
+    """Writes a line of metrics.jsonl.
+
+    Args:
+      line: step, epoch, split, mode ("hard" or "mixed") and measurements. A measurement is
+        a number, a list with one for each layer, or a dict by layer.
+
+    Raises:
+      OSError: Naming the file that cannot be written.
+    """
+    self._board.show(self._metrics.append(line))
+
+  def write_histograms(self, step: int, epoch: int, histograms: Lines) -> None:
+    """Writes what `histograms.make_histograms` counts to histograms.jsonl.
+
+    Raises:
+      OSError: Naming the file that cannot be written.
+    """
+    for line in histograms:
+      self._board.show_histogram(
+          self._histograms.append({"step": step, "epoch": epoch, **line}))
+
+  def sync(self) -> None:
+    """Brings the records to the disk.
+
+    Raises:
+      OSError: Naming the file for which the disk failed.
+    """
+    self._metrics.sync()
+    self._histograms.sync()
+    self._board.flush()
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._metrics.close()
+    self._histograms.close()
+    self._board.close()
+
+
+class _Log:
+  """A file of lines that is appended to, and what it holds.
+
+  Attributes:
+    lines: The lines of the file.
+  """
+
+  def __init__(self, path: pathlib.Path, check: Any):
+    self.lines: Lines = []
+    self._path, self._check = path, check
+    self._file: Any = None
+
+  def open(self, step: int, saved: Lines | None) -> None:
+    """Keeps what was recorded up to `step`, by `saved` if it is given."""
+    if step == 0:
+      saved = []  # All will be measured again, whatever is there.
+    try:
+      found = [line for line in json_files.read_lines(self._path, self._check)
+               if line["step"] <= step and line.get("split") != "test"]
+      fault = "" if saved is None else _difference(found, saved)
+    except json_files.Damaged as error:
+      if saved is None:
+        raise
+      found, fault = [], error.why
+    if fault:
+      _log.warning("%s: %s; it is %s", self._path, fault, "written anew as the checkpoint"
+                   f" of step {step} has it" if step else "begun anew")
+    self.lines = found if saved is None else saved
+    if self.lines or os.path.lexists(self._path):
+      self.begin()
+
+  def append(self, line: dict[str, Any]) -> dict[str, Any]:
+    """Appends a line, and returns it as it was written."""
+    self.begin()
     line = _finite(line)
     with files.naming(self._path):
       text = json.dumps(line, allow_nan=False).encode() + b"\n"
       while text:  # A disk that gets full takes a part.
         text = text[self._file.write(text):]
-    self._show(line)
-    self._board.flush()
+    self.lines.append(line)
+    return line
 
-  def show_histograms(self, lines: list[dict[str, Any]]) -> None:
-    """Shows lines of histograms.jsonl, which `histograms.write` returns."""
-    for line in lines:
-      counts = np.asarray(line["counts"])
-      centres = np.linspace(-1, 1, len(counts))
-      filled = centres[counts > 0]
-      self._board.add_histogram_raw(
-          f"{line['kind']}/{line['layer']}", min=filled.min(), max=filled.max(),
-          num=counts.sum(), sum=counts @ centres, sum_squares=counts @ centres**2,
-          bucket_limits=(centres + (centres[1] - centres[0]) / 2).tolist(),
-          bucket_counts=counts.tolist(), global_step=line["step"])
-
-  def _show(self, line):
-    measured = {name: value for name, value in line.items()
-                if name not in ("step", "epoch", "split", "mode")}
-    if line["split"] == "test":  # Measured once: a chart would have a single point.
-      self._board.add_text(
-          f"test/{line['checkpoint']}", _as_code(json.dumps(measured, indent=2)),
-          line["step"])
-      return
-    for name, value in measured.items():
-      tag = (f"{name}/{_CURVES[line['split'], line['mode']]}" if name in _BY_SPLIT
-             else name)
-      for suffix, number in _numbers(value):
-        self._board.add_scalar(tag + suffix, number, line["step"])
-
-  def close(self) -> None:
-    """Closes the files."""
-    self._file.close()
-    self._board.close()
-
-
-class _Board(tensorboardX.SummaryWriter):
-  """A SummaryWriter that writes in the thread that calls it, to `_Events`.
-
-  The original has a thread for that, which ends at the first error, that of a full disk
-  for example. Later calls would wait for it forever.
-  """
-
-  def _get_file_writer(self):
-    if self.file_writer is None:
-      self.file_writer = _Events(self.logdir)
-      self.all_writers = {self.logdir: self.file_writer}
-    return self.file_writer
-
-
-class _Events:
-  """A file of TensorBoard's; nothing counts any more that earlier files show."""
-
-  def __init__(self, folder: str):
-    self._folder = folder
-    with files.naming(folder):
-      os.makedirs(folder, exist_ok=True)
-      # The suffix tells apart files begun in the same second, which would overwrite
-      # each other.
-      self._file = event_file_writer.EventsWriter(
-          os.path.join(folder, "events"), f".{time.time_ns()}")
-    self._add(event_pb2.Event(session_log=event_pb2.SessionLog(
-        status=event_pb2.SessionLog.START)))
-
-  def add_summary(self, summary: Any, step: int | None = None, _: Any = None) -> None:
-    """Shows something at a step."""
-    self._add(event_pb2.Event(summary=summary, step=step or 0))
-
-  def flush(self) -> None:
-    """Hands to the operating system what is buffered."""
-    with files.naming(self._folder):
-      self._file.flush()
+  def sync(self) -> None:
+    """Brings the file to the disk."""
+    if self._file is not None:
+      with files.naming(self._path):
+        os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the file."""
-    with files.naming(self._folder):
+    if self._file is not None:
       self._file.close()
 
-  def _add(self, event: event_pb2.Event) -> None:
-    event.wall_time = time.time()
-    with files.naming(self._folder):
-      self._file.write_event(event)
+  def begin(self) -> None:
+    """Makes the file, unless it was made already."""
+    if self._file is not None:
+      return
+    files.write(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+    # Unbuffered: nothing is left to write after an error.
+    self._file = self._path.open("ab", buffering=0)
 
 
-def _as_code(text: str) -> str:
-  """Text that Markdown shows as it is."""
-  return "".join(f"    {line}\n" for line in text.splitlines())
+def _difference(found: Lines, saved: Lines) -> str:
+  """Says how many lines of a file are not what they were; "" if none."""
+  if found == saved:
+    return ""
+  right = sum(line in found for line in saved)
+  if right < len(saved):
+    return f"{len(saved) - right} of {len(saved)} lines are missing or differ"
+  return f"there are {len(found)} lines instead of {len(saved)}, or their order differs"
 
 
 def _finite(value: Any) -> Any:
@@ -230,11 +346,3 @@ def _finite(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
-
-
-def _numbers(value: Any) -> list[tuple[str, float]]:
-  if isinstance(value, (int, float)):
-    return [("", value)]
-  parts = (value.items() if isinstance(value, dict)
-           else enumerate(value) if isinstance(value, list) else ())
-  return [(f"/{name}", part) for name, part in parts if part is not None]

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import errno
 import itertools
+import json
 import logging
 import os
 import re
@@ -25,7 +26,9 @@ from minw import distributed
 from minw import environment
 from minw import evaluate
 from minw import experiment as experiment_lib
+from minw import files
 from minw import histograms
+from minw import json_files
 from minw import layers
 from minw import metrics
 from minw import optim
@@ -293,8 +296,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   together(datasets.check_available, config.dataset, config.data_dir)
   source = together(read_source, config.init_from, experiment)
   with workdir_lib.claimed(workdir, config):
-    status = distributed.on_main(workdir_lib.read_status, workdir)
-    if status and status["state"] in ("done", "diverged"):
+    status = distributed.on_main(_ended, workdir, experiment)
+    if status:
       _log.warning("%s: already %s at step %d; nothing to do",
                    workdir, status["state"], status["step"])
       return status
@@ -303,6 +306,38 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   if status["state"] == "preempted" and stop.interrupted:
     raise Interrupted(status)
   return status
+
+
+def _ended(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
+  """The status of a run that is done or has diverged, if all of its record is there.
+
+  Returns:
+    None for any other run, and for one whose files contradict that: with a warning, it
+    resumes from its last checkpoint, which makes its record again.
+
+  Raises:
+    cli.UsageError: the record is not complete, and there is no checkpoint.
+  """
+  try:
+    status = workdir_lib.read_status(workdir)
+  except json_files.Damaged as error:
+    _log.warning("%s/status.json is damaged (%s); the checkpoints tell where the run is",
+                 workdir, error.why)
+    return None
+  if not status or status["state"] not in ("done", "diverged"):
+    return None
+  last = experiment.num_steps
+  whole = status["step"] == last if status["state"] == "done" else status["step"] < last
+  faults = (metrics.faults(workdir, experiment.config, status) if whole else
+            [f"status.json says {status['state']} at step {status['step']} of {last}"])
+  if not faults:
+    return status
+  cli.check(checkpoint.newest_step(workdir) > 0, "workdir", workdir,
+            "moved away to train the run again: its record is not complete"
+            f" ({'; '.join(faults)}), and there is no checkpoint to make it from")
+  _log.warning("%s: %s; the run resumes from its last checkpoint", workdir,
+               "; ".join(faults))
+  return None
 
 
 @contextlib.contextmanager
@@ -356,7 +391,7 @@ def _train(
 ) -> dict[str, Any]:
   """Runs what is left of a run, and returns its status."""
   together, config = distributed.together, experiment.config
-  journal = environment.Journal(workdir)
+  begun = time.monotonic()
   train_data, validation_data, test_data = (
       together(experiment.load, split) for split in ("train", "validation", "test"))
 
@@ -379,9 +414,14 @@ def _train(
       state = make_init_state(experiment)()
       state = state._replace(**distributed.put(source, experiment.replicated))
     step = int(state.step)
+    saved = restored.run if restored else None
+    if saved:
+      together(workdir_lib.check_same, workdir,
+               config_lib.from_json(json.dumps(saved["config"])), config)
+    journal = environment.Journal(workdir, begun, saved and saved["journal"], step)
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
     status = workdir_lib.write_status(workdir, "running", step)
-    writer = metrics.Writer(workdir, step) if distributed.is_main() else None
+    writer = metrics.Writer(workdir, step, saved) if distributed.is_main() else None
     if distributed.several():
       stop.hold()  # No process can stop alone: they agree on a step.
     progress = Progress(step, experiment.num_steps, config.batch_size)
@@ -446,14 +486,17 @@ def _train(
               evaluate.trained_variables(state._asdict()), validation_data,
               np.asarray(experiment.alpha(step - 1)))
           if writer:
-            writer.show_histograms(
-                histograms.write(workdir, step, epochs_done, counted))
+            writer.write_histograms(step, epochs_done, counted)
         accuracy = lines[-1]["accuracy"]
         _log.info(
             "epoch %d/%d: loss %.4f, validation accuracy %.4f; %s", epochs_done,
             config.num_epochs, lines[0]["loss"], accuracy, progress.line())
         show(step, f"loss {lines[0]['loss']:.4f}, validation accuracy {accuracy:.4f}")
-      checkpoint.save(manager, step, tree, accuracy)
+      if writer:
+        writer.sync()  # No checkpoint is ahead of the records.
+      checkpoint.save(manager, step, tree, accuracy, {
+          "config": json.loads(config_lib.to_json(config)), "journal": journal.content,
+          **(writer.lines if writer else {})})
       journal.note()
       status = workdir_lib.write_status(workdir, "running", step)
       if distributed.any_of(stop.requested) and step < experiment.num_steps:
@@ -465,6 +508,7 @@ def _train(
     batches.close()
     if status["state"] == "running":
       manager.wait_until_finished()
+      files.sync_folder(manager.directory)  # Before a status that relies on it.
       last = checkpoint.restore(manager, step, target)
       best = checkpoint.restore_best(manager, target)
       results = {}
@@ -474,11 +518,12 @@ def _train(
           writer.write({"step": step, "epoch": config.num_epochs, "split": "test",
                         "mode": "hard", "checkpoint": which,
                         "checkpoint_step": saved.step, **results[which]})
-    if writer:
-      writer.close()
     journal.note()
     if writer:
-      plots.curves(workdir)
+      writer.sync()
+      writer.close()
+      with display.harmless("curves.png cannot be drawn"):
+        plots.curves(workdir)
     if status["state"] == "running":
       status = workdir_lib.write_status(
           workdir, "done", step, best_step=best.step,

@@ -12,6 +12,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import distributed
 from minw import files
+from minw import json_files
 from minw import locks
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def claim(workdir: str, config: Any) -> None:
   with _refusing(workdir):
     path.mkdir(parents=True, exist_ok=True)
     check_free(workdir, config)
+    files.remove_parts(path)
     files.write(path / "config.json", config_lib.to_json(config))
 
 
@@ -86,11 +88,20 @@ def check_free(workdir: str, config: Any) -> None:
   """Checks that `workdir` holds no run but one of `config`.
 
   Raises:
+    cli.UsageError: naming the fields that differ, and what to do instead; or config.json
+      is damaged.
+  """
+  if os.path.exists(pathlib.Path(workdir) / "config.json"):
+    check_same(workdir, read_config(workdir), config)
+
+
+def check_same(workdir: str, before: Any, config: Any) -> None:
+  """Checks that a run of the config `before` can resume with `config`.
+
+  Raises:
     cli.UsageError: naming the fields that differ, and what to do instead.
   """
-  if not (pathlib.Path(workdir) / "config.json").exists():
-    return
-  before = read_config(workdir)
+  before = config_lib.copy(before)
   counts_nothing = not (before.histogram_layers or config.histogram_layers)
   for name in (*config_lib.FREE, *["histogram_epochs"] * counts_nothing):
     before[name] = config[name]
@@ -124,14 +135,25 @@ def read_config(workdir: str) -> Any:
 
   Raises:
     cli.UsageError: there is none, or it is not one of this package.
+    json_files.Damaged: it is damaged.
   """
   path = pathlib.Path(workdir) / "config.json"
-  cli.check(path.is_file(), "workdir", workdir,
+  cli.check(os.path.exists(path), "workdir", workdir,
             "the workdir of a run (there is no config.json)")
   try:
+    json_files.read_object(path)
     return config_lib.from_json(path.read_text())
-  except (UnicodeDecodeError, cli.UsageError) as error:
+  except json_files.Damaged as error:
+    error.add("move it away, and the next start of the run writes it anew")
+    raise
+  except cli.UsageError as error:
     raise cli.UsageError(f"workdir={workdir!r}: {error}") from error
+
+
+STATES = ("running", "done", "diverged", "preempted", "stopped")
+# What the status of a run that is done has beside state and step.
+RESULTS = ("test_accuracy", "test_loss", "best_step", "best_test_accuracy",
+           "best_test_loss")
 
 
 def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, Any]:
@@ -139,7 +161,7 @@ def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, 
 
   Args:
     workdir: Directory of the run.
-    state: "running", "done", "diverged", "preempted" or "stopped".
+    state: One of `STATES`.
     step: Number of training steps that are saved or, if diverged, finite.
     **more: Results, when done.
 
@@ -157,13 +179,28 @@ def read_status(workdir: str) -> dict[str, Any] | None:
 
   A run that was killed left "running" there. It is returned as "stopped" unless a
   process has the workdir's lock, or it is not known whether one has.
+
+  Raises:
+    json_files.Damaged: The file holds something else.
   """
-  path = pathlib.Path(workdir) / "status.json"
-  if not path.exists():
-    return None
-  status = json.loads(path.read_text())
-  if status["state"] == "running":
+  try:
+    status = json_files.read_object(pathlib.Path(workdir) / "status.json", _check_status)
+  except json_files.Damaged as error:
+    error.add("the next start of the run writes it anew")
+    raise
+  if status is not None and status["state"] == "running":
     with contextlib.suppress(OSError):
       if not locks.is_held(workdir):
         status["state"] = "stopped"
   return status
+
+
+def _check_status(status: dict[str, Any]) -> None:
+  """Raises ValueError for what `write_status` cannot have written."""
+  if status.get("state") not in STATES:
+    raise ValueError(f"state={status.get('state')!r} is not one of {', '.join(STATES)}")
+  if not json_files.is_count(status.get("step")):
+    raise ValueError("step is not a number of steps")
+  for name in RESULTS:
+    if name in status and type(status[name]) not in (int, float):
+      raise ValueError(f"{name} is not a number")

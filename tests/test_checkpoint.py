@@ -66,7 +66,7 @@ def newest_of(workdir):
   """What `restore_newest` reads for a run: the step and the arrays."""
   target = train.checkpoint_target(experiment_of(tiny_config()))
   with checkpoint.open_manager(str(workdir)) as manager:
-    step, tree = checkpoint.restore_newest(manager, target)
+    step, tree, _ = checkpoint.restore_newest(manager, target)
   return step, arrays_of(tree)
 
 
@@ -113,6 +113,11 @@ DAMAGES = {
         lambda folder: (folder / "record" / "metadata").write_text("{}"),
     "record a list": lambda folder: (folder / "record" / "metadata").write_text("[1]"),
     "record missing": lambda folder: shutil.rmtree(folder / "record"),
+    "run emptied": lambda folder: (folder / "run" / "metadata").write_text(""),
+    "run of nothing": lambda folder: (folder / "run" / "metadata").write_text("{}"),
+    "run missing": lambda folder: shutil.rmtree(folder / "run"),
+    "another run": lambda folder: (folder / "run" / "metadata").write_text(
+        (folder / "run" / "metadata").read_text().replace('"step": 19', '"step": 18', 1)),
     "another checksum": lambda folder: change_record(folder, crc32=12345),
     "another accuracy": lambda folder: change_record(folder, accuracy=0.99),
     "no accuracy": lambda folder: change_record(folder, accuracy=None),
@@ -247,7 +252,7 @@ def test_arrays_come_back_to_the_bit(tmp_path):
   with checkpoint.open_manager(str(tmp_path), read_only=True) as manager:
     for target in (None, jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)):
-      step, found = checkpoint.restore_newest(manager, target)
+      step, found, _ = checkpoint.restore_newest(manager, target)
       assert step == 5
       assert jax.tree.structure(found) == jax.tree.structure(tree)
       for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree)):
@@ -286,9 +291,9 @@ def test_newest_two_and_best_are_kept(accuracies, best, reopened, tmp_path):
       manager = checkpoint.open_manager(str(tmp_path))
   manager.wait_until_finished()
   assert sorted(manager.all_steps()) == sorted({best, 4, 5})
-  step, tree = checkpoint.restore_best(manager)
+  step, tree, _ = checkpoint.restore_best(manager)
   assert step == best and (tree["a"] == best).all()
-  step, tree = checkpoint.restore_newest(manager)
+  step, tree, _ = checkpoint.restore_newest(manager)
   assert step == 5 and (tree["a"] == 5).all()
   manager.close()
 

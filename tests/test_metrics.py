@@ -1,21 +1,17 @@
-"""minw.metrics: what is kept of a record, and what TensorBoard is shown of it."""
+"""minw.metrics: what is kept of a record, and what is found missing in it."""
 
 import errno
-import itertools
 import json
 import math
-import re
 import resource
 
-import numpy as np
 import pytest
-from tensorboardX.proto import layout_pb2
 
 from minw import cli
 from minw import config as config_lib
+from minw import json_files
 from minw import metrics
 from short_runs import events_of
-from short_runs import values_of
 
 
 def line_at(step, split="validation", mode="hard", **more):
@@ -27,11 +23,6 @@ def numbers_of(workdir):
   """The points of TensorBoard's charts."""
   return {key: value for key, value in events_of(workdir).items()
           if isinstance(value, float)}
-
-
-def histograms_of(workdir):
-  return [value.histo for path in sorted((workdir / "tensorboard").iterdir())[-1:]
-          for _, value in values_of(path) if value and value.HasField("histo")]
 
 
 def written(workdir):
@@ -125,132 +116,92 @@ def test_what_is_not_finite_becomes_null(tmp_path):
     metrics.Writer(str(tmp_path), 1).close()
 
 
-def test_tensorboard(record):
-  expected = {}
-  for step in (10, 20, 30):
-    for curve in ("train", "validation"):
-      expected[f"loss/{curve}", step] = np.float32(step / 7)
-      expected[f"accuracy/{curve}", step] = 0.5
-  assert numbers_of(record) == expected
-  # Begun anew, within a second, it shows what the record keeps, and what is added.
-  writer = metrics.Writer(str(record), 20)
-  writer.write(line_at(30, loss=9.0))
-  writer.close()
-  kept = {key: value for key, value in expected.items() if key[1] <= 20}
-  assert numbers_of(record) == kept | {
-      ("loss/validation", 30): 9.0, ("accuracy/validation", 30): 0.5}
-
-
-def test_tensorboard_has_a_curve_for_each_mode(tmp_path):
-  writer = metrics.Writer(str(tmp_path), 0)
-  for step, (split, mode) in enumerate(itertools.product(
-      ("train", "validation"), ("mixed", "hard"))):
-    writer.write(line_at(10, split, mode, loss=float(step), top5_accuracy=0.75))
-  writer.close()
-  shown = numbers_of(tmp_path)
-  assert {tag: value for (tag, _), value in shown.items() if "loss" in tag} == {
-      "loss/train": 0, "loss/train_hard": 1, "loss/validation_mixed": 2,
-      "loss/validation": 3}
-  assert shown["top5_accuracy/validation", 10] == 0.75
-
-
-def test_tensorboard_joins_the_splits_in_one_chart(record):
-  layout, = (value for (tag, _), value in events_of(record).items()
-             if tag == "custom_scalars__config__")
-  category, = layout_pb2.Layout.FromString(layout).category
-  charts = {chart.title: [*chart.multiline.tag] for chart in category.chart}
-  tags = [f"{name}/{split}" for name in ("loss", "accuracy", "top5_accuracy")
-          for split in ("train", "validation")]
-  # As TensorBoard does it: expressions that match from the start of a tag on.
-  found = {name: [tag for tag in tags if any(re.match(p, tag) for p in patterns)]
-           for name, patterns in charts.items()}
-  assert found == {"loss": tags[:2], "accuracy": tags[2:]}
-
-
-def test_tensorboard_shows_config_and_test_as_text(record):
-  (record / "config.json").write_text('{\n  "seed": 7,\n  "network": "*a*"\n}\n')
-  metrics.Writer(str(record), 30).close()
-  text = events_of(record)["config/text_summary", 0].decode()
-  assert text == '    {\n      "seed": 7,\n      "network": "*a*"\n    }\n'
-  writer = metrics.Writer(str(record), 30)
-  writer.write(line_at(30, "test", checkpoint="last", checkpoint_step=20))
-  writer.close()
-  shown = events_of(record)
-  text = shown["test/last/text_summary", 30].decode()
-  assert text.startswith("    {") and json.loads(text) == {
-      "loss": 30 / 7, "accuracy": 0.5, "checkpoint": "last", "checkpoint_step": 20}
-  assert not [tag for tag, _ in numbers_of(record) if "test" in tag]
-
-
-def test_tensorboard_shows_histograms(record):
-  """Those after the last checkpoint will be counted again."""
-  line = {"epoch": 1, "layer": "block1/conv2", "kind": "weights", "alpha": 0.5,
-          "counts": [3, 0, 0, 1, 5]}  # At -1, -0.5, 0, 0.5 and 1.
-  lines = [line | {"step": 10}, line | {"step": 20, "kind": "activations"},
-           line | {"step": 30}]
-  (record / "histograms.jsonl").write_text(
-      "".join(json.dumps(line) + "\n" for line in lines))
-  writer = metrics.Writer(str(record), 20)
-  writer.show_histograms([line | {"step": 30, "counts": [0, 2, 0, 0, 0]}])
-  writer.close()
-  shown = {key: value for key, value in events_of(record).items()
-           if isinstance(value, tuple)}
-  assert shown == {("weights/block1/conv2", 10): (3, 0, 0, 1, 5),
-                   ("activations/block1/conv2", 20): (3, 0, 0, 1, 5),
-                   ("weights/block1/conv2", 30): (0, 2, 0, 0, 0)}
-  first, *_, last = histograms_of(record)
-  assert (first.min, first.max, first.num, first.sum) == (-1, 1, 9, 2.5)
-  assert first.sum_squares == 8.25 and [*first.bucket_limit] == [
-      -0.75, -0.25, 0.25, 0.75, 1.25]
-  assert (last.min, last.max) == (-0.5, -0.5)
-
-
-def test_tensorboard_after_a_kill(tmp_path):
-  """Nothing is missing of a run whose events were not all written."""
-  writer = metrics.Writer(str(tmp_path), 0)
-  for step in (10, 20):
-    writer.write(line_at(step))
-  writer.close()
-  for path in (tmp_path / "tensorboard").iterdir():
-    path.write_bytes(path.read_bytes()[:-30])
-  metrics.Writer(str(tmp_path), 20).close()
-  assert {step for _, step in numbers_of(tmp_path)} == {10, 20}
-
-
-# A full disk.
-
-
-def test_a_board_that_cannot_be_written_is_named(tmp_path):
-  """tensorboardX's own writer would wait forever for a thread that has ended."""
+def test_records_that_cannot_be_written_are_named(tmp_path):
   writer = metrics.Writer(str(tmp_path), 0)
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
   try:
     with pytest.raises(OSError) as error:
-      for step in range(100):  # In metrics.jsonl they take 400 bytes.
-        writer.show_histograms([{"kind": "weights", "layer": "conv1", "step": step,
-                                 "counts": [1] * 201}])
-        writer.write({"step": step, "split": "validation", "mode": "hard"})
-    with pytest.raises(OSError):
-      writer.close()
+      for step in range(100):
+        writer.write(line_at(step, alpha=[0.5] * 10))
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert (error.value.errno, error.value.filename) == (
-      errno.EFBIG, str(tmp_path / "tensorboard"))
-  assert step < 5
+      errno.EFBIG, str(tmp_path / "metrics.jsonl"))
   writer.close()
+
+
+# What a checkpoint has of the records.
+
+
+def copy_of(workdir, step):
+  """What a run in `workdir` would save at `step`."""
+  writer = metrics.Writer(str(workdir), step)
+  writer.close()
+  return json.loads(json.dumps(writer.lines))
+
+
+LOSSES = {
+    "half": lambda text: text[:len(text) // 2],
+    "empty": lambda text: "",
+    "zeros": lambda text: "\0" * len(text),
+    "a line": lambda text: "".join(text.splitlines(True)[1:]),
+    "order": lambda text: "".join(text.splitlines(True)[::-1]),
+    "twice": lambda text: text * 2,
+    "a digit": lambda text: text.replace("0.5", "0.6", 1),
+    "a type": lambda text: text.replace("0.5", '"0.5"', 1),
+    "not JSON": lambda text: text.replace("{", "[", 1),
+    "deep": lambda text: "[" * 100_000 + "\n" + text,
+}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "histograms.jsonl"])
+@pytest.mark.parametrize("damage", LOSSES)
+def test_what_is_lost_comes_from_the_checkpoint(name, damage, record, caplog):
+  writer = metrics.Writer(str(record), 20)
+  for step in (10, 20):
+    writer.write_histograms(step, step // 10, [
+        {"layer": "conv1", "kind": "weights", "alpha": 0.5, "counts": [1, 2, 3]}])
+  writer.close()
+  saved = copy_of(record, 20)
+  assert [len(lines) for lines in saved.values()] == [4, 2]
+  whole = {path.name: path.read_bytes() for path in record.glob("*.jsonl")}
+  metrics.Writer(str(record), 20, saved).close()
+  assert not caplog.records
+  (record / name).write_text(LOSSES[damage](whole[name].decode()))
+  metrics.Writer(str(record), 20, saved).close()
+  assert {path.name: path.read_bytes() for path in record.glob("*.jsonl")} == whole
+  warning, = caplog.records
+  assert f"{record}/{name}: " in warning.getMessage()
+  assert "written anew as the checkpoint of step 20 has it" in warning.getMessage()
+
+
+def test_a_damaged_record_without_a_copy_is_refused_and_left_as_it_is(record):
+  text = (record / "metrics.jsonl").read_text()[1:]
+  (record / "metrics.jsonl").write_text(text)
+  with pytest.raises(json_files.Damaged, match="metrics.jsonl is damaged .line 1"):
+    metrics.Writer(str(record), 20)
+  assert (record / "metrics.jsonl").read_text() == text
+
+
+def test_nothing_is_missed_of_a_run_that_begins_again(record, caplog):
+  (record / "metrics.jsonl").write_text("damaged\n")
+  metrics.Writer(str(record), 0).close()
+  assert written(record) == []
+  assert "it is begun anew" in caplog.text
 
 
 # Records of runs that are done.
 
 STATUS = {"state": "done", "step": 30, "test_accuracy": 0.5, "test_loss": 1.0,
-          "best_test_accuracy": 0.25, "best_test_loss": 1.0, "best_step": 20}
+          "best_test_accuracy": 0.25, "best_test_loss": 2.0, "best_step": 20}
 
 
 def complete_lines():
-  return [line_at(10), line_at(20), line_at(30, "train", "mixed"), line_at(30),
-          line_at(30, "test", checkpoint="last"),
-          line_at(30, "test", checkpoint="best", accuracy=0.25)]
+  return [*(line_at(step, split, mode) for step in (10, 20, 30) for split, mode in (
+              ("train", "mixed"), ("validation", "mixed"), ("validation", "hard"))),
+          line_at(30, "test", checkpoint="last", loss=1.0),
+          line_at(30, "test", checkpoint="best", loss=2.0, accuracy=0.25)]
 
 
 def check(workdir, lines, status=STATUS, **fields):
@@ -263,22 +214,25 @@ def check(workdir, lines, status=STATUS, **fields):
 
 def test_a_complete_record(tmp_path):
   check(tmp_path, complete_lines())
-  every = complete_lines()
-  del every[0]
-  check(tmp_path, every, eval_every_epochs=2)  # Epoch 2, and 3, which is the last.
+  check(tmp_path, complete_lines()[3:], eval_every_epochs=2)  # Epoch 2, and 3, which is the last.
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda lines: lines.pop(), "has 0 lines of the test split for the best checkpoint"),
-    (lambda lines: lines.pop(4), "has 0 lines of the test split for the last checkpoint"),
-    (lambda lines: lines.append(lines[5]), "has 2 lines of the test split for the best"),
-    (lambda lines: lines.pop(0), "holds are 2 instead of 3"),
-    (lambda lines: lines.insert(1, lines[1]), "holds are 4 instead of 3"),
-    (lambda lines: lines[0].update(epoch=2), "holds validations of other epochs"),
-    (lambda lines: lines[4].update(accuracy=0.75),
-     "last checkpoint is 0.75 in metrics.jsonl and 0.5 in status.json"),
-    (lambda lines: lines[0].pop("epoch"), "metrics.jsonl is damaged (KeyError('epoch'))"),
-    (lambda lines: lines.clear(), "holds are 0 instead of 3"),
+    (lambda lines: lines.pop(9), "has 0 lines of the test split for the last checkpoint"),
+    (lambda lines: lines.append(lines[10]), "has 2 lines of the test split for the best"),
+    (lambda lines: lines.pop(0), "has 2 training lines of the mixed network instead of 3"),
+    (lambda lines: lines.pop(1), "has 2 validation lines of the mixed network instead of"),
+    (lambda lines: lines.pop(2), "has 2 validation lines of the hard network instead of 3"),
+    (lambda lines: lines.insert(1, lines[2]), "has 4 validation lines of the hard network"),
+    (lambda lines: lines[2].update(epoch=2), "validation lines of the hard network after"),
+    (lambda lines: lines[9].update(accuracy=0.75),
+     "accuracy of the last checkpoint is 0.75 in metrics.jsonl and 0.5 in status.json"),
+    (lambda lines: lines[10].update(loss=3.0),
+     "loss of the best checkpoint is 3.0 in metrics.jsonl and 2.0 in status.json"),
+    (lambda lines: lines[0].pop("epoch"),
+     "metrics.jsonl is damaged (line 1: epoch is not a number of epochs)"),
+    (lambda lines: lines.clear(), "has 0 validation lines of the hard network instead of 3"),
 ])
 def test_what_a_record_lacks_is_named(change, message, tmp_path):
   lines = complete_lines()
@@ -298,5 +252,5 @@ def test_no_lines_at_all(tmp_path):
   config = config_lib.default_config()
   metrics.check_complete(str(tmp_path), config, STATUS)  # A copy of two files.
   (tmp_path / "checkpoints").mkdir()
-  with pytest.raises(cli.UsageError, match="holds are 0 instead of 200"):
+  with pytest.raises(cli.UsageError, match="0 validation lines of the hard network instead of 200"):
     metrics.check_complete(str(tmp_path), config, STATUS)

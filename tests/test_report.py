@@ -20,6 +20,7 @@ from minw import config as config_lib
 from minw import environment
 from minw import evaluate
 from minw import histograms
+from minw import metrics
 from minw.experiment import Experiment
 from minw.report import comparison
 from minw.report import figures
@@ -481,7 +482,7 @@ def test_hard_training_lines(runs):
 
 
 def test_histograms_of_a_run(runs):
-  lines = histograms.read(runs / "aqe" / "histograms.jsonl")
+  lines = metrics.read_histograms(runs / "aqe" / "histograms.jsonl")
   assert [(line["epoch"], line["step"], line["layer"], line["kind"]) for line in lines
           ] == [(epoch, epoch * EPOCH, layer, kind) for epoch in (1, 3)
                 for layer, kind in (("conv2", "weights"), ("norm_conv2", "activations"),
@@ -554,14 +555,11 @@ def test_records_of_an_interrupted_run(runs, tmp_path):
   for step in (EPOCH + 1, 3 * EPOCH + 2, 3 * EPOCH + 3):
     with pytest.raises(Stop):
       run_with(stop_before(step), recording_config(), tmp_path)
-  # A kill between the histograms of an epoch and its checkpoint.
+  # What the file has lost, the checkpoint has.
   path = tmp_path / "histograms.jsonl"
   whole = path.read_bytes()
   assert whole == (runs / "aqe" / "histograms.jsonl").read_bytes()
   path.write_bytes(whole.replace(b'"counts": [', b'"counts": [9, '))
-  histograms.write(str(tmp_path), 3 * EPOCH, 3, [])
-  assert {line["epoch"] for line in histograms.read(path)} == {1}
-  path.write_bytes(whole)
   run(recording_config(), tmp_path)
   assert path.read_bytes() == whole
   assert lines_of(tmp_path) == lines_of(runs / "aqe")
@@ -778,7 +776,8 @@ def test_results(tmp_path):
       "device": "TPU v4", "num_devices": 8, "cpu": "x", "cores": 2}}
   write_study(tmp_path / "results" / "s.jsonl", runs)
   curve.write_text("".join(json.dumps(
-      {"epoch": epoch, "split": split, "mode": mode, "accuracy": accuracy}) + "\n"
+      {"step": epoch, "epoch": epoch, "split": split, "mode": mode,
+       "accuracy": accuracy}) + "\n"
       for epoch, split, mode, accuracy in (
           (1, "validation", "hard", 0.1), (2, "validation", "hard", 0.875),
           (2, "validation", "mixed", 0.2), (2, "train", "hard", 0.3))))
@@ -850,7 +849,7 @@ def test_results_of_the_repository(tmp_path):
 
 
 def test_figures_of_histograms(runs):
-  lines = [line for line in histograms.read(runs / "two" / "histograms.jsonl")
+  lines = [line for line in metrics.read_histograms(runs / "two" / "histograms.jsonl")
            if line["layer"] == "norm_conv2"]
   figure = figures.histogram_figure(lines, "Fig 4")
   assert len(figure.axes) == 2 and figure.get_suptitle() == "Fig 4"

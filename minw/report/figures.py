@@ -81,7 +81,7 @@ def _first_with(runs, bits, path):
     c = run["config"]
     if run["histograms"] and c["estimator"] == "aqe" and (
         c["input_bits"] == c["weight_bits"] == bits):
-      lines = [line for line in histograms.read(pathlib.Path(run["histograms"]))
+      lines = [line for line in metrics.read_histograms(run["histograms"])
                if line["layer"] == path]
       if lines:
         return run, lines

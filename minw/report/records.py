@@ -13,6 +13,8 @@ such a line:
     curve, histograms: files, named from the study's folder on; null if there are none.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +25,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import environment
 from minw import files
+from minw import json_files
 from minw import metrics
 from minw import paths as paths_lib
 from minw import titles
@@ -64,6 +67,9 @@ def record(workdir: str) -> Record:
   cli.check(status["state"] == "done", "workdir", workdir,
             f"that of a run that is done: it is {status['state']} at step "
             f"{status['step']}")
+  lacking = [name for name in workdir_lib.RESULTS if name not in status]
+  cli.check(not lacking, "workdir", workdir,
+            f"that of a run whose status.json has {', '.join(lacking)}")
   metrics.check_complete(workdir, config, status)
   run = environment.read(workdir)
   *earlier, last = run["environments"] or [
@@ -211,15 +217,35 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
       folders.sort()
       for file in sorted(names):
         study = os.path.join(folder, file)
-        if file.endswith(".jsonl") and is_study(study) and new(study):
-          yield from _lines(study)
+        if file.endswith(".jsonl") and new(study):
+          if is_study(study):
+            yield from _lines(study)
+          elif fault := _damage(study):
+            yield study, functools.partial(_refuse, fault)
+
+
+def _damage(path: str) -> json_files.Damaged | None:
+  """What is wrong with a file of JSON lines that may have been a study."""
+  try:
+    json_files.read_lines(path)
+  except json_files.Damaged as error:
+    return error
+  return None
+
+
+def _refuse(error: Exception) -> Record:
+  raise error
 
 
 def _is_workdir(folder: str, names: Sequence[str]) -> bool:
-  """Whether it holds a run; one that ended before its first step has no status.json."""
+  """Whether it holds a run; one that ended before its first step has no status.json.
+
+  A run that has lost its config.json is one as well, to be named among what is left out.
+  """
+  others = {"status.json", "run.json", "metrics.jsonl"} & {*names}
   if "config.json" not in names:
-    return False
-  if {"status.json", "run.json", "metrics.jsonl"} & {*names}:
+    return len(others) > 1
+  if others:
     return True
   try:
     return bool(workdir_lib.read_config(folder))
@@ -228,32 +254,49 @@ def _is_workdir(folder: str, names: Sequence[str]) -> bool:
 
 
 def is_study(path: str | os.PathLike) -> bool:
-  """Whether it is a file that `collect` wrote, by its first line."""
-  with open(path, "rb") as file:
-    try:
-      line = json.loads(file.readline())
-    except ValueError:
-      return False
-  return isinstance(line, dict) and "config" in line
+  """Whether it is a file that `collect` wrote: one of its lines has a config."""
+  if not os.path.isfile(path):
+    return False
+  for line in pathlib.Path(path).read_bytes().splitlines():
+    if b'"config"' in line:
+      with contextlib.suppress(ValueError, RecursionError):
+        run = json.loads(line)
+        if isinstance(run, dict) and "config" in run:
+          return True
+  return False
 
 
 def _lines(path: str) -> Iterator[tuple[str, Any]]:
-  for number, line in enumerate(pathlib.Path(path).read_text().splitlines(), start=1):
+  lines = pathlib.Path(path).read_bytes().splitlines()
+  for number, line in enumerate(lines, start=1):
     yield f"{path}:{number}", lambda line=line: _line(line, os.path.dirname(path))
 
 
-def _line(line: str, folder: str) -> Record:
+def _line(line: bytes, folder: str) -> Record:
   try:
     run = json.loads(line)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise cli.UsageError(f"the line is damaged: {error}") from error
+  if not isinstance(run, dict):
+    raise cli.UsageError("the line is damaged: it is not a JSON object")
   missing = sorted({"config", "seed", "commit", "seconds", "step", "test_accuracy",
                     "test_loss", "best_test_accuracy", "curve", "histograms"} - {*run})
   if missing:
     raise cli.UsageError(f"the line has no {', '.join(missing)}")
-  for name in ("curve", "histograms"):
+  wrong = [name for name in ("seed", "step", "test_accuracy", "best_test_accuracy")
+           if not json_files.is_number(run[name])]
+  if not (run["seconds"] is None or json_files.is_number(run["seconds"])):
+    wrong.append("seconds")
+  if not environment.is_environment({name: run.get(name) for name in environment.UNKNOWN}):
+    wrong += environment.UNKNOWN
+  if wrong:
+    raise cli.UsageError(f"the line is damaged: {', '.join(wrong)} of another type")
+  for name, read_all in (("curve", metrics.read_file),
+                         ("histograms", metrics.read_histograms)):
     path = os.path.join(folder, run[name] or "")
     run[name] = path if os.path.isfile(path) else None
+    if run[name]:
+      read_all(path)  # One that is damaged is refused here, by its name.
   return run
 
 
@@ -276,7 +319,7 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
   """
   study = pathlib.Path(out)
   cli.check(study.suffix == ".jsonl", "out", out, "a file whose name ends in .jsonl")
-  before = study.read_text() if study.exists() else ""
+  before = json_files.read_text(study) or ""
   cli.check(not before or is_study(out), "out", out, "a study, or a new file")
   known, _ = read([out]) if before else ([], [])
   names = {run["name"] for run in known}
@@ -297,10 +340,11 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
                 run["curve"])))
       if run["histograms"]:
         run["histograms"] = _put(study, f"{name}_histograms.jsonl",
-                                 pathlib.Path(run["histograms"]).read_text())
+                                 json_files.read_text(run["histograms"]) or "")
       lines.append(json.dumps(run, sort_keys=True) + "\n")
     if lines:
-      files.write(study, before + "".join(lines))
+      cut_off = before and not before.endswith("\n")  # No line is added to its last.
+      files.write(study, before + "\n" * bool(cut_off) + "".join(lines))
   except OSError as error:
     raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
   return added, [*left_out, *copies]

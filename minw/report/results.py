@@ -93,12 +93,14 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
   counted.sort(key=lambda run: (records.method(run) != "ste",
                                 len(records.settings(run["config"]))))
   compared = comparison.compare(counted, by)
-  seconds = [run["seconds"] for run in runs]
+  seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
+  times = (f"of {duration(min(seconds))} to {duration(max(seconds))}" if seconds
+           else "of unknown length")
   names = lambda values: ", ".join(sorted({str(value) for value in values}))
   lines = [
       f"### {title}\n",
       f"[{path}]({path}), [how it was made]({path.with_suffix('')}/README.md). "
-      f"{len(runs)} runs of {duration(min(seconds))} to {duration(max(seconds))} "
+      f"{len(runs)} runs {times} "
       f"on {names(_device(run) for run in runs)}; commits "
       f"{names((run['commit'] or 'unknown')[:7] for run in runs)}.\n"]
   for each in compared:

@@ -1,0 +1,194 @@
+"""TensorBoard's view of a run.
+
+Loss and accuracy of the splits are shown under tags that group them, loss/train,
+loss/validation and so on. A chart has one tag. Therefore the page "Custom Scalars" joins
+those of a group in one. Writing the splits as runs of their own, with one tag, would join
+them on the other pages too, but would make several runs of each workdir, and tags that do
+not say which split they are of.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+from typing import Any, Callable
+
+import numpy as np
+import tensorboardX
+from tensorboardX import record_writer
+from tensorboardX.proto import event_pb2
+
+_log = logging.getLogger(__name__)
+
+# Names in charts, by split and mode. The usual modes have no mark: training is computed
+# with the mixed network, and validation with the hard one.
+_CURVES = {("train", "mixed"): "train", ("train", "hard"): "train_hard",
+           ("validation", "hard"): "validation",
+           ("validation", "mixed"): "validation_mixed"}
+
+_BY_SPLIT = ("loss", "accuracy", "top5_accuracy")
+
+
+class Board:
+  """Shows the records of a run to TensorBoard, and never stands in the way of the run.
+
+  Everything is written in the thread that calls. The first error, that of a full disk for
+  example, is logged as a warning, and after it nothing is shown any more. The next start
+  of the run shows everything anew.
+  """
+
+  def __init__(self, workdir: str, config: str | None):
+    """Begins a file of events, which takes the place of what earlier files show.
+
+    Args:
+      workdir: Directory of the run. The events are in its folder `tensorboard`.
+      config: Text of the config to show, if there is one.
+    """
+    self._folder = os.path.join(os.path.abspath(workdir), "tensorboard")
+    self._writer: _Writer | None = None
+    try:
+      self._writer = _Writer(self._folder)
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      self._drop(error)
+    self._try(lambda writer: writer.add_custom_scalars({"train and validation": {
+        "loss": ["Multiline", ["loss/"]],
+        "accuracy": ["Multiline", ["(top5_)?accuracy/"]]}}))  # Matched from the start.
+    if config is not None:
+      self._try(lambda writer: writer.add_text("config", _as_code(config), 0))
+
+  def show(self, line: dict[str, Any]) -> None:
+    """Shows a line of metrics.jsonl."""
+    self._try(lambda writer: _show(writer, line))
+
+  def show_histogram(self, line: dict[str, Any]) -> None:
+    """Shows a line of histograms.jsonl."""
+    self._try(lambda writer: _show_histogram(writer, line))
+
+  def flush(self) -> None:
+    """Hands to the operating system what is buffered."""
+    self._try(lambda writer: writer.flush())
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._try(lambda writer: writer.close())
+
+  def _try(self, action: Callable[["_Writer"], None]) -> None:
+    if self._writer is None:
+      return
+    try:
+      action(self._writer)
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      self._drop(error)
+
+  def _drop(self, error: Exception) -> None:
+    _log.warning("%s cannot be written (%s): TensorBoard shows nothing more of this run"
+                 " until it is started again", self._folder, error)
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      writer.abandon()
+
+
+class _Writer(tensorboardX.SummaryWriter):
+  """A SummaryWriter that writes in the thread that calls it, to `_Events`.
+
+  The original has a thread for that, which ends at the first error. Later calls would
+  wait for it forever.
+  """
+
+  def _get_file_writer(self):
+    if self.file_writer is None:
+      self.file_writer = _Events(self.logdir)
+      self.all_writers = {self.logdir: self.file_writer}
+    return self.file_writer
+
+  def abandon(self) -> None:
+    """Closes the file, whatever becomes of what is buffered."""
+    if self.file_writer is not None:
+      self.file_writer.abandon()
+
+
+class _Events:
+  """A file of events, which takes back what earlier files show.
+
+  TensorBoard reads files in the order of their names, which hold the time in seconds. A
+  file that is begun in the same second as an earlier one, or after the clock was set
+  back, is named after the second that follows.
+  """
+
+  def __init__(self, folder: str):
+    os.makedirs(folder, exist_ok=True)
+    matches = (re.match(r"events\.out\.tfevents\.(\d{10})\.", name)
+               for name in os.listdir(folder))
+    newest = max((int(match[1]) for match in matches if match), default=0)
+    second = max(int(time.time()), newest + 1)
+    self._file = record_writer.RecordWriter(os.path.join(
+        folder, f"events.out.tfevents.{second:010d}.{socket.gethostname()}"))
+    try:
+      self._add(event_pb2.Event(file_version="brain.Event:2"))
+      self._add(event_pb2.Event(session_log=event_pb2.SessionLog(
+          status=event_pb2.SessionLog.START)))
+    except OSError:
+      self.abandon()
+      raise
+
+  def add_summary(self, summary: Any, step: int | None = None, _: Any = None) -> None:
+    """Shows something at a step."""
+    self._add(event_pb2.Event(summary=summary, step=step or 0))
+
+  def flush(self) -> None:
+    """Hands to the operating system what is buffered."""
+    self._file.flush()
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+  def abandon(self) -> None:
+    """Closes the file, whatever becomes of what is buffered."""
+    with contextlib.suppress(OSError):
+      self._file.close()
+
+  def _add(self, event: event_pb2.Event) -> None:
+    event.wall_time = time.time()
+    self._file.write(event.SerializeToString())
+
+
+def _show(writer: _Writer, line: dict[str, Any]) -> None:
+  measured = {name: value for name, value in line.items()
+              if name not in ("step", "epoch", "split", "mode")}
+  if line["split"] == "test":  # Measured once: a chart would have a single point.
+    writer.add_text(f"test/{line['checkpoint']}", _as_code(json.dumps(measured, indent=2)),
+                    line["step"])
+    return
+  for name, value in measured.items():
+    tag = (f"{name}/{_CURVES[line['split'], line['mode']]}" if name in _BY_SPLIT
+           else name)
+    for suffix, number in _numbers(value):
+      writer.add_scalar(tag + suffix, number, line["step"])
+
+
+def _show_histogram(writer: _Writer, line: dict[str, Any]) -> None:
+  counts = np.asarray(line["counts"])
+  centres = np.linspace(-1, 1, len(counts))
+  filled = centres[counts > 0]
+  writer.add_histogram_raw(
+      f"{line['kind']}/{line['layer']}", min=filled.min(), max=filled.max(),
+      num=counts.sum(), sum=counts @ centres, sum_squares=counts @ centres**2,
+      bucket_limits=(centres + (centres[1] - centres[0]) / 2).tolist(),
+      bucket_counts=counts.tolist(), global_step=line["step"])
+
+
+def _as_code(text: str) -> str:
+  """Text that Markdown shows as it is."""
+  return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _numbers(value: Any) -> list[tuple[str, float]]:
+  if isinstance(value, (int, float)):
+    return [("", value)]
+  parts = (value.items() if isinstance(value, dict)
+           else enumerate(value) if isinstance(value, list) else ())
+  return [(f"/{name}", part) for name, part in parts if part is not None]

@@ -1,0 +1,208 @@
+"""minw.board: what TensorBoard is shown, and that it never stands in the way of a run."""
+
+import errno
+import itertools
+import json
+import os
+import re
+import resource
+import time
+
+import numpy as np
+import pytest
+from tensorboardX.proto import layout_pb2
+
+from minw import board
+from minw import metrics
+from short_runs import events_of
+from short_runs import values_of
+
+
+def line_at(step, split="validation", mode="hard", **more):
+  return {"step": step, "epoch": step // 10, "split": split, "mode": mode,
+          "loss": step / 7, "accuracy": 0.5, **more}
+
+
+def numbers_of(workdir):
+  """The points of TensorBoard's charts."""
+  return {key: value for key, value in events_of(workdir).items()
+          if isinstance(value, float)}
+
+
+def histograms_of(workdir):
+  return [value.histo for path in sorted((workdir / "tensorboard").iterdir())[-1:]
+          for _, value in values_of(path) if value and value.HasField("histo")]
+
+
+@pytest.fixture
+def record(tmp_path):
+  """A workdir with lines at steps 10, 20, 30 and of the test split."""
+  writer = metrics.Writer(str(tmp_path), 0)
+  for step in (10, 20, 30):
+    writer.write(line_at(step, "train", "mixed"))
+    writer.write(line_at(step))
+  writer.write(line_at(30, "test", checkpoint="last", checkpoint_step=30))
+  writer.write(line_at(30, "test", checkpoint="best", checkpoint_step=20))
+  writer.close()
+  return tmp_path
+
+
+def test_tensorboard(record):
+  expected = {}
+  for step in (10, 20, 30):
+    for curve in ("train", "validation"):
+      expected[f"loss/{curve}", step] = np.float32(step / 7)
+      expected[f"accuracy/{curve}", step] = 0.5
+  assert numbers_of(record) == expected
+  # Begun anew, within a second, it shows what the record keeps, and what is added.
+  writer = metrics.Writer(str(record), 20)
+  writer.write(line_at(30, loss=9.0))
+  writer.close()
+  kept = {key: value for key, value in expected.items() if key[1] <= 20}
+  assert numbers_of(record) == kept | {
+      ("loss/validation", 30): 9.0, ("accuracy/validation", 30): 0.5}
+
+
+def test_tensorboard_has_a_curve_for_each_mode(tmp_path):
+  writer = metrics.Writer(str(tmp_path), 0)
+  for step, (split, mode) in enumerate(itertools.product(
+      ("train", "validation"), ("mixed", "hard"))):
+    writer.write(line_at(10, split, mode, loss=float(step), top5_accuracy=0.75))
+  writer.close()
+  shown = numbers_of(tmp_path)
+  assert {tag: value for (tag, _), value in shown.items() if "loss" in tag} == {
+      "loss/train": 0, "loss/train_hard": 1, "loss/validation_mixed": 2,
+      "loss/validation": 3}
+  assert shown["top5_accuracy/validation", 10] == 0.75
+
+
+def test_tensorboard_joins_the_splits_in_one_chart(record):
+  layout, = (value for (tag, _), value in events_of(record).items()
+             if tag == "custom_scalars__config__")
+  category, = layout_pb2.Layout.FromString(layout).category
+  charts = {chart.title: [*chart.multiline.tag] for chart in category.chart}
+  tags = [f"{name}/{split}" for name in ("loss", "accuracy", "top5_accuracy")
+          for split in ("train", "validation")]
+  # As TensorBoard does it: expressions that match from the start of a tag on.
+  found = {name: [tag for tag in tags if any(re.match(p, tag) for p in patterns)]
+           for name, patterns in charts.items()}
+  assert found == {"loss": tags[:2], "accuracy": tags[2:]}
+
+
+def test_tensorboard_shows_config_and_test_as_text(record):
+  (record / "config.json").write_text('{\n  "seed": 7,\n  "network": "*a*"\n}\n')
+  metrics.Writer(str(record), 30).close()
+  text = events_of(record)["config/text_summary", 0].decode()
+  assert text == '    {\n      "seed": 7,\n      "network": "*a*"\n    }\n'
+  writer = metrics.Writer(str(record), 30)
+  writer.write(line_at(30, "test", checkpoint="last", checkpoint_step=20))
+  writer.close()
+  shown = events_of(record)
+  text = shown["test/last/text_summary", 30].decode()
+  assert text.startswith("    {") and json.loads(text) == {
+      "loss": 30 / 7, "accuracy": 0.5, "checkpoint": "last", "checkpoint_step": 20}
+  assert not [tag for tag, _ in numbers_of(record) if "test" in tag]
+
+
+def test_tensorboard_shows_histograms(record):
+  """Those after the last checkpoint will be counted again."""
+  line = {"epoch": 1, "layer": "block1/conv2", "kind": "weights", "alpha": 0.5,
+          "counts": [3, 0, 0, 1, 5]}  # At -1, -0.5, 0, 0.5 and 1.
+  lines = [line | {"step": 10}, line | {"step": 20, "kind": "activations"},
+           line | {"step": 30}]
+  (record / "histograms.jsonl").write_text(
+      "".join(json.dumps(line) + "\n" for line in lines))
+  writer = metrics.Writer(str(record), 20)
+  writer.write_histograms(30, 3, [{
+      "layer": "block1/conv2", "kind": "weights", "alpha": 0.5,
+      "counts": [0, 2, 0, 0, 0]}])
+  writer.close()
+  shown = {key: value for key, value in events_of(record).items()
+           if isinstance(value, tuple)}
+  assert shown == {("weights/block1/conv2", 10): (3, 0, 0, 1, 5),
+                   ("activations/block1/conv2", 20): (3, 0, 0, 1, 5),
+                   ("weights/block1/conv2", 30): (0, 2, 0, 0, 0)}
+  first, *_, last = histograms_of(record)
+  assert (first.min, first.max, first.num, first.sum) == (-1, 1, 9, 2.5)
+  assert first.sum_squares == 8.25 and [*first.bucket_limit] == [
+      -0.75, -0.25, 0.25, 0.75, 1.25]
+  assert (last.min, last.max) == (-0.5, -0.5)
+
+
+def test_tensorboard_after_a_kill(tmp_path):
+  """Nothing is missing of a run whose events were not all written."""
+  writer = metrics.Writer(str(tmp_path), 0)
+  for step in (10, 20):
+    writer.write(line_at(step))
+  writer.close()
+  for path in (tmp_path / "tensorboard").iterdir():
+    path.write_bytes(path.read_bytes()[:-30])
+  metrics.Writer(str(tmp_path), 20).close()
+  assert {step for _, step in numbers_of(tmp_path)} == {10, 20}
+
+
+# What goes wrong.
+
+
+def warnings_in(caplog):
+  return [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+
+
+def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path, caplog):
+  """tensorboardX's own writer would wait forever for a thread that has ended."""
+  writer = metrics.Writer(str(tmp_path), 0)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+  try:
+    for step in range(14):  # In metrics.jsonl they take 1,600 bytes.
+      writer.write(line_at(step, weights=step))
+      writer.sync()
+    writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert metrics.read(str(tmp_path)) == [line_at(step, weights=step)
+                                         for step in range(14)]
+  warning, = warnings_in(caplog)
+  assert f"{tmp_path}/tensorboard cannot be written" in warning
+  assert os.strerror(errno.EFBIG) in warning
+  caplog.clear()
+  metrics.Writer(str(tmp_path), 13).close()  # The next start shows all of it.
+  assert {step for _, step in numbers_of(tmp_path)} == {*range(14)}
+  assert not warnings_in(caplog)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_text(""), lambda path: path.symlink_to("/nonexistent/x"),
+    os.mkfifo])
+def test_a_folder_that_cannot_be_made(spoil, tmp_path, caplog):
+  spoil(tmp_path / "tensorboard")
+  writer = metrics.Writer(str(tmp_path), 0)
+  for step in (10, 20):
+    writer.write(line_at(step))
+    writer.sync()
+  writer.close()
+  assert metrics.read(str(tmp_path)) == [line_at(10), line_at(20)]
+  warning, = warnings_in(caplog)
+  assert f"{tmp_path}/tensorboard cannot be written" in warning
+
+
+def test_what_cannot_be_shown(tmp_path, caplog):
+  shown = board.Board(str(tmp_path), "{}")
+  shown.show({"split": "validation", "mode": "hard", "step": 2**100, "loss": 0.5})
+  shown.show_histogram({"counts": []})
+  shown.flush()
+  shown.close()
+  assert len(warnings_in(caplog)) == 1
+
+
+def test_a_clock_that_is_set_back(tmp_path, monkeypatch):
+  """TensorBoard reads files by name: the last start has the last name."""
+  for now in (1_700_000_000.5, 1_600_000_000.5, 5.0, 1_600_000_000.5):
+    monkeypatch.setattr(time, "time", lambda: now)
+    writer = metrics.Writer(str(tmp_path), 0)
+    writer.write(line_at(10, loss=now))
+    writer.close()
+    assert numbers_of(tmp_path)["loss/validation", 10] == np.float32(now)
+  names = sorted(os.listdir(tmp_path / "tensorboard"))
+  assert [int(name.split(".")[3]) for name in names] == [
+      1_700_000_000 + start for start in range(4)]
