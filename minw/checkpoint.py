@@ -1,11 +1,13 @@
 """Checkpoints of a run: Orbax, with a checksum, and a step back from a damaged one."""
 
+import functools
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 import time
 from typing import Any, Callable, NamedTuple, Sequence
 import weakref
@@ -21,6 +23,8 @@ from minw import distributed
 from minw import json_files
 
 _log = logging.getLogger(__name__)
+
+_CLOSED = "Event loop is closed"  # What asyncio says.
 
 
 class Restored(NamedTuple):
@@ -45,6 +49,7 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
   """
   for name in ("absl", "concurrent.futures"):
     logging.getLogger(name).addFilter(_is_news)
+  _silence_callbacks()
   folder, close = _plainly_named(pathlib.Path(workdir).resolve())
   directory = folder / "checkpoints"
   if read_only:
@@ -68,11 +73,27 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
   return manager
 
 
+@functools.cache  # Once.
+def _silence_callbacks() -> None:
+  """Keeps TensorStore from printing tracebacks that follow from another error.
+
+  When one of its writes fails, Orbax raises that error and closes its event loop. The
+  other writes then find the loop closed, which nobody can handle any more.
+  """
+  show = sys.unraisablehook
+
+  def show_news(unraisable):
+    if str(unraisable.exc_value) != _CLOSED:
+      show(unraisable)
+
+  sys.unraisablehook = show_news
+
+
 def _is_news(entry: logging.LogRecord) -> bool:
   """False for tracebacks that follow from an error of Orbax, which raises it as well."""
   error = entry.exc_info[1] if entry.exc_info else None
   return error is None or not (
-      "orbax" in entry.pathname or str(error) == "Event loop is closed")
+      "orbax" in entry.pathname or str(error) == _CLOSED)
 
 
 def _plainly_named(

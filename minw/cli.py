@@ -22,6 +22,7 @@ from minw import paths
 from minw import text
 from minw import usage
 
+_LONGEST = 300  # Characters of a value in an error.
 _FLUSH_SECONDS = 5.0  # How long an error's last output may take.
 _COMMON = ("help", "version", "quiet", "verbosity")  # Flags of all commands.
 
@@ -38,7 +39,16 @@ class UsageError(Exception):
 
 def bad_value(field: str, value: Any, allowed: str) -> UsageError:
   """The error for `field` holding `value` where only `allowed` may stand."""
-  return UsageError(f"{field}={value!r}: must be {allowed}")
+  return UsageError(f"{field}={shown(value)}: must be {allowed}")
+
+
+def shown(value: Any) -> str:
+  """`repr(value)`, or its beginning if it is too long for a line that people read."""
+  try:
+    text = repr(value)
+  except (RecursionError, ValueError):  # It is too deep, or a number too long.
+    return "..."
+  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def check(ok: bool, field: str, value: Any, allowed: str) -> None:
@@ -52,7 +62,7 @@ def unknown_name(kind: str, name: str, known) -> UsageError:
   near = difflib.get_close_matches(name, known, n=1)
   hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(
       sorted(known))
-  return UsageError(f"{kind} {name!r} does not exist; {hint}")
+  return UsageError(f"{kind} {shown(name)} does not exist; {hint}")
 
 
 # Names of flags that must be given, see `require`.

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 from ml_collections import config_dict
+import numpy as np
 
 from minw import cli
 from minw import config_fields
@@ -55,7 +56,7 @@ class Config(config_dict.ConfigDict):
     try:
       cli.check(allowed, f"config.{name}", value, f"of type {kind.__name__}")
       super().__setitem__(name, value)
-    except TypeError as error:
+    except (TypeError, OverflowError, RecursionError, ValueError) as error:
       raise cli.bad_value(
           f"config.{name}", value, f"of type {kind.__name__}") from error
 
@@ -93,13 +94,16 @@ def histogram_epochs(c: config_dict.ConfigDict) -> tuple[int, ...]:
   """
   if c.histogram_epochs:
     return c.histogram_epochs
+  every = c.eval_every_epochs
   return tuple(sorted({
-      min(epoch for epoch in _validated_epochs(c) if whole * epoch >= part * c.num_epochs)
+      min(-(-part * c.num_epochs // (whole * every)) * every, c.num_epochs)
       for part, whole in _HISTOGRAMS}))
 
 
-def _validated_epochs(c: config_dict.ConfigDict) -> set[int]:
-  return {*range(0, c.num_epochs, c.eval_every_epochs), c.num_epochs} - {0}
+def _is_validated(c: config_dict.ConfigDict, epoch: int) -> bool:
+  """Whether an epoch of the run ends with a validation."""
+  return 0 < epoch <= c.num_epochs and (
+      epoch % c.eval_every_epochs == 0 or epoch == c.num_epochs)
 
 
 def validate(c: config_dict.ConfigDict) -> None:
@@ -128,6 +132,9 @@ def validate(c: config_dict.ConfigDict) -> None:
   def at_least(name, low):
     check(name, c[name] >= low, f"at least {low}")
 
+  def at_most(name, high):
+    check(name, c[name] <= high, f"at most {high}")
+
   def fraction(name):
     check(name, 0 <= c[name] <= 1, "in [0, 1]")
 
@@ -138,14 +145,17 @@ def validate(c: config_dict.ConfigDict) -> None:
     check(name, 0 <= c[name] < _HUGE, "at least 0 and finite, in float32")
 
   def widths(name):
-    check(name, all(type(w) is int and w > 0 for w in c[name]),
-          "a tuple of positive integers")
+    check(name, len(c[name]) <= _MOST_LAYERS and all(
+        type(w) is int and 0 < w <= _WIDEST for w in c[name]),
+          f"a tuple of positive integers, at most {_MOST_LAYERS} and each at most"
+          f" {_WIDEST}")
 
   def bits(name, value):
     try:
       quantizers.is_grid(value)
-    except ValueError as error:
-      raise cli.UsageError(f"config.{name}: {error}") from error
+    except (ValueError, RecursionError) as error:
+      raise cli.UsageError(f"config.{name}: bits={cli.shown(value)}: must be"
+                           f" {quantizers.ALLOWED_BITS}") from error
 
   one_of("dataset", datasets.NAMES)
   one_of("pixels", ("integer", "standardized"))
@@ -166,12 +176,18 @@ def validate(c: config_dict.ConfigDict) -> None:
     try:
       paths.expand(c[name])
     except ValueError as error:
-      raise cli.UsageError(f"config.{name}={c[name]!r}: {error}") from error
+      raise cli.UsageError(
+          f"config.{name}={cli.shown(c[name])}: {error}") from error
 
   check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
   for name in ("num_epochs", "eval_every_epochs", "eval_batch_size",
                "learning_rate_stairs", "crop_size", "estimator_noise_steps"):
     at_least(name, 1)
+  for name in ("num_epochs", "eval_every_epochs", "learning_rate_stairs",
+               "estimator_noise_steps", "reestimate_batches", "batch_size",
+               "eval_batch_size"):
+    at_most(name, 2**31 - 1)  # They meet the number of a step, which is an int32.
+  at_most("data_workers", _MOST_WORKERS)
   check("batch_size", c.batch_size > 1, "at least 2: after a dense layer, batch norm"
         " of one example sees one value of each channel, which teaches it nothing")
   for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers",
@@ -197,7 +213,7 @@ def validate(c: config_dict.ConfigDict) -> None:
     for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
       check(name, all(type(value) is kind for value in c[name]),
             f"a tuple of {kind.__name__}")
-    check("histogram_epochs", _validated_epochs(c).issuperset(c.histogram_epochs),
+    check("histogram_epochs", all(_is_validated(c, e) for e in c.histogram_epochs),
           f"epochs up to num_epochs={c.num_epochs} that end with a validation, as "
           f"every eval_every_epochs={c.eval_every_epochs} do")
 
@@ -207,6 +223,8 @@ def validate(c: config_dict.ConfigDict) -> None:
 
   info = datasets.info(c.dataset)
   if info.streamed:
+    for name in ("crop_size", "eval_resize"):
+      at_most(name, _LARGEST_SIDE)
     check("train_examples", not c.train_examples, f"0: {c.dataset} is not in memory")
     check("eval_resize", c.eval_resize == 0 or c.eval_resize >= c.crop_size,
           f"0 or at least crop_size={c.crop_size}")
@@ -252,6 +270,12 @@ def validate(c: config_dict.ConfigDict) -> None:
 FREE = ("data_workers", "shard_optimizer")
 
 _TINY, _HUGE = 2.0**-126, 2.0**128  # Less is 0 in float32, and more infinite.
+
+# Bounds beyond which no network or machine goes, so that a slip is found at once.
+_WIDEST = 2**20  # Outputs of a layer.
+_MOST_LAYERS = 100
+_LARGEST_SIDE = 4096  # Pixels of a crop or a resized image.
+_MOST_WORKERS = 1024
 KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",
                 "lecun_uniform", "lecun_normal")
 
@@ -321,6 +345,13 @@ def _ascending(values: tuple) -> bool:
   return _numbers(values) and all(a < b for a, b in zip(values, values[1:]))
 
 
+def _distinct(values: tuple) -> bool:
+  """Whether ascending numbers are finite, positive and different in float32."""
+  if not _ascending(values) or not all(_TINY <= v < _HUGE for v in values):
+    return False
+  return len(set(map(np.float32, values))) == len(values)
+
+
 def _numbers(values: tuple) -> bool:
   return all(type(v) in (int, float) and 0 < v < math.inf for v in values)
 
@@ -332,6 +363,6 @@ def _final_size(c: config_dict.ConfigDict) -> int:
 
 def _check_thresholds(c: config_dict.ConfigDict, name: str, bits: int | str) -> None:
   q = quantizers.num_thresholds(bits) if quantizers.is_grid(bits) else 0
-  cli.check(_ascending(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
+  cli.check(_distinct(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
             f"() or {q} positive, ascending numbers, for bits={bits!r}" if q
             else f"(): bits={bits!r} has no thresholds")

@@ -5,7 +5,8 @@ Training, evaluation and packing all start from here.
 
 import functools
 import itertools
-from typing import Any, Callable, Iterator
+import os
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -69,6 +70,39 @@ def build_model(config: Any, **changes: Any) -> Any:
       **make)
 
 
+def _check_memory(
+    c: Any, image_shape: tuple[int, int, int], devices: Sequence[jax.Device]
+) -> None:
+  """Checks that training a ConvNet may fit into memory, before any of it is taken.
+
+  The estimate is a lower bound: parameters, their gradients and one moment of the
+  optimizer, and the largest output that a convolution has for a device's examples.
+
+  Raises:
+    cli.UsageError: it does not fit.
+  """
+  side, _, channels = image_shape
+  side -= 2 * (c.first_padding == "VALID")
+  sizes, outputs = {"conv_widths": 0, "dense_widths": 0}, [0]
+  for i, width in enumerate(c.conv_widths):
+    sizes["conv_widths"] += 9 * channels * width
+    outputs.append((side >> (i // 2))**2 * width)
+    channels = width
+  features = channels * (side >> (len(c.conv_widths) // 2))**2
+  for width in c.dense_widths:
+    sizes["dense_widths"] += features * width
+    features = width
+  examples = c.batch_size // len(devices)
+  needed = 4 * (3 * sum(sizes.values()) + examples * max(outputs))
+  available = (devices[0].memory_stats() or {}).get(
+      "bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+  widest = "dense_widths" if sizes["dense_widths"] > sum(outputs) + sizes[
+      "conv_widths"] else "conv_widths"
+  cli.check(needed <= available, f"config.{widest}", c[widest],
+            f"narrower: training takes at least {needed / 1e9:.1f} GB, of"
+            f" {available / 1e9:.1f} GB")
+
+
 class Experiment:
   """What a config comes to; making one checks the config and makes no arrays.
 
@@ -109,6 +143,8 @@ class Experiment:
                 f"a multiple of {len(devices)}, the number of devices")
 
     self.image_shape = (c.crop_size, c.crop_size, self.info.image_shape[-1])
+    if c.network == "convnet":
+      _check_memory(c, self.image_shape, devices)
     self.pixels = pipeline.pixels(c.pixels, self.info.mean, self.info.std)
     self.model = build_model(c)
     self.layers = layers.trace(self.model, self.image_shape)

@@ -1,5 +1,6 @@
 """Paths as users write them: `~`, environment variables, wildcards and lists."""
 
+import errno
 import glob
 import os
 import re
@@ -15,9 +16,15 @@ def expand(path: str | os.PathLike) -> str:
     The path with the home directory and the variables' values.
 
   Raises:
-    ValueError: The user or a variable does not exist, and no file has this very name.
+    ValueError: The user or a variable does not exist, and no file has this very name;
+      or no file can have such a name, which is too long or holds a null character.
   """
   result = os.path.expandvars(os.path.expanduser(path))
+  try:
+    os.lstat(result)
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      raise ValueError("the name of a file or the path is too long for this system")
   if not os.path.lexists(result):
     if result.startswith("~"):
       name = result.split("/")[0]

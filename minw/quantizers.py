@@ -25,6 +25,8 @@ import numpy as np
 
 GRID_BITS = (1, 2, 3, 4, 5)
 FLOAT_FORMATS = ("float8_e4m3fn", "bfloat16", "float16", "float32")
+ALLOWED_BITS = (f"one of {', '.join(map(str, GRID_BITS))} or a float format named by its"
+                f" dtype: {', '.join(FLOAT_FORMATS)}")  # For errors.
 THRESHOLD_RULES = ("layer_mean", "channel_mean", "fixed")
 SMALLEST = 2.0 ** -126  # The smallest normal float32 number.
 
@@ -59,9 +61,7 @@ def is_grid(bits: int | str) -> bool:
     return True
   if isinstance(bits, str) and bits in FLOAT_FORMATS:
     return False
-  raise ValueError(
-      f"bits={bits!r}: must be one of {', '.join(map(str, GRID_BITS))} or a float"
-      f" format named by its dtype: {', '.join(FLOAT_FORMATS)}")
+  raise ValueError(f"bits={bits!r}: must be {ALLOWED_BITS}")
 
 
 def num_thresholds(bits: int) -> int:

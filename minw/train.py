@@ -370,9 +370,11 @@ def _stopping(workdir: str, target: Any) -> Iterator[None]:
       with contextlib.suppress(OSError):
         need += f", {shutil.disk_usage(workdir).free / 1e6:.1f} MB are free"
       need += ")"
+    # Removing a folder, Python names its files without the folder.
+    named = failed.filename and os.path.isabs(failed.filename)
     raise StorageError(
-        f"{failed.filename or workdir}: {failed.strerror}{need}; the run is stopped, and"
-        " the same command resumes it from its last checkpoint") from error
+        f"{failed.filename if named else workdir}: {failed.strerror}{need}; the run is"
+        " stopped, and the same command resumes it from its last checkpoint") from error
 
 
 def _storage_error(error: BaseException, workdir: str) -> OSError | None:
@@ -577,7 +579,7 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   try:
     _, saved = evaluate.read_run(paths.expand(workdir))
   except cli.UsageError as error:
-    raise cli.UsageError(f"config.init_from={workdir!r}: {error}") from error
+    raise cli.UsageError(f"config.init_from={cli.shown(workdir)}: {error}") from error
   source = evaluate.trained_variables(saved.tree)
   shapes = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape

@@ -1,5 +1,7 @@
 """minw.config: the paper's recipe, every field's check, and configs as files."""
 
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -240,6 +242,87 @@ def test_bad_values(name, values, allowed):
     message = refusal(**{name: value})
     assert message.startswith(f"config.{name}={value!r}: must be {allowed}")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name, values, allowed", [
+    ("conv_widths", [(2**20 + 1,), (8,) * 101],
+     "a tuple of positive integers, at most 100 and each at most 1048576"),
+    ("dense_widths", [(10**9,), (8, 2**63), (1,) * 10**5],
+     "a tuple of positive integers, at most 100 and each at most 1048576"),
+    ("estimator_noise_steps", [2**31, 2**32, 2**63], "at most 2147483647"),
+    ("learning_rate_stairs", [2**31, 10**30], "at most 2147483647"),
+    ("reestimate_batches", [2**31], "at most 2147483647"),
+    ("batch_size", [2**31, 2**64], "at most 2147483647"),
+    ("eval_batch_size", [2**31, 2**64], "at most 2147483647"),
+    ("data_workers", [1025, 10**9], "at most 1024"),
+])
+def test_values_that_no_machine_can_use(name, values, allowed):
+  for value in values:
+    shown = repr(value) if len(repr(value)) <= 300 else repr(value)[:300] + "..."
+    assert refusal(**{name: value}) == f"config.{name}={shown}: must be {allowed}"
+
+
+@pytest.mark.parametrize("name", ["data_dir", "init_from"])
+@pytest.mark.parametrize("value, reason", [
+    ("a" * 256, "too long for this system"), ("a/" * 4000, "too long for this system"),
+    ("a\0b", "null")])
+def test_paths_that_no_file_has(name, value, reason):
+  message = refusal(**{name: value})
+  assert message.startswith(f"config.{name}=") and reason in message
+  assert len(message) < 500 and "\n" not in message and "\0" not in message
+
+
+def test_largest_crops_of_streamed_images():
+  for name in ("crop_size", "eval_resize"):
+    for value in (4097, 2**63):
+      changes = {"dataset": "imagenet2012", "crop_size": 224, name: value}
+      assert refusal(**changes) == f"config.{name}={value}: must be at most 4096"
+
+
+def test_long_runs_have_epochs_to_count():
+  c = changed(histogram_layers=("*",), num_epochs=2**30, eval_every_epochs=7)
+  config_lib.validate(c)
+  # The first multiples of 7 from these fractions of 2^62 on.
+  assert config_lib.histogram_epochs(c) == tuple(
+      -(-start // 7) * 7 for start in (
+          -(-2**30 // 40), 2**30 // 8, -(-11 * 2**30 // 40)))
+  config_lib.validate(changed(
+      histogram_layers=("*",), num_epochs=2**30, histogram_epochs=(2**29, 2**30)))
+  assert refusal(histogram_layers=("*",), num_epochs=10, eval_every_epochs=4,
+                 histogram_epochs=(4, 9)).startswith("config.histogram_epochs=(4, 9)")
+
+
+# Values that are no one's wish, for each type of a field.
+_NUMBERS = (0, -1, 2**31, 2**32, 2**63, 10**400, 10**5000)
+HOSTILE = {
+    int: _NUMBERS,
+    float: (0.0, -0.0, -1.0, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf),
+    str: ("", "a" * 10**5, "a/" * 10**4, "a\0b", "a\nb", "\ud800", "~nobody/x", "$NONE",
+          "../" * 2000, "*" * 100, "%s%n{}", "/dev/zero", "/proc/self/mem"),
+    bool: (0, 1, "true"),
+    tuple: ((), ((),), (0,), (-1,), (2**63,), (10**400,), (1e308,), (5e-324,),
+            (math.nan,), (math.inf,), ("",), ("a" * 10**5,), (None,), ([],), ({},),
+            (True,), (1,) * 10**5, (("*", 1),) * 1000, (("a" * 10**5, 1),),
+            (("*" * 100, 1),), (("*", 2**63),), (("*", math.nan),),
+            functools.reduce(lambda inner, _: (inner,), range(5000), ()))}
+
+
+@pytest.mark.parametrize("name", list(DEFAULT))
+def test_hostile_values_are_refused_in_a_line(name):
+  streamed = name in ("crop_size", "crop_scale", "eval_resize", "data_workers")
+  dataset = "imagenet2012" if streamed else "digits"
+  fields = config_lib.default_config(dataset).to_dict() | {"histogram_layers": ("*",)}
+  for value in itertools.chain.from_iterable(HOSTILE.values()):
+    config = config_dict.ConfigDict(fields | {name: value}, type_safe=False)
+    try:
+      config_lib.validate(config)
+    except cli.UsageError as error:
+      assert name in str(error) or name in ("dataset", "network", "num_epochs")
+      assert "\n" not in str(error) and len(str(error)) < 1500
+    try:
+      setattr(config_lib.default_config(dataset), name, value)
+    except cli.UsageError as error:
+      assert str(error).startswith(f"config.{name}=") and len(str(error)) < 1500
 
 
 @pytest.mark.parametrize("name", ["input_bits", "weight_bits"])
