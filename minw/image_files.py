@@ -22,8 +22,8 @@ SUFFIXES = frozenset((
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib",
     ".tif", ".tiff", ".npy"))
 
-# Largest file that is read: 8-bit RGB of the most pixels that are accepted.
-_LARGEST = 2**28
+# Largest file that is read: 32 bits a pixel of the most pixels that are accepted.
+_LARGEST = 3 * 2**27
 
 
 def find(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:

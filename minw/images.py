@@ -27,7 +27,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _JPEG_LIMIT = 3
 # A JPEG that comes in several scans is held as a whole, and each scan takes the time of
 # an image. Largest number of pixels times scans.
-_SCANNED_PIXELS = 2**30
+_SCANNED_PIXELS = 2**31
 # A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, ...
 _DRAFT_PIXELS = 2**23
 # ... which must still be so many times as large as what is asked for.

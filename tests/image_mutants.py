@@ -1,9 +1,12 @@
-"""Reads damaged images of all formats, drawn from a seed, and reports how that ended.
+"""Reads hostile images of all formats and reports how that ended.
 
-  python tests/image_mutants.py SEED COUNT
+  python tests/image_mutants.py mutants FIRST COUNT
+  python tests/image_mutants.py thin
+  python tests/image_mutants.py largest
 
-Most damage keeps what a decoder checks first: chunks of PNG have the right checksum and
-tags of TIFF their place, so that it is reached what lies behind the checks.
+Mutants are numbered. Most of their damage keeps what a decoder checks first: chunks of
+PNG have the right checksum and tags of TIFF their place, so that the code behind these
+checks is reached.
 """
 
 import faulthandler
@@ -16,6 +19,7 @@ import struct
 import sys
 import tempfile
 import time
+from typing import Iterator
 import warnings
 import zlib
 
@@ -168,6 +172,41 @@ def damaged_jpeg(content: bytes, rng: random.Random) -> bytes:
   return content[:2] + b"".join(segments) + rest
 
 
+def thin() -> list[bytes]:
+  """Images of a few kB that are very long, or expand to much besides pixels."""
+  compressor = zlib.compressobj(9)
+  bomb = b"".join(compressor.compress(bytes(2**20)) for _ in range(256))
+  bomb += compressor.flush()
+  return [*(png(*size) for size in ((1, 10**6), (10**6, 1), (3, 10**6), (10**6, 3),
+                                    (1, 1300), (1, 60_000))),
+          png(8, 8, (b"zTXt", b"key\0\0" + bomb)),
+          png(8, 8, (b"iCCP", b"key\0\0" + bomb)),
+          png(8, 8, (b"iTXt", b"key\0\1\0\0\0" + bomb))]
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+  """A black image of one bit."""
+  head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+  rows = zlib.compress(bytes(height * (1 + -(-width // 8))), 9)
+  return b"\x89PNG\r\n\x1a\n" + b"".join(
+      struct.pack(">I", len(data)) + kind + data
+      + struct.pack(">I", zlib.crc32(kind + data))
+      for kind, data in ((b"IHDR", head), *chunks, (b"IDAT", rows), (b"IEND", b"")))
+
+
+def largest() -> Iterator[bytes]:
+  """Images with nearly the most pixels that are accepted, in modes that take most."""
+  side = int(Image.MAX_IMAGE_PIXELS**0.5)
+  for mode, kind, options in (
+      ("RGBA", "png", {}), ("P", "png", {"transparency": b"\0\1"}),
+      ("RGB", "png", {"transparency": (0, 0, 0)}), ("I;16", "png", {}),
+      ("CMYK", "tiff", {"compression": "tiff_adobe_deflate"}),
+      ("CMYK", "jpeg", {"progressive": True}), ("RGB", "gif", {}), ("RGB", "bmp", {})):
+    yield encoded(Image.new(mode, (side, side)), kind, **options)[1]
+  yield encoded(Image.new("RGBA", (16383, side**2 // 16383)), "webp", lossless=True,
+                method=0)[1]
+
+
 STRUCTURED = {"png": damaged_png, "tiff": damaged_tiff, "jpeg": damaged_jpeg}
 
 
@@ -202,15 +241,19 @@ def crop(content: bytes) -> None:
     pass
 
 
-def main(first: int, count: int) -> None:
-  resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def main(kind: str, first: str = "0", count: str = "0") -> None:
   warnings.simplefilter("ignore")
-  sources, outcomes, slowest = originals(), {}, 0.0
+  outcomes, slowest = {}, 0.0
+  if kind == "mutants":
+    sources, numbers = originals(), range(int(first), int(first) + int(count))
+    contents = (mutant(number, sources) for number in numbers)
+  else:
+    contents = {"thin": thin, "largest": largest}[kind]()
   with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder, "mutant.png")
-    for number in range(first, first + count):
-      content = mutant(number, sources)
+    path = pathlib.Path(folder, "image.png")
+    for number, content in enumerate(contents, int(first)):
       path.write_bytes(content)
+      resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
       faulthandler.dump_traceback_later(HANG, exit=True)
       start = time.process_time()
       outcome = read(path)
@@ -225,4 +268,4 @@ def main(first: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-  main(*map(int, sys.argv[1:]))
+  main(*sys.argv[1:])

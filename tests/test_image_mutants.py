@@ -17,7 +17,7 @@ SCRIPT = pathlib.Path(image_mutants.__file__)
 
 
 def run(*arguments):
-  """The report on mutants that were read in another process."""
+  """The report on images that were read in another process."""
   environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
   ended = subprocess.run(
       [sys.executable, SCRIPT, *map(str, arguments)], check=False, text=True,
@@ -26,11 +26,11 @@ def run(*arguments):
   return json.loads(ended.stdout)
 
 
-def check(report, count):
-  assert {*report["outcomes"]} == {"read", "refused"}, report
+def check(report, count, peak):
+  assert {*report["outcomes"]} <= {"read", "refused"}, report
   assert sum(report["outcomes"].values()) == count
-  assert report["peak"] < 2**31
-  assert report["slowest"] < 30  # Seconds of a core; the slowest take less than one.
+  assert report["peak"] < peak
+  assert report["slowest"] < 60  # Seconds of a core; usually a few.
 
 
 def test_originals_are_read(tmp_path):
@@ -42,11 +42,25 @@ def test_originals_are_read(tmp_path):
   assert outcomes.count("refused") == 4 and outcomes.count("read") == len(outcomes) - 4
 
 
+def test_thin_images_take_little_memory():
+  report = run("thin")
+  assert report["outcomes"] == {"read": 6, "refused": 3}
+  check(report, 9, 200 * 2**20)
+
+
 def test_some_mutants():
-  check(run(0, 300), 300)
+  check(run("mutants", 0, 300), 300, 2**30)
 
 
 @pytest.mark.slow
 def test_many_mutants():
   count = int(os.environ.get("MINW_IMAGE_MUTANTS", "10000"))
-  check(run(1000, count), count)
+  check(run("mutants", 1000, count), count, 2 * 2**30)
+
+
+@pytest.mark.slow
+def test_largest_images():
+  """Making them takes memory, too."""
+  report = run("largest")
+  assert report["outcomes"] == {"read": 9}
+  check(report, 9, 2 * 2**30)

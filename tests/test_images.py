@@ -393,16 +393,16 @@ def test_jpeg_of_many_scans():
   content = file.getvalue()
   count, last = len(scans(content)), content[scans(content)[-1]:-2]
   assert (images.centre(images.open_image(content), 8, 8) == 90).all()
-  for scan_count, good in ((64, True), (65, False)):  # Of 2^24 pixels, 2^30 in all.
+  for scan_count, good in ((128, True), (129, False)):  # Of 2^24 pixels, 2^31 in all.
     longer = content[:-2] + (scan_count - count) * last + content[-2:]
     if good:
       images.open_image(longer)
       continue
-    with pytest.raises(images.ImageError, match="65 scans of 4096 x 4096 pixels; 1,073"):
+    with pytest.raises(images.ImageError, match="129 scans of 4096 x 4096 pixels; 2,14"):
       images.open_image(longer)
   # What follows the image, and what stands in other segments, are no scans of it.
   comment = b"\xff\xfe\x02\x02" + 256 * b"\xff\xda"
-  images.open_image(content[:2] + comment + content[2:] + 100 * last)
+  images.open_image(content[:2] + comment + content[2:] + 200 * last)
 
 
 @pytest.mark.parametrize("kind", ["progressive", "one channel after the other"])
