@@ -3,6 +3,8 @@
 import tarfile
 from typing import BinaryIO, Iterator
 
+from minw import text
+
 # Most bytes that tarfile may read at once: extended headers are as long as they claim.
 _LARGEST_HEADER = 2**20
 
@@ -74,7 +76,7 @@ def files(
 
 
 def _check(member: tarfile.TarInfo, largest: int, total: int) -> None:
-  name = printable(member.name)
+  name = text.printable(member.name)
   if member.issparse():
     raise tarfile.TarError(f"{name} is sparse")
   if not 0 <= member.size <= largest:
@@ -82,8 +84,3 @@ def _check(member: tarfile.TarInfo, largest: int, total: int) -> None:
         f"{name} has {member.size:,} bytes and may have {largest:,} at most")
   if member.isfile() and member.offset_data + member.size > total:
     raise tarfile.TarError(f"{name} is cut off")
-
-
-def printable(name: str) -> str:
-  """A name for messages, quoted if it has characters that do not print."""
-  return name if name.isprintable() else ascii(name)

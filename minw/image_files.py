@@ -14,6 +14,7 @@ from PIL import UnidentifiedImageError
 
 from minw import cli
 from minw import images
+from minw import text
 
 _log = logging.getLogger(__name__)
 
@@ -83,21 +84,21 @@ def _walk(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
       yield path, True  # Reading it says what is wrong.
 
 
-def color(text: str) -> images.Color:
+def color(name: str) -> images.Color:
   """The RGB values of a color that is given as a name, #rrggbb or R,G,B.
 
   Raises:
     cli.UsageError: It is not such a color, or not opaque.
   """
   try:
-    parts = tuple(map(int, text.split(",")))
+    parts = tuple(map(int, name.split(",")))
   except ValueError:
     try:
-      parts = ImageColor.getrgb(text)
+      parts = ImageColor.getrgb(name)
     except ValueError:
       parts = ()
   cli.check(len(parts) == 3 and all(0 <= part <= 255 for part in parts), "background",
-            text, "a color: a name, #rrggbb or R,G,B from 0 to 255")
+            name, "a color: a name, #rrggbb or R,G,B from 0 to 255")
   return parts
 
 
@@ -138,7 +139,8 @@ def read(
         f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
   except Exception as error:  # Pillow has many kinds for damage.
     reason = getattr(error, "strerror", None) or str(error)
-    raise images.ImageError(reason or f"it ends in {type(error).__name__}") from error
+    raise images.ImageError(
+        text.printable(reason) or f"it ends in {type(error).__name__}") from error
 
 
 def _read(

@@ -12,6 +12,7 @@ from minw import cli
 from minw import datasets
 from minw import images
 from minw import paths
+from minw import text
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 CLASSES, VALIDATION_IMAGES = 1000, 50_000
@@ -67,7 +68,7 @@ def _each_once(
   for path, start, size in found:
     name = os.path.basename(path)
     if name in seen:
-      raise tarfile.TarError(f"{archives.printable(path)} is there twice")
+      raise tarfile.TarError(f"{text.printable(path)} is there twice")
     seen.add(name)
     yield name, start, size
 
@@ -116,14 +117,14 @@ def _train_images(archive: BinaryIO) -> Iterator[tuple[str, str, bytes]]:
     label, suffix = os.path.splitext(name)
     if suffix != ".tar" or label not in known:
       raise tarfile.TarError(
-          f"{archives.printable(name)} is no archive of a class of ImageNet")
+          f"{text.printable(name)} is no archive of a class of ImageNet")
     found = archives.files(
         archive, largest=_LARGEST_IMAGE, most=2 * _CLASS_IMAGES, start=start, size=size)
     try:
       for image, start, size in _each_once(found):
         if not re.fullmatch(label + r"_[!-~]+\.JPEG", image):
           raise tarfile.TarError(
-              f"{archives.printable(image)} is no image of this class")
+              f"{text.printable(image)} is no image of this class")
         yield image, label, _read(archive, start, size)
     except tarfile.TarError as error:
       raise tarfile.TarError(f"{name}: {error}") from error
@@ -138,7 +139,7 @@ def _validation_images(archive: BinaryIO) -> Iterator[tuple[str, str, bytes]]:
     number = re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name, re.ASCII)
     if not number or not 1 <= int(number[1]) <= len(labels):
       raise tarfile.TarError(
-          f"{archives.printable(name)} is no validation image of ImageNet")
+          f"{text.printable(name)} is no validation image of ImageNet")
     yield name, labels[int(number[1]) - 1], _read(archive, start, size)
 
 

@@ -127,7 +127,6 @@ def test_damaged_archives():
     assert refusal(damaged)
 
 
-@pytest.mark.parametrize("name, wanted", [
-    ("a/b c.é", "a/b c.é"), ("a\n\x1b[2J", r"'a\n\x1b[2J'"), ("\udcff", r"'\udcff'")])
-def test_printable(name, wanted):
-  assert archives.printable(name) == wanted
+def test_names_in_messages_are_printable():
+  assert refusal(entry("a\n\x1b[2J", bytes(101)) + END) == (
+      r"a\n\x1b[2J has 101 bytes and may have 100 at most")

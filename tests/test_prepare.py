@@ -325,7 +325,7 @@ def write_bomb(path: pathlib.Path, size: int) -> None:
     ({f"{i}": bytes(50_000) for i in range(50)}, "source.tar holds more than the"),
     ({"data_batch_1.bin": b"1", "./data_batch_1.bin": b"1"},
      "data_batch_1.bin is there twice"),
-    ({"a\x1b[2J": 2**34}, r"'a\x1b[2J' has"),
+    ({"a\x1b[2J": 2**34}, r"a\x1b[2J has"),
 ])
 def test_hostile_archives_are_refused(small, members, wanted, tmp_path):
   for compress in (bytes, gzip.compress):
