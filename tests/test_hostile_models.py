@@ -136,46 +136,52 @@ def hostile_file(seed: int) -> bytes:
   return file_of(names, metadata, bytes(body))
 
 
-# Runs commands one after another, because starting each anew would take seconds.
+# Runs commands in forks of a process that has imported what they need, because starting
+# each anew would take seconds.
 _SERVER = """
 import importlib, json, os, resource, signal, sys, tempfile, traceback
-from absl import flags
-from minw import cli
+import minw.evaluate, minw.infer, minw.export.__main__
+from minw import cli, datasets
 
-answers = os.fdopen(os.dup(1), "w")
-known = set(flags.FLAGS)
+datasets.load("digits", "test", None)  # Imports scikit-learn.
 
-def code_of(module, argv):
-  sys.argv = [module, *argv]
+for name in ("onnx_graph", "stablehlo"):
   try:
-    module = importlib.import_module(module)
+    importlib.import_module("minw.export." + name)
+  except ImportError:
+    pass
+
+def run(module, argv):
+  signal.alarm(SECONDS)
+  with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+  resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
+  sys.argv = [module, *argv]
+  module = sys.modules[module]
+  try:
     cli.run(module.main, module.define_flags)
   except SystemExit as error:
     return error.code or 0
   except BaseException:
     traceback.print_exc()
     return 1
-  finally:
-    for name in set(flags.FLAGS) - known:
-      delattr(flags.FLAGS, name)
 
 for line in sys.stdin:
-  with open("/proc/self/statm") as file:
-    size = int(file.read().split()[0]) * resource.getpagesize()
-  resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-  signal.alarm(SECONDS)
   with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    code = code_of(*json.loads(line))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+      os.dup2(out.fileno(), 1)
+      os.dup2(err.fileno(), 2)
+      code = run(*json.loads(line))
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     texts = []
     for file in (out, err):
       file.seek(0)
       texts.append(file.read().decode())
-  signal.alarm(0)
-  print(json.dumps([code, *texts]), file=answers, flush=True)
+    print(json.dumps([code, *texts]), flush=True)
 """
 
 
@@ -191,27 +197,18 @@ class Result(NamedTuple):
 def runner(tmp_path_factory):
   """execute(module, *argv): the `Result` of a command, within its time and memory."""
   text = _SERVER.replace("SECONDS", str(SECONDS)).replace("MEMORY", str(MEMORY))
-  servers = []
+  with subprocess.Popen(
+      [sys.executable, "-c", text], cwd=tmp_path_factory.mktemp("commands"), text=True,
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
 
-  def start():
-    servers.append(subprocess.Popen(
-        [sys.executable, "-c", text], cwd=tmp_path_factory.mktemp("commands"), text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    def execute(module, *argv):
+      server.stdin.write(json.dumps([module, argv]) + "\n")
+      server.stdin.flush()
+      return Result(*json.loads(server.stdout.readline()))
 
-  def execute(module, *argv):
-    if not servers or servers[-1].poll() is not None:
-      start()
-    server = servers[-1]
-    server.stdin.write(json.dumps([module, argv]) + "\n")
-    server.stdin.flush()
-    answer = server.stdout.readline()
-    return Result(*json.loads(answer)) if answer else Result(server.wait(), "", "")
-
-  yield execute
-  for server in servers:
-    with server:
-      server.stdin.close()
+    yield execute
+    server.stdin.close()
 
 
 def fault(result) -> str:
