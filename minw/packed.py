@@ -364,7 +364,6 @@ def _image(source_shape, crop, offset):
 
 def infer_value(op: Op, values: Sequence[Value]) -> Value:
   """The value that `op` makes, after `values`."""
-  _require("\0" not in op.name, op.name.replace("\0", "?"), "a name with a NUL")
   for index in inputs(op):
     _require(0 <= index < len(values), op.name,
              f"input {index} of operation {len(values) - 1}")
@@ -684,8 +683,7 @@ def to_bytes(program: Program) -> bytes:
            np.asarray(p.offset, np.uint8).tobytes(),
            struct.pack("<2I", p.num_classes, len(p.ops))]
   for op in p.ops:
-    name = op.name.encode()
-    _require(len(name) < 256, op.name, "a name longer than 255 bytes")
+    name = _name_bytes(op.name)
     kind, fields = _write_op(op, version)
     parts.append(struct.pack("<2B", kind, len(name)) + name + fields)
   body = b"".join(parts)
@@ -693,6 +691,15 @@ def to_bytes(program: Program) -> bytes:
   rest = struct.pack("<Q2I", _HEAD + len(body) + len(metadata), len(body),
                      len(metadata)) + body + metadata
   return MAGIC + struct.pack("<2I", version, zlib.crc32(rest)) + rest
+
+
+def _name_bytes(name):
+  """A layer's name as a file holds it."""
+  _require("\0" not in name, name, "a name with a NUL")
+  data = name.encode(errors="surrogatepass")
+  _require(len(data) < 256, name, "a name longer than 255 bytes")
+  _require(data == name.encode(errors="replace"), name, "a name with a lone surrogate")
+  return data
 
 
 def _is_plain(op):
@@ -861,6 +868,7 @@ def _read_ops(r, count, version, ops, values) -> Iterator[Op]:
       name = r.take(length).decode()
     except UnicodeDecodeError as error:
       raise ValueError("packed network: a layer's name is not UTF-8") from error
+    _require("\0" not in name, name, "a name with a NUL")
     ops.append(_read_op(r, kind, name, values, version))
     yield ops[-1]
 

@@ -294,6 +294,16 @@ def test_absurd_sizes_allocate_nothing():
     packed.from_bytes(data)
 
 
+@pytest.mark.parametrize("name, message", [
+    ("a\0", r"layer a\\x00: a name with a NUL"), ("é" * 128, "longer than 255 bytes"),
+    ("\ud800", r"layer \\ud800: a name with a lone surrogate")])
+def test_names_that_no_file_holds(name, message):
+  program = small()._replace(ops=(CONV._replace(name=name), small().ops[1]))
+  packed.infer_values(program)  # It can be run and exported.
+  with pytest.raises(ValueError, match=message):
+    packed.to_bytes(program)
+
+
 def test_16_bits_where_they_fit():
   def size(*extremes):
     t = np.zeros((1, 1, 2), np.int32)
