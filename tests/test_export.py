@@ -599,6 +599,39 @@ def test_values_in_floats_are_refused_by_name(tmp_path):
     golden.write(tmp_path, program, images(program, 1))
 
 
+def with_logits(**fields):
+  program = small()
+  return program._replace(ops=(*program.ops[:-1], program.ops[-1]._replace(**fields)))
+
+
+@pytest.mark.parametrize("form", ["c", "onnx", "qonnx", "stablehlo"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e300])
+def test_constants_that_are_not_finite_are_refused_in_one_line(form, value):
+  for program, field in (
+      (with_logits(unit=value), "unit"),
+      *((with_logits(**{field: np.float64([1, value])}), field)
+        for field in ("center", "scale", "constant"))):
+    with pytest.raises(cli.UsageError, match=f"layer norm.* {field}") as caught:
+      export_command.content(program, form, images(program, 1))
+    assert str(caught.value).startswith(f"format='{form}': ")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("gcc", ["-std=c99"]), ("g++", ["-x", "c++", "-std=c++11"]), ("clang", ["-std=c99"])])
+def test_c_of_the_extreme_constants(tmp_path, name, flags):
+  """Those that the format allows compile without warnings, and are exact."""
+  extremes = np.float32([2.0**40, -2.0**40, 2.0**-40, -2.0**-40, 0.0, -0.0])
+  for unit, scale in zip(extremes, extremes[::-1]):
+    program = with_logits(
+        unit=float(unit), scale=np.float32([scale, 0.1]), center=np.float32([1 / 3, 0]),
+        constant=np.float32([2.0**-100, -2.0**40]))
+    (tmp_path / "net.c").write_text(c.source(program, images(program, 3)))
+    subprocess.run([compiler(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
+                    tmp_path / "net", tmp_path / "net.c"], check=True)
+    subprocess.run([tmp_path / "net"], check=True, capture_output=True)
+
+
 _RUN_STABLEHLO = """
 import sys
 sys.modules["minw"] = None
