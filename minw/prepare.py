@@ -45,6 +45,7 @@ from minw import datasets
 from minw import files
 from minw import imagenet
 from minw import paths
+from minw import text
 from minw import unpickle
 
 _log = logging.getLogger(__name__)
@@ -278,7 +279,7 @@ def _build_imagenet(
       "imagenet2012", {}, {split: counted(split) for split in ("train", "validation")},
       work)
   for name in unreadable[:10]:
-    print(f"no image, kept as it is: {name}")
+    print(f"no image, kept as it is: {text.printable(name)}")
   if unreadable:
     print(f"{len(unreadable):,} files are no images")
   splits = datasets.info("imagenet2012").splits

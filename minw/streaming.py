@@ -23,6 +23,7 @@ from minw import cli
 from minw import distributed
 from minw import images
 from minw import stopping
+from minw import text
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class Split:
 
   def _file_name(self, index: int) -> str:
     try:
-      return self._records[index]["file_name"].decode()
+      return text.printable(self._records[index]["file_name"].decode())
     except Exception:  # The record itself is damaged.
       return f"record {index}"
 

@@ -214,3 +214,13 @@ def test_processes_share_each_batch(count):
     assert {len(batch.labels) for part in shares for batch in part} == {8 // count}
     assert_equal([streaming.Batch(*map(np.concatenate, zip(*same)))
                   for same in zip(*shares, strict=True)], whole)
+
+
+def test_names_of_damaged_images_are_printed_escaped(caplog):
+  files = records(4, damaged=(1,))
+  files[1]["file_name"] = "é\n\x1b[2J.png".encode()
+  split = streaming.Split(files, "some", max_damaged=0.2)
+  with pytest.raises(cli.UsageError, match=r"é\\n\\x1b\[2J.png for example"):
+    list(split.eval_batches(4, **CENTRES))
+  assert [record.getMessage() for record in caplog.records] == [
+      "some: é\\n\\x1b[2J.png is damaged and left out"]
