@@ -268,8 +268,8 @@ def define_flags() -> None:
       "The last checkpoint, or the one with the best validation accuracy.")
   cli.DEFINE_path(
       "data_dir", None,
-      "Directory of the prepared data sets. By default it is where the run's config says, "
-      "and for a packed network ~/tensorflow_datasets.")
+      "Directory of the prepared data sets. By default it is where the run's config "
+      "says, and for a packed network ~/tensorflow_datasets.")
   flags.DEFINE_integer(
       "data_workers", None, "Processes that decode images of imagenet2012. By default as "
       "many as the run's config says, and for a packed network threads of this one.",

@@ -112,7 +112,8 @@ def _check_labels(labels: Any, num_classes: int) -> None:
          f"one for each class; there are {len(labels)} labels for {num_classes} classes")
   for i, label in enumerate(labels):
     _check(isinstance(label, str) and label.isprintable() and len(label) <= _MAX_LABEL,
-           f"{field}[{i}]", label, f"a printable string of at most {_MAX_LABEL} characters")
+           f"{field}[{i}]", label,
+           f"a printable string of at most {_MAX_LABEL} characters")
 
 
 def _check_config(config: Any) -> None:
@@ -125,9 +126,16 @@ def _check_config(config: Any) -> None:
     elif kind is float:
       _check(type(value) in (int, float), field, value, "a number")
     elif kind is tuple:
-      _check(isinstance(value, list), field, value, "a list")
+      _check(isinstance(value, list) and all(map(_is_element, value)), field, value,
+             "a list of numbers, strings and lists of these")
     elif kind is not None:
       _check(type(value) is kind, field, value, f"of type {kind.__name__}")
+
+
+def _is_element(value: Any) -> bool:
+  """Whether a list in a config may hold a value."""
+  values = value if isinstance(value, list) else [value]
+  return all(isinstance(inner, (int, float, str)) for inner in values)
 
 
 def _check_json(field: str, value: Any, depth: int) -> None:

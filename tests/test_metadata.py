@@ -18,7 +18,8 @@ LABELS = ["one", "zwei", "三"]
 
 
 @pytest.mark.parametrize("found", [
-    {}, {"labels": None}, {"labels": []}, {"labels": LABELS}, {"labels": ["", " ", "a" * 1000]},
+    {}, {"labels": None}, {"labels": []}, {"labels": LABELS},
+    {"labels": ["", " ", "a" * 1000]},
     {"config": None}, {"config": {}}, {"config": {"dataset": "digits", "momentum": 1}},
     {"config": {"bits_rules": [["conv1", "bfloat16"]], "input_bits": "float16"}},
     {"config": {"data_dir": "~/data", "data_workers": 8, "init_from": "runs/a"}},
@@ -70,6 +71,8 @@ LABEL = "a printable string of at most 1000 characters"
     ('{"config":{"random_flip":1}}', "metadata.config.random_flip=1: must be of type bool"),
     ('{"config":{"momentum":"0.9"}}', "metadata.config.momentum='0.9': must be a number"),
     ('{"config":{"conv_widths":64}}', "metadata.config.conv_widths=64: must be a list"),
+    ('{"config":{"conv_widths":[{}]}}', "metadata.config.conv_widths=[{}]: must be a list"),
+    ('{"config":{"bits_rules":[[[]]]}}', "metadata.config.bits_rules=[[[]]]: must be a"),
     ('{"config":{"input_bits":[1]}}',
      "metadata.config.input_bits=[1]: must be an integer or a string"),
     ('{"config":{"seed":null}}', "metadata.config.seed=None: must be of type int"),

@@ -10,7 +10,8 @@ from minw import text
 
 @pytest.mark.parametrize("given, wanted", [
     ("", ""), ("a b", "a b"), ("é 数字 😀", "é 数字 😀"), (r"a\nb", r"a\nb"),
-    ("a\nb", r"a\nb"), ("\r\t", r"\r\t"), ("\x1b[2J", r"\x1b[2J"), ("\0\x7f\x9b", r"\x00\x7f\x9b"),
+    ("a\nb", r"a\nb"), ("\r\t", r"\r\t"), ("\x1b[2J", r"\x1b[2J"),
+    ("\0\x7f\x9b", r"\x00\x7f\x9b"),
     ("\u2028\u202e\u200d", r"\u2028\u202e\u200d"), ("\ud800", r"\ud800"),
     ("\U000e0041", r"\U000e0041")])
 def test_printable(given, wanted):
