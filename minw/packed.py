@@ -11,7 +11,7 @@ value i + 1. A value is a batch of
 Sums are of integer levels: -1, 1; -1, 0, 1; 0, +-1, +-2, +-4 for 1, 2 and 3 bits.
 This module needs no packages but NumPy and ml_dtypes. A file is not trusted: `from_bytes`
 checks all of it, by the rules in docs/format.md, which the native library follows as
-well. Memory of a load stays below 64 times the size of the file, and 64 MB.
+well. Memory of a load stays below 32 times the size of the file, and 64 MB.
 """
 
 import math
@@ -69,7 +69,7 @@ _OWN_PRODUCTS = 256  # See `_has_own_inputs`.
 class Limits(NamedTuple):
   """The most that a network may cost those who load and run it; see `cost`.
 
-  The defaults leave ResNet-50 at 224 x 224 pixels room for 30 times its operations.
+  The defaults leave ResNet-50 at 224 x 224 pixels room for 25 times its operations.
 
   Attributes:
     padding: Weights that padding adds, beyond 4 for each weight. Kernels keep up to 8
