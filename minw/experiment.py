@@ -94,7 +94,7 @@ def _check_memory(
     features = width
   examples = c.batch_size // len(devices)
   needed = 4 * (3 * sum(sizes.values()) + examples * max(outputs))
-  available = (devices[0].memory_stats() or {}).get(
+  available = (jax.local_devices()[0].memory_stats() or {}).get(
       "bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
   widest = "dense_widths" if sizes["dense_widths"] > sum(outputs) + sizes[
       "conv_widths"] else "conv_widths"

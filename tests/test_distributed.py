@@ -380,15 +380,25 @@ def test_a_dead_process_ends_the_others(dead, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_of_one_ends_all(failing, tmp_path):
-  codes, errors = ended(start(
-      2, small_config(), tmp_path / "run", "--heartbeat_timeout=10", before_step=(
-          f"if process == {failing} and step == 9: raise OSError('the disk is full')")),
-      timeout=60)
-  assert codes[failing] == 1 and codes[1 - failing] not in (0, 2, 3, 75)
-  assert "OSError: the disk is full" in errors[failing]
-  assert f"process {failing} of 2 ends here" in errors[failing]
+@pytest.mark.parametrize("failing, action, code, message", [
+    (1, "raise OSError('the disk is full')", 1, "OSError: the disk is full\n"),
+    (0, "raise OSError(28, 'No space left', '/a/b')", 74,
+     "error: /a/b: No space left; the run is stopped, and the same command resumes it"
+     " from its last checkpoint; "),
+    (0, "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]", 130, "interrupted; "),
+])
+def test_an_error_of_one_ends_all(failing, action, code, message, tmp_path):
+  processes = start(
+      2, small_config(), tmp_path / "run", "--heartbeat_timeout=10",
+      before_step=f"if process == {failing} and step == 9: {action}")
+  processes[failing].wait(timeout=300)
+  since = time.monotonic()
+  processes[1 - failing].wait(timeout=300)
+  assert time.monotonic() - since < 10 + 15  # A slow machine's time to end.
+  codes, errors = ended(processes)
+  assert codes[failing] == code and codes[1 - failing] not in (0, 2, 3, 75)
+  assert f"{message}process {failing} of 2 ends here" in errors[failing]
+  assert ("Traceback" in errors[failing]) == (code == 1)
 
 
 @pytest.mark.slow

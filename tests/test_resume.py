@@ -4,13 +4,11 @@ import contextlib
 import json
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
 import sys
 import threading
-import time
 
 import pytest
 
@@ -136,10 +134,16 @@ def test_killed_run_goes_on(moment, busy, tmp_path):
 
 @pytest.mark.slow
 def test_run_killed_at_any_moment_goes_on(tmp_path):
+  """With all features that a resumed run might compute otherwise.
+
+  `test_faults.py` kills a simpler run at finer moments. By default every tenth copy is
+  resumed here; MINW_MOMENTS=all resumes all of them.
+  """
   config = busy_config(estimator="stochastic_aqe")
   expected, copies = run_with_copies(config, tmp_path)
   assert len(copies) > 80
-  for moment, copy in copies.items():
+  every = 1 if os.environ.get("MINW_MOMENTS") == "all" else 10
+  for moment, copy in list(copies.items())[::every]:
     try:
       assert_ends_like(copy, expected, config)
     except BaseException as error:
@@ -340,7 +344,7 @@ def test_best_survives_resumes(tmp_path):
 # Real processes, really killed.
 
 KILLER = '''
-import glob, os, sys, time
+import glob, os, re, sys, time
 number, moment, workdir = os.environ["END_AT"].split(":")
 end = lambda: os.kill(os.getpid(), int(number))
 if moment.startswith("step "):
@@ -361,7 +365,8 @@ else:
   event, path = moment.split()
   times = []
   def notice(event_, args):
-    if event_ == event and str(args[0]) == f"{workdir}/{path}":
+    if event_ == event and re.sub("[.][0-9a-f]{16}[.]part$", ".part",
+                                  str(args[0])) == f"{workdir}/{path}":
       times.append(1)
       if len(times) == int(count or 1):
         end()
@@ -391,77 +396,33 @@ def compiled_in(folder):
 
 
 @pytest.mark.slow
-def test_really_killed_in_a_checkpoints_write(start_to_end, tmp_path):
-  workdir, config = tmp_path / "run", tiny_config()
-  cache = compiled_in(tmp_path / "cache")
-  code, _, err = ended(start_to_end(
-      config, workdir, signal.SIGKILL,
-      "os.rename checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp",
-      **cache))
-  assert code == -signal.SIGKILL, err
-  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [
-      "19", "38.orbax-checkpoint-tmp"]
-  assert json.loads((workdir / "status.json").read_text())["state"] == "running"
-  code, out, err = ended(start(config, workdir, **cache))
-  assert code == 0, err
-  assert '"state": "done", "step": 76' in out
-  assert "starting from step 19 of 76" in err
-  run(config, tmp_path / "whole")
-  assert outcome(workdir) == outcome(tmp_path / "whole")
-
-
-@pytest.mark.slow
 def test_really_killed_at_many_moments(start_to_end, tmp_path):
   cache = compiled_in(tmp_path / "cache")
   workdir, config = tmp_path / "run", busy_config(estimator="stochastic_aqe")
   kill, terminate = signal.SIGKILL, signal.SIGTERM
   for number, moment, goes_on_from in (
-      (kill, "os.rename config.json.part", None),
-      (kill, "step 4", 0),
       (kill, "os.mkdir checkpoints/19.orbax-checkpoint-tmp", 0),
-      (kill, "os.rename checkpoints/19.orbax-checkpoint-tmp", 0),
-      (kill, "step 25", 0),
-      (terminate, "step 29", 19),
-      (kill, "step 31", 30),
-      (kill, "os.mkdir checkpoints/38.orbax-checkpoint-tmp", 30),
+      (terminate, "step 29", 0),
+      (kill, "os.rename checkpoints/38.orbax-checkpoint-tmp/tree.orbax-checkpoint-tmp",
+       30),
       (kill, "step 75", 30),
       # Written at the start, after the one checkpoint, and when all is done.
       (kill, "os.rename status.json.part#3", 57)):
     code, _, err = ended(start_to_end(config, workdir, number, moment, **cache))
     assert code == (75 if number == terminate else -kill), (moment, err)
-    if goes_on_from is not None:
-      assert f"starting from step {goes_on_from} of 76" in err, (moment, err)
-    status = workdir / "status.json"
+    assert f"starting from step {goes_on_from} of 76" in err, (moment, err)
+    status = json.loads((workdir / "status.json").read_text())
     if number == terminate:
-      assert json.loads(status.read_text()) == {"state": "preempted", "step": 30}
+      assert status == {"state": "preempted", "step": 30}
+    else:
+      assert status["state"] == "running"
   # The last two without what others compiled.
-  code, _, err = ended(start(config, workdir))
+  code, out, err = ended(start(config, workdir))
   assert code == 0 and "starting from step 76 of 76" in err, err
+  assert '"state": "done", "step": 76' in out
   run(config, tmp_path / "whole")
   assert outcome(workdir) == outcome(tmp_path / "whole")
   before = (workdir / "metrics.jsonl").read_bytes()
   code, _, err = ended(start(config, workdir))
   assert code == 0 and "already done" in err
   assert (workdir / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_really_killed_at_random(tmp_path):
-  config = tiny_config(num_epochs=60)
-  workdir = tmp_path / "run"
-  rng = random.Random(0)
-  killed = 0
-  for _ in range(6):
-    process = start(config, workdir)
-    status = workdir / "status.json"
-    begun = status.stat().st_mtime if status.exists() else 0
-    while process.poll() is None and (
-        not status.exists() or status.stat().st_mtime == begun):
-      time.sleep(0.01)
-    time.sleep(rng.uniform(2, 8))
-    process.kill()
-    killed += ended(process)[0] == -signal.SIGKILL
-  assert killed >= 2
-  assert ended(start(config, workdir))[0] == 0
-  run(config, tmp_path / "whole")
-  assert outcome(workdir) == outcome(tmp_path / "whole")
