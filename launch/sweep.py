@@ -239,7 +239,12 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def _damage(run: Run) -> str:
-  """Says why the run cannot be started: its config.json is damaged; "" if it is not."""
+  """Says why nothing can be done with what is in the run's workdir; "" if it can."""
+  lock = run.workdir / "lock"
+  for path, right, kind in ((run.workdir, os.path.isdir, "folder"),
+                            (lock, os.path.isfile, "file")):
+    if os.path.lexists(path) and not right(path):
+      return f"{path} is damaged (it is not a {kind}): move it away"
   try:
     json_files.read_object(run.workdir / "config.json")
   except json_files.Damaged as error:
@@ -259,13 +264,13 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
     retries: how often a run that failed is started again.
     held: whether its lock is; None to look.
   """
+  if damage := _damage(run):
+    return State("failed", reason=damage)
   if not run.workdir.exists():
     return State("waiting")
   status, fault = _read_status(run)
   record = _read_record(run)
   record["reason"] = fault or record["reason"]
-  if damage := _damage(run):
-    return State("failed", status["step"], record["steps"], reason=damage)
   if status["state"] in ("done", "diverged"):
     name = status["state"]
   else:

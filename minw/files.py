@@ -42,7 +42,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
       if stat.S_ISDIR(mode):
         raise IsADirectoryError(
             errno.EISDIR, "a folder is in the place of this file; move it away", str(path))
-      path.write_bytes(data)
+      _write_into(path, data)
       return
     target = path if mode is None else path.resolve()
     part = target.with_name(f"{target.name[:50]}.{secrets.token_hex(8)}.part")
@@ -67,6 +67,14 @@ def _mode(path: pathlib.Path) -> int | None:
     return path.stat().st_mode
   except FileNotFoundError:
     return None
+
+
+def _write_into(path: pathlib.Path, data: bytes) -> None:
+  """Writes to a device or pipe; a pipe that no process reads is an error, not a wait."""
+  number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+  os.set_blocking(number, True)
+  with open(number, "wb") as file:
+    file.write(data)
 
 
 @contextlib.contextmanager

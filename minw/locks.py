@@ -52,13 +52,18 @@ def is_held(workdir: str) -> bool:
     OSError: The file cannot be opened, or the file system has no locks.
   """
   try:
-    with open(pathlib.Path(workdir) / "lock") as file:
+    with open(pathlib.Path(workdir) / "lock", opener=_without_waiting) as file:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except FileNotFoundError:
     return False
   except BlockingIOError:
     return True
   return False
+
+
+def _without_waiting(path: str, flags: int) -> int:
+  """Opens a file; one that is a pipe nobody writes to is opened as well."""
+  return os.open(path, flags | os.O_NONBLOCK)
 
 
 def passed_on(file: IO[str]) -> dict[str, str]:

@@ -160,6 +160,9 @@ def _missing(lines: Lines, counted: Lines, config: Any) -> list[str]:
 def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
   """What the lines of the test split and status.json do not agree on."""
   found = []
+  if lines and lines[-1]["step"] != status["step"]:
+    found.append(f"the last line of metrics.jsonl is of step {lines[-1]['step']}, not of"
+                 f" step {status['step']} as status.json says")
   for which, prefix in (("last", ""), ("best", "best_")):
     tests = [line for line in lines
              if line["split"] == "test" and line["checkpoint"] == which]
@@ -169,9 +172,13 @@ def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
       continue
     for name in ("accuracy", "loss"):
       told = status.get(f"{prefix}test_{name}")
-      if tests[0][name] != _finite(told):
-        found.append(f"the test {name} of the {which} checkpoint is {tests[0][name]} in"
+      if tests[0].get(name) != _finite(told):
+        found.append(f"the test {name} of the {which} checkpoint is {tests[0].get(name)} in"
                      f" metrics.jsonl and {told} in status.json")
+    step, told = tests[0].get("checkpoint_step"), status.get("best_step")
+    if which == "best" and step != told:
+      found.append(f"the step of the best checkpoint is {step} in metrics.jsonl and {told}"
+                   " in status.json")
   return found
 
 

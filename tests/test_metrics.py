@@ -201,7 +201,8 @@ def complete_lines():
   return [*(line_at(step, split, mode) for step in (10, 20, 30) for split, mode in (
               ("train", "mixed"), ("validation", "mixed"), ("validation", "hard"))),
           line_at(30, "test", checkpoint="last", loss=1.0),
-          line_at(30, "test", checkpoint="best", loss=2.0, accuracy=0.25)]
+          line_at(30, "test", checkpoint="best", checkpoint_step=20, loss=2.0,
+                  accuracy=0.25)]
 
 
 def check(workdir, lines, status=STATUS, **fields):
@@ -230,6 +231,8 @@ def test_a_complete_record(tmp_path):
      "accuracy of the last checkpoint is 0.75 in metrics.jsonl and 0.5 in status.json"),
     (lambda lines: lines[10].update(loss=3.0),
      "loss of the best checkpoint is 3.0 in metrics.jsonl and 2.0 in status.json"),
+    (lambda lines: lines[10].update(checkpoint_step=10),
+     "step of the best checkpoint is 10 in metrics.jsonl and 20 in status.json"),
     (lambda lines: lines[0].pop("epoch"),
      "metrics.jsonl is damaged (line 1: epoch is not a number of epochs)"),
     (lambda lines: lines.clear(), "has 0 validation lines of the hard network instead of 3"),
