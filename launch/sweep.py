@@ -223,7 +223,7 @@ def _read_record(run: Run) -> dict[str, Any]:
   try:
     found = json_files.read_object(run.workdir / "sweep.json", _check_record)
   except json_files.Damaged as error:
-    found = {"reason": f"{error}: what was tried before is not known"}
+    found = {"reason": f"{error}; what was tried before is not known"}
   return _NO_RECORD | (found or {})
 
 
@@ -244,11 +244,11 @@ def _damage(run: Run) -> str:
   for path, right, kind in ((run.workdir, os.path.isdir, "folder"),
                             (lock, os.path.isfile, "file")):
     if os.path.lexists(path) and not right(path):
-      return f"{path} is damaged (it is not a {kind}): move it away"
+      return f"{path} is damaged: it is not a {kind}; move it away"
   try:
     json_files.read_object(run.workdir / "config.json")
   except json_files.Damaged as error:
-    return f"{error}: move it away, and the next start of the run writes it anew"
+    return f"{error}; {workdir_lib.REMEDY}"
   return ""
 
 

@@ -71,7 +71,13 @@ def _mode(path: pathlib.Path) -> int | None:
 
 def _write_into(path: pathlib.Path, data: bytes) -> None:
   """Writes to a device or pipe; a pipe that no process reads is an error, not a wait."""
-  number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+  try:
+    number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+  except OSError as error:
+    if error.errno == errno.ENXIO:
+      error.strerror = ("a pipe that no process reads is in the place of this file; move it"
+                        " away")
+    raise
   os.set_blocking(number, True)
   with open(number, "wb") as file:
     file.write(data)

@@ -24,12 +24,12 @@ class Damaged(cli.UsageError):
   """
 
   def __init__(self, path: str | os.PathLike[str], why: str):
-    super().__init__(f"{os.fspath(path)} is damaged ({why})")
+    super().__init__(f"{os.fspath(path)} is damaged: {why}")
     self.why = why
 
   def add(self, remedy: str) -> None:
     """Adds to the message what can be done."""
-    self.args = (f"{self}: {remedy}",)
+    self.args = (f"{self}; {remedy}",)
 
 
 def read_object(

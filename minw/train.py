@@ -321,7 +321,7 @@ def _ended(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
   try:
     status = workdir_lib.read_status(workdir)
   except json_files.Damaged as error:
-    _log.warning("%s/status.json is damaged (%s); the checkpoints tell where the run is",
+    _log.warning("%s/status.json is damaged: %s; the checkpoints tell where the run is",
                  workdir, error.why)
     return None
   if not status or status["state"] not in ("done", "diverged"):

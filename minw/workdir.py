@@ -144,11 +144,15 @@ def read_config(workdir: str) -> Any:
     json_files.read_object(path)
     return config_lib.from_json(path.read_text())
   except json_files.Damaged as error:
-    error.add("move it away, and the next start of the run writes it anew")
+    error.add(REMEDY)
     raise
   except cli.UsageError as error:
-    raise cli.UsageError(f"workdir={workdir!r}: {error}") from error
+    raise cli.UsageError(
+        f"{path} is damaged, or of another version of minw: {error}; {REMEDY}") from error
 
+
+# What can be done about a damaged config.json.
+REMEDY = "move it away, and the next start of the run writes it anew"
 
 STATES = ("running", "done", "diverged", "preempted", "stopped")
 # What the status of a run that is done has beside state and step.

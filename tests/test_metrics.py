@@ -179,7 +179,7 @@ def test_what_is_lost_comes_from_the_checkpoint(name, damage, record, caplog):
 def test_a_damaged_record_without_a_copy_is_refused_and_left_as_it_is(record):
   text = (record / "metrics.jsonl").read_text()[1:]
   (record / "metrics.jsonl").write_text(text)
-  with pytest.raises(json_files.Damaged, match="metrics.jsonl is damaged .line 1"):
+  with pytest.raises(json_files.Damaged, match="metrics.jsonl is damaged: line 1"):
     metrics.Writer(str(record), 20)
   assert (record / "metrics.jsonl").read_text() == text
 
@@ -234,7 +234,7 @@ def test_a_complete_record(tmp_path):
     (lambda lines: lines[10].update(checkpoint_step=10),
      "step of the best checkpoint is 10 in metrics.jsonl and 20 in status.json"),
     (lambda lines: lines[0].pop("epoch"),
-     "metrics.jsonl is damaged (line 1: epoch is not a number of epochs)"),
+     "metrics.jsonl is damaged: line 1: epoch is not a number of epochs"),
     (lambda lines: lines.clear(), "has 0 validation lines of the hard network instead of 3"),
 ])
 def test_what_a_record_lacks_is_named(change, message, tmp_path):
