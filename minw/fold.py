@@ -30,6 +30,8 @@ from minw import estimators
 from minw import quantizers
 from minw import structure
 
+_LEAST_CENTER = 2.0 ** -40  # By the rules of docs/format.md.
+
 
 class Norm(NamedTuple):
   """Batch norm of the hard network: float32 (channels,) each."""
@@ -289,7 +291,13 @@ def fold_norm(
     flat = (
         (slope == 0) | (smallest < quantizers.SMALLEST)
         | ~(np.abs(rounded) <= np.finfo(np.float32).max)
-        | ((unit > 0) & (tick > unit)))
+        | ((unit > 0) & (tick > unit))
+        # Floats: what the accumulator adds is lost in the rounding of the bias.
+        | ((unit == 0) & (
+            np.abs(slope) * (bound + np.abs(mean)) * 2.0 ** 24 <= np.abs(bias))))
+    # A packed network holds no smaller one. Its sign counts: an accumulator of 0 is common.
+    rounded = np.where((unit == 0) & (np.abs(rounded) < _LEAST_CENTER),
+                       np.sign(rounded) * _LEAST_CENTER, rounded)
   return Norm(
       center=np.where(flat, 0.0, _without_denormals(rounded)).astype(np.float32),
       scale=np.where(flat, 0.0, slope).astype(np.float32),

@@ -186,6 +186,14 @@ def test_batch_norm_worked_by_hand():
   assert not np.signbit(norm.center[0]) and norm.center[0] == 0
 
 
+def test_a_tiny_center_of_floats_keeps_its_sign():
+  # The mean of a channel that is always 0 tends to 0, and never is.
+  for mean in (1e-20, -1e-20):
+    assert one_channel(mean=mean, unit=0) == (np.copysign(2.0**-40, mean), 1, 0)
+  assert one_channel(mean=2.0**-39, unit=0) == (2.0**-39, 1, 0)
+  assert one_channel(mean=0, unit=0) == (0, 1, 0)
+
+
 def test_where_batch_norm_is_constant():
   # gamma = 0: the output is beta, whatever the accumulator.
   assert one_channel(mean=3, gamma=0, beta=0.25) == (0, 0, 0.25)
@@ -202,6 +210,10 @@ def test_where_batch_norm_is_constant():
   assert one_channel(gamma=1 / far, beta=-1, unit=1 / 64) == (
       far, float(np.float32(1 / far)), 0)
   assert one_channel(gamma=1 / (far + 1), beta=-1, unit=1 / 64) == (0, 0, -1)
+  # Of floats, too, where slope times bound is less than half of the last bit of beta.
+  assert one_channel(gamma=2.0**-28, beta=1, bound=16, unit=0) == (0, 0, 1)
+  assert one_channel(gamma=2.0**-27, beta=1, bound=16, unit=0) == (-2.0**27, 2.0**-27, 0)
+  assert one_channel(gamma=1e-30, mean=5, beta=-0.5, unit=0) == (0, 0, -0.5)
   # Then y is beta within bound / |center|, so no code of one bit depends on acc.
   # Without a variance, epsilon decides: slope 0.01 / sqrt(1e-4).
   assert one_channel(var=0, gamma=0.01, beta=2, eps=1e-4) == (-2, 1, 0)
