@@ -295,9 +295,11 @@ def from_json(text: str) -> config_dict.ConfigDict:
   """
   config = default_config()
   try:
-    values = dict(json.loads(text))
-  except (ValueError, TypeError, RecursionError) as error:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as error:
     raise cli.UsageError(f"config.json is damaged: {error}") from error
+  if not isinstance(values, dict):
+    raise cli.UsageError("config.json is damaged: it is not a JSON object")
   for name, value in values.items():
     config[name] = _tuples(value)
   return config

@@ -5,6 +5,7 @@ hand does to the files is found out by comparing them with that copy, and mended
 at the next start of the run.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -126,12 +127,13 @@ def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
   found = []
   if status["state"] == "done":
     found = [*_missing(lines, counted, config), *_contradictions(lines, status)]
-  saved = _saved(path)
-  if saved is not None and not found:
-    measured = [line for line in lines if line["split"] != "test"]
-    for name, here in (("metrics", measured), ("histograms", counted)):
-      if here != saved.get(name):
-        found.append(f"{name}.jsonl is not what the last checkpoint holds of it")
+  if found:
+    return found
+  step, saved = _saved(path)
+  measured = [line for line in lines if line["split"] != "test"]
+  for name, here in (("metrics", measured), ("histograms", counted)):
+    if [line for line in here if line["step"] <= step] != saved[name]:
+      found.append(f"{name}.jsonl is not what the checkpoint of step {step} holds of it")
   return found
 
 
@@ -182,16 +184,19 @@ def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
   return found
 
 
-def _saved(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """The newest copy of the records in a checkpoint; None if there is none that is whole."""
+def _saved(workdir: pathlib.Path) -> tuple[int, dict[str, Lines]]:
+  """The newest copy of the records that is whole in a checkpoint, and its step.
+
+  If there is none, that of step 0, which is empty.
+  """
   folders = [path for path in (workdir / "checkpoints").glob("[0-9]*")
              if path.name.isdecimal()]
   for folder in sorted(folders, key=lambda path: -int(path.name)):
-    try:
-      return json_files.read_object(folder / "run" / "metadata", json_files.check_sealed)
-    except json_files.Damaged:
-      continue
-  return None
+    with contextlib.suppress(json_files.Damaged):
+      saved = json_files.read_object(folder / "run" / "metadata", json_files.check_sealed)
+      if saved is not None:
+        return int(folder.name), saved
+  return 0, {"metrics": [], "histograms": []}
 
 
 class Writer:

@@ -16,6 +16,7 @@ import signal
 import pytest
 
 from minw import cli
+from minw import environment
 from minw import evaluate
 from minw import metrics
 from minw import pack
@@ -233,11 +234,16 @@ def assert_names(line, workdir, name):
   assert str(workdir) in line and len(line) < 2000, line
 
 
-def results_of(workdir):
+RESULTS = {
+    "status": lambda workdir: json.loads((workdir / "status.json").read_text()),
+    "lines": lines_of,
+    "histograms": lambda workdir: (workdir / "histograms.jsonl").read_text(),
+}
+
+
+def results_of(workdir, parts):
   """All that a disturbed run must have in common with one that was not."""
-  return {"status": json.loads((workdir / "status.json").read_text()),
-          "lines": lines_of(workdir), "checkpoints": trees_of(workdir),
-          "histograms": (workdir / "histograms.jsonl").read_text()}
+  return {part: (RESULTS | {"checkpoints": trees_of})[part](workdir) for part in parts}
 
 
 class Trial:
@@ -246,7 +252,7 @@ class Trial:
   def __init__(self, source, done, folder):
     self.source, self.folder = source, folder
     self.workdir = folder / "run"
-    self.expected = results_of(done)
+    self.expected = results_of(done, [*RESULTS, "checkpoints"])
     self.state = source.name
     self.readers = {name: attempt(read, source)[0] for name, read in READERS.items()}
 
@@ -276,9 +282,12 @@ class Trial:
     if line:
       assert_names(line, self.workdir, name)
       return line
-    found = results_of(self.workdir)
-    for part, value in self.expected.items():
-      assert found[part] == value, (part, caplog.text)
+    # A run that is done does not read its arrays again.
+    parts = RESULTS if self.state == "done" and name.startswith("checkpoints") else [
+        *RESULTS, "checkpoints"]
+    found = results_of(self.workdir, parts)
+    for part in parts:
+      assert found[part] == self.expected[part], (part, caplog.text)
     lost = [file for file, text in before.items() if self._is_lost(file, text)]
     for file in lost:
       assert file in caplog.text, (lost, caplog.text)
@@ -344,6 +353,52 @@ def test_a_damage(state, name, what, workdirs, tmp_path, caplog):
   assert (ended != "same") == refused, ended
   if refused:
     assert name in ended
+
+
+def test_a_lost_config_lets_no_other_run_go_on(workdirs, tmp_path):
+  """The checkpoint knows whose it is."""
+  shutil.copytree(workdirs["killed"], tmp_path / "run")
+  (tmp_path / "run" / "config.json").unlink()
+  with pytest.raises(cli.UsageError, match="another config .* learning_rate: "):
+    run(tiny_config(num_epochs=3, histogram_layers=CONFIG.histogram_layers,
+                    histogram_epochs=(1, 3), learning_rate=0.5), tmp_path / "run")
+
+
+def test_lost_times_and_places_are_those_of_the_checkpoint(workdirs, tmp_path):
+  """What no checkpoint knows is marked as unknown."""
+  workdir = tmp_path / "run"
+  shutil.copytree(workdirs["killed"], workdir)
+  before = environment.read(str(workdir))
+  (workdir / "run.json").write_text("damaged")
+  run(CONFIG, workdir)
+  after = environment.read(str(workdir))
+  assert after["environments"] == before["environments"]
+  assert after["startup_seconds"] > before["startup_seconds"] > 0
+  (workdir / "run.json").write_text("damaged")
+  environment.Journal(str(workdir), step=57)
+  unknown, here = environment.read(str(workdir))["environments"]
+  assert unknown == {"commit": None, "hardware": None, "versions": None}
+  assert [here] == before["environments"]
+
+
+def test_a_done_run_without_checkpoints_is_not_trained_again(workdirs, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(workdirs["done"], workdir)
+  shutil.rmtree(workdir / "checkpoints")
+  assert run(CONFIG, workdir)["state"] == "done"
+  lines = (workdir / "metrics.jsonl").read_text().splitlines(True)
+  (workdir / "metrics.jsonl").write_text("".join(lines[1:]))
+  with pytest.raises(cli.UsageError, match="2 training lines .* no checkpoint to make"):
+    run(CONFIG, workdir)
+  assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
+
+
+def test_pictures_that_cannot_be_drawn_do_not_end_a_run(workdirs, tmp_path, caplog):
+  workdir = tmp_path / "run"
+  shutil.copytree(workdirs["killed"], workdir)
+  (workdir / "curves.png").mkdir()
+  assert run(CONFIG, workdir, draw=True)["state"] == "done"
+  assert "curves.png cannot be drawn" in caplog.text
 
 
 @pytest.mark.slow

@@ -99,3 +99,28 @@ def test_a_bar_in_a_notebook(capsys, monkeypatch):
 def test_in_notebook(monkeypatch, module, expected):
   monkeypatch.setitem(sys.modules, "IPython", module)
   assert display.in_notebook() == expected
+
+
+def test_an_error_of_a_bar_does_not_end_the_run(caplog, monkeypatch):
+  kernel = types.SimpleNamespace(kernel=object())
+  monkeypatch.setitem(sys.modules, "IPython",
+                      types.SimpleNamespace(get_ipython=lambda: kernel))
+
+  def fail(**_):
+    raise OSError("no more")
+
+  monkeypatch.setattr(tqdm.auto, "tqdm", fail)
+  with display.shown("runs/digits", 40) as show:
+    for step in range(3):
+      show(step)
+  warning, = caplog.records
+  assert warning.getMessage() == "the bar of progress cannot be shown (no more)"
+
+
+def test_harmless(caplog):
+  with display.harmless("a picture cannot be drawn"):
+    raise ValueError("no ink")
+  warning, = caplog.records
+  assert warning.getMessage() == "a picture cannot be drawn (no ink)"
+  with pytest.raises(KeyboardInterrupt), display.harmless("a picture cannot be drawn"):
+    raise KeyboardInterrupt

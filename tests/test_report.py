@@ -750,6 +750,62 @@ def test_damaged_study(runs, tmp_path):
   assert "damaged" in left_out[0].why and "has no seconds" in left_out[1].why
 
 
+def test_a_study_with_damaged_lines_loses_none_in_silence(runs, tmp_path):
+  """Also where the first one is damaged, and where its folder is searched."""
+  study = tmp_path / "found" / "s.jsonl"
+  study.parent.mkdir()
+  records.collect([str(runs)], str(study))
+  lines = study.read_bytes().splitlines(True)
+  whole = json.loads(lines[1])
+  wrong = [{"seed": "1"}, {"test_accuracy": None}, {"seconds": []}, {"commit": 5},
+           {"hardware": {"device": "cpu"}}, {"versions": {"jax": 1}}, {"config": []},
+           {"curve": 3}]
+  study.write_bytes(b"".join([
+      b"\0" * 50 + b"\n", lines[1], b"\xff" + lines[2], b"[]\n", b"[" * 200_000 + b"\n",
+      *(json.dumps(whole | change).encode() + b"\n" for change in wrong)]))
+  found, left_out = records.read([str(study.parent)])
+  assert [run["name"] for run in found] == [f"{study}:2"]
+  assert [name for name, _ in left_out] == [
+      f"{study}:{number}" for number in (1, *range(3, 6 + len(wrong)))]
+  for name, data in (("zeros", bytes(500)), ("cut", lines[0][:200] + b"\n")):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "s.jsonl").write_bytes(data)
+    found, left_out = records.read([str(tmp_path / name)])
+    assert not found and [name for name, _ in left_out] in (
+        [str(tmp_path / name / "s.jsonl")], [f"{tmp_path / name / 's.jsonl'}:1"])
+
+
+def test_a_damaged_curve_is_left_out_by_name(runs, tmp_path):
+  study = tmp_path / "s.jsonl"
+  records.collect([str(runs)], str(study))
+  first = json.loads(study.read_text().splitlines()[0])
+  (tmp_path / first["curve"]).write_text("[]\n")
+  found, left_out = records.read([str(study)])
+  (name, why), = left_out
+  assert name == f"{study}:1" and f"{first['curve']} is damaged" in why
+  assert len(found) == len(study.read_text().splitlines()) - 1
+
+
+def test_no_line_is_added_to_one_that_was_cut_off(runs, tmp_path):
+  study = tmp_path / "s.jsonl"
+  records.collect([str(runs)], str(study))
+  lines = study.read_text().splitlines(True)
+  study.write_text("".join(lines[:-2]) + lines[-2][:99])
+  added, _ = records.collect([str(runs)], str(study))
+  assert len(added) == 2
+  found, left_out = records.read([str(study)])
+  assert (len(found), len(left_out)) == (len(lines), 1)
+
+
+def test_a_run_that_lost_its_config_is_named(runs, tmp_path):
+  shutil.copytree(runs / "aqe", tmp_path / "runs" / "aqe")
+  (tmp_path / "runs" / "aqe" / "config.json").unlink()
+  found, left_out = records.read([str(tmp_path / "runs")])
+  (name, why), = left_out
+  assert not found and name == str(tmp_path / "runs" / "aqe")
+  assert "there is no config.json" in why
+
+
 # RESULTS.md.
 
 

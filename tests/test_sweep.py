@@ -242,6 +242,37 @@ def state_in(folder, name):
   return json.loads(path.read_text())["state"] if path.exists() else None
 
 
+@pytest.mark.parametrize("name, damage, state, reason", [
+    ("config.json", "zeros", "failed", "config.json is damaged: it is empty; move it away"),
+    ("config.json", "folder", "failed", "config.json is damaged: it is a folder; move it"),
+    ("lock", "folder", "failed", "lock is damaged: it is not a file; move it away"),
+    ("", "file", "failed", "r1 is damaged: it is not a folder; move it away"),
+    ("status.json", "zeros", "stopped", "status.json is damaged: it is empty; the next"),
+    ("status.json", "list", "stopped", "status.json is damaged: it is not a JSON object"),
+    ("sweep.json", "zeros", "stopped", "sweep.json is damaged: it is empty; what was"),
+    ("sweep.json", "wrong", "stopped", "failures='x' is of another type; what was tried"),
+    ("run.json", "zeros", "stopped", ""),
+])
+def test_a_damaged_workdir_stops_no_other_run(name, damage, state, reason, tmp_path):
+  runs = fakes(tmp_path, ["ok", "ok", "ok"])
+  path = runs[1].workdir / name
+  runs[1].workdir.parent.mkdir(exist_ok=True)
+  if name:
+    runs[1].workdir.mkdir()
+    (runs[1].workdir / "status.json").write_text('{"state": "preempted", "step": 1}')
+    path.unlink(missing_ok=True)
+  path.mkdir() if damage == "folder" else path.write_text(
+      {"zeros": "\0" * 9, "list": "[]", "wrong": '{"failures": "x"}', "file": ""}[damage])
+  found = sweep.states(runs, 1)
+  assert [found[run.name].name for run in runs] == ["waiting", state, "waiting"]
+  assert reason in found["r1"].reason and "\n" not in found["r1"].reason
+  assert reason in sweep.table("runs", found, 1)
+  ended, _, found = run_fakes(runs)
+  assert ended
+  assert [found[run.name].name for run in runs] == [
+      "done", "failed" if state == "failed" else "done", "done"]
+
+
 def test_two_sweeps_share_the_work(tmp_path):
   behaviours = ["second", "fail-once", "ok", "stopped-once", "ok", "diverge"] * 2
   processes = [drive(tmp_path, 2, *behaviours) for _ in range(2)]
