@@ -228,6 +228,8 @@ def _damage(path: str) -> json_files.Damaged | None:
   """What is wrong with a file of JSON lines that may have been a study."""
   try:
     json_files.read_lines(path)
+    if not (json_files.read_text(path) or "\n").endswith("\n"):
+      return json_files.Damaged(path, "its last line is cut off")
   except json_files.Damaged as error:
     return error
   return None
