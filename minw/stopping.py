@@ -10,6 +10,7 @@ take minutes, in a compilation for example. Hence `watch` starts a thread, which
 tells of each signal as it arrives, and which can end the process meanwhile.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -31,6 +32,8 @@ _PARENT = "MINW_PARENT"  # Process without which this one has nothing to do.
 _PARENT_SECONDS = 1.0  # How often it is looked for.
 
 _watched = False
+_arrivals = -1  # Open file from which the numbers of arriving signals are read.
+_deciding = threading.Lock()  # Held while what arrived meets the handlers in force.
 
 
 def watch() -> None:
@@ -42,39 +45,50 @@ def watch() -> None:
 
   A command calls this in its main thread, before the imports that take seconds.
   """
-  global _watched
+  global _watched, _arrivals
   _watched = True
-  read, write = os.pipe()
+  _arrivals, write = os.pipe()
+  os.set_blocking(_arrivals, False)
   os.set_blocking(write, False)
   signal.set_wakeup_fd(write, warn_on_full_buffer=False)
   os.register_at_fork(after_in_child=_forget)
   for number in _SIGNALS:
     if signal.getsignal(number) != signal.SIG_IGN:
       signal.signal(number, _end_soon)
-  threading.Thread(target=_follow, args=(read,), daemon=True).start()
+  threading.Thread(target=_follow, daemon=True).start()
 
 
 def _end_soon(*_: Any) -> None:
   """Handler of a signal upon which the thread of `watch` ends the process."""
 
 
-def _follow(pipe: int) -> None:
+def _follow() -> None:
   """Reads the numbers of arriving signals, and ends the process where one is to."""
   followed = os.environ.get(_PARENT) == str(os.getppid())
   parent = os.getppid()
   while True:
-    ready, _, _ = select.select([pipe], [], [], _PARENT_SECONDS if followed else None)
+    ready, _, _ = select.select(
+        [_arrivals], [], [], _PARENT_SECONDS if followed else None)
     if not ready:
       if os.getppid() != parent:
         followed = False
         os.kill(os.getpid(), signal.SIGTERM)
       continue
-    number = os.read(pipe, 1)[0]
-    handler = signal.getsignal(number)
-    if handler is _end_soon:
-      _end(number)
-    elif isinstance(stop := getattr(handler, "__self__", None), StopSignal):
-      stop.arrived(number)
+    with _deciding:
+      for number in _arrived():
+        handler = signal.getsignal(number)
+        if handler is _end_soon:
+          _end(number)
+        elif isinstance(stop := getattr(handler, "__self__", None), StopSignal):
+          stop.arrived(number)
+
+
+def _arrived() -> bytes:
+  """The numbers of the signals that arrived since the last call."""
+  try:
+    return os.read(_arrivals, 4096)
+  except BlockingIOError:
+    return b""
 
 
 def _end(number: int) -> None:
@@ -169,6 +183,12 @@ class StopSignal:
       timer.start()
 
   def __exit__(self, *_):
+    with _deciding if _watched else contextlib.nullcontext():
+      if _watched:
+        _arrived()  # They were noted, and the thread must not act on them any more.
+      self._restore()
+
+  def _restore(self) -> None:
     for number, handler in self._previous.items():
       if handler is not None:
         signal.signal(number, handler)
