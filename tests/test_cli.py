@@ -4,12 +4,14 @@ The commands are run as `python -m` runs them, with their real exit codes and ou
 but forked from one process that has imported everything, which takes 30 ms each.
 """
 
+import collections
 import configparser
 import functools
 import importlib
 import json
 import os
 import pathlib
+import random
 import shlex
 import signal
 import subprocess
@@ -319,6 +321,38 @@ def test_what_experiment_files_say(refuses, name, message):
 ])
 def test_overrides(refuses, override, message):
   refuses(message, "minw.main", f"--config={DIGITS}", "--workdir=new", override)
+
+
+_HOSTILE = (
+    "", "0", "-1", "2147483648", "4294967296", "9223372036854775808", "1" + "0" * 5000,
+    "1e308", "-1e308", "5e-324", "nan", "inf", "-inf", "None", "True", "{}", "[]", "()",
+    "(0,)", "(-1,)", "(9223372036854775808,)", "(1e308,)", "(nan,)", "([[[[1]]]],)",
+    "((((" * 1000, "(1,)" * 1000, "a" * 10**5, "a/" * 10**4, "a\0b", "a\nb", "\x1b[31m",
+    "~nobody/x", "$NONE", "*" * 100, "%s%n{}", "/dev/zero", "/proc/self/mem",
+    "__import__('os').abort()")
+
+
+@pytest.mark.slow
+def test_hostile_values_end_in_a_line(run, tmp_path):
+  """MINW_CONFIG_VALUES=N tries N fields with a value each, =all all with all."""
+  pairs = [(name, value) for name in config_lib.default_config() for value in _HOSTILE]
+  count = os.environ.get("MINW_CONFIG_VALUES", "60")
+  if count != "all":
+    pairs = random.Random(0).sample(pairs, int(count))
+  program = ("import runpy, signal, sys; signal.alarm(60); sys.modules.pop('minw.main', 0);"
+             " runpy.run_module('minw.main', run_name='__main__', alter_sys=True)")
+  bad, codes = [], collections.Counter()
+  for i, (name, value) in enumerate(pairs):
+    code, out, err = run(
+        "minw.main", f"--config={DIGITS}", f"--workdir={tmp_path / str(i)}",
+        f"--config.{name}={value}", code=program)
+    codes[code] += 1
+    lines = err.splitlines()
+    if not (code == TRAINING or (
+        code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and not out)):
+      bad.append((name, value[:50], code, err[-500:]))
+  print(f"{len(pairs)} values, codes {dict(codes)}", *bad, sep="\n")
+  assert not bad
 
 
 def test_values_apart_from_their_flags(refuses):
