@@ -568,12 +568,30 @@ cli.run({run}, define_flags)
     ("return 75", 75, "", ""),
     ("raise cli.UsageError('one\\n  two')", 2, "", "error: one two\n"),
     ("cli.check(False, 'a', [1], 'two')", 2, "", "error: a=[1]: must be two\n"),
+    ("cli.check(False, 'a', 'b' * 10**6, 'two')", 2, "",
+     f"error: a='{299 * 'b'}...: must be two\n"),
+    ("raise OSError(28, 'No space', '/a/b')", 74, "", "error: /a/b: No space\n"),
     ("cli.check(True, 'a', [1], 'two')", 0, "", ""),
 ])
 def test_run(run, main, code, out, err):
   program = _COMMAND.format(required=True, main=main, run="main")
   assert run("command", "--name=x", code=program) == (code, out, err)
   assert run("command", "--name=x", "--verbosity=-1", code=program)[0] == code
+
+
+@pytest.mark.parametrize("error, code, last", [
+    ("cli.UsageError('x')", 2, "error: x"), ("KeyboardInterrupt", 130, "interrupted"),
+    ("OSError(5, 'Broken', '/a')", 74, "error: /a: Broken"), ("ValueError(3)", 1,
+                                                          "ValueError: 3")])
+def test_an_error_does_not_wait_for_threads(error, code, last):
+  main = ("import threading, time; print('printed');"
+          f" threading.Thread(target=time.sleep, args=(600,)).start(); raise {error}")
+  program = _COMMAND.format(required=False, main=main, run="main")
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True,
+                        capture_output=True, timeout=60)
+  assert (done.returncode, done.stdout) == (code, "printed\n")
+  assert done.stderr.splitlines()[-1] == last
+  assert (done.stderr == f"{last}\n") == (code != 1)
 
 
 @pytest.mark.parametrize("main, code, err", [
