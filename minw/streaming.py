@@ -145,25 +145,24 @@ class Split:
     if not flags.FLAGS.is_parsed():  # Not in a command: grain asks for its own.
       flags.FLAGS.mark_as_parsed()
     threads = 0 if self._workers else len(os.sched_getaffinity(0))
-    elements = batches.to_iter_dataset(
+    dataset = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     ).mp_prefetch(
         grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2),
         worker_init_fn=_begin_worker)
     if self._workers:
       resource_tracker.ensure_running()  # It unblocks signals when it starts.
-    # Workers start here. From their first moment on they leave a stop to the run, which
-    # needs them for another step.
-    with _signals_blocked():
-      elements = iter(elements)
-      first = next(elements, None)
-    try:
+    # Workers start with the first element. From their first moment on they leave a stop
+    # to the run, which needs them for another step.
+    with contextlib.ExitStack() as stack:
+      with _signals_blocked():
+        elements = iter(dataset)
+        stack.callback(elements.close)
+        first = next(elements, None)
       for element in itertools.chain([] if first is None else [first], elements):
         self._note(element["damaged"])
         self.decode_rate = len(element["label"]) / float(element["seconds"].sum())
         yield Batch(element["image"], element["label"])
-    finally:
-      elements.close()
 
   def _note(self, damaged: np.ndarray) -> None:
     """Reports damaged images once; refuses to go on with too many."""
