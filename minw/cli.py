@@ -45,10 +45,10 @@ def bad_value(field: str, value: Any, allowed: str) -> UsageError:
 def shown(value: Any) -> str:
   """`repr(value)`, or its beginning if it is too long for a line that people read."""
   try:
-    text = repr(value)
+    whole = repr(value)
   except (RecursionError, ValueError):  # It is too deep, or a number too long.
     return "..."
-  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+  return whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}..."
 
 
 def check(ok: bool, field: str, value: Any, allowed: str) -> None:
@@ -236,8 +236,8 @@ def run(
 ) -> NoReturn:
   """Runs a command: defines its flags, parses `sys.argv` and calls its `main`.
 
-  Errors, from the flags or from `main`, end the process as `guarded` says. `--help` prints the docstring of the module that
-  `define_flags` is in, and the flags.
+  Errors, from the flags or from `main`, end the process as `guarded` says. `--help`
+  prints the docstring of the module that `define_flags` is in, and the flags.
 
   Args:
     main: Function that does the work. Its result is the exit code, None being 0. A

@@ -9,6 +9,7 @@ process nothing here communicates.
 import contextlib
 import json
 import signal
+import threading
 from typing import Any, Callable, Iterator
 import zlib
 
@@ -17,6 +18,9 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from minw import cli
+
+_FAREWELL_SECONDS = 8.0  # How long processes that end together wait for each other.
+
 
 class Agreed(cli.UsageError):
   """What all processes raise, so that they can end in the ordinary way."""
@@ -65,8 +69,9 @@ def saying_who_ends() -> Iterator[None]:
   try:
     yield
   except Agreed:
-    with contextlib.suppress(Exception):
-      jax.distributed.shutdown()
+    farewell = threading.Thread(target=_say_farewell, daemon=True)
+    farewell.start()
+    farewell.join(_FAREWELL_SECONDS)  # One of them may be gone already.
     raise
   except (Exception, KeyboardInterrupt) as error:
     if jax.distributed.is_initialized():
@@ -75,6 +80,11 @@ def saying_who_ends() -> Iterator[None]:
           " one did before; none can go on alone, and the same commands again resume"
           " from the last checkpoint")
     raise
+
+
+def _say_farewell() -> None:
+  with contextlib.suppress(Exception):
+    jax.distributed.shutdown()
 
 
 def several() -> bool:
