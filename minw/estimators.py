@@ -411,9 +411,18 @@ def _check_gradient(gradient: str) -> None:
 
 def _floats(x: Any) -> jax.Array:
   """`x` as an array, which must be float; see `quantizers.check_float`."""
-  x = jnp.asarray(x)
+  x = _array("x", x)
   quantizers.check_float("x", x)
   return x
+
+
+def _array(name: str, value: Any) -> jax.Array:
+  try:
+    if not isinstance(value, (str, bytes)):  # JAX would take them for names of dtypes.
+      return jnp.asarray(value)
+  except (TypeError, ValueError):
+    pass
+  raise TypeError(f"{name}={value!r:.80}: must be an array or a number")
 
 
 def _number(name: str, value: Any, least: float, most: float) -> jax.Array:
@@ -422,7 +431,7 @@ def _number(name: str, value: Any, least: float, most: float) -> jax.Array:
   The values of JAX's arrays are not looked at: they may be traced, and to wait for
   them would take time.
   """
-  dtype = jnp.asarray(value).dtype
+  dtype = _array(name, value).dtype
   if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
     raise TypeError(f"{name} of dtype {dtype}: must be real numbers")
   if not isinstance(value, jax.Array):

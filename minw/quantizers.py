@@ -92,6 +92,12 @@ def check_float(name: str, x: Any) -> None:
     raise TypeError(f"{name} of dtype {dtype}: must be a float array")
 
 
+def _check_grid(grid: Any) -> None:
+  if not isinstance(grid, Grid):
+    raise TypeError(f"grid={grid!r:.80}: must be a Grid, which `quantizers.grid` makes")
+  check_float("grid.thresholds", grid.thresholds)
+
+
 def _check_thresholds(name: str, thresholds: Any, bits: int) -> None:
   """Raises where thresholds, or factors that become some, are wrong for `bits`."""
   q = num_thresholds(bits)
@@ -275,9 +281,10 @@ def quantize(x: jax.Array, grid: Grid) -> jax.Array:
     The shape and dtype of `x`; NaN where `x` is NaN.
 
   Raises:
-    TypeError: `x` is not float.
+    TypeError: `x` is not float, or `grid` is not a grid.
   """
   check_float("x", x)
+  _check_grid(grid)
   levels = _staircase(x, grid, grid.magnitudes.astype(x.dtype))
   return jnp.where(jnp.isnan(x), x, levels)
 
@@ -290,9 +297,10 @@ def encode(x: jax.Array, grid: Grid) -> jax.Array:
     it gets that of 0.
 
   Raises:
-    TypeError: `x` is not float.
+    TypeError: `x` is not float, or `grid` is not a grid.
   """
   check_float("x", x)
+  _check_grid(grid)
   count = grid.magnitudes.shape[0]
   return _staircase(x, grid, jnp.arange(1, count + 1, dtype=jnp.int8))
 
@@ -301,8 +309,9 @@ def decode(codes: jax.Array, grid: Grid) -> jax.Array:
   """The levels of int8 `codes`: the shape of `codes`, the dtype of the grid.
 
   Raises:
-    TypeError: `codes` are not integers.
+    TypeError: `codes` are not integers, or `grid` is not a grid.
   """
+  _check_grid(grid)
   if not jnp.issubdtype(codes.dtype, jnp.integer):
     raise TypeError(f"codes of dtype {codes.dtype}: must be integers")
   levels = jnp.concatenate(

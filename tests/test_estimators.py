@@ -778,11 +778,12 @@ def test_inputs_that_are_not_float_are_refused(name, dtype):
     (-0.1, ValueError), (1.5, ValueError), (2, ValueError), (float("nan"), ValueError),
     (float("inf"), ValueError),
     (np.float32([0.5, 2]), ValueError), (0.5j, TypeError),
-    (True, TypeError), (jnp.zeros(3, jnp.complex64), TypeError)])
+    (True, TypeError), ("a", TypeError), (None, TypeError),
+    (jnp.zeros(3, jnp.complex64), TypeError)])
 @pytest.mark.parametrize("name", [
     "aqe", "stochastic_aqe", "ede", "reste", "dsq", "stompp", "stompp_ste"])
 def test_alpha_that_is_wrong(name, alpha, error):
-  with pytest.raises(error, match="alpha.*: must be (in|real)"):
+  with pytest.raises(error, match="alpha.*: must be (in|real|an array)"):
     calls(X, alpha)[name]()
 
 
@@ -807,3 +808,9 @@ def test_scales_and_the_neuron_take_floats(dtype):
                lambda: estimators.stochastic_neuron(x, jax.random.key(0))):
     with pytest.raises(TypeError, match=f"of dtype {dtype}: must be a float array"):
       call()
+
+
+@pytest.mark.parametrize("x", ["a", None, object()])
+def test_inputs_that_are_no_arrays_are_refused(x):
+  with pytest.raises(TypeError, match="x=.*: must be an array or a number"):
+    estimators.aqe(x, 0.5, quantizers.grid(1))

@@ -401,6 +401,15 @@ def test_codes_that_are_no_integers_are_refused(dtype):
     quantizers.decode(jnp.zeros(3, dtype), GRID)
 
 
+@pytest.mark.parametrize("grid", [2, None, "grid", (0.1,), jnp.zeros(1)])
+def test_what_is_no_grid_is_refused(grid):
+  for call in (lambda: quantizers.quantize(jnp.zeros(3), grid),
+               lambda: quantizers.encode(jnp.zeros(3), grid),
+               lambda: quantizers.decode(jnp.zeros(3, jnp.int8), grid)):
+    with pytest.raises(TypeError, match="grid=.*: must be a Grid, which"):
+      call()
+
+
 @pytest.mark.parametrize("x", [0.5, 1, "a", None, [0.5], b"1"])
 def test_what_is_no_array_is_refused(x):
   with pytest.raises(TypeError, match="x=.*: must be a float array"):
