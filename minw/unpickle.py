@@ -190,5 +190,5 @@ def _complete(target: Any, state: Any) -> Any:
     raise ValueError(f"it has an array whose shape does not fit {len(content)} bytes")
   if math.prod(shape) != len(content):
     raise ValueError(f"it has an array of shape {shape} with {len(content)} bytes")
-  order = "F" if by_columns is True else "C"
+  order = "F" if by_columns else "C"
   return np.frombuffer(content, np.uint8).reshape(shape, order=order)

@@ -23,7 +23,8 @@ from python2_pickles import dump
 from python2_pickles import pickled
 import test_imagenet
 import test_prepare
-from test_prepare import small  # pylint: disable=unused-import
+
+small = test_prepare.small  # A fixture.
 
 COUNT = int(os.environ.get("MINW_ARCHIVE_MUTANTS", "1000"))
 HANG = 60  # Seconds of a mutant, after which all tests end with a traceback.
