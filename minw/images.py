@@ -39,7 +39,7 @@ _RUNS_PIXELS, _RUNS_SIDE = 2**24, 2**16
 _TILE_PIXELS = 2**24
 # An image is resized as a whole before its centre is cut out, unless that would make
 # more than so many times the pixels that are asked for, as for a long and narrow image.
-_RESIZED = 16
+_RESIZED = 64
 
 # How an image is turned to be upright, by its EXIF orientation.
 _UPRIGHT = {
