@@ -1,6 +1,6 @@
 """A campaign of damaged images: each is read, or refused with the one error.
 
-The variable MINW_IMAGE_MUTANTS has their number; 30000 take about two minutes.
+The variable MINW_IMAGE_MUTANTS has their number; 30000 take two minutes.
 """
 
 import json
@@ -62,5 +62,5 @@ def test_many_mutants():
 def test_largest_images():
   """Making them takes memory, too."""
   report = run("largest")
-  assert report["outcomes"] == {"read": 9}
-  check(report, 9, 2 * 2**30)
+  assert report["outcomes"] == {"read": 3}
+  check(report, 3, 2.5 * 2**30)
