@@ -19,6 +19,7 @@ import optax
 from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
+from minw import config as config_lib
 from minw import datasets
 from minw import infer
 from minw import metrics
@@ -126,9 +127,13 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, checkpoint.Restore
     which: "last", or "best" in validation accuracy.
 
   Raises:
-    cli.UsageError: there is no run, or no checkpoint.
+    cli.UsageError: there is no run, its config cannot be used, or no checkpoint.
   """
   config = workdir_lib.read_config(workdir)
+  try:
+    config_lib.validate(config)
+  except cli.UsageError as error:
+    raise cli.UsageError(f"{pathlib.Path(workdir) / 'config.json'}: {error}") from error
   saved = None
   if (pathlib.Path(workdir) / "checkpoints").is_dir():
     with checkpoint.open_manager(workdir, read_only=True) as manager:
