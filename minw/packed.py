@@ -743,9 +743,9 @@ def write(path: str, program: Program) -> int:
   return len(data)
 
 
-def read(path: str | os.PathLike) -> Program:
+def read(path: str | os.PathLike, limits: Limits = Limits()) -> Program:
   """Reads a file; see `from_bytes` and `read_bytes`."""
-  return from_bytes(read_bytes(path))
+  return from_bytes(read_bytes(path), limits)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

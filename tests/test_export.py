@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from packed_networks import Builder
+from packed_networks import images
 from test_infer import digits_network
-from test_native import Builder
-from test_native import images
 from test_native import programs
 from test_pack import randomized
 from test_packed import small
@@ -715,6 +715,24 @@ def test_whole_networks(tmp_path, make):
   np.testing.assert_array_equal(labels, wanted.argmax(-1))
   # Weights stay packed.
   assert len(data) < 1.15 * len(packed.to_bytes(program)) + 100_000
+
+
+def test_c_keeps_no_more_than_a_limit():
+  """Nine sums of 64 MB, each of which two operations read in the end."""
+  pool = packed.Pool("p", 0, "max", (1, 1), (1, 1))
+  adds = [packed.Add("a", i, i) for i in range(1, 10)]
+  ops = (*[pool] * 9, *adds, packed.Pool("p", 0, "max", (2048, 2048), (1, 1)),
+         packed.Logits("l", 19, 1.0, *np.ones((3, 4), np.float32)))
+  program = packed.Program(
+      (2048, 2048, 4), (2048, 2048), np.zeros(4, np.uint8), 4, ops, {})
+  with pytest.raises(ValueError, match=f"would keep {10 * 2**26} bytes .* most 536870912"):
+    c.header(program)
+
+
+def test_few_random_images_where_they_are_large():
+  shape = lambda h, w: types.SimpleNamespace(source_shape=(h, w, 3))
+  assert export_command.test_images(None, shape(8, 8)).shape == (4, 8, 8, 3)
+  assert export_command.test_images(None, shape(1024, 1024)).shape == (1, 1024, 1024, 3)
 
 
 def command(*arguments):

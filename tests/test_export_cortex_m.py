@@ -15,7 +15,7 @@ from test_export import residual_and_dense
 from test_export import resnet18
 from test_export import sum_of_many
 from test_export import tree
-from test_native import images
+from packed_networks import images
 
 from minw.export import c
 from minw.kernels import reference

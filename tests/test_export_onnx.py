@@ -9,8 +9,8 @@ from test_export import convnet
 from test_export import digits_convnet
 from test_export import groups_and_dilation
 from test_export import residual_and_dense
-from test_native import Builder
-from test_native import images
+from packed_networks import Builder
+from packed_networks import images
 from test_native import programs
 from test_packed import small
 

@@ -403,6 +403,55 @@ def test_model_that_is_no_regular_file(tmp_path):
       infer.load(path)
 
 
+@pytest.fixture(name="costly")
+def costly_model(tmp_path):
+  """A network of 8 kB, whose weights are 500 times as many with their padding."""
+  path = tmp_path / "costly.minw"
+  kernel = np.ones((1, 128, 512, 1), np.int8)
+  norm = packed.Logits("norm", 2, 1.0, *np.ones((3, 1), np.float32))
+  ops = (packed.Conv("unused", 0, 1, kernel), packed.Pool("p", 0, "max", (128, 512), (1, 1)))
+  packed.write(path, packed.Program(
+      (128, 512, 1), (128, 512), np.zeros(1, np.uint8), 1, (*ops, norm), {}))
+  return path
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_limits(costly, backend):
+  with pytest.raises(ValueError, match="its padding, .* exceeds the limit of 16777216"):
+    infer.load(costly, backend=backend)
+  need = packed.cost(packed.read(costly, packed.UNLIMITED))
+  image = np.full((1, 128, 512, 1), 5, np.uint8)
+  for limits in (need, packed.UNLIMITED):
+    network = infer.load(costly, backend=backend, limits=limits)
+    assert network.logits(image) == (5 - 1) * 1 + 1
+  with pytest.raises(ValueError, match="its memory"):
+    infer.load(costly, limits=need._replace(memory=need.memory - 1))
+  if backend != "xla":
+    assert pickle.loads(pickle.dumps(network)).logits(image) == 5  # With its limits.
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+def test_limits_of_calls_from_jax(costly):
+  data = costly.read_bytes()
+  with pytest.raises(ValueError, match="its padding exceeds the limit"):
+    native.ffi_logits(data)
+  try:
+    function = native.ffi_logits(data, limits=packed.UNLIMITED)
+  except RuntimeError as error:
+    pytest.skip(str(error))  # Built without jaxlib's headers.
+  assert function(np.full((1, 128, 512, 1), 5, np.uint8)) == 5
+
+
+def test_limits_of_the_command(costly, tmp_path):
+  np.save(tmp_path / "a.npy", np.zeros((128, 512, 1), np.uint8))
+  refused = run("minw.infer", f"--model={costly}", f"--images={tmp_path / 'a.npy'}")
+  assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+  assert "its padding, " in refused.stderr
+  taken = run("minw.infer", f"--model={costly}", "--nolimits",
+              f"--images={tmp_path / 'a.npy'}")
+  assert taken.stdout == f"{tmp_path / 'a.npy'}\t0\t1.0000\n"
+
+
 def test_no_more_of_a_model_is_read_than_its_head_says(model, tmp_path):
   data = model.read_bytes()
   cases = [(data[:31], "less than its head"), (b"MINW" + data[4:8], "less than its head"),

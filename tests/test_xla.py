@@ -1,6 +1,7 @@
 """minw.kernels.xla, against the NumPy reference and convolutions of decoded floats."""
 
 import functools
+import time
 
 from hypothesis import given
 from hypothesis import settings
@@ -310,6 +311,20 @@ def test_trained_networks(weights, inputs, pad):
     operands, function = xla.logits(program, products)
     np.testing.assert_array_equal(jax.jit(function)(operands, images), want)
   assert len(np.unique(want)) > 10
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_windows_of_many_pixels(products):
+  """They are not put together pixel by pixel, which would take minutes to compile."""
+  net = Network(0, (60, 80), 1)
+  codes = net.threshold(0, 1)
+  for strides, pads in (((1, 1), (0, 0, 0, 0)), ((64, 64), (60, 50, 0, 1))):
+    net.conv(codes, 3, 2, (60, 79), strides=strides, pads=pads, pad=1)
+  net.conv(codes, 2, 1, (30, 80), dilation=(2, 1), pads=(0, 0, 0, 0))
+  program = net.program(codes)
+  start = time.monotonic()
+  assert_as_reference(program, products, net.images(2))
+  assert time.monotonic() - start < 60
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

@@ -10,6 +10,7 @@ compilers of quantized networks. --golden writes all values of a few images, whi
 """
 
 import importlib
+import math
 import pathlib
 
 from absl import flags
@@ -23,6 +24,7 @@ from minw.export import c
 from minw.export import c_text
 from minw.export import golden
 
+_TEST_BYTES = 2 ** 22  # Bytes of random images.
 _FORMATS = ("c", "onnx", "qonnx", "stablehlo")
 
 
@@ -66,10 +68,12 @@ def content(
 def test_images(
     paths: list[str] | None, program: packed.Program, background: str = "black"
 ) -> np.ndarray:
-  """The images that files hold, as `minw.infer` takes them; else four random ones."""
+  """The images that files hold, as `minw.infer` takes them; else random ones: four, or
+  fewer where they are large."""
   shape = program.source_shape
   if not paths:
-    return np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8)
+    count = min(4, max(1, _TEST_BYTES // math.prod(shape)))
+    return np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
   return infer.read_images(
       infer.image_files(paths), shape, infer.shrinks(program), background)
 

@@ -204,6 +204,10 @@ class _Writer:
     self.program, self.prefix = program, prefix
     self.kinds = common.values(program)
     self.memory = c_memory.Memory(program, self.kinds)
+    most = packed.Limits().memory
+    if 4 * self.memory.words > most:
+      raise ValueError(f"the C code would keep {4 * self.memory.words} bytes of values; it"
+                       f" may keep at most {most}")
     self.flash = 0  # Bytes of constants.
 
   def title(self) -> str:
@@ -336,15 +340,17 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
   def array(self, dtype, name, values):
     values = np.asarray(values, np.float32 if dtype == "float" else None).reshape(-1)
     if dtype == "float":
-      items = [f"{v:.8e}f" for v in values.tolist()]  # 9 digits hold any float32.
+      text = "{:.8e}f".format  # 9 digits hold any float32.
     elif dtype == "uint32_t":
-      items = [f"0x{v:x}u" for v in values.tolist()]
+      text = "0x{:x}u".format
     else:
-      items = ["INT32_MIN" if v == -2**31 else str(v) for v in values.tolist()]
+      text = lambda v: "INT32_MIN" if v == -2**31 else str(v)
     bits = {"uint8_t": 8, "int8_t": 8, "int16_t": 16}.get(dtype, 32)
-    self.flash += len(items) * bits // 8
-    lines = [", ".join(items[k:k + 12]) for k in range(0, len(items), 12)]
-    return (f"static const {dtype} {name}[{len(items)}] = {{\n  "
+    self.flash += len(values) * bits // 8
+    # Images may have millions of numbers: their texts are joined a line at a time.
+    lines = [", ".join(map(text, values[k:k + 12].tolist()))
+             for k in range(0, len(values), 12)]
+    return (f"static const {dtype} {name}[{len(values)}] = {{\n  "
             + ",\n  ".join(lines) + "\n};\n")
 
   def _function(self, i):

@@ -28,6 +28,7 @@ _WORD = 32
 _TERMS = 36  # Words that one fused loop takes at a time,
 _LANES = 128  # and output channels: their weights then stay in the L1 cache.
 _IMAGES = 4  # Of a batch at a time: their sums stay in the cache.
+_PIXELS = 2 ** 10  # Most pixels of a window whose bits are counted.
 _FLOAT_EXACT = 2 ** 24  # float32 holds the integers up to it.
 
 
@@ -116,6 +117,9 @@ def _windows(x, window, strides, dilation=(1, 1)):
 
 def _patches(x, op):
   """(batch, h, w, window * channels), ordered (height, width, channels)."""
+  if x.shape[1:3] == op.window:  # One window, which may have very many pixels.
+    x = x[:, ::op.dilation[0], ::op.dilation[1]]
+    return x.reshape(len(x), 1, 1, -1)
   return jnp.concatenate(
       _windows(x, op.kernel.shape[1:3], op.strides, op.dilation), -1)
 
@@ -145,9 +149,11 @@ def _conv(op, kind, result, signs, products):
     if math.prod(op.kernel.shape[1:]) <= _TERMS:
       return _shifted(op, kind, result, on_cpu)
     return _split(op, kind, result, signs, products)
-  if products == "popcount" and _counts(op, kind):
+  # Windows are put together pixel by pixel, which takes long for very large ones.
+  large = math.prod(op.kernel.shape[1:3]) > _PIXELS and kind.shape[:2] != op.window
+  if products == "popcount" and _counts(op, kind) and not large:
     return _popcount(op, kind, result, signs)
-  return _dot(op, kind, result, on_cpu and products == "dot")
+  return _dot(op, kind, result, on_cpu and (products == "dot" or large))
 
 
 def _split(op, kind, result, signs, products):
