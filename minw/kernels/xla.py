@@ -119,7 +119,7 @@ def _patches(x, op):
   """(batch, h, w, window * channels), ordered (height, width, channels)."""
   if x.shape[1:3] == op.window:  # One window, which may have very many pixels.
     x = x[:, ::op.dilation[0], ::op.dilation[1]]
-    return x.reshape(len(x), 1, 1, -1)
+    return x.reshape(x.shape[0], 1, 1, math.prod(x.shape[1:]))
   return jnp.concatenate(
       _windows(x, op.kernel.shape[1:3], op.strides, op.dilation), -1)
 
