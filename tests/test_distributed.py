@@ -382,8 +382,8 @@ def test_a_dead_process_ends_the_others(dead, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("failing, action, code, message", [
     (1, "raise OSError('the disk is full')", 1, "OSError: the disk is full\n"),
-    (0, "raise OSError(28, 'No space left', '/a/b')", 74,
-     "error: /a/b: No space left; the run is stopped, and the same command resumes it"
+    (0, "raise OSError(5, 'Broken disk', '/a/b')", 74,
+     "error: /a/b: Broken disk; the run is stopped, and the same command resumes it"
      " from its last checkpoint; "),
     (0, "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]", 130, "interrupted; "),
 ])
