@@ -5,7 +5,6 @@
 `minw-config` is the same command as `python -m minw.c_flags`.
 """
 
-import pathlib
 import shlex
 
 from absl import flags

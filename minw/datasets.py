@@ -327,7 +327,7 @@ def _reading(tfds_info: Any, name: str, split: str) -> Iterator[None]:
   """Refuses a directory in which the files of a split are damaged."""
   try:
     yield
-  except Exception as error:  # Of array_record, TFDS and Pillow, with no common base.
+  except Exception as error:  # array_record, TFDS and Pillow have no common base.
     files = ", ".join(map(str, tfds_info.splits[_kept_in(name, split)].filepaths))
     raise _refusal(pathlib.Path(tfds_info.data_dir),
                    f"{files} can not be read ({error})") from error

@@ -19,7 +19,6 @@ import optax
 from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
-from minw import config as config_lib
 from minw import datasets
 from minw import infer
 from minw import metrics

@@ -12,7 +12,7 @@ import secrets
 import stat
 from typing import Iterator
 
-# What a file system answers that cannot sync a folder, or a user who may not read it.
+# Errors of file systems that cannot sync folders, and of folders that may not be read.
 _CANNOT_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
 
 

@@ -224,7 +224,7 @@ class Writer:
     self._histograms = _Log(path / "histograms.jsonl", _check_histogram)
     for log, name in ((self._metrics, "metrics"), (self._histograms, "histograms")):
       log.open(step, None if saved is None else saved[name])
-    self._metrics.begin()  # Of the other there are lines only if the config asks for them.
+    self._metrics.begin()  # histograms.jsonl is made with its first line.
     # Shown anew: a run that was killed may not have written all of it.
     config = path / "config.json"
     self._board = board.Board(workdir, config.read_text() if config.exists() else None)

@@ -565,7 +565,7 @@ def last_uses(program: Program) -> list[list[int]]:
 
 
 def cost(program: Program, values: Sequence[Value] | None = None) -> Limits:
-  """What a network costs, in the terms of `Limits`; docs/format.md has the formulas.
+  """The cost of a network, in the terms of `Limits`; docs/format.md has the formulas.
 
   Args:
     program: the network.

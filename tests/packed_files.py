@@ -62,7 +62,7 @@ class File:
   """A file; `to_bytes` repairs its sizes and its checksum.
 
   Attributes:
-    version: Of the format.
+    version: Version of the format.
     image: The fields of the image and the number of classes, in order.
     ops: The operations.
     more: How many operations more than these the file says it has.

@@ -139,6 +139,23 @@ def lines_of(workdir, **fields):
   return [line for line in lines if fields.items() <= line.items()]
 
 
+def line_at(step, split="validation", mode="hard", **more):
+  """A line of metrics.jsonl as a run might write it."""
+  return {"step": step, "epoch": step // 10, "split": split, "mode": mode,
+          "loss": step / 7, "accuracy": 0.5, **more}
+
+
+def write_record(workdir):
+  """Writes lines at steps 10, 20, 30 and of the test split."""
+  writer = metrics.Writer(str(workdir), 0)
+  for step in (10, 20, 30):
+    writer.write(line_at(step, "train", "mixed"))
+    writer.write(line_at(step))
+  writer.write(line_at(30, "test", checkpoint="last", checkpoint_step=30))
+  writer.write(line_at(30, "test", checkpoint="best", checkpoint_step=20))
+  writer.close()
+
+
 def trees_of(workdir):
   """The arrays of all checkpoints: {step: {path: (dtype, shape, bytes)}}."""
   trees = {}
@@ -172,6 +189,12 @@ def events_of(workdir):
           value.tensor.string_val[0] if kind == "tensor" else value.simple_value)
   return {key: value for key, value in shown.items()
           if key[0] not in ("examples_per_second", "decode_rate")}
+
+
+def numbers_of(workdir):
+  """The points of TensorBoard's charts."""
+  return {key: value for key, value in events_of(workdir).items()
+          if isinstance(value, float)}
 
 
 def values_of(path):

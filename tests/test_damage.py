@@ -18,7 +18,6 @@ import pytest
 from minw import cli
 from minw import environment
 from minw import evaluate
-from minw import metrics
 from minw import pack
 from minw import packed
 from minw.report import records

@@ -9,7 +9,6 @@ MINW_FAULTS=N tries N pairs of them, and MINW_FAULTS=all tries all.
 import contextlib
 import json
 import os
-import pathlib
 import random
 import shutil
 import subprocess

@@ -11,18 +11,9 @@ from minw import cli
 from minw import config as config_lib
 from minw import json_files
 from minw import metrics
-from short_runs import events_of
-
-
-def line_at(step, split="validation", mode="hard", **more):
-  return {"step": step, "epoch": step // 10, "split": split, "mode": mode,
-          "loss": step / 7, "accuracy": 0.5, **more}
-
-
-def numbers_of(workdir):
-  """The points of TensorBoard's charts."""
-  return {key: value for key, value in events_of(workdir).items()
-          if isinstance(value, float)}
+from short_runs import line_at
+from short_runs import numbers_of
+from short_runs import write_record
 
 
 def written(workdir):
@@ -33,13 +24,7 @@ def written(workdir):
 @pytest.fixture
 def record(tmp_path):
   """A workdir with lines at steps 10, 20, 30 and of the test split."""
-  writer = metrics.Writer(str(tmp_path), 0)
-  for step in (10, 20, 30):
-    writer.write(line_at(step, "train", "mixed"))
-    writer.write(line_at(step))
-  writer.write(line_at(30, "test", checkpoint="last", checkpoint_step=30))
-  writer.write(line_at(30, "test", checkpoint="best", checkpoint_step=20))
-  writer.close()
+  write_record(tmp_path)
   return tmp_path
 
 

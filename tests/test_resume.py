@@ -26,7 +26,6 @@ from short_runs import run
 from short_runs import run_with
 from short_runs import start
 from short_runs import stop_before
-from short_runs import tiny_config
 
 # Python announces each opening, renaming and removal of a file before it is done.
 # That is where runs are cut here: a checkpoint's write alone has twenty such moments.

@@ -15,7 +15,6 @@ QONNX every tensor of integers its type, which are those that qonnx itself infer
 """
 
 import json
-import math
 
 import numpy as np
 import onnx

@@ -531,7 +531,7 @@ class Parser {
   bool ended_ = false;
 };
 
-// What a network costs: see docs/format.md. The products exceed 64 bits.
+// The cost of a network, as docs/format.md counts it. The products exceed 64 bits.
 
 using Cost = unsigned __int128;
 
