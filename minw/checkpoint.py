@@ -131,11 +131,28 @@ class _NewestAndBest:
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
-    ranks = [  # The newest is still being written.
+    return _are_kept([  # The newest is still being written.
         (info.metrics["accuracy"], info.step) if info.metrics
-        else _rank(self._directory, info.step) for info in checkpoints]
-    return [rank == max(ranks) or rank[1] in [info.step for info in checkpoints[-2:]]
-            for rank in ranks]
+        else _rank(self._directory, info.step) for info in checkpoints])
+
+
+def _are_kept(ranks: Sequence[tuple[float, int]]) -> list[bool]:
+  """Which checkpoints stay: the two newest and the best, each given by its rank."""
+  newest = sorted(step for _, step in ranks)[-2:]
+  return [rank == max(ranks) or rank[1] in newest for rank in ranks]
+
+
+def remove_old(manager: ocp.CheckpointManager) -> None:
+  """Removes the checkpoints that `save` would have removed.
+
+  A process that is killed after a save leaves one of them, whole or in part.
+  """
+  def old() -> list[int]:
+    ranks = [_rank(manager.directory, step) for step in sorted(manager.all_steps())]
+    return [step for (_, step), kept in zip(ranks, _are_kept(ranks)) if not kept]
+
+  for step in distributed.on_main(old):
+    manager.delete(step)
 
 
 def save(
@@ -181,7 +198,9 @@ def restore(
   Raises:
     Exception: whatever the damage leads to; ValueError if the checksum differs.
   """
-  wanted = manager.item_metadata(step)["tree"] if target is None else target
+  # Also where a target is given: whoever reads a checkpoint finds the same faults in it.
+  described = manager.item_metadata(step)["tree"]
+  wanted = described if target is None else target
   on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
   # Earlier versions of minw have not saved it.
   has_run = (pathlib.Path(manager.directory) / str(step) / "run").exists()

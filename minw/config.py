@@ -17,6 +17,7 @@ from minw import cli
 from minw import config_fields
 from minw import datasets
 from minw import estimators
+from minw import json_files
 from minw import models
 from minw import paths
 from minw import quantizers
@@ -288,7 +289,7 @@ def copy(config: config_dict.ConfigDict, **changes: Any) -> config_dict.ConfigDi
 
 
 def from_json(text: str) -> config_dict.ConfigDict:
-  """The config that `to_json` wrote; fields that are newer have their defaults.
+  """The config that `to_json` or a run wrote; fields that are newer have their defaults.
 
   Raises:
     cli.UsageError: it is damaged, or fields are unknown or of another type.
@@ -300,6 +301,12 @@ def from_json(text: str) -> config_dict.ConfigDict:
     raise cli.UsageError(f"config.json is damaged: {error}") from error
   if not isinstance(values, dict):
     raise cli.UsageError("config.json is damaged: it is not a JSON object")
+  if json_files.SEAL in values:  # As in the workdir of a run.
+    try:
+      json_files.check_sealed(values)
+    except ValueError as error:
+      raise cli.UsageError(f"config.json is damaged: {error}") from error
+    del values[json_files.SEAL]
   for name, value in values.items():
     config[name] = _tuples(value)
   return config

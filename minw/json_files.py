@@ -119,9 +119,12 @@ def _checked(text: str, check: Callable[[dict[str, Any]], None] | None) -> dict[
   return value
 
 
+SEAL = "crc32"  # The name of the checksum in a sealed object.
+
+
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
   """An object with a checksum of the rest of it, which `check_sealed` checks."""
-  return {**value, "crc32": _crc32(value)}
+  return {**value, SEAL: _crc32(value)}
 
 
 def check_sealed(value: dict[str, Any]) -> None:
@@ -130,8 +133,8 @@ def check_sealed(value: dict[str, Any]) -> None:
   Raises:
     ValueError: The checksum is missing or another.
   """
-  rest = {name: part for name, part in value.items() if name != "crc32"}
-  if value.get("crc32") != _crc32(rest):
+  rest = {name: part for name, part in value.items() if name != SEAL}
+  if value.get(SEAL) != _crc32(rest):
     raise ValueError("the checksum differs")
 
 

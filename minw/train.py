@@ -410,6 +410,7 @@ def _train(
         display.shown(workdir, experiment.num_steps) as show):
     target = checkpoint_target(experiment)
     restored = together(checkpoint.restore_newest, manager, target)
+    checkpoint.remove_old(manager)
     if restored:
       state = TrainState(*(restored.tree[name] for name in TrainState._fields))
     else:

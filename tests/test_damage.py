@@ -345,7 +345,8 @@ def trials(workdirs, tmp_path_factory):
     ("killed", "metrics.jsonl", "line 1 lost", "same"),
     ("killed", "config.json", "half", "config.json is damaged: "),
     ("killed", "run.json", "a pipe", "run.json: a pipe that no process reads is in"),
-    ("done", "status.json", "done too early", "same")])
+    ("done", "status.json", "done too early", "same"),
+    ("killed", "checkpoints/38/tree/_sharding", "empty", "same")])
 def test_a_damage(state, name, what, ended, trials, caplog):
   trial = trials[state]
   damage, = (damage for *which, damage in damages(trial.source)

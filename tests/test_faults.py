@@ -149,13 +149,6 @@ def outcome(workdir):
           "lines": lines_of(workdir), "checkpoints": trees_of(workdir)}
 
 
-def discard_others(workdir, steps):
-  """Removes checkpoints of other steps: remains that an earlier run could not remove."""
-  for path in (workdir / "checkpoints").iterdir():
-    if path.name.isdecimal() and int(path.name) not in steps:
-      shutil.rmtree(path)
-
-
 def faults_of(ended, fault):
   """What is wrong with how a run ended that had this fault."""
   if ended.code is None:

@@ -611,6 +611,7 @@ def copied(source, target, status=None, **changes):
   """A workdir as `source`, but for fields of its config and its status."""
   target.mkdir(parents=True)
   config = json.loads((source / "config.json").read_text()) | changes
+  del config["crc32"]  # As earlier versions wrote it, which is no other run.
   (target / "config.json").write_text(json.dumps(config))
   before = json.loads((source / "status.json").read_text())
   (target / "status.json").write_text(json.dumps(before | (status or {})))
@@ -650,6 +651,16 @@ def test_older_configs_have_the_new_fields(runs, tmp_path):
   path.write_text(json.dumps(config))
   (found,), _ = records.read([str(tmp_path)])
   assert found["config"]["share_pool_gradient"] is False
+
+
+def test_changed_configs_are_not_believed(runs, tmp_path):
+  copied(runs / "aqe", tmp_path / "run")
+  text = (runs / "aqe" / "config.json").read_text()
+  changed = text.replace('"learning_rate": 0.01', '"learning_rate": 0.03')
+  assert changed != text
+  (tmp_path / "run" / "config.json").write_text(changed)
+  found, ((_, why),) = records.read([str(tmp_path)])
+  assert not found and "config.json is damaged: the checksum differs" in why
 
 
 def test_runs_from_other_runs_are_one_group(runs, tmp_path):
