@@ -16,8 +16,8 @@ of the widths, 20,000 training images, 24 epochs. It ranks methods and reproduce
 number of the paper.
 """
 
-from minw import cli
 from minw import config
+from minw import errors
 from minw import models
 
 GEOMETRIES = {
@@ -31,9 +31,9 @@ def get_config(argument: str = ""):
   a = config.parse_argument(
       argument, network="D", dataset="cifar10", input_bits=1, weight_bits=1,
       estimator="aqe", geometry="crop24", size="full", seed=0)
-  cli.check(a.size in ("full", "quarter"), "size", a.size, "full or quarter")
+  errors.check(a.size in ("full", "quarter"), "size", a.size, "full or quarter")
   if a.geometry not in GEOMETRIES:
-    raise cli.unknown_name("geometry", a.geometry, GEOMETRIES)
+    raise errors.unknown_name("geometry", a.geometry, GEOMETRIES)
   c = config.default_config()
   c.update(GEOMETRIES[a.geometry])
   c.conv_widths, c.dense_widths = models.convnet_widths(a.network)

@@ -29,6 +29,7 @@ from typing import Sequence
 from absl import flags
 
 from minw import cli
+from minw import errors
 import places
 
 _POLL_SECONDS = 0.05
@@ -115,7 +116,7 @@ def define_flags() -> None:
 
 def main(arguments: Sequence[str]) -> int:
   """Runs the processes of a run with these arguments; returns the exit code."""
-  cli.check(bool(arguments), "arguments", "", "given after --: those of minw.main")
+  errors.check(bool(arguments), "arguments", "", "given after --: those of minw.main")
   f = flags.FLAGS
   command = [sys.executable, "-m", f.module, *arguments, "--distributed",
              f"--coordinator=localhost:{free_port()}",

@@ -50,6 +50,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import environment
+from minw import errors
 from minw import files
 from minw import json_files
 from minw import locks
@@ -111,7 +112,7 @@ def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
     data_dir: if given, the config's in all runs.
 
   Raises:
-    cli.UsageError: naming what is wrong, and the run in which it is.
+    errors.UsageError: naming what is wrong, and the run in which it is.
   """
   common = {"data_dir": data_dir} if data_dir else {}
   listed = config_flag.call(
@@ -119,11 +120,11 @@ def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
       "yields (name, config, overrides)",
       lambda runs: [(name, config, fields | common) for name, config, fields in runs])
   names = [name for name, _, _ in listed]
-  cli.check(bool(names), "sweep", sweep, "a sweep of at least one run")
+  errors.check(bool(names), "sweep", sweep, "a sweep of at least one run")
   for name in names:
-    cli.check(isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z][\w.=+-]*", name)),
-              "name of a run", name, "a letter, then letters, digits and . = + - _")
-    cli.check(names.count(name) == 1, "name of a run", name, "unique in the sweep")
+    valid = isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z][\w.=+-]*", name))
+    errors.check(valid, "name of a run", name, "a letter, then letters, digits and . = + - _")
+    errors.check(names.count(name) == 1, "name of a run", name, "unique in the sweep")
   return [_make_run(pathlib.Path(folder), names, *entry) for entry in listed]
 
 
@@ -131,20 +132,20 @@ def _make_run(folder, names, name, config, overrides) -> Run:
   with _naming(name):
     after = overrides.get("init_from", "")
     if after in names:
-      cli.check(names.index(after) < names.index(name), "config.init_from", after,
-                "a run that comes before it in the sweep")
+      errors.check(names.index(after) < names.index(name), "config.init_from", after,
+                   "a run that comes before it in the sweep")
       overrides["init_from"] = str(folder / after)
     else:
       after = ""
     result = config_lib.copy(config_flag.load(config)).lock()
     for field, value in overrides.items():
       if field not in result:
-        raise cli.unknown_name("config field", field, result.keys())
+        raise errors.unknown_name("config field", field, result.keys())
       try:
         result[field] = value
       except TypeError as error:
-        raise cli.bad_value(f"config.{field}", value,
-                            f"of type {type(result[field]).__name__}") from error
+        raise errors.bad_value(f"config.{field}", value,
+                               f"of type {type(result[field]).__name__}") from error
     config_lib.validate(result)
     return Run(name, folder / name, (f"--config={config}", *(
         f"--config.{field}={value}" for field, value in overrides.items())),
@@ -155,8 +156,8 @@ def _make_run(folder, names, name, config, overrides) -> Run:
 def _naming(name: str) -> Iterator[None]:
   try:
     yield
-  except cli.UsageError as error:
-    raise cli.UsageError(f"run {name!r}: {error}") from error
+  except errors.UsageError as error:
+    raise errors.UsageError(f"run {name!r}: {error}") from error
 
 
 def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
@@ -166,7 +167,7 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
   for name in only:
     while name:
       if name not in by_name:
-        raise cli.unknown_name("run", name, by_name)
+        raise errors.unknown_name("run", name, by_name)
       wanted.add(name)
       name = by_name[name].after
   return [run for run in runs if run.name in wanted or not only]
@@ -179,7 +180,7 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
     The number of training steps of each run that is not done, by name.
 
   Raises:
-    cli.UsageError: a config can not be run, its data are missing, or its workdir holds
+    errors.UsageError: a config cannot be run, its data are missing, or its workdir holds
       a run of another config.
   """
   import jax
@@ -210,8 +211,8 @@ def _with_locks(run: Run) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise cli.UsageError(f"dir={str(run.workdir.parent)!r} can not be written to, or "
-                         f"has no locks: {error}") from error
+    raise errors.UsageError(f"dir={str(run.workdir.parent)!r} can not be written to, or "
+                            f"has no locks: {error}") from error
 
 
 _NO_RECORD = {"steps": 0, "failures": 0, "code": 0, "reason": "", "seconds": 0.0,
@@ -549,8 +550,8 @@ def define_flags() -> None:
 def main() -> int:
   """Runs a sweep, as the flags say; returns the exit code."""
   f = flags.FLAGS
-  cli.check((f.emit is None) == (f.out is None), "out", f.out,
-            "given with --emit, and only then")
+  errors.check((f.emit is None) == (f.out is None), "out", f.out,
+               "given with --emit, and only then")
   runs = select(read(f.sweep, f.dir, f.data_dir), f.only)
   if f.emit:
     _emit(runs)
@@ -562,7 +563,7 @@ def main() -> int:
   try:
     os.makedirs(f.dir, exist_ok=True)
   except OSError as error:
-    raise cli.bad_value("dir", f.dir, f"a folder to write in ({error})") from error
+    raise errors.bad_value("dir", f.dir, f"a folder to write in ({error})") from error
   ended = run_all(runs, jobs=f.jobs, retries=f.retries, steps=check(runs),
                   say=cli.note)
   show()
@@ -582,7 +583,7 @@ def _emit(runs: Sequence[Run]) -> None:
   try:
     files.write(f.out, text)
   except OSError as error:
-    raise cli.bad_value("out", f.out, f"a file to write ({error})") from error
+    raise errors.bad_value("out", f.out, f"a file to write ({error})") from error
 
 
 if __name__ == "__main__":

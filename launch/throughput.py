@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from minw import cli
 from minw import config as config_lib
 from minw import config_flag
+from minw import errors
 from minw import files
 from minw import models
 from minw import pipeline
@@ -104,7 +105,7 @@ def measure(processes: int, seeds: int, arguments: Sequence[str]) -> float:
   try:
     for process in started:
       if process.stdout.readline() != "ready\n":
-        raise cli.UsageError(
+        raise errors.UsageError(
             f"a process with seeds={seeds}, one of {processes}, ended before it "
             "trained: see above")
     for process in started:
@@ -168,12 +169,12 @@ def main() -> None:
   if f.work:
     work(f.config, f.work, f.seconds)
     return
-  cli.check(f.seeds and all(n.isdigit() and int(n) for n in f.seeds),
-            "seeds", ",".join(f.seeds), "positive integers, 1,2,4 for example")
+  errors.check(f.seeds and all(n.isdigit() and int(n) for n in f.seeds),
+               "seeds", ",".join(f.seeds), "positive integers, 1,2,4 for example")
   config_lib.validate(f.config)
   if f.json:
-    cli.check(os.path.isdir(os.path.dirname(f.json) or "."), "json", f.json,
-              "a file in a directory that exists")
+    errors.check(os.path.isdir(os.path.dirname(f.json) or "."), "json", f.json,
+                 "a file in a directory that exists")
   found = bench([*map(int, f.seeds)], f.rounds, sys.argv[1:])
   print(table(found))
   if f.json:

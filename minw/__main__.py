@@ -12,6 +12,7 @@ import sys
 import minw
 from minw import cli
 from minw import completion
+from minw import errors
 from minw import stopping
 
 # The module of each command.
@@ -45,7 +46,7 @@ def _run(arguments: list[str]) -> None:
   elif name == "completion":
     print(completion.script(arguments[1:], COMMANDS))
   elif name not in COMMANDS:
-    raise cli.unknown_name("command", name, [*COMMANDS, "completion"])
+    raise errors.unknown_name("command", name, [*COMMANDS, "completion"])
   else:
     if name == "train":
       stopping.watch()  # Now, as the import takes seconds.

@@ -10,6 +10,7 @@ import shlex
 from absl import flags
 
 from minw import cli
+from minw import errors
 from minw.kernels import native
 
 _HEADERS = native.LIBRARY.parent / "csrc"
@@ -24,10 +25,10 @@ def libs() -> str:
   """The flags with which the linker, and later the program, finds the library.
 
   Raises:
-    cli.UsageError: the library was not built when minw was installed.
+    errors.UsageError: the library was not built when minw was installed.
   """
   if not native.available():
-    raise cli.UsageError(
+    raise errors.UsageError(
         "the native library was not built: install minw again where there is a C++"
         " compiler")
   folder = shlex.quote(str(native.LIBRARY.parent))
@@ -39,7 +40,7 @@ def main() -> None:
   given = flags.FLAGS
   wanted = [given.cflags and cflags(), given.libs and libs()]
   if not any(wanted):
-    raise cli.UsageError("--cflags or --libs, or both, must be given")
+    raise errors.UsageError("--cflags or --libs, or both, must be given")
   print(" ".join(filter(None, wanted)))
 
 

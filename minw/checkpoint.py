@@ -18,8 +18,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from minw import cli
 from minw import distributed
+from minw import errors
 from minw import json_files
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
   """The checkpoints of `workdir`: the two newest and that with the best accuracy.
 
   Raises:
-    cli.UsageError: Orbax cannot handle the path of `workdir` on this system.
+    errors.UsageError: Orbax cannot handle the path of `workdir` on this system.
   """
   for name in ("absl", "concurrent.futures"):
     logging.getLogger(name).addFilter(_is_news)
@@ -110,14 +110,14 @@ def _plainly_named(
     The path, and a function to call when it is no longer needed.
 
   Raises:
-    cli.UsageError: the system has no names for open files.
+    errors.UsageError: the system has no names for open files.
   """
   if re.fullmatch(r"[\w./ =+,@-]*", str(folder), re.ASCII) and not re.match(
       "/(gs|s3|az|hf)(/|$)", str(folder)):
     return folder, lambda: None
   names = pathlib.Path("/proc/self/fd")
-  cli.check(names.is_dir(), "workdir", str(folder), "a path of letters, digits, spaces"
-            " and . / = + , @ - _ on systems other than Linux")
+  errors.check(names.is_dir(), "workdir", str(folder), "a path of letters, digits, spaces"
+               " and . / = + , @ - _ on systems other than Linux")
   number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
   return names / str(number), lambda: os.close(number)
 
@@ -232,7 +232,7 @@ def restore_newest(
   save those steps again.
 
   Raises:
-    cli.UsageError: there are checkpoints, and none of them can be read.
+    errors.UsageError: there are checkpoints, and none of them can be read.
   """
   steps = distributed.on_main(lambda: sorted(manager.all_steps(), reverse=True))
   return _restore_first(manager, steps, target)
@@ -266,7 +266,7 @@ def _restore_first(manager, steps, target):
     damaged.append(step)
   else:
     if damaged:
-      raise cli.UsageError(
+      raise errors.UsageError(
           f"checkpoints in {_real(manager)}: all are damaged ({damaged}); move them"
           " away to start from the beginning")
     return None

@@ -18,51 +18,13 @@ from absl import logging
 
 import minw
 from minw import dependencies
+from minw import errors
 from minw import paths
 from minw import text
 from minw import usage
 
-_LONGEST = 300  # Characters of a value in an error.
 _FLUSH_SECONDS = 5.0  # How long an error's last output may take.
 _COMMON = ("help", "version", "quiet", "verbosity")  # Flags of all commands.
-
-
-class UsageError(Exception):
-  """The input of the user cannot be used; the message is one line for them.
-
-  Attributes:
-    exit_code: Exit code of a command that ends with this error.
-  """
-
-  exit_code = 2
-
-
-def bad_value(field: str, value: Any, allowed: str) -> UsageError:
-  """The error for `field` holding `value` where only `allowed` may stand."""
-  return UsageError(f"{field}={shown(value)}: must be {allowed}")
-
-
-def shown(value: Any) -> str:
-  """`repr(value)`, or its beginning if it is too long for a line that people read."""
-  try:
-    whole = repr(value)
-  except (RecursionError, ValueError):  # It is too deep, or a number too long.
-    return "..."
-  return whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}..."
-
-
-def check(ok: bool, field: str, value: Any, allowed: str) -> None:
-  """Raises `UsageError` naming the field, its value and what is allowed."""
-  if not ok:
-    raise bad_value(field, value, allowed)
-
-
-def unknown_name(kind: str, name: str, known) -> UsageError:
-  """The error for a misspelt `name`, with the nearest known one."""
-  near = difflib.get_close_matches(name, known, n=1)
-  hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(
-      sorted(known))
-  return UsageError(f"{kind} {shown(name)} does not exist; {hint}")
 
 
 # Names of flags that must be given, see `require`.
@@ -131,7 +93,7 @@ class _Paths(flags.MultiFlag):
     self._add(argument, paths.matching)
 
   def _add(self, value: str, read: Callable[[str], list[str]]) -> None:
-    check(value.strip(",") != "", self.name, value, "not empty")
+    errors.check(value.strip(",") != "", self.name, value, "not empty")
     try:
       super().parse(read(value))
     except ValueError as error:
@@ -158,8 +120,8 @@ def print_error(message: str) -> None:
 def guarded(function: Callable, *arguments: Any) -> Any:
   """Calls `function`, and ends the process at once if that raises an error.
 
-  A `UsageError` is printed as one line and exits with its code, which is 2 for bad
-  input. An error of the file system is one line, too, and exits with 74. An interrupt
+  An `errors.UsageError` is printed as one line and exits with its code, which is 2 for
+  bad input. An error of the file system is one line, too, and exits with 74. An interrupt
   (SIGINT) exits with 130. Output to a pipe that no one reads any more, as after
   `| head`, exits with 141 and says nothing. Any other exception is a bug, whose traceback
   is printed; the code is 1. `--verbosity=1` shows all tracebacks.
@@ -181,7 +143,7 @@ def guarded(function: Callable, *arguments: Any) -> Any:
   except Exception as error:
     if logging.get_verbosity() >= logging.DEBUG:
       _end_with_traceback(error)
-    if isinstance(error, UsageError):
+    if isinstance(error, errors.UsageError):
       _end(error.exit_code, _one_line(f"error: {error}", error))
     if isinstance(error, OSError) and error.errno and error.filename:
       _end(os.EX_IOERR, _one_line(f"error: {error.filename}: {error.strerror}", error))
@@ -336,9 +298,9 @@ def _take_subcommand(subcommands: Collection[str], optional: bool) -> str | None
   if not names:
     if optional:
       return None
-    raise UsageError(f"a subcommand is missing; known: {', '.join(subcommands)}")
+    raise errors.UsageError(f"a subcommand is missing; known: {', '.join(subcommands)}")
   if names[0] not in subcommands:
-    raise unknown_name("subcommand", names[0], subcommands)
+    raise errors.unknown_name("subcommand", names[0], subcommands)
   sys.argv.remove(names[0])
   return names[0]
 
@@ -352,22 +314,23 @@ def _parse(own: list[flags.Flag]) -> None:
   except flags.IllegalFlagValueError as error:
     raise _illegal_value(str(error)) from error
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UsageError(str(error)) from error
+    raise errors.UsageError(str(error)) from error
   takers = [flag for flag in own if isinstance(flag, _Paths) and flag.positional]
   for argument in rest:
     if not takers:
-      raise UsageError(f"argument {argument!r} is not a flag (flags are --name=value)")
+      raise errors.UsageError(
+          f"argument {argument!r} is not a flag (flags are --name=value)")
     takers[0].take(argument)
   missing = sorted(f"--{flag.name}" for flag in own
                    if flag.name in _required and flag.value in (None, []))
   if missing:
-    raise UsageError(
+    raise errors.UsageError(
         f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required")
   for flag in own:
-    check(flag.value != "", flag.name, "", "not empty")
+    errors.check(flag.value != "", flag.name, "", "not empty")
 
 
-def _unknown_flag(name: str, own: list[flags.Flag]) -> UsageError:
+def _unknown_flag(name: str, own: list[flags.Flag]) -> errors.UsageError:
   """The error for a flag that does not exist, with the nearest one of the command."""
   known = {}
   for full in [*_COMMON, *names(own)]:
@@ -375,19 +338,22 @@ def _unknown_flag(name: str, own: list[flags.Flag]) -> UsageError:
     known[full] = full
   near = difflib.get_close_matches(name, known, n=1)
   hint = f"did you mean --{known[near[0]]}?" if near else "see --help"
-  return UsageError(f"there is no flag --{name}; {hint}")
+  return errors.UsageError(f"there is no flag --{name}; {hint}")
 
 
-def _illegal_value(message: str) -> UsageError:
+def _illegal_value(message: str) -> errors.UsageError:
   """The error for a value that a flag refuses, in one form for most kinds of flags."""
   match = re.match(r"flag --([\w.]+)=(.*?): ", message, re.DOTALL)
   if match is None or match[1] not in flags.FLAGS:
-    return UsageError(message)
+    return errors.UsageError(message)
   name, value = match.groups()
   if "." in name:  # For a field of --config absl quotes what Python says.
-    return bad_value(name, value, f"of type {flags.FLAGS[name].parser.flag_type()}")
+    return errors.bad_value(
+        name, value, f"of type {flags.FLAGS[name].parser.flag_type()}")
   allowed = flags.FLAGS[name].parser.syntactic_help
-  return bad_value(name, value, allowed) if allowed else UsageError(message)
+  if not allowed:
+    return errors.UsageError(message)
+  return errors.bad_value(name, value, allowed)
 
 
 def _set_verbosity() -> None:

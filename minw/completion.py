@@ -9,6 +9,7 @@ from typing import Mapping, Sequence
 
 from minw import cli
 from minw import dependencies
+from minw import errors
 
 SHELLS = ("bash", "zsh")
 
@@ -38,11 +39,11 @@ def script(arguments: Sequence[str], commands: Mapping[str, str]) -> str:
     commands: Modules of the commands by name.
 
   Raises:
-    cli.UsageError: There is not exactly one argument, or it is not one of `SHELLS`.
+    errors.UsageError: There is not exactly one argument, or it is not one of `SHELLS`.
   """
   if len(arguments) != 1 or arguments[0] not in SHELLS:
-    raise cli.UsageError(f"completion takes one argument, the name of a shell: "
-                         f"{' or '.join(SHELLS)}")
+    raise errors.UsageError(f"completion takes one argument, the name of a shell: "
+                            f"{' or '.join(SHELLS)}")
   cases = "\n".join(f'    {name}) words="{" ".join(words(module))}" ;;'
                     for name, module in commands.items())
   text = _SCRIPT.format(cases=cases, commands=" ".join([*commands, "completion"]))

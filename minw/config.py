@@ -13,9 +13,9 @@ from typing import Any
 from ml_collections import config_dict
 import numpy as np
 
-from minw import cli
 from minw import config_fields
 from minw import datasets
+from minw import errors
 from minw import estimators
 from minw import json_files
 from minw import models
@@ -50,15 +50,15 @@ class Config(config_dict.ConfigDict):
       super().__setitem__(name, value)
       return
     if name not in self:
-      raise cli.unknown_name("config field", name, self.keys())
+      raise errors.unknown_name("config field", name, self.keys())
     kind = type(self[name])
     allowed = name in config_fields.BITS or (
         value is not None and isinstance(value, bool) == (kind is bool))
     try:
-      cli.check(allowed, f"config.{name}", value, f"of type {kind.__name__}")
+      errors.check(allowed, f"config.{name}", value, f"of type {kind.__name__}")
       super().__setitem__(name, value)
     except (TypeError, OverflowError, RecursionError, ValueError) as error:
-      raise cli.bad_value(
+      raise errors.bad_value(
           f"config.{name}", value, f"of type {kind.__name__}") from error
 
 
@@ -73,10 +73,10 @@ def default_config(dataset: str = "cifar10") -> Config:
     The config, locked: fields can be changed and none can be added.
 
   Raises:
-    cli.UsageError: there is no such data set.
+    errors.UsageError: there is no such data set.
   """
   if dataset not in datasets.NAMES:
-    raise cli.unknown_name("data set", dataset, datasets.NAMES)
+    raise errors.unknown_name("data set", dataset, datasets.NAMES)
   c = Config()
   for section in FIELDS.values():
     for name, (default, _) in section.items():
@@ -111,21 +111,21 @@ def validate(c: config_dict.ConfigDict) -> None:
   """Checks every field that can be checked without data or devices.
 
   Raises:
-    cli.UsageError: naming the field, its value and what is allowed.
+    errors.UsageError: naming the field, its value and what is allowed.
   """
   defaults = default_config()
   for name in c:
     if name not in defaults:
-      raise cli.unknown_name("config field", name, defaults.keys())
+      raise errors.unknown_name("config field", name, defaults.keys())
   for name, default in defaults.items():
     if name not in c:
-      raise cli.UsageError(f"config field {name!r} is missing")
+      raise errors.UsageError(f"config field {name!r} is missing")
     if name not in config_fields.BITS:
-      cli.check(type(c[name]) is type(default), f"config.{name}", c[name],
-                f"of type {type(default).__name__}")
+      errors.check(type(c[name]) is type(default), f"config.{name}", c[name],
+                   f"of type {type(default).__name__}")
 
   def check(name, ok, allowed):
-    cli.check(ok, f"config.{name}", c[name], allowed)
+    errors.check(ok, f"config.{name}", c[name], allowed)
 
   def one_of(name, allowed):
     check(name, c[name] in allowed, "one of " + ", ".join(map(str, allowed)))
@@ -155,8 +155,8 @@ def validate(c: config_dict.ConfigDict) -> None:
     try:
       quantizers.is_grid(value)
     except (ValueError, RecursionError) as error:
-      raise cli.UsageError(f"config.{name}: bits={cli.shown(value)}: must be"
-                           f" {quantizers.ALLOWED_BITS}") from error
+      raise errors.UsageError(f"config.{name}: bits={errors.shown(value)}: must be"
+                              f" {quantizers.ALLOWED_BITS}") from error
 
   one_of("dataset", datasets.NAMES)
   one_of("pixels", ("integer", "standardized"))
@@ -177,8 +177,8 @@ def validate(c: config_dict.ConfigDict) -> None:
     try:
       paths.expand(c[name])
     except ValueError as error:
-      raise cli.UsageError(
-          f"config.{name}={cli.shown(c[name])}: {error}") from error
+      raise errors.UsageError(
+          f"config.{name}={errors.shown(c[name])}: {error}") from error
 
   check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
   for name in ("num_epochs", "eval_every_epochs", "eval_batch_size",
@@ -292,20 +292,20 @@ def from_json(text: str) -> config_dict.ConfigDict:
   """The config that `to_json` or a run wrote; fields that are newer have their defaults.
 
   Raises:
-    cli.UsageError: it is damaged, or fields are unknown or of another type.
+    errors.UsageError: it is damaged, or fields are unknown or of another type.
   """
   config = default_config()
   try:
     values = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise cli.UsageError(f"config.json is damaged: {error}") from error
+    raise errors.UsageError(f"config.json is damaged: {error}") from error
   if not isinstance(values, dict):
-    raise cli.UsageError("config.json is damaged: it is not a JSON object")
+    raise errors.UsageError("config.json is damaged: it is not a JSON object")
   if json_files.SEAL in values:  # As in the workdir of a run.
     try:
       json_files.check_sealed(values)
     except ValueError as error:
-      raise cli.UsageError(f"config.json is damaged: {error}") from error
+      raise errors.UsageError(f"config.json is damaged: {error}") from error
     del values[json_files.SEAL]
   for name, value in values.items():
     config[name] = _tuples(value)
@@ -331,14 +331,14 @@ def parse_argument(text: str, **defaults: Any) -> config_dict.ConfigDict:
     **defaults: the names there may be, with their default values.
 
   Raises:
-    cli.UsageError: an unknown name, or a part that is not name=value.
+    errors.UsageError: an unknown name, or a part that is not name=value.
   """
   result = config_dict.ConfigDict(defaults, type_safe=False)
   for part in filter(None, text.split(",")):
     name, equals, value = part.partition("=")
-    cli.check(bool(equals), "config argument", part, "name=value")
+    errors.check(bool(equals), "config argument", part, "name=value")
     if name not in defaults:
-      raise cli.unknown_name("config argument", name, defaults)
+      raise errors.unknown_name("config argument", name, defaults)
     try:
       result[name] = ast.literal_eval(value)
     except (SyntaxError, ValueError):
@@ -372,6 +372,6 @@ def _final_size(c: config_dict.ConfigDict) -> int:
 
 def _check_thresholds(c: config_dict.ConfigDict, name: str, bits: int | str) -> None:
   q = quantizers.num_thresholds(bits) if quantizers.is_grid(bits) else 0
-  cli.check(_distinct(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
-            f"() or {q} positive, ascending numbers, for bits={bits!r}" if q
-            else f"(): bits={bits!r} has no thresholds")
+  errors.check(_distinct(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
+               f"() or {q} positive, ascending numbers, for bits={bits!r}" if q
+               else f"(): bits={bits!r} has no thresholds")

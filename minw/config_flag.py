@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import paths
 
 
@@ -63,11 +64,11 @@ def _check_arguments(argv: list[str]) -> None:
   try:
     arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
   except flags.Error as error:
-    raise cli.UsageError(str(error)) from error
+    raise errors.UsageError(str(error)) from error
   for argument in arguments:
     match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
     if match and match[1] not in fields:
-      raise cli.unknown_name("config field", match[1], fields)
+      raise errors.unknown_name("config field", match[1], fields)
 
 
 def experiments() -> dict[str, pathlib.Path]:
@@ -98,7 +99,7 @@ def load(argument: str) -> Any:
   config is used, quotes some with its traceback, and lets the rest through.
 
   Raises:
-    cli.UsageError: there is no such experiment, or it gives no config.
+    errors.UsageError: there is no such experiment, or it gives no config.
   """
   def locked(config):
     if not isinstance(config, config_dict.ConfigDict):
@@ -128,7 +129,7 @@ def call(
     then: takes what it returns; of this the result is returned.
 
   Raises:
-    cli.UsageError: by function or file; or whatever else they raise, as one.
+    errors.UsageError: by function or file; or whatever else they raise, as one.
   """
   path, colon, text = argument.partition(":")
   try:
@@ -137,10 +138,10 @@ def call(
     module = types.ModuleType(loader.name)
     loader.exec_module(module)
     return then(getattr(module, name)(*([text] if colon else [])))
-  except cli.UsageError:
+  except errors.UsageError:
     raise
   except Exception as error:  # The file's own, of whatever kind.
-    raise cli.bad_value(
+    raise errors.bad_value(
         flag, argument, f"a name or a Python file whose {name} {does} "
         f"({type(error).__name__}: {error})") from error
 
@@ -153,11 +154,11 @@ def _find(flag: str, name: str, known: Mapping[str, pathlib.Path]) -> str:
   stem = pathlib.Path(name).stem
   if name and stem == name:
     if name not in known:
-      raise cli.unknown_name(flag, name, known)
+      raise errors.unknown_name(flag, name, known)
     return str(known[name])
   if stem in known and not os.path.exists(name):
-    raise cli.UsageError(f"{flag}={name!r}: no such file here; did you mean"
-                         f" --{flag}={stem}, which comes with minw?")
+    raise errors.UsageError(f"{flag}={name!r}: no such file here; did you mean"
+                            f" --{flag}={stem}, which comes with minw?")
   return name
 
 

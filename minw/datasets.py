@@ -16,7 +16,7 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from minw import cli
+from minw import errors
 from minw import paths
 
 
@@ -134,7 +134,7 @@ def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
     UsageError: there is no such data set.
   """
   if name not in _INFOS:
-    raise cli.unknown_name("dataset", name, _INFOS)
+    raise errors.unknown_name("dataset", name, _INFOS)
   found = _INFOS[name]
   if found.streamed:
     wordnet_ids = tfds_file("datasets/imagenet2012/labels.txt").read_text().split()
@@ -176,7 +176,7 @@ def load(
   """
   wanted = info(name)
   if split not in wanted.splits:
-    raise cli.unknown_name("split", split, wanted.splits)
+    raise errors.unknown_name("split", split, wanted.splits)
   if name == "digits":
     return _digits(split)
   from minw import images as decoding
@@ -333,10 +333,10 @@ def _reading(tfds_info: Any, name: str, split: str) -> Iterator[None]:
                    f"{files} can not be read ({error})") from error
 
 
-def _refusal(directory: pathlib.Path, what: str) -> cli.UsageError:
+def _refusal(directory: pathlib.Path, what: str) -> errors.UsageError:
   """The error for a `directory` (DATA_DIR/name/version) that does not serve."""
   name, data_dir = directory.parent.name, directory.parent.parent
-  return cli.UsageError(
+  return errors.UsageError(
       f"data_dir={str(data_dir)!r}: {directory} is of no use: {what}; delete it, or "
       f"choose another data_dir, and run: {prepare_command(name, data_dir)}")
 
@@ -345,7 +345,7 @@ def _expanded(data_dir: str | os.PathLike) -> str:
   try:
     return paths.expand(data_dir)
   except ValueError as error:
-    raise cli.UsageError(f"data_dir={os.fspath(data_dir)!r}: {error}") from error
+    raise errors.UsageError(f"data_dir={os.fspath(data_dir)!r}: {error}") from error
 
 
 def _newest_version(
@@ -358,7 +358,7 @@ def _newest_version(
       if re.fullmatch(r"\d+\.\d+\.\d+", path.name):
         versions.append(path)
   if not versions:
-    raise cli.bad_value(
+    raise errors.bad_value(
         "data_dir", data_dir and os.fspath(data_dir),
         f"a directory that holds {name}, which this command prepares: "
         + prepare_command(name, data_dir))

@@ -13,8 +13,8 @@ from typing import Any
 
 # Modules and packages of minw that work with the core alone.
 CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "dependencies",
-        "export", "files", "image_files", "images", "infer", "kernels", "metadata",
-        "packed", "paths", "progress", "stopping", "text", "usage")
+        "errors", "export", "files", "image_files", "images", "infer", "kernels",
+        "metadata", "packed", "paths", "progress", "stopping", "text", "usage")
 
 # Packages that stand for the whole layer: nearly all modules for training need them.
 _TRAINING = ("flax", "jax", "ml_collections", "optax")

@@ -17,12 +17,12 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from minw import cli
+from minw import errors
 
 _FAREWELL_SECONDS = 8.0  # How long processes that end together wait for each other.
 
 
-class Agreed(cli.UsageError):
+class Agreed(errors.UsageError):
   """What all processes raise, so that they can end in the ordinary way."""
 
 
@@ -43,7 +43,7 @@ def initialize(
       dead, which ends the others.
 
   Raises:
-    cli.UsageError: nothing is given, and there is no such environment.
+    errors.UsageError: nothing is given, and there is no such environment.
   """
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   handler = signal.getsignal(signal.SIGTERM)
@@ -52,7 +52,7 @@ def initialize(
         coordinator, num_processes, process_id,
         heartbeat_timeout_seconds=heartbeat_timeout)
   except ValueError as error:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"--distributed: {error} (no TPU pod, Slurm or Open MPI was found; elsewhere "
         "--coordinator, --num_processes and --process_id are needed)") from error
   signal.signal(signal.SIGTERM, handler)  # JAX would only note it.
@@ -120,14 +120,14 @@ def together(function: Callable, *arguments: Any) -> Any:
   """Calls `function` on each process.
 
   Raises:
-    cli.UsageError: on all processes, if it does on any.
+    errors.UsageError: on all processes, if it does on any.
   """
   if not several():
     return function(*arguments)
   result, refusal = None, ""
   try:
     result = function(*arguments)
-  except cli.UsageError as error:
+  except errors.UsageError as error:
     refusal = str(error)
   refusals = [text for text in gather(refusal) if text]
   if refusals:
@@ -139,7 +139,7 @@ def on_main(function: Callable, *arguments: Any) -> Any:
   """Calls `function` on process 0 alone; what it returns, in JSON, all get.
 
   Raises:
-    cli.UsageError: on all processes, if it does.
+    errors.UsageError: on all processes, if it does.
   """
   if not several():
     return function(*arguments)
@@ -148,7 +148,7 @@ def on_main(function: Callable, *arguments: Any) -> Any:
 
 
 def check_same(tree: Any, name: str) -> None:
-  """Raises cli.UsageError on all processes if their arrays on the host differ."""
+  """Raises errors.UsageError on all processes if their arrays on the host differ."""
   if several():
     sums = gather(str([zlib.crc32(np.ascontiguousarray(leaf))
                        for leaf in jax.tree.leaves(tree)]))

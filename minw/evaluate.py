@@ -20,6 +20,7 @@ from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
 from minw import datasets
+from minw import errors
 from minw import infer
 from minw import metrics
 from minw import pipeline
@@ -126,19 +127,19 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, checkpoint.Restore
     which: "last", or "best" in validation accuracy.
 
   Raises:
-    cli.UsageError: there is no run, its config cannot be used, or no checkpoint.
+    errors.UsageError: there is no run, its config cannot be used, or no checkpoint.
   """
   config = workdir_lib.read_config(workdir)
   try:
     config_lib.validate(config)
-  except cli.UsageError as error:
-    raise cli.UsageError(f"{pathlib.Path(workdir) / 'config.json'}: {error}") from error
+  except errors.UsageError as error:
+    raise errors.UsageError(f"{pathlib.Path(workdir) / 'config.json'}: {error}") from error
   saved = None
   if (pathlib.Path(workdir) / "checkpoints").is_dir():
     with checkpoint.open_manager(workdir, read_only=True) as manager:
       saved = (checkpoint.restore_best(manager) if which == "best"
                else checkpoint.restore_newest(manager))
-  cli.check(saved is not None, "workdir", workdir, "a run that has a checkpoint")
+  errors.check(saved is not None, "workdir", workdir, "a run that has a checkpoint")
   return config, saved
 
 
@@ -164,7 +165,7 @@ def evaluate_workdir(
     many images were left out, and "decode_rate", see `streaming.Split`.
 
   Raises:
-    cli.UsageError: no run or no checkpoint there, no data, or a run that is done but
+    errors.UsageError: no run or no checkpoint there, no data, or a run that is done but
       whose record is not complete, see `metrics.check_complete`.
   """
   config, saved = read_run(workdir, which)
@@ -208,21 +209,21 @@ def evaluate_model(
     {"loss", "accuracy"}, and "top5_accuracy" as `Evaluator` does.
 
   Raises:
-    cli.UsageError: it is not a packed network, or there are no data for it.
+    errors.UsageError: it is not a packed network, or there are no data for it.
   """
   network = infer.load_for_command(path)
   config = network.program.metadata.get("config") or {}
   if dataset is None:
     dataset = config.get("dataset")
-    cli.check(dataset is not None, "dataset", dataset,
-              "given: the file does not say what it was trained on")
+    errors.check(dataset is not None, "dataset", dataset,
+                 "given: the file does not say what it was trained on")
     if dataset not in datasets.NAMES:
-      raise cli.UsageError(
+      raise errors.UsageError(
           f"model={os.fspath(path)!r} was trained on {text.quoted(dataset)}: --dataset"
           f" must be given, one of {', '.join(datasets.NAMES)}")
   info = datasets.info(dataset)
   source_shape = network.program.source_shape
-  cli.check(
+  errors.check(
       (info.image_shape == source_shape or info.streamed and source_shape[2] == 3)
       and info.num_classes == network.program.num_classes, "dataset", dataset,
       f"one of images of shape {network.program.source_shape} in"
@@ -284,15 +285,15 @@ def main() -> None:
   """Evaluates a run or a packed network, as the flags say."""
   f = flags.FLAGS
   if (f.workdir is None) == (f.model is None):
-    raise cli.UsageError("one of --workdir and --model must be given, not both")
+    raise errors.UsageError("one of --workdir and --model must be given, not both")
   if f.workdir is not None:
-    cli.check(f.dataset is None, "dataset", f.dataset,
-              "left out with --workdir, whose config names it")
+    errors.check(f.dataset is None, "dataset", f.dataset,
+                 "left out with --workdir, whose config names it")
     result = evaluate_workdir(
         f.workdir, f.split, f.checkpoint, f.data_dir, f.data_workers)
   else:
-    cli.check(not f["checkpoint"].present, "checkpoint", f.checkpoint,
-              "left out with --model, which is of one checkpoint")
+    errors.check(not f["checkpoint"].present, "checkpoint", f.checkpoint,
+                 "left out with --model, which is of one checkpoint")
     result = evaluate_model(
         f.model, f.split, f.dataset, f.data_dir, data_workers=f.data_workers)
   print(json.dumps({"split": f.split, "mode": "hard", **result}))

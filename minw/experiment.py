@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from minw import cli
 from minw import config as config_lib
 from minw import datasets
 from minw import distributed
+from minw import errors
 from minw import estimators
 from minw import fold
 from minw import layers
@@ -79,7 +79,7 @@ def _check_memory(
   optimizer, and the largest output that a convolution has for a device's examples.
 
   Raises:
-    cli.UsageError: it does not fit.
+    errors.UsageError: it does not fit.
   """
   side, _, channels = image_shape
   side -= 2 * (c.first_padding == "VALID")
@@ -98,9 +98,9 @@ def _check_memory(
       "bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
   widest = "dense_widths" if sizes["dense_widths"] > sum(outputs) + sizes[
       "conv_widths"] else "conv_widths"
-  cli.check(needed <= available, f"config.{widest}", c[widest],
-            f"narrower: training takes at least {needed / 1e9:.1f} GB, of"
-            f" {available / 1e9:.1f} GB")
+  errors.check(needed <= available, f"config.{widest}", c[widest],
+               f"narrower: training takes at least {needed / 1e9:.1f} GB, of"
+               f" {available / 1e9:.1f} GB")
 
 
 class Experiment:
@@ -121,7 +121,7 @@ class Experiment:
   """
 
   def __init__(self, config: Any):
-    """Raises `cli.UsageError` where the config can not be run."""
+    """Raises `errors.UsageError` where the config can not be run."""
     c = self.config = config
     config_lib.validate(c)
     self.info = datasets.info(c.dataset, c.data_dir)
@@ -131,16 +131,16 @@ class Experiment:
     examples = c.train_examples or self.info.splits["train"]
     self.info = self.info._replace(splits=self.info.splits | {"train": examples})
     for name in ("batch_size", "eval_batch_size"):
-      cli.check(c[name] <= examples, f"config.{name}", c[name],
-                f"at most {examples}, the training examples of {c.dataset}")
+      errors.check(c[name] <= examples, f"config.{name}", c[name],
+                   f"at most {examples}, the training examples of {c.dataset}")
     self.steps_per_epoch = examples // c.batch_size
     self.num_steps = self.steps_per_epoch * c.num_epochs
-    cli.check(self.num_steps < 2**31, "config.num_epochs", c.num_epochs,
-              f"at most {(2**31 - 1) // self.steps_per_epoch}: steps are int32")
+    errors.check(self.num_steps < 2**31, "config.num_epochs", c.num_epochs,
+                 f"at most {(2**31 - 1) // self.steps_per_epoch}: steps are int32")
     devices = jax.devices()
     for name in ("batch_size", "eval_batch_size"):
-      cli.check(c[name] % len(devices) == 0, f"config.{name}", c[name],
-                f"a multiple of {len(devices)}, the number of devices")
+      errors.check(c[name] % len(devices) == 0, f"config.{name}", c[name],
+                   f"a multiple of {len(devices)}, the number of devices")
 
     self.image_shape = (c.crop_size, c.crop_size, self.info.image_shape[-1])
     if c.network == "convnet":
@@ -163,8 +163,8 @@ class Experiment:
         momentum=c.momentum, weight_decay=c.weight_decay,
         bop_adaptivity_rate=c.bop_adaptivity_rate, bop_threshold=c.bop_threshold,
         one_bit=self.one_bit_layers.__contains__)
-    cli.check(c.optimizer != "bop" or self.one_bit_layers, "config.optimizer",
-              c.optimizer, "another: no layer has weights of 1 bit, which it flips")
+    errors.check(c.optimizer != "bop" or self.one_bit_layers, "config.optimizer",
+                 c.optimizer, "another: no layer has weights of 1 bit, which it flips")
 
     # Auto: Flax's convolutions do not know explicit sharding.
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
@@ -174,15 +174,15 @@ class Experiment:
   def _check_patterns(self) -> None:
     quantized = [layer.path for layer in self.layers if layer.bits is not None]
     for pattern, _ in self.config.bits_rules:
-      cli.check(any(layers.matches(pattern, path) for path in quantized),
-                "config.bits_rules", pattern,
-                "a pattern that matches one of " + ", ".join(quantized))
+      errors.check(any(layers.matches(pattern, path) for path in quantized),
+                   "config.bits_rules", pattern,
+                   "a pattern that matches one of " + ", ".join(quantized))
     on_grid = [layer.path for layer in self.layers
                if layer.bits is not None and quantizers.is_grid(layer.bits)]
     for pattern in self.config.histogram_layers:
-      cli.check(any(layers.matches(pattern, path) for path in on_grid),
-                "config.histogram_layers", pattern, "a pattern that matches one of "
-                + (", ".join(on_grid) or "no layer: none has a grid"))
+      errors.check(any(layers.matches(pattern, path) for path in on_grid),
+                   "config.histogram_layers", pattern, "a pattern that matches one of "
+                   + (", ".join(on_grid) or "no layer: none has a grid"))
 
   @property
   def grid_layers(self) -> dict[str, layers.LayerInfo]:

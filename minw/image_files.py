@@ -12,7 +12,7 @@ from PIL import Image
 from PIL import ImageColor
 from PIL import UnidentifiedImageError
 
-from minw import cli
+from minw import errors
 from minw import images
 from minw import text
 
@@ -40,13 +40,14 @@ def find(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
     An iterator that lists folders only as far as it is used.
 
   Raises:
-    cli.UsageError: A path does not exist, or is a folder without image files.
+    errors.UsageError: A path does not exist, or is a folder without image files.
   """
   paths = [pathlib.Path(path) for path in paths]
   for path in paths:
-    cli.check(os.path.exists(path), "images", str(path), "a file or folder that exists")
-    cli.check(any(wanted for _, wanted in _walk(path)), "images", str(path),
-              "a folder with .png or .jpg files, or others that are images")
+    errors.check(os.path.exists(path), "images", str(path),
+                 "a file or folder that exists")
+    errors.check(any(wanted for _, wanted in _walk(path)), "images", str(path),
+                 "a folder with .png or .jpg files, or others that are images")
   return _find(paths)
 
 
@@ -88,7 +89,7 @@ def color(name: str) -> images.Color:
   """The RGB values of a color that is given as a name, #rrggbb or R,G,B.
 
   Raises:
-    cli.UsageError: It is not such a color, or not opaque.
+    errors.UsageError: It is not such a color, or not opaque.
   """
   try:
     parts = tuple(map(int, name.split(",")))
@@ -97,8 +98,8 @@ def color(name: str) -> images.Color:
       parts = ImageColor.getrgb(name)
     except ValueError:
       parts = ()
-  cli.check(len(parts) == 3 and all(0 <= part <= 255 for part in parts), "background",
-            name, "a color: a name, #rrggbb or R,G,B from 0 to 255")
+  errors.check(len(parts) == 3 and all(0 <= part <= 255 for part in parts), "background",
+               name, "a color: a name, #rrggbb or R,G,B from 0 to 255")
   return parts
 
 

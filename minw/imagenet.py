@@ -8,8 +8,8 @@ import tarfile
 from typing import Any, BinaryIO, Iterator
 
 from minw import archives
-from minw import cli
 from minw import datasets
+from minw import errors
 from minw import images
 from minw import paths
 from minw import text
@@ -35,20 +35,20 @@ def check_source(source: str | os.PathLike | None, partial: bool) -> pathlib.Pat
       holds what it may not hold.
   """
   folder = pathlib.Path(paths.expand(source or ""))
-  cli.check(
+  errors.check(
       bool(source) and folder.is_dir(), "source", source and str(source),
       f"the folder that holds {TRAIN} and {VALIDATION}, from https://image-net.org")
   for name, wanted, what in ((TRAIN, CLASSES, "archives of a class"),
                              (VALIDATION, VALIDATION_IMAGES, "images")):
     path = folder / name
-    cli.check(path.is_file(), "source", str(source), f"a folder that holds {name}")
+    errors.check(path.is_file(), "source", str(source), f"a folder that holds {name}")
     try:
       with open(path, "rb") as file:
         found = sum(1 for _ in _files(file, name))
     except (OSError, tarfile.TarError) as error:
       raise _unreadable(source, name, error) from error
     if not found or found != wanted and not partial:
-      raise cli.UsageError(
+      raise errors.UsageError(
           f"source={str(source)!r}: {name} holds {found:,} {what} and must hold"
           f" {wanted:,}" + "; --partial prepares what is there" * bool(found))
   return folder
@@ -74,8 +74,8 @@ def _each_once(
 
 
 def _unreadable(
-    source: str | os.PathLike | None, name: str, error: Exception) -> cli.UsageError:
-  return cli.UsageError(f"source={str(source)!r}: {name} can not be read ({error})")
+    source: str | os.PathLike | None, name: str, error: Exception) -> errors.UsageError:
+  return errors.UsageError(f"source={str(source)!r}: {name} can not be read ({error})")
 
 
 def examples(

@@ -26,6 +26,7 @@ from PIL import Image
 
 from minw import cli
 from minw import dependencies
+from minw import errors
 from minw import image_files as image_files_lib
 from minw import images as images_lib
 from minw import packed
@@ -91,8 +92,8 @@ class Network:
       threads: Threads of the native path; as many as there are cores if None.
       limits: The most that loading and running the network may cost.
     """
-    cli.check(backend in (None, *BACKENDS), "backend", backend,
-              f"one of {', '.join(BACKENDS)}")
+    errors.check(backend in (None, *BACKENDS), "backend", backend,
+                 f"one of {', '.join(BACKENDS)}")
     self._options = backend, threads, limits
     self.name = None
     if isinstance(source, (str, os.PathLike)):
@@ -112,7 +113,7 @@ class Network:
       try:
         import jax
       except ImportError as error:
-        raise cli.UsageError(
+        raise errors.UsageError(
             "backend='xla' needs JAX, which is not installed: pip install jax") from error
       from minw.kernels import xla
       operands, function = xla.logits(self.program)
@@ -193,7 +194,7 @@ class Network:
     Raises:
       ValueError: A file cannot be read as an image, or an array has another shape or
         dtype.
-      cli.UsageError: `top` or `background` cannot be used.
+      errors.UsageError: `top` or `background` cannot be used.
     """
     self.check_top(top)
     if isinstance(images, (str, os.PathLike)):
@@ -210,9 +211,10 @@ class Network:
             for row, score in zip(order, scores)]
 
   def check_top(self, top: int) -> None:
-    """Raises `cli.UsageError` where there are not so many classes to predict."""
+    """Raises `errors.UsageError` where there are not so many classes to predict."""
     classes = self.program.num_classes
-    cli.check(1 <= top <= classes, "top", top, f"1 to {classes}, the number of classes")
+    errors.check(1 <= top <= classes, "top", top,
+                 f"1 to {classes}, the number of classes")
 
   def kernels(self) -> list[tuple[str, str]]:
     """Which kernel runs each operation: (name, kernel)."""
@@ -349,12 +351,12 @@ def read_images(
   """Image files as uint8 (files, height, width, channels); see `read_image`.
 
   Raises:
-    cli.UsageError: A file cannot be read as an image.
+    errors.UsageError: A file cannot be read as an image.
   """
   try:
     return np.stack([read_image(file, shape, shrink, background) for file in files])
   except images_lib.ImageError as error:
-    raise cli.UsageError(f"images={error}") from error
+    raise errors.UsageError(f"images={error}") from error
 
 
 def predict_files(
@@ -379,16 +381,16 @@ def predict_files(
   batch = min(_BATCH, max(1, _BATCH_BYTES // int(np.prod(shape))))
   files = iter(files)
   while part := list(itertools.islice(files, batch)):
-    read, errors = [], {}
+    read, failures = [], {}
     for i, file in enumerate(part):
       try:
         read.append(image_files_lib.read(file, shape, **options))
       except images_lib.ImageError as error:
-        errors[i] = error
+        failures[i] = error
     images = np.stack(read) if read else np.zeros((0, *shape), np.uint8)
     found = iter(network.predict(images, top))
     for i, file in enumerate(part):
-      yield file, errors[i] if i in errors else next(found)
+      yield file, failures[i] if i in failures else next(found)
 
 
 def _successful(
@@ -404,7 +406,7 @@ def load_for_command(path: str, **options) -> Network:
   try:
     return load(path, **options)
   except (OSError, ValueError) as error:
-    raise cli.UsageError(f"model={path!r}: {error}") from error
+    raise errors.UsageError(f"model={path!r}: {error}") from error
 
 
 def print_predictions(

@@ -13,10 +13,10 @@ import sys
 from typing import Any, Callable
 import zlib
 
-from minw import cli
+from minw import errors
 
 
-class Damaged(cli.UsageError):
+class Damaged(errors.UsageError):
   """A file that minw has written does not hold any more what it must.
 
   Attributes:

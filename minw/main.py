@@ -17,6 +17,7 @@ from absl import flags
 
 from minw import cli
 from minw import config_flag
+from minw import errors
 from minw.stopping import PREEMPTED
 
 # Exit codes beside 0, done, 2, bad input, 74, a file cannot be written, 75, `PREEMPTED`,
@@ -46,23 +47,23 @@ def check_flags() -> None:
   """Checks the flags that place this process among others.
 
   Raises:
-    cli.UsageError: flags that do not go together.
+    errors.UsageError: flags that do not go together.
   """
   f = flags.FLAGS
   place = [f[name] for name in ("coordinator", "num_processes", "process_id")]
   given = [flag for flag in place if flag.value is not None]
   heartbeat = f["heartbeat_timeout"]
   for flag in (*given, *[heartbeat] * bool(heartbeat.present)):
-    cli.check(f.distributed, flag.name, flag.value, "left out without --distributed")
+    errors.check(f.distributed, flag.name, flag.value, "left out without --distributed")
   if 0 < len(given) < len(place):
     missing = [flag.name for flag in place if flag.value is None]
-    raise cli.UsageError(f"--{given[0].name} goes with --{' and --'.join(missing)}")
+    raise errors.UsageError(f"--{given[0].name} goes with --{' and --'.join(missing)}")
   if given:
     host, _, port = f.coordinator.rpartition(":")
-    cli.check(host and port.isdecimal() and 0 < int(port) < 2**16, "coordinator",
-              f.coordinator, "HOST:PORT")
-    cli.check(f.process_id < f.num_processes, "process_id", f.process_id,
-              f"less than num_processes={f.num_processes}")
+    errors.check(host and port.isdecimal() and 0 < int(port) < 2**16, "coordinator",
+                 f.coordinator, "HOST:PORT")
+    errors.check(f.process_id < f.num_processes, "process_id", f.process_id,
+                 f"less than num_processes={f.num_processes}")
 
 
 def main() -> int:

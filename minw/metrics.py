@@ -14,9 +14,9 @@ import pathlib
 from typing import Any
 
 from minw import board
-from minw import cli
 from minw import config as config_lib
 from minw import environment
+from minw import errors
 from minw import files
 from minw import json_files
 
@@ -97,11 +97,11 @@ def check_complete(workdir: str, config: Any, status: dict[str, Any]) -> None:
     status: Its status; the state is "done".
 
   Raises:
-    cli.UsageError: Naming the workdir and what is missing.
+    errors.UsageError: Naming the workdir and what is missing.
   """
   found = faults(workdir, config, status)
-  cli.check(not found, "workdir", workdir,
-            f"that of a run whose record is complete, but {'; '.join(found)}")
+  errors.check(not found, "workdir", workdir,
+               f"that of a run whose record is complete, but {'; '.join(found)}")
 
 
 def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:

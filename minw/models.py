@@ -11,7 +11,7 @@ from typing import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from minw import cli
+from minw import errors
 from minw import layers
 
 # Convolutional and hidden dense widths; A is 128C3 128C3 MP2 256C3 256C3 MP2 512C3
@@ -28,10 +28,10 @@ def convnet_widths(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The convolutional and hidden dense widths of ConvNet "A", "B", "C" or "D".
 
   Raises:
-    cli.UsageError: another name.
+    errors.UsageError: another name.
   """
   if name not in CONVNETS:
-    raise cli.unknown_name("ConvNet", str(name), CONVNETS)
+    raise errors.unknown_name("ConvNet", str(name), CONVNETS)
   return CONVNETS[name]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import evaluate
 from minw import fold
 from minw import layers
@@ -38,7 +39,7 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
     which: "last" or "best" (validation accuracy) checkpoint.
 
   Raises:
-    cli.UsageError: there is no run or checkpoint, or its network does not pack.
+    errors.UsageError: there is no run or checkpoint, or its network does not pack.
   """
   config, saved = evaluate.read_run(workdir, which)
   experiment = Experiment(config)
@@ -53,7 +54,7 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
         metadata={"config": shared, "step": saved.step,
                   "config_hash": hashlib.sha256(text.encode()).hexdigest()})
   except ValueError as error:
-    raise cli.UsageError(f"workdir={workdir!r}: {error}") from error
+    raise errors.UsageError(f"workdir={workdir!r}: {error}") from error
 
 
 def pack(
@@ -667,7 +668,7 @@ def main() -> int:
   try:
     size = packed.write(f.out, program)
   except OSError as error:
-    raise cli.UsageError(f"out={f.out!r} cannot be written: {error}") from error
+    raise errors.UsageError(f"out={f.out!r} cannot be written: {error}") from error
   print(f"{f.out}: {size / 2**20:.3f} MiB, {len(program.ops)} operations,"
         f" step {program.metadata['step']}")
   if not f.verify:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from minw import cli
+from minw import errors
 from minw import estimators as estimators_lib
 from minw import files
 from minw import metrics
@@ -236,11 +237,11 @@ def define_flags() -> None:
 def main() -> None:
   """Draws forward and backward of the estimators."""
   out = flags.FLAGS.out
-  cli.check(not os.path.isdir(out), "out", out, "a file")
+  errors.check(not os.path.isdir(out), "out", out, "a file")
   try:
     estimators(out)
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
+    raise errors.UsageError(f"out={out!r} cannot be written: {error}") from error
 
 
 if __name__ == "__main__":

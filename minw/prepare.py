@@ -42,6 +42,7 @@ import tqdm
 from minw import archives
 from minw import cli
 from minw import datasets
+from minw import errors
 from minw import files
 from minw import imagenet
 from minw import paths
@@ -170,11 +171,11 @@ def prepare(
   """
   datasets.info(dataset)  # Reports an unknown name.
   if dataset not in _TFDS_CLASS:
-    raise cli.bad_value(
+    raise errors.bad_value(
         "dataset", dataset,
         f"one of {', '.join(_TFDS_CLASS)}; {dataset} needs no preparation")
   if not data_dir:
-    raise cli.bad_value("data_dir", data_dir, "the directory to prepare data in")
+    raise errors.bad_value("data_dir", data_dir, "the directory to prepare data in")
   root = pathlib.Path(paths.expand(data_dir))
   target = root / dataset / str(_TFDS_CLASS[dataset].VERSION)
   work = root / dataset / "incomplete.minw"
@@ -190,7 +191,7 @@ def prepare(
             built = _build_cifar(dataset, source, work)
           files.move_folder(built, target)
   except OSError as error:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"data_dir={str(root)!r}: must be a directory that can be written to "
         f"({error})") from error
   shutil.rmtree(work, ignore_errors=True)  # The download has served.
@@ -209,7 +210,7 @@ def _work_directory(path: pathlib.Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise cli.UsageError(f"{path} is in use by another preparation") from None
+      raise errors.UsageError(f"{path} is in use by another preparation") from None
     except OSError:
       pass  # Some file systems have no locks.
     shutil.rmtree(built, ignore_errors=True)  # Of a run that was killed.
@@ -286,7 +287,7 @@ def _build_imagenet(
   complete = {"train": splits["train"] + splits["validation"],
               "validation": splits["test"]}
   if counts != complete and not partial:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"source={str(source)!r}: its archives hold {counts} images and must hold"
         f" {complete}; --partial prepares what is there")
   return directory
@@ -303,7 +304,7 @@ def _download(cifar: _Cifar, work: pathlib.Path) -> pathlib.Path:
     found = hashlib.file_digest(file, "sha256").hexdigest()
   if found != cifar.sha256:
     part.unlink()  # To resume it would never end well.
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"{cifar.url}: what was downloaded has sha256 {found} and not "
         f"{cifar.sha256}; run again, or give an archive with --source=PATH")
   return part
@@ -312,8 +313,8 @@ def _download(cifar: _Cifar, work: pathlib.Path) -> pathlib.Path:
 def _fetch(url: str, size: int, part: pathlib.Path, done: int) -> None:
   """Appends to `part`, which has `done` bytes, until it has `size` bytes."""
 
-  def failed(why: Any) -> cli.UsageError:
-    return cli.UsageError(
+  def failed(why: Any) -> errors.UsageError:
+    return errors.UsageError(
         f"{url}: download failed after {done:,} of {size:,} bytes ({why}); run again "
         "to resume it, or give an archive that you have with --source=PATH")
 
@@ -369,12 +370,12 @@ def _read_source(dataset: str, source: pathlib.Path) -> dict[str, np.ndarray]:
   layout = max(layouts, key=lambda paths: len(contents.keys() & paths.values()))
   missing = [path for path in layout.values() if path not in contents]
   if len(missing) == len(counts):
-    raise cli.bad_value(
+    raise errors.bad_value(
         "source", str(source),
         f"the archive of {dataset}, binary or Python version, or the directory it was "
         f"extracted to: with {cifar.binary_folder}/ or {cifar.python_folder}/")
   if missing:
-    raise cli.UsageError(f"source={str(source)!r}: lacks {', '.join(missing)}")
+    raise errors.UsageError(f"source={str(source)!r}: lacks {', '.join(missing)}")
 
   rows = {}
   for split, md5s in cifar.files.items():
@@ -385,7 +386,7 @@ def _read_source(dataset: str, source: pathlib.Path) -> dict[str, np.ndarray]:
         part = _parse(cifar, path, contents[path], counts[name])
         _check_md5(part, md5, "its records have")
       except Exception as error:  # The file is not trusted.
-        raise cli.UsageError(
+        raise errors.UsageError(
             f"source={str(source)!r}: {path} is damaged or not the original "
             f"({error})") from error
       parts.append(part)
@@ -428,7 +429,7 @@ def _contents(source: pathlib.Path, limits: dict[str, int]) -> dict[str, memoryv
         contents[path] = content[start:start + size]
     return contents
   except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"source={str(source)!r}: cannot be read as a directory or tar archive "
         f"({error})") from error
 

@@ -19,8 +19,8 @@ from absl import flags
 import grain
 import numpy as np
 
-from minw import cli
 from minw import distributed
+from minw import errors
 from minw import images
 from minw import stopping
 from minw import text
@@ -62,7 +62,7 @@ class Split:
       name: of the split, for what is reported of it.
       workers: processes that decode; 0: threads of this one.
       max_damaged: share of the images that may be damaged; if more are, what is
-        reading raises `cli.UsageError`.
+        reading raises `errors.UsageError`.
     """
     self._records, self._name, self._workers = records, name, workers
     self._max_damaged = max_damaged
@@ -175,7 +175,7 @@ class Split:
 
   def _check(self) -> None:
     if len(self._seen) > self._max_damaged * len(self):
-      raise cli.UsageError(
+      raise errors.UsageError(
           f"config.max_damaged={self._max_damaged}: of the {len(self)} images of"
           f" {self._name}, {self.damaged} are damaged by now,"
           f" {self._file_name(max(self._seen))} for example")

@@ -18,12 +18,12 @@ import numpy as np
 import optax
 
 from minw import checkpoint
-from minw import cli
 from minw import config as config_lib
 from minw import datasets
 from minw import display
 from minw import distributed
 from minw import environment
+from minw import errors
 from minw import evaluate
 from minw import experiment as experiment_lib
 from minw import files
@@ -255,7 +255,7 @@ class Interrupted(KeyboardInterrupt):
     self.status = status
 
 
-class StorageError(cli.UsageError):
+class StorageError(errors.UsageError):
   """A file of a run cannot be written or read; what was saved before is whole."""
 
   exit_code = os.EX_IOERR
@@ -284,7 +284,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
     `step` and, when done, the hard network's `test_accuracy` and `test_loss`.
 
   Raises:
-    cli.UsageError: the config cannot be run, `workdir` belongs to another config, is
+    errors.UsageError: the config cannot be run, `workdir` belongs to another config, is
       in use or cannot be written to, or data are missing; before training starts.
     StorageError: later, a file cannot be written. The state is then "stopped".
     Interrupted: SIGINT came, and the state is saved. A second SIGINT raises
@@ -316,7 +316,7 @@ def _ended(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
     resumes from its last checkpoint, which makes its record again.
 
   Raises:
-    cli.UsageError: the record is not complete, and there is no checkpoint.
+    errors.UsageError: the record is not complete, and there is no checkpoint.
   """
   try:
     status = workdir_lib.read_status(workdir)
@@ -332,9 +332,9 @@ def _ended(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
             [f"status.json says {status['state']} at step {status['step']} of {last}"])
   if not faults:
     return status
-  cli.check(checkpoint.newest_step(workdir) > 0, "workdir", workdir,
-            "moved away to train the run again: its record is not complete"
-            f" ({'; '.join(faults)}), and there is no checkpoint to make it from")
+  errors.check(checkpoint.newest_step(workdir) > 0, "workdir", workdir,
+               "moved away to train the run again: its record is not complete"
+               f" ({'; '.join(faults)}), and there is no checkpoint to make it from")
   _log.warning("%s: %s; the run resumes from its last checkpoint", workdir,
                "; ".join(faults))
   return None
@@ -573,14 +573,14 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
     {"params", "batch_stats"}; of no run {}.
 
   Raises:
-    cli.UsageError: there is no such run, or the shapes differ.
+    errors.UsageError: there is no such run, or the shapes differ.
   """
   if not workdir:
     return {}
   try:
     _, saved = evaluate.read_run(paths.expand(workdir))
-  except cli.UsageError as error:
-    raise cli.UsageError(f"config.init_from={cli.shown(workdir)}: {error}") from error
+  except errors.UsageError as error:
+    raise errors.UsageError(f"config.init_from={errors.shown(workdir)}: {error}") from error
   source = evaluate.trained_variables(saved.tree)
   shapes = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -592,8 +592,8 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
                f"{ours.get(path, 'missing')} here"
                for path in sorted({*theirs, *ours})
                if theirs.get(path) != ours.get(path)]
-  cli.check(not different, "config.init_from", workdir,
-            "a run of the same shapes: " + "; ".join(different[:3]))
+  errors.check(not different, "config.init_from", workdir,
+               "a run of the same shapes: " + "; ".join(different[:3]))
   return source
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minw import cli
+from minw import errors
 from minw import evaluate
 from minw import infer
 from minw import packed
@@ -152,7 +152,7 @@ def verify_workdir(
   try:
     images = experiment.source_images("test")
     name = f"the test split of {config.dataset}"
-  except cli.UsageError as error:
+  except errors.UsageError as error:
     print(f"no data, so random images: {error}")
     shape = (1024, *experiment.info.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -8,9 +8,9 @@ import os
 import pathlib
 from typing import Any, ContextManager, Iterator
 
-from minw import cli
 from minw import config as config_lib
 from minw import distributed
+from minw import errors
 from minw import files
 from minw import json_files
 from minw import locks
@@ -28,7 +28,7 @@ def claimed(workdir: str, config: Any) -> Iterator[None]:
   a warning is logged instead.
 
   Raises:
-    cli.UsageError: on all processes: the workdir cannot be written to, is that of a run
+    errors.UsageError: on all processes: the workdir cannot be written to, is that of a run
       of another config or in use, or is not the same for all processes.
   """
   with contextlib.ExitStack() as stack:
@@ -56,7 +56,7 @@ def _lock(workdir: str) -> ContextManager:
                    " second run out", workdir, error.strerror)
       return contextlib.nullcontext()
   if lock is None:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"workdir={workdir!r} is in use: another process is training there")
   return lock
 
@@ -65,7 +65,7 @@ def claim(workdir: str, config: Any) -> None:
   """Makes `workdir` that of a run of `config`, unless it is so already.
 
   Raises:
-    cli.UsageError: it cannot be written to, or is another config's.
+    errors.UsageError: it cannot be written to, or is another config's.
   """
   path = pathlib.Path(workdir)
   with _refusing(workdir):
@@ -82,7 +82,7 @@ def _refusing(workdir: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"workdir={workdir!r} can not be written to: {error}") from error
 
 
@@ -90,7 +90,7 @@ def check_free(workdir: str, config: Any) -> None:
   """Checks that `workdir` holds no run but one of `config`.
 
   Raises:
-    cli.UsageError: naming the fields that differ, and what to do instead; or config.json
+    errors.UsageError: naming the fields that differ, and what to do instead; or config.json
       is damaged.
   """
   if os.path.exists(pathlib.Path(workdir) / "config.json"):
@@ -101,7 +101,7 @@ def check_same(workdir: str, before: Any, config: Any) -> None:
   """Checks that a run of the config `before` can resume with `config`.
 
   Raises:
-    cli.UsageError: naming the fields that differ, and what to do instead.
+    errors.UsageError: naming the fields that differ, and what to do instead.
   """
   before = config_lib.copy(before)
   counts_nothing = not (before.histogram_layers or config.histogram_layers)
@@ -109,7 +109,7 @@ def check_same(workdir: str, before: Any, config: Any) -> None:
     before[name] = config[name]
   different = config_lib.differing_fields(before, config)
   if different:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"workdir={workdir!r} holds a run of another config (field: there, here):"
         f" {'; '.join(different)}. Give this run another --workdir; with"
         f" --config.init_from={workdir} it starts from the weights trained there")
@@ -119,37 +119,37 @@ def check_claimed(workdir: str, config: Any) -> None:
   """Checks that a process sees the workdir that the first claimed for `config`.
 
   Raises:
-    cli.UsageError: it does not, or its own `config` is another.
+    errors.UsageError: it does not, or its own `config` is another.
   """
   path = pathlib.Path(workdir)
-  cli.check((path / "config.json").exists(), "workdir", workdir,
-            "one place that all processes see")
+  errors.check((path / "config.json").exists(), "workdir", workdir,
+               "one place that all processes see")
   local = {name: config[name] for name in ("data_dir", "data_workers")}
   claimed = config_lib.copy(read_config(workdir), **local)
   different = config_lib.differing_fields(claimed, config)
   if different:
-    raise cli.UsageError("the processes were started with different configs (field:"
-                         f" first process, another): {'; '.join(different)}")
+    raise errors.UsageError("the processes were started with different configs (field:"
+                            f" first process, another): {'; '.join(different)}")
 
 
 def read_config(workdir: str) -> Any:
   """The config of the run in `workdir`.
 
   Raises:
-    cli.UsageError: there is none, or it is not one of this package.
+    errors.UsageError: there is none, or it is not one of this package.
     json_files.Damaged: it is damaged.
   """
   path = pathlib.Path(workdir) / "config.json"
-  cli.check(os.path.exists(path), "workdir", workdir,
-            "the workdir of a run (there is no config.json)")
+  errors.check(os.path.exists(path), "workdir", workdir,
+               "the workdir of a run (there is no config.json)")
   try:
     json_files.read_object(path)
     return config_lib.from_json(path.read_text())
   except json_files.Damaged as error:
     error.add(REMEDY)
     raise
-  except cli.UsageError as error:
-    raise cli.UsageError(
+  except errors.UsageError as error:
+    raise errors.UsageError(
         f"{path} is damaged, or of another version of minw: {error}; {REMEDY}") from error
 
 

@@ -15,7 +15,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from minw import cli
+from minw import errors
 from minw import imagenet
 from minw import prepare
 from minw import unpickle
@@ -132,7 +132,7 @@ def test_mutants_of_cifar(small, bounded, version, tmp_path):
         content[rng.randrange(len(content))] = rng.randrange(256)
         del content[rng.choice((len(content), rng.randrange(len(content)))):]
     source.write_bytes(content)
-    outcomes.count(lambda: prepare._read_source("cifar10", source), cli.UsageError)
+    outcomes.count(lambda: prepare._read_source("cifar10", source), errors.UsageError)
   assert sum(outcomes.values()) == COUNT and len(outcomes) == 2
 
 
@@ -155,7 +155,7 @@ def test_mutants_of_imagenet(bounded, name, tmp_path):
 
   for number in range(COUNT):
     (source / name).write_bytes(damaged(original, random.Random(number)))
-    outcomes.count(read, cli.UsageError)
+    outcomes.count(read, errors.UsageError)
   assert sum(outcomes.values()) == COUNT and len(outcomes) == 2
 
 

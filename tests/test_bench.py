@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import pipeline
 from minw import prepare
 from minw import train
@@ -55,8 +55,8 @@ def test_train_command(tmp_path):
       "train", f"--config={EXPERIMENT}", "--config.conv_widths=(4,4)",
       "--config.dense_widths=()", "--config.batch_size=16", "--rounds=3",
       f"--json={path}")
-  output, errors = process.communicate()
-  assert process.returncode == 0, errors
+  output, stderr = process.communicate()
+  assert process.returncode == 0, stderr
   result = json.loads(path.read_text())
 
   steps = result["steps"]
@@ -100,9 +100,9 @@ def test_refuses_in_one_line():
   }
   processes = [command(*arguments) for arguments in wrong]
   for process, message in zip(processes, wrong.values()):
-    output, errors = process.communicate()
+    output, stderr = process.communicate()
     assert (process.returncode, output) == (2, "")
-    assert errors.startswith(f"error: {message}") and errors.count("\n") == 1
+    assert stderr.startswith(f"error: {message}") and stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -113,8 +113,8 @@ def test_data_command(tmp_path):
   process = command(
       "data", f"--config.data_dir={data_dir}", "--config.crop_size=8",
       "--config.batch_size=4", "--rounds=2", f"--json={path}")
-  output, errors = process.communicate()
-  assert process.returncode == 0, errors
+  output, stderr = process.communicate()
+  assert process.returncode == 0, stderr
   result = json.loads(path.read_text())
   pytorch = ["torch, normalized floats", "torch, bytes"]
   assert list(result["images_per_second"]) == ["minw"] + pytorch * HAS_TORCH
@@ -133,8 +133,8 @@ def test_configs_command(tmp_path):
   path = tmp_path / "result.json"
   process = command("configs", f"--configs={EXPERIMENT}", "--batch_size=16",
                     "--rounds=3", f"--json={path}")
-  output, errors = process.communicate()
-  assert process.returncode == 0, errors
+  output, stderr = process.communicate()
+  assert process.returncode == 0, stderr
   (name, found), = json.loads(path.read_text())["configs"].items()
   weights = 9 * (1 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + 2 * 2 * 64 * 128 + 128 * 10
   assert name == str(EXPERIMENT) and found["weights"] == weights
@@ -251,8 +251,8 @@ def test_inference_command(tmp_path, layers):
       "inference", *(f"--config.{name}={value}" for name, value in TINY.items()),
       "--batches=1" if layers else "--batches=1,3", "--rounds=2", f"--json={path}",
       *["--layers"] * layers)
-  output, errors = process.communicate()
-  assert process.returncode == 0, errors
+  output, stderr = process.communicate()
+  assert process.returncode == 0, stderr
   result = json.loads(path.read_text())
   threads = {1} if layers else {1, len(os.sched_getaffinity(0))}
   batches = {1} if layers else {1, 3}
@@ -353,5 +353,5 @@ def test_stacks_are_packed():
 
 
 def test_refuses_networks_that_are_not_convnets():
-  with pytest.raises(cli.UsageError, match="config.weight_bits|does not pack|bits"):
+  with pytest.raises(errors.UsageError, match="config.weight_bits|does not pack|bits"):
     inference.random_network(tiny_config(weight_bits=4))

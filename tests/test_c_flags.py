@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minw import c_flags
-from minw import cli
+from minw import errors
 from minw import infer
 from minw.kernels import native
 
@@ -73,5 +73,5 @@ def test_refuses(monkeypatch):
   assert done.returncode == 2
   assert done.stderr == "error: --cflags or --libs, or both, must be given\n"
   monkeypatch.setattr(native, "available", lambda: False)
-  with pytest.raises(cli.UsageError, match="the native library was not built"):
+  with pytest.raises(errors.UsageError, match="the native library was not built"):
     c_flags.libs()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minw import checkpoint
-from minw import cli
+from minw import errors
 from minw import evaluate
 from minw import train
 from short_runs import EPOCH
@@ -190,7 +190,7 @@ def test_all_damaged(cut):
   for attempt in (lambda: run(tiny_config(), cut),
                   lambda: evaluate.evaluate_workdir(str(cut)),
                   lambda: evaluate.evaluate_workdir(str(cut), which="best")):
-    with pytest.raises(cli.UsageError) as error:
+    with pytest.raises(errors.UsageError) as error:
       attempt()
     assert "\n" not in str(error.value)
     assert f"all are damaged ([{NEWEST}, {OLDER}])" in str(error.value)
@@ -345,6 +345,6 @@ def test_damage_is_reported_by_the_workdirs_own_name(tmp_path):
     checkpoint.save(manager, 1, {"a": jnp.ones(3)}, 0.5)
   (workdir / "checkpoints" / "1" / "record" / "metadata").write_text("{")
   with checkpoint.open_manager(str(workdir), read_only=True) as manager:
-    with pytest.raises(cli.UsageError) as refusal:
+    with pytest.raises(errors.UsageError) as refusal:
       checkpoint.restore_newest(manager)
   assert f"checkpoints in {workdir}/checkpoints: all" in str(refusal.value)

@@ -25,6 +25,7 @@ import minw
 from minw import __main__ as minw_command
 from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import train
 from minw import usage
 
@@ -435,7 +436,7 @@ def tiny_config(**changes):
 def test_workdirs(folder, monkeypatch, workdir, message):
   monkeypatch.chdir(folder)
   monkeypatch.setattr(train, "make_train_step", None)
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     train.train_and_evaluate(tiny_config(), workdir)
   assert begins(str(error.value), message)
 
@@ -453,7 +454,7 @@ def test_workdirs(folder, monkeypatch, workdir, message):
 def test_nothing_is_written_before_all_is_there(folder, monkeypatch, changes, message):
   monkeypatch.chdir(folder)
   monkeypatch.setattr(train, "make_train_step", None)
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     train.train_and_evaluate(tiny_config(**changes), "new")
   assert message in str(error.value)
   assert not pathlib.Path("new").exists()
@@ -554,7 +555,7 @@ def test_without_a_fork():
 
 _COMMAND = """
 from absl import flags
-from minw import cli
+from minw import cli, errors
 def define_flags(subcommand=""):
   flags.DEFINE_string("name", None, "", required={required})
 def main():
@@ -566,12 +567,12 @@ cli.run({run}, define_flags)
 @pytest.mark.parametrize("main, code, out, err", [
     ("print(flags.FLAGS.name)", 0, "x\n", ""),
     ("return 75", 75, "", ""),
-    ("raise cli.UsageError('one\\n  two')", 2, "", "error: one two\n"),
-    ("cli.check(False, 'a', [1], 'two')", 2, "", "error: a=[1]: must be two\n"),
-    ("cli.check(False, 'a', 'b' * 10**6, 'two')", 2, "",
+    ("raise errors.UsageError('one\\n  two')", 2, "", "error: one two\n"),
+    ("errors.check(False, 'a', [1], 'two')", 2, "", "error: a=[1]: must be two\n"),
+    ("errors.check(False, 'a', 'b' * 10**6, 'two')", 2, "",
      f"error: a='{299 * 'b'}...: must be two\n"),
     ("raise OSError(28, 'No space', '/a/b')", 74, "", "error: /a/b: No space\n"),
-    ("cli.check(True, 'a', [1], 'two')", 0, "", ""),
+    ("errors.check(True, 'a', [1], 'two')", 0, "", ""),
 ])
 def test_run(run, main, code, out, err):
   program = _COMMAND.format(required=True, main=main, run="main")
@@ -580,7 +581,7 @@ def test_run(run, main, code, out, err):
 
 
 @pytest.mark.parametrize("error, code, last", [
-    ("cli.UsageError('x')", 2, "error: x"), ("KeyboardInterrupt", 130, "interrupted"),
+    ("errors.UsageError('x')", 2, "error: x"), ("KeyboardInterrupt", 130, "interrupted"),
     ("OSError(5, 'Broken', '/a')", 74, "error: /a: Broken"), ("ValueError(3)", 1,
                                                           "ValueError: 3")])
 def test_an_error_does_not_wait_for_threads(error, code, last):
@@ -653,7 +654,7 @@ def test_errors_of_ours_keep_their_traceback(run):
 
 def test_verbosity_shows_where_a_usage_error_is_from(run):
   program = _COMMAND.format(
-      required=False, main="raise cli.UsageError('x')", run="main")
+      required=False, main="raise errors.UsageError('x')", run="main")
   result = run("command", "--verbosity=1", code=program)
   assert result.code == 1 and "Traceback" in result.err
   result = run("minw.main", "--verbosity=1", "--config=key_error.py", "--workdir=new")
@@ -923,7 +924,7 @@ def test_completion(run, launchers):
 
 def test_unknown_name_suggests():
   known = ["seed", "learning_rate", "alpha_start"]
-  assert str(cli.unknown_name("field", "sead", known)) == (
+  assert str(errors.unknown_name("field", "sead", known)) == (
       "field 'sead' does not exist; did you mean 'seed'?")
-  assert str(cli.unknown_name("field", "q", known)) == (
+  assert str(errors.unknown_name("field", "q", known)) == (
       "field 'q' does not exist; known: alpha_start, learning_rate, seed")

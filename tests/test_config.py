@@ -10,9 +10,9 @@ from ml_collections import config_dict
 import numpy as np
 import pytest
 
-from minw import cli
 from minw import config as config_lib
 from minw import datasets
+from minw import errors
 
 DEFAULT = config_lib.default_config()
 BITS = ("must be one of 1, 2, 3, 4, 5 or a float format named by its dtype: "
@@ -25,7 +25,7 @@ def changed(**changes):
 
 
 def refusal(**changes):
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     config_lib.validate(changed(**changes))
   return str(error.value)
 
@@ -63,7 +63,7 @@ def test_defaults_fit_their_data_set(name):
 
 
 def test_defaults_of_an_unknown_data_set():
-  with pytest.raises(cli.UsageError,
+  with pytest.raises(errors.UsageError,
                      match="data set 'digit' does not exist; did you mean 'digits'?"):
     config_lib.default_config(dataset="digit")
   with pytest.raises(TypeError, match="datset"):
@@ -85,7 +85,7 @@ def test_wrong_assignments(name, value, message):
   c = config_lib.default_config()
   for assign in (lambda: setattr(c, name, value), lambda: c.update({name: value}),
                  lambda: config_lib.copy(c, **{name: value})):
-    with pytest.raises(cli.UsageError) as error:
+    with pytest.raises(errors.UsageError) as error:
       assign()
     assert str(error.value) == message
   assert config_lib.differing_fields(c, DEFAULT) == []
@@ -162,7 +162,7 @@ def test_unknown_and_missing_fields():
   assert refusal(xyz=1).startswith("config field 'xyz' does not exist; known: ")
   c = changed()
   del c.alpha_end
-  with pytest.raises(cli.UsageError, match="^config field 'alpha_end' is missing$"):
+  with pytest.raises(errors.UsageError, match="^config field 'alpha_end' is missing$"):
     config_lib.validate(c)
 
 
@@ -316,12 +316,12 @@ def test_hostile_values_are_refused_in_a_line(name):
     config = config_dict.ConfigDict(fields | {name: value}, type_safe=False)
     try:
       config_lib.validate(config)
-    except cli.UsageError as error:
+    except errors.UsageError as error:
       assert name in str(error) or name in ("dataset", "network", "num_epochs")
       assert "\n" not in str(error) and len(str(error)) < 1500
     try:
       setattr(config_lib.default_config(dataset), name, value)
-    except cli.UsageError as error:
+    except errors.UsageError as error:
       assert str(error).startswith(f"config.{name}=") and len(str(error)) < 1500
 
 
@@ -452,7 +452,7 @@ GOOD = config_lib.to_json(DEFAULT)
 ])
 def test_damaged_json(text, message):
   assert text != GOOD
-  with pytest.raises(cli.UsageError, match=f"^{message}"):
+  with pytest.raises(errors.UsageError, match=f"^{message}"):
     config_lib.from_json(text)
 
 
@@ -517,14 +517,14 @@ def test_parse_argument(text, expected):
     ("network=A,3", "config argument='3': must be name=value"),
 ])
 def test_parse_argument_refuses(text, message):
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     config_lib.parse_argument(text, network="D", seed=0)
   assert str(error.value) == message
 
 
 def test_crop_of_other_networks():
   c = config_lib.copy(config_lib.default_config(), network="alexnet", crop_size=32)
-  with pytest.raises(cli.UsageError, match="config.crop_size=32: must be at least 57"):
+  with pytest.raises(errors.UsageError, match="config.crop_size=32: must be at least 57"):
     config_lib.validate(c)
 
 

@@ -15,8 +15,8 @@ import signal
 
 import pytest
 
-from minw import cli
 from minw import environment
+from minw import errors
 from minw import evaluate
 from minw import pack
 from minw import packed
@@ -224,7 +224,7 @@ def attempt(function, *arguments):
   """The result of `function`, or the line that it ends in."""
   try:
     return within(SECONDS, function, *arguments), ""
-  except cli.UsageError as error:
+  except errors.UsageError as error:
     return None, " ".join(str(error).split())
 
 
@@ -309,7 +309,7 @@ def _report(workdir):
   found, left_out = records.read([str(workdir)])
   if left_out:
     (where, why), = left_out
-    raise cli.UsageError(f"{where}: {why}")
+    raise errors.UsageError(f"{where}: {why}")
   return [{name: value for name, value in one.items()
            if name in ("config", "test_accuracy", "test_loss", "best_step", "step")}
           for one in found]
@@ -365,7 +365,7 @@ def test_a_lost_config_lets_no_other_run_go_on(workdirs, tmp_path):
   """The checkpoint knows whose it is."""
   shutil.copytree(workdirs["killed"], tmp_path / "run")
   (tmp_path / "run" / "config.json").unlink()
-  with pytest.raises(cli.UsageError, match="another config .* learning_rate: "):
+  with pytest.raises(errors.UsageError, match="another config .* learning_rate: "):
     run(tiny_config(num_epochs=3, histogram_layers=CONFIG.histogram_layers,
                     histogram_epochs=(1, 3), learning_rate=0.5), tmp_path / "run")
 
@@ -394,7 +394,7 @@ def test_a_done_run_without_checkpoints_is_not_trained_again(workdirs, tmp_path)
   assert run(CONFIG, workdir)["state"] == "done"
   lines = (workdir / "metrics.jsonl").read_text().splitlines(True)
   (workdir / "metrics.jsonl").write_text("".join(lines[1:]))
-  with pytest.raises(cli.UsageError, match="2 training lines .* no checkpoint to make"):
+  with pytest.raises(errors.UsageError, match="2 training lines .* no checkpoint to make"):
     run(CONFIG, workdir)
   assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
 

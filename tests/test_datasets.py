@@ -15,8 +15,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-from minw import cli
 from minw import datasets
+from minw import errors
 
 TRAIN, VALIDATION, TEST = 8, 4, 6
 
@@ -144,12 +144,12 @@ def test_info_needs_no_data():
     lambda name: datasets.check_available(name, "x"),
 ])
 def test_unknown_dataset_is_named(function):
-  with pytest.raises(cli.UsageError, match="'cifra10'.*did you mean 'cifar10'"):
+  with pytest.raises(errors.UsageError, match="'cifra10'.*did you mean 'cifar10'"):
     function("cifra10")
 
 
 def test_unknown_split_is_named():
-  with pytest.raises(cli.UsageError, match="'valid'.*did you mean 'validation'"):
+  with pytest.raises(errors.UsageError, match="'valid'.*did you mean 'validation'"):
     datasets.load("digits", "valid", None)
 
 
@@ -191,7 +191,7 @@ def test_missing_data_is_reported_at_once(function, made, tmp_path):
   if made:
     (path / made).mkdir(parents=True)
   start = time.monotonic()
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     function(path)
   assert time.monotonic() - start < 2
   command = f"python -m minw.prepare --dataset=cifar10 --data_dir='{path}'"
@@ -204,7 +204,7 @@ def test_missing_data_is_reported_at_once(function, made, tmp_path):
     ("", "python -m minw.prepare --dataset=cifar10"),
     ("~nobody-has-this-name/data", "'~nobody-has-this-name' is no user's home")])
 def test_a_data_dir_that_names_nothing_is_refused(data_dir, problem):
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     datasets.check_available("cifar10", data_dir)
   assert f"data_dir={data_dir!r}" in str(error.value)
   assert problem in str(error.value)
@@ -231,7 +231,7 @@ def test_a_damaged_file_is_named(directory, tmp_path, how, split):
       lambda: datasets.check_available("cifar10", tmp_path),
       lambda: datasets.load("cifar10", split, tmp_path),
   ):
-    with pytest.raises(cli.UsageError) as error:
+    with pytest.raises(errors.UsageError) as error:
       function()
     assert f"{file} can not be read" in str(error.value)
     assert "python -m minw.prepare --dataset=cifar10" in str(error.value)
@@ -240,7 +240,7 @@ def test_a_damaged_file_is_named(directory, tmp_path, how, split):
 def test_a_changed_byte_is_found(directory, tmp_path):
   file = directory / "cifar10-test.array_record-00000-of-00001"
   damage(file, "one byte changed")
-  with pytest.raises(cli.UsageError, match="can not be read") as error:
+  with pytest.raises(errors.UsageError, match="can not be read") as error:
     datasets.load("cifar10", "test", tmp_path)
   assert str(file) in str(error.value)
 
@@ -249,7 +249,7 @@ def test_a_changed_byte_is_found(directory, tmp_path):
 @pytest.mark.parametrize("how", ["gone", "empty", "half"])
 def test_a_damaged_description_is_reported(directory, tmp_path, file, how):
   damage(directory / file, how)
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     datasets.check_available("cifar10", tmp_path)
   assert str(directory) in str(error.value)
 
@@ -265,7 +265,7 @@ def test_a_description_imports_no_module(directory, tmp_path, monkeypatch, key):
   features["featuresDict"]["features"]["label"] = {
       key: "hostile_module.Feature", "content": {}}
   description.write_text(json.dumps(features))
-  with pytest.raises(cli.UsageError, match="can not be read .it names 'hostile_mod"):
+  with pytest.raises(errors.UsageError, match="can not be read .it names 'hostile_mod"):
     datasets.load("cifar10", "test", tmp_path)
   assert not (tmp_path / "trace").exists()
 
@@ -281,7 +281,7 @@ def test_files_that_never_end_are_refused(directory, tmp_path, file, kind):
   else:
     with open(path, "wb") as sparse:
       sparse.truncate(2**40)
-  with pytest.raises(cli.UsageError, match=file):
+  with pytest.raises(errors.UsageError, match=file):
     datasets.load("cifar10", "test", tmp_path)
 
 
@@ -290,7 +290,7 @@ def test_images_of_another_shape_are_refused(tmp_path, data, shape):
   images, labels = data["test"]
   others = [*images[1:], np.zeros(shape, np.uint8)]
   directory = write_tfds(tmp_path, "3.0.2", data | {"test": (others, labels)})
-  with pytest.raises(cli.UsageError, match="an image has .* pixels of mode") as error:
+  with pytest.raises(errors.UsageError, match="an image has .* pixels of mode") as error:
     datasets.load("cifar10", "test", tmp_path)
   assert str(directory / "cifar10-test.array_record") in str(error.value)
 
@@ -302,14 +302,14 @@ def test_tfrecord_files_are_refused(directory, tmp_path):
   description.write_text(json.dumps(content | {"fileFormat": "tfrecord"}))
   for file in directory.glob("*.array_record-*"):
     file.rename(str(file).replace("array_record", "tfrecord"))
-  with pytest.raises(cli.UsageError, match="are tfrecord.*must be array_record"):
+  with pytest.raises(errors.UsageError, match="are tfrecord.*must be array_record"):
     datasets.check_available("cifar10", tmp_path)
 
 
 def test_other_numbers_of_records_are_refused(tmp_path, data):
   data["train"] = random_records(5, 0)
   write_tfds(tmp_path, "3.0.2", data)
-  with pytest.raises(cli.UsageError, match="'train': 5.*'train': 12"):
+  with pytest.raises(errors.UsageError, match="'train': 5.*'train': 12"):
     datasets.check_available("cifar10", tmp_path)
 
 

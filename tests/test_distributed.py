@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from minw import checkpoint
-from minw import cli
 from minw import config as config_lib
 from minw import distributed
+from minw import errors
 from minw import evaluate
 from minw import locks
 from minw import train
@@ -96,30 +96,30 @@ def start(count, config, workdir, *flags, before_step="pass", devices=1, configs
 
 def ended(processes, timeout=300):
   """The exit codes, and what each wrote to stderr."""
-  codes, errors = [], []
+  codes, said = [], []
   try:
     for process in processes:
       _, err = process.communicate(timeout=timeout)
       codes.append(process.returncode)
-      errors.append(err)
+      said.append(err)
   finally:
     for process in processes:
       process.kill()
       process.wait()
-  return codes, errors
+  return codes, said
 
 
 def train_on(count, config, workdir, *flags, **options):
-  codes, errors = ended(start(count, config, workdir, *flags, **options))
-  assert codes == [0] * count, "\n".join(errors)[-5000:]
+  codes, said = ended(start(count, config, workdir, *flags, **options))
+  assert codes == [0] * count, "\n".join(said)[-5000:]
 
 
 @pytest.mark.slow
 def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
   config, workdir = small_config(num_epochs=2), tmp_path / "run"
-  codes, errors = ended(start(2, config, workdir, before_step=(
+  codes, said = ended(start(2, config, workdir, before_step=(
       "if step == 20 and process == 1: os.kill(os.getpid(), signal.SIGTERM)")))
-  assert codes == [75, 75], errors
+  assert codes == [75, 75], said
   stopped = {"state": "preempted", "step": 2 * train._MEETING_STEPS}
   assert workdir_lib.read_status(str(workdir)) == stopped
   lines = lines_of(workdir)
@@ -151,13 +151,13 @@ def test_alone_nothing_is_exchanged():
   assert distributed.any_of(True) is True and distributed.any_of(False) is False
   assert distributed.together(int, "3") == distributed.on_main(int, "3") == 3
   assert distributed.share() == (0, 1)
-  refusal = cli.UsageError("no")
+  refusal = errors.UsageError("no")
 
   def refuse():
     raise refusal
 
   for how in (distributed.together, distributed.on_main):
-    with pytest.raises(cli.UsageError) as error:
+    with pytest.raises(errors.UsageError) as error:
       how(refuse)
     assert error.value is refusal
   with pytest.raises(ZeroDivisionError), distributed.saying_who_ends():
@@ -170,9 +170,9 @@ def test_a_claimed_workdir_is_seen(tmp_path):
   workdir_lib.check_claimed(str(tmp_path), config)
   workdir_lib.check_claimed(
       str(tmp_path), tiny_config(data_dir="elsewhere", data_workers=3))
-  with pytest.raises(cli.UsageError, match=r"different configs .*: seed: 0, 1$"):
+  with pytest.raises(errors.UsageError, match=r"different configs .*: seed: 0, 1$"):
     workdir_lib.check_claimed(str(tmp_path), tiny_config(seed=1))
-  with pytest.raises(cli.UsageError, match="one place that all processes see"):
+  with pytest.raises(errors.UsageError, match="one place that all processes see"):
     workdir_lib.check_claimed(str(tmp_path / "nothing"), config)
 
 
@@ -238,8 +238,8 @@ def find(count, devices, kind, config, path):
           [sys.executable, "-c", FOUND, kind, f"localhost:{port}", str(count), str(i),
            str(path), text], env=environment(devices), text=True,
           stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(count)]
-  codes, errors = ended(processes)
-  assert codes == [0] * count, "\n".join(errors)[-5000:]
+  codes, said = ended(processes)
+  assert codes == [0] * count, "\n".join(said)[-5000:]
   return dict(np.load(path))
 
 
@@ -302,9 +302,9 @@ def test_processes_come_and_go(tmp_path):
   workdir = tmp_path / "run"
   terminate = "if step == {} and process == 0: os.kill(os.getpid(), signal.SIGTERM)"
   for count, step, saved in ((2, 5, 16), (1, 22, 23), (4, 30, 32)):
-    codes, errors = ended(start(count, config, workdir, devices=4 // count,
+    codes, said = ended(start(count, config, workdir, devices=4 // count,
                                 before_step=terminate.format(step)))
-    assert codes == [75] * count, errors
+    assert codes == [75] * count, said
     status = workdir_lib.read_status(str(workdir))
     assert status == {"state": "preempted", "step": saved}
   # What can not be read is left out by all.
@@ -323,9 +323,9 @@ def test_parts_of_the_optimizers_state_on_two_processes(tmp_path):
   train_on(1, config, tmp_path / "source")
   config.init_from = str(tmp_path / "source")
   parts = config_lib.copy(config, shard_optimizer=True)
-  codes, errors = ended(start(2, parts, tmp_path / "run", devices=2, before_step=(
+  codes, said = ended(start(2, parts, tmp_path / "run", devices=2, before_step=(
       "if step == 20 and process == 1: os.kill(os.getpid(), signal.SIGTERM)")))
-  assert codes == [75, 75], errors
+  assert codes == [75, 75], said
   train_on(1, config, tmp_path / "run", devices=4)
   train_on(1, config, tmp_path / "whole", devices=4)
   for ours, theirs in zip(lines_of(tmp_path / "run"), lines_of(tmp_path / "whole"),
@@ -340,7 +340,7 @@ def test_parts_of_the_optimizers_state_on_two_processes(tmp_path):
 def test_a_stop_of_one_stops_all_at_a_step(told, tmp_path):
   """And told again while it saves, it still does."""
   config, workdir = small_config(), tmp_path / "run"
-  codes, errors = ended(start(2, config, workdir, before_step=f'''
+  codes, said = ended(start(2, config, workdir, before_step=f'''
     if process == {told} and step == {EPOCH + 3}:
       os.kill(os.getpid(), signal.SIGTERM)
       def save_and_terminate(*arguments):
@@ -349,7 +349,7 @@ def test_a_stop_of_one_stops_all_at_a_step(told, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
       checkpoint.save = save_and_terminate
 '''))
-  assert codes == [75, 75], errors
+  assert codes == [75, 75], said
   assert workdir_lib.read_status(str(workdir)) == {"state": "preempted", "step": 32}
   train_on(2, config, workdir)
   train_on(2, config, tmp_path / "whole")
@@ -366,12 +366,12 @@ def test_a_dead_process_ends_the_others(dead, tmp_path):
   since = time.monotonic()
   processes[1 - dead].wait(timeout=300)
   assert time.monotonic() - since < 10 + 15  # A slow machine's time to end.
-  codes, errors = ended(processes)
+  codes, said = ended(processes)
   assert codes[dead] == -signal.SIGKILL
-  assert codes[1 - dead] not in (0, 2, 3, 75), errors
-  message = errors[1 - dead]
+  assert codes[1 - dead] not in (0, 2, 3, 75), said
+  message = said[1 - dead]
   assert "none can go on alone" in message or (
-      "JAX distributed service detected fatal errors" in message)
+      "JAX distributed service detected fatal said" in message)
   train_on(2, config, workdir)
   assert [line["step"] for line in lines_of(workdir, mode="hard")] == [
       19, 38, 57, 76, 76, 76]
@@ -395,18 +395,18 @@ def test_an_error_of_one_ends_all(failing, action, code, message, tmp_path):
   since = time.monotonic()
   processes[1 - failing].wait(timeout=300)
   assert time.monotonic() - since < 10 + 15  # A slow machine's time to end.
-  codes, errors = ended(processes)
+  codes, said = ended(processes)
   assert codes[failing] == code and codes[1 - failing] not in (0, 2, 3, 75)
-  assert f"{message}process {failing} of 2 ends here" in errors[failing]
-  assert ("Traceback" in errors[failing]) == (code == 1)
+  assert f"{message}process {failing} of 2 ends here" in said[failing]
+  assert ("Traceback" in said[failing]) == (code == 1)
 
 
 @pytest.mark.slow
 def test_divergence_ends_all(tmp_path):
   # Between reports: an epoch has 19 steps, and they meet after 16.
-  codes, errors = ended(start(
+  codes, said = ended(start(
       2, small_config(learning_rate=1e30), tmp_path / "run"))
-  assert codes == [3, 3], errors
+  assert codes == [3, 3], said
   status = workdir_lib.read_status(str(tmp_path / "run"))
   assert status["state"] == "diverged" and status["step"] <= 1
 
@@ -414,11 +414,11 @@ def test_divergence_ends_all(tmp_path):
 @pytest.mark.slow
 def test_bad_input_ends_all_alike(tmp_path):
   def refusals(configs, workdir, *flags):
-    codes, errors = ended(start(len(configs), None, workdir, *flags, configs=configs))
-    assert codes == [2] * len(configs), errors
-    lines = {line for err in errors for line in err.splitlines()
+    codes, said = ended(start(len(configs), None, workdir, *flags, configs=configs))
+    assert codes == [2] * len(configs), said
+    lines = {line for err in said for line in err.splitlines()
              if line.startswith("error: ")}
-    assert not any("Traceback" in err for err in errors)
+    assert not any("Traceback" in err for err in said)
     return lines
 
   config, workdir = tiny_config(), tmp_path / "run"
@@ -468,12 +468,12 @@ else:
 @pytest.mark.slow
 def test_damaged_images_of_all_count():
   place = f"localhost:{free_port()}"
-  codes, errors = ended([
+  codes, said = ended([
       subprocess.Popen(
           [sys.executable, "-c", DAMAGED, place, "2", str(i)], env=environment(1),
           text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
       for i in range(2)])
-  assert codes == [0, 0], errors
+  assert codes == [0, 0], said
 
 
 @pytest.mark.slow
@@ -482,9 +482,9 @@ def test_streamed_run(prepared, tmp_path):
   config = streamed_config(prepared)
   train_on(1, config, tmp_path / "whole", devices=2)
   workdir = tmp_path / "run"
-  codes, errors = ended(start(2, config, workdir, before_step=(
+  codes, said = ended(start(2, config, workdir, before_step=(
       "if step == 4 and process == 1: os.kill(os.getpid(), signal.SIGTERM)")))
-  assert codes == [75, 75], errors  # They ask each other after the epoch's five steps.
+  assert codes == [75, 75], said  # They ask each other after the epoch's five steps.
   train_on(2, config, workdir)
   lines, status = streamed_outcome(workdir)
   whole_lines, whole_status = streamed_outcome(tmp_path / "whole")

@@ -14,8 +14,8 @@ from float64_convnet import cross_entropy
 from float64_convnet import network
 from float64_convnet import sign
 from minw import checkpoint
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import evaluate
 from minw import pipeline
 from minw import workdir as workdir_lib
@@ -220,17 +220,17 @@ def test_command_on_bad_input(arguments, said):
 
 
 def test_no_run_and_no_checkpoint(tmp_path):
-  with pytest.raises(cli.UsageError, match="the workdir of a run"):
+  with pytest.raises(errors.UsageError, match="the workdir of a run"):
     evaluate.evaluate_workdir(str(tmp_path))
   workdir_lib.claim(str(tmp_path), tiny_config())
   for _ in range(2):
-    with pytest.raises(cli.UsageError, match="a run that has a checkpoint"):
+    with pytest.raises(errors.UsageError, match="a run that has a checkpoint"):
       evaluate.evaluate_workdir(str(tmp_path))
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
 
 
 def test_unknown_split(plain):
-  with pytest.raises(cli.UsageError, match="did you mean 'validation'"):
+  with pytest.raises(errors.UsageError, match="did you mean 'validation'"):
     evaluate.evaluate_workdir(str(plain), "valdation")
 
 
@@ -249,7 +249,7 @@ def test_done_without_its_final_lines_is_refused(read, plain, tmp_path):
   path = workdir / "metrics.jsonl"
   lines = path.read_text().splitlines(keepends=True)
   path.write_text("".join(line for line in lines if '"split": "test"' not in line))
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     read(str(workdir))
   assert str(error.value).startswith(
       f"workdir='{workdir}': must be that of a run whose record is complete, but"

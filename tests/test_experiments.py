@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import datasets
+from minw import errors
 from minw import models
 from minw import pipeline
 from minw import train
@@ -44,7 +44,7 @@ def tiny_experiment():
 
 
 def refusal(**changes):
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     Experiment(tiny_config(**changes))
   return str(error.value)
 
@@ -99,7 +99,7 @@ def test_cifar_with_wrong_arguments():
       ("sed=1", "config argument 'sed' does not exist; did you mean 'seed'"),
       ("network=E", "ConvNet 'E' does not exist; known: A, B, C, D"),
       ("A", "config argument='A': must be name=value")):
-    with pytest.raises(cli.UsageError, match=message):
+    with pytest.raises(errors.UsageError, match=message):
       load("cifar_convnet", argument)
 
 
@@ -322,7 +322,7 @@ def test_init_from_a_run_of_other_shapes(monkeypatch):
   tree = jax.eval_shape(lambda: train.init_state(other))._asdict()
   saved = type("Saved", (), {"step": 0, "tree": tree})
   monkeypatch.setattr(train.evaluate, "read_run", lambda workdir: (None, saved))
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     train.read_source("there", tiny_experiment())
   assert str(error.value).startswith(
       "config.init_from='there': must be a run of the same shapes: ")
@@ -331,7 +331,7 @@ def test_init_from_a_run_of_other_shapes(monkeypatch):
 
 def test_convnets():
   assert models.convnet_widths("D") == ((64, 64, 128, 128, 256, 256), (256, 256))
-  with pytest.raises(cli.UsageError, match="ConvNet '3' does not exist"):
+  with pytest.raises(errors.UsageError, match="ConvNet '3' does not exist"):
     models.convnet_widths(3)
 
 

@@ -28,8 +28,8 @@ from test_native import programs
 from test_pack import randomized
 from test_packed import small
 
-from minw import cli
 from minw import datasets
+from minw import errors
 from minw import layers
 from minw import models
 from minw import pack
@@ -613,7 +613,7 @@ def test_constants_that_are_not_finite_are_refused_in_one_line(form, value):
       (with_logits(unit=value), "unit"),
       *((with_logits(**{field: np.float64([1, value])}), field)
         for field in ("center", "scale", "constant"))):
-    with pytest.raises(cli.UsageError, match=f"layer norm.* {field}") as caught:
+    with pytest.raises(errors.UsageError, match=f"layer norm.* {field}") as caught:
       export_command.content(program, form, images(program, 1))
     assert str(caught.value).startswith(f"format='{form}': ")
     assert str(caught.value).isprintable()
@@ -770,7 +770,7 @@ def test_command(tmp_path, model, form, needs):
 def test_missing_packages_are_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "onnx", None)
   monkeypatch.delitem(sys.modules, "minw.export.onnx_graph", raising=False)
-  with pytest.raises(cli.UsageError, match="(?s)format='qonnx'.*minw.export"):
+  with pytest.raises(errors.UsageError, match="(?s)format='qonnx'.*minw.export"):
     export_command.content(small(), "qonnx", images(small(), 1))
 
 
@@ -793,7 +793,7 @@ def test_images_on_a_background(tmp_path):
     found = export_command.test_images([str(tmp_path)], small(), background)
     assert (found == value).all()
   (tmp_path / "b.png").write_bytes(b"")  # All that are named, or none.
-  with pytest.raises(cli.UsageError, match="images='.*b.png': cannot identify"):
+  with pytest.raises(errors.UsageError, match="images='.*b.png': cannot identify"):
     export_command.test_images([str(tmp_path)], small())
 
 

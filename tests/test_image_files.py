@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from minw import cli
+from minw import errors
 from minw import image_files
 from minw import images
 
@@ -54,9 +54,9 @@ def test_find_refuses(tmp_path):
   (tmp_path / "empty" / "notes.txt").write_text("hello")
   save(tmp_path / "a.png")
   for name in ("none.png", "x" * 5000, "a\0b"):
-    with pytest.raises(cli.UsageError, match="must be a file or folder that exists"):
+    with pytest.raises(errors.UsageError, match="must be a file or folder that exists"):
       image_files.find([tmp_path / "a.png", str(tmp_path / name)])
-  with pytest.raises(cli.UsageError, match="must be a folder with .png or .jpg files"):
+  with pytest.raises(errors.UsageError, match="must be a folder with .png or .jpg files"):
     image_files.find([tmp_path / "a.png", tmp_path / "empty"])
 
 
@@ -116,7 +116,7 @@ def test_color(text, wanted):
 @pytest.mark.parametrize("text", [
     "", "blak", "1,2", "1,2,256", "1,2,-1", "1,2,3,4", "#00000000", "1.5,2,3", "7"])
 def test_wrong_color(text):
-  with pytest.raises(cli.UsageError, match="background=.*: must be a color: a name"):
+  with pytest.raises(errors.UsageError, match="background=.*: must be a color: a name"):
     image_files.color(text)
 
 

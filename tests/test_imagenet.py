@@ -20,9 +20,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-from minw import cli
 from minw import config as config_lib
 from minw import datasets
+from minw import errors
 from minw import evaluate
 from minw import imagenet
 from minw import infer
@@ -98,7 +98,7 @@ def records(data_dir, split):
 
 
 def refusal(*arguments, **options):
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     prepare.prepare("imagenet2012", *arguments, **options)
   return str(error.value)
 

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from minw import cli
 from minw import datasets
+from minw import errors
 from minw import evaluate
 from minw import infer
 from minw import packed
@@ -250,8 +250,8 @@ def test_predict_on_a_background(model, tmp_path):
 
 @pytest.mark.parametrize("arguments, error, message", [
     (("none.png",), ValueError, "'none.png': No such file or directory"),
-    ((np.zeros((1, 8, 8, 1), np.uint8), 0), cli.UsageError, "top=0: must be 1 to 10"),
-    ((np.zeros((1, 8, 8, 1), np.uint8), 11), cli.UsageError, "top=11: must be 1 to 10"),
+    ((np.zeros((1, 8, 8, 1), np.uint8), 0), errors.UsageError, "top=0: must be 1 to 10"),
+    ((np.zeros((1, 8, 8, 1), np.uint8), 11), errors.UsageError, "top=11: must be 1 to 10"),
     ((np.zeros((8, 8, 1), np.uint8),), ValueError, "must be"),
     (([np.zeros((8, 8), np.uint8)],), ValueError, "must be"),
 ])
@@ -273,7 +273,7 @@ def test_files_are_read_a_batch_at_a_time(model, tmp_path, monkeypatch):
 
 
 def test_wrong_backend(model):
-  with pytest.raises(cli.UsageError, match="backend='gpu': must be one of native"):
+  with pytest.raises(errors.UsageError, match="backend='gpu': must be one of native"):
     infer.load(model, backend="gpu")
 
 
@@ -377,12 +377,12 @@ def test_command_predicts_in_spite_of_bad_images(model, tmp_path):
     names = infer.load(model, backend="reference").labels
     assert pairs == [text for k in order for text in
                      (names[k], f"{powers[k] / powers.sum():.4f}")]
-  errors = done.stderr.splitlines()
-  for line, (name, reason) in zip(errors[1:], (
+  told = done.stderr.splitlines()
+  for line, (name, reason) in zip(told[1:], (
       ("1.png", "truncated"), ("3.png", "cannot identify image file"),
       ("4_pipe.png", "not a regular file"), ("5 tab\\t.tif", "range"))):
     assert line.startswith(f"error: images='{folder}/{name}': ") and reason in line
-  assert "hidden or not named as images are: 1" in errors[0] and len(errors) == 5
+  assert "hidden or not named as images are: 1" in told[0] and len(told) == 5
 
 
 @pytest.mark.parametrize("bad, good, code", [(0, 1, 0), (1, 0, 2), (1, 1, 1), (2, 0, 1)])
@@ -578,7 +578,7 @@ def test_evaluate_command(model):
     (dict(split="half"), "half"),
 ])
 def test_evaluate_refuses(model, changes, message):
-  with pytest.raises(cli.UsageError, match=message):
+  with pytest.raises(errors.UsageError, match=message):
     evaluate.evaluate_model(model, **changes)
 
 
@@ -624,12 +624,12 @@ def test_evaluate_takes_no_paths_and_workers_of_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["mnist", "", "x\nerror: y", "\x1b[2J", "a" * 10**4])
 def test_a_data_set_that_a_file_invents_is_refused(tmp_path, name):
   packed.write(tmp_path / "net.minw", digits_network({"config": {"dataset": name}}))
-  with pytest.raises(cli.UsageError, match="--dataset must be given, one of") as caught:
+  with pytest.raises(errors.UsageError, match="--dataset must be given, one of") as caught:
     evaluate.evaluate_model(tmp_path / "net.minw")
   assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
 def test_dataset_must_be_known(tmp_path):
   packed.write(tmp_path / "net.minw", digits_network())
-  with pytest.raises(cli.UsageError, match="does not say what it was trained on"):
+  with pytest.raises(errors.UsageError, match="does not say what it was trained on"):
     evaluate.evaluate_model(tmp_path / "net.minw")

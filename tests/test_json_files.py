@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from minw import cli
+from minw import errors
 from minw import json_files
 
 CONTENTS = {
@@ -24,7 +24,7 @@ def test_what_is_no_object_is_named(why, data, tmp_path):
   with pytest.raises(json_files.Damaged) as error:
     json_files.read_object(tmp_path / "a")
   assert str(error.value).startswith(f"{tmp_path}/a is damaged: it {why}")
-  assert isinstance(error.value, cli.UsageError)
+  assert isinstance(error.value, errors.UsageError)
 
 
 @pytest.mark.parametrize("make, why", [

@@ -7,8 +7,8 @@ import resource
 
 import pytest
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import json_files
 from minw import metrics
 from short_runs import line_at
@@ -225,14 +225,14 @@ def test_a_complete_record(tmp_path):
 def test_what_a_record_lacks_is_named(change, message, tmp_path):
   lines = complete_lines()
   change(lines)
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     check(tmp_path, lines)
   assert str(error.value).startswith(f"workdir='{tmp_path}': must be that of a run whose")
   assert message in str(error.value)
 
 
 def test_a_status_without_results(tmp_path):
-  with pytest.raises(cli.UsageError, match="0.5 in metrics.jsonl and None in status"):
+  with pytest.raises(errors.UsageError, match="0.5 in metrics.jsonl and None in status"):
     check(tmp_path, complete_lines(), {"state": "done", "step": 30})
 
 
@@ -240,5 +240,6 @@ def test_no_lines_at_all(tmp_path):
   config = config_lib.default_config()
   metrics.check_complete(str(tmp_path), config, STATUS)  # A copy of two files.
   (tmp_path / "checkpoints").mkdir()
-  with pytest.raises(cli.UsageError, match="0 validation lines of the hard network instead of 200"):
+  message = "0 validation lines of the hard network instead of 200"
+  with pytest.raises(errors.UsageError, match=message):
     metrics.check_complete(str(tmp_path), config, STATUS)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minw import cli
+from minw import errors
 from minw import fold
 from minw import layers
 from minw import models
@@ -270,9 +270,9 @@ def test_published_widths():
   assert models.convnet_widths("C") == ((64, 64, 128, 128, 256, 256), (512, 512))
   assert models.convnet_widths("D") == ((64, 64, 128, 128, 256, 256), (256, 256))
   for name in ("E", "a", "", "AB"):
-    with pytest.raises(cli.UsageError, match=f"ConvNet '{name}' does not exist"):
+    with pytest.raises(errors.UsageError, match=f"ConvNet '{name}' does not exist"):
       models.convnet_widths(name)
-  with pytest.raises(cli.UsageError, match="known: A, B, C, D"):
+  with pytest.raises(errors.UsageError, match="known: A, B, C, D"):
     models.convnet_widths("E")
 
 

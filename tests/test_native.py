@@ -38,7 +38,6 @@ def check(program, batch=3):
   network = native.load(packed.to_bytes(program))
   x = images(program, batch)
   want, have = reference.run(program, x), network.values(x)
-  kinds = packed.infer_values(program)
   for i, (a, b) in enumerate(zip(want, have, strict=True)):
     where = f"{network.isa}, value {i}, {network.layers()[i - 1]}"
     assert a.dtype == b.dtype and a.shape == b.shape, where

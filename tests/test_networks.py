@@ -6,7 +6,7 @@ import re
 import pytest
 
 import minw
-from minw import cli
+from minw import errors
 from minw import evaluate
 from minw import infer
 
@@ -74,5 +74,5 @@ def test_a_file_of_the_same_name_comes_first(tmp_path, monkeypatch):
 def test_unknown_names_are_refused():
   with pytest.raises(FileNotFoundError, match="comes with minw .*digits_convnet"):
     infer.load("digits_convnets")
-  with pytest.raises(cli.UsageError, match="^model='none.minw': neither a file nor"):
+  with pytest.raises(errors.UsageError, match="^model='none.minw': neither a file nor"):
     infer.load_for_command("none.minw")

@@ -25,8 +25,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 
-from minw import cli
 from minw import datasets
+from minw import errors
 from minw import prepare
 from python2_pickles import dump
 from python2_pickles import pickled
@@ -123,7 +123,7 @@ def small(monkeypatch):
 
 def refusal(*arguments) -> str:
   """The message of the error that `prepare` must raise."""
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     prepare.prepare(*arguments)
   return str(error.value)
 
@@ -470,7 +470,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(small, moment, tmp_path
   if moment == "after the rename":
     datasets.check_available("cifar10", data_dir)
   else:
-    with pytest.raises(cli.UsageError):
+    with pytest.raises(errors.UsageError):
       datasets.check_available("cifar10", data_dir)
     assert os.listdir(data_dir / "cifar10") == ["incomplete.minw"]
     for file in data_dir.glob("**/*.array_record-*"):

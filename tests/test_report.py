@@ -15,9 +15,9 @@ from matplotlib.backends import backend_agg
 import numpy as np
 import pytest
 
-from minw import cli
 from minw import config as config_lib
 from minw import environment
+from minw import errors
 from minw import evaluate
 from minw import histograms
 from minw import metrics
@@ -392,10 +392,10 @@ def test_p_value():
 
 
 def test_comparison_refuses():
-  with pytest.raises(cli.UsageError, match="did you mean 'estimator'"):
+  with pytest.raises(errors.UsageError, match="did you mean 'estimator'"):
     comparison.compare([], ["estimatr"])
   for name in ("seed", "data_dir"):
-    with pytest.raises(cli.UsageError, match=f"by='{name}': must be a field that"):
+    with pytest.raises(errors.UsageError, match=f"by='{name}': must be a field that"):
       comparison.compare([], [name])
 
 
@@ -583,7 +583,7 @@ def test_records_of_an_interrupted_run(runs, tmp_path):
      "a validation, as every eval_every_epochs=2 do"),
 ])
 def test_histograms_that_cannot_be(changes, message):
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     Experiment(tiny_config(**changes))
   assert str(error.value).startswith(message)
 
@@ -638,7 +638,7 @@ def test_read(runs, tmp_path):
   assert "config field 'colour' does not exist" in reasons["newer"]
   assert f"those of {source}, whose result is another" in reasons["other"]
   for path in (tmp_path / "none", tmp_path / "a" / "config.json"):
-    with pytest.raises(cli.UsageError, match="^runs="):
+    with pytest.raises(errors.UsageError, match="^runs="):
       records.read([str(path)])
 
 
@@ -743,7 +743,7 @@ def test_collect_refuses(runs, tmp_path):
   for out, message in ((tmp_path / "study.json", "whose name ends in .jsonl"),
                        (tmp_path / "metrics.jsonl", "must be a study, or a new file"),
                        (tmp_path / "metrics.jsonl" / "s.jsonl", "cannot be written")):
-    with pytest.raises(cli.UsageError, match=message):
+    with pytest.raises(errors.UsageError, match=message):
       records.collect([str(runs)], str(out))
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
@@ -1070,8 +1070,8 @@ def test_commands(runs, tmp_path):
       ("compare", f"--runs={runs}", f"--runs={study}", "--by=estimator",
        f"--out={out}"), ("figures", f"--runs={study}", f"--out={out}")):
     process = command(*arguments)
-    outputs[arguments[0]], errors = process.communicate()
-    assert process.returncode == 0, errors
+    outputs[arguments[0]], stderr = process.communicate()
+    assert process.returncode == 0, stderr
   assert "3 added" in outputs["collect"]
   assert "not copied of any run: checkpoints, " in outputs["collect"]
   assert f"left out: {tmp_path / 'half'}: " in outputs["collect"]
@@ -1105,7 +1105,7 @@ def test_commands_refuse_in_one_line(tmp_path):
   }
   for arguments, message in wrong.items():
     process = command(*arguments)
-    output, errors = process.communicate()
+    output, stderr = process.communicate()
     assert (process.returncode, output) == (2, "")
-    assert errors.startswith("error: ") and message in errors, errors
-    assert errors.count("\n") == 1
+    assert stderr.startswith("error: ") and message in stderr, stderr
+    assert stderr.count("\n") == 1

@@ -39,7 +39,7 @@ STEPS = (0, 5, 30)
 FOUND = '''
 import os, signal, sys
 import jax, numpy as np
-from minw import cli, config as config_lib, evaluate, train
+from minw import config as config_lib, errors, evaluate, train
 from minw.experiment import Experiment
 
 config, folder = config_lib.from_json(sys.argv[1]), sys.argv[2]
@@ -101,7 +101,7 @@ assert [evaluator._step._cache_size() for evaluator in evaluators] == [2]  # Two
 for field in ("batch_size", "eval_batch_size"):
   try:
     Experiment(config_lib.copy(config, **{field: 63}))
-  except cli.UsageError as error:
+  except errors.UsageError as error:
     assert f"config.{field}=63: must be a multiple of 4" in str(error), error
   else:
     raise AssertionError(field)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from minw import cli
+from minw import errors
 from minw import streaming
 
 
@@ -166,13 +166,13 @@ def test_damaged_images_are_replaced_and_reported(caplog):
 
 def test_too_many_damaged_images_end_a_run():
   files = records(20, damaged=(4, 9))
-  with pytest.raises(cli.UsageError, match=(
+  with pytest.raises(errors.UsageError, match=(
       r"config.max_damaged=0.05: of the 20 images of cats, train, 2 are damaged by now,"
       r" 9.png for example")):
     take(streaming.Split(files, "cats, train", max_damaged=0.05), 0, 20)
   take(streaming.Split(files, "cats, train", max_damaged=0.1), 0, 20)
   for count in (1, 30):
-    with pytest.raises(cli.UsageError, match="config.max_damaged=0.9"):
+    with pytest.raises(errors.UsageError, match="config.max_damaged=0.9"):
       files = records(count, damaged=range(count))
       take(streaming.Split(files, "cats", max_damaged=0.9), 0, 20)
 
@@ -220,7 +220,7 @@ def test_names_of_damaged_images_are_printed_escaped(caplog):
   files = records(4, damaged=(1,))
   files[1]["file_name"] = "é\n\x1b[2J.png".encode()
   split = streaming.Split(files, "some", max_damaged=0.2)
-  with pytest.raises(cli.UsageError, match=r"é\\n\\x1b\[2J.png for example"):
+  with pytest.raises(errors.UsageError, match=r"é\\n\\x1b\[2J.png for example"):
     list(split.eval_batches(4, **CENTRES))
   assert [record.getMessage() for record in caplog.records] == [
       "some: é\\n\\x1b[2J.png is damaged and left out"]

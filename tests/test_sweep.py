@@ -15,9 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 import pytest
 
-from minw import cli
 from minw import config as config_lib
 from minw import config_flag
+from minw import errors
 from minw import schedules
 from test_launch import LAUNCH
 from test_launch import RECORD
@@ -442,7 +442,7 @@ yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
   assert c.after == "" and c.config.init_from == "elsewhere/a"
   assert [run.name for run in sweep.select([a, b, c], ["b"])] == ["a", "b"]
   assert [run.name for run in sweep.select([a, b, c], [])] == ["a", "b", "c"]
-  with pytest.raises(cli.UsageError, match="run 'bb' does not exist; .*'b'"):
+  with pytest.raises(errors.UsageError, match="run 'bb' does not exist; .*'b'"):
     sweep.select([a, b, c], ["bb"])
 
 
@@ -466,12 +466,12 @@ yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
 ])
 def test_bad_sweeps(tmp_path, body, message):
   path = write_sweep(tmp_path, body.replace("DIGITS", repr(DIGITS)))
-  with pytest.raises(cli.UsageError, match=message):
+  with pytest.raises(errors.UsageError, match=message):
     sweep.read(path, str(tmp_path))
 
 
 def test_missing_sweep(tmp_path):
-  with pytest.raises(cli.UsageError, match="sweep=.*FileNotFoundError"):
+  with pytest.raises(errors.UsageError, match="sweep=.*FileNotFoundError"):
     sweep.read(str(tmp_path / "none.py"), str(tmp_path))
 
 
@@ -493,14 +493,14 @@ for seed, epochs in enumerate((2, 3, 2, 4)):
 def test_check_refuses(tmp_path, fields, message):
   runs = sweep.read(write_sweep(tmp_path, f"yield 'a', {DIGITS!r}, {fields!r}"),
                     str(tmp_path))
-  with pytest.raises(cli.UsageError, match=message):
+  with pytest.raises(errors.UsageError, match=message):
     sweep.check(runs)
 
 
 def test_check_refuses_where_data_are_missing(tmp_path):
   runs = sweep.read(write_sweep(tmp_path, f"yield 'a', {CIFAR!r}, {{}}"),
                     str(tmp_path), str(tmp_path / "none"))
-  with pytest.raises(cli.UsageError, match="run 'a': .*none"):
+  with pytest.raises(errors.UsageError, match="run 'a': .*none"):
     sweep.check(runs)
 
 
@@ -510,7 +510,7 @@ def test_check_refuses_workdirs_of_others(tmp_path):
   run.workdir.mkdir()
   (run.workdir / "config.json").write_text(config_lib.to_json(run.config))
   assert sweep.check([run]) == {"a": 40 * 19}
-  with pytest.raises(cli.UsageError, match="run 'a': .*another config.*seed: 1, 2"):
+  with pytest.raises(errors.UsageError, match="run 'a': .*another config.*seed: 1, 2"):
     sweep.check(sweep.read(path + ":2", str(tmp_path)))
 
 
@@ -556,7 +556,7 @@ def test_sweep_is_valid_and_its_commands_say_the_same(
 
 
 def test_misspelt_sweep():
-  with pytest.raises(cli.UsageError,
+  with pytest.raises(errors.UsageError,
                      match="sweep 'table' does not exist; did you mean 'tables'?"):
     sweep.read("table:seeds=1", "runs")
 
@@ -569,7 +569,7 @@ def test_misspelt_sweep():
     ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1"),
     ("networks", "size=half")])
 def test_bad_arguments_of_sweeps(read_sweep, name, argument):
-  with pytest.raises(cli.UsageError):
+  with pytest.raises(errors.UsageError):
     read_sweep(name, argument)
 
 

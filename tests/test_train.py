@@ -23,9 +23,9 @@ from float64_convnet import cross_entropy
 from float64_convnet import network
 from float64_convnet import sign
 from minw import checkpoint
-from minw import cli
 from minw import config as config_lib
 from minw import datasets
+from minw import errors
 from minw import infer
 from minw import locks
 from minw import pack
@@ -285,7 +285,7 @@ def test_finished_run_is_left_alone(plain, caplog):
 def test_workdir_of_another_config_is_refused(plain):
   before = contents(plain)
   changes = {"learning_rate": 0.02, "conv_widths": (8, 16)}
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     run_with(stop_before(0), tiny_config(**changes), plain)
   assert "learning_rate: 0.01, 0.02" in str(error.value)
   assert "conv_widths: (8, 8), (8, 16)" in str(error.value)
@@ -295,7 +295,7 @@ def test_workdir_of_another_config_is_refused(plain):
 
 def test_workdir_that_can_not_be_written(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(cli.UsageError, match="can not be written to"):
+  with pytest.raises(errors.UsageError, match="can not be written to"):
     run(tiny_config(), tmp_path / "file" / "run")
 
 
@@ -306,7 +306,7 @@ def test_workdir_in_use_is_refused(plain, tmp_path):
   before = contents(tmp_path)
   with locks.take(str(tmp_path / "run")):
     assert workdir_lib.read_status(str(tmp_path / "run"))["state"] == "running"
-    with pytest.raises(cli.UsageError) as error:
+    with pytest.raises(errors.UsageError) as error:
       run_with(stop_before(0), tiny_config(), tmp_path / "run")
     assert str(error.value) == (
         f"workdir='{tmp_path}/run' is in use: another process is training there")
@@ -335,7 +335,7 @@ def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, caplog):
 
 
 def test_more_epochs_are_another_run(plain):
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     run_with(stop_before(0), tiny_config(num_epochs=8), plain)
   assert "num_epochs: 4, 8. Give this run another --workdir" in str(error.value)
   assert f"--config.init_from={plain} it starts from" in str(error.value)
@@ -691,7 +691,7 @@ def test_init_from_is_for_the_start_alone(tmp_path):
      "params/norm_conv1/batch_norm/scale missing there, (8,) here")])
 def test_init_from_other_shapes_is_refused(source, named, tmp_path):
   save_run(tiny_config(**source), tmp_path / "source")
-  with pytest.raises(cli.UsageError) as error:
+  with pytest.raises(errors.UsageError) as error:
     run(tiny_config(init_from=str(tmp_path / "source")), tmp_path / "run")
   assert "init_from" in str(error.value) and named in str(error.value)
   assert not (tmp_path / "run").exists()
@@ -699,10 +699,10 @@ def test_init_from_other_shapes_is_refused(source, named, tmp_path):
 
 def test_init_from_no_run_is_refused(tmp_path):
   for source in (tmp_path / "nothing", tmp_path):
-    with pytest.raises(cli.UsageError, match="the workdir of a run"):
+    with pytest.raises(errors.UsageError, match="the workdir of a run"):
       run(tiny_config(init_from=str(source)), tmp_path / "run")
   workdir_lib.claim(str(tmp_path / "fresh"), tiny_config())
-  with pytest.raises(cli.UsageError, match="a run that has a checkpoint"):
+  with pytest.raises(errors.UsageError, match="a run that has a checkpoint"):
     run(tiny_config(init_from=str(tmp_path / "fresh")), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
@@ -815,7 +815,7 @@ def test_noise_is_kept_for_so_many_steps():
 
 
 def test_bop_needs_weights_of_one_bit():
-  with pytest.raises(cli.UsageError, match="bop.: must be another: no layer"):
+  with pytest.raises(errors.UsageError, match="bop.: must be another: no layer"):
     Experiment(tiny_config(optimizer="bop", weight_bits=2))
 
 

@@ -5,8 +5,8 @@ the names below. A run differs from the default schedule, "linear-0.465-seed0", 
 its name says; "ste" and a constant alpha of 1 are what annealing has to beat.
 """
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 
 _SCHEDULES = {
     **{f"{shape}-{end}": {"alpha_shape": shape, "alpha_end": end}
@@ -23,9 +23,10 @@ _SCHEDULES = {
 def get_runs(argument=""):
   a = config_lib.parse_argument(
       argument, dataset="digits", network="D", size="full", seeds=5, epochs=0)
-  cli.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
-            "digits, cifar10 or cifar100")
-  cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
+  errors.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
+               "digits, cifar10 or cifar100")
+  errors.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds,
+               "a positive number")
   config = ("digits_convnet" if a.dataset == "digits" else
             f"cifar_convnet:network={a.network},dataset={a.dataset},size={a.size}")
   common = {"num_epochs": a.epochs} if a.epochs else {}

@@ -16,19 +16,20 @@ The latter two begin with the run aqe-first: from its weights, where its learnin
 ended.
 """
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 
 
 def get_runs(argument=""):
   a = config_lib.parse_argument(
       argument, dataset="digits", network="A", size="quarter", seeds=5, epochs=0,
       runs="")
-  cli.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
-            "digits, cifar10 or cifar100")
-  cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
-  cli.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 1), "epochs",
-            a.epochs, "at least 2, or 0 for the usual number")
+  errors.check(a.dataset in ("digits", "cifar10", "cifar100"), "dataset", a.dataset,
+               "digits, cifar10 or cifar100")
+  errors.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds,
+               "a positive number")
+  errors.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 1), "epochs",
+               a.epochs, "at least 2, or 0 for the usual number")
   if a.dataset == "digits":  # It has one network.
     config, epochs = "digits_convnet", 40
   else:
@@ -40,7 +41,7 @@ def get_runs(argument=""):
   chosen = a.runs.split("+") if a.runs else list(runs)
   for name in chosen:
     if name not in runs:
-      raise cli.unknown_name("run", name, runs)
+      raise errors.unknown_name("run", name, runs)
   for seed in range(a.seeds):
     for name in chosen:
       fields = {"seed": seed, "num_epochs": a.epochs or epochs} | runs[name]

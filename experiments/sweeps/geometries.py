@@ -6,8 +6,8 @@ below. Float networks on CIFAR-10, whose accuracies in Table I are .918, .910, .
 the crop of 24 and a decay of 0.9 every 1000 of the full run's 35,000 steps.
 """
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 
 _CHOICES = {
     "crop24": ("crop24", {}),
@@ -22,7 +22,8 @@ _CHOICES = {
 
 def get_runs(argument=""):
   a = config_lib.parse_argument(argument, networks="AD", size="full", seeds=5)
-  cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
+  errors.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds,
+               "a positive number")
   for seed in range(a.seeds):
     for network in str(a.networks):
       for name, (geometry, fields) in _CHOICES.items():

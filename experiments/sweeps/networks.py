@@ -6,8 +6,8 @@ an hour each; size=short ConvNet D as wide as in the paper, for 24 epochs, two h
 a core; size=full ConvNets A and D as in the paper, 1/1 bits.
 """
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 
 _NETWORKS = {  # By size: the end of its name, network, bits.
     "full": (("_a", "A", 1), ("_d", "D", 1)),
@@ -24,7 +24,7 @@ _FIELDS = {
 
 def get_runs(argument=""):
   a = config_lib.parse_argument(argument, size="full")
-  cli.check(a.size in _NETWORKS, "size", a.size, "full, short or quarter")
+  errors.check(a.size in _NETWORKS, "size", a.size, "full, short or quarter")
   width = "quarter" if a.size == "quarter" else "full"
   for name, network, bits in _NETWORKS[a.size]:
     config = (f"cifar_convnet:network={network},size={width},"

@@ -6,8 +6,8 @@ Runs are cifar10-A-1-2-seed0: network, bits of inputs (M) and of weights (N); Ta
 has cifar100-A-1-1-ste-seed0 as well. The paper's 16 is bfloat16 here, its 32 float32.
 """
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 
 _BITS = [(m, n) for m in (1, 2, 3) for n in (1, 2, 3, 16)] + [
     (16, 1), (16, 2), (16, 3), (32, 32)]
@@ -17,8 +17,9 @@ _FORMATS = {16: "bfloat16", 32: "float32"}
 def get_runs(argument=""):
   a = config_lib.parse_argument(argument, table=1, seeds=5, networks="ABCD",
                                  size="full")
-  cli.check(a.table in (1, 2), "table", a.table, "1 or 2")
-  cli.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds, "a positive number")
+  errors.check(a.table in (1, 2), "table", a.table, "1 or 2")
+  errors.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds,
+               "a positive number")
   dataset = {1: "cifar10", 2: "cifar100"}[a.table]
   for seed in range(a.seeds):
     for network in str(a.networks):

@@ -38,6 +38,7 @@ from absl import flags
 from minw import cli
 from minw import config as config_lib
 from minw import config_flag
+from minw import errors
 from minw import files
 from minw import models
 from minw.bench import configs
@@ -81,8 +82,8 @@ def main_scaling() -> None:
 
 def _positive(flag: str) -> list[int]:
   values = flags.FLAGS[flag].value
-  cli.check(values and all(n.isdigit() and int(n) for n in values), flag,
-            ",".join(values), "positive integers, 1,64 for example")
+  errors.check(values and all(n.isdigit() and int(n) for n in values), flag,
+               ",".join(values), "positive integers, 1,64 for example")
   return [int(n) for n in values]
 
 
@@ -95,8 +96,8 @@ def main_configs() -> None:
 def _report(module, measure) -> None:
   path = flags.FLAGS.json
   if path:  # Found out now rather than after minutes.
-    cli.check(os.path.isdir(os.path.dirname(path) or "."), "json", path,
-              "a file in a directory that exists")
+    errors.check(os.path.isdir(os.path.dirname(path) or "."), "json", path,
+                 "a file in a directory that exists")
   result = measure()
   print(module.table(result))
   if path:

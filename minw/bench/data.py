@@ -10,9 +10,9 @@ from typing import Any, Callable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from minw import cli
 from minw import config as config_lib
 from minw import datasets
+from minw import errors
 from minw import pipeline
 from minw import streaming
 from minw.bench import timing
@@ -102,11 +102,11 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
     and machine.
 
   Raises:
-    cli.UsageError: the config can not be run, or there are no data.
+    errors.UsageError: the config can not be run, or there are no data.
   """
   info = datasets.info(config.dataset)
-  cli.check(info.streamed, "config.dataset", config.dataset,
-            "a data set that is streamed: imagenet2012")
+  errors.check(info.streamed, "config.dataset", config.dataset,
+               "a data set that is streamed: imagenet2012")
   config_lib.validate(config)
   records = datasets.open_records(config.dataset, "train", config.data_dir)
   images = [records[i]["image"] for i in range(min(_IMAGES, len(records)))]

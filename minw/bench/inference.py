@@ -20,8 +20,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import layers as layers_lib
 from minw import pack
 from minw import packed
@@ -69,7 +69,7 @@ def bench_inference(
     What --json writes: `runs`, each with its threads, batch, engines and ratios.
 
   Raises:
-    cli.UsageError: the config can not be run.
+    errors.UsageError: the config can not be run.
   """
   if not layers:
     random_network(config)  # Complains, if it must, in this process.
@@ -97,7 +97,7 @@ def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
   """A config's network with random weights, packed, and in floats."""
   experiment = Experiment(config)
   if any("/" in layer.path for layer in experiment.layers):
-    raise cli.bad_value("config.network", config.network, "a ConvNet")
+    raise errors.bad_value("config.network", config.network, "a ConvNet")
   generator = np.random.default_rng(config.seed)
   image = experiment.image_shape
   variables = jax.tree.map(np.array, jax.device_get(jax.jit(
@@ -124,7 +124,7 @@ def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
         experiment.model, variables, pixels=experiment.pixels,
         source_shape=experiment.info.image_shape, crop=image[:2])
   except ValueError as error:
-    raise cli.UsageError(str(error)) from error
+    raise errors.UsageError(str(error)) from error
   return program, linear
 
 

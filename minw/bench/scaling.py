@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Sequence
 import jax
 import jax.numpy as jnp
 
-from minw import cli
+from minw import errors
 from minw import pipeline
 from minw import train
 from minw.experiment import Experiment
@@ -89,7 +89,7 @@ def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
     The number of parameters, floating-point operations of an example, and collectives.
 
   Raises:
-    cli.UsageError: the config can not be run.
+    errors.UsageError: the config can not be run.
   """
   experiment = Experiment(config)
   c, info = config, experiment.info
@@ -173,12 +173,12 @@ def bench_scaling(
     and `collectives`; `weak` and `strong`, see `step_times`; config and rates.
 
   Raises:
-    cli.UsageError: the config can not be run, or JAX has other devices already.
+    errors.UsageError: the config can not be run, or JAX has other devices already.
   """
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", DEVICES)
-  cli.check(len(jax.devices()) == DEVICES, "devices", len(jax.devices()),
-            f"{DEVICES} virtual ones; XLA_FLAGS says otherwise")
+  errors.check(len(jax.devices()) == DEVICES, "devices", len(jax.devices()),
+               f"{DEVICES} virtual ones; XLA_FLAGS says otherwise")
   parameters, operations, found = compile_step(config)
   others = {each.kind for each in found} - {"all-reduce"}
   if others:

@@ -17,6 +17,7 @@ from absl import flags
 import numpy as np
 
 from minw import cli
+from minw import errors
 from minw import files
 from minw import infer
 from minw import packed
@@ -46,7 +47,7 @@ def content(
     prefix: Beginning of the public names in the C file; see `--prefix`.
 
   Raises:
-    cli.UsageError: the network can not be exported exactly, or a package is missing.
+    errors.UsageError: the network can not be exported exactly, or a package is missing.
   """
   try:
     if form == "c":
@@ -58,11 +59,11 @@ def content(
     model = graph.model(program, qonnx=form == "qonnx", batch=batch)
     return model.SerializeToString()
   except ImportError as error:
-    raise cli.UsageError(
+    raise errors.UsageError(
         f"format={form!r} needs a package that is not installed ({error});"
         " pip install 'minw[export]'") from error
   except ValueError as error:
-    raise cli.UsageError(f"format={form!r}: {error}") from error
+    raise errors.UsageError(f"format={form!r}: {error}") from error
 
 
 def test_images(
@@ -80,10 +81,10 @@ def test_images(
 
 def _program(workdir: str | None, model: str | None, which: str) -> packed.Program:
   if (workdir is None) == (model is None):
-    raise cli.UsageError("one of --workdir and --model must be given, not both")
+    raise errors.UsageError("one of --workdir and --model must be given, not both")
   if workdir is None:
-    cli.check(not flags.FLAGS["checkpoint"].present, "checkpoint", which,
-              "left out with --model, which is of one checkpoint")
+    errors.check(not flags.FLAGS["checkpoint"].present, "checkpoint", which,
+                 "left out with --model, which is of one checkpoint")
     return infer.load_for_command(model, backend="reference").program
   from minw import pack  # It needs what training needs.
   return pack.pack_workdir(workdir, which)
@@ -95,16 +96,16 @@ def _check_options(
   """Refuses what does not go with the format.
 
   Raises:
-    cli.UsageError: names the flag, its value and what is allowed.
+    errors.UsageError: names the flag, its value and what is allowed.
   """
-  cli.check(batch is None or form in ("onnx", "qonnx", "stablehlo"), "batch", batch,
-            "left out unless --format is onnx, qonnx or stablehlo")
-  cli.check(prefix is None or form == "c", "prefix", prefix,
-            "left out unless --format is c")
-  cli.check(prefix is None or c_text.PREFIX.fullmatch(prefix), "prefix", prefix,
-            f"made of {c_text.ALLOWED_PREFIX}")
-  cli.check(form != "c" or not out.endswith(".h"), "out", out,
-            "the C file; its header is written beside it")
+  errors.check(batch is None or form in ("onnx", "qonnx", "stablehlo"), "batch", batch,
+               "left out unless --format is onnx, qonnx or stablehlo")
+  errors.check(prefix is None or form == "c", "prefix", prefix,
+               "left out unless --format is c")
+  errors.check(prefix is None or c_text.PREFIX.fullmatch(prefix), "prefix", prefix,
+               f"made of {c_text.ALLOWED_PREFIX}")
+  errors.check(form != "c" or not out.endswith(".h"), "out", out,
+               "the C file; its header is written beside it")
 
 
 def _name(workdir: str | None, model: str | None) -> str:
@@ -116,7 +117,7 @@ def _write(path: pathlib.Path, data: bytes) -> None:
   try:
     files.write(path, data)
   except OSError as error:
-    raise cli.UsageError(f"out={str(path)!r} cannot be written: {error}") from error
+    raise errors.UsageError(f"out={str(path)!r} cannot be written: {error}") from error
   print(f"{path}: {len(data)} bytes")
 
 
@@ -151,7 +152,7 @@ def main() -> None:
   """Exports a network, as the flags say."""
   f = flags.FLAGS
   if (f.format is None) != (f.out is None) or not (f.format or f.golden):
-    raise cli.UsageError("--format and --out, or --golden, must be given")
+    raise errors.UsageError("--format and --out, or --golden, must be given")
   _check_options(f.format, f.out, f.batch, f.prefix)
   program = _program(f.workdir, f.model, f.checkpoint)
   images = test_images(f.images, program, f.background)
@@ -167,7 +168,7 @@ def main() -> None:
     try:
       golden.write(f.golden, program, images)
     except (OSError, ValueError) as error:
-      raise cli.UsageError(f"golden={f.golden!r}: {error}") from error
+      raise errors.UsageError(f"golden={f.golden!r}: {error}") from error
     print(f"{f.golden}: {len(program.ops) + 1} values of {len(images)} images")
 
 

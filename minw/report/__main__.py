@@ -36,6 +36,7 @@ from typing import Any, Sequence
 from absl import flags
 
 from minw import cli
+from minw import errors
 from minw import files
 from minw.report import comparison
 from minw.report import figures
@@ -51,8 +52,8 @@ def _read() -> tuple[list[records.Record], list[records.LeftOut]]:
 
 
 def _check_found(runs: Sequence[Any]) -> None:
-  cli.check(bool(runs), "runs", ",".join(flags.FLAGS.runs),
-            "folders that hold workdirs of runs, or studies")
+  errors.check(bool(runs), "runs", ",".join(flags.FLAGS.runs),
+               "folders that hold workdirs of runs, or studies")
 
 
 def _say(left_out: Sequence[records.LeftOut]) -> None:
@@ -68,7 +69,7 @@ def _write(name: str, text: str) -> None:
     pathlib.Path(out).mkdir(parents=True, exist_ok=True)
     files.write(pathlib.Path(out) / name, text)
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
+    raise errors.UsageError(f"out={out!r} cannot be written: {error}") from error
 
 
 def main_tables() -> None:
@@ -90,7 +91,7 @@ def main_figures() -> None:
   try:
     drawn, missing = figures.draw(runs, out, flags.FLAGS.layer)
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
+    raise errors.UsageError(f"out={out!r} cannot be written: {error}") from error
   print("\n".join([*drawn, *(f"not drawn: {line}" for line in missing)]))
   _say(left_out)
 
@@ -117,11 +118,11 @@ def main_collect() -> None:
 def main_results() -> None:
   out = flags.FLAGS.out or "."
   folders = flags.FLAGS.runs or ["results"]
-  cli.check(len(folders) == 1, "runs", ",".join(folders), "one folder with studies")
+  errors.check(len(folders) == 1, "runs", ",".join(folders), "one folder with studies")
   try:
     print("\n".join(results.write(folders[0], out)))
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
+    raise errors.UsageError(f"out={out!r} cannot be written: {error}") from error
 
 
 SUBCOMMANDS = {

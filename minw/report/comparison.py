@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 from scipy import stats
 
-from minw import cli
 from minw import config as config_lib
+from minw import errors
 from minw import titles
 from minw.report import records
 from minw.report import tables
@@ -139,14 +139,14 @@ def compare(runs: Sequence[records.Record], by: Sequence[str]) -> list[Compariso
     A comparison for each combination of the other fields.
 
   Raises:
-    cli.UsageError: no such field.
+    errors.UsageError: no such field.
   """
   fields = config_lib.default_config()
   for name in by:
     if name not in fields:
-      raise cli.unknown_name("config field", name, fields)
-    cli.check(name not in records.NO_MATTER, "by", name,
-              "a field that the network depends on, and not the seed")
+      raise errors.unknown_name("config field", name, fields)
+    errors.check(name not in records.NO_MATTER, "by", name,
+                 "a field that the network depends on, and not the seed")
   found: dict[str, dict[str, list[records.Record]]] = {}
   for run in runs:
     groups = found.setdefault(records.key(run["config"], by), {})

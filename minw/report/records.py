@@ -21,9 +21,9 @@ import os
 import pathlib
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from minw import cli
 from minw import config as config_lib
 from minw import environment
+from minw import errors
 from minw import files
 from minw import json_files
 from minw import metrics
@@ -59,17 +59,17 @@ def record(workdir: str) -> Record:
   """The record of the run in `workdir`; its files are named by their whole paths.
 
   Raises:
-    cli.UsageError: there is no run, it is not done, or its record is not complete, see
+    errors.UsageError: there is no run, it is not done, or its record is not complete, see
       `metrics.check_complete`.
   """
   config = workdir_lib.read_config(workdir)
   status = workdir_lib.read_status(workdir) or {"state": "not begun", "step": 0}
-  cli.check(status["state"] == "done", "workdir", workdir,
-            f"that of a run that is done: it is {status['state']} at step "
-            f"{status['step']}")
+  errors.check(status["state"] == "done", "workdir", workdir,
+               f"that of a run that is done: it is {status['state']} at step "
+               f"{status['step']}")
   lacking = [name for name in workdir_lib.RESULTS if name not in status]
-  cli.check(not lacking, "workdir", workdir,
-            f"that of a run whose status.json has {', '.join(lacking)}")
+  errors.check(not lacking, "workdir", workdir,
+               f"that of a run whose status.json has {', '.join(lacking)}")
   metrics.check_complete(workdir, config, status)
   run = environment.read(workdir)
   *earlier, last = run["environments"] or [
@@ -96,7 +96,7 @@ def _source(init_from: str) -> str:
     return ""
   try:
     config = workdir_lib.read_config(paths_lib.expand(init_from))
-  except (cli.UsageError, ValueError):
+  except (errors.UsageError, ValueError):
     return init_from
   return as_source(json.loads(config_lib.to_json(config)))
 
@@ -161,7 +161,7 @@ def read(paths: Sequence[str]) -> tuple[list[Record], list[LeftOut]]:
     and, of two of equal config and seed with other results, the second.
 
   Raises:
-    cli.UsageError: a path is neither a folder nor a study.
+    errors.UsageError: a path is neither a folder nor a study.
   """
   found, left_out, _ = _scan(paths)
   return found, left_out
@@ -176,7 +176,7 @@ def _scan(
     try:
       run = load()
       filled = config_lib.from_json(json.dumps(run["config"]))
-    except (cli.UsageError, OSError, ValueError, KeyError, TypeError) as error:
+    except (errors.UsageError, OSError, ValueError, KeyError, TypeError) as error:
       left_out.append(LeftOut(name, " ".join(str(error).split())))
       continue
     run = {**run, "name": name, "config": json.loads(config_lib.to_json(filled))}
@@ -202,12 +202,12 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
   for path in paths:
     if os.path.isfile(path):
-      cli.check(is_study(path), "runs", path,
-                "a folder, or a study: lines of JSON that `collect` wrote")
+      errors.check(is_study(path), "runs", path,
+                   "a folder, or a study: lines of JSON that `collect` wrote")
       if new(path):
         yield from _lines(path)
       continue
-    cli.check(os.path.isdir(path), "runs", path, "a folder or a file that exists")
+    errors.check(os.path.isdir(path), "runs", path, "a folder or a file that exists")
     for folder, folders, names in os.walk(path):
       if _is_workdir(folder, names):
         folders.clear()  # It has checkpoints, no other runs.
@@ -251,7 +251,7 @@ def _is_workdir(folder: str, names: Sequence[str]) -> bool:
     return True
   try:
     return bool(workdir_lib.read_config(folder))
-  except cli.UsageError:
+  except errors.UsageError:
     return False
 
 
@@ -278,13 +278,13 @@ def _line(line: bytes, folder: str) -> Record:
   try:
     run = json.loads(line)
   except (ValueError, RecursionError) as error:
-    raise cli.UsageError(f"the line is damaged: {error}") from error
+    raise errors.UsageError(f"the line is damaged: {error}") from error
   if not isinstance(run, dict):
-    raise cli.UsageError("the line is damaged: it is not a JSON object")
+    raise errors.UsageError("the line is damaged: it is not a JSON object")
   missing = sorted({"config", "seed", "commit", "seconds", "step", "test_accuracy",
                     "test_loss", "best_test_accuracy", "curve", "histograms"} - {*run})
   if missing:
-    raise cli.UsageError(f"the line has no {', '.join(missing)}")
+    raise errors.UsageError(f"the line has no {', '.join(missing)}")
   wrong = [name for name in ("seed", "step", "test_accuracy", "best_test_accuracy")
            if not json_files.is_number(run[name])]
   if not (run["seconds"] is None or json_files.is_number(run["seconds"])):
@@ -292,7 +292,7 @@ def _line(line: bytes, folder: str) -> Record:
   if not environment.is_environment({name: run.get(name) for name in environment.UNKNOWN}):
     wrong += environment.UNKNOWN
   if wrong:
-    raise cli.UsageError(f"the line is damaged: {', '.join(wrong)} of another type")
+    raise errors.UsageError(f"the line is damaged: {', '.join(wrong)} of another type")
   for name, read_all in (("curve", metrics.read_file),
                          ("histograms", metrics.read_histograms)):
     path = os.path.join(folder, run[name] or "")
@@ -317,12 +317,12 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
     runs that the study has already or that were found twice.
 
   Raises:
-    cli.UsageError: as `read`; `out` is not a study, or cannot be written.
+    errors.UsageError: as `read`; `out` is not a study, or cannot be written.
   """
   study = pathlib.Path(out)
-  cli.check(study.suffix == ".jsonl", "out", out, "a file whose name ends in .jsonl")
+  errors.check(study.suffix == ".jsonl", "out", out, "a file whose name ends in .jsonl")
   before = json_files.read_text(study) or ""
-  cli.check(not before or is_study(out), "out", out, "a study, or a new file")
+  errors.check(not before or is_study(out), "out", out, "a study, or a new file")
   known, _ = read([out]) if before else ([], [])
   names = {run["name"] for run in known}
   runs, left_out, copies = _scan([*[out] * bool(before), *paths])
@@ -348,7 +348,7 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
       cut_off = before and not before.endswith("\n")  # No line is added to its last.
       files.write(study, before + "\n" * bool(cut_off) + "".join(lines))
   except OSError as error:
-    raise cli.UsageError(f"out={out!r} cannot be written: {error}") from error
+    raise errors.UsageError(f"out={out!r} cannot be written: {error}") from error
   return added, [*left_out, *copies]
 
 

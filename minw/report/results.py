@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Sequence
 
-from minw import cli
+from minw import errors
 from minw import files
 from minw import metrics
 from minw.progress import duration
@@ -49,15 +49,16 @@ def write(folder: str, out: str) -> list[str]:
     What was written, and what was left out and why, a line each.
 
   Raises:
-    cli.UsageError: there is no study, or `folder` is not in `out`.
+    errors.UsageError: there is no study, or `folder` is not in `out`.
     OSError: it cannot be written.
   """
   root = pathlib.Path(out).resolve()
-  cli.check(pathlib.Path(folder).resolve().is_relative_to(root), "runs", folder,
-            f"a folder in out={out!r}, from where RESULTS.md links to it")
+  errors.check(pathlib.Path(folder).resolve().is_relative_to(root), "runs", folder,
+               f"a folder in out={out!r}, from where RESULTS.md links to it")
   studies = [path for path in sorted(pathlib.Path(folder).glob("*.jsonl"))
              if records.is_study(path)]
-  cli.check(bool(studies), "runs", folder, "a folder with studies, which `collect` makes")
+  errors.check(bool(studies), "runs", folder,
+               "a folder with studies, which `collect` makes")
   parts, everything, log = [_HEAD, "## Ours, by study\n", _COLUMNS], [], []
   for path in studies:
     runs, left_out = records.read([str(path)])
