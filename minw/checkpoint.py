@@ -1,4 +1,7 @@
-"""Checkpoints of a run: Orbax, with a checksum, and a step back from a damaged one."""
+"""Checkpoints of a run: Orbax, with a checksum, and a step back from a damaged one.
+
+`read_run` reads a run from its workdir, for those who do not train it.
+"""
 
 import functools
 import json
@@ -18,9 +21,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from minw import config as config_lib
 from minw import distributed
 from minw import errors
 from minw import json_files
+from minw import workdir as workdir_lib
 
 _log = logging.getLogger(__name__)
 
@@ -274,6 +279,43 @@ def _restore_first(manager, steps, target):
     distributed.on_main(_move_aside, pathlib.Path(manager.directory), damaged)
     manager.reload()
   return restored
+
+
+def trained_variables(tree: dict[str, Any]) -> dict[str, Any]:
+  """The variables of a checkpoint's tree, with batch norm's running statistics."""
+  return {"params": tree["params"], "batch_stats": tree["batch_stats"]}
+
+
+def hard_variables(tree: dict[str, Any]) -> dict[str, Any]:
+  """The variables of a checkpoint's tree that the hard network is folded from.
+
+  Where batch norm's statistics were re-estimated, those count.
+  """
+  stats = tree.get("reestimated_batch_stats", tree["batch_stats"])
+  return {"params": tree["params"], "batch_stats": stats}
+
+
+def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
+  """The config and a checkpoint of a run.
+
+  Args:
+    workdir: of the run.
+    which: "last", or "best" in validation accuracy.
+
+  Raises:
+    errors.UsageError: there is no run, its config cannot be used, or no checkpoint.
+  """
+  config = workdir_lib.read_config(workdir)
+  try:
+    config_lib.validate(config)
+  except errors.UsageError as error:
+    raise errors.UsageError(f"{pathlib.Path(workdir) / 'config.json'}: {error}") from error
+  saved = None
+  if (pathlib.Path(workdir) / "checkpoints").is_dir():
+    with open_manager(workdir, read_only=True) as manager:
+      saved = (restore_best if which == "best" else restore_newest)(manager)
+  errors.check(saved is not None, "workdir", workdir, "a run that has a checkpoint")
+  return config, saved
 
 
 def newest_step(workdir: str) -> int:

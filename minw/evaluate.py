@@ -7,7 +7,6 @@
 import collections
 import json
 import os
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -105,44 +104,6 @@ def _means(sums: dict[str, Any]) -> dict[str, float]:
   return {name: sums[key] / sums["count"] for name, key in names.items() if key in sums}
 
 
-def trained_variables(tree: dict[str, Any]) -> dict[str, Any]:
-  """The variables of a checkpoint's tree, with batch norm's running statistics."""
-  return {"params": tree["params"], "batch_stats": tree["batch_stats"]}
-
-
-def hard_variables(tree: dict[str, Any]) -> dict[str, Any]:
-  """The variables of a checkpoint's tree that the hard network is folded from.
-
-  Where batch norm's statistics were re-estimated, those count.
-  """
-  stats = tree.get("reestimated_batch_stats", tree["batch_stats"])
-  return {"params": tree["params"], "batch_stats": stats}
-
-
-def read_run(workdir: str, which: str = "last") -> tuple[Any, checkpoint.Restored]:
-  """The config and a checkpoint of a run.
-
-  Args:
-    workdir: of the run.
-    which: "last", or "best" in validation accuracy.
-
-  Raises:
-    errors.UsageError: there is no run, its config cannot be used, or no checkpoint.
-  """
-  config = workdir_lib.read_config(workdir)
-  try:
-    config_lib.validate(config)
-  except errors.UsageError as error:
-    raise errors.UsageError(f"{pathlib.Path(workdir) / 'config.json'}: {error}") from error
-  saved = None
-  if (pathlib.Path(workdir) / "checkpoints").is_dir():
-    with checkpoint.open_manager(workdir, read_only=True) as manager:
-      saved = (checkpoint.restore_best(manager) if which == "best"
-               else checkpoint.restore_newest(manager))
-  errors.check(saved is not None, "workdir", workdir, "a run that has a checkpoint")
-  return config, saved
-
-
 def evaluate_workdir(
     workdir: str,
     split: str = "test",
@@ -168,7 +129,7 @@ def evaluate_workdir(
     errors.UsageError: no run or no checkpoint there, no data, or a run that is done but
       whose record is not complete, see `metrics.check_complete`.
   """
-  config, saved = read_run(workdir, which)
+  config, saved = checkpoint.read_run(workdir, which)
   status = workdir_lib.read_status(workdir)
   if status and status["state"] == "done":
     metrics.check_complete(workdir, config, status)
@@ -177,7 +138,7 @@ def evaluate_workdir(
   if data_workers is not None:
     config.data_workers = data_workers
   experiment = Experiment(config)
-  variables = hard_variables(saved.tree)
+  variables = checkpoint.hard_variables(saved.tree)
   data = experiment.load(split)
   result = {"step": saved.step, **Evaluator(experiment).hard(variables, data)}
   return result | (data.report() if experiment.info.streamed else {})

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
 from minw import errors
-from minw import evaluate
 from minw import fold
 from minw import layers
 from minw import metadata as metadata_lib
@@ -41,13 +41,13 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
   Raises:
     errors.UsageError: there is no run or checkpoint, or its network does not pack.
   """
-  config, saved = evaluate.read_run(workdir, which)
+  config, saved = checkpoint.read_run(workdir, which)
   experiment = Experiment(config)
   text = config_lib.to_json(config)
   shared = metadata_lib.shared(json.loads(text))
   try:
     return pack(
-        experiment.model, evaluate.hard_variables(saved.tree),
+        experiment.model, checkpoint.hard_variables(saved.tree),
         pixels=experiment.pixels, source_shape=experiment.info.image_shape,
         crop=experiment.image_shape[:2],
         labels=experiment.info.label_names,

@@ -475,18 +475,18 @@ def _train(
                         *weight_report(state.params))
             | (train_data.report() if experiment.info.streamed else {}),
             {"split": "validation", "mode": "mixed", **evaluator.mixed(
-                evaluate.trained_variables(state._asdict()), validation_data,
+                checkpoint.trained_variables(state._asdict()), validation_data,
                 np.asarray(experiment.alpha(step - 1)))},
             {"split": "validation", "mode": "hard", **evaluator.hard(
-                evaluate.hard_variables(tree), validation_data)}]
+                checkpoint.hard_variables(tree), validation_data)}]
         if config.eval_train:
           lines.insert(1, {"split": "train", "mode": "hard", **evaluator.hard(
-              evaluate.hard_variables(tree), train_data)})
+              checkpoint.hard_variables(tree), train_data)})
         for line in lines if writer else ():
           writer.write({"step": step, "epoch": epochs_done, **line})
         if config.histogram_layers and epochs_done in histogram_epochs:
           counted = histogram(
-              evaluate.trained_variables(state._asdict()), validation_data,
+              checkpoint.trained_variables(state._asdict()), validation_data,
               np.asarray(experiment.alpha(step - 1)))
           if writer:
             writer.write_histograms(step, epochs_done, counted)
@@ -516,7 +516,7 @@ def _train(
       best = checkpoint.restore_best(manager, target)
       results = {}
       for which, saved in (("last", last), ("best", best)):
-        results[which] = evaluator.hard(evaluate.hard_variables(saved.tree), test_data)
+        results[which] = evaluator.hard(checkpoint.hard_variables(saved.tree), test_data)
         if writer:
           writer.write({"step": step, "epoch": config.num_epochs, "split": "test",
                         "mode": "hard", "checkpoint": which,
@@ -578,15 +578,15 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   if not workdir:
     return {}
   try:
-    _, saved = evaluate.read_run(paths.expand(workdir))
+    _, saved = checkpoint.read_run(paths.expand(workdir))
   except errors.UsageError as error:
     raise errors.UsageError(f"config.init_from={errors.shown(workdir)}: {error}") from error
-  source = evaluate.trained_variables(saved.tree)
+  source = checkpoint.trained_variables(saved.tree)
   shapes = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
   theirs = shapes(source)
-  ours = shapes(evaluate.trained_variables(
+  ours = shapes(checkpoint.trained_variables(
       jax.eval_shape(lambda: init_state(experiment))._asdict()))
   different = [f"{path} {theirs.get(path, 'missing')} there, "
                f"{ours.get(path, 'missing')} here"

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minw import checkpoint
 from minw import errors
-from minw import evaluate
 from minw import infer
 from minw import packed
 from minw import pipeline
@@ -143,11 +143,11 @@ def verify_workdir(
   Returns:
     An exit code: 0 if nothing differs, else 1.
   """
-  config, saved = evaluate.read_run(workdir, which)
+  config, saved = checkpoint.read_run(workdir, which)
   if data_dir is not None:
     config.data_dir = data_dir
   experiment = Experiment(config)
-  variables = evaluate.hard_variables(saved.tree)
+  variables = checkpoint.hard_variables(saved.tree)
   hard = experiment.fold(variables)
   try:
     images = experiment.source_images("test")

@@ -129,7 +129,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
     tree = checkpoint.restore(manager, EPOCH).tree
   experiment = Experiment(config)
   found = evaluate.Evaluator(experiment).hard(
-      evaluate.hard_variables(tree), experiment.load("validation"))
+      checkpoint.hard_variables(tree), experiment.load("validation"))
   assert found["accuracy"] == lines[2]["accuracy"]
   assert found["loss"] == pytest.approx(lines[2]["loss"], rel=1e-5)
   right = lines[0]["accuracy"] * 64 * EPOCH

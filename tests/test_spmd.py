@@ -167,9 +167,9 @@ def test_evaluation_is_the_same(four):
   with shared_programs():
     evaluator = evaluate.Evaluator(experiment)
   data = experiment.load("validation")
-  hard = evaluator.hard(evaluate.hard_variables(tree), data)
+  hard = evaluator.hard(checkpoint.hard_variables(tree), data)
   mixed = evaluator.mixed(
-      evaluate.trained_variables(tree), data, experiment.alpha(EPOCH - 1))
+      checkpoint.trained_variables(tree), data, experiment.alpha(EPOCH - 1))
   distances = mixed.pop("input_distance")
   for mode, ours in (("hard", hard), ("mixed", mixed)):
     theirs, = lines_of(four / "run", split="validation", mode=mode)

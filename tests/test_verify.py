@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from minw import checkpoint
 from minw import datasets
 from minw import evaluate
 from minw import infer
@@ -35,7 +36,7 @@ def program_of(workdir):
 
 
 def test_metadata(workdir, program):
-  config, saved = evaluate.read_run(workdir)
+  config, saved = checkpoint.read_run(workdir)
   wanted = json.loads(config.to_json())
   # Where the run was computed is nobody else's business.
   for name in ("data_dir", "data_workers", "init_from"):
@@ -47,7 +48,7 @@ def test_metadata(workdir, program):
 
 
 def test_best_checkpoint(workdir):
-  _, saved = evaluate.read_run(workdir, "best")
+  _, saved = checkpoint.read_run(workdir, "best")
   assert pack.pack_workdir(workdir, "best").metadata["step"] == saved.step
 
 

@@ -9,6 +9,7 @@ from IPython import display
 import jax
 import numpy as np
 
+from minw import checkpoint
 from minw import config as config_lib
 from minw import evaluate
 from minw import layers
@@ -71,7 +72,7 @@ def accuracies(config: Any, seeds: Sequence[int] = SEEDS) -> dict[int, float]:
     if config.reestimate_batches:
       tree["reestimated_batch_stats"] = reestimate(
           state.params, state.batch_stats, itertools.repeat((data, order)))
-    variables = evaluate.hard_variables(tree)
+    variables = checkpoint.hard_variables(tree)
     results[seed] = evaluator.hard(variables, test)["accuracy"]
   return results
 
