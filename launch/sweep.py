@@ -19,7 +19,7 @@ with code 75; a second one kills them. Exit codes besides: 0 all done, 1 some no
 input.
 
 Several sweeps may work on one directory: a run belongs to the process that holds the
-lock of its workdir, which `minw.locks` describes and `minw.main` takes as well. Where
+lock of its workdir, which `minw.workdir.locks` describes and `minw.main` takes as well. Where
 that is not sure to hold between machines, give each machine runs of its own with
 --only, as what --emit writes does.
 
@@ -49,13 +49,13 @@ from absl import flags
 from minw import cli
 from minw import config as config_lib
 from minw import config_flag
-from minw import environment
 from minw import errors
 from minw import files
 from minw import json_files
-from minw import locks
-from minw import workdir as workdir_lib
 from minw.progress import duration
+from minw.workdir import environment
+from minw.workdir import locks
+from minw.workdir import run_files
 import places
 
 BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75  # Exit codes of minw.main.
@@ -185,7 +185,7 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
   """
   import jax
   jax.config.update("jax_platforms", "cpu")  # The GPUs are for the runs.
-  from minw import datasets
+  from minw.data import datasets
   from minw import experiment
 
   steps, known = {}, {}
@@ -193,7 +193,7 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
     with _naming(run.name):
       if _damage(run):
         continue  # It counts as failed; the others go on.
-      workdir_lib.check_free(str(run.workdir), run.config)
+      run_files.check_free(str(run.workdir), run.config)
       if _read_status(run)[0]["state"] in _FINAL:
         continue
       # Of runs that differ by their seeds, one is enough: each takes a while.
@@ -249,7 +249,7 @@ def _damage(run: Run) -> str:
   try:
     json_files.read_object(run.workdir / "config.json")
   except json_files.Damaged as error:
-    return f"{error}; {workdir_lib.REMEDY}"
+    return f"{error}; {run_files.REMEDY}"
   return ""
 
 
@@ -295,7 +295,7 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
 def _read_status(run: Run) -> tuple[dict[str, Any], str]:
   """What status.json holds, and what is wrong with it, which the run mends when started."""
   try:
-    status, fault = workdir_lib.read_status(str(run.workdir)), ""
+    status, fault = run_files.read_status(str(run.workdir)), ""
   except json_files.Damaged as error:
     # The run has begun: its checkpoints tell how far it is.
     status, fault = {"state": "stopped", "step": 0}, str(error)

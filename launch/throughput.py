@@ -29,10 +29,10 @@ from minw import config_flag
 from minw import errors
 from minw import files
 from minw import models
-from minw import pipeline
 from minw import train
 from minw.bench import timing
 from minw.bench import train as bench_train
+from minw.data import pipeline
 from minw.experiment import Experiment
 import places
 

@@ -25,13 +25,18 @@ __version__ = "0.1.0"
 dependencies.guard_imports()
 
 
+# Modules by the names that `from minw import NAME` knew them by in version 0.1.
+_EARLIER = {"datasets": "data.datasets", "pipeline": "data.pipeline"}
+
+
 def __getattr__(name: str) -> Any:
   """Imports the submodule `name` (PEP 562)."""
   if not name.startswith("_"):
+    path = f"minw.{_EARLIER.get(name, name)}"
     try:
-      return importlib.import_module(f"minw.{name}")
+      return importlib.import_module(path)
     except ModuleNotFoundError as error:
-      if error.name != f"minw.{name}":
+      if error.name != path:
         raise
   raise AttributeError(f"module 'minw' has no attribute {name!r}")
 

@@ -14,7 +14,6 @@ from ml_collections import config_dict
 import numpy as np
 
 from minw import config_fields
-from minw import datasets
 from minw import errors
 from minw import estimators
 from minw import json_files
@@ -22,6 +21,7 @@ from minw import models
 from minw import paths
 from minw import quantizers
 from minw import schedules
+from minw.data import datasets
 
 # All configs have the same fields.
 FIELDS = config_fields.FIELDS

@@ -11,10 +11,11 @@ import importlib.util
 import sys
 from typing import Any
 
-# Modules and packages of minw that work with the core alone.
-CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "dependencies",
-        "errors", "export", "files", "image_files", "images", "infer", "kernels",
+# Modules of minw that work with the core alone, and packages in which all modules do.
+CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "data",
+        "data.image_files", "data.images", "dependencies", "errors", "files", "infer",
         "metadata", "packed", "paths", "progress", "stopping", "text", "usage")
+CORE_PACKAGES = ("export", "kernels")
 
 # Packages that stand for the whole layer: nearly all modules for training need them.
 _TRAINING = ("flax", "jax", "ml_collections", "optax")
@@ -45,7 +46,8 @@ class _CoreOnly:
 
   def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
     package, _, module = name.partition(".")
-    if (package != "minw" or module.partition(".")[0] in CORE
+    if (package != "minw" or module in CORE
+        or module.partition(".")[0] in CORE_PACKAGES
         or machinery.PathFinder.find_spec(name, path) is None):
       return
     if sys.argv[:1] == ["-m"]:  # Python is looking for the module that it is to run.

@@ -15,18 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
-from minw import datasets
 from minw import errors
 from minw import infer
-from minw import metrics
-from minw import pipeline
-from minw import streaming
 from minw import text
-from minw import workdir as workdir_lib
+from minw.data import datasets
+from minw.data import pipeline
+from minw.data import streaming
 from minw.experiment import Experiment
+from minw.workdir import checkpoint
+from minw.workdir import metrics
+from minw.workdir import run_files
 
 
 _TOP5_CLASSES = 100  # From how many on the five likeliest are counted, too.
@@ -130,7 +130,7 @@ def evaluate_workdir(
       whose record is not complete, see `metrics.check_complete`.
   """
   config, saved = checkpoint.read_run(workdir, which)
-  status = workdir_lib.read_status(workdir)
+  status = run_files.read_status(workdir)
   if status and status["state"] == "done":
     metrics.check_complete(workdir, config, status)
   if data_dir is not None:

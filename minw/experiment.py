@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from minw import config as config_lib
-from minw import datasets
 from minw import distributed
 from minw import errors
 from minw import estimators
@@ -23,10 +22,11 @@ from minw import fold
 from minw import layers
 from minw import models
 from minw import optim
-from minw import pipeline
 from minw import quantizers
 from minw import schedules
-from minw import streaming
+from minw.data import datasets
+from minw.data import pipeline
+from minw.data import streaming
 
 
 def build_model(config: Any, **changes: Any) -> Any:

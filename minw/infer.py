@@ -27,10 +27,10 @@ from PIL import Image
 from minw import cli
 from minw import dependencies
 from minw import errors
-from minw import image_files as image_files_lib
-from minw import images as images_lib
 from minw import packed
 from minw import text
+from minw.data import image_files as image_files_lib
+from minw.data import images as images_lib
 from minw.kernels import native
 from minw.kernels import reference
 

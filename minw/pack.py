@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minw import checkpoint
 from minw import cli
 from minw import config as config_lib
 from minw import errors
@@ -25,10 +24,11 @@ from minw import fold
 from minw import layers
 from minw import metadata as metadata_lib
 from minw import packed
-from minw import pipeline
 from minw import quantizers
 from minw import structure
+from minw.data import pipeline
 from minw.experiment import Experiment
+from minw.workdir import checkpoint
 
 
 def pack_workdir(workdir: str, which: str = "last") -> packed.Program:

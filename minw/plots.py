@@ -17,10 +17,10 @@ from minw import cli
 from minw import errors
 from minw import estimators as estimators_lib
 from minw import files
-from minw import metrics
 from minw import quantizers
 from minw import titles
-from minw import workdir as workdir_lib
+from minw.workdir import metrics
+from minw.workdir import run_files
 
 # Of Okabe and Ito, for all kinds of colour vision.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
@@ -47,7 +47,7 @@ def curves(workdir: str) -> None:
   lines = metrics.read(workdir)
   if lines:
     path = pathlib.Path(workdir)
-    title = (titles.run(workdir_lib.read_config(workdir)) + "\n"
+    title = (titles.run(run_files.read_config(workdir)) + "\n"
              if (path / "config.json").exists() else "")
     save(curves_figure(lines, title + _shortened(workdir)), path / "curves.png")
 

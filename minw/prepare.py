@@ -39,15 +39,15 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_build
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 import tqdm
 
-from minw import archives
 from minw import cli
-from minw import datasets
 from minw import errors
 from minw import files
-from minw import imagenet
 from minw import paths
 from minw import text
-from minw import unpickle
+from minw.data import archives
+from minw.data import datasets
+from minw.data import imagenet
+from minw.data import unpickle
 
 _log = logging.getLogger(__name__)
 

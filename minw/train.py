@@ -17,12 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from minw import checkpoint
 from minw import config as config_lib
-from minw import datasets
 from minw import display
 from minw import distributed
-from minw import environment
 from minw import errors
 from minw import evaluate
 from minw import experiment as experiment_lib
@@ -30,16 +27,19 @@ from minw import files
 from minw import histograms
 from minw import json_files
 from minw import layers
-from minw import metrics
 from minw import optim
 from minw import paths
-from minw import pipeline
 from minw import plots
 from minw import quantizers
 from minw import stopping
-from minw import workdir as workdir_lib
+from minw.data import datasets
+from minw.data import pipeline
 from minw.experiment import Experiment
 from minw.progress import duration
+from minw.workdir import checkpoint
+from minw.workdir import environment
+from minw.workdir import metrics
+from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
 
@@ -295,7 +295,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   experiment = together(Experiment, config)
   together(datasets.check_available, config.dataset, config.data_dir)
   source = together(read_source, config.init_from, experiment)
-  with workdir_lib.claimed(workdir, config):
+  with run_files.claimed(workdir, config):
     status = distributed.on_main(_ended, workdir, experiment)
     if status:
       _log.warning("%s: already %s at step %d; nothing to do",
@@ -319,7 +319,7 @@ def _ended(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
     errors.UsageError: the record is not complete, and there is no checkpoint.
   """
   try:
-    status = workdir_lib.read_status(workdir)
+    status = run_files.read_status(workdir)
   except json_files.Damaged as error:
     _log.warning("%s/status.json is damaged: %s; the checkpoints tell where the run is",
                  workdir, error.why)
@@ -360,7 +360,7 @@ def _stopping(workdir: str, target: Any) -> Iterator[None]:
     with contextlib.suppress(OSError):
       if distributed.is_main():
         checkpoint.discard_unfinished(workdir)  # It may have filled the disk.
-      workdir_lib.write_status(workdir, "stopped", checkpoint.newest_step(workdir))
+      run_files.write_status(workdir, "stopped", checkpoint.newest_step(workdir))
     if not failed:
       raise
     need = ""
@@ -419,11 +419,11 @@ def _train(
     step = int(state.step)
     saved = restored.run if restored else None
     if saved:
-      together(workdir_lib.check_same, workdir,
+      together(run_files.check_same, workdir,
                config_lib.from_json(json.dumps(saved["config"])), config)
     journal = environment.Journal(workdir, begun, saved and saved["journal"], step)
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
-    status = workdir_lib.write_status(workdir, "running", step)
+    status = run_files.write_status(workdir, "running", step)
     writer = metrics.Writer(workdir, step, saved) if distributed.is_main() else None
     if distributed.several():
       stop.hold()  # No process can stop alone: they agree on a step.
@@ -451,7 +451,7 @@ def _train(
       stopping = distributed.any_of(stop.requested)
       totals = jax.device_get(state.totals)
       if totals.diverged_at >= 0:
-        status = workdir_lib.write_status(
+        status = run_files.write_status(
             workdir, "diverged", int(totals.diverged_at))
         break
       if not (report or stopping):
@@ -501,10 +501,10 @@ def _train(
           "config": json.loads(config_lib.to_json(config)), "journal": journal.content,
           **(writer.lines if writer else {})})
       journal.note()
-      status = workdir_lib.write_status(workdir, "running", step)
+      status = run_files.write_status(workdir, "running", step)
       if distributed.any_of(stop.requested) and step < experiment.num_steps:
         manager.wait_until_finished()
-        status = workdir_lib.write_status(workdir, "preempted", step)
+        status = run_files.write_status(workdir, "preempted", step)
         break
       progress.resume()
 
@@ -528,7 +528,7 @@ def _train(
       with display.harmless("curves.png cannot be drawn"):
         plots.curves(workdir)
     if status["state"] == "running":
-      status = workdir_lib.write_status(
+      status = run_files.write_status(
           workdir, "done", step, best_step=best.step,
           **{f"test_{name}": value for name, value in results["last"].items()},
           **{f"best_test_{name}": value for name, value in results["best"].items()})

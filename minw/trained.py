@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from minw import fold
-from minw import pipeline
 from minw import quantizers
 from minw import structure
+from minw.data import pipeline
 
 _TOLERANCE = 1e-5  # Error of sums and logits, relative to the largest.
 _NEAR = 2.0**-20  # Error of sums before a quantizer, see above.

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from minw import checkpoint
 from minw import errors
 from minw import infer
 from minw import packed
-from minw import pipeline
 from minw import quantizers
 from minw import text
 from minw import trained
+from minw.data import pipeline
 from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import reference
+from minw.workdir import checkpoint
 
 _LAYERS = (packed.Conv, packed.Threshold, packed.Logits, packed.FloatNorm)
 _TOLERANCE = 1e-5  # Of sums of floats, relative to the largest: they depend on order.

@@ -27,8 +27,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from minw import image_files
-from minw import images
+from minw.data import image_files
+from minw.data import images
 
 MEMORY = 3 * 2**30  # Most bytes of address space, which a mutant must not run into.
 HANG = 300  # Seconds after which a mutant counts as one that never ends.

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from minw import checkpoint
 from minw import config as config_lib
 from minw import evaluate
 from minw import files
-from minw import metrics
 from minw import plots
 from minw import train
 from minw.experiment import Experiment
+from minw.workdir import checkpoint
+from minw.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 EPOCH = 19  # Steps of 64 in the 1,257 digits to train on.

@@ -11,8 +11,8 @@ from minw import infer
 from minw import layers
 from minw import pack
 from minw import packed
-from minw import pipeline
 from minw import trained
+from minw.data import pipeline
 
 PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (6, 6, 3)

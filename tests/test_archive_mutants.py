@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from minw import errors
-from minw import imagenet
 from minw import prepare
-from minw import unpickle
+from minw.data import imagenet
+from minw.data import unpickle
 from python2_pickles import dump
 from python2_pickles import pickled
 import test_imagenet

@@ -1,11 +1,11 @@
-"""minw.archives: what is read of tar archives, and what is refused before it is read."""
+"""minw.data.archives: what is read of tar archives, and what is refused before it is read."""
 
 import io
 import tarfile
 
 import pytest
 
-from minw import archives
+from minw.data import archives
 
 
 def header(name, size, kind=tarfile.REGTYPE, **fields):

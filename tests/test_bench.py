@@ -14,15 +14,15 @@ import pytest
 
 from minw import config as config_lib
 from minw import errors
-from minw import pipeline
 from minw import prepare
 from minw import train
 from minw.bench import data
 from minw.bench import inference
 from minw.bench import train as bench
+from minw.data import pipeline
+from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import reference
-from minw.experiment import Experiment
 from test_imagenet import write_archives
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "digits_convnet.py"

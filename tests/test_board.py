@@ -1,4 +1,4 @@
-"""minw.board: what TensorBoard is shown, and that it never stands in the way of a run."""
+"""minw.workdir.board: what TensorBoard is shown, and that it never stands in the way of a run."""
 
 import errno
 import itertools
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import layout_pb2
 
-from minw import board
-from minw import metrics
+from minw.workdir import board
+from minw.workdir import metrics
 from short_runs import events_of
 from short_runs import line_at
 from short_runs import numbers_of

@@ -1,4 +1,4 @@
-"""minw.checkpoint: what is saved, what is kept, and what comes of damage."""
+"""minw.workdir.checkpoint: what is saved, what is kept, and what comes of damage."""
 
 import gc
 import json
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minw import checkpoint
 from minw import errors
 from minw import evaluate
 from minw import train
+from minw.workdir import checkpoint
 from short_runs import EPOCH
 from short_runs import Stop
 from short_runs import contents

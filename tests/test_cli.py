@@ -37,7 +37,7 @@ TRAINING = 99  # Exit code of a run that would have started.
 _SERVER = """
 import json, os, runpy, sys, tempfile, traceback
 import ml_collections.config_flags
-from minw import datasets, evaluate, prepare, train
+from minw import evaluate, prepare, train; from minw.data import datasets
 
 train.make_train_step = lambda _: os._exit(99)
 

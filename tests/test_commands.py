@@ -15,8 +15,8 @@ import pytest
 
 from minw import __main__ as minw_command
 from minw import config_flag
-from minw import datasets
 from minw import prepare
+from minw.data import datasets
 from test_cli import folder  # pylint: disable=unused-import
 from test_cli import ROOT
 from test_cli import run  # pylint: disable=unused-import

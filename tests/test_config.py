@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from minw import config as config_lib
-from minw import datasets
 from minw import errors
+from minw.data import datasets
 
 DEFAULT = config_lib.default_config()
 BITS = ("must be one of 1, 2, 3, 4, 5 or a float format named by its dtype: "

@@ -15,12 +15,12 @@ import signal
 
 import pytest
 
-from minw import environment
 from minw import errors
 from minw import evaluate
 from minw import pack
 from minw import packed
 from minw.report import records
+from minw.workdir import environment
 from short_runs import EPOCH
 from short_runs import Stop
 from short_runs import lines_of

@@ -1,4 +1,4 @@
-"""minw.datasets: the digits, and CIFAR from small TFDS directories."""
+"""minw.data.datasets: the digits, and CIFAR from small TFDS directories."""
 
 import hashlib
 import io
@@ -15,8 +15,8 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import registered
 
-from minw import datasets
 from minw import errors
+from minw.data import datasets
 
 TRAIN, VALIDATION, TEST = 8, 4, 6
 
@@ -319,7 +319,7 @@ def test_nothing_costly_is_imported(directory, tmp_path):
   (tmp_path / "path" / "tensorflow" / "__init__.py").touch()
   program = f"""
 import sys
-from minw import datasets
+from minw.data import datasets
 costly = {{"jax", "sklearn", "tensorflow_datasets", "PIL", "tensorflow"}}
 assert not costly & sys.modules.keys(), costly & sys.modules.keys()
 sizes = {{"train": {TRAIN}, "validation": {VALIDATION}, "test": {TEST}}}

@@ -14,15 +14,15 @@ import time
 import numpy as np
 import pytest
 
-from minw import checkpoint
 from minw import config as config_lib
 from minw import distributed
 from minw import errors
 from minw import evaluate
-from minw import locks
 from minw import train
-from minw import workdir as workdir_lib
 from minw.experiment import Experiment
+from minw.workdir import checkpoint
+from minw.workdir import locks
+from minw.workdir import run_files
 from short_runs import EPOCH
 from short_runs import ROOT
 from short_runs import lines_of
@@ -40,7 +40,8 @@ from test_imagenet import tiny_config as streamed_config
 COMMAND = '''
 import os, runpy, signal, time
 import jax
-from minw import checkpoint, train
+from minw import train
+from minw.workdir import checkpoint
 
 make, save = train.make_train_step, checkpoint.save
 
@@ -121,7 +122,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
       "if step == 20 and process == 1: os.kill(os.getpid(), signal.SIGTERM)")))
   assert codes == [75, 75], said
   stopped = {"state": "preempted", "step": 2 * train._MEETING_STEPS}
-  assert workdir_lib.read_status(str(workdir)) == stopped
+  assert run_files.read_status(str(workdir)) == stopped
   lines = lines_of(workdir)
   assert [line["split"] for line in lines] == ["train", "validation", "validation"]
   # What they found, each example counted once.
@@ -166,14 +167,14 @@ def test_alone_nothing_is_exchanged():
 
 def test_a_claimed_workdir_is_seen(tmp_path):
   config = tiny_config()
-  workdir_lib.claim(str(tmp_path), config)
-  workdir_lib.check_claimed(str(tmp_path), config)
-  workdir_lib.check_claimed(
+  run_files.claim(str(tmp_path), config)
+  run_files.check_claimed(str(tmp_path), config)
+  run_files.check_claimed(
       str(tmp_path), tiny_config(data_dir="elsewhere", data_workers=3))
   with pytest.raises(errors.UsageError, match=r"different configs .*: seed: 0, 1$"):
-    workdir_lib.check_claimed(str(tmp_path), tiny_config(seed=1))
+    run_files.check_claimed(str(tmp_path), tiny_config(seed=1))
   with pytest.raises(errors.UsageError, match="one place that all processes see"):
-    workdir_lib.check_claimed(str(tmp_path / "nothing"), config)
+    run_files.check_claimed(str(tmp_path / "nothing"), config)
 
 
 def test_nothing_is_found_where_nothing_is():
@@ -305,7 +306,7 @@ def test_processes_come_and_go(tmp_path):
     codes, said = ended(start(count, config, workdir, devices=4 // count,
                                 before_step=terminate.format(step)))
     assert codes == [75] * count, said
-    status = workdir_lib.read_status(str(workdir))
+    status = run_files.read_status(str(workdir))
     assert status == {"state": "preempted", "step": saved}
   # What can not be read is left out by all.
   halve(array_file(workdir / "checkpoints" / "32"))
@@ -350,7 +351,7 @@ def test_a_stop_of_one_stops_all_at_a_step(told, tmp_path):
       checkpoint.save = save_and_terminate
 '''))
   assert codes == [75, 75], said
-  assert workdir_lib.read_status(str(workdir)) == {"state": "preempted", "step": 32}
+  assert run_files.read_status(str(workdir)) == {"state": "preempted", "step": 32}
   train_on(2, config, workdir)
   train_on(2, config, tmp_path / "whole")
   assert outcome(workdir) == outcome(tmp_path / "whole")
@@ -375,7 +376,7 @@ def test_a_dead_process_ends_the_others(dead, tmp_path):
   train_on(2, config, workdir)
   assert [line["step"] for line in lines_of(workdir, mode="hard")] == [
       19, 38, 57, 76, 76, 76]
-  status = workdir_lib.read_status(str(workdir))
+  status = run_files.read_status(str(workdir))
   assert (status["state"], status["step"]) == ("done", 4 * EPOCH)
 
 
@@ -407,7 +408,7 @@ def test_divergence_ends_all(tmp_path):
   codes, said = ended(start(
       2, small_config(learning_rate=1e30), tmp_path / "run"))
   assert codes == [3, 3], said
-  status = workdir_lib.read_status(str(tmp_path / "run"))
+  status = run_files.read_status(str(tmp_path / "run"))
   assert status["state"] == "diverged" and status["step"] <= 1
 
 
@@ -422,7 +423,7 @@ def test_bad_input_ends_all_alike(tmp_path):
     return lines
 
   config, workdir = tiny_config(), tmp_path / "run"
-  workdir_lib.claim(str(workdir), config)
+  run_files.claim(str(workdir), config)
   other = tiny_config(seed=1)
   assert refusals([other, other], workdir) == {
       f"error: workdir='{workdir}' holds a run of another config (field: there, here):"
@@ -445,7 +446,8 @@ def test_bad_input_ends_all_alike(tmp_path):
 
 DAMAGED = """
 import sys
-from minw import distributed, streaming
+from minw import distributed
+from minw.data import streaming
 from test_streaming import CENTRES, TRAINING, records
 coordinator, count, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 distributed.initialize(coordinator, count, process)

@@ -13,13 +13,13 @@ import pytest
 from float64_convnet import cross_entropy
 from float64_convnet import network
 from float64_convnet import sign
-from minw import checkpoint
 from minw import config as config_lib
 from minw import errors
 from minw import evaluate
-from minw import pipeline
-from minw import workdir as workdir_lib
+from minw.data import pipeline
 from minw.report import records
+from minw.workdir import checkpoint
+from minw.workdir import run_files
 from short_runs import EPOCH
 from short_runs import ROOT
 from short_runs import contents
@@ -222,7 +222,7 @@ def test_command_on_bad_input(arguments, said):
 def test_no_run_and_no_checkpoint(tmp_path):
   with pytest.raises(errors.UsageError, match="the workdir of a run"):
     evaluate.evaluate_workdir(str(tmp_path))
-  workdir_lib.claim(str(tmp_path), tiny_config())
+  run_files.claim(str(tmp_path), tiny_config())
   for _ in range(2):
     with pytest.raises(errors.UsageError, match="a run that has a checkpoint"):
       evaluate.evaluate_workdir(str(tmp_path))

@@ -11,11 +11,11 @@ import pytest
 
 from minw import config as config_lib
 from minw import config_flag
-from minw import datasets
 from minw import errors
 from minw import models
-from minw import pipeline
 from minw import train
+from minw.data import datasets
+from minw.data import pipeline
 from minw.experiment import Experiment, build_model
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"

@@ -28,13 +28,13 @@ from test_native import programs
 from test_pack import randomized
 from test_packed import small
 
-from minw import datasets
 from minw import errors
 from minw import layers
 from minw import models
 from minw import pack
 from minw import packed
-from minw import pipeline
+from minw.data import datasets
+from minw.data import pipeline
 from minw.export import __main__ as export_command
 from minw.export import c
 from minw.export import c_text

@@ -14,8 +14,8 @@ from packed_networks import images
 from test_native import programs
 from test_packed import small
 
-from minw import datasets
 from minw import packed
+from minw.data import datasets
 from minw.export import common
 from minw.kernels import reference
 

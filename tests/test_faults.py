@@ -39,7 +39,8 @@ CODES = {
 # everything, which saves most of their time. A line names the workdir and the fault.
 _SERVER = """
 import ctypes, json, os, runpy, signal, sys, time, traceback
-from minw import datasets, train, stopping
+from minw import train, stopping
+from minw.data import datasets
 import PIL.PngImagePlugin, matplotlib.backends.backend_agg, sklearn.datasets
 
 faults = ctypes.CDLL(None)

@@ -199,11 +199,11 @@ def test_a_folder_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
 # Calls that write or rename files elsewhere, each with what makes it right there.
 ELSEWHERE = {
     "minw/bench/data.py": ["write_bytes"],  # Images in a temporary folder.
-    "minw/checkpoint.py": ["rename"],  # Damaged checkpoints are moved aside.
+    "minw/workdir/checkpoint.py": ["rename"],  # Damaged checkpoints are moved aside.
     "minw/export/golden.py": ["save"],  # To memory.
-    "minw/imagenet.py": ["save"],  # To memory.
-    "minw/locks.py": ["open", "open"],  # Nothing is written to a lock.
-    "minw/metrics.py": ["open"],  # Lines are appended.
+    "minw/data/imagenet.py": ["save"],  # To memory.
+    "minw/workdir/locks.py": ["open", "open"],  # Nothing is written to a lock.
+    "minw/workdir/metrics.py": ["open"],  # Lines are appended.
     "minw/plots.py": ["savefig"],  # To memory.
     "minw/prepare.py": ["open", "open", "save"],  # A lock, a download, to memory.
     "launch/sweep.py": ["open"],  # A log is appended to.

@@ -21,7 +21,7 @@ from minw import estimators
 from minw import fold
 from minw import layers
 from minw import models
-from minw import pipeline
+from minw.data import pipeline
 
 property_test = hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
 

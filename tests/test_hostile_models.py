@@ -141,7 +141,8 @@ def hostile_file(seed: int) -> bytes:
 _SERVER = """
 import importlib, json, os, resource, signal, sys, tempfile, traceback
 import minw.evaluate, minw.infer, minw.export.__main__
-from minw import cli, datasets
+from minw import cli
+from minw.data import datasets
 
 datasets.load("digits", "test", None)  # Imports scikit-learn.
 

@@ -1,4 +1,4 @@
-"""minw.image_files: which files paths name, and that all bad ones are refused alike."""
+"""minw.data.image_files: which files paths name, and that all bad ones are refused alike."""
 
 import io
 import os
@@ -14,8 +14,8 @@ from PIL import Image
 import pytest
 
 from minw import errors
-from minw import image_files
-from minw import images
+from minw.data import image_files
+from minw.data import images
 
 KINDS = ("png", "jpeg", "gif", "bmp", "tiff", "webp")
 

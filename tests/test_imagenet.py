@@ -21,16 +21,16 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
 from minw import config as config_lib
-from minw import datasets
 from minw import errors
 from minw import evaluate
-from minw import imagenet
 from minw import infer
 from minw import pack
 from minw import packed
 from minw import prepare
 from minw import train
 from minw import verify
+from minw.data import datasets
+from minw.data import imagenet
 from minw.experiment import Experiment
 from short_runs import trees_of
 

@@ -1,4 +1,4 @@
-"""minw.images: crops with values that are known without it."""
+"""minw.data.images: crops with values that are known without it."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ from PIL import Image
 from PIL import UnidentifiedImageError
 import pytest
 
-from minw import images
+from minw.data import images
 
 
 def coordinates(width, height):

@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from minw import datasets
 from minw import errors
 from minw import evaluate
 from minw import infer
 from minw import packed
-from minw import streaming
+from minw.data import datasets
+from minw.data import streaming
 from minw.kernels import native
 
 BACKENDS = [

@@ -10,7 +10,7 @@ import pytest
 from minw import config as config_lib
 from minw import config_flag
 from minw import infer
-from minw import workdir as workdir_lib
+from minw.workdir import run_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def test_training_in_an_empty_folder(installed, tmp_path):
       installed, tmp_path, "-m", "minw.main", "--config=digits_convnet", "--workdir=run",
       "--config.num_epochs=1", "--config.eval_every_epochs=1")
   assert done.returncode == 0, done.stderr
-  assert workdir_lib.read_status(str(tmp_path / "run"))["state"] == "done"
+  assert run_files.read_status(str(tmp_path / "run"))["state"] == "done"
   config = config_lib.from_json((tmp_path / "run" / "config.json").read_text())
   assert config_lib.differing_fields(
       config, config_flag.load("digits_convnet")) == [

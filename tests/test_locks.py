@@ -1,4 +1,4 @@
-"""minw.locks: one process has a workdir, however it ends."""
+"""minw.workdir.locks: one process has a workdir, however it ends."""
 
 import os
 import pathlib
@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from minw import locks
+from minw.workdir import locks
 
 CHILD = """
 import sys, time
-from minw import locks
+from minw.workdir import locks
 lock = locks.take(sys.argv[1])
 print(lock is not None, flush=True)
 sys.stdin.read()

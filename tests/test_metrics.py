@@ -1,4 +1,4 @@
-"""minw.metrics: what is kept of a record, and what is found missing in it."""
+"""minw.workdir.metrics: what is kept of a record, and what is found missing in it."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ import pytest
 from minw import config as config_lib
 from minw import errors
 from minw import json_files
-from minw import metrics
+from minw.workdir import metrics
 from short_runs import line_at
 from short_runs import numbers_of
 from short_runs import write_record

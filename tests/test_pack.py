@@ -17,9 +17,9 @@ from minw import layers
 from minw import models
 from minw import pack
 from minw import packed
-from minw import pipeline
 from minw import quantizers
 from minw import verify
+from minw.data import pipeline
 from minw.kernels import native
 
 PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))

@@ -16,7 +16,7 @@ from minw import layers
 from minw import models
 from minw import pack
 from minw import packed
-from minw import pipeline
+from minw.data import pipeline
 from minw.kernels import native
 from minw.kernels import reference
 from minw.kernels import xla

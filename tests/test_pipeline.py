@@ -1,4 +1,4 @@
-"""minw.pipeline: images whose pixels say where they come from, against NumPy."""
+"""minw.data.pipeline: images whose pixels say where they come from, against NumPy."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minw import datasets
-from minw import pipeline
-from minw import train
-from minw.experiment import Experiment
 from minw import config as config_lib
+from minw import train
+from minw.data import datasets
+from minw.data import pipeline
+from minw.experiment import Experiment
 
 RAW = pipeline.Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 # round(255 mean), by hand: 255 * 0.4914 = 125.307 and so on.
@@ -284,7 +284,7 @@ import hashlib, json, os
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from minw import datasets, pipeline
+from minw.data import datasets, pipeline
 
 assert len(jax.devices()) == 4
 data = pipeline.Data(*datasets.load("digits", "train", None))

@@ -25,9 +25,9 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 
-from minw import datasets
 from minw import errors
 from minw import prepare
+from minw.data import datasets
 from python2_pickles import dump
 from python2_pickles import pickled
 
@@ -433,7 +433,8 @@ def test_home_directory_is_expanded(small, tmp_path, monkeypatch):
 
 KILLED = """
 import os, pickle, signal, sys
-from minw import datasets, prepare
+from minw import prepare
+from minw.data import datasets
 
 data_dir, source, moment, tables = sys.argv[1:]
 originals, infos = pickle.load(open(tables, "rb"))

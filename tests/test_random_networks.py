@@ -13,7 +13,7 @@ from minw import infer
 from minw import layers
 from minw import pack
 from minw import packed
-from minw import pipeline
+from minw.data import pipeline
 from random_networks import RandomNetwork
 
 SHAPE = (7, 6, 2)

@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 
-from minw import datasets
 from minw import infer
 from minw import pack
+from minw.data import datasets
 from minw.kernels import reference
 
 README = pathlib.Path(__file__).parents[1] / "README.md"

@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 
 from minw import config as config_lib
-from minw import environment
 from minw import errors
 from minw import evaluate
 from minw import histograms
-from minw import metrics
 from minw.experiment import Experiment
 from minw.report import comparison
 from minw.report import figures
@@ -28,6 +26,8 @@ from minw.report import paper
 from minw.report import records
 from minw.report import results
 from minw.report import tables
+from minw.workdir import environment
+from minw.workdir import metrics
 from short_runs import EPOCH
 from short_runs import Stop
 from short_runs import lines_of

@@ -12,10 +12,10 @@ import threading
 
 import pytest
 
-from minw import checkpoint
 from minw import evaluate
 from minw import stopping
 from minw import train
+from minw.workdir import checkpoint
 from short_runs import EPOCH
 from short_runs import Stop
 from short_runs import busy_config

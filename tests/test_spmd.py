@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from minw import checkpoint
 from minw import config as config_lib
 from minw import evaluate
-from minw import pipeline
+from minw.data import pipeline
+from minw.workdir import checkpoint
 from short_runs import EPOCH
 from short_runs import ROOT
 from short_runs import Stop

@@ -1,4 +1,4 @@
-"""minw.streaming: which images come when, whoever decodes them."""
+"""minw.data.streaming: which images come when, whoever decodes them."""
 
 import io
 import itertools
@@ -17,7 +17,7 @@ from PIL import Image
 import pytest
 
 from minw import errors
-from minw import streaming
+from minw.data import streaming
 
 
 def records(count, damaged=()):
@@ -109,7 +109,7 @@ def test_workers_make_the_same_batches(workers):
 
 _STARTED_AND_KILLED = """
 import multiprocessing, signal, sys, time
-from minw import streaming
+from minw.data import streaming
 import test_streaming
 
 if __name__ == "__main__":
@@ -149,7 +149,7 @@ def test_workers_end_with_a_killed_process_and_not_with_signals_as_they_start(tm
 
 def test_damaged_images_are_replaced_and_reported(caplog):
   split = streaming.Split(records(23, damaged=(4, 9)), "cats, train", max_damaged=0.1)
-  with caplog.at_level(logging.WARNING, "minw.streaming"):
+  with caplog.at_level(logging.WARNING, "minw.data.streaming"):
     batches = take(split, 0, 23)
   assert split.report() == {"damaged": 2, "decode_rate": split.decode_rate}
   assert sorted(caplog.messages) == [

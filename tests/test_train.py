@@ -22,19 +22,19 @@ import pytest
 from float64_convnet import cross_entropy
 from float64_convnet import network
 from float64_convnet import sign
-from minw import checkpoint
 from minw import config as config_lib
-from minw import datasets
 from minw import errors
 from minw import infer
-from minw import locks
 from minw import pack
 from minw import packed
-from minw import pipeline
 from minw import train
 from minw import verify
-from minw import workdir as workdir_lib
+from minw.data import datasets
+from minw.data import pipeline
 from minw.experiment import Experiment
+from minw.workdir import checkpoint
+from minw.workdir import locks
+from minw.workdir import run_files
 from short_runs import EPOCH
 from short_runs import ROOT
 from short_runs import Stop
@@ -305,13 +305,13 @@ def test_workdir_in_use_is_refused(plain, tmp_path):
   status.write_text('{"state": "running", "step": 19}')
   before = contents(tmp_path)
   with locks.take(str(tmp_path / "run")):
-    assert workdir_lib.read_status(str(tmp_path / "run"))["state"] == "running"
+    assert run_files.read_status(str(tmp_path / "run"))["state"] == "running"
     with pytest.raises(errors.UsageError) as error:
       run_with(stop_before(0), tiny_config(), tmp_path / "run")
     assert str(error.value) == (
         f"workdir='{tmp_path}/run' is in use: another process is training there")
     assert contents(tmp_path) == before
-  assert workdir_lib.read_status(str(tmp_path / "run")) == {
+  assert run_files.read_status(str(tmp_path / "run")) == {
       "state": "stopped", "step": 19}
 
 
@@ -643,7 +643,7 @@ def test_no_batch_is_reestimated_on_twice(busy, monkeypatch):
 
 def save_run(config, workdir):
   """A workdir with a checkpoint of random numbers; these."""
-  workdir_lib.claim(str(workdir), config)
+  run_files.claim(str(workdir), config)
   experiment = Experiment(config)
   shapes = jax.eval_shape(lambda: train.init_state(experiment))
   rng = np.random.default_rng(0)
@@ -701,7 +701,7 @@ def test_init_from_no_run_is_refused(tmp_path):
   for source in (tmp_path / "nothing", tmp_path):
     with pytest.raises(errors.UsageError, match="the workdir of a run"):
       run(tiny_config(init_from=str(source)), tmp_path / "run")
-  workdir_lib.claim(str(tmp_path / "fresh"), tiny_config())
+  run_files.claim(str(tmp_path / "fresh"), tiny_config())
   with pytest.raises(errors.UsageError, match="a run that has a checkpoint"):
     run(tiny_config(init_from=str(tmp_path / "fresh")), tmp_path / "run")
   assert not (tmp_path / "run").exists()

@@ -11,8 +11,8 @@ import pytest
 from minw import estimators
 from minw import layers
 from minw import models
-from minw import pipeline
 from minw import trained
+from minw.data import pipeline
 
 PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (8, 8, 3)

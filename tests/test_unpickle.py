@@ -1,4 +1,4 @@
-"""minw.unpickle: it reads what Python 2 wrote, and survives what an attacker writes."""
+"""minw.data.unpickle: it reads what Python 2 wrote, and survives what an attacker writes."""
 
 import pickle
 import random
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from minw import unpickle
+from minw.data import unpickle
 from python2_pickles import RECONSTRUCT
 from python2_pickles import array
 from python2_pickles import dtype
@@ -118,7 +118,7 @@ HOSTILE = {
 
 SURVIVES = """
 import pickle, resource, sys
-from minw import unpickle
+from minw.data import unpickle
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 for content in eval(sys.stdin.read()):
   try:

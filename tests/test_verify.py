@@ -7,15 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from minw import checkpoint
-from minw import datasets
 from minw import evaluate
 from minw import infer
 from minw import layers
-from minw import packed
 from minw import pack
+from minw import packed
 from minw import verify
+from minw.data import datasets
 from minw.kernels import native
+from minw.workdir import checkpoint
 from short_runs import ROOT
 from short_runs import run
 from short_runs import tiny_config

@@ -9,15 +9,15 @@ from IPython import display
 import jax
 import numpy as np
 
-from minw import checkpoint
 from minw import config as config_lib
 from minw import evaluate
 from minw import layers
-from minw import pipeline
 from minw import plots
 from minw import train
+from minw.data import pipeline
 from minw.experiment import Experiment
 from minw.report import comparison
+from minw.workdir import checkpoint
 
 # Compiles in half the time, which is most of these runs'.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from minw import config as config_lib
-from minw import datasets
 from minw import errors
-from minw import pipeline
-from minw import streaming
 from minw.bench import timing
+from minw.data import datasets
+from minw.data import pipeline
+from minw.data import streaming
 
 _IMAGES = 1000  # The first of the training split: as many as stay in memory.
 _WARM, _BATCHES = 6, 12  # Of a measurement: not counted, and counted.

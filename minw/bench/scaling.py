@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from minw import errors
-from minw import pipeline
 from minw import train
+from minw.data import pipeline
 from minw.experiment import Experiment
 
 DEVICES = 8

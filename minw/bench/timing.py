@@ -10,7 +10,7 @@ from typing import Any, Callable
 import jax
 import numpy as np
 
-from minw import environment
+from minw.workdir import environment
 
 _SECONDS = 0.2  # What one measurement takes at least, compilers and caches apart.
 

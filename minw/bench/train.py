@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from minw import config as config_lib
-from minw import pipeline
 from minw import train
 from minw.bench import timing
+from minw.data import pipeline
 from minw.experiment import Experiment
 
 # Ratios of times, and what they may be at most.

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 
 from minw import histograms
-from minw import metrics
 from minw import plots
 from minw import titles
 from minw.report import records
+from minw.workdir import metrics
 
 # By number of the figure: bits of weights and activations, and which of the two.
 _HISTOGRAMS = {1: (1, "weights"), 2: (1, "activations"),

@@ -7,9 +7,9 @@ float8_e4m3fn, of 32 bits float32.
 
 from typing import Any, NamedTuple
 
-from minw import datasets
 from minw import models
 from minw import titles
+from minw.data import datasets
 
 
 class Cell(NamedTuple):

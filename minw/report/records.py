@@ -22,14 +22,14 @@ import pathlib
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from minw import config as config_lib
-from minw import environment
 from minw import errors
 from minw import files
 from minw import json_files
-from minw import metrics
 from minw import paths as paths_lib
 from minw import titles
-from minw import workdir as workdir_lib
+from minw.workdir import environment
+from minw.workdir import metrics
+from minw.workdir import run_files
 
 LOCAL = ("data_dir", "data_workers")  # Fields that say where a run is computed.
 _RATES = ("examples_per_second", "decode_rate")
@@ -62,12 +62,12 @@ def record(workdir: str) -> Record:
     errors.UsageError: there is no run, it is not done, or its record is not complete, see
       `metrics.check_complete`.
   """
-  config = workdir_lib.read_config(workdir)
-  status = workdir_lib.read_status(workdir) or {"state": "not begun", "step": 0}
+  config = run_files.read_config(workdir)
+  status = run_files.read_status(workdir) or {"state": "not begun", "step": 0}
   errors.check(status["state"] == "done", "workdir", workdir,
                f"that of a run that is done: it is {status['state']} at step "
                f"{status['step']}")
-  lacking = [name for name in workdir_lib.RESULTS if name not in status]
+  lacking = [name for name in run_files.RESULTS if name not in status]
   errors.check(not lacking, "workdir", workdir,
                f"that of a run whose status.json has {', '.join(lacking)}")
   metrics.check_complete(workdir, config, status)
@@ -95,7 +95,7 @@ def _source(init_from: str) -> str:
   if not init_from:
     return ""
   try:
-    config = workdir_lib.read_config(paths_lib.expand(init_from))
+    config = run_files.read_config(paths_lib.expand(init_from))
   except (errors.UsageError, ValueError):
     return init_from
   return as_source(json.loads(config_lib.to_json(config)))
@@ -250,7 +250,7 @@ def _is_workdir(folder: str, names: Sequence[str]) -> bool:
   if others:
     return True
   try:
-    return bool(workdir_lib.read_config(folder))
+    return bool(run_files.read_config(folder))
   except errors.UsageError:
     return False
 

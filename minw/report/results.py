@@ -7,14 +7,14 @@ from typing import Sequence
 
 from minw import errors
 from minw import files
-from minw import metrics
-from minw.progress import duration
 from minw import titles
+from minw.progress import duration
 from minw.report import comparison
 from minw.report import figures
 from minw.report import paper
 from minw.report import records
 from minw.report import tables
+from minw.workdir import metrics
 
 # What is compared is not what these say, but what else differs in a study.
 _PROBLEM = ("dataset", "network", "conv_widths", "dense_widths", "input_bits",

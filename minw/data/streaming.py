@@ -21,9 +21,9 @@ import numpy as np
 
 from minw import distributed
 from minw import errors
-from minw import images
 from minw import stopping
 from minw import text
+from minw.data import images
 
 _log = logging.getLogger(__name__)
 

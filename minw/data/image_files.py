@@ -13,8 +13,8 @@ from PIL import ImageColor
 from PIL import UnidentifiedImageError
 
 from minw import errors
-from minw import images
 from minw import text
+from minw.data import images
 
 _log = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ import re
 import tarfile
 from typing import Any, BinaryIO, Iterator
 
-from minw import archives
-from minw import datasets
 from minw import errors
-from minw import images
 from minw import paths
 from minw import text
+from minw.data import archives
+from minw.data import datasets
+from minw.data import images
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 CLASSES, VALIDATION_IMAGES = 1000, 50_000

@@ -25,7 +25,7 @@ from minw import config as config_lib
 from minw import distributed
 from minw import errors
 from minw import json_files
-from minw import workdir as workdir_lib
+from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
   Raises:
     errors.UsageError: there is no run, its config cannot be used, or no checkpoint.
   """
-  config = workdir_lib.read_config(workdir)
+  config = run_files.read_config(workdir)
   try:
     config_lib.validate(config)
   except errors.UsageError as error:

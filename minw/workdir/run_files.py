@@ -13,7 +13,7 @@ from minw import distributed
 from minw import errors
 from minw import files
 from minw import json_files
-from minw import locks
+from minw.workdir import locks
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 def claimed(workdir: str, config: Any) -> Iterator[None]:
   """Inside, `workdir` is that of a run of `config`, and no other process trains there.
 
-  Process 0 of several takes the lock (see `minw.locks`). On a file system without locks
+  Process 0 of several takes the lock (see `minw.workdir.locks`). On a file system without locks
   a warning is logged instead.
 
   Raises:

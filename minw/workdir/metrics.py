@@ -13,12 +13,12 @@ import os
 import pathlib
 from typing import Any
 
-from minw import board
 from minw import config as config_lib
-from minw import environment
 from minw import errors
 from minw import files
 from minw import json_files
+from minw.workdir import board
+from minw.workdir import environment
 
 _log = logging.getLogger(__name__)
 

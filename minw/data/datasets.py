@@ -179,7 +179,7 @@ def load(
     raise errors.unknown_name("split", split, wanted.splits)
   if name == "digits":
     return _digits(split)
-  from minw import images as decoding
+  from minw.data import images as decoding
 
   records = open_records(name, split, data_dir)
   with _reading(records.dataset_info, name, split):

@@ -1,0 +1,1 @@
+"""Data sets: their files, reading them, and the batches that networks see."""
