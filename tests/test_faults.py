@@ -170,9 +170,9 @@ def pairs(count, wanted):
   rng = random.Random(0)
   names = list(CODES)
   number = int(wanted)
-  return [(names[i % len(names)], rng.randint(1 + count * i // number,
-                                              max(1, count * (i + 1) // number)))
-          for i in range(number)]
+  parts = [(count * i // number, count * (i + 1) // number) for i in range(number)]
+  return [(names[i % len(names)], rng.randint(begin + 1, max(begin + 1, end)))
+          for i, (begin, end) in enumerate(parts)]
 
 
 def test_runs_resume_after_every_fault(train, tmp_path):
