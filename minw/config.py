@@ -101,7 +101,7 @@ def histogram_epochs(c: config_dict.ConfigDict) -> tuple[int, ...]:
       for part, whole in _HISTOGRAMS}))
 
 
-def _is_validated(c: config_dict.ConfigDict, epoch: int) -> bool:
+def is_validated(c: config_dict.ConfigDict, epoch: int) -> bool:
   """Whether an epoch of the run ends with a validation."""
   return 0 < epoch <= c.num_epochs and (
       epoch % c.eval_every_epochs == 0 or epoch == c.num_epochs)
@@ -214,7 +214,7 @@ def validate(c: config_dict.ConfigDict) -> None:
     for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
       check(name, all(type(value) is kind for value in c[name]),
             f"a tuple of {kind.__name__}")
-    check("histogram_epochs", all(_is_validated(c, e) for e in c.histogram_epochs),
+    check("histogram_epochs", all(is_validated(c, e) for e in c.histogram_epochs),
           f"epochs up to num_epochs={c.num_epochs} that end with a validation, as "
           f"every eval_every_epochs={c.eval_every_epochs} do")
 

@@ -1,8 +1,15 @@
-"""Durations as people read them."""
+"""How far a run is: its rate, and durations as people read them."""
+
+import collections
+import time
+from typing import Any
+
+_STEPS_IN_FLIGHT = 4  # How far the loop may run ahead of the device.
+LINE_SECONDS = 10.0  # Time between two lines of progress.
 
 
 def duration(seconds: float) -> str:
-  """Writes a duration with at most two units: "42 s", "59 min", "1 h 5 min", "2 d 11 h".
+  """Writes a duration with at most two units: "42 s", "1 h 5 min", "2 d 11 h".
 
   Args:
     seconds: Duration in seconds, at least 0.
@@ -18,3 +25,60 @@ def duration(seconds: float) -> str:
 def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
   parts = [(large, large_unit), (small, small_unit)]
   return " ".join(f"{count} {unit}" for count, unit in parts if count)
+
+
+class Progress:
+  """Keeps the loop a few steps ahead of the device, and times it."""
+
+  def __init__(self, step: int, num_steps: int, batch_size: int):
+    self._left = num_steps - step
+    self._batch_size = batch_size
+    self._in_flight = collections.deque()
+    self._steps = 0  # Since the clock was started.
+    self._since = None  # The clock starts after the first step, which compiles.
+    self._next_line = time.monotonic() + LINE_SECONDS
+
+  def stepped(self, loss: Any) -> bool:
+    """Counts a step that was dispatched; waits if the device is far behind.
+
+    Returns:
+      Whether this was the first step, which is compiled and therefore not timed.
+    """
+    self._left -= 1
+    self._in_flight.append(loss)
+    if self._since is None:
+      loss.block_until_ready()
+      self._since = time.monotonic()
+      return True
+    self._steps += 1
+    if len(self._in_flight) > _STEPS_IN_FLIGHT:
+      self._in_flight.popleft().block_until_ready()
+    return False
+
+  def due(self) -> bool:
+    """Whether a line was not printed for a while."""
+    return time.monotonic() >= self._next_line
+
+  def line(self) -> str:
+    """Rate and time left; the next is due in a while."""
+    self._next_line = time.monotonic() + LINE_SECONDS
+    rate = self._rate()
+    if not rate:
+      return "measuring the rate"
+    left = duration(self._left * self._batch_size / rate)
+    return f"{rate:.0f} examples/s, {left} left"
+
+  def pause(self) -> float | None:
+    """Stops the clock; returns the examples per second since the last pause."""
+    if self._in_flight:
+      self._in_flight[-1].block_until_ready()
+    return self._rate()
+
+  def resume(self) -> None:
+    """Starts the clock again."""
+    self._steps, self._since = 0, time.monotonic()
+
+  def _rate(self) -> float | None:
+    if not self._steps:
+      return None
+    return self._steps * self._batch_size / (time.monotonic() - self._since)

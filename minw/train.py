@@ -1,6 +1,5 @@
 """A training run, top to bottom: `train_and_evaluate`."""
 
-import collections
 import contextlib
 import errno
 import itertools
@@ -35,7 +34,7 @@ from minw import stopping
 from minw.data import datasets
 from minw.data import pipeline
 from minw.experiment import Experiment
-from minw.progress import duration
+from minw.progress import Progress
 from minw.workdir import checkpoint
 from minw.workdir import environment
 from minw.workdir import metrics
@@ -43,9 +42,7 @@ from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
 
-_STEPS_IN_FLIGHT = 4  # How far the loop may run ahead of the device.
-_MEETING_STEPS = 16  # How often several processes ask each other whether to stop.
-_PROGRESS_SECONDS = 10.0
+MEETING_STEPS = 16  # How often several processes ask each other whether to stop.
 
 
 class Totals(NamedTuple):
@@ -251,7 +248,8 @@ class Interrupted(KeyboardInterrupt):
   """
 
   def __init__(self, status: dict[str, Any]):
-    super().__init__(f"the run is saved at step {status['step']} and resumes from there")
+    super().__init__(
+        f"the run is saved at step {status['step']} and resumes from there")
     self.status = status
 
 
@@ -301,7 +299,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       _log.warning("%s: already %s at step %d; nothing to do",
                    workdir, status["state"], status["step"])
       return status
-    with _stopping(workdir, checkpoint_target(experiment)), stopping.StopSignal() as stop:
+    with (_stopping(workdir, checkpoint_target(experiment)),
+          stopping.StopSignal() as stop):
       status = _train(experiment, source, workdir, stop)
   if status["state"] == "preempted" and stop.interrupted:
     raise Interrupted(status)
@@ -388,139 +387,87 @@ def _storage_error(error: BaseException, workdir: str) -> OSError | None:
   return error if error.errno and not isinstance(error, ConnectionError) else None
 
 
-def _train(
-    experiment: Experiment, source: dict[str, Any], workdir: str, stop: stopping.StopSignal
-) -> dict[str, Any]:
-  """Runs what is left of a run, and returns its status."""
-  together, config = distributed.together, experiment.config
-  begun = time.monotonic()
-  train_data, validation_data, test_data = (
-      together(experiment.load, split) for split in ("train", "validation", "test"))
+class _Splits(NamedTuple):
+  """The data of a run, as `Experiment.load` gives it."""
 
-  train_step = make_train_step(experiment)
-  epoch_order = make_epoch_order(experiment)
-  reestimate = make_reestimate(experiment)
-  weight_report = make_weight_report(experiment)
-  histogram = histograms.make_histograms(experiment)
-  histogram_epochs = config_lib.histogram_epochs(config)
-  no_totals = experiment.jit(_no_totals, out_shardings=experiment.replicated)
-  evaluator = evaluate.Evaluator(experiment)
+  train: Any
+  validation: Any
+  test: Any
+
+
+class _Programs(NamedTuple):
+  """The compiled functions of a run. Each is described where it is made."""
+
+  train_step: Callable[..., tuple[TrainState, jax.Array]]
+  epoch_order: Callable[[int], jax.Array]
+  reestimate: Callable[..., Any]
+  weight_report: Callable[[Any], tuple[dict, dict]]
+  histogram: Callable[..., Any]
+  no_totals: Callable[[], Totals]
+  evaluator: evaluate.Evaluator
+
+
+class _Run(NamedTuple):
+  """What the steps of a run share.
+
+  Attributes:
+    experiment: Network, schedules and optimizer.
+    workdir: Directory of the run.
+    stop: Says whether the run shall stop.
+    splits: Data.
+    programs: Compiled functions.
+    manager: Checkpoints.
+    journal: Keeps run.json.
+    writer: Keeps metrics.jsonl and histograms.jsonl; None but on the first process.
+    progress: Measures the rate.
+    show: Shows the steps done, and a text.
+  """
+
+  experiment: Experiment
+  workdir: str
+  stop: stopping.StopSignal
+  splits: _Splits
+  programs: _Programs
+  manager: Any
+  journal: environment.Journal
+  writer: metrics.Writer | None
+  progress: Progress
+  show: Callable[..., None]
+
+
+def _train(
+    experiment: Experiment, source: dict[str, Any], workdir: str,
+    stop: stopping.StopSignal,
+) -> dict[str, Any]:
+  """Trains what is left of a run, tests its network, and returns its status."""
+  begun = time.monotonic()
+  splits = _Splits(*(distributed.together(experiment.load, split)
+                     for split in _Splits._fields))
+  programs = _Programs(
+      train_step=make_train_step(experiment),
+      epoch_order=make_epoch_order(experiment),
+      reestimate=make_reestimate(experiment),
+      weight_report=make_weight_report(experiment),
+      histogram=histograms.make_histograms(experiment),
+      no_totals=experiment.jit(_no_totals, out_shardings=experiment.replicated),
+      evaluator=evaluate.Evaluator(experiment))
 
   with (checkpoint.open_manager(workdir) as manager,
         display.shown(workdir, experiment.num_steps) as show):
-    target = checkpoint_target(experiment)
-    restored = together(checkpoint.restore_newest, manager, target)
-    checkpoint.remove_old(manager)
-    if restored:
-      state = TrainState(*(restored.tree[name] for name in TrainState._fields))
-    else:
-      state = make_init_state(experiment)()
-      state = state._replace(**distributed.put(source, experiment.replicated))
+    state, saved = _first_state(experiment, source, workdir, manager)
     step = int(state.step)
-    saved = restored.run if restored else None
-    if saved:
-      together(run_files.check_same, workdir,
-               config_lib.from_json(json.dumps(saved["config"])), config)
     journal = environment.Journal(workdir, begun, saved and saved["journal"], step)
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
-    status = run_files.write_status(workdir, "running", step)
+    run_files.write_status(workdir, "running", step)
     writer = metrics.Writer(workdir, step, saved) if distributed.is_main() else None
     if distributed.several():
       stop.hold()  # No process can stop alone: they agree on a step.
-    progress = Progress(step, experiment.num_steps, config.batch_size)
-    batches = experiment.train_batches(train_data, epoch_order, step)
-    show(step)
+    progress = Progress(step, experiment.num_steps, experiment.config.batch_size)
+    run = _Run(experiment, workdir, stop, splits, programs, manager, journal, writer,
+               progress, show)
 
-    while step < experiment.num_steps:
-      epochs_done, rest = divmod(step + 1, experiment.steps_per_epoch)
-      report = rest == 0 and (epochs_done % config.eval_every_epochs == 0
-                              or epochs_done == config.num_epochs)
-      codes = weight_report(state.params)[0] if report else None
-
-      state, loss = train_step(state, *next(batches))
-      step += 1
-      if progress.stepped(loss):
-        journal.trains()
-        stop.hold()
-      show(step)
-
-      # Processes that look at different steps would wait for each other in vain.
-      if not (report or (step % _MEETING_STEPS == 0 if distributed.several()
-                         else stop.requested or progress.due())):
-        continue
-      stopping = distributed.any_of(stop.requested)
-      totals = jax.device_get(state.totals)
-      if totals.diverged_at >= 0:
-        status = run_files.write_status(
-            workdir, "diverged", int(totals.diverged_at))
-        break
-      if not (report or stopping):
-        if progress.due():
-          _log.info("step %d/%d: loss %.4f; %s", step, experiment.num_steps,
-                    totals.loss / totals.count, progress.line())
-        continue
-
-      rate = progress.pause()
-      if report:
-        state = state._replace(totals=no_totals())
-      tree = state._asdict()
-      if config.reestimate_batches:
-        tree["reestimated_batch_stats"] = reestimate(
-            state.params, state.batch_stats,
-            experiment.train_batches(train_data, epoch_order, 0))
-      accuracy = None
-      if report:
-        lines = [
-            _train_line(experiment, step, totals, rate, codes,
-                        *weight_report(state.params))
-            | (train_data.report() if experiment.info.streamed else {}),
-            {"split": "validation", "mode": "mixed", **evaluator.mixed(
-                checkpoint.trained_variables(state._asdict()), validation_data,
-                np.asarray(experiment.alpha(step - 1)))},
-            {"split": "validation", "mode": "hard", **evaluator.hard(
-                checkpoint.hard_variables(tree), validation_data)}]
-        if config.eval_train:
-          lines.insert(1, {"split": "train", "mode": "hard", **evaluator.hard(
-              checkpoint.hard_variables(tree), train_data)})
-        for line in lines if writer else ():
-          writer.write({"step": step, "epoch": epochs_done, **line})
-        if config.histogram_layers and epochs_done in histogram_epochs:
-          counted = histogram(
-              checkpoint.trained_variables(state._asdict()), validation_data,
-              np.asarray(experiment.alpha(step - 1)))
-          if writer:
-            writer.write_histograms(step, epochs_done, counted)
-        accuracy = lines[-1]["accuracy"]
-        _log.info(
-            "epoch %d/%d: loss %.4f, validation accuracy %.4f; %s", epochs_done,
-            config.num_epochs, lines[0]["loss"], accuracy, progress.line())
-        show(step, f"loss {lines[0]['loss']:.4f}, validation accuracy {accuracy:.4f}")
-      if writer:
-        writer.sync()  # No checkpoint is ahead of the records.
-      checkpoint.save(manager, step, tree, accuracy, {
-          "config": json.loads(config_lib.to_json(config)), "journal": journal.content,
-          **(writer.lines if writer else {})})
-      journal.note()
-      status = run_files.write_status(workdir, "running", step)
-      if distributed.any_of(stop.requested) and step < experiment.num_steps:
-        manager.wait_until_finished()
-        status = run_files.write_status(workdir, "preempted", step)
-        break
-      progress.resume()
-
-    batches.close()
-    if status["state"] == "running":
-      manager.wait_until_finished()
-      files.sync_folder(manager.directory)  # Before a status that relies on it.
-      last = checkpoint.restore(manager, step, target)
-      best = checkpoint.restore_best(manager, target)
-      results = {}
-      for which, saved in (("last", last), ("best", best)):
-        results[which] = evaluator.hard(checkpoint.hard_variables(saved.tree), test_data)
-        if writer:
-          writer.write({"step": step, "epoch": config.num_epochs, "split": "test",
-                        "mode": "hard", "checkpoint": which,
-                        "checkpoint_step": saved.step, **results[which]})
+    status = _train_steps(run, state)
+    results = _test(run) if status["state"] == "running" else {}
     journal.note()
     if writer:
       writer.sync()
@@ -528,16 +475,125 @@ def _train(
       with display.harmless("curves.png cannot be drawn"):
         plots.curves(workdir)
     if status["state"] == "running":
-      status = run_files.write_status(
-          workdir, "done", step, best_step=best.step,
-          **{f"test_{name}": value for name, value in results["last"].items()},
-          **{f"best_test_{name}": value for name, value in results["best"].items()})
+      status = run_files.write_status(workdir, "done", status["step"], **results)
   _log.info("%s: %s at step %d", workdir, status["state"], status["step"])
   return status
 
 
-def _train_line(experiment, step, totals, rate, codes, new_codes, distance):
-  """What is recorded of the training split: means since the last report."""
+def _first_state(
+    experiment: Experiment, source: dict[str, Any], workdir: str, manager: Any
+) -> tuple[TrainState, dict[str, Any] | None]:
+  """Restores the newest checkpoint, or makes the state before the first step.
+
+  Returns:
+    The state, and what the checkpoint holds of the run's records, if anything.
+  """
+  together = distributed.together
+  restored = together(
+      checkpoint.restore_newest, manager, checkpoint_target(experiment))
+  checkpoint.remove_old(manager)
+  if not restored:
+    state = make_init_state(experiment)()
+    return state._replace(**distributed.put(source, experiment.replicated)), None
+  if restored.run:
+    before = config_lib.from_json(json.dumps(restored.run["config"]))
+    together(run_files.check_same, workdir, before, experiment.config)
+  state = TrainState(*(restored.tree[name] for name in TrainState._fields))
+  return state, restored.run
+
+
+def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
+  """Trains until the last step, or until the run diverges or shall stop.
+
+  Returns:
+    The status of the run. Its state is "running" after the last step.
+  """
+  experiment, programs, step = run.experiment, run.programs, int(state.step)
+  status = {"state": "running", "step": step}
+  run.show(step)
+  with contextlib.closing(experiment.train_batches(
+      run.splits.train, programs.epoch_order, step)) as batches:
+    while status["state"] == "running" and step < experiment.num_steps:
+      epoch = _validated_epoch(experiment, step + 1)
+      codes = programs.weight_report(state.params)[0] if epoch else {}
+      state, loss = programs.train_step(state, *next(batches))
+      step += 1
+      if run.progress.stepped(loss):
+        run.journal.trains()
+        run.stop.hold()
+      run.show(step)
+      if epoch or _is_pause(run, step):
+        state, status = _pause(run, step, state, epoch, codes)
+  return status
+
+
+def _validated_epoch(experiment: Experiment, step: int) -> int:
+  """The epoch that ends with this step and a validation, from 1 on; 0 if none does."""
+  epoch, rest = divmod(step, experiment.steps_per_epoch)
+  return epoch if rest == 0 and config_lib.is_validated(experiment.config, epoch) else 0
+
+
+def _is_pause(run: _Run, step: int) -> bool:
+  """Whether the loop pauses after this step though no epoch ends.
+
+  Several processes pause at the same steps, since each pause waits for all of them.
+  """
+  if distributed.several():
+    return step % MEETING_STEPS == 0
+  return run.stop.requested or run.progress.due()
+
+
+def _pause(
+    run: _Run, step: int, state: TrainState, epoch: int, codes: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, Any]]:
+  """Does what is due between two steps: ends the run, saves it or prints a line.
+
+  Args:
+    run: What the steps share.
+    step: Number of steps done.
+    state: State after them.
+    epoch: Number of the epoch that ends here with a validation; 0 if none does.
+    codes: Codes of the weights before the last step, by layer, if an epoch ends.
+
+  Returns:
+    The state to train from, and the status of the run.
+  """
+  stops = distributed.any_of(run.stop.requested)
+  totals = jax.device_get(state.totals)
+  if totals.diverged_at >= 0:
+    return state, run_files.write_status(
+        run.workdir, "diverged", int(totals.diverged_at))
+  if not (epoch or stops):
+    if run.progress.due():
+      _log.info("step %d/%d: loss %.4f; %s", step, run.experiment.num_steps,
+                totals.loss / totals.count, run.progress.line())
+    return state, {"state": "running", "step": step}
+
+  rate = run.progress.pause()
+  if epoch:
+    state = state._replace(totals=run.programs.no_totals())
+  tree = state._asdict()
+  if run.experiment.config.reestimate_batches:
+    tree["reestimated_batch_stats"] = run.programs.reestimate(
+        state.params, state.batch_stats,
+        run.experiment.train_batches(run.splits.train, run.programs.epoch_order, 0))
+  accuracy = None
+  if epoch:
+    trained = _train_line(run, step, totals, rate, codes, state.params)
+    accuracy = _evaluate_epoch(run, step, epoch, trained, tree)
+  return state, _save(run, step, tree, accuracy)
+
+
+def _train_line(
+    run: _Run, step: int, totals: Totals, rate: float | None,
+    codes: dict[str, jax.Array], params: Any
+) -> dict[str, Any]:
+  """Makes the line of the training split: means since the last one, and rates.
+
+  The flip rate is that of the last step alone.
+  """
+  experiment = run.experiment
+  new_codes, distance = run.programs.weight_report(params)
   return {
       "split": "train",
       "mode": "mixed",
@@ -546,11 +602,96 @@ def _train_line(experiment, step, totals, rate, codes, new_codes, distance):
       "alpha": np.asarray(experiment.alpha(step - 1)).tolist(),
       "learning_rate": float(experiment.learning_rate(step - 1)),
       "examples_per_second": rate,
-      # Of the last step alone.
       "flip_rate": {path: float(np.mean(codes[path] != new_codes[path]))
                     for path in codes},
       "weight_distance": {path: float(value) for path, value in distance.items()},
+      **(run.splits.train.report() if experiment.info.streamed else {}),
   }
+
+
+def _evaluate_epoch(
+    run: _Run, step: int, epoch: int, trained: dict[str, Any], tree: dict[str, Any]
+) -> float:
+  """Evaluates the networks after an epoch, and records and shows what comes of it.
+
+  Args:
+    run: What the steps share.
+    step: Number of steps done.
+    epoch: Number of epochs done.
+    trained: The line of the training split.
+    tree: What the checkpoint of this step will hold.
+
+  Returns:
+    The hard network's accuracy on the validation split.
+  """
+  config, evaluator, splits = run.experiment.config, run.programs.evaluator, run.splits
+  mixed_variables = checkpoint.trained_variables(tree)
+  hard_variables = checkpoint.hard_variables(tree)
+  alpha = np.asarray(run.experiment.alpha(step - 1))
+  mixed = evaluator.mixed(mixed_variables, splits.validation, alpha)
+  hard = evaluator.hard(hard_variables, splits.validation)
+  lines = [trained]
+  if config.eval_train:
+    lines.append({"split": "train", "mode": "hard",
+                  **evaluator.hard(hard_variables, splits.train)})
+  lines += [{"split": "validation", "mode": "mixed", **mixed},
+            {"split": "validation", "mode": "hard", **hard}]
+  counted = None
+  if config.histogram_layers and epoch in config_lib.histogram_epochs(config):
+    counted = run.programs.histogram(mixed_variables, splits.validation, alpha)
+  if run.writer:
+    for line in lines:
+      run.writer.write({"step": step, "epoch": epoch, **line})
+    if counted is not None:
+      run.writer.write_histograms(step, epoch, counted)
+  text = f"loss {trained['loss']:.4f}, validation accuracy {hard['accuracy']:.4f}"
+  _log.info("epoch %d/%d: %s; %s", epoch, config.num_epochs, text, run.progress.line())
+  run.show(step, text)
+  return hard["accuracy"]
+
+
+def _save(
+    run: _Run, step: int, tree: dict[str, Any], accuracy: float | None
+) -> dict[str, Any]:
+  """Saves a checkpoint, and returns the status: "preempted" if the run shall stop."""
+  if run.writer:
+    run.writer.sync()  # No checkpoint is ahead of the records.
+  checkpoint.save(run.manager, step, tree, accuracy, {
+      "config": json.loads(config_lib.to_json(run.experiment.config)),
+      "journal": run.journal.content,
+      **(run.writer.lines if run.writer else {})})
+  run.journal.note()
+  status = run_files.write_status(run.workdir, "running", step)
+  if distributed.any_of(run.stop.requested) and step < run.experiment.num_steps:
+    run.manager.wait_until_finished()
+    return run_files.write_status(run.workdir, "preempted", step)
+  run.progress.resume()
+  return status
+
+
+def _test(run: _Run) -> dict[str, Any]:
+  """Evaluates the last and the best checkpoint on the test split, and records it.
+
+  Returns:
+    What status.json holds of it.
+  """
+  experiment, manager = run.experiment, run.manager
+  manager.wait_until_finished()
+  files.sync_folder(manager.directory)  # Before a status that relies on it.
+  target = checkpoint_target(experiment)
+  last = checkpoint.restore(manager, experiment.num_steps, target)
+  best = checkpoint.restore_best(manager, target)
+  status = {"best_step": best.step}
+  for which, prefix, saved in (("last", "test", last), ("best", "best_test", best)):
+    result = run.programs.evaluator.hard(
+        checkpoint.hard_variables(saved.tree), run.splits.test)
+    status |= {f"{prefix}_{name}": value for name, value in result.items()}
+    if run.writer:
+      run.writer.write({
+          "step": experiment.num_steps, "epoch": experiment.config.num_epochs,
+          "split": "test", "mode": "hard", "checkpoint": which,
+          "checkpoint_step": saved.step, **result})
+  return status
 
 
 def checkpoint_target(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
@@ -580,7 +721,8 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   try:
     _, saved = checkpoint.read_run(paths.expand(workdir))
   except errors.UsageError as error:
-    raise errors.UsageError(f"config.init_from={errors.shown(workdir)}: {error}") from error
+    raise errors.UsageError(
+        f"config.init_from={errors.shown(workdir)}: {error}") from error
   source = checkpoint.trained_variables(saved.tree)
   shapes = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -595,60 +737,3 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   errors.check(not different, "config.init_from", workdir,
                "a run of the same shapes: " + "; ".join(different[:3]))
   return source
-
-
-class Progress:
-  """Keeps the loop a few steps ahead of the device, and times it."""
-
-  def __init__(self, step: int, num_steps: int, batch_size: int):
-    self._left = num_steps - step
-    self._batch_size = batch_size
-    self._in_flight = collections.deque()
-    self._steps = 0  # Since the clock was started.
-    self._since = None  # The clock starts after the first step, which compiles.
-    self._next_line = time.monotonic() + _PROGRESS_SECONDS
-
-  def stepped(self, loss: jax.Array) -> bool:
-    """Counts a step that was dispatched; waits if the device is far behind.
-
-    Returns:
-      Whether this was the first step, which is compiled and therefore not timed.
-    """
-    self._left -= 1
-    self._in_flight.append(loss)
-    if self._since is None:
-      loss.block_until_ready()
-      self._since = time.monotonic()
-      return True
-    self._steps += 1
-    if len(self._in_flight) > _STEPS_IN_FLIGHT:
-      self._in_flight.popleft().block_until_ready()
-    return False
-
-  def due(self) -> bool:
-    """Whether a line was not printed for a while."""
-    return time.monotonic() >= self._next_line
-
-  def line(self) -> str:
-    """Rate and time left; the next is due in a while."""
-    self._next_line = time.monotonic() + _PROGRESS_SECONDS
-    rate = self._rate()
-    if not rate:
-      return "measuring the rate"
-    left = duration(self._left * self._batch_size / rate)
-    return f"{rate:.0f} examples/s, {left} left"
-
-  def pause(self) -> float | None:
-    """Stops the clock; returns the examples per second since the last pause."""
-    if self._in_flight:
-      self._in_flight[-1].block_until_ready()
-    return self._rate()
-
-  def resume(self) -> None:
-    """Starts the clock again."""
-    self._steps, self._since = 0, time.monotonic()
-
-  def _rate(self) -> float | None:
-    if not self._steps:
-      return None
-    return self._steps * self._batch_size / (time.monotonic() - self._since)

@@ -121,7 +121,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
   codes, said = ended(start(2, config, workdir, before_step=(
       "if step == 20 and process == 1: os.kill(os.getpid(), signal.SIGTERM)")))
   assert codes == [75, 75], said
-  stopped = {"state": "preempted", "step": 2 * train._MEETING_STEPS}
+  stopped = {"state": "preempted", "step": 2 * train.MEETING_STEPS}
   assert run_files.read_status(str(workdir)) == stopped
   lines = lines_of(workdir)
   assert [line["split"] for line in lines] == ["train", "validation", "validation"]

@@ -27,6 +27,7 @@ from minw import errors
 from minw import infer
 from minw import pack
 from minw import packed
+from minw import progress
 from minw import train
 from minw import verify
 from minw.data import datasets
@@ -201,7 +202,7 @@ def test_mixed_and_hard_agree_at_alpha_one_only(plain):
 
 def test_same_seed_same_bits(plain, tmp_path, monkeypatch):
   # With a look at the device after every step, which must not matter.
-  monkeypatch.setattr(train, "_PROGRESS_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
   run(tiny_config(), tmp_path)
   assert outcome(tmp_path) == outcome(plain)
 
@@ -261,7 +262,7 @@ def test_not_finite_ends_as_diverged(poisoned, kept, plain, tmp_path):
 
 
 def test_divergence_is_found_between_reports(tmp_path, monkeypatch):
-  monkeypatch.setattr(train, "_PROGRESS_SECONDS", 0.0)
+  monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
   made = []
 
   def action(step, state):
