@@ -26,7 +26,8 @@ dependencies.guard_imports()
 
 
 # Modules by the names that `from minw import NAME` knew them by in version 0.1.
-_EARLIER = {"datasets": "data.datasets", "pipeline": "data.pipeline"}
+_EARLIER = {"datasets": "data.datasets", "metadata": "packed.metadata",
+            "pipeline": "data.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 # Modules of minw that work with the core alone, and packages in which all modules do.
 CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "data",
         "data.image_files", "data.images", "dependencies", "errors", "files", "infer",
-        "metadata", "packed", "paths", "progress", "stopping", "text", "usage")
-CORE_PACKAGES = ("export", "kernels")
+        "paths", "progress", "stopping", "text", "usage")
+CORE_PACKAGES = ("export", "kernels", "packed")
 
 # Packages that stand for the whole layer: nearly all modules for training need them.
 _TRAINING = ("flax", "jax", "ml_collections", "optax")

@@ -22,12 +22,12 @@ from minw import config as config_lib
 from minw import errors
 from minw import fold
 from minw import layers
-from minw import metadata as metadata_lib
 from minw import packed
 from minw import quantizers
 from minw import structure
 from minw.data import pipeline
 from minw.experiment import Experiment
+from minw.packed import metadata as metadata_lib
 from minw.workdir import checkpoint
 
 
@@ -79,11 +79,11 @@ def pack(
     source_shape: (height, width, channels) of the images that it will get.
     crop: (height, width) that the network sees, from the centre; all if None.
     labels: a name for each class.
-    metadata: What else the file says; see `minw.metadata`.
+    metadata: What else the file says; see `minw.packed.metadata`.
 
   Raises:
     ValueError: Something in the network cannot be packed; the message names the layer.
-      Or the labels or the metadata are not as `minw.metadata` says.
+      Or the labels or the metadata are not as `minw.packed.metadata` says.
   """
   crop = tuple(crop or source_shape[:2])
   offset = np.asarray(pixels.offset)

@@ -12,8 +12,7 @@ class Builder:
     self.rng, self.source, self.crop = rng, shape, crop or shape[:2]
     self.offset = rng.integers(0, 256, shape[2])
     self.ops = []
-    bound = np.maximum(self.offset, 255 - self.offset)
-    self.values = [packed.Value((*self.crop, shape[2]), "INT", 0, bound)]
+    self.values = [packed.image_value(shape, self.crop, self.offset)]
 
   def add(self, op):
     self.values.append(packed.infer_value(op, self.values))

@@ -1,4 +1,4 @@
-"""minw.metadata: what a packed network's metadata may hold, and what is refused."""
+"""minw.packed.metadata: what a packed network's metadata may hold, and what is refused."""
 
 import json
 import re
@@ -11,8 +11,8 @@ import pytest
 
 from minw import config as config_lib
 from minw import infer
-from minw import metadata
 from minw import packed
+from minw.packed import metadata
 
 LABELS = ["one", "zwei", "三"]
 

@@ -43,7 +43,7 @@ class Network:
     self.shape = (*size, channels)
     offset = self.rng.integers(0, 256, channels).astype(np.uint8)
     self.empty = packed.Program(self.shape, size, offset, 1, (), {})
-    self.values = [packed._image(self.shape, size, offset)]
+    self.values = [packed.image_value(self.shape, size, offset)]
     self.ops = []
 
   def add(self, kind, *arguments, **fields):

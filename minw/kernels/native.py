@@ -19,8 +19,8 @@ from typing import Any, Callable
 
 import numpy as np
 
-from minw import metadata
 from minw import packed
+from minw.packed import metadata
 
 LIBRARY = pathlib.Path(__file__).with_name("libminw.so")
 
