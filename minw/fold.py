@@ -30,7 +30,7 @@ from minw import estimators
 from minw import quantizers
 from minw import structure
 
-_LEAST_CENTER = 2.0 ** -40  # By the rules of docs/format.md.
+LEAST_CENTER = 2.0 ** -40  # By the rules of docs/format.md.
 
 
 class Norm(NamedTuple):
@@ -296,8 +296,8 @@ def fold_norm(
         | ((unit == 0) & (
             np.abs(slope) * (bound + np.abs(mean)) * 2.0 ** 24 <= np.abs(bias))))
     # A packed network holds no smaller one. Its sign counts: an accumulator of 0 is common.
-    rounded = np.where((unit == 0) & (np.abs(rounded) < _LEAST_CENTER),
-                       np.sign(rounded) * _LEAST_CENTER, rounded)
+    rounded = np.where((unit == 0) & (np.abs(rounded) < LEAST_CENTER),
+                       np.sign(rounded) * LEAST_CENTER, rounded)
   return Norm(
       center=np.where(flat, 0.0, _without_denormals(rounded)).astype(np.float32),
       scale=np.where(flat, 0.0, slope).astype(np.float32),
