@@ -99,7 +99,7 @@ def stochastic_aqe(
   """
   _check_gradient(gradient)
   x = _floats(x)
-  z = jax.random.uniform(key, x.shape, quantizers._wide(x), -1.0, 1.0)
+  z = jax.random.uniform(key, x.shape, quantizers.compute_dtype(x), -1.0, 1.0)
   return _stochastic_aqe(x, _number("alpha", alpha, 0, 1), z, gradient)
 
 
@@ -334,7 +334,7 @@ def stochastic_neuron(
     h in {0, 1} and log P(h), both of the shape and dtype of `x`; h has no gradient.
   """
   quantizers.check_float("x", x)
-  z = jax.random.uniform(key, x.shape, quantizers._wide(x))
+  z = jax.random.uniform(key, x.shape, quantizers.compute_dtype(x))
   on = lax.stop_gradient(z < jax.nn.sigmoid(x.astype(z.dtype)))
   log_prob = jnp.where(on, jax.nn.log_sigmoid(x), jax.nn.log_sigmoid(-x))
   return on.astype(x.dtype), log_prob
@@ -448,13 +448,13 @@ def _inside(x: jax.Array) -> jax.Array:
 
 def _mix(x: jax.Array, alpha: jax.Array, h: jax.Array) -> jax.Array:
   # This form, not x + alpha * (h - x), is exactly h at 1 and exactly x at 0.
-  wide = quantizers._wide(x)
+  wide = quantizers.compute_dtype(x)
   alpha = alpha.astype(wide)
   return (alpha * h.astype(wide) + (1 - alpha) * x.astype(wide)).astype(x.dtype)
 
 
 def _scaled(g: jax.Array, x: jax.Array, alpha: jax.Array, gradient: str) -> jax.Array:
-  wide = quantizers._wide(g)
+  wide = quantizers.compute_dtype(g)
   factor = GRADIENTS[gradient](alpha).astype(wide)
   return (factor * g.astype(wide)).astype(g.dtype) * _inside(x)
 
@@ -509,7 +509,7 @@ def _hard_forward(slope, x, shape, grid):
 
 def _hard_backward(slope, saved, g):
   x, shape, grid = saved
-  wide = quantizers._wide(x)
+  wide = quantizers.compute_dtype(x)
   factor = slope(x.astype(wide), shape.astype(wide), grid, g.astype(wide))
   return (g.astype(wide) * factor).astype(g.dtype), *_zeros((shape, grid))
 
@@ -568,7 +568,7 @@ def _slope_dsq(x, alpha, grid, g):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _lsq(x, step, grid, count):
-  wide = quantizers._wide(x)
+  wide = quantizers.compute_dtype(x)
   step = step.astype(wide)
   y = quantizers.without_denormals(x.astype(wide)) / step
   return (step * quantizers.quantize(y, grid)).astype(x.dtype)
@@ -576,7 +576,7 @@ def _lsq(x, step, grid, count):
 
 def _lsq_backward(count, saved, g):
   x, step, grid = saved
-  wide = quantizers._wide(x)
+  wide = quantizers.compute_dtype(x)
   y = quantizers.without_denormals(x.astype(wide)) / step.astype(wide)
   inside = jnp.abs(y) <= 1
   slope = jnp.where(inside, quantizers.quantize(y, grid) - y, jnp.sign(y))
@@ -591,7 +591,7 @@ _lsq.defvjp(lambda x, step, grid, count: (_lsq(x, step, grid, count), (x, step, 
 
 def _frozen(x, alpha, key, grid, straight):
   x = _floats(x)
-  alpha = _number("alpha", alpha, 0, 1).astype(quantizers._wide(x))
+  alpha = _number("alpha", alpha, 0, 1).astype(quantizers.compute_dtype(x))
   mask = jax.random.uniform(key, x.shape, alpha.dtype) < alpha
   return _stompp(x, mask, grid, straight)
 

@@ -190,7 +190,7 @@ def mean_thresholds(
   check_float("weights", weights)
   factors = mean_factors(bits) if factors is None else np.asarray(factors)
   _check_thresholds("factors", factors, bits)
-  wide = _wide(weights)
+  wide = compute_dtype(weights)
   axes = tuple(range(weights.ndim - 1)) if per_channel else None
   mean = jnp.mean(jnp.abs(lax.stop_gradient(weights)).astype(wide), axis=axes)
   return factors.astype(wide).reshape((-1,) + (1,) * mean.ndim) * mean[None]
@@ -343,14 +343,17 @@ def without_denormals(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.abs(x) < SMALLEST, jnp.zeros_like(x), x)
 
 
-def _wide(x: jax.Array) -> jnp.dtype:
-  """Thresholds are compared in float32, or float64: never rounded to 16 bits."""
+def compute_dtype(x: jax.Array) -> jnp.dtype:
+  """Returns the dtype to compute in with `x`: float64 if `x` is, else float32.
+
+  In 16 bits, thresholds and mixtures with alpha would be rounded.
+  """
   return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _staircase(x: jax.Array, grid: Grid, heights: jax.Array) -> jax.Array:
   """Signed `heights[i]` for the last i with |x| > thresholds[i]; 0 if none."""
-  wide = without_denormals(x.astype(_wide(x)))
+  wide = without_denormals(x.astype(compute_dtype(x)))
   if not grid.thresholds.shape[0]:
     return jnp.where(wide > 0, heights[0], -heights[0])
   out = jnp.zeros(x.shape, heights.dtype)
@@ -365,7 +368,7 @@ def _round_to(x: jax.Array, dtype: str) -> jax.Array:
   # Not two casts: XLA may drop the pair on a GPU (openxla/xla#41605).
   info = jnp.finfo(dtype)
   limit = float(info.max)
-  wide = jnp.clip(x.astype(_wide(x)), -limit, limit)
+  wide = jnp.clip(x.astype(compute_dtype(x)), -limit, limit)
   rounded = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=info.nmant)
   # Below the smallest normal the format is a fixed-point one.
   unit = max(float(info.smallest_subnormal), 2.0 ** -126)
@@ -376,7 +379,7 @@ def _round_to(x: jax.Array, dtype: str) -> jax.Array:
 
 def _round_to_backward(dtype, x, g):
   # As casts differentiate, g would be rounded too: float8 has nothing below 2^-10.
-  inside = jnp.abs(x.astype(_wide(x))) <= float(jnp.finfo(dtype).max)
+  inside = jnp.abs(x.astype(compute_dtype(x))) <= float(jnp.finfo(dtype).max)
   return (g * inside.astype(g.dtype),)
 
 

@@ -306,7 +306,7 @@ def delitems(items, first):
 
 def documented(text: str) -> list[str]:
   """The names of the rules in docs/format.md."""
-  table = text[text.index("## Rules"):text.index("## Limits")]
+  table = text[text.index("## Rules"):text.index("## Bounds")]
   return re.findall(r"^\| ([a-z ,]+?) \| [A-Z]", table, re.M)
 
 
