@@ -1,0 +1,190 @@
+// The engine's own header: a loaded network, and the steps that load and run it.
+//
+// Loading takes four steps: program.cc reads and checks the file, isa.cc chooses an
+// instruction set, layer.cc lays out the weights of each convolution for its kernel,
+// and plan.cc decides which operations share a pass and where values lie in memory.
+// engine.cc calls these steps. run.cc runs a plan, and interface.cc is the C interface.
+#ifndef MINW_ENGINE_H_
+#define MINW_ENGINE_H_
+
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "minw.h"
+#include "program.h"
+
+namespace minw {
+
+// Alignment of buffers and of their parts, in bytes: the size of the longest vector.
+constexpr size_t kAlign = 64;
+
+inline size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Bytes of a value of one image.
+inline size_t map_bytes(const Map& m) {
+  return static_cast<size_t>(m.h) * m.w * m.stride * m.size();
+}
+
+// Aligned memory of a fixed size.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : size_(bytes) {
+    data_ = static_cast<char*>(::operator new(bytes + 1, std::align_val_t(kAlign)));
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t(kAlign)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  char* data_;
+  size_t size_;
+};
+
+// Keeps scratch memory between calls, because fresh memory costs page faults. There is
+// no lock that a thread could hold while another one forks: each buffer is owned either
+// by one place or by one call. A fork's child loses the buffers that calls of other
+// threads owned.
+class Spare {
+ public:
+  ~Spare() {
+    for (auto& place : places_) delete place.load();
+  }
+
+  // A buffer of at least `bytes` bytes.
+  std::unique_ptr<Buffer> take(size_t bytes) {
+    for (auto& place : places_)
+      if (place.load(std::memory_order_relaxed)) {
+        std::unique_ptr<Buffer> buffer(place.exchange(nullptr));
+        if (buffer && buffer->size() >= bytes) return buffer;
+      }
+    return std::make_unique<Buffer>(bytes);
+  }
+
+  // Keeps a buffer for later calls, or frees it if all places are taken.
+  void keep(std::unique_ptr<Buffer> buffer) {
+    for (auto& place : places_) {
+      Buffer* empty = nullptr;
+      if (place.compare_exchange_strong(empty, buffer.get())) {
+        static_cast<void>(buffer.release());  // The place owns it now.
+        return;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kPlaces = 64;  // More threads than this are rare.
+  std::atomic<Buffer*> places_[kPlaces] = {};
+};
+
+// ---- Instruction sets (isa.cc).
+
+// The best instruction set that this CPU runs, or the one that MINW_ISA names. Throws
+// Error if MINW_ISA names one that does not run here.
+const Isa& best_isa();
+
+// Names of the instruction sets that this CPU runs, best first, separated by spaces.
+const char* isa_names();
+
+// ---- Layers (layer.cc).
+
+// A convolution together with the memory that its plain struct points into.
+struct Layer {
+  Conv conv = {};
+  std::unique_ptr<Buffer> weights;
+  std::vector<int32_t> base;
+  std::vector<int32_t> offsets, channels;
+  std::vector<int> row_class, col_class;
+  std::vector<char> border;
+  const char* kernel = "";
+};
+
+// Lays out the convolution of operation `op` for the kernels of `isa`. A convolution
+// whose channels form groups may be split into several layers, one for each group.
+std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
+
+// ---- Plans (plan.cc).
+
+// What runs in one pass: one operation, or a convolution and the operations after it.
+struct Step {
+  int op = -1;         // The last operation of the pass.
+  int conv = -1;       // Operation of the convolution; -1 if there is none or it is split.
+  int threshold = -1;  // Operation of the thresholds, or -1.
+  Finish finish = {};
+};
+
+// An order of steps, and the place of each value in memory. Values that do not live at
+// the same time share memory, which is called the arena.
+struct Plan {
+  std::vector<Step> steps;
+  std::vector<size_t> offset;  // Where a value begins in the arena, for one image.
+  size_t arena = 0;            // Bytes of the arena for one image.
+  size_t group = 1;            // Images that run through the steps together.
+};
+
+// Bytes of scratch memory that the convolutions of a network need besides the arena.
+// The first four of them grow with the number of images.
+struct Needs {
+  size_t padded = 0, magnitudes = 0, part_in = 0, part_out = 0;
+  size_t acc = 0, gathered = 0, counts = 0;
+};
+
+// Where the parts of scratch memory begin, and where the last one ends.
+struct Places {
+  size_t padded, magnitudes, acc, pixels, base, sums, gathered, counts, part_in;
+  size_t part_out, end;
+};
+
+Needs scratch_needs(const std::vector<std::vector<Layer>>& layers);
+Places scratch_places(const Plan& plan, const Needs& needs, size_t images);
+
+}  // namespace minw
+
+struct minw_network {
+  minw_network(const uint8_t* bytes, size_t size, const minw::Limits& limits);
+
+  size_t image_bytes() const {
+    return static_cast<size_t>(program.source.h) * program.source.w * program.channels;
+  }
+  size_t scratch_bytes(const minw::Plan& plan, size_t images) const {
+    return minw::scratch_places(plan, needs, images).end;
+  }
+
+  minw::Program program;
+  const minw::Isa& isa;
+  // Layers of each operation: none for other operations than convolutions.
+  std::vector<std::vector<minw::Layer>> layers;
+  std::vector<minw::Threshold> thresholds;  // Used where the operation is a threshold.
+  minw::Needs needs;
+  minw::Plan plain;  // One operation a step; all values stay in the arena.
+  minw::Plan fast;   // Fused steps; values share memory.
+  mutable minw::Spare spare;
+};
+
+namespace minw {
+
+// Plans a network whose layers, thresholds and needs are complete.
+//
+// Args:
+//   fused: Whether max pooling and thresholds may join the pass of the convolution
+//     before them, and values may share memory.
+//   reach: Largest distance, in operations, between two operations of one pass.
+Plan make_plan(const minw_network& net, bool fused, int reach);
+
+// ---- Runs (run.cc).
+
+// Runs a plan for n images in scratch memory of net.scratch_bytes(plan, n).
+void run(const minw_network& net, const Plan& plan, const uint8_t* images, size_t n,
+         char* scratch, float* logits);
+
+// Makes value 0 of n images: crops them and subtracts the offsets of their channels.
+void store_images(const minw_network& net, const uint8_t* images, size_t n, char* out);
+
+}  // namespace minw
+
+#endif  // MINW_ENGINE_H_

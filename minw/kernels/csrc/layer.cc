@@ -1,0 +1,523 @@
+// The layout of a convolution: which kernel runs it, and the memory that kernel reads.
+//
+// A dense layer is a convolution whose window is as large as its input. Kernels compute
+//
+//   acc[o] = base[o] + (what the kernel counts or adds over the steps of a window),
+//
+// where a step is a few input channels of one tap. This file chooses the form in which
+// pixels and weights are stored, lists where the steps of a window lie, packs the
+// weights in that order, and works out `base` so that acc is the exact sum of products.
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "engine.h"
+
+namespace minw {
+namespace {
+
+// Output channels of a group. A group's sums stay in the cache while a chunk of pixels
+// is convolved.
+constexpr int kMaxLookupWidth = 128;
+constexpr int kInt16Width = 64, kInt32Width = 32;
+
+// Columns of lookups come in vectors of this many bytes.
+constexpr int kLookupColumns = 32;
+
+// Swapped lookups hold pixels in the lanes of vectors. With at most this many output
+// pixels, half of the lanes would be empty, and counting bits is faster.
+constexpr int kMostUnswappedPixels = 16;
+
+// Lookups count in uint16. An entry of a step is at most 4 (signs of 4 channels, or
+// magnitudes of 4 trits), or 16 (magnitudes of 4 codes of 3 bits).
+constexpr int kCountLimit = 65536;
+constexpr int kMostEntry = 4, kMostEntry3 = 16;
+
+// Sums and pixels below this limit fit an int16.
+constexpr int64_t kInt16Limit = 32768;
+
+int divided_up(int x, int by) { return (x + by - 1) / by; }
+
+// Bit planes of codes or weights: signs, then a mask for each magnitude (1, 2, 4).
+// With 1 bit all magnitudes are 1, and signs suffice.
+int planes_of(int bits) { return bits == 3 ? 4 : bits; }
+
+// Sums over weights of one output channel.
+struct WeightSums {
+  int64_t levels = 0;      // Sum of the weights.
+  int64_t magnitudes = 0;  // Sum of their magnitudes.
+  int64_t negative = 0;    // Count of the negative ones.
+
+  void add(const Bits& b) {
+    for (int m = 0; m < 3; m++) {
+      int all = __builtin_popcountll(b.mask[m]);
+      int minus = __builtin_popcountll(b.mask[m] & ~b.positive);
+      magnitudes += int64_t{all} << m;
+      levels += int64_t{all - 2 * minus} * (1 << m);
+      negative += minus;
+    }
+  }
+};
+
+// Output rows (or columns) in classes: rows of one class have the same taps inside the
+// map. For a kernel of 3 rows, 4 input rows and a border of 1 on both sides there are
+// three classes:
+//
+//   output row   taps that lie inside   class
+//   0            1, 2                   [1, 3)
+//   1, 2         0, 1, 2                [0, 3)
+//   3            0, 1                   [0, 2)
+struct TapClasses {
+  std::vector<int> of;                      // Class of each output row.
+  std::vector<std::pair<int, int>> inside;  // Taps [first, last) of each class.
+};
+
+TapClasses tap_classes(int out, int in, int kernel, int stride, int step, int before) {
+  TapClasses classes;
+  for (int y = 0; y < out; y++) {
+    int top = y * stride - before;  // Tap k reads input row top + k * step.
+    auto first_from = [&](int row) {  // The first tap at `row` or below it.
+      int tap = row <= top ? 0 : divided_up(row - top, step);
+      return std::min(tap, kernel);
+    };
+    std::pair<int, int> range(first_from(0), first_from(in));
+    auto at = std::find(classes.inside.begin(), classes.inside.end(), range);
+    classes.of.push_back(static_cast<int>(at - classes.inside.begin()));
+    if (at == classes.inside.end()) classes.inside.push_back(range);
+  }
+  return classes;
+}
+
+// Sums over rectangles of taps in constant time. total(y, x) is the sum of all taps
+// above row y and left of column x; a rectangle is a combination of four of them.
+class TapTotals {
+ public:
+  TapTotals(int h, int w)
+      : columns_(static_cast<size_t>(w) + 1), total_((h + size_t{1}) * columns_) {}
+
+  // Sets the tap at (y, x). Taps must be set row by row.
+  void set(int y, int x, int64_t value) {
+    at(y + 1, x + 1) = at(y, x + 1) + at(y + 1, x) - at(y, x) + value;
+  }
+
+  int64_t sum(std::pair<int, int> rows, std::pair<int, int> columns) {
+    auto [top, bottom] = rows;
+    auto [left, right] = columns;
+    if (top >= bottom || left >= right) return 0;
+    return at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left);
+  }
+
+ private:
+  int64_t& at(int y, int x) { return total_[y * columns_ + x]; }
+  size_t columns_;
+  std::vector<int64_t> total_;
+};
+
+// One of the groups of a map's channels, as a map of its own.
+Map part_of(Map map, int parts) {
+  map.c /= parts;
+  map.stride = divided_up(map.c, kLane) * kLane;
+  return map;
+}
+
+// How a form stores pixels and weights.
+struct Storage {
+  int tap_steps;    // Steps of a tap.
+  int step_bytes;   // Distance of steps in a pixel.
+  int pixel_bytes;  // Distance of pixels.
+  int planes;       // Elements of weights for each step and output channel.
+  int size;         // Bytes of such an element.
+};
+
+// Builds one layer: a whole convolution, or one of the `parts` into which it is split.
+class LayerBuilder {
+ public:
+  LayerBuilder(const Program& program, int op, const Isa& isa, int parts, int part)
+      : op_(program.ops[op]),
+        x_(program.values[op_.inputs[0]]),
+        isa_(isa),
+        inputs_(x_.map.c / op_.groups),
+        c_(layer_.conv) {
+    const Map& out = program.values[op + 1].map;
+    c_.in = parts > 1 ? part_of(x_.map, parts) : x_.map;
+    c_.out = parts > 1 ? part_of(out, parts) : out;
+    c_.window = op_.window;
+    c_.source = op_.inputs[0] == 0 && parts == 1 ? &program.source : nullptr;
+    c_.unit = op_.unit;
+    first_weight_ = uint64_t{1} * part * c_.out.c * taps() * inputs_;
+    c_.own = op_.groups > parts;
+    c_.w_bits = op_.weights.grid() ? op_.weights.format : 0;
+    choose_form();
+    choose_elements();
+    storage_ = storage();
+    lay_out_steps();
+    c_.form == kFloat32 ? store_floats() : store_levels();
+    choose_base();
+    encode_border();
+    layer_.kernel = isa.choose(&c_);
+  }
+
+  Layer take() { return std::move(layer_); }
+
+ private:
+  int taps() const { return c_.window.h * c_.window.w; }
+
+  // Calls visit(tap, first channel, Bits) for each 64 weights of an output channel.
+  template <class Visit>
+  void each(int out, const Visit& visit) const {
+    uint64_t at = first_weight_ + uint64_t{1} * out * taps() * inputs_;
+    for (int tap = 0; tap < taps(); tap++)
+      for (int i = 0; i < inputs_; i += 64) {
+        int n = std::min(64, inputs_ - i);
+        visit(tap, i, op_.weights.bits(at, n));
+        at += n;
+      }
+  }
+
+  // ---- The form.
+
+  void choose_form() {
+    bool codes = c_.in.kind == kCode;
+    c_.a_bits = codes ? c_.in.bits : 0;
+    if (codes && x_.zeros) c_.a_bits = std::max(c_.a_bits, 2);  // Needs a code for 0.
+    int a = c_.a_bits, w = c_.w_bits;
+    bool planes = a == 1 || w == 1 || (a == 2 && w == 2);
+    if (!w || c_.in.kind == kFloat) {
+      c_.form = kFloat32;
+      c_.width = kInt32Width;
+    } else if (codes && !c_.own && planes) {
+      choose_planes();
+    } else if (codes && !c_.own && isa_.dot) {
+      c_.form = kBytes;
+      c_.fold = 4;
+      c_.width = kInt32Width;
+    } else {
+      bool narrow = fits_int16();
+      c_.form = narrow ? kInt16 : kInt32;
+      c_.width = narrow ? kInt16Width : kInt32Width;
+    }
+  }
+
+  // Where products are decided by signs and masks: table lookups if the instruction set
+  // has them and their counts fit, else counts of bits.
+  void choose_planes() {
+    int a = c_.a_bits, w = c_.w_bits;
+    c_.words = divided_up(c_.in.c, 64);
+    c_.sums = w == 1 && a > 1;
+    c_.fold = a == 2 && w == 2 ? 2 : 4;
+    bool swapped = a == 1 && w > 1;
+    int64_t steps = int64_t{taps()} * (c_.in.c / c_.fold + 1);
+    int most = a == 3 || w == 3 ? kMostEntry3 : kMostEntry;
+    bool filled = !swapped || c_.out.h * c_.out.w > kMostUnswappedPixels;
+    if (isa_.lookup && steps * most < kCountLimit && filled) {
+      c_.form = kLookup;
+      c_.swapped = swapped;
+      c_.width = kRowBlock;
+      if (!swapped)
+        c_.width = std::min(divided_up(c_.out.c, kLookupColumns) * kLookupColumns,
+                            kMaxLookupWidth);
+      return;
+    }
+    c_.form = kPlanes;
+    c_.width = kLane;
+    c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
+  }
+
+  // Whether pixels, and the largest sum of an output channel, fit an int16. A negative
+  // weight lowers the kernel's sum by one more, which `base` adds back.
+  bool fits_int16() const {
+    int64_t most = 0;
+    for (int o = 0; o < c_.out.c; o++) {
+      WeightSums sums;
+      each(o, [&](int, int, const Bits& b) { sums.add(b); });
+      most = std::max(most, sums.magnitudes * x_.most() + sums.negative);
+    }
+    return most < kInt16Limit && x_.most() < kInt16Limit;
+  }
+
+  // ---- Where things lie.
+
+  // Which channels the elements of a pixel hold, for forms that are not packed. Where
+  // output channels have inputs of their own, element [i][o] is input i of output o.
+  void choose_elements() {
+    c_.elements = c_.own ? inputs_ * c_.out.stride : c_.in.c;
+    if (!c_.own || (inputs_ == 1 && c_.in.c == c_.out.c)) return;  // In order.
+    layer_.channels.resize(c_.elements);
+    int outputs = c_.out.c / (c_.in.c / inputs_);  // Output channels of a group.
+    for (int i = 0; i < inputs_; i++)
+      for (int o = 0; o < c_.out.c; o++)
+        layer_.channels[i * c_.out.stride + o] = o / outputs * inputs_ + i;
+    c_.channels = layer_.channels.data();
+  }
+
+  Storage storage() const {
+    bool three = c_.a_bits == 3;
+    int elements = c_.own ? c_.out.stride : 1;  // Of a step.
+    int masks = c_.w_bits == 2 ? 2 : 1;         // Signs, and with 2 bits a mask.
+    switch (c_.form) {
+      case kPlanes: {
+        int bytes = 8 * planes_of(c_.a_bits);
+        return {c_.words, bytes, c_.words * bytes, planes_of(c_.w_bits), 8};
+      }
+      case kLookup:
+        return {divided_up(inputs_, c_.fold), three ? 2 : 1,
+                c_.in.stride / (three ? 2 : c_.fold), c_.w_bits == 3 ? 2 : 1, 1};
+      case kBytes:
+        return {divided_up(inputs_, 4), 4, c_.in.stride, 1, 4};
+      case kInt16:
+        return {inputs_, elements * 2, c_.elements * 2, masks, 2};
+      case kInt32:
+        return {inputs_, elements * 4, c_.elements * 4, masks, 4};
+      case kFloat32:
+        return {inputs_, elements * 4, c_.elements * 4, 1, 4};
+    }
+    return {};
+  }
+
+  // Where the steps of a window lie, in bytes from its first pixel.
+  void lay_out_steps() {
+    const Window& w = c_.window;
+    c_.pixel_bytes = storage_.pixel_bytes;
+    c_.padded_h = c_.in.h + w.top + w.bottom;
+    c_.padded_w = c_.in.w + w.left + w.right;
+    int words = c_.paired ? 2 : 1;  // Words of a step.
+    for (int y = 0; y < w.h; y++)
+      for (int x = 0; x < w.w; x++) {
+        int pixel = (y * w.step_h * c_.padded_w + x * w.step_w) * c_.pixel_bytes;
+        for (int i = 0; i < storage_.tap_steps; i += words)
+          layer_.offsets.push_back(pixel + i * storage_.step_bytes);
+      }
+    c_.steps = static_cast<int>(layer_.offsets.size());
+    c_.offsets = layer_.offsets.data();
+    if (c_.form == kLookup) c_.row_bytes = c_.steps * storage_.step_bytes + kRowSlack;
+    c_.groups = divided_up(c_.out.c, c_.width);
+    c_.group_bytes = size_t{1} * taps() * storage_.tap_steps * storage_.planes *
+                     c_.width * storage_.size;
+  }
+
+  // ---- Weights: [group][tap][step][plane][channel].
+
+  char* allocate_weights() {
+    size_t bytes = c_.group_bytes * c_.groups;
+    layer_.weights = std::make_unique<Buffer>(bytes);
+    char* data = layer_.weights->data();
+    std::memset(data, 0, bytes);
+    c_.weights = data;
+    return data;
+  }
+
+  // Where the first plane of a step's weight lies.
+  char* weight(int out, int tap, int step) {
+    const Storage& s = storage_;
+    size_t row = (size_t{1} * tap * s.tap_steps + step) * s.planes * c_.width;
+    return layer_.weights->data() + out / c_.width * c_.group_bytes +
+           (row + out % c_.width) * s.size;
+  }
+
+  void store_floats() {
+    allocate_weights();
+    float unit = c_.w_bits ? op_.weight_unit : 1.0f;
+    uint64_t next = first_weight_;
+    for (int o = 0; o < c_.out.c; o++)
+      for (int tap = 0; tap < taps(); tap++)
+        for (int i = 0; i < inputs_; i++) {
+          float x = op_.weights.value(next++) * unit;
+          std::memcpy(weight(o, tap, i), &x, sizeof x);
+        }
+  }
+
+  void store_levels() {
+    allocate_weights();
+    for (int o = 0; o < c_.out.c; o++)
+      each(o, [&](int tap, int first, const Bits& b) {
+        if (c_.form == kPlanes)
+          store_planes(weight(o, tap, first / 64), first / 64, b);
+        else if (c_.form == kLookup && c_.w_bits == 1)
+          store_signs(o, tap, first, b);
+        else
+          for (int i = 0; i < std::min(64, inputs_ - first); i++)
+            store_level(o, tap, first + i, level_of(b, i));
+      });
+  }
+
+  static int level_of(const Bits& b, int i) {
+    int magnitude = 0;
+    for (int m = 0; m < 3; m++) magnitude |= static_cast<int>(b.mask[m] >> i & 1) << m;
+    return b.positive >> i & 1 ? magnitude : -magnitude;
+  }
+
+  // One word of each plane. Of two words that are paired, the second one's signs are
+  // stored as the XOR of both (see PairStep in tiles.inc).
+  void store_planes(char* to, int word, const Bits& b) {
+    uint64_t signs = b.positive;
+    if (c_.paired && word % 2) {
+      uint64_t first;
+      std::memcpy(&first, to - sizeof first * c_.width, sizeof first);
+      signs ^= first;
+    }
+    std::memcpy(to, &signs, sizeof signs);
+    for (int p = 1; p < storage_.planes; p++)
+      std::memcpy(to + sizeof signs * p * c_.width, &b.mask[p - 1], sizeof signs);
+  }
+
+  // The signs of 4 channels are the index of an entry in tables of 16 bytes.
+  void store_signs(int o, int tap, int first, const Bits& b) {
+    for (int i = 0; i < 16 && first + i * 4 < inputs_; i++)
+      *weight(o, tap, first / 4 + i) = static_cast<char>(b.positive >> (i * 4) & 15);
+  }
+
+  void store_level(int o, int tap, int channel, int level) {
+    switch (c_.form) {
+      case kLookup:
+        return add_digit(weight(o, tap, 0), channel, level);
+      case kBytes:
+        weight(o, tap, channel / 4)[channel % 4] = static_cast<char>(level);
+        return;
+      case kInt16:
+        return store_lane<int16_t>(weight(o, tap, channel), level);
+      default:
+        return store_lane<int32_t>(weight(o, tap, channel), level);
+    }
+  }
+
+  // Table digits. The weights of a few neighboring channels form one number, which
+  // selects a table or an entry of one. The first channel is its lowest digit:
+  //
+  //   bits   digit of a level              base   channels of a number
+  //   2      -1, 0, 1 -> 0, 1, 2           3      4 (3^4 = 81), or 2 for W2A2
+  //   3      -4, -2, -1, 0, 1, 2, 4        7      2 (7^2 = 49)
+  //          -> 0, 1, 2, 3, 4, 5, 6
+  //
+  // Numbers are built by adding one channel's digit after another. Where weights select
+  // tables, they are stored doubled, because an x86 address multiplies an index by at
+  // most 8 and tables have 16 bytes.
+  void add_digit(char* tap, int channel, int level) {
+    bool trits = c_.w_bits == 2;
+    int base = trits ? 3 : 7;
+    int digit = trits ? level + 1 : level - level / 4 + 3;
+    int channels = trits ? c_.fold : 2;
+    for (int i = channel % channels; i > 0; i--) digit *= base;
+    char* number = tap + size_t{1} * (channel / channels) * c_.width;
+    *number = static_cast<char>(*number + (c_.swapped ? 2 * digit : digit));
+  }
+
+  // Lanes hold a sign mask (0 or -1), with 2 bits also a mask of what is not 0. With 3
+  // bits they hold the level itself, to be multiplied.
+  template <class E>
+  void store_lane(char* to, int level) {
+    E first = static_cast<E>(level < 0 ? -1 : 0);
+    E mask = static_cast<E>(level ? -1 : 0);
+    if (c_.w_bits == 3) first = static_cast<E>(level);
+    std::memcpy(to, &first, sizeof(E));
+    if (c_.w_bits == 2) std::memcpy(to + c_.width * sizeof(E), &mask, sizeof(E));
+  }
+
+  // ---- What sums begin with.
+
+  // The part of an output channel's sum that its kernel leaves out. The derivations are
+  // at the kernels, in tiles.inc and lookup_avx2.inc.
+  int64_t left_out(const WeightSums& all) const {
+    switch (c_.form) {
+      case kPlanes:
+      case kLookup:
+        if (c_.a_bits == 1) return all.magnitudes;
+        if (c_.sums || c_.form == kPlanes) return 0;
+        return int64_t{2} * c_.steps;  // W2A2 lookups count 2 less each step's sum.
+      case kBytes:
+        return -4 * all.levels;  // Pixels are stored as level + 4.
+      case kInt16:
+      case kInt32:
+        return c_.w_bits < 3 ? all.negative : 0;  // -x is computed as ~x = -x - 1.
+      case kFloat32:
+        return 0;
+    }
+    return 0;
+  }
+
+  // Corrects 1-bit codes for zero padding. A pixel of padding counts as 0, but a bit can
+  // only say 1 or -1. The kernel reads its bits as 0, which is -1, so that each tap in
+  // the border contributes minus its weights instead of nothing:
+  //
+  //   what the kernel sums = (taps inside) - (sum of the weights of taps in the border)
+  //
+  // The sum of the weights in the border is added back here. It depends on the output
+  // pixel only through the class of its row and the class of its column:
+  //
+  //   border = all taps - taps inside = total - rectangle [top, bottom) x [left, right)
+  //
+  // Other forms and other paddings need no correction. They have one class with all taps
+  // inside, for which the border's sum is 0.
+  void choose_base() {
+    const Window& w = c_.window;
+    bool bits = (c_.form == kPlanes || c_.form == kLookup) && c_.a_bits == 1;
+    TapClasses rows = {std::vector<int>(c_.out.h), {{0, w.h}}};
+    TapClasses cols = {std::vector<int>(c_.out.w), {{0, w.w}}};
+    if (bits && !op_.pad) {
+      rows = tap_classes(c_.out.h, c_.in.h, w.h, w.stride_h, w.step_h, w.top);
+      cols = tap_classes(c_.out.w, c_.in.w, w.w, w.stride_w, w.step_w, w.left);
+    }
+    size_t stride = size_t{1} * c_.groups * c_.width;
+    layer_.base.resize(rows.inside.size() * cols.inside.size() * stride);
+    if (c_.form != kFloat32)
+      for (int o = 0; o < c_.out.c; o++) {
+        std::vector<WeightSums> of_tap(taps());
+        WeightSums all;
+        each(o, [&](int tap, int, const Bits& b) {
+          of_tap[tap].add(b);
+          all.add(b);
+        });
+        TapTotals totals(w.h, w.w);
+        for (int tap = 0; tap < taps(); tap++)
+          totals.set(tap / w.w, tap % w.w, of_tap[tap].levels);
+        size_t at = o;
+        for (const auto& r : rows.inside)
+          for (const auto& k : cols.inside) {
+            int64_t border = all.levels - totals.sum(r, k);
+            layer_.base[at] = static_cast<int32_t>(left_out(all) + border);
+            at += stride;
+          }
+      }
+    layer_.row_class = std::move(rows.of);
+    layer_.col_class = std::move(cols.of);
+    c_.base = layer_.base.data();
+    c_.row_class = layer_.row_class.data();
+    c_.col_class = layer_.col_class.data();
+    c_.col_classes = static_cast<int>(cols.inside.size());
+  }
+
+  // A pixel of padding in the form of the layer. Pixels that are no codes are padded by
+  // zeros.
+  void encode_border() {
+    layer_.border.resize(c_.pixel_bytes);
+    if (c_.in.kind == kCode) {
+      std::vector<int8_t> codes(c_.in.stride + kAlign, static_cast<int8_t>(op_.pad));
+      isa_.encode(c_, codes.data(), 1, layer_.border.data(),
+                  c_.sums ? &c_.border_sum : nullptr);
+    }
+    c_.border = layer_.border.data();
+  }
+
+  const Op& op_;
+  const Value& x_;
+  const Isa& isa_;
+  const int inputs_;       // Channels that an output channel reads.
+  uint64_t first_weight_;  // The part's first weight in the file.
+  Storage storage_ = {};
+  Layer layer_;
+  Conv& c_;
+};
+
+}  // namespace
+
+std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa) {
+  const Op& conv = program.ops[op];
+  const Map& in = program.values[conv.inputs[0]].map;
+  const Map& out = program.values[op + 1].map;
+  int parts = has_own_inputs(conv, in, out) ? 1 : conv.groups;
+  std::vector<Layer> layers;
+  for (int part = 0; part < parts; part++)
+    layers.push_back(LayerBuilder(program, op, isa, parts, part).take());
+  return layers;
+}
+
+}  // namespace minw
