@@ -1,4 +1,4 @@
-// XLA's handler MinwLogits: (file, images) -> logits, the whole network in one call.
+// XLA's handler MinwLogits: (file, images) -> logits. One call runs the whole network.
 #include <array>
 #include <cstring>
 #include <deque>
@@ -15,8 +15,8 @@ namespace {
 namespace ffi = xla::ffi;
 using Network = std::shared_ptr<minw_network>;
 
-// Networks by their file's hash. The file is an operand of every call, so that what is
-// compiled holds no pointers and a network that left the cache is read anew.
+// Networks by the hash of their file. The file is an operand of every call. Compiled code
+// therefore holds no pointers, and a network that left the cache is read again.
 class Cache {
  public:
   Network find(uint64_t hash, const uint8_t* bytes, size_t size, std::string* error) {
@@ -30,7 +30,7 @@ class Cache {
       return nullptr;
     }
     char message[256] = "";
-    // Whoever traced the call has loaded the file within limits.
+    // The file was loaded within limits when the call was traced.
     const minw_limits none = {UINT64_MAX, UINT64_MAX, UINT64_MAX};
     Network network(minw_load_within(bytes, size, &none, message, sizeof message),
                     minw_free);
@@ -44,13 +44,13 @@ class Cache {
   }
 
  private:
-  using Head = std::array<uint8_t, 32>;  // With checksum and size.
+  using Head = std::array<uint8_t, 32>;  // Holds the file's checksum and size.
   struct Entry {
     uint64_t hash;
     Head head;
     Network network;
   };
-  static constexpr size_t kMost = 16;
+  static constexpr size_t kMost = 16;  // Networks that are kept.
   std::mutex mutex_;
   std::deque<Entry> entries_;
 };

@@ -1,6 +1,8 @@
-// Between the engine and the kernels of each instruction set: plain structs only. No
-// inline function of the standard library may be used in the kernels' files: compiled
-// with the flags of an instruction set, the linker might take that copy for everyone.
+// What the engine and the kernels of each instruction set share: plain structs only.
+//
+// The kernels' files must not use inline functions of the standard library. Each file is
+// compiled for an instruction set of its own, and the linker keeps one copy of such a
+// function for all files. It could keep one that not every CPU runs.
 #ifndef MINW_KERNELS_H_
 #define MINW_KERNELS_H_
 
@@ -14,128 +16,146 @@ constexpr int kLane = 16;
 
 enum Kind : uint8_t { kInt, kCode, kFloat };
 
-// A tensor of an image: int32, int8 codes or float32; pixels are `stride` elements
-// apart, what is beyond `c` is arbitrary.
+// The shape of one image's tensor of int32, of int8 codes, or of float32. Pixels are
+// `stride` elements apart. The elements of a pixel beyond channel `c` are arbitrary.
 struct Map {
   Kind kind;
-  int bits;  // Of codes.
+  int bits;  // Bits of a code.
   int h, w, c, stride;
   int size() const { return kind == kCode ? 1 : 4; }  // Bytes of an element.
 };
 
+// A kernel's size, its strides, and the border around its input.
 struct Window {
   int h, w, stride_h, stride_w, top, bottom, left, right;
-  int step_h, step_w;  // Dilation: the distance of its rows and columns in pixels.
+  int step_h, step_w;  // Dilation: distance of its rows and columns, in pixels.
 };
 
-// Where images come from: uint8, cropped, less an offset per channel.
+// How pixels are made from images of uint8: cropped, and less an offset per channel.
 struct Source {
   int h, w, top, left;
   const uint8_t* offset;
 };
 
-// What a convolution reads, made from its input with the border around it.
+// The form in which a convolution reads its input. The input is converted once,
+// together with the border around it.
 enum Form : uint8_t {
-  kPlanes,   // uint64 [word][plane]: is > 0, then masks of the magnitudes 1, 2, 4.
-  kLookup,   // What looks up products of `fold` channels in tables.
-  kBytes,    // uint8: level + 4.
+  kPlanes,   // Bits, uint64 [word][plane]: signs (1 is positive), masks of 1, 2, 4.
+  kLookup,   // Numbers of `fold` channels, which select tables or entries of tables.
+  kBytes,    // Levels + 4, as uint8.
   kInt16,    // Levels or pixels.
-  kInt32,
-  kFloat32,
+  kInt32,    // The same, where sums may exceed an int16.
+  kFloat32,  // Levels, pixels or floats in their own unit.
 };
 
-// Scratch memory of a call. Of the output pixels that are convolved at a time: where
-// the window begins, what sums begin with (by its border), its sum of magnitudes.
+// Pixels that are convolved and then finished at a time. Their sums for one group of
+// output channels stay in the cache.
+constexpr int kChunk = 192;
+
+// Rows of a block of table lookups, whose counts stay in the cache.
+constexpr int kRowBlock = 32;
+
+constexpr int kRowSlack = 32;      // Bytes that may be written past a gathered row.
+constexpr int kPaddedSlack = 256;  // Bytes that may be read past the last padded pixel.
+
+// Scratch memory of one call. The arrays `pixels`, `base` and `sums` have an element for
+// each output pixel of the chunk that is being convolved.
 struct Work {
-  char* padded;
-  int32_t* magnitudes;
-  const char** pixels;
-  const int32_t** base;
-  int32_t* sums;
-  int32_t* acc;
-  uint8_t* gathered;  // What lookups read of the pixels, and
-  uint16_t* counts;   // what they count.
-  char *part_in, *part_out;  // Channels of one group of a convolution that is split.
+  char* padded;          // The input in the convolution's form, with its border.
+  int32_t* magnitudes;   // Sum of the magnitudes of each padded pixel.
+  const char** pixels;   // Where the window begins in `padded`.
+  const int32_t** base;  // What the sums begin with.
+  int32_t* sums;         // Sum of the magnitudes in the window.
+  int32_t* acc;          // The sums of one group, [pixel][width].
+  uint8_t* gathered;     // Lookups: the numbers in the windows.
+  uint16_t* counts;      // Lookups: sums of the entries that were looked up.
+  char *part_in, *part_out;  // Split convolutions: the channels of one group.
 };
 
 struct Conv;
 
-// Sums of `n` output pixels and the channels of one group: work.acc is (n, width).
+// Computes work.acc: the sums of `n` output pixels for the channels of one group.
 using Group = void (*)(const Conv& conv, int group, const Work& work, int n);
 
+// A convolution laid out for a kernel; see layer.cc. A step is what a kernel processes
+// at a time: a few input channels of one tap. A group is a block of `width` output
+// channels.
 struct Conv {
   Map in, out;
   Window window;
-  const Source* source;  // If it reads images.
+  const Source* source;  // Null unless it reads images.
   Form form;
-  int a_bits, w_bits;  // Of planes and grids; w_bits is 0 for float weights.
-  bool paired;         // 1/1: of two words, the second is the XOR of both.
-  float unit;          // Of the input, for kFloat32.
-  int words;           // Of a pixel and plane (kPlanes).
-  int fold;            // Channels of a step (kLookup, kBytes).
-  // Whether each output channel has inputs of its own: a pixel then holds, for each
-  // step, an element for every output channel. Elsewhere all output channels share one.
+  int a_bits, w_bits;  // Bits of activations and weights; 0 if they are no codes.
+  float unit;          // Unit of the input (kFloat32).
+
+  int words;     // Words of a pixel and plane (kPlanes).
+  bool paired;   // W1A1 with two words in a step; the second one holds the XOR of both.
+  bool sums;     // The sum of the window's magnitudes is added (weights of 1 bit).
+  int fold;      // Channels of a step (kLookup, kBytes).
+  bool swapped;  // Weights select the tables and pixels the entries, not vice versa.
+
+  // Whether each output channel has inputs of its own. A pixel then holds an element for
+  // every step and output channel. Otherwise all output channels share one for a step.
   bool own;
-  int elements;  // Elements of a pixel (kInt16 and what follows), and the input channel of
-  const int32_t* channels;  // each; null if they are in order.
-  int row_bytes;       // Of a pixel's window in work.gathered.
-  bool swapped;        // Weights select the tables, and pixels index them.
-  int pixel_bytes;     // Of a pixel in `form`.
-  int padded_h, padded_w;
-  int steps;           // Of a window; where they are, in bytes from its first pixel:
-  const int32_t* offsets;
-  int width, groups;   // Output channels of a group.
-  size_t group_bytes;  // Of weights.
-  const char* weights;  // [group][step][plane][channel]
-  // What sums begin with, [row class][column class][channel]: depends on which taps
-  // lie in the border.
-  const int32_t* base;
-  const int* row_class;
-  const int* col_class;
-  int col_classes;
-  const char* border;  // A pixel of padding, and its sum of magnitudes.
-  int32_t border_sum;
-  bool sums;  // Sums of magnitudes of the window are added (1-bit weights).
-  Group group;
+  int elements;             // Elements of a pixel (kInt16, kInt32, kFloat32).
+  const int32_t* channels;  // Input channel of each element; null if in order.
+
+  int row_bytes;            // Bytes of a pixel's window in work.gathered.
+  int pixel_bytes;          // Bytes of a pixel in `form`.
+  int padded_h, padded_w;   // Size of the input with its border.
+  int steps;                // Steps of a window.
+  const int32_t* offsets;   // Bytes from a window's first pixel to each step.
+  int width;                // Output channels of a group.
+  int groups;               // Groups of output channels.
+  size_t group_bytes;       // Bytes of a group's weights.
+  const char* weights;      // [group][step][plane][channel]
+  const int32_t* base;      // Begin of sums, [row class][column class][channel].
+  const int* row_class;     // Class of each output row ...
+  const int* col_class;     // ... and column, by which taps lie in the border.
+  int col_classes;          // Number of classes of columns.
+  const char* border;       // A pixel of padding.
+  int32_t border_sum;       // Its sum of magnitudes.
+  Group group;              // The kernel.
 };
 
+// Integer thresholds that turn sums into codes; see finish.inc.
 struct Threshold {
-  int bits, codes, count;        // `codes` sets, for each code of a shortcut.
+  int bits;   // Bits of the codes that are made.
+  int codes;  // Number of codes of a shortcut, each with thresholds of its own.
+  int count;  // Thresholds of a channel.
   int stride;
-  const int32_t* flip;           // -1 where a channel falls, [channel].
-  const int32_t* thresholds;     // [code][count][channel], flipped.
+  const int32_t* flip;        // [channel]: -1 where codes fall as sums grow, else 0.
+  const int32_t* thresholds;  // [code][count][channel], XORed with `flip`.
 };
 
-// What follows a convolution in the same pass: max pool (1 x 1 if none), thresholds.
+// What follows a convolution in the same pass: max pooling, then thresholds.
 struct Finish {
-  int pool_h, pool_w;
+  int pool_h, pool_w;  // 1 x 1 if there is no pooling.
   Map out;
-  const Threshold* threshold;  // Or null.
+  const Threshold* threshold;  // Null if there are none.
 };
 
-constexpr int kChunk = 192;  // Pixels that are convolved, then finished, at a time.
-constexpr int kRowBlock = 32;  // Rows of lookups whose counts stay in the cache.
-constexpr int kRowSlack = 32;  // Bytes that may be written past a gathered row,
-constexpr int kPaddedSlack = 256;  // or read past the last padded pixel.
-
+// The kernels of an instruction set.
 struct Isa {
   const char* name;
-  bool dot;     // Has int8 dot products.
-  bool lookup;  // Has table lookups.
-  // Sets conv.group; returns its name.
+  bool dot;     // Has int8 dot products (kBytes).
+  bool lookup;  // Has table lookups (kLookup).
+  // Sets conv->group, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
-  // Makes `n` pixels of conv.form; magnitudes may be null.
-  void (*encode)(const Conv& conv, const void* in, int n, char* out,
-                 int32_t* magnitudes);
+  // Converts `n` pixels to conv.form. `magnitudes` may be null.
+  void (*encode)(const Conv& conv, const void* in, int n, char* out, int32_t* magnitudes);
+  // Convolves and finishes `n` images.
   void (*conv)(const Conv& conv, const Finish& finish, int n, const void* in,
                const int8_t* shortcut, const Work& work, void* out);
-  void (*threshold)(const Threshold& threshold, const int32_t* in,
-                    const int8_t* shortcut, size_t pixels, int8_t* out);
+  // Turns the sums of `pixels` pixels into codes.
+  void (*threshold)(const Threshold& threshold, const int32_t* in, const int8_t* shortcut,
+                    size_t pixels, int8_t* out);
+  // Measures the peak rate: W1A1 steps on registers alone. Returns the products summed.
   uint64_t (*peak)(uint64_t steps);
 };
 
-// The name is null where the compiler's target is another architecture. Constants, as
-// a function in their files might already use what the CPU lacks.
+// The name is null where the library was built for another architecture. These are
+// constants because a function in their files might use what the CPU lacks.
 extern const Isa kPortable, kAvx2, kAvx512, kNeon;
 
 }  // namespace minw

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL, VPOPCNTDQ, VNNI): Ice Lake, Zen 4 and later.
+// The kernels for AVX-512 (F, BW, DQ, VL, VPOPCNTDQ, VNNI): Ice Lake, Zen 4 and later.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -8,9 +8,12 @@ namespace minw {
 namespace {
 
 constexpr int kVector = 64;
-constexpr int kFlush = 0, kDotFlush = 0;
-constexpr int kPairT = 4, kPlaneT = 6, kManyT = 4;
-constexpr int kLaneT = 6, kLaneV = 2, kDotT = 6, kDotV = 2;
+// Counts are of words, and dot products are summed as int32.
+constexpr int kCountSteps = 0, kDotSteps = 0;
+
+// Tiles whose sums and operands fit the 32 registers.
+constexpr int kPairPixels = 4, kPlanePixels = 6, kMaskPixels = 4;
+constexpr int kLanePixels = 6, kLaneVectors = 2, kDotPixels = 6, kDotVectors = 2;
 #define MINW_KEEP(x) asm volatile("" : "+v"(x))
 #define MINW_LOOKUP 0
 #define MINW_DOT 1
@@ -25,6 +28,7 @@ inline Words low_halves(Words a, Words b) {
       _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   return (Words)_mm512_permutex2var_epi32((__m512i)a, even, (__m512i)b);
 }
+// Any function of three bits in one instruction: bit 4 a + 2 b + c of kTable is its value.
 template <int kTable>
 inline Words ternary(Words a, Words b, Words c) {
   return (Words)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, kTable);
@@ -38,7 +42,7 @@ inline uint64_t signs(Bytes x) {
   return _mm512_movepi8_mask((__m512i)x);
 }
 
-// GCC 12 warns of its own intrinsic for this.
+// The intrinsic for this makes GCC 12 warn about its own header.
 typedef int8_t Narrow __attribute__((vector_size(16)));
 inline Narrow narrow(DotAcc x) { return __builtin_convertvector(x, Narrow); }
 

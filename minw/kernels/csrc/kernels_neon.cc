@@ -1,4 +1,4 @@
-// NEON: all 64-bit ARM.
+// The kernels for NEON: all 64-bit ARM.
 #include "kernels.h"
 
 #if defined(__aarch64__)

@@ -1,4 +1,6 @@
-// Any CPU: vectors of the compiler, no intrinsics.
+// The kernels for any CPU, by the compiler's vectors alone.
+//
+// Bits are counted within words: those of pairs of bits, of half bytes, then of bytes.
 #include "kernels.h"
 
 namespace minw {

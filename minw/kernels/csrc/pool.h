@@ -1,5 +1,7 @@
-// Threads that help with a call. The caller works too and never waits for a helper that
-// has not begun, so a helper that the system does not schedule costs nothing.
+// Threads that help with a call.
+//
+// The caller works too, and it never waits for a helper that has not begun. A helper that
+// the system does not schedule therefore costs nothing.
 #ifndef MINW_POOL_H_
 #define MINW_POOL_H_
 
@@ -20,7 +22,7 @@ class Pool {
  public:
   static Pool& shared() { return *shared_; }
 
-  // work(0), ..., work(count - 1), in any order, on up to `threads` threads. `work`
+  // Calls work(0), ..., work(count - 1), in any order, on up to `threads` threads. `work`
   // must not throw.
   template <class Work>
   void run(size_t count, int threads, const Work& work) {
@@ -40,7 +42,8 @@ class Pool {
     }
     const size_t count;
     const int helpers;
-    int wanted = helpers, active = 0;  // Under the pool's lock.
+    int wanted = helpers;  // Helpers that have not begun; guarded by the pool's lock.
+    int active = 0;        // Helpers at work; guarded by the pool's lock.
     std::atomic<size_t> next{0};
     void (*call)(const void*, size_t);
     const void* work;
@@ -52,7 +55,8 @@ class Pool {
     try {
       for (; threads_ < std::min(job->helpers, kMaxThreads); threads_++)
         std::thread(&Pool::helper, this).detach();
-    } catch (const std::system_error&) {  // As many as there are.
+    } catch (const std::system_error&) {
+      // The system refuses more threads. The call runs on those that there are.
     }
     begun_.notify_all();
   }
@@ -91,9 +95,9 @@ class Pool {
   int threads_ = 0;
 };
 
-// Made when the library is loaded and never destroyed: helpers may outlive static objects.
-// In a fork's child there are no helpers, and one may have held the lock, so that the
-// child starts anew.
+// The pool is made when the library is loaded, and never destroyed, because helpers may
+// outlive static objects. A fork's child has no helpers, and one of them may have held the
+// lock. The child therefore starts with a new pool.
 inline Pool* const Pool::shared_ = [] {
   static Pool* pool = new Pool;
   pthread_atfork(nullptr, nullptr, [] { new (pool) Pool; });
