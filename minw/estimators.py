@@ -27,15 +27,15 @@ GRADIENTS = {
     "eq15": lambda alpha: 1 - alpha,  # Eq 15: differentiate the mixture, h' = 0
 }
 
-
 # The largest float32 number.
 _LARGEST = float(np.finfo(np.float32).max)
 
-# Not defined for more.
+# Estimators that are defined for one bit only.
 ONE_BIT = ("approx_sign", "ede", "reste", "stochastic_aqe", "swish_sign")
 
-# Whose gradient at a weight of exactly 1 or -1, where Bop keeps them, is a positive
-# multiple of the cotangent: others pass next to nothing on there, or its opposite.
+# Estimators usable with Bop, which keeps weights at exactly 1 or -1: there, their
+# gradient is a positive multiple of the incoming one. Others pass next to nothing on,
+# or the opposite.
 PASS_AT_ONE = ("aqe", "dsq", "ewgs", "reste", "ste", "stochastic_aqe", "stompp",
                "stompp_ste")
 
@@ -355,11 +355,28 @@ def score_function_surrogate(loss: jax.Array, log_prob: jax.Array) -> jax.Array:
   return loss + lax.stop_gradient(loss) * (total - lax.stop_gradient(total))
 
 
+# The estimators that a config may name, in alphabetical order. A new one is added here.
+_ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
+    "approx_sign": approx_sign,
+    "aqe": aqe,
+    "dsq": dsq,
+    "ede": ede,
+    "ewgs": ewgs,
+    "lsq": lsq,
+    "reste": reste,
+    "ste": ste,
+    "stochastic_aqe": stochastic_aqe,
+    "stompp": stompp,
+    "stompp_ste": stompp_ste,
+    "swish_sign": swish_sign,
+}
+
+
 def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
   """The estimator called `name`, with the one signature that networks use.
 
   Args:
-    name: a function of this module whose arguments are among those below.
+    name: One of `network_estimators()`.
     gradient: bound, if the estimator has that argument.
 
   Returns:
@@ -370,10 +387,9 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
   Raises:
     ValueError: no such estimator, or (when called) a grid it is not defined on.
   """
-  usable = network_estimators()
-  if name not in usable:
-    raise ValueError(f"estimator={name!r}: must be one of {', '.join(usable)}")
-  function = globals()[name]
+  if name not in _ESTIMATORS:
+    raise ValueError(f"estimator={name!r}: must be one of {', '.join(_ESTIMATORS)}")
+  function = _ESTIMATORS[name]
   takes = inspect.signature(function).parameters
   if "gradient" in takes:
     _check_gradient(gradient)
@@ -395,13 +411,8 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
 
 
 def network_estimators() -> tuple[str, ...]:
-  """The names `by_name` takes: public functions of x and of an alpha or a grid."""
-  def usable(function):
-    takes = inspect.signature(function).parameters
-    return "x" in takes and ("alpha" in takes or "grid" in takes)
-
-  return tuple(name for name, value in sorted(globals().items())
-               if inspect.isfunction(value) and name[0] != "_" and usable(value))
+  """The names that `by_name` takes, in alphabetical order."""
+  return tuple(_ESTIMATORS)
 
 
 def _check_gradient(gradient: str) -> None:

@@ -242,33 +242,45 @@ class NormQuant(nn.Module):
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard", shortcut=None):
     bits = bits_of(self)
+    path = "/".join(self.path)
     if mode == "train" and not self.is_initializing():
-      _check_group("/".join(self.path), x.shape, self.group_size)
+      _check_group(path, x.shape, self.group_size)
     if self.rprelu and bits is None:
-      raise ValueError(f"{'/'.join(self.path)}: rprelu=True; logits have none")
-    if mode == "hard":
-      y = fold.apply_norm(
-          x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
-      if self.has_variable("hard", "shortcut_scale"):  # Exact, as levels are 2^-n.
-        scale = self.get_variable("hard", "shortcut_scale")
-        shortcut = shortcut * lax.broadcast_to_rank(scale, shortcut.ndim)
-    elif mode == "fold":
+      raise ValueError(f"{path}: rprelu=True; logits have none")
+    if mode == "fold":
       return self._fold(x, bits, shortcut)
-    elif mode == "train" and self.group_size and not self.is_initializing():
-      y = _GroupedBatchNorm(
-          self.group_size, self.momentum, self.epsilon, self.use_scale,
-          name="batch_norm")(x)
-    else:
-      y = nn.BatchNorm(
-          use_running_average=mode == "mixed", momentum=self.momentum,
-          epsilon=self.epsilon, use_scale=self.use_scale, dtype=jnp.float32,
-          name="batch_norm")(x)
+    y = self._normalized(x, mode)
     if shortcut is not None:
-      y = y + shortcut
+      y = y + self._scaled_shortcut(shortcut, mode)
     if bits is None:
       return y
     if self.rprelu:
       y = fold.apply_rprelu(y, self._rprelu(mode, x.shape[-1]))
+    return self._quantized(y, alpha, mode, bits)
+
+  def _normalized(self, x, mode):
+    """Batch norm of `x`; in mode "hard" the exact one that folding left."""
+    if mode == "hard":
+      return fold.apply_norm(
+          x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
+    if mode == "train" and self.group_size and not self.is_initializing():
+      return _GroupedBatchNorm(
+          self.group_size, self.momentum, self.epsilon, self.use_scale,
+          name="batch_norm")(x)
+    return nn.BatchNorm(
+        use_running_average=mode == "mixed", momentum=self.momentum,
+        epsilon=self.epsilon, use_scale=self.use_scale, dtype=jnp.float32,
+        name="batch_norm")(x)
+
+  def _scaled_shortcut(self, shortcut, mode):
+    """The shortcut in units of this layer's step, which is exact: levels are 2^-n."""
+    if mode != "hard" or not self.has_variable("hard", "shortcut_scale"):
+      return shortcut
+    scale = self.get_variable("hard", "shortcut_scale")
+    return shortcut * lax.broadcast_to_rank(scale, shortcut.ndim)
+
+  def _quantized(self, y, alpha, mode, bits):
+    """HardTanh, unless a step is learned, and the estimator or the quantizer."""
     learns_step = _learns_step(self)
     if mode == "hard" or not learns_step:
       y = jax.nn.hard_tanh(y)

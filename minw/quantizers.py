@@ -344,9 +344,10 @@ def without_denormals(x: jax.Array) -> jax.Array:
 
 
 def compute_dtype(x: jax.Array) -> jnp.dtype:
-  """Returns the dtype to compute in with `x`: float64 if `x` is, else float32.
+  """The dtype in which `x` is compared with thresholds, and mixtures are formed.
 
-  In 16 bits, thresholds and mixtures with alpha would be rounded.
+  It is float64 for a float64 array and float32 otherwise, so that thresholds are never
+  rounded to 16 bits.
   """
   return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 

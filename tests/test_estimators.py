@@ -430,6 +430,8 @@ def test_by_name():
   assert estimators.network_estimators() == (
       "approx_sign", "aqe", "dsq", "ede", "ewgs", "lsq", "reste", "ste",
       "stochastic_aqe", "stompp", "stompp_ste", "swish_sign")
+  for name in estimators.network_estimators():
+    assert getattr(estimators, name).__name__ == name
   made = []
 
   def make_key():
