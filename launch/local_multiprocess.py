@@ -30,7 +30,7 @@ from absl import flags
 
 from minw import cli
 from minw import errors
-import places
+from minw import places
 
 _POLL_SECONDS = 0.05
 

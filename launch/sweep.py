@@ -52,11 +52,11 @@ from minw import config_flag
 from minw import errors
 from minw import files
 from minw import json_files
+from minw import places
 from minw.progress import duration
 from minw.workdir import environment
 from minw.workdir import locks
 from minw.workdir import run_files
-import places
 
 BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75  # Exit codes of minw.main.
 _POLL_SECONDS = 0.5

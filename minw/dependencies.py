@@ -14,7 +14,7 @@ from typing import Any
 # Modules of minw that work with the core alone, and packages in which all modules do.
 CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "data",
         "data.image_files", "data.images", "dependencies", "errors", "files", "infer",
-        "paths", "progress", "stopping", "text", "usage")
+        "paths", "places", "progress", "stopping", "text", "usage")
 CORE_PACKAGES = ("export", "kernels", "packed")
 
 # Packages that stand for the whole layer: nearly all modules for training need them.

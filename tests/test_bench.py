@@ -18,6 +18,7 @@ from minw import prepare
 from minw import train
 from minw.bench import data
 from minw.bench import inference
+from minw.bench import throughput
 from minw.bench import train as bench
 from minw.data import pipeline
 from minw.experiment import Experiment
@@ -355,3 +356,47 @@ def test_stacks_are_packed():
 def test_refuses_networks_that_are_not_convnets():
   with pytest.raises(errors.UsageError, match="config.weight_bits|does not pack|bits"):
     inference.random_network(tiny_config(weight_bits=4))
+
+
+def test_throughput_takes_turns(monkeypatch):
+  """Steps a second are those of all processes; medians, and ratios within a round."""
+  calls = []
+
+  def measure(processes, seeds, arguments):
+    calls.append((processes, seeds, arguments))
+    return {(1, 1): 10.0, (4, 1): 30.0, (1, 4): 24.0 if len(calls) < 5 else 10.0}[
+        processes, seeds]
+
+  monkeypatch.setattr(throughput, "measure", measure)
+  config = config_lib.default_config(dataset="digits")
+  result = throughput.bench_throughput(config, [1, 4], 2, ["a"])
+  assert calls == 2 * [(1, 1, ["a"]), (1, 1, ["a"]), (4, 1, ["a"]), (1, 4, ["a"])]
+  assert result["steps_per_second"] == {"processes": {1: [10.0, 10.0], 4: [30.0, 30.0]},
+                   "program": {1: [10.0, 10.0], 4: [24.0, 10.0]}}
+  lines = [line.split() for line in throughput.table(result).splitlines()]
+  assert lines[2:] == [["1", "10.00", "10.00", "1.00"],
+                       ["4", "30.00", "17.00", "2.12"]]  # Of 1.25 and 3.
+
+
+@pytest.mark.slow
+def test_throughput_measures(tmp_path):
+  path = tmp_path / "result.json"
+  arguments = ("throughput", "--seeds=1,2", "--rounds=1", "--seconds=0.1",
+               f"--json={path}", f"--config={EXPERIMENT}",
+               "--config.conv_widths=(2,2)", "--config.dense_widths=(3,)")
+  process = command(*arguments)
+  _, stderr = process.communicate()
+  assert (process.returncode, stderr) == (0, "")
+  result = json.loads(path.read_text())
+  assert result["config"]["conv_widths"] == [2, 2]
+  for way in ("processes", "program"):
+    assert {*result["steps_per_second"][way]} == {"1", "2"}
+    assert all(rate > 0 for rates in result["steps_per_second"][way].values()
+               for rate in rates)
+
+
+def test_throughput_needs_seeds():
+  process = command("throughput", "--seeds=0")
+  output, stderr = process.communicate()
+  assert (process.returncode, output) == (2, "")
+  assert stderr.startswith("error: seeds='0': must be positive integers")

@@ -679,7 +679,7 @@ def test_subcommands(run, refuses):
 
 COMMANDS = {f"minw {name}": module for name, module in minw_command.COMMANDS.items()}
 LAUNCHERS = {f"launch/{name}.py": name for name in (
-    "local_multiprocess", "sweep", "throughput")}
+    "local_multiprocess", "sweep")}
 # Flags of type string that are no paths. A new flag that is one is a `cli.DEFINE_path`.
 TEXTS = {"dataset", "layer", "coordinator", "module", "background", "prefix"}
 # Experiment files with arguments: `config_flag.load` expands them.
@@ -696,9 +696,8 @@ PATHS = sorted({  # (command, subcommand, flag)
     *(("minw report", name, flag) for flag in ("runs", "out")
       for name in ("tables", "figures", "compare", "collect", "results")),
     *(("minw bench", name, "json")
-      for name in ("train", "inference", "data", "scaling", "configs")),
-    *(("launch/sweep.py", "", flag) for flag in ("sweep", "dir", "data_dir", "out")),
-    ("launch/throughput.py", "", "json")})
+      for name in ("train", "inference", "data", "scaling", "configs", "throughput")),
+    *(("launch/sweep.py", "", flag) for flag in ("sweep", "dir", "data_dir", "out"))})
 
 
 def definers():

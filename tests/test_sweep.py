@@ -18,6 +18,7 @@ import pytest
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
+from minw import places
 from minw import schedules
 from test_launch import LAUNCH
 from test_launch import RECORD
@@ -28,7 +29,6 @@ from test_launch import make_stub
 from test_launch import shellcheck
 
 import emit
-import places
 import sweep
 
 # --- Runs that do not train: what stands in for minw.main.

@@ -27,10 +27,16 @@ rates, by default those published of TPU v4. Nothing is run.
 
 says of each experiment, by default of all that come with minw, what its network is,
 and times a step of its training.
+
+  python -m minw.bench throughput [--seeds=1,2,4,8] [--seconds=5] [...]
+
+counts the training steps per second of several seeds at once on this machine, as
+processes and as one vmapped program, which says what --jobs of a sweep is best set to.
 """
 
 import json
 import os
+import sys
 from typing import Any
 
 from absl import flags
@@ -45,6 +51,7 @@ from minw.bench import configs
 from minw.bench import data
 from minw.bench import inference
 from minw.bench import scaling
+from minw.bench import throughput
 from minw.bench import train
 
 
@@ -93,6 +100,16 @@ def main_configs() -> None:
       names, flags.FLAGS.rounds, flags.FLAGS.batch_size))
 
 
+def main_throughput() -> None:
+  f = flags.FLAGS
+  if f.work:
+    throughput.work(f.config, f.work, f.seconds)
+    return
+  seeds = _positive("seeds")
+  _report(throughput, lambda: throughput.bench_throughput(
+      f.config, seeds, f.rounds, sys.argv[1:]))
+
+
 def _report(module, measure) -> None:
   path = flags.FLAGS.json
   if path:  # Found out now rather than after minutes.
@@ -110,23 +127,28 @@ SUBCOMMANDS = {
     "data": main_data,
     "scaling": main_scaling,
     "configs": main_configs,
+    "throughput": main_throughput,
 }
 
 # Networks of the default config, as `get_config` takes them.
-_NETWORKS = {"train": "D", "inference": "A", "data": "imagenet2012", "scaling": "A"}
+_NETWORKS = {"train": "D", "inference": "A", "data": "imagenet2012", "scaling": "A",
+             "throughput": "A"}
 
 
 def define_flags(subcommand: str) -> None:
   """Defines the flags of a subcommand."""
   cli.DEFINE_path("json", None, "File to write the result to, as a JSON object.")
   if subcommand == "configs":
-    flags.DEFINE_multi_string("configs", [], "Experiments; all that come with minw by default.")
-    flags.DEFINE_integer("batch_size", None, "Batch size of all configs instead of their own.",
-                         lower_bound=1)
+    flags.DEFINE_multi_string(
+        "configs", [], "Experiments; all that come with minw by default.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Batch size of all configs instead of their own.",
+        lower_bound=1)
   else:
     config_flag.define(default=f"{__file__}:{_NETWORKS[subcommand]}")
   if subcommand != "scaling":
-    flags.DEFINE_integer("rounds", 15, "How often each is measured.", lower_bound=1)
+    rounds = 3 if subcommand == "throughput" else 15
+    flags.DEFINE_integer("rounds", rounds, "How often each is measured.", lower_bound=1)
   if subcommand == "inference":
     flags.DEFINE_list("batches", ["1", "64"], "Sizes of batches.")
     flags.DEFINE_bool("layers", False, "Single convolutions instead of networks.")
@@ -139,6 +161,11 @@ def define_flags(subcommand: str) -> None:
     flags.DEFINE_float("gigabytes", 300, "Gigabytes that a chip sends a second, over all"
                        " its links.", lower_bound=1e-3)
     flags.DEFINE_float("microseconds", 1, "Latency from chip to chip.", lower_bound=0)
+  if subcommand == "throughput":
+    flags.DEFINE_list("seeds", ["1", "2", "4", "8"], "Numbers of seeds to compare.")
+    flags.DEFINE_float("seconds", 5, "Length of a measurement.", lower_bound=0)
+    flags.DEFINE_integer(
+        "work", None, "For the processes that are measured: number of seeds in each.")
 
 
 if __name__ == "__main__":

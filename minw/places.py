@@ -6,8 +6,7 @@ import shutil
 import subprocess
 from typing import Any, NamedTuple, Sequence
 
-
-# Of the GNU C library: spares training on CPUs most of its page faults.
+# A setting of the GNU C library that spares training on CPUs most of its page faults.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
