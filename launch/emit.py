@@ -12,6 +12,8 @@ import shlex
 import string
 from typing import Sequence
 
+from minw import exit_codes
+
 _SLURM = string.Template("""\
 #!/usr/bin/env bash
 # Submit with sbatch from minw's folder; again to go on with what is left.
@@ -30,7 +32,7 @@ $names
 )
 srun $command --only="$${names[SLURM_ARRAY_TASK_ID]}"
 code=$$?
-if [ "$$code" = 75 ]; then  # It was told to stop, and has saved.
+if [ "$$code" = $preempted ]; then  # It was told to stop, and has saved.
   scontrol requeue "$$SLURM_JOB_ID"
 fi
 exit "$$code"
@@ -60,7 +62,7 @@ spec:
           - action: Ignore
             onExitCodes:
               operator: In
-              values: [75]
+              values: [$preempted]
           - action: Ignore
             onPodConditions:
             - type: DisruptionTarget
@@ -93,6 +95,7 @@ def slurm(names: Sequence[str], *, jobs: int, command: Sequence[str]) -> str:
   """A Slurm array of a task a run, `jobs` at a time, each `command --only=NAME`."""
   return _SLURM.substitute(
       last=len(names) - 1, jobs=jobs, command=shlex.join(command),
+      preempted=exit_codes.PREEMPTED,
       names="\n".join(f"  {name}" for name in names))
 
 
@@ -100,4 +103,6 @@ def jobset(names: Sequence[str], *, jobs: int, command: Sequence[str]) -> str:
   """A JobSet of an indexed job with a pod a run, otherwise as `slurm`."""
   script = (f"names=({' '.join(names)}); exec {shlex.join(command)} "
             '--only="${names[JOB_COMPLETION_INDEX]}"')
-  return _JOBSET.substitute(count=len(names), jobs=jobs, script=json.dumps(script))
+  return _JOBSET.substitute(
+      count=len(names), jobs=jobs, script=json.dumps(script),
+      preempted=exit_codes.PREEMPTED)

@@ -30,6 +30,7 @@ from absl import flags
 
 from minw import cli
 from minw import errors
+from minw import exit_codes
 from minw import places
 
 _POLL_SECONDS = 0.05
@@ -82,7 +83,7 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
       running.remove(process)
       code = process.returncode
       if code == -signal.SIGTERM and received:
-        code = stopping.PREEMPTED  # Before it could note the signal: nothing is lost.
+        code = exit_codes.PREEMPTED  # Before it could note the signal: nothing is lost.
       codes.append(code if code >= 0 else 128 - code)
     failed = any(codes)
     if (failed or len(received) > 1) and deadline is None:
@@ -101,7 +102,7 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
     time.sleep(_POLL_SECONDS)
   for reader in readers:
     reader.join(timeout=1)  # A child of a process may hold its output open.
-  failures = [code for code in codes if code not in (0, stopping.PREEMPTED)]
+  failures = [code for code in codes if code not in (0, exit_codes.PREEMPTED)]
   return (failures + [code for code in codes if code] + [0])[0]
 
 

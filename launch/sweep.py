@@ -50,6 +50,7 @@ from minw import cli
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
+from minw import exit_codes
 from minw import files
 from minw import json_files
 from minw import places
@@ -58,7 +59,6 @@ from minw.workdir import environment
 from minw.workdir import locks
 from minw.workdir import run_files
 
-BAD_INPUT, DIVERGED, PREEMPTED = 2, 3, 75  # Exit codes of minw.main.
 _POLL_SECONDS = 0.5
 _FINAL = ("done", "diverged", "failed")
 
@@ -280,7 +280,7 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
         held = locks.is_held(str(run.workdir))
     if held:
       name = "running"
-    elif record["failures"] > retries or record["code"] == BAD_INPUT:
+    elif record["failures"] > retries or record["code"] == exit_codes.BAD_INPUT:
       name = "failed"
     else:
       name = "stopped" if status["state"] else "waiting"
@@ -431,7 +431,7 @@ def run_all(
   passed_on = 0
   # What refused its input in an earlier sweep gets a chance: data may be there now.
   refused = {run.name for run in runs if state(run, retries).name == "failed"
-             and _read_record(run)["code"] == BAD_INPUT}
+             and _read_record(run)["code"] == exit_codes.BAD_INPUT}
   with _Stop() as stop:
     while True:
       for job in [job for job in active if job.process.poll() is not None]:
@@ -453,7 +453,7 @@ def run_all(
             found[run.name].name not in _FINAL or run.name in refused & ready)]
         for run in open_runs:
           if free and run.name in ready and found[run.name].name != "running":
-            job = _start(
+            job = start_run(
                 run, free[0], retries, steps, command(run), run.name in refused)
             if job:
               refused.discard(run.name)
@@ -465,7 +465,7 @@ def run_all(
       time.sleep(_POLL_SECONDS)
 
 
-def _start(run, place, retries, steps, command, refused) -> _Active | None:
+def start_run(run, place, retries, steps, command, refused) -> _Active | None:
   """Starts a run, unless another sweep has it or has just ended it."""
   with contextlib.ExitStack() as stack:
     with _with_locks(run):
@@ -504,8 +504,8 @@ def _finish(job: _Active, stopping: bool) -> str:
     record = _read_record(job.run)
     record["seconds"] += time.monotonic() - job.begun
     record |= {"started": None, "code": code, "reason": ""}
-    ended = {0: "done", DIVERGED: "diverged"}.get(code)
-    if code != PREEMPTED and not stopping and (
+    ended = {0: "done", exit_codes.DIVERGED: "diverged"}.get(code)
+    if code != exit_codes.PREEMPTED and not stopping and (
         ended is None or status["state"] != ended):
       record["failures"] += 1
       reason = (f"killed by {signal.Signals(-code).name}" if code < 0 else
@@ -568,7 +568,7 @@ def main() -> int:
                   say=cli.note)
   show()
   if not ended:
-    return PREEMPTED
+    return exit_codes.PREEMPTED
   return int(any(s.name != "done" for s in states(runs, f.retries).values()))
 
 

@@ -19,6 +19,7 @@ from absl import logging
 import minw
 from minw import dependencies
 from minw import errors
+from minw import exit_codes
 from minw import paths
 from minw import text
 from minw import usage
@@ -133,12 +134,12 @@ def guarded(function: Callable, *arguments: Any) -> Any:
       if sys.stdout:
         sys.stdout.flush()
   except dependencies.MissingDependencies:
-    _end(2, f"error: this command {dependencies.NEED}")
+    _end(exit_codes.BAD_INPUT, f"error: this command {dependencies.NEED}")
   except KeyboardInterrupt as error:
-    _end(128 + signal.SIGINT, _one_line("interrupted", error))
+    _end(exit_codes.INTERRUPTED, _one_line("interrupted", error))
   except BrokenPipeError as error:
     if _output_is_closed():
-      os._exit(128 + signal.SIGPIPE)  # There is nothing left to flush.
+      os._exit(exit_codes.BROKEN_PIPE)  # There is nothing left to flush.
     _end_with_traceback(error)
   except Exception as error:
     if logging.get_verbosity() >= logging.DEBUG:
@@ -146,7 +147,8 @@ def guarded(function: Callable, *arguments: Any) -> Any:
     if isinstance(error, errors.UsageError):
       _end(error.exit_code, _one_line(f"error: {error}", error))
     if isinstance(error, OSError) and error.errno and error.filename:
-      _end(os.EX_IOERR, _one_line(f"error: {error.filename}: {error.strerror}", error))
+      _end(exit_codes.IO_ERROR,
+           _one_line(f"error: {error.filename}: {error.strerror}", error))
     _end_with_traceback(error)
 
 
@@ -157,7 +159,7 @@ def _one_line(message: str, error: BaseException) -> str:
 
 
 def _end_with_traceback(error: BaseException) -> NoReturn:
-  _end(1, "".join(traceback.format_exception(error)).rstrip())
+  _end(exit_codes.FAILURE, "".join(traceback.format_exception(error)).rstrip())
 
 
 def _end(code: int, message: str) -> NoReturn:

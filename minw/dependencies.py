@@ -11,10 +11,12 @@ import importlib.util
 import sys
 from typing import Any
 
+from minw import exit_codes
+
 # Modules of minw that work with the core alone, and packages in which all modules do.
 CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "data",
-        "data.image_files", "data.images", "dependencies", "errors", "files", "infer",
-        "paths", "places", "progress", "stopping", "text", "usage")
+        "data.image_files", "data.images", "dependencies", "errors", "exit_codes",
+        "files", "infer", "paths", "places", "progress", "stopping", "text", "usage")
 CORE_PACKAGES = ("export", "kernels", "packed")
 
 # Packages that stand for the whole layer: nearly all modules for training need them.
@@ -52,5 +54,5 @@ class _CoreOnly:
       return
     if sys.argv[:1] == ["-m"]:  # Python is looking for the module that it is to run.
       print(f"error: this command {NEED}", file=sys.stderr)
-      sys.exit(2)
+      sys.exit(exit_codes.BAD_INPUT)
     raise MissingDependencies(f"{name} {NEED}", name=name)

@@ -3,6 +3,8 @@
 import difflib
 from typing import Any, Collection
 
+from minw import exit_codes
+
 _LONGEST = 300  # Characters of a value in an error.
 
 
@@ -13,7 +15,7 @@ class UsageError(Exception):
     exit_code: Exit code of a command that ends with this error.
   """
 
-  exit_code = 2
+  exit_code = exit_codes.BAD_INPUT
 
 
 def check(ok: bool, field: str, value: Any, allowed: str) -> None:

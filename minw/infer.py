@@ -106,7 +106,7 @@ class Network:
     self.labels = tuple(self.program.metadata.get("labels") or map(
         str, range(self.program.num_classes)))
     self.threads = threads or len(os.sched_getaffinity(0))
-    self.backend = backend or _default_backend()
+    self.backend = backend or default_backend()
     if self.backend == "native":
       self._native = native.load(self._data, limits)
     elif self.backend == "xla":  # The only one that needs JAX.
@@ -250,8 +250,9 @@ def _bits(program: packed.Program) -> str:
                  for letter, bits in (("W", weights), ("A", activations)) if bits)
 
 
-@functools.cache  # To say it once.
-def _default_backend():
+@functools.cache  # The warning is given once.
+def default_backend() -> str:
+  """The name of the fastest backend that is installed."""
   if native.available():
     return "native"
   backend, name = "reference", "NumPy"

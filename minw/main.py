@@ -18,11 +18,7 @@ from absl import flags
 from minw import cli
 from minw import config_flag
 from minw import errors
-from minw.stopping import PREEMPTED
-
-# Exit codes beside 0, done, 2, bad input, 74, a file cannot be written, 75, `PREEMPTED`,
-# and 130, SIGINT came twice or before there was anything to save.
-DIVERGED = 3
+from minw import exit_codes
 
 
 def define_flags() -> None:
@@ -87,7 +83,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, signal.SIG_IGN)  # Once more changes nothing.
   print(json.dumps({"workdir": f.workdir, **status}))
-  return {"done": 0, "diverged": DIVERGED, "preempted": PREEMPTED}[status["state"]]
+  return {"done": 0, "diverged": exit_codes.DIVERGED,
+          "preempted": exit_codes.PREEMPTED}[status["state"]]
 
 
 if __name__ == "__main__":

@@ -351,7 +351,7 @@ class _Walk:
       if kind.bound.max() > 2 ** 24:
         raise self.refuse(f"{call.path}: gets sums of {self.after([x])} up to"
                           f" {kind.bound.max()}; float32 holds 2^24 exactly")
-      falling, thresholds = _thresholds(
+      falling, thresholds = channel_thresholds(
           layer, call.hard, kind.bound, x.unit,
           [level * shortcut.unit for level in packed.LEVELS[side.bits]]
           if side else [0.0])
@@ -396,7 +396,7 @@ def _codes(values, bits):
   return (np.sign(values) * size).astype(np.int8)
 
 
-def _thresholds(layer, hard, bound, unit, shortcuts):
+def channel_thresholds(layer, hard, bound, unit, shortcuts):
   """Where the codes of a hard NormQuant change, over integer accumulators.
 
   Args:

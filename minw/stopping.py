@@ -21,8 +21,7 @@ import threading
 import time
 from typing import Any
 
-PREEMPTED = 75  # Exit code after SIGTERM: the same command starts or resumes the run.
-INTERRUPTED = 128 + signal.SIGINT
+from minw import exit_codes
 
 _log = logging.getLogger(__name__)
 
@@ -39,9 +38,9 @@ _deciding = threading.Lock()  # Held while what arrived meets the handlers in fo
 def watch() -> None:
   """Makes SIGTERM and SIGINT end this process at once, whatever it is doing.
 
-  The exit code is `PREEMPTED` after SIGTERM and `INTERRUPTED` after SIGINT. A signal
-  that has another handler later, as inside `StopSignal`, is left to that handler. A
-  SIGINT that the parent process made this one ignore stays ignored.
+  The exit code is `exit_codes.PREEMPTED` after SIGTERM and `exit_codes.INTERRUPTED`
+  after SIGINT. A signal that has another handler later, as inside `StopSignal`, is left
+  to that handler. A SIGINT that the parent process made this one ignore stays ignored.
 
   A command calls this in its main thread, before the imports that take seconds.
   """
@@ -97,7 +96,8 @@ def _end(number: int) -> None:
       "stopped by SIGTERM; nothing is lost, and the same command starts or resumes the"
       " run")
   os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
-  os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+  os._exit(exit_codes.INTERRUPTED if number == signal.SIGINT
+           else exit_codes.PREEMPTED)
 
 
 def _forget() -> None:
@@ -130,7 +130,7 @@ def end_with_parent() -> None:
   def wait():
     while os.getppid() == parent:
       time.sleep(_PARENT_SECONDS)
-    os._exit(1)
+    os._exit(exit_codes.FAILURE)
 
   threading.Thread(target=wait, daemon=True).start()
 

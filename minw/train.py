@@ -20,6 +20,7 @@ from minw import config as config_lib
 from minw import display
 from minw import distributed
 from minw import errors
+from minw import exit_codes
 from minw import evaluate
 from minw import experiment as experiment_lib
 from minw import files
@@ -256,7 +257,7 @@ class Interrupted(KeyboardInterrupt):
 class StorageError(errors.UsageError):
   """A file of a run cannot be written or read; what was saved before is whole."""
 
-  exit_code = os.EX_IOERR
+  exit_code = exit_codes.IO_ERROR
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def test_torch_step_that_fails_is_left_out(monkeypatch):
 
   monkeypatch.setattr(torch, "compile", compile)
   experiment = float_experiment(optimizer="sgd")
-  runs, left_out = bench._torch_runs(
+  runs, left_out = bench.torch_runs(
       experiment, np.zeros((16, *experiment.image_shape), np.float32),
       np.zeros(16, np.int32))
   assert list(runs) == ["torch eager"]

@@ -193,7 +193,7 @@ def test_copies(model, backend):
 
 def test_copy_of_a_default_backend_takes_what_is_there(model, monkeypatch):
   data = pickle.dumps(infer.load(model))
-  monkeypatch.setattr(infer, "_default_backend", lambda: "reference")
+  monkeypatch.setattr(infer, "default_backend", lambda: "reference")
   assert pickle.loads(data).backend == "reference"
 
 
@@ -280,11 +280,11 @@ def test_wrong_backend(model):
 def test_without_the_library(model, monkeypatch, caplog):
   """Networks run all the same, and that is said once."""
   monkeypatch.setattr(native, "available", lambda: False)
-  infer._default_backend.cache_clear()
+  infer.default_backend.cache_clear()
   try:
     backends = [infer.load(model).backend for _ in range(2)]
   finally:
-    infer._default_backend.cache_clear()
+    infer.default_backend.cache_clear()
   assert backends == ["xla", "xla"]
   assert [record.getMessage().split(" (")[0] for record in caplog.records
           if record.name == "minw.infer"] == ["the native library was not built"]

@@ -111,7 +111,8 @@ def test_thresholds_give_every_code(case):
   norm = fold.fold_norm(mean, var, scale, bias, 1e-4, bounds * unit, np.full(n, unit))
   layer = layers.NormQuant(bits=bits)
   shortcuts = [-1.0, 0.0, 1.0] if with_shortcut else [0.0]
-  falling, table = pack._thresholds(layer, norm._asdict(), bounds, unit, shortcuts)
+  falling, table = pack.channel_thresholds(
+      layer, norm._asdict(), bounds, unit, shortcuts)
   assert falling.tolist() == (norm.scale < 0).tolist()
   assert table.shape == (len(shortcuts), (1, 2, 6)[bits - 1], n)
   grid = {1: [], 2: [0.1], 3: [1 / 8, 3 / 8, 3 / 4]}[bits]

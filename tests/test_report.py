@@ -222,7 +222,7 @@ def test_what_is_in_no_table(changes, reason):
     ((("stem", "float32"), ("stem", 1)), "none"), ((("dense1", "float32"),), None),
     ((("stem", 2),), None), ((("stage1*", "float32"),), None), ((("*", 1),), None)])
 def test_layers_that_are_kept(rules, kept):
-  assert paper._kept("resnet18", 1, rules) == kept
+  assert paper.kept_layers("resnet18", 1, rules) == kept
   c = experiment("imagenet_resnet18", "input_bits=1")
   found, _ = paper.cells_of(made(config=c, bits_rules=rules))
   assert len(found) == 2 * (kept == "first")

@@ -351,7 +351,7 @@ def test_run_that_another_sweep_has_just_ended(tmp_path):
   run.workdir.mkdir()
   (run.workdir / "status.json").write_text('{"state": "done", "step": 10}')
   place = places.Place([], {})
-  assert sweep._start(run, place, 1, {}, fake_command(run), False) is None
+  assert sweep.start_run(run, place, 1, {}, fake_command(run), False) is None
   assert starts(tmp_path) == {}
 
 

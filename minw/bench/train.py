@@ -55,8 +55,8 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
     step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
     runs[name] = run_of(step, state, *batch, key)
   runs["aqe with data"] = run_of(train.make_train_step(aqe), state, data, order)
-  torch_runs, left_out = _torch_runs(floats, *map(np.asarray, batch))
-  seconds = timing.measure(runs | torch_runs, rounds)
+  theirs, left_out = torch_runs(floats, *map(np.asarray, batch))
+  seconds = timing.measure(runs | theirs, rounds)
 
   ratios = {
       f"{a} / {b}": {
@@ -144,7 +144,7 @@ def torch_network(experiment: Experiment) -> Any:
   return nn.Sequential(*parts)
 
 
-def _torch_runs(
+def torch_runs(
     experiment: Experiment, images: np.ndarray, labels: np.ndarray
 ) -> tuple[dict[str, timing.Run], dict[str, str]]:
   """PyTorch's steps on a fixed batch; and why not, for those that do not run."""

@@ -210,14 +210,16 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
     cells = [cell for cell in cells if cell.estimator == c["estimator"]]
   if not cells:
     return [], f"no cell has the estimator {c['estimator']}"
-  kept = _kept(network, c["weight_bits"], c["bits_rules"])
+  kept = kept_layers(network, c["weight_bits"], c["bits_rules"])
   cells = [cell for cell in cells if kept == cell.kept or cell.kept == "any" and kept]
   if not cells:
     return [], f"no cell has the bits_rules {c['bits_rules']}"
   return cells, ""
 
 
-def _kept(network: str, bits: int | str, rules: list[tuple[str, Any]]) -> str | None:
+def kept_layers(
+    network: str, bits: int | str, rules: list[tuple[str, Any]]
+) -> str | None:
   """Which weights are float32 among others of `bits`; None if not as in any cell."""
   by_layer = dict(map(tuple, rules))
   first, last = _ENDS.get(network, (None, None))

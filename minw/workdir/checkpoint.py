@@ -46,7 +46,21 @@ class Restored(NamedTuple):
   run: dict[str, Any] | None = None
 
 
-def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager:
+class Manager(ocp.CheckpointManager):
+  """The checkpoints of a run, and whether they may be changed.
+
+  Attributes:
+    read_only: Whether nothing is saved, deleted or moved.
+  """
+
+  def __init__(
+      self, directory: Any, options: ocp.CheckpointManagerOptions, **arguments: Any
+  ):
+    super().__init__(directory, options=options, **arguments)
+    self.read_only = options.read_only
+
+
+def open_manager(workdir: str, read_only: bool = False) -> Manager:
   """The checkpoints of `workdir`: the two newest and that with the best accuracy.
 
   Raises:
@@ -67,8 +81,8 @@ def open_manager(workdir: str, read_only: bool = False) -> ocp.CheckpointManager
   if read_only:  # Orbax warns that it is so.
     absl_logging.set_verbosity(absl_logging.ERROR)
   try:
-    manager = ocp.CheckpointManager(
-        directory, options=options,
+    manager = Manager(
+        directory, options,
         item_handlers={"tree": ocp.StandardCheckpointHandler(),
                        "record": ocp.JsonCheckpointHandler(),
                        "run": ocp.JsonCheckpointHandler()})
@@ -229,7 +243,7 @@ def restore(
 
 
 def restore_newest(
-    manager: ocp.CheckpointManager, target: Any = None
+    manager: Manager, target: Any = None
 ) -> Restored | None:
   """Reads the newest checkpoint that is whole; None if none was ever saved.
 
@@ -244,7 +258,7 @@ def restore_newest(
 
 
 def restore_best(
-    manager: ocp.CheckpointManager, target: Any = None
+    manager: Manager, target: Any = None
 ) -> Restored | None:
   """Reads the checkpoint of the best validation accuracy, the latest of equals.
 
@@ -275,7 +289,7 @@ def _restore_first(manager, steps, target):
           f"checkpoints in {_real(manager)}: all are damaged ({damaged}); move them"
           " away to start from the beginning")
     return None
-  if damaged and not manager._options.read_only:
+  if damaged and not manager.read_only:
     distributed.on_main(_move_aside, pathlib.Path(manager.directory), damaged)
     manager.reload()
   return restored
