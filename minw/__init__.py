@@ -27,7 +27,7 @@ dependencies.guard_imports()
 
 # Modules by the names that `from minw import NAME` knew them by in version 0.1.
 _EARLIER = {"datasets": "data.datasets", "metadata": "packed.metadata",
-            "pipeline": "data.pipeline"}
+            "pipeline": "data.pixels"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@
 import collections
 import json
 import os
-from typing import Any
+from typing import Any, Iterator
 
 from absl import flags
 import jax
@@ -21,8 +21,8 @@ from minw import errors
 from minw import infer
 from minw import text
 from minw.data import datasets
-from minw.data import pipeline
-from minw.data import streaming
+from minw.data import sources
+from minw.data.batches import Examples
 from minw.experiment import Experiment
 from minw.workdir import checkpoint
 from minw.workdir import metrics
@@ -43,18 +43,18 @@ class Evaluator:
     self._experiment = experiment
     self._step = experiment.jit(self._eval_step, static_argnames="mode")
 
-  def hard(self, variables: Any, data: pipeline.Data) -> dict[str, float]:
+  def hard(self, variables: Any, data: Any) -> dict[str, float]:
     """The hard network (Eq 20): {"loss", "accuracy"}, perhaps "top5_accuracy".
 
     Args:
       variables: the trained ones, {"params", "batch_stats"}.
-      data: the split, see `Experiment.load`.
+      data: The split, from `Experiment.data.load`.
     """
     sums = self._sums(self._experiment.fold(variables), data, 1.0, mode="hard")
     return _means(sums)
 
   def mixed(
-      self, variables: Any, data: pipeline.Data, alpha: jax.Array
+      self, variables: Any, data: Any, alpha: jax.Array
   ) -> dict[str, Any]:
     """The network as it is in training, with batch norm's running statistics.
 
@@ -73,14 +73,14 @@ class Evaluator:
 
   def _sums(self, variables, data, alpha, mode):
     sums = []
-    for part, start in self._experiment.eval_batches(data):
+    for part, start in self._experiment.data.eval_batches(data):
       sums.append(self._step(variables, part, start, alpha, mode=mode))
       jax.block_until_ready(sums[-2:-1])  # Streamed batches would pile up.
     return jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
                         *jax.device_get(sums))
 
   def _eval_step(self, variables, data, start, alpha, mode):
-    images, labels, mask = self._experiment.eval_batch(data, start)
+    images, labels, mask = self._experiment.data.eval_inputs(data, start)
     key = jax.random.fold_in(jax.random.key(0), start)
     logits, sown = self._experiment.model.apply(
         variables, images, alpha, mode=mode, mutable=["distance"],
@@ -123,7 +123,7 @@ def evaluate_workdir(
 
   Returns:
     {"step"} and what `Evaluator.hard` returns; of streamed data also "damaged", how
-    many images were left out, and "decode_rate", see `streaming.Split`.
+    many images were left out, and "decode_rate", see `streamed.Split`.
 
   Raises:
     errors.UsageError: no run or no checkpoint there, no data, or a run that is done but
@@ -139,9 +139,9 @@ def evaluate_workdir(
     config.data_workers = data_workers
   experiment = Experiment(config)
   variables = checkpoint.hard_variables(saved.tree)
-  data = experiment.load(split)
-  result = {"step": saved.step, **Evaluator(experiment).hard(variables, data)}
-  return result | (data.report() if experiment.info.streamed else {})
+  data = experiment.data.load(split)
+  return {"step": saved.step, **Evaluator(experiment).hard(variables, data),
+          **experiment.data.report(data)}
 
 
 def evaluate_model(
@@ -185,23 +185,20 @@ def evaluate_model(
   info = datasets.info(dataset)
   source_shape = network.program.source_shape
   errors.check(
-      (info.image_shape == source_shape or info.streamed and source_shape[2] == 3)
-      and info.num_classes == network.program.num_classes, "dataset", dataset,
-      f"one of images of shape {network.program.source_shape} in"
+      info.provides(source_shape) and info.num_classes == network.program.num_classes,
+      "dataset", dataset, f"one of images of shape {network.program.source_shape} in"
       f" {network.program.num_classes} classes, as the network has")
   defaults = config_lib.default_config(dataset)
-  data_dir = data_dir or defaults.data_dir
-  if info.streamed:
-    limits = {"max_damaged": defaults.max_damaged, "workers": (
-        defaults.data_workers if data_workers is None else data_workers)}
-    batches = streaming.Split(
-        datasets.open_records(dataset, split, data_dir), f"{dataset}, {split}", **limits
-    ).eval_batches(batch_size, source=source_shape[:2], crop=source_shape[:2],
-                   shrink=infer.shrinks(network.program))
-  else:
-    images, labels = datasets.load(dataset, split, data_dir)
-    batches = ((images[start:start + batch_size], labels[start:start + batch_size])
-               for start in range(0, len(images), batch_size))
+  batches = sources.source_batches(
+      info, split, data_dir or defaults.data_dir, batch_size, image_shape=source_shape,
+      shrink=infer.shrinks(network.program), max_damaged=defaults.max_damaged,
+      workers=defaults.data_workers if data_workers is None else data_workers)
+  return _means(_packed_sums(network, batches))
+
+
+def _packed_sums(
+    network: infer.Network, batches: Iterator[Examples]) -> dict[str, float]:
+  """Returns the sums over examples that `_means` divides, of a packed network."""
   sums = collections.Counter()
   for part, wanted in batches:
     logits = network.logits(part).astype(np.float64)[wanted >= 0]
@@ -213,9 +210,9 @@ def evaluate_model(
     sums["loss"] += float((
         log_sum - np.take_along_axis(shifted, wanted, -1)[:, 0]).sum())
     sums["correct"] += int((order[:, :1] == wanted).sum())
-    if info.num_classes >= _TOP5_CLASSES:
+    if network.program.num_classes >= _TOP5_CLASSES:
       sums["top5"] += int((order[:, :5] == wanted).sum())
-  return _means(sums)
+  return sums
 
 
 def define_flags() -> None:

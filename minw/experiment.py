@@ -4,14 +4,12 @@ Training, evaluation and packing all start from here.
 """
 
 import functools
-import itertools
 import os
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from minw import config as config_lib
@@ -24,9 +22,10 @@ from minw import models
 from minw import optim
 from minw import quantizers
 from minw import schedules
+from minw.data import batches
 from minw.data import datasets
-from minw.data import pipeline
-from minw.data import streaming
+from minw.data import pixels as pixels_lib
+from minw.data import sources
 
 
 def build_model(config: Any, **changes: Any) -> Any:
@@ -118,6 +117,7 @@ class Experiment:
     alpha, learning_rate: functions of the step.
     optimizer: of optax.
     replicated, sharded: over the devices of all processes, whole or along the batch.
+    data: The splits of the data set and their batches; see `batches.Source`.
   """
 
   def __init__(self, config: Any):
@@ -125,9 +125,7 @@ class Experiment:
     c = self.config = config
     config_lib.validate(c)
     self.info = datasets.info(c.dataset, c.data_dir)
-    if self.info.streamed:
-      side = c.eval_resize or c.crop_size
-      self.info = self.info._replace(image_shape=(side, side, 3))
+    self.info = self.info.resized(c.eval_resize or c.crop_size)
     examples = c.train_examples or self.info.splits["train"]
     self.info = self.info._replace(splits=self.info.splits | {"train": examples})
     for name in ("batch_size", "eval_batch_size"):
@@ -145,7 +143,7 @@ class Experiment:
     self.image_shape = (c.crop_size, c.crop_size, self.info.image_shape[-1])
     if c.network == "convnet":
       _check_memory(c, self.image_shape, devices)
-    self.pixels = pipeline.pixels(c.pixels, self.info.mean, self.info.std)
+    self.pixels = pixels_lib.pixels(c.pixels, self.info.mean, self.info.std)
     self.model = build_model(c)
     self.layers = layers.trace(self.model, self.image_shape)
     self._check_patterns()
@@ -170,6 +168,14 @@ class Experiment:
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(mesh, PartitionSpec())
     self.sharded = NamedSharding(mesh, PartitionSpec("data"))
+    self.data = sources.open_source(
+        self.info, c.data_dir,
+        batches.Batching(
+            seed=c.seed, batch_size=c.batch_size, eval_batch_size=c.eval_batch_size,
+            crop_size=c.crop_size, crop_padding=c.crop_padding, crop_scale=c.crop_scale,
+            flip=c.random_flip, pixels=self.pixels, replicated=self.replicated,
+            sharded=self.sharded),
+        workers=c.data_workers, max_damaged=c.max_damaged, shrink=c.eval_resize > 0)
 
   def _check_patterns(self) -> None:
     quantized = [layer.path for layer in self.layers if layer.bits is not None]
@@ -217,98 +223,9 @@ class Experiment:
     return NamedSharding(
         self.replicated.mesh, PartitionSpec(*[None] * longest, "data"))
 
-  def load(self, split: str) -> pipeline.Data | streaming.Split:
-    """A split ("train", "validation", "test"): on all devices, or to be streamed."""
-    c = self.config
-    if self.info.streamed:
-      return streaming.Split(
-          datasets.open_records(c.dataset, split, c.data_dir), f"{c.dataset}, {split}",
-          workers=c.data_workers, max_damaged=c.max_damaged)
-    arrays = datasets.load(c.dataset, split, c.data_dir)
-    data = pipeline.Data(*(array[:self.info.splits[split]] for array in arrays))
-    distributed.check_same(data, f"config.data_dir={c.data_dir!r}: {split}")
-    return distributed.put(data, self.replicated)
-
-  def train_batches(
-      self,
-      data: pipeline.Data | streaming.Split,
-      epoch_order: Callable[[int], jax.Array],
-      step: int,
-  ) -> Iterator[tuple[pipeline.Data, jax.Array | None]]:
-    """What the training steps from `step` on take, without end.
-
-    Args:
-      data: the training split.
-      epoch_order: the order of an epoch's examples; not called if they are streamed.
-      step: the first.
-
-    Yields:
-      For `train_batch`: data and the epoch's order; of streamed data a batch, and None.
-    """
-    c = self.config
-    if self.info.streamed:
-      for batch in data.train_batches(
-          step, seed=c.seed, batch_size=c.batch_size, crop_size=c.crop_size,
-          crop_scale=c.crop_scale, flip=c.random_flip, share=distributed.share()):
-        yield distributed.put_rows(pipeline.Data(*batch), self.sharded), None
-    epoch, position = divmod(step, self.steps_per_epoch)
-    for epoch in itertools.count(epoch):
-      order = epoch_order(epoch)
-      for _ in range(position, self.steps_per_epoch):
-        yield data, order
-      position = 0
-
-  def eval_batches(
-      self, data: pipeline.Data | streaming.Split
-  ) -> Iterator[tuple[pipeline.Data, int]]:
-    """What `eval_batch` takes to see all of a split, in order."""
-    c = self.config
-    if not self.info.streamed:
-      for start in range(0, data.labels.shape[0], c.eval_batch_size):
-        yield data, start
-      return
-    for i, batch in enumerate(data.eval_batches(
-        c.eval_batch_size, source=self.info.image_shape[:2],
-        crop=self.image_shape[:2], shrink=c.eval_resize > 0,
-        share=distributed.share())):
-      rows = distributed.put_rows(pipeline.Data(*batch), self.sharded)
-      yield rows, i * c.eval_batch_size
-    data.report()  # Of too many damaged images each process may have seen a few.
-
-  def source_images(self, split: str, most: int = 1000) -> np.ndarray:
-    """A split's images as a packed network takes them; if streamed, the first of it."""
-    data = self.load(split)
-    if not self.info.streamed:
-      return np.asarray(data.images)
-    shape = self.info.image_shape[:2]
-    return next(data.eval_batches(
-        min(most, len(data)), source=shape, crop=shape,
-        shrink=self.config.eval_resize > 0)).images
-
-  def train_batch(self, data, order, position, key) -> tuple[jax.Array, jax.Array]:
-    """See `pipeline.train_batch`; what is streamed is a batch already."""
-    c = self.config
-    if self.info.streamed:
-      return pipeline.normalize(data.images, self.pixels), data.labels
-    return pipeline.train_batch(
-        data, order, position, key, batch_size=c.batch_size, crop_size=c.crop_size,
-        crop_padding=c.crop_padding, flip=c.random_flip, pixels=self.pixels,
-        sharding=self.sharded)
-
-  def eval_batch(self, data, start) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `pipeline.eval_batch`; what is streamed is a batch already."""
-    c = self.config
-    if self.info.streamed:
-      mask = data.labels >= 0
-      labels = jnp.where(mask, data.labels, 0)
-      return pipeline.normalize(data.images, self.pixels), labels, mask
-    return pipeline.eval_batch(
-        data, start, batch_size=c.eval_batch_size, crop_size=c.crop_size,
-        pixels=self.pixels, sharding=self.sharded)
-
   def fold(self, variables: Any) -> Any:
     """The hard network's variables, on all devices: see `fold.fold`."""
-    probe = pipeline.probe(self.pixels, self.image_shape)
+    probe = pixels_lib.probe(self.pixels, self.image_shape)
     hard = fold.fold(self.model, variables, probe)
     distributed.check_same(hard, "the hard network")
     return distributed.put(hard, self.replicated)

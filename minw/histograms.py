@@ -36,7 +36,7 @@ def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]
 
   @experiment.jit
   def count(variables, data, start, alpha):
-    images, _, mask = experiment.eval_batch(data, start)
+    images, _, mask = experiment.data.eval_inputs(data, start)
     _, sown = experiment.model.apply(
         variables, images, alpha, mode="mixed", mutable=["quantized", "distance"],
         rngs={"estimator": jax.random.key(0)})
@@ -53,7 +53,7 @@ def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]
     return result
 
   def histograms(variables, data, alpha):
-    batches = experiment.eval_batches(data)
+    batches = experiment.data.eval_batches(data)
     counted = jax.device_get(count(variables, *next(batches), alpha))
     batches.close()
     kinds = {layer.path: layer.kind for layer in experiment.layers}

@@ -25,7 +25,7 @@ from minw import layers
 from minw import packed
 from minw import quantizers
 from minw import structure
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.experiment import Experiment
 from minw.packed import metadata as metadata_lib
 from minw.workdir import checkpoint
@@ -61,7 +61,7 @@ def pack(
     model: Any,
     variables: Any,
     *,
-    pixels: pipeline.Pixels,
+    pixels: pixels_lib.Pixels,
     source_shape: Sequence[int],
     crop: Sequence[int] | None = None,
     labels: Sequence[str] = (),
@@ -75,7 +75,7 @@ def pack(
       numbers, over windows or whole maps, add, concatenate channels, take every n-th
       pixel and pad channels with zeros.
     variables: the trained ones, {"params", "batch_stats"}.
-    pixels: their normalization; `pipeline.pixels("integer", ...)`.
+    pixels: their normalization; `minw.data.pixels.pixels("integer", ...)`.
     source_shape: (height, width, channels) of the images that it will get.
     crop: (height, width) that the network sees, from the centre; all if None.
     labels: a name for each class.
@@ -91,7 +91,7 @@ def pack(
     raise ValueError(
         f"pixels={pixels}: only integer pixels pack, (value - offset) / 64")
   image_shape = (*crop, source_shape[2])
-  hard = fold.fold(model, variables, pipeline.probe(pixels, image_shape))
+  hard = fold.fold(model, variables, pixels_lib.probe(pixels, image_shape))
   images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
   network = structure.trace(model, hard, images, "hard")
   walk = _Walk(image_shape, offset, network.calls)

@@ -33,7 +33,6 @@ from minw import plots
 from minw import quantizers
 from minw import stopping
 from minw.data import datasets
-from minw.data import pipeline
 from minw.experiment import Experiment
 from minw.progress import Progress
 from minw.workdir import checkpoint
@@ -160,8 +159,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
   """The compiled step f(state, data, order) -> (state, loss); it donates the state.
 
-  It takes data and order from `Experiment.train_batches`. The batch is a function of
-  the seed and `state.step`.
+  It takes data and order from `Experiment.data.train_batches`. The batch is a function
+  of the seed and `state.step`.
   """
   noise_steps = experiment.config.estimator_noise_steps
 
@@ -171,7 +170,7 @@ def make_train_step(
     batch_key, estimator_key = keys(state.step)
     if noise_steps > 1:
       estimator_key = keys(state.step - state.step % noise_steps)[1]
-    images, labels = experiment.train_batch(
+    images, labels = experiment.data.train_inputs(
         data, order, state.step % experiment.steps_per_epoch, batch_key)
     return update(experiment, state, images, labels, estimator_key)
 
@@ -180,20 +179,12 @@ def make_train_step(
                         out_shardings=(shardings, experiment.replicated))
 
 
-def make_epoch_order(experiment: Experiment) -> Callable[[int], jax.Array]:
-  """The compiled f(epoch) -> order of its examples."""
-  size = experiment.info.splits["train"]
-  return experiment.jit(
-      lambda epoch: pipeline.epoch_order(experiment.config.seed, epoch, size),
-      out_shardings=experiment.replicated)
-
-
 def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
   """f(params, batch_stats, batches): batch norm's statistics of the hard network.
 
   In training batch norm sees mixed values, and weights that flip from step to step
   corrupt its running statistics. These are means over `reestimate_batches` batches,
-  the first of what `Experiment.train_batches` gives.
+  the first of what `Experiment.data.train_batches` gives.
   """
   # With no momentum, what a step leaves is the batch's own; the straight-through
   # estimator is the hard quantizer at any alpha, as is lsq with its steps.
@@ -204,7 +195,7 @@ def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
   @experiment.jit
   def statistics(params, batch_stats, data, order, position):
     key = jax.random.fold_in(jax.random.key(experiment.config.seed), position)
-    images, _ = experiment.train_batch(data, order, position, key)
+    images, _ = experiment.data.train_inputs(data, order, position, key)
     _, changed = model.apply({"params": params, "batch_stats": batch_stats}, images,
                              mode="train", mutable=["batch_stats"])
     return changed["batch_stats"]
@@ -389,7 +380,7 @@ def _storage_error(error: BaseException, workdir: str) -> OSError | None:
 
 
 class _Splits(NamedTuple):
-  """The data of a run, as `Experiment.load` gives it."""
+  """The data of a run, as `Experiment.data.load` gives it."""
 
   train: Any
   validation: Any
@@ -400,7 +391,6 @@ class _Programs(NamedTuple):
   """The compiled functions of a run. Each is described where it is made."""
 
   train_step: Callable[..., tuple[TrainState, jax.Array]]
-  epoch_order: Callable[[int], jax.Array]
   reestimate: Callable[..., Any]
   weight_report: Callable[[Any], tuple[dict, dict]]
   histogram: Callable[..., Any]
@@ -442,11 +432,10 @@ def _train(
 ) -> dict[str, Any]:
   """Trains what is left of a run, tests its network, and returns its status."""
   begun = time.monotonic()
-  splits = _Splits(*(distributed.together(experiment.load, split)
+  splits = _Splits(*(distributed.together(experiment.data.load, split)
                      for split in _Splits._fields))
   programs = _Programs(
       train_step=make_train_step(experiment),
-      epoch_order=make_epoch_order(experiment),
       reestimate=make_reestimate(experiment),
       weight_report=make_weight_report(experiment),
       histogram=histograms.make_histograms(experiment),
@@ -512,8 +501,8 @@ def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
   experiment, programs, step = run.experiment, run.programs, int(state.step)
   status = {"state": "running", "step": step}
   run.show(step)
-  with contextlib.closing(experiment.train_batches(
-      run.splits.train, programs.epoch_order, step)) as batches:
+  with contextlib.closing(
+      experiment.data.train_batches(run.splits.train, step)) as batches:
     while status["state"] == "running" and step < experiment.num_steps:
       epoch = _validated_epoch(experiment, step + 1)
       codes = programs.weight_report(state.params)[0] if epoch else {}
@@ -577,7 +566,7 @@ def _pause(
   if run.experiment.config.reestimate_batches:
     tree["reestimated_batch_stats"] = run.programs.reestimate(
         state.params, state.batch_stats,
-        run.experiment.train_batches(run.splits.train, run.programs.epoch_order, 0))
+        run.experiment.data.train_batches(run.splits.train, 0))
   accuracy = None
   if epoch:
     trained = _train_line(run, step, totals, rate, codes, state.params)
@@ -606,7 +595,7 @@ def _train_line(
       "flip_rate": {path: float(np.mean(codes[path] != new_codes[path]))
                     for path in codes},
       "weight_distance": {path: float(value) for path, value in distance.items()},
-      **(run.splits.train.report() if experiment.info.streamed else {}),
+      **experiment.data.report(run.splits.train),
   }
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from minw import fold
 from minw import quantizers
 from minw import structure
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 
 _TOLERANCE = 1e-5  # Error of sums and logits, relative to the largest.
 _NEAR = 2.0**-20  # Error of sums before a quantizer, see above.
@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
 def compare(
     model: Any,
     variables: Any,
-    pixels: pipeline.Pixels,
+    pixels: pixels_lib.Pixels,
     images: np.ndarray,
     batch_size: int = 64,
 ) -> Comparison:
@@ -63,14 +63,15 @@ def compare(
     ValueError: The network does not fold.
   """
   variables = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
-  folded = fold.fold_layers(model, variables, pipeline.probe(pixels, images.shape[1:]))
+  folded = fold.fold_layers(
+      model, variables, pixels_lib.probe(pixels, images.shape[1:]))
   names = [layer.name for layer in folded.layers]
   totals, labels = None, 0
 
   @jax.jit
   def run(variables, hard, images):
     return _compare_batch(
-        model, folded, variables, hard, pipeline.normalize(images, pixels))
+        model, folded, variables, hard, pixels_lib.normalize(images, pixels))
 
   for start in range(0, len(images), batch_size):
     batch = jnp.asarray(images[start:start + batch_size])

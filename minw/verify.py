@@ -16,7 +16,7 @@ from minw import packed
 from minw import quantizers
 from minw import text
 from minw import trained
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import reference
@@ -30,7 +30,7 @@ def differences(
     program: packed.Program,
     model: Any,
     hard: Any,
-    pixels: pipeline.Pixels,
+    pixels: pixels_lib.Pixels,
     images: np.ndarray,
     backends: list[infer.Network],
     batch_size: int = 64,
@@ -57,7 +57,7 @@ def differences(
   kinds = packed.infer_values(program)
   exact = all(k.kind != "FLOAT" for k in kinds[:-1])
   run = jax.jit(lambda hard, images: trained.hard_outputs(
-      model, hard, pipeline.normalize(images, pixels)))
+      model, hard, pixels_lib.normalize(images, pixels)))
   broken, disagree = set(), {}
   for start in range(0, len(images), batch_size):
     batch = images[start:start + batch_size]
@@ -150,7 +150,7 @@ def verify_workdir(
   variables = checkpoint.hard_variables(saved.tree)
   hard = experiment.fold(variables)
   try:
-    images = experiment.source_images("test")
+    images = experiment.data.source_images("test")
     name = f"the test split of {config.dataset}"
   except errors.UsageError as error:
     print(f"no data, so random images: {error}")

@@ -12,9 +12,9 @@ from minw import layers
 from minw import pack
 from minw import packed
 from minw import trained
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 
-PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
+PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (6, 6, 3)
 IMAGES = np.random.default_rng(1).integers(0, 256, (20, *SHAPE), np.uint8)
 
@@ -51,7 +51,7 @@ def variables_of(model, seed=0):
 
 
 def probe():
-  return pipeline.probe(PIXELS, SHAPE)
+  return pixels_lib.probe(PIXELS, SHAPE)
 
 
 @pytest.mark.parametrize("scale", ["none", "channel_mean"])
@@ -76,7 +76,7 @@ def test_affine_maps_fold(body, scale):
   # Each layer is the trained one's but for codes beside thresholds.
   assert trained.compare(model, variables, PIXELS, IMAGES) == (None, 0, 20)
   program = pack.pack(model, variables, pixels=PIXELS, source_shape=SHAPE)
-  images = pipeline.normalize(IMAGES, PIXELS)
+  images = pixels_lib.normalize(IMAGES, PIXELS)
   got = infer.Network(packed.to_bytes(program), "reference", 1).logits(IMAGES)
   np.testing.assert_array_equal(
       got, jax.jit(lambda hard: model.apply(hard, images, mode="hard"))(hard))
@@ -204,7 +204,7 @@ def test_rprelu_in_a_network_packs():
   assert trained.compare(Real(), variables, PIXELS, IMAGES).problem is None
   program = pack.pack(Real(), variables, pixels=PIXELS, source_shape=SHAPE)
   hard = fold.fold(Real(), variables, probe())
-  images = pipeline.normalize(IMAGES, PIXELS)
+  images = pixels_lib.normalize(IMAGES, PIXELS)
   np.testing.assert_array_equal(
       infer.Network(packed.to_bytes(program), "reference", 1).logits(IMAGES),
       jax.jit(lambda hard: Real().apply(hard, images, mode="hard"))(hard))

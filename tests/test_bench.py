@@ -20,7 +20,7 @@ from minw.bench import data
 from minw.bench import inference
 from minw.bench import throughput
 from minw.bench import train as bench
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import reference
@@ -156,7 +156,7 @@ def test_torch_crops_as_we_do(tmp_path):
   pixels = np.full((40, 60, 3), left, np.uint8)
   pixels[:, 30:] = right
   Image.fromarray(pixels).save(tmp_path / "a.png")
-  normalization = pipeline.Pixels((10.0, 20.0, 30.0), (50.0, 60.0, 70.0))
+  normalization = pixels_lib.Pixels((10.0, 20.0, 30.0), (50.0, 60.0, 70.0))
   plain, floats = (data.TorchFiles([tmp_path / "a.png"], 16, (0.9, 1.0), part)
                    for part in (None, normalization))
   seen = set()

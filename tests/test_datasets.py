@@ -334,3 +334,11 @@ import tensorflow
   subprocess.run(
       [sys.executable, "-c", program], check=True,
       env=os.environ | {"PYTHONPATH": path})
+
+
+def test_shapes_that_a_data_set_provides():
+  digits, imagenet = datasets.info("digits"), datasets.info("imagenet2012")
+  assert digits.provides((8, 8, 1)) and not digits.provides((7, 8, 1))
+  assert imagenet.provides((64, 48, 3)) and not imagenet.provides((64, 48, 1))
+  assert digits.resized(5) == digits
+  assert imagenet.resized(5) == imagenet._replace(image_shape=(5, 5, 3))

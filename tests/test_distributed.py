@@ -130,7 +130,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path):
     tree = checkpoint.restore(manager, EPOCH).tree
   experiment = Experiment(config)
   found = evaluate.Evaluator(experiment).hard(
-      checkpoint.hard_variables(tree), experiment.load("validation"))
+      checkpoint.hard_variables(tree), experiment.data.load("validation"))
   assert found["accuracy"] == lines[2]["accuracy"]
   assert found["loss"] == pytest.approx(lines[2]["loss"], rel=1e-5)
   right = lines[0]["accuracy"] * 64 * EPOCH
@@ -206,19 +206,18 @@ if int(count) > 1:
   distributed.initialize(coordinator, int(count), int(process))
 config, found = config_lib.from_json(text), {}
 experiment = Experiment(config)
-data = experiment.load("train")
-epoch_order = train.make_epoch_order(experiment)
-batch = experiment.jit(experiment.train_batch)
+data = experiment.data.load("train")
+batch = experiment.jit(experiment.data.train_inputs)
 for step in (0, 30):
-  epoch, position = divmod(step, experiment.steps_per_epoch)
-  parts = batch(data, epoch_order(epoch), position, jax.random.key(step))
+  place = next(experiment.data.train_batches(data, step))
+  parts = batch(*place, step % experiment.steps_per_epoch, jax.random.key(step))
   for name, part in zip(("images", "labels"), parts):
     assert len(part.sharding.device_set) == len(jax.devices())
     assert part.addressable_shards[0].data.shape[0] * len(jax.devices()) == len(part)
     found[f"{name}{step}"] = distributed.whole(part)
 state = train.make_init_state(experiment)()
 train_step = train.make_train_step(experiment)
-batches = experiment.train_batches(data, epoch_order, 0)
+batches = experiment.data.train_batches(data, 0)
 for step in range(5):
   state, loss = train_step(state, *next(batches))
   found[f"loss{step}"] = np.asarray(loss)
@@ -447,17 +446,17 @@ def test_bad_input_ends_all_alike(tmp_path):
 DAMAGED = """
 import sys
 from minw import distributed
-from minw.data import streaming
-from test_streaming import CENTRES, TRAINING, records
+from minw.data import streamed
+from test_streamed import CENTRES, TRAINING, records
 coordinator, count, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 distributed.initialize(coordinator, count, process)
-split = streaming.Split(records(20, damaged=(1, 2)), "cats", max_damaged=0.1)
-for batch in split.eval_batches(4, **CENTRES, share=distributed.share()):
+split = streamed.Split(records(20, damaged=(1, 2)), "cats", max_damaged=0.1)
+for batch in split.centres(4, **CENTRES, share=distributed.share()):
   assert len(batch.labels) == 2
 assert split.damaged == 1
 assert split.report()["damaged"] == split.damaged == 2
-split = streaming.Split(records(20, damaged=(1, 2)), "cats", max_damaged=0.05)
-list(split.eval_batches(4, **CENTRES, share=distributed.share()))
+split = streamed.Split(records(20, damaged=(1, 2)), "cats", max_damaged=0.05)
+list(split.centres(4, **CENTRES, share=distributed.share()))
 try:
   split.report()
 except distributed.Agreed as error:

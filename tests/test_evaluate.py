@@ -16,7 +16,7 @@ from float64_convnet import sign
 from minw import config as config_lib
 from minw import errors
 from minw import evaluate
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.report import records
 from minw.workdir import checkpoint
 from minw.workdir import run_files
@@ -50,8 +50,8 @@ def variables(plain):
 def reference(variables, split, alpha=1.0):
   """Logits in float64 NumPy, what batch norms received, and the labels."""
   experiment = experiment_of(tiny_config())
-  data = experiment.load(split)
-  images = np.asarray(pipeline.normalize(data.images, experiment.pixels))
+  data = experiment.data.load(split)
+  images = np.asarray(pixels_lib.normalize(data.images, experiment.pixels))
   mix = lambda a, _: alpha * sign(a) + (1 - alpha) * a
   logits, received = network(
       variables["params"], images, mix, variables["batch_stats"])
@@ -77,7 +77,8 @@ def test_hard_is_the_paper_network(split, variables, plain):
 def test_every_image_gets_the_label_of_the_paper_network(variables):
   logits, _, _ = reference(variables, "validation")
   experiment = experiment_of(tiny_config())
-  images = pipeline.normalize(experiment.load("validation").images, experiment.pixels)
+  images = pixels_lib.normalize(
+      experiment.data.load("validation").images, experiment.pixels)
   found = experiment.model.apply(experiment.fold(variables), images, mode="hard")
   np.testing.assert_array_equal(np.argmax(found, -1), logits.argmax(-1))
   np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-5)
@@ -98,7 +99,7 @@ def test_mixed_is_the_network_in_training(alpha, variables):
   experiment = experiment_of(tiny_config())
   with shared_programs():
     evaluator = evaluate.Evaluator(experiment)
-  data = experiment.load("validation")
+  data = experiment.data.load("validation")
   found = evaluator.mixed(variables, data, alpha)
   expected = measures(logits, labels)
   assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -121,7 +122,7 @@ def test_splits_of_any_size(count, variables):
   """Whatever the last batch is filled up with."""
   logits, _, labels = reference(variables, "validation")
   experiment = experiment_of(tiny_config())
-  data = jax.tree.map(lambda a: a[:count], experiment.load("validation"))
+  data = jax.tree.map(lambda a: a[:count], experiment.data.load("validation"))
   with shared_programs():
     found = evaluate.Evaluator(experiment).hard(variables, data)
   expected = measures(logits[:count], labels[:count])
@@ -134,7 +135,8 @@ def test_splits_of_any_size(count, variables):
 def test_batches_of_any_size(size, variables):
   logits, _, labels = reference(variables, "validation")
   experiment = experiment_of(tiny_config(eval_batch_size=size))
-  found = evaluate.Evaluator(experiment).hard(variables, experiment.load("validation"))
+  found = evaluate.Evaluator(experiment).hard(
+      variables, experiment.data.load("validation"))
   expected = measures(logits, labels)
   assert found["accuracy"] == expected["accuracy"]
   assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
@@ -148,8 +150,9 @@ def test_ties_go_to_the_lowest_label():
       np.zeros((1, *experiment.image_shape), np.float32), mode="train"))
   zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
   with shared_programs():
-    found = evaluate.Evaluator(experiment).hard(zeros, experiment.load("validation"))
-  labels = np.asarray(experiment.load("validation").labels)
+    data = experiment.data.load("validation")
+    found = evaluate.Evaluator(experiment).hard(zeros, data)
+  labels = np.asarray(data.labels)
   assert found == {"accuracy": np.mean(labels == 0),
                    "loss": pytest.approx(np.log(10), rel=1e-6)}
 

@@ -15,7 +15,9 @@ from minw import errors
 from minw import models
 from minw import train
 from minw.data import datasets
-from minw.data import pipeline
+from minw.data import batches
+from minw.data import pixels as pixels_lib
+from minw.data import resident
 from minw.experiment import Experiment, build_model
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -159,7 +161,7 @@ def check_step(experiment, data):
 def test_a_step_on_the_digits():
   experiment = Experiment(load("digits_convnet"))
   assert (experiment.steps_per_epoch, experiment.num_steps) == (19, 760)
-  check_step(experiment, experiment.load("train"))
+  check_step(experiment, experiment.data.load("train"))
 
 
 def test_a_step_on_images_like_cifars(monkeypatch):
@@ -172,7 +174,7 @@ def test_a_step_on_images_like_cifars(monkeypatch):
   assert experiment.image_shape == (24, 24, 3) and experiment.model.depth == 4
   assert (experiment.steps_per_epoch, experiment.num_steps) == (2, 400)
   images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
-  check_step(experiment, pipeline.Data(
+  check_step(experiment, batches.Examples(
       jnp.asarray(images), jnp.arange(40, dtype=jnp.int32)))
 
 
@@ -200,7 +202,7 @@ def test_a_step_of_the_other_files(name, monkeypatch):
   size, shape = ((8, experiment.image_shape) if info.streamed
                  else (16, info.image_shape))
   random = np.random.default_rng(0)
-  check_step(experiment, pipeline.Data(
+  check_step(experiment, batches.Examples(
       jnp.asarray(random.integers(0, 256, (size, *shape), np.uint8)),
       jnp.asarray(random.integers(0, info.num_classes, size, np.int32))))
 
@@ -275,17 +277,18 @@ def test_batches_are_made_as_configured():
       crop_size=7, crop_padding=2, random_flip=False, pixels="standardized",
       eval_batch_size=60))
   assert experiment.image_shape == (7, 7, 1)
-  assert experiment.pixels == pipeline.pixels("standardized", (0.3055,), (0.3761,))
-  data = experiment.load("validation")
-  assert isinstance(data, pipeline.Data) and data.images.shape == (180, 8, 8, 1)
-  order = pipeline.epoch_order(0, 0, 180)
-  images, labels = quick_jit(experiment.train_batch)(data, order, 1, jax.random.key(4))
-  expected = quick_jit(lambda key: pipeline.train_batch(
+  assert experiment.pixels == pixels_lib.pixels("standardized", (0.3055,), (0.3761,))
+  data = experiment.data.load("validation")
+  assert isinstance(data, batches.Examples) and data.images.shape == (180, 8, 8, 1)
+  order = resident.epoch_order(0, 0, 180)
+  images, labels = quick_jit(experiment.data.train_inputs)(
+      data, order, 1, jax.random.key(4))
+  expected = quick_jit(lambda key: resident.random_crops(
       data, order, 1, key, batch_size=64, crop_size=7, crop_padding=2, flip=False,
       pixels=experiment.pixels))(jax.random.key(4))
   np.testing.assert_array_equal(images, expected[0])
   np.testing.assert_array_equal(labels, np.asarray(data.labels)[order[64:128]])
-  images, labels, mask = quick_jit(experiment.eval_batch)(data, 128)
+  images, labels, mask = quick_jit(experiment.data.eval_inputs)(data, 128)
   assert images.shape == (60, 7, 7, 1) and int(mask.sum()) == 180 - 128
   np.testing.assert_allclose(
       images[3], (data.images[131, :7, :7] / 255 - 0.3055) / 0.3761, rtol=1e-5)

@@ -34,7 +34,7 @@ from minw import models
 from minw import pack
 from minw import packed
 from minw.data import datasets
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.export import __main__ as export_command
 from minw.export import c
 from minw.export import c_text
@@ -60,7 +60,8 @@ def convnet(weights=1, inputs=1, *, name=None, shape=(32, 32, 3), crop=(24, 24))
 
 
 def packed_model(model, shape, crop):
-  pixels = pipeline.pixels("integer", (0.49, 0.48, 0.45)[:shape[2]], (0.2,) * shape[2])
+  pixels = pixels_lib.pixels(
+      "integer", (0.49, 0.48, 0.45)[:shape[2]], (0.2,) * shape[2])
   return pack.pack(
       model, randomized(model, (*crop, shape[2])), pixels=pixels, source_shape=shape,
       crop=crop, labels=[f"number {i}" for i in range(10)],

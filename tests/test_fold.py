@@ -21,7 +21,7 @@ from minw import estimators
 from minw import fold
 from minw import layers
 from minw import models
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 
 property_test = hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -914,8 +914,8 @@ def test_pixels_that_are_not_multiples_of_1_64():
   variables = ordinary_variables(net, 8)
   hard = {}
   for kind in ("integer", "standardized"):
-    pixels = pipeline.pixels(kind, (0.5, 0.4), (0.25, 0.2))
-    hard[kind] = fold.fold(net, variables, pipeline.probe(pixels, SHAPE))["hard"]
+    pixels = pixels_lib.pixels(kind, (0.5, 0.4), (0.25, 0.2))
+    hard[kind] = fold.fold(net, variables, pixels_lib.probe(pixels, SHAPE))["hard"]
   assert_clean(hard)
   mean, var, scale, bias, epsilon = norm_arguments(variables, "norm_conv1")
   center = mean - bias * np.sqrt(var.astype(np.float64) + epsilon) / scale
@@ -950,6 +950,6 @@ def test_variables_that_are_not_finite_are_refused(leaf, value):
   variables = jax.device_get(layers.initialize(net, (2, 2, 1)))
   broken = traverse_util.flatten_dict(variables)
   broken[leaf] = np.full_like(broken[leaf], value)
-  probe = pipeline.probe(pipeline.pixels("integer", [0.5], [0.2]), (2, 2, 1))
+  probe = pixels_lib.probe(pixels_lib.pixels("integer", [0.5], [0.2]), (2, 2, 1))
   with pytest.raises(ValueError, match=f"{leaf[-1]}.* is not finite"):
     fold.fold(net, traverse_util.unflatten_dict(broken), probe)

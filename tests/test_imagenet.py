@@ -339,8 +339,8 @@ def test_evaluation_is_that_of_single_images(prepared):
   experiment = Experiment(tiny_config(prepared))
   assert experiment.info.image_shape == (12, 12, 3)
   seen = []
-  for data, start in experiment.eval_batches(experiment.load("test")):
-    images, labels, mask = experiment.eval_batch(data, start)
+  for data, start in experiment.data.eval_batches(experiment.data.load("test")):
+    images, labels, mask = experiment.data.eval_inputs(data, start)
     assert images.shape == (4, 8, 8, 3) and start == 4 * (len(seen) // 4)
     seen += zip(np.asarray(images), np.asarray(labels), np.asarray(mask))
   assert [bool(mask) for *_, mask in seen] == [True] * 6 + [False] * 2
@@ -356,11 +356,11 @@ def test_top5_is_counted(prepared):
   labels = [record["label"] for record in records(prepared, "validation").values()]
   evaluator = evaluate.Evaluator(experiment)
   evaluator._experiment = types.SimpleNamespace(
-      eval_batches=experiment.eval_batches, eval_batch=experiment.eval_batch,
-      fold=lambda variables: variables, model=types.SimpleNamespace(apply=fixed_logits))
+      data=experiment.data, fold=lambda variables: variables,
+      model=types.SimpleNamespace(apply=fixed_logits))
   logits = np.zeros(1000, np.float32)
   logits[[labels[0], 5, 6, 7, labels[1], labels[2]]] = [9, 8, 7, 6, 5, 4]
-  found = evaluator.hard(logits, experiment.load("test"))
+  found = evaluator.hard(logits, experiment.data.load("test"))
   assert found["accuracy"] == pytest.approx(1 / 6)
   assert found["top5_accuracy"] == pytest.approx(2 / 6)
 
@@ -440,7 +440,7 @@ def test_a_run_goes_on_with_other_workers(prepared, tmp_path, monkeypatch):
   network = infer.load(model)
   np.testing.assert_array_equal(
       infer.read_image(image, network.program.source_shape),
-      Experiment(tiny_config(prepared)).source_images("test")[place])
+      Experiment(tiny_config(prepared)).data.source_images("test")[place])
 
 
 @pytest.fixture(scope="session")
@@ -467,11 +467,11 @@ def test_real_images(real_archives, tmp_path):
     assert found[name]["image"] == content
   experiment = Experiment(tiny_config(
       tmp_path, crop_size=224, eval_resize=256, batch_size=8, eval_batch_size=8))
-  data = experiment.load("train")
-  batches = data.train_batches(
+  data = experiment.data.load("train")
+  batches = data.random_crops(
       0, seed=0, batch_size=8, crop_size=224, crop_scale=(0.08, 1.0), flip=True)
   means = [next(batches).images.mean((0, 1, 2)) for _ in range(10)]
   assert np.abs(np.mean(means, 0) - [124, 116, 104]).max() < 15
   assert data.damaged == 0 and data.decode_rate > 20
-  sources = experiment.source_images("test")
+  sources = experiment.data.source_images("test")
   assert sources.shape[1:] == (256, 256, 3) and 30 < sources.std() < 100

@@ -22,7 +22,7 @@ from minw import evaluate
 from minw import infer
 from minw import packed
 from minw.data import datasets
-from minw.data import streaming
+from minw.data import streamed
 from minw.kernels import native
 
 BACKENDS = [
@@ -609,10 +609,10 @@ def test_evaluate_takes_no_paths_and_workers_of_a_file(tmp_path, monkeypatch):
     def __init__(self, records, name, *, workers, max_damaged):
       asked.append((records, workers, max_damaged))
 
-    def eval_batches(self, *arguments, **options):
+    def centres(self, *arguments, **options):
       yield np.zeros((1, 8, 8, 3), np.uint8), np.int32([0])
 
-  monkeypatch.setattr(streaming, "Split", Split)
+  monkeypatch.setattr(streamed, "Split", Split)
   monkeypatch.setattr(
       datasets, "open_records", lambda name, split, data_dir: (name, data_dir))
   evaluate.evaluate_model(tmp_path / "net.minw")

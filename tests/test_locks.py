@@ -27,7 +27,7 @@ def child(tmp_path):
   def start(environment={}, **options):
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path)], text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, cwd=pathlib.Path(locks.__file__).parents[1],
+        stdout=subprocess.PIPE, cwd=pathlib.Path(locks.__file__).parents[2],
         env=os.environ | environment, **options)
     started.append(process)
     return process, process.stdout.readline() == "True\n"

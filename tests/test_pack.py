@@ -19,10 +19,10 @@ from minw import pack
 from minw import packed
 from minw import quantizers
 from minw import verify
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.kernels import native
 
-PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
+PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 
 
 def randomized(model: nn.Module, shape, seed: int = 0):
@@ -55,7 +55,7 @@ def assert_packs(model, size=13, seed=0, count=9, variables=None):
   program = pack.pack(model, variables, pixels=PIXELS, crop=(size, size),
                       source_shape=(size + 3, size + 2, 3))
   program = packed.from_bytes(packed.to_bytes(program))
-  hard = fold.fold(model, variables, pipeline.probe(PIXELS, shape))
+  hard = fold.fold(model, variables, pixels_lib.probe(PIXELS, shape))
   images = np.random.default_rng(seed).integers(
       0, 256, (count, *program.source_shape), np.uint8)
   network = infer.Network(packed.to_bytes(program), "reference", 1)
@@ -63,7 +63,7 @@ def assert_packs(model, size=13, seed=0, count=9, variables=None):
       program, model, hard, PIXELS, images, [network], batch_size=5))
   crop = images[:, 1:1 + size, 1:1 + size]
   wanted = jax.jit(lambda hard, images: model.apply(hard, images, mode="hard"))(
-      hard, pipeline.normalize(crop, PIXELS))
+      hard, pixels_lib.normalize(crop, PIXELS))
   integer = all(not isinstance(op, packed.FloatNorm) for op in program.ops)
   if integer:
     np.testing.assert_array_equal(network.logits(images), np.asarray(wanted))
@@ -378,7 +378,7 @@ def test_casts_of_what_has_a_scale_are_refused(dtype):
       x, *a, bits=2, estimator=lsq).astype(dtype).astype(jnp.float32))
   variables = randomized(model, (9, 9, 3))
   with pytest.raises(ValueError, match=f"norm1: after it, .* cast to {dtype.__name__}"):
-    fold.fold(model, variables, pipeline.probe(PIXELS, (9, 9, 3)))
+    fold.fold(model, variables, pixels_lib.probe(PIXELS, (9, 9, 3)))
 
 
 @pytest.mark.parametrize("pad", [0.0, -1.0, 1.0])
@@ -396,7 +396,7 @@ def test_explicit_padding(padding, strides, pad):
 
 def test_pixels_must_be_integers():
   model = Net(quantized)
-  pixels = pipeline.pixels("standardized", (0.5,) * 3, (0.2,) * 3)
+  pixels = pixels_lib.pixels("standardized", (0.5,) * 3, (0.2,) * 3)
   with pytest.raises(ValueError, match="only integer pixels pack"):
     pack.pack(model, randomized(model, (9, 9, 3)), pixels=pixels,
               source_shape=(9, 9, 3))
@@ -429,7 +429,7 @@ def test_scales_fold(model, weight_scale):
   """Bit for bit, also through shortcuts of codes that have a scale."""
   network, shape = scaled(model, weight_scale)(), (17, 17, 3)
   rng = np.random.default_rng(2)
-  x = pipeline.normalize(rng.integers(0, 256, (8, *shape), np.uint8), PIXELS)
+  x = pixels_lib.normalize(rng.integers(0, 256, (8, *shape), np.uint8), PIXELS)
   variables = jax.jit(lambda: layers.initialize(network, shape))()
   variables["params"] = jax.tree.map(
       lambda leaf: leaf * rng.choice([-1, 0.6, 1.4], leaf.shape).astype(np.float32)
@@ -440,7 +440,7 @@ def test_scales_fold(model, weight_scale):
   program = assert_packs(network, size=17, count=3, variables=variables)
   assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
   # And the logits are the trained network's, where no code is next to a threshold.
-  hard = fold.fold(network, variables, pipeline.probe(PIXELS, shape))
+  hard = fold.fold(network, variables, pixels_lib.probe(PIXELS, shape))
   trained = apply(variables, x, 1.0, mode="mixed")
   near = np.isclose(apply(hard, x, 1.0, mode="hard"), trained, rtol=1e-3, atol=1e-3)
   assert near.all(-1).sum() >= 6 and np.ptp(trained, 0).min() > 0.1
@@ -483,8 +483,8 @@ def test_scales_that_differ_between_groups_fold():
   program = assert_packs(model, size=9, variables=variables)
   assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
   images = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
-  x = pipeline.normalize(images, PIXELS)
-  hard = fold.fold(model, variables, pipeline.probe(PIXELS, shape))
+  x = pixels_lib.normalize(images, PIXELS)
+  hard = fold.fold(model, variables, pixels_lib.probe(PIXELS, shape))
   trained = model.apply(variables, x, 1.0, mode="mixed")
   near = np.isclose(model.apply(hard, x, mode="hard"), trained, rtol=1e-3, atol=1e-3)
   assert near.all(-1).sum() >= 6 and np.ptp(trained, 0).max() > 0.1

@@ -16,7 +16,7 @@ from minw import layers
 from minw import models
 from minw import pack
 from minw import packed
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.kernels import native
 from minw.kernels import reference
 from minw.kernels import xla
@@ -411,8 +411,8 @@ def test_large_networks_stay_far_below_the_limits(name, size):
   variables = jax.tree.map(
       lambda leaf: np.ones(leaf.shape, leaf.dtype),
       jax.eval_shape(lambda: layers.initialize(model, (size, size, 3))))
-  program = pack.pack(model, variables, source_shape=(size, size, 3), pixels=pipeline.pixels(
-      "integer", (0.49, 0.48, 0.44), (0.2, 0.2, 0.2)))
+  pixels = pixels_lib.pixels("integer", (0.49, 0.48, 0.44), (0.2, 0.2, 0.2))
+  program = pack.pack(model, variables, source_shape=(size, size, 3), pixels=pixels)
   for need, limit in zip(packed.cost(program), packed.Limits()):
     assert 15 * need < limit
 

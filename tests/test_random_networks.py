@@ -13,11 +13,11 @@ from minw import infer
 from minw import layers
 from minw import pack
 from minw import packed
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from random_networks import RandomNetwork
 
 SHAPE = (7, 6, 2)
-PIXELS = pipeline.pixels("integer", (0.49, 0.45), (0.25, 0.25))
+PIXELS = pixels_lib.pixels("integer", (0.49, 0.45), (0.25, 0.25))
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
 # How many networks are drawn in all, and the first seed of the slow test's.
 COUNT = int(os.environ.get("MINW_RANDOM_NETWORKS", "500"))
@@ -57,8 +57,8 @@ def outcome(seed: int, backends=("reference", "native")) -> str:
     assert re.search(r"padding=|(Quant|Norm|Dense|params)\w*/?\w*", text), (
         f"{where}: {text}")
     return text
-  inputs = pipeline.normalize(IMAGES, PIXELS)
-  hard = fold.fold(model, variables, pipeline.probe(PIXELS, SHAPE))
+  inputs = pixels_lib.normalize(IMAGES, PIXELS)
+  hard = fold.fold(model, variables, pixels_lib.probe(PIXELS, SHAPE))
   want = np.asarray(jax.jit(
       lambda hard, x: model.apply(hard, x, mode="hard"))(hard, inputs))
   data = packed.to_bytes(program)

@@ -40,7 +40,7 @@ def test_own_loop():
   names = {}
   exec(code.replace("(32, 32)", "(16, 16)"), names)
   info = datasets.info("digits")
-  program = pack.pack(names["net"], names["variables"], pixels=names["pixels"],
+  program = pack.pack(names["net"], names["variables"], pixels=names["normalization"],
                       source_shape=info.image_shape)
   images, labels = datasets.load("digits", "test", None)
   found = reference.logits(program, images).argmax(-1)

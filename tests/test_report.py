@@ -428,7 +428,7 @@ def test_run_json(runs):
   start, = content["environments"]
   assert start["versions"]["jax"] == jax.__version__
   assert start["hardware"]["num_devices"] == jax.local_device_count()
-  root = pathlib.Path(environment.__file__).parents[1]
+  root = pathlib.Path(environment.__file__).parents[2]
   git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True,
                        text=True, check=False)
   if git.returncode == 0:
@@ -519,7 +519,7 @@ def test_counts(changes):
       {"params": shapes["params"], "batch_stats": shapes["batch_stats"]})
   for layer in variables["batch_stats"].values():
     layer["batch_norm"]["var"] = np.abs(layer["batch_norm"]["var"]) * 9
-  data = experiment.load("validation")
+  data = experiment.data.load("validation")
   alpha = (np.linspace(0.6, 0.9, 4) if "alpha_per_layer" in changes else
            np.float32(0.7)).astype(np.float32)
   conv, norm = histograms.make_histograms(experiment)(variables, data, alpha)
@@ -536,7 +536,7 @@ def test_counts(changes):
         [np.abs(kernel) > f * mean for f in (1.875, 0.9375, 0.3125)], [1, 0.5, 0.25], 0)
     expected = np.histogram(own * levels + (1 - own) * kernel, edges)[0]
     np.testing.assert_array_equal(conv["counts"], expected)
-    pixels, *_ = jax.jit(experiment.eval_batch)(data, 0)
+    pixels, *_ = jax.jit(experiment.data.eval_inputs)(data, 0)
     _, sown = jax.jit(lambda v, x: experiment.model.apply(
         v, x, alpha, mode="mixed", capture_intermediates=True,
         mutable=["intermediates", "distance"]))(variables, pixels[:images])

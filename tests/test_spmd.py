@@ -16,7 +16,7 @@ import pytest
 
 from minw import config as config_lib
 from minw import evaluate
-from minw.data import pipeline
+from minw.data import resident
 from minw.workdir import checkpoint
 from short_runs import EPOCH
 from short_runs import ROOT
@@ -56,14 +56,14 @@ def whole(tree):
 
 # A batch, as the step makes it.
 experiment = Experiment(config)
-data = experiment.load("train")
+data = experiment.data.load("train")
 whole(data)
-batch = jax.jit(lambda order, step: experiment.train_batch(
+batch = jax.jit(lambda order, step: experiment.data.train_inputs(
     data, order, step % experiment.steps_per_epoch,
     jax.random.fold_in(jax.random.key(5), step)))
-epoch_order = train.make_epoch_order(experiment)
 for step in (0, 5, 30):
-  images, labels = batch(epoch_order(step // experiment.steps_per_epoch), step)
+  _, order = next(experiment.data.train_batches(data, step))
+  images, labels = batch(order, step)
   assert len(images.sharding.device_set) == devices
   assert images.addressable_shards[0].data.shape[0] == config.batch_size // devices
   found[f"images{step}"], found[f"labels{step}"] = images, labels
@@ -129,9 +129,9 @@ def four(tmp_path_factory):
 def test_batches_are_the_same(four):
   found = np.load(four / "found.npz")
   experiment = experiment_of(CONFIG)
-  data = experiment.load("train")
-  batch = jax.jit(lambda step: experiment.train_batch(
-      data, pipeline.epoch_order(0, step // EPOCH, 1257), step % EPOCH,
+  data = experiment.data.load("train")
+  batch = jax.jit(lambda step: experiment.data.train_inputs(
+      data, resident.epoch_order(0, step // EPOCH, 1257), step % EPOCH,
       jax.random.fold_in(jax.random.key(5), step)))
   for step in STEPS:
     images, labels = batch(step)
@@ -166,7 +166,7 @@ def test_evaluation_is_the_same(four):
     tree = checkpoint.restore(manager, EPOCH).tree
   with shared_programs():
     evaluator = evaluate.Evaluator(experiment)
-  data = experiment.load("validation")
+  data = experiment.data.load("validation")
   hard = evaluator.hard(checkpoint.hard_variables(tree), data)
   mixed = evaluator.mixed(
       checkpoint.trained_variables(tree), data, experiment.alpha(EPOCH - 1))
@@ -220,9 +220,8 @@ found = {}
 for name, shard in (("whole", False), ("parts", True)):
   experiment = Experiment(config_lib.copy(config, shard_optimizer=shard))
   state = train.make_init_state(experiment)()
-  step, epoch_order = (
-      make(experiment) for make in (train.make_train_step, train.make_epoch_order))
-  batches = experiment.train_batches(experiment.load("train"), epoch_order, 0)
+  step = train.make_train_step(experiment)
+  batches = experiment.data.train_batches(experiment.data.load("train"), 0)
   for _ in range(5):
     state, _ = step(state, *next(batches))
   assert step._cache_size() == 1

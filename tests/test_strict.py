@@ -77,16 +77,16 @@ def test_batches_and_evaluation():
   experiment = tiny(crop_padding=1, random_flip=True, reestimate_batches=1,
                     histogram_layers=("conv2", "norm_conv1"), num_epochs=4)
   variables = layers.initialize(experiment.model, experiment.image_shape)
-  data = experiment.load("validation")
+  data = experiment.data.load("validation")
   evaluator = evaluate.Evaluator(experiment)
   assert 0 <= evaluator.hard(variables, data)["accuracy"] <= 1
   alpha = np.float32(0.7)
   assert 0 <= evaluator.mixed(variables, data, alpha)["accuracy"] <= 1
   counted = histograms.make_histograms(experiment)(variables, data, alpha)
   assert [line["layer"] for line in counted] == ["norm_conv1", "conv2"]
-  data, order = experiment.load("train"), train.make_epoch_order(experiment)
+  data, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
   images, labels = jax.eval_shape(
-      experiment.train_batch, data, order(0), jnp.int32(0), jax.random.key(0))
+      experiment.data.train_inputs, data, order, jnp.int32(0), jax.random.key(0))
   assert (images.dtype, labels.dtype) == (jnp.float32, jnp.int32)
 
 

@@ -12,9 +12,9 @@ from minw import layers
 from minw import pack
 from minw import packed
 from minw import structure
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 
-PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
+PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (6, 6, 3)
 AXES = {"params": 0, "batch_stats": 0, "hard": 0}
 
@@ -87,9 +87,9 @@ IMAGES = np.random.default_rng(1).integers(0, 256, (9, *SHAPE), np.uint8)
 
 def logits(model, variables):
   """Of the hard network, in one jitted call, and of the packed one."""
-  hard = fold.fold(model, variables, pipeline.probe(PIXELS, SHAPE))
+  hard = fold.fold(model, variables, pixels_lib.probe(PIXELS, SHAPE))
   program = pack.pack(model, variables, pixels=PIXELS, source_shape=SHAPE)
-  images = pipeline.normalize(IMAGES, PIXELS)
+  images = pixels_lib.normalize(IMAGES, PIXELS)
   computed = jax.jit(lambda hard: model.apply(hard, images, 1.0, mode="hard"))(hard)
   network = infer.Network(packed.to_bytes(program), "reference", 1)
   return np.asarray(computed), network.logits(IMAGES), program
@@ -137,7 +137,7 @@ def test_transforms_change_nothing(body, plain):
   assert jax.tree.structure(variables) == jax.tree.structure(variables_of(Net(body)))
   want = logits(Net(plain), variables)[0]
   # First without, then with opaque layers, and again: nothing of it is cached.
-  images = pipeline.normalize(IMAGES, PIXELS)
+  images = pixels_lib.normalize(IMAGES, PIXELS)
   mixed = [Net(body).apply(variables, images, 1.0, mode="mixed")]
   for _ in range(2):
     hard, packed_logits, _ = logits(Net(body), variables)
@@ -172,7 +172,7 @@ def test_a_layer_called_twice_is_refused_where_they_differ():
     return norm(scaled[1](x, alpha, mode), alpha, mode)
 
   with pytest.raises(ValueError, match="cannot be packed: shared: is called more than"):
-    fold.fold(Net(body), variables_of(Net(body)), pipeline.probe(PIXELS, SHAPE))
+    fold.fold(Net(body), variables_of(Net(body)), pixels_lib.probe(PIXELS, SHAPE))
 
 
 class Backwards(layers.QuantConv):
@@ -233,7 +233,7 @@ def test_a_subclass_with_parameters_of_its_own_does_not_fold():
       jax.eval_shape(lambda: layers.initialize(model, SHAPE)))
   with pytest.raises(ValueError, match="block/conv: Biased, a subclass of QuantConv, has"
                      " variables of its own: own"):
-    fold.fold(model, variables, pipeline.probe(PIXELS, SHAPE))
+    fold.fold(model, variables, pixels_lib.probe(PIXELS, SHAPE))
 
 
 def test_evaluate_runs_loops_backwards_and_stacks():

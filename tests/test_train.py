@@ -31,7 +31,8 @@ from minw import progress
 from minw import train
 from minw import verify
 from minw.data import datasets
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
+from minw.data import resident
 from minw.experiment import Experiment
 from minw.workdir import checkpoint
 from minw.workdir import locks
@@ -229,9 +230,11 @@ def test_seed_reaches_initialization_order_and_noise():
   for seed in (0, 1):
     experiment = experiment_of(tiny_config(seed=seed))
     state = fresh_state(seed)
-    order = programs["make_epoch_order"](experiment)
-    assert sorted(order(0).tolist()) == list(range(1257))
-    seen[seed] = {"order": order(0).tolist(), "next": order(1).tolist(),
+    data = experiment.data.load("train")
+    order, following = (next(experiment.data.train_batches(data, step))[1].tolist()
+                        for step in (EPOCH - 1, EPOCH))
+    assert sorted(order) == list(range(1257))
+    seen[seed] = {"order": order, "next": following,
                   **{name: state.params[name]["kernel"].tolist()
                      for name in ("conv1", "conv2", "dense1", "dense2")}}
   for name in seen[0]:
@@ -433,8 +436,8 @@ def steps():
 
 def tiny_batch(experiment):
   """32 normalized images and their labels."""
-  data = jax.tree.map(lambda a: a[:32], experiment.load("train"))
-  return pipeline.normalize(data.images, experiment.pixels), data.labels
+  data = jax.tree.map(lambda a: a[:32], experiment.data.load("train"))
+  return pixels_lib.normalize(data.images, experiment.pixels), data.labels
 
 
 @functools.cache
@@ -586,10 +589,10 @@ def busy(tmp_path_factory):
 def test_reestimated_statistics_are_the_hard_networks(busy):
   _, tree = busy
   experiment = experiment_of(busy_config())
-  data, order = experiment.load("train"), pipeline.epoch_order(0, 0, 1257)
+  data, order = experiment.data.load("train"), resident.epoch_order(0, 0, 1257)
   sums = {}
   for i in range(2):
-    images, _ = experiment.train_batch(
+    images, _ = experiment.data.train_inputs(
         data, order, i, jax.random.fold_in(jax.random.key(0), i))
     _, received = network(tree["params"], np.asarray(images), busy_sign)
     for norm, x in received.items():
@@ -606,8 +609,8 @@ def test_reestimated_statistics_are_the_hard_networks(busy):
 
 def test_reestimated_statistics_count_in_evaluation(busy):
   workdir, tree = busy
-  data = experiment_of(busy_config()).load("validation")
-  images = pipeline.normalize(data.images, experiment_of(busy_config()).pixels)
+  data = experiment_of(busy_config()).data.load("validation")
+  images = pixels_lib.normalize(data.images, experiment_of(busy_config()).pixels)
   losses = {}
   for name in ("reestimated_batch_stats", "batch_stats"):
     logits, _ = network(tree["params"], images, busy_sign, tree[name])
@@ -620,10 +623,11 @@ def test_reestimated_statistics_count_in_evaluation(busy):
 def test_training_on_the_first_examples():
   experiment = Experiment(tiny_config(train_examples=200))
   assert (experiment.steps_per_epoch, experiment.num_steps) == (200 // 64, 4 * 3)
-  assert sorted(train.make_epoch_order(experiment)(0).tolist()) == list(range(200))
+  _, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
+  assert sorted(order.tolist()) == list(range(200))
   for split, count in (("train", 200), ("validation", 180), ("test", 360)):
     images, labels = datasets.load("digits", split, None)
-    found = experiment.load(split)
+    found = experiment.data.load(split)
     np.testing.assert_array_equal(found.images, images[:count])
     np.testing.assert_array_equal(found.labels, labels[:count])
     assert experiment.info.splits[split] == len(found.labels) == count
@@ -768,8 +772,7 @@ def test_methods_that_came_after(changes):
   state = jax.jit(lambda: train.init_state(experiment))()
   first = jax.device_get(state.params)
   step = train.make_train_step(experiment)
-  batches = experiment.train_batches(
-      experiment.load("train"), train.make_epoch_order(experiment), 0)
+  batches = experiment.data.train_batches(experiment.data.load("train"), 0)
   losses = []
   for _ in range(30):
     state, loss = step(state, *next(batches))
@@ -789,12 +792,12 @@ def test_methods_that_came_after(changes):
                       source_shape=experiment.info.image_shape)
   hard = experiment.fold(variables)
   assert set(np.unique(hard["hard"]["conv2"]["kernel"])) == {-1, 1}
-  images = experiment.source_images("test")[:32]
+  images = experiment.data.source_images("test")[:32]
   network = infer.Network(packed.to_bytes(program), "reference", 1)
   assert not list(verify.differences(
       program, experiment.model, hard, experiment.pixels, images, [network]))
   logits = experiment.model.apply(
-      variables, pipeline.normalize(images, experiment.pixels), 1.0, mode="mixed",
+      variables, pixels_lib.normalize(images, experiment.pixels), 1.0, mode="mixed",
       rngs={"estimator": jax.random.key(0)})
   np.testing.assert_array_equal(network.logits(images).argmax(-1), logits.argmax(-1))
 
@@ -807,8 +810,8 @@ def test_noise_is_kept_for_so_many_steps():
     experiment = Experiment(tiny_config(estimator_noise_steps=3))
     patch.setattr(experiment, "jit", lambda function, **options: function)
     state = jax.eval_shape(lambda: train.init_state(experiment))
-    step, data = train.make_train_step(experiment), experiment.load("train")
-    order = train.make_epoch_order(experiment)(0)
+    step, data = train.make_train_step(experiment), experiment.data.load("train")
+    data, order = next(experiment.data.train_batches(data, 0))
     sums = [step(state._replace(step=i), data, order)[1] for i in range(7)]
   same = [(a == b).all() for a, b in zip(keys, keys[1:])]
   assert same == [True, True, False, True, True, False]
@@ -826,8 +829,8 @@ def test_statistics_are_of_the_learned_steps():
   state = train.init_state(experiment)
   params = dict(state.params)
   params["conv1"] = params["conv1"] | {"step": 2 * params["conv1"]["step"]}
-  data, order = experiment.load("train"), train.make_epoch_order(experiment)
+  data = experiment.data.load("train")
   run = lambda params: train.make_reestimate(experiment)(
-      params, state.batch_stats, experiment.train_batches(data, order, 0))
+      params, state.batch_stats, experiment.data.train_batches(data, 0))
   a, b = (run(p)["norm_conv1"]["batch_norm"]["var"] for p in (state.params, params))
   np.testing.assert_allclose(b, 4 * a, rtol=1e-4)

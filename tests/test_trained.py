@@ -12,9 +12,9 @@ from minw import estimators
 from minw import layers
 from minw import models
 from minw import trained
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 
-PIXELS = pipeline.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
+PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (8, 8, 3)
 IMAGES = np.random.default_rng(1).integers(0, 256, (70, *SHAPE), np.uint8)
 

@@ -17,7 +17,7 @@ from minw import layers
 from minw import models
 from minw import pack
 from minw import packed
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
 from minw.kernels import reference
 from minw.kernels import xla
 
@@ -300,13 +300,13 @@ def test_trained_networks(weights, inputs, pad):
   rng = np.random.default_rng(0)
   shape = (13, 13, 3)
   variables = randomized(net, shape, rng)
-  pixels = pipeline.pixels("integer", (0.49, 0.48, 0.44), (0.2, 0.2, 0.2))
+  pixels = pixels_lib.pixels("integer", (0.49, 0.48, 0.44), (0.2, 0.2, 0.2))
   program = packed.from_bytes(packed.to_bytes(pack.pack(
       net, variables, pixels=pixels, source_shape=(16, 16, 3), crop=shape[:2])))
   images = rng.integers(0, 256, (5, 16, 16, 3), np.uint8)
-  hard = fold.fold(net, variables, pipeline.probe(pixels, shape))
+  hard = fold.fold(net, variables, pixels_lib.probe(pixels, shape))
   want = jax.jit(functools.partial(net.apply, mode="hard"))(
-      hard, pipeline.normalize(jnp.asarray(images[:, 1:14, 1:14]), pixels))
+      hard, pixels_lib.normalize(jnp.asarray(images[:, 1:14, 1:14]), pixels))
   for products in PRODUCTS:
     operands, function = xla.logits(program, products)
     np.testing.assert_array_equal(jax.jit(function)(operands, images), want)

@@ -14,7 +14,7 @@ from minw import evaluate
 from minw import layers
 from minw import plots
 from minw import train
-from minw.data import pipeline
+from minw.data import resident
 from minw.experiment import Experiment
 from minw.report import comparison
 from minw.workdir import checkpoint
@@ -45,9 +45,9 @@ def accuracies(config: Any, seeds: Sequence[int] = SEEDS) -> dict[int, float]:
   """
   experiment = Experiment(config)
   step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
-  batch = experiment.jit(experiment.train_batch)
+  batch = experiment.jit(experiment.data.train_inputs)
   epoch_order = experiment.jit(functools.partial(
-      pipeline.epoch_order, size=experiment.info.splits["train"]))
+      resident.epoch_order, size=experiment.info.splits["train"]))
 
   @experiment.jit
   def init(seed):
@@ -57,7 +57,7 @@ def accuracies(config: Any, seeds: Sequence[int] = SEEDS) -> dict[int, float]:
 
   reestimate = train.make_reestimate(experiment)
   evaluator = evaluate.Evaluator(experiment)
-  data, test = experiment.load("train"), experiment.load("test")
+  data, test = experiment.data.load("train"), experiment.data.load("test")
   results = {}
   for seed in seeds:
     state = init(seed)

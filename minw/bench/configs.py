@@ -47,9 +47,8 @@ def _experiment(config: Any, batch_size: int | None) -> Experiment:
 def _measure(experiment: Experiment, rounds: int) -> dict[str, Any]:
   c = experiment.config
   key = jax.random.key(c.seed)
-  data = bench_train.random_data(experiment)
-  order = None if experiment.info.streamed else train.make_epoch_order(experiment)(0)
-  batch = experiment.jit(experiment.train_batch)(data, order, 0, key)
+  batch = experiment.jit(experiment.data.train_inputs)(
+      *bench_train.random_batch(experiment), 0, key)
   # Compiles as long as the step does where it is not told not to optimize.
   state = experiment.jit(
       lambda: train.init_state(experiment),

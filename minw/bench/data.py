@@ -14,8 +14,8 @@ from minw import config as config_lib
 from minw import errors
 from minw.bench import timing
 from minw.data import datasets
-from minw.data import pipeline
-from minw.data import streaming
+from minw.data import pixels as pixels_lib
+from minw.data import streamed
 
 _IMAGES = 1000  # The first of the training split: as many as stay in memory.
 _WARM, _BATCHES = 6, 12  # Of a measurement: not counted, and counted.
@@ -122,7 +122,7 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
       for path, image in zip(paths, images):
         path.write_bytes(image)
       for name, floats in _TORCH.items():
-        pixels = pipeline.pixels("standardized", info.mean, info.std)
+        pixels = pixels_lib.pixels("standardized", info.mean, info.std)
         loaders[name] = functools.partial(
             _torch, config, paths, pixels if floats else None)
     rates = _measure(loaders, rounds, config.batch_size)
@@ -142,13 +142,13 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
 
 
 def _minw(config: Any, records: Sequence[Any]) -> Iterator[Any]:
-  return streaming.Split(records, "train", workers=1, max_damaged=1.0).train_batches(
+  return streamed.Split(records, "train", workers=1, max_damaged=1.0).random_crops(
       0, seed=config.seed, batch_size=config.batch_size, crop_size=config.crop_size,
       crop_scale=config.crop_scale, flip=True)
 
 
 def _torch(
-    config: Any, paths: list[pathlib.Path], pixels: pipeline.Pixels | None
+    config: Any, paths: list[pathlib.Path], pixels: pixels_lib.Pixels | None
 ) -> Iterator[Any]:
   from torch.utils import data
 

@@ -16,11 +16,9 @@ import re
 from typing import Any, NamedTuple, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from minw import errors
 from minw import train
-from minw.data import pipeline
 from minw.experiment import Experiment
 
 DEVICES = 8
@@ -92,23 +90,12 @@ def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
     errors.UsageError: the config can not be run.
   """
   experiment = Experiment(config)
-  c, info = config, experiment.info
   target = train.checkpoint_target(experiment)
   state = train.TrainState(*(target[name] for name in train.TrainState._fields))
-  array = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(
-      shape, dtype, sharding=sharding)
-  if info.streamed:
-    size, shape, sharding = c.batch_size, experiment.image_shape, experiment.sharded
-    order = None
-  else:
-    size, shape, sharding = (
-        info.splits["train"], info.image_shape, experiment.replicated)
-    order = array((size,), jnp.int32, sharding)
-  data = pipeline.Data(array((size, *shape), jnp.uint8, sharding),
-                       array((size,), jnp.int32, sharding))
-  lowered = train.make_train_step(experiment).lower(state, data, order)
+  lowered = train.make_train_step(experiment).lower(
+      state, *experiment.data.abstract_batch())
   # Before it is compiled: what XLA counts after depends on how it fuses.
-  operations = lowered.cost_analysis()["flops"] / c.batch_size
+  operations = lowered.cost_analysis()["flops"] / config.batch_size
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
   return parameters, operations, collectives(lowered.compile().as_text())
 

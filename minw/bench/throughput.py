@@ -22,7 +22,7 @@ from minw import places
 from minw import train
 from minw.bench import timing
 from minw.bench import train as bench_train
-from minw.data import pipeline
+from minw.data import resident
 from minw.experiment import Experiment
 
 
@@ -48,18 +48,18 @@ def work(config: Any, seeds: int, seconds: float) -> None:
 def _one_program(config: Any, seeds: int) -> Callable[[], None]:
   """Returns a function that does ten steps of each seed and waits for them."""
   experiment = Experiment(config)
-  data = bench_train.random_data(experiment)
+  data, _ = bench_train.random_batch(experiment)
   size = experiment.info.splits["train"]
 
   def train_step(state, seed, order, data):
     batch_key, noise_key = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), state.step))
-    batch = experiment.train_batch(
+    batch = experiment.data.train_inputs(
         data, order, state.step % experiment.steps_per_epoch, batch_key)
     return train.update(experiment, state, *batch, noise_key)[0]
 
   numbers = jnp.arange(seeds)
-  orders = jax.vmap(lambda seed: pipeline.epoch_order(seed, 0, size))(numbers)
+  orders = jax.vmap(lambda seed: resident.epoch_order(seed, 0, size))(numbers)
   state = train.make_init_state(experiment)()
   if seeds > 1:
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), state)

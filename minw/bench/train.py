@@ -10,7 +10,7 @@ import numpy as np
 from minw import config as config_lib
 from minw import train
 from minw.bench import timing
-from minw.data import pipeline
+from minw.data.batches import Examples
 from minw.experiment import Experiment
 
 # Ratios of times, and what they may be at most.
@@ -43,10 +43,9 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
       dict(estimator="aqe"), dict(estimator="ste"),
       dict(input_bits="float32", weight_bits="float32", bits_rules=(),
            input_thresholds=(), weight_thresholds=())))
-  data = random_data(aqe)
-  order = None if aqe.info.streamed else train.make_epoch_order(aqe)(0)
+  data, order = random_batch(aqe)
   key = jax.random.key(config.seed)
-  batch = aqe.jit(aqe.train_batch)(data, order, 0, key)
+  batch = aqe.jit(aqe.data.train_inputs)(data, order, 0, key)
 
   init = aqe.jit(lambda: train.init_state(aqe))  # Bits do not change it.
   state = jax.device_put(init(), aqe.replicated)
@@ -79,17 +78,18 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
   }
 
 
-def random_data(experiment: Experiment) -> pipeline.Data:
-  """Random images and labels, as the training split's; of streamed data a batch."""
-  info = experiment.info
+def random_batch(experiment: Experiment) -> tuple[Examples, Any]:
+  """Returns random images and labels, and an order, as a training step takes them."""
+  examples, order = experiment.data.abstract_batch()
   generator = np.random.default_rng(experiment.config.seed)
-  size, shape = info.splits["train"], info.image_shape
-  if info.streamed:
-    size, shape = experiment.config.batch_size, experiment.image_shape
-  data = pipeline.Data(
-      generator.integers(0, 256, (size, *shape), np.uint8),
-      generator.integers(0, info.num_classes, size, np.int32))
-  return jax.device_put(data, experiment.replicated)
+  size = examples.labels.shape[0]
+  arrays = (
+      Examples(generator.integers(0, 256, examples.images.shape, np.uint8),
+               generator.integers(0, experiment.info.num_classes, size, np.int32)),
+      None if order is None else generator.permutation(size).astype(np.int32))
+  return jax.tree.map(
+      lambda array, abstract: jax.device_put(array, abstract.sharding),
+      arrays, (examples, order))
 
 
 def run_of(step: Callable, state: train.TrainState, *arguments: Any) -> timing.Run:

@@ -45,6 +45,18 @@ class Info(NamedTuple):
   def num_classes(self) -> int:
     return len(self.label_names)
 
+  def resized(self, side: int) -> "Info":
+    """Returns this with images brought to `side` x `side`, if their sizes differ."""
+    if not self.streamed:
+      return self
+    return self._replace(image_shape=(side, side, self.image_shape[-1]))
+
+  def provides(self, image_shape: tuple[int, int, int]) -> bool:
+    """Returns whether the images have this shape, or can be brought to it."""
+    if self.streamed:
+      return image_shape[-1] == self.image_shape[-1]
+    return image_shape == self.image_shape
+
 
 _CIFAR10_NAMES = """
     airplane automobile bird cat deer dog frog horse ship truck

@@ -1,4 +1,4 @@
-"""minw.data.pipeline: images whose pixels say where they come from, against NumPy."""
+"""minw.data.resident: images whose pixels say where they come from, against NumPy."""
 
 import hashlib
 import json
@@ -8,21 +8,19 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from minw import config as config_lib
 from minw import train
+from minw.data import batches
 from minw.data import datasets
-from minw.data import pipeline
+from minw.data import pixels as pixels_lib
+from minw.data import resident
 from minw.experiment import Experiment
 
-RAW = pipeline.Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-# round(255 mean), by hand: 255 * 0.4914 = 125.307 and so on.
+RAW = pixels_lib.Pixels((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 IN_MEMORY = ("digits", "cifar10", "cifar100")
-OFFSETS = {"digits": (78,), "cifar10": (125, 123, 114), "cifar100": (129, 124, 112),
-           "imagenet2012": (124, 116, 104)}
 
 
 def coded_data(count, height, width):
@@ -33,58 +31,16 @@ def coded_data(count, height, width):
 
 
 def on_device(images, labels):
-  return pipeline.Data(jnp.asarray(images), jnp.asarray(labels))
+  return batches.Examples(jnp.asarray(images), jnp.asarray(labels))
 
 
 def pixels_of(name, kind="integer"):
   info = datasets.info(name)
-  return pipeline.pixels(kind, info.mean, info.std)
-
-
-@pytest.mark.parametrize("name", OFFSETS)
-def test_integer_pixels_are_exact_multiples_of_1_64(name):
-  values = np.arange(256, dtype=np.uint8)
-  images = np.stack([values] * len(OFFSETS[name]), axis=-1)
-  pixels = pixels_of(name)
-  assert pixels == (OFFSETS[name], (64,) * len(OFFSETS[name]))
-  # The same in a compiled program, where XLA may divide in another way.
-  for normalize in (pipeline.normalize, jax.jit(pipeline.normalize, static_argnums=1)):
-    got = np.asarray(normalize(images, pixels))
-    assert got.dtype == np.float32
-    for channel, offset in enumerate(OFFSETS[name]):
-      exact = (np.arange(256) - offset) / 64
-      np.testing.assert_array_equal(got[:, channel].astype(np.float64), exact)
-      in_bfloat16 = got[:, channel].astype(ml_dtypes.bfloat16)
-      np.testing.assert_array_equal(in_bfloat16.astype(np.float64), exact)
-
-
-def test_standardized_pixels():
-  images = np.arange(48, dtype=np.uint8).reshape(2, 4, 2, 3) * 5
-  expected = (images / 255 - [0.4914, 0.4822, 0.4465]) / [0.2470, 0.2435, 0.2616]
-  got = pipeline.normalize(images, pixels_of("cifar10", "standardized"))
-  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_unknown_kind_of_pixels():
-  with pytest.raises(ValueError, match="kind='raw': must be integer or standardized"):
-    pipeline.pixels("raw", (0.5,), (0.5,))
-
-
-@pytest.mark.parametrize("kind, unit", [("integer", 1 / 64), ("standardized", 0.0)])
-def test_probe_bounds_what_normalize_gives(kind, unit):
-  pixels = pixels_of("cifar10", kind)
-  ends = pipeline.normalize(np.array([[0] * 3, [255] * 3], np.uint8), pixels)
-  probe = pipeline.probe(pixels, (2, 5, 3))
-  for field in probe:
-    assert field.shape == (2, 5, 3)
-  np.testing.assert_allclose(probe.bound[1, 4], np.abs(ends).max(axis=0), rtol=1e-6)
-  if kind == "integer":
-    assert (probe.bound[0, 0] * 64).tolist() == [130, 132, 141]  # 255 - (125, 123, 114)
-  assert (probe.unit == unit).all() and (probe.bits == 16).all()
+  return pixels_lib.pixels(kind, info.mean, info.std)
 
 
 def test_epoch_order_is_a_permutation_of_its_own():
-  orders = {(seed, epoch): np.asarray(pipeline.epoch_order(seed, epoch, 1_000))
+  orders = {(seed, epoch): np.asarray(resident.epoch_order(seed, epoch, 1_000))
             for seed in (0, 1, 2**32 - 1) for epoch in (0, 1, 199)}
   for one in orders.values():
     assert one.dtype == np.int32
@@ -93,7 +49,7 @@ def test_epoch_order_is_a_permutation_of_its_own():
   for i, one in enumerate(rows):
     for other in rows[:i]:
       assert (one == other).mean() < 0.02  # One place in a thousand is expected.
-  traced = jax.jit(lambda epoch: pipeline.epoch_order(2**32 - 1, epoch, 1_000))
+  traced = jax.jit(lambda epoch: resident.epoch_order(2**32 - 1, epoch, 1_000))
   np.testing.assert_array_equal(traced(199), orders[2**32 - 1, 199])
 
 
@@ -124,11 +80,11 @@ def crop_taken(image, candidates):
 
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("flip", [False, True])
-def test_train_batch_is_crops_and_flips_of_the_right_examples(padding, flip):
+def test_random_crops_are_crops_and_flips_of_the_right_examples(padding, flip):
   data, size = coded_data(23, 5, 7), 4
-  pixels = pipeline.Pixels((200.0, 201.0, 202.0), (2.0, 4.0, 8.0))
+  pixels = pixels_lib.Pixels((200.0, 201.0, 202.0), (2.0, 4.0, 8.0))
   order = jnp.asarray(np.random.default_rng(0).permutation(23), jnp.int32)
-  step = jax.jit(lambda position, key: pipeline.train_batch(
+  step = jax.jit(lambda position, key: resident.random_crops(
       data, order, position, key, batch_size=6, crop_size=size, crop_padding=padding,
       flip=flip, pixels=pixels))
   candidates = [crops_of(pad(image, padding, pixels.offset), size)
@@ -150,10 +106,10 @@ def test_train_batch_is_crops_and_flips_of_the_right_examples(padding, flip):
 def test_crops_and_flips_are_uniform():
   # 7 x 8 corners, flipped or not: 112 outcomes, each 100 times in 11,200.
   data, size, padding, count = coded_data(1, 6, 7), 4, 2, 11_200
-  images, _ = pipeline.train_batch(
+  images, _ = resident.random_crops(
       data, jnp.zeros(count, jnp.int32), 0, jax.random.key(0), batch_size=count,
       crop_size=size, crop_padding=padding, flip=True,
-      pixels=pipeline.Pixels((50.0, 50.0, 50.0), (1.0, 1.0, 1.0)))
+      pixels=pixels_lib.Pixels((50.0, 50.0, 50.0), (1.0, 1.0, 1.0)))
   raw = np.asarray(images, np.uint8) + np.uint8(50)
   keys = {crop.astype(np.uint8).tobytes(): where for where, crop in crops_of(
       pad(np.asarray(data.images[0]), padding, 50), size).items()}
@@ -175,7 +131,7 @@ def test_padding_is_zero(name):
   data = on_device(np.full((1, height, width, channels), 255, np.uint8),
                    np.zeros(1, np.int32))
   for kind, limit in (("integer", 0.0), ("standardized", 0.5 / (255 * 0.2435))):
-    images, _ = pipeline.train_batch(
+    images, _ = resident.random_crops(
         data, jnp.zeros(64, jnp.int32), 0, jax.random.key(1), batch_size=64,
         crop_size=height, crop_padding=3, flip=True, pixels=pixels_of(name, kind))
     images = np.asarray(images)
@@ -186,7 +142,7 @@ def test_padding_is_zero(name):
 
 def test_keys_decide():
   data, order = coded_data(16, 6, 6), jnp.arange(16, dtype=jnp.int32)
-  batch = lambda seed: np.asarray(pipeline.train_batch(
+  batch = lambda seed: np.asarray(resident.random_crops(
       data, order, 0, jax.random.key(seed), batch_size=16, crop_size=4, crop_padding=0,
       flip=True, pixels=RAW)[0])
   np.testing.assert_array_equal(batch(3), batch(3))
@@ -203,7 +159,7 @@ def test_keys_decide():
     ((9, 6), 4, 2, 1), ((7, 10), 4, 1, 3), ((33, 32), 24, 4, 4)])
 def test_the_centre_is_evaluated(shape, size, top, left):
   data = coded_data(2, *shape)
-  images, labels, mask = pipeline.eval_batch(
+  images, labels, mask = resident.centre_crops(
       data, 0, batch_size=2, crop_size=size, pixels=RAW)
   assert images.shape == (2, size, size, 3) and images.dtype == jnp.float32
   for i, image in enumerate(np.asarray(images)):
@@ -217,7 +173,7 @@ def test_the_centre_is_evaluated(shape, size, top, left):
 @pytest.mark.parametrize("count, size", [(10, 4), (8, 4), (3, 4), (1, 1), (9, 8)])
 def test_every_example_is_evaluated_once(count, size):
   data = coded_data(count, 4, 4)
-  step = jax.jit(lambda start: pipeline.eval_batch(
+  step = jax.jit(lambda start: resident.centre_crops(
       data, start, batch_size=size, crop_size=2, pixels=pixels_of("cifar10")))
   seen = []
   for start in range(0, count, size):
@@ -225,7 +181,7 @@ def test_every_example_is_evaluated_once(count, size):
     assert mask.dtype == bool and mask.shape == (size,)
     left = min(size, count - start)
     assert mask.tolist() == [True] * left + [False] * (size - left)
-    examples = images[:, 0, 0, 2] * 64 + OFFSETS["cifar10"][2]
+    examples = images[:, 0, 0, 2] * 64 + 114  # round(255 * 0.4465)
     np.testing.assert_array_equal(labels, 3 * examples + 1)
     seen += examples[mask].tolist()
   assert seen == list(range(count))
@@ -244,16 +200,17 @@ def test_batch_t_is_a_function_of_seed_and_step(monkeypatch):
   # Compiles in less time, and what is not the state that the step knows.
   experiment.jit = lambda function, out_shardings=None, **options: jax.jit(
       function, compiler_options={"xla_backend_optimization_level": 0}, **options)
-  data = experiment.load("train")
+  data = experiment.data.load("train")
   monkeypatch.setattr(train, "update", lambda experiment, state, *batch: (
       state._replace(step=state.step + 1), batch))
   step_and_batch = train.make_train_step(experiment)
-  order_of = train.make_epoch_order(experiment)
 
   def batch_at(step, then=1):
     state = train.TrainState(jnp.int32(step), (), (), (), ())
     for t in range(step, step + then):
-      state, batch = step_and_batch(state, data, order_of(t // 19))
+      # Each asks anew, in whatever place of an epoch it starts.
+      place = next(experiment.data.train_batches(data, t))
+      state, batch = step_and_batch(state, *place)
     assert int(state.step) == step + then
     return [np.asarray(part) for part in (*batch[:2], jax.random.key_data(batch[2]))]
 
@@ -261,7 +218,7 @@ def test_batch_t_is_a_function_of_seed_and_step(monkeypatch):
     np.testing.assert_array_equal(got, want)
   images, labels, key = batch_at(21)
   # The third batch of the second epoch of 19.
-  of = np.asarray(pipeline.epoch_order(5, 1, 1_257))[128:192]
+  of = np.asarray(resident.epoch_order(5, 1, 1_257))[128:192]
   digits = np.asarray(data.images)[of]
   np.testing.assert_array_equal(labels, np.asarray(data.labels)[of])
   assert images.shape == (64, 7, 7, 1)
@@ -284,13 +241,14 @@ import hashlib, json, os
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from minw.data import datasets, pipeline
+from minw.data import batches, datasets, resident
+from minw.data import pixels as pixels_lib
 
 assert len(jax.devices()) == 4
-data = pipeline.Data(*datasets.load("digits", "train", None))
+data = batches.Examples(*datasets.load("digits", "train", None))
 info = datasets.info("digits")
-pixels = pipeline.pixels("integer", info.mean, info.std)
-epoch_order = pipeline.epoch_order(3, 2, 1257)
+pixels = pixels_lib.pixels("integer", info.mean, info.std)
+epoch_order = resident.epoch_order(3, 2, 1257)
 result = {}
 for count in (1, 2, 4):
   mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,),
@@ -298,10 +256,10 @@ for count in (1, 2, 4):
   replicated = NamedSharding(mesh, PartitionSpec())
   sharded = NamedSharding(mesh, PartitionSpec("data"))
   here, order = jax.device_put((data, epoch_order), replicated)
-  train = jax.jit(lambda data, order, position, key: pipeline.train_batch(
+  train = jax.jit(lambda data, order, position, key: resident.random_crops(
       data, order, position, key, batch_size=64, crop_size=6, crop_padding=1, flip=True,
       pixels=pixels, sharding=sharded))
-  evaluate = jax.jit(lambda data, start: pipeline.eval_batch(
+  evaluate = jax.jit(lambda data, start: resident.centre_crops(
       data, start, batch_size=64, crop_size=6, pixels=pixels, sharding=sharded))
   batches = [train(here, order, t, jax.random.key(t)) for t in (0, 7)]
   batches.append(evaluate(here, 1216))
@@ -323,11 +281,11 @@ def test_batches_are_the_same_on_any_number_of_devices():
       env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}).stdout
   by_count = json.loads(out)
   data = on_device(*datasets.load("digits", "train", None))
-  order = pipeline.epoch_order(3, 2, 1_257)
-  batches = [pipeline.train_batch(
+  order = resident.epoch_order(3, 2, 1_257)
+  batches = [resident.random_crops(
       data, order, t, jax.random.key(t), batch_size=64, crop_size=6, crop_padding=1,
       flip=True, pixels=pixels_of("digits")) for t in (0, 7)]
-  batches.append(pipeline.eval_batch(
+  batches.append(resident.centre_crops(
       data, 1_216, batch_size=64, crop_size=6, pixels=pixels_of("digits")))
   here = [hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
           for batch in batches for part in batch]

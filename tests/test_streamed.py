@@ -1,4 +1,4 @@
-"""minw.data.streaming: which images come when, whoever decodes them."""
+"""minw.data.streamed: which images come when, whoever decodes them."""
 
 import io
 import itertools
@@ -17,7 +17,7 @@ from PIL import Image
 import pytest
 
 from minw import errors
-from minw.data import streaming
+from minw.data import streamed
 
 
 def records(count, damaged=()):
@@ -38,7 +38,7 @@ CENTRES = dict(source=(8, 10), crop=(8, 6), shrink=True)
 
 
 def take(split, start, count, **changes):
-  batches = split.train_batches(start, **TRAINING | changes)
+  batches = split.random_crops(start, **TRAINING | changes)
   taken = list(itertools.islice(batches, count))
   batches.close()
   return taken
@@ -51,7 +51,7 @@ def assert_equal(ours, theirs):
 
 
 def test_every_epoch_has_every_image_once():
-  split = streaming.Split(records(23), "some")
+  split = streamed.Split(records(23), "some")
   batches = take(split, 0, 23)
   labels = np.concatenate([batch.labels for batch in batches])
   assert labels.dtype == np.int32
@@ -75,7 +75,7 @@ def test_every_epoch_has_every_image_once():
 
 
 def test_batches_are_functions_of_seed_and_number():
-  split = streaming.Split(records(23), "some")
+  split = streamed.Split(records(23), "some")
   batches = take(split, 0, 12)
   assert_equal(take(split, 0, 12), batches)
   assert_equal(take(split, 7, 5), batches[7:])
@@ -91,9 +91,9 @@ def test_batches_are_functions_of_seed_and_number():
     1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3))])
 def test_workers_make_the_same_batches(workers):
   files = records(23, damaged=(4, 9))
-  expected = take(streaming.Split(files, "some", max_damaged=0.5), 2, 8)
-  split = streaming.Split(files, "some", workers=workers, max_damaged=0.5)
-  batches = split.train_batches(2, **TRAINING)
+  expected = take(streamed.Split(files, "some", max_damaged=0.5), 2, 8)
+  split = streamed.Split(files, "some", workers=workers, max_damaged=0.5)
+  batches = split.random_crops(2, **TRAINING)
   found = list(itertools.islice(batches, 4))
   # A stop that reaches the whole group of processes does not end the workers.
   children = multiprocessing.active_children()
@@ -109,14 +109,14 @@ def test_workers_make_the_same_batches(workers):
 
 _STARTED_AND_KILLED = """
 import multiprocessing, signal, sys, time
-from minw.data import streaming
-import test_streaming
+from minw.data import streamed
+import test_streamed
 
 if __name__ == "__main__":
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: None)
-  split = streaming.Split(test_streaming.records(8), "some", workers=1)
-  batches = split.train_batches(0, **test_streaming.TRAINING)
+  split = streamed.Split(test_streamed.records(8), "some", workers=1)
+  batches = split.random_crops(0, **test_streamed.TRAINING)
   print("starting", flush=True)
   next(batches)
   print(*[child.pid for child in multiprocessing.active_children()], flush=True)
@@ -127,7 +127,7 @@ if __name__ == "__main__":
 def test_workers_end_with_a_killed_process_and_not_with_signals_as_they_start(tmp_path):
   script = tmp_path / "script.py"
   script.write_text(_STARTED_AND_KILLED)
-  root = pathlib.Path(streaming.__file__).parents[1]
+  root = pathlib.Path(streamed.__file__).parents[2]
   process = subprocess.Popen(
       [sys.executable, str(script)], start_new_session=True, text=True,
       stdout=subprocess.PIPE,
@@ -148,8 +148,8 @@ def test_workers_end_with_a_killed_process_and_not_with_signals_as_they_start(tm
 
 
 def test_damaged_images_are_replaced_and_reported(caplog):
-  split = streaming.Split(records(23, damaged=(4, 9)), "cats, train", max_damaged=0.1)
-  with caplog.at_level(logging.WARNING, "minw.data.streaming"):
+  split = streamed.Split(records(23, damaged=(4, 9)), "cats, train", max_damaged=0.1)
+  with caplog.at_level(logging.WARNING, "minw.data.streamed"):
     batches = take(split, 0, 23)
   assert split.report() == {"damaged": 2, "decode_rate": split.decode_rate}
   assert sorted(caplog.messages) == [
@@ -158,7 +158,7 @@ def test_damaged_images_are_replaced_and_reported(caplog):
   assert not {504, 509} & set(labels)
   assert_equal(take(split, 0, 23), batches)
   # The others stay where they were.
-  whole = take(streaming.Split(records(23), "cats"), 0, 23)
+  whole = take(streamed.Split(records(23), "cats"), 0, 23)
   others = np.concatenate([batch.labels for batch in whole])
   kept = ~np.isin(others, (504, 509))
   np.testing.assert_array_equal(labels[kept], others[kept])
@@ -169,26 +169,26 @@ def test_too_many_damaged_images_end_a_run():
   with pytest.raises(errors.UsageError, match=(
       r"config.max_damaged=0.05: of the 20 images of cats, train, 2 are damaged by now,"
       r" 9.png for example")):
-    take(streaming.Split(files, "cats, train", max_damaged=0.05), 0, 20)
-  take(streaming.Split(files, "cats, train", max_damaged=0.1), 0, 20)
+    take(streamed.Split(files, "cats, train", max_damaged=0.05), 0, 20)
+  take(streamed.Split(files, "cats, train", max_damaged=0.1), 0, 20)
   for count in (1, 30):
     with pytest.raises(errors.UsageError, match="config.max_damaged=0.9"):
       files = records(count, damaged=range(count))
-      take(streaming.Split(files, "cats", max_damaged=0.9), 0, 20)
+      take(streamed.Split(files, "cats", max_damaged=0.9), 0, 20)
 
 
 def test_records_that_can_not_be_read_are_damaged(caplog):
   files = records(10)
   files[3] = {"image": None, "label": None, "file_name": None}  # A file cut off.
-  take(streaming.Split(files, "cats", max_damaged=0.1), 0, 4)
+  take(streamed.Split(files, "cats", max_damaged=0.1), 0, 4)
   assert caplog.messages == ["cats: record 3 is damaged and left out"]
 
 
 @pytest.mark.parametrize("count, size, workers", [(10, 4, 0), (8, 4, 0), (10, 4, 1)])
 def test_evaluation_sees_every_image_once_in_order(count, size, workers):
-  split = streaming.Split(records(count, damaged=(2,)), "some", workers=workers,
+  split = streamed.Split(records(count, damaged=(2,)), "some", workers=workers,
                           max_damaged=0.2)
-  batches = list(split.eval_batches(size, **CENTRES))
+  batches = list(split.centres(size, **CENTRES))
   assert [batch.images.shape for batch in batches] == [(size, 8, 6, 3)] * (
       -(-count // size))
   labels = np.concatenate([batch.labels for batch in batches])
@@ -204,23 +204,23 @@ def test_evaluation_sees_every_image_once_in_order(count, size, workers):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_each_batch(count):
-  split = streaming.Split(records(23, damaged=(2,)), "some", max_damaged=0.1)
+  split = streamed.Split(records(23, damaged=(2,)), "some", max_damaged=0.1)
   batches = take(split, 3, 7, batch_size=8)
   parts = [take(split, 3, 7, batch_size=8, share=(i, count)) for i in range(count)]
-  centres = list(split.eval_batches(8, **CENTRES))
-  parts_of_centres = [list(split.eval_batches(8, **CENTRES, share=(i, count)))
+  centres = list(split.centres(8, **CENTRES))
+  parts_of_centres = [list(split.centres(8, **CENTRES, share=(i, count)))
                       for i in range(count)]
   for whole, shares in ((batches, parts), (centres, parts_of_centres)):
     assert {len(batch.labels) for part in shares for batch in part} == {8 // count}
-    assert_equal([streaming.Batch(*map(np.concatenate, zip(*same)))
+    assert_equal([batches.Examples(*map(np.concatenate, zip(*same)))
                   for same in zip(*shares, strict=True)], whole)
 
 
 def test_names_of_damaged_images_are_printed_escaped(caplog):
   files = records(4, damaged=(1,))
   files[1]["file_name"] = "é\n\x1b[2J.png".encode()
-  split = streaming.Split(files, "some", max_damaged=0.2)
+  split = streamed.Split(files, "some", max_damaged=0.2)
   with pytest.raises(errors.UsageError, match=r"é\\n\\x1b\[2J.png for example"):
-    list(split.eval_batches(4, **CENTRES))
+    list(split.centres(4, **CENTRES))
   assert [record.getMessage() for record in caplog.records] == [
       "some: é\\n\\x1b[2J.png is damaged and left out"]

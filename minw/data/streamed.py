@@ -1,8 +1,7 @@
-"""Input pipeline of data sets too large for memory: images are decoded when needed.
+"""Data sets too large for memory: images are decoded when a batch needs them.
 
-Batch t of training is a function of the seed and of t alone, whatever the number of
-workers and processes, so that a run can go on from any step. What a batch holds are the
-pixels; they are normalized inside the compiled step.
+Threads or worker processes make the batches of pixels on the host. The compiled step
+normalizes them.
 """
 
 import contextlib
@@ -17,33 +16,117 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 from absl import flags
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from minw import distributed
 from minw import errors
 from minw import stopping
 from minw import text
+from minw.data import datasets
 from minw.data import images
+from minw.data.batches import Array, Batching, Examples
+from minw.data.pixels import normalize
 
 _log = logging.getLogger(__name__)
 
-_REDRAWS = 10  # For an image that is damaged.
-_NAMES = 10  # Of damaged images that are logged, of each split.
+_REDRAWS = 10  # Largest number of images that are tried in place of a damaged one.
+_NAMES = 10  # Largest number of damaged images of a split that are logged by name.
+_SOURCE_IMAGES = 1000  # Largest number of images that `source_images` decodes.
 
 
-class Batch(NamedTuple):
-  """Images uint8 (n, height, width, 3), labels int32 (n,); -1: not to be counted."""
+class Streamed:
+  """The `batches.Source` of a data set whose images are decoded when needed.
 
-  images: np.ndarray
-  labels: np.ndarray
+  A split is a `Split`. Batches arrive with their examples cropped, so that the compiled
+  step normalizes them and does nothing else; there is no order of an epoch.
+  """
+
+  def __init__(
+      self,
+      info: datasets.Info,
+      data_dir: str | os.PathLike | None,
+      batching: Batching,
+      *,
+      workers: int,
+      max_damaged: float,
+      shrink: bool,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      info: The data set. `info.image_shape` is the size that images are brought to for
+        evaluation, before the centre is cropped.
+      data_dir: Directory of the prepared data sets.
+      batching: How batches are made.
+      workers: See `Split`.
+      max_damaged: See `Split`.
+      shrink: Whether evaluation makes larger images smaller first; see `images.centre`.
+    """
+    self.info = info
+    self._data_dir, self._batching = data_dir, batching
+    self._workers, self._max_damaged, self._shrink = workers, max_damaged, shrink
+
+  def load(self, split: str) -> "Split":
+    return open_split(self.info.name, split, self._data_dir, workers=self._workers,
+                      max_damaged=self._max_damaged)
+
+  def train_batches(
+      self, data: "Split", start: int
+  ) -> Iterator[tuple[Examples, None]]:
+    b = self._batching
+    for batch in data.random_crops(
+        start, seed=b.seed, batch_size=b.batch_size, crop_size=b.crop_size,
+        crop_scale=b.crop_scale, flip=b.flip, share=distributed.share()):
+      yield distributed.put_rows(batch, b.sharded), None
+
+  def train_inputs(
+      self, examples: Examples, order: None, position: Array | int, key: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    return normalize(examples.images, self._batching.pixels), examples.labels
+
+  def eval_batches(self, data: "Split") -> Iterator[tuple[Examples, int]]:
+    b = self._batching
+    for i, batch in enumerate(data.centres(
+        b.eval_batch_size, source=self.info.image_shape[:2],
+        crop=(b.crop_size, b.crop_size), shrink=self._shrink,
+        share=distributed.share())):
+      yield distributed.put_rows(batch, b.sharded), i * b.eval_batch_size
+    data.report()  # Each process may have seen only some of too many damaged images.
+
+  def eval_inputs(
+      self, examples: Examples, start: Array | int
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    mask = examples.labels >= 0
+    labels = jnp.where(mask, examples.labels, 0)
+    return normalize(examples.images, self._batching.pixels), labels, mask
+
+  def abstract_batch(self) -> tuple[Examples, None]:
+    b = self._batching
+    shape = (b.batch_size, b.crop_size, b.crop_size, self.info.image_shape[-1])
+    return Examples(
+        jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=b.sharded),
+        jax.ShapeDtypeStruct((b.batch_size,), jnp.int32, sharding=b.sharded)), None
+
+  def source_images(self, split: str) -> np.ndarray:
+    """Returns the first images of a split, at most 1,000, which are decoded at once."""
+    data = self.load(split)
+    shape = self.info.image_shape[:2]
+    return next(data.centres(
+        min(_SOURCE_IMAGES, len(data)), source=shape, crop=shape, shrink=self._shrink,
+    )).images
+
+  def report(self, data: "Split") -> dict[str, Any]:
+    return data.report()
 
 
 class Split:
   """A split of a streamed data set.
 
   Attributes:
-    damaged: how many different images could not be decoded so far.
-    decode_rate: images that were read, decoded and cropped in a second of one core,
+    damaged: How many different images could not be decoded so far.
+    decode_rate: Images that were read, decoded and cropped in a second of one core,
       in the batch that was taken last; None before the first.
   """
 
@@ -58,11 +141,11 @@ class Split:
     """Reads nothing yet.
 
     Args:
-      records: see `datasets.open_records`; they can be pickled.
-      name: of the split, for what is reported of it.
-      workers: processes that decode; 0: threads of this one.
-      max_damaged: share of the images that may be damaged; if more are, what is
-        reading raises `errors.UsageError`.
+      records: Records from `datasets.open_records`, which can be pickled.
+      name: Name of the split in messages.
+      workers: Number of processes that decode. If 0, threads of this process do.
+      max_damaged: Share of the images that may be damaged. If more are, reading raises
+        `errors.UsageError`.
     """
     self._records, self._name, self._workers = records, name, workers
     self._max_damaged = max_damaged
@@ -72,10 +155,11 @@ class Split:
   def __len__(self) -> int:
     return len(self._records)
 
-  def report(self) -> dict[str, float]:
-    """What has been seen of the files so far: {"damaged", "decode_rate"}.
+  def report(self) -> dict[str, Any]:
+    """Returns what was seen of the files so far: {"damaged", "decode_rate"}.
 
-    Damaged images are those that any process has seen; all must ask for them.
+    Damaged images that any process has seen are counted. All processes must call this
+    together.
     """
     seen = distributed.gather(json.dumps(sorted(self._seen)))
     self._seen.update(*map(json.loads, seen))
@@ -86,7 +170,7 @@ class Split:
   def damaged(self) -> int:
     return len(self._seen)
 
-  def train_batches(
+  def random_crops(
       self,
       start: int,
       *,
@@ -96,17 +180,19 @@ class Split:
       crop_scale: tuple[float, float],
       flip: bool,
       share: tuple[int, int] = (0, 1),
-  ) -> Iterator[Batch]:
-    """Batches of random crops without end; in each epoch every image is drawn once.
+  ) -> Iterator[Examples]:
+    """Yields batches of random crops without end; an epoch has every image once.
 
     A damaged image is replaced by another one, drawn at random.
 
     Args:
-      start: the first batch's number.
-      seed: of order, crops and flips.
-      batch_size: examples; a batch may reach into the next epoch.
-      crop_size, crop_scale, flip: see `images.random_crop`.
-      share: (i, n): the i-th of n equal parts of each batch.
+      start: Number of the first batch.
+      seed: Seed of order, crops and flips.
+      batch_size: Examples in a batch, which may reach into the next epoch.
+      crop_size: Height and width of the crops.
+      crop_scale: See `images.random_crop`.
+      flip: See `images.random_crop`.
+      share: (i, n) for the i-th of n equal parts of each batch.
     """
     crop = _RandomCrop(self._records, crop_size, crop_scale, flip)
     examples = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
@@ -114,7 +200,7 @@ class Split:
     parts = examples.random_map(crop).batch(batch_size // n)
     return self._read(parts[start * n + i::n])
 
-  def eval_batches(
+  def centres(
       self,
       batch_size: int,
       *,
@@ -122,17 +208,17 @@ class Split:
       crop: tuple[int, int],
       shrink: bool,
       share: tuple[int, int] = (0, 1),
-  ) -> Iterator[Batch]:
-    """Batches of the centres of all images, in order; the last is filled up.
+  ) -> Iterator[Examples]:
+    """Yields batches of the centres of all images, in order; the last is filled up.
 
-    Damaged images and what the last batch is filled up with have the label -1.
+    Damaged images and the examples that fill the last batch have the label -1.
 
     Args:
-      batch_size: examples.
-      source: height and width that an image is brought to first; see `images.centre`.
-      crop: height and width of what is taken from the middle of that.
-      shrink: see `images.centre`.
-      share: (i, n): the i-th of n equal parts of each batch.
+      batch_size: Examples in a batch.
+      source: Height and width that an image is brought to first; see `images.centre`.
+      crop: Height and width of the crop from the middle of that.
+      shrink: See `images.centre`.
+      share: (i, n) for the i-th of n equal parts of each batch.
     """
     size = -len(self) % batch_size + len(self)
     centre = _Centre(self._records, source, crop, shrink)
@@ -140,7 +226,7 @@ class Split:
     parts = grain.MapDataset.range(size).map(centre).batch(batch_size // n)
     return self._read(parts[i::n])
 
-  def _read(self, batches: grain.MapDataset) -> Iterator[Batch]:
+  def _read(self, batches: grain.MapDataset) -> Iterator[Examples]:
     # Elements are batches: few are kept, and each is made by one thread or process.
     if not flags.FLAGS.is_parsed():  # Not in a command: grain asks for its own.
       flags.FLAGS.mark_as_parsed()
@@ -162,7 +248,7 @@ class Split:
       for element in itertools.chain([] if first is None else [first], elements):
         self._note(element["damaged"])
         self.decode_rate = len(element["label"]) / float(element["seconds"].sum())
-        yield Batch(element["image"], element["label"])
+        yield Examples(element["image"], element["label"])
 
   def _note(self, damaged: np.ndarray) -> None:
     """Reports damaged images once; refuses to go on with too many."""
@@ -187,6 +273,30 @@ class Split:
       return f"record {index}"
 
 
+def open_split(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike | None,
+    *,
+    workers: int,
+    max_damaged: float,
+) -> Split:
+  """Opens a split of a prepared data set.
+
+  Args:
+    name: Name of the data set.
+    split: "train", "validation" or "test".
+    data_dir: Directory of the prepared data sets.
+    workers: See `Split`.
+    max_damaged: See `Split`.
+
+  Raises:
+    errors.UsageError: The files are not there, or in another format.
+  """
+  records = datasets.open_records(name, split, data_dir)
+  return Split(records, f"{name}, {split}", workers=workers, max_damaged=max_damaged)
+
+
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
   """Inside, SIGTERM and SIGINT pass this thread, and are blocked in what it starts."""
@@ -206,7 +316,7 @@ def _begin_worker(*_: Any) -> None:
 
 
 class _RandomCrop(NamedTuple):
-  """From an index to an example, in a worker."""
+  """Makes a training example of an index, in a worker."""
 
   records: Any
   size: int
@@ -232,7 +342,7 @@ class _RandomCrop(NamedTuple):
 
 
 class _Centre(NamedTuple):
-  """Likewise, for evaluation."""
+  """Makes an evaluation example of an index, in a worker."""
 
   records: Any
   source: tuple[int, int]
@@ -256,6 +366,7 @@ class _Centre(NamedTuple):
     return _element(pixels, label, damaged, start)
 
 
-def _element(pixels, label, damaged, start):
+def _element(
+    pixels: np.ndarray, label: int, damaged: int, start: float) -> dict[str, Any]:
   return {"image": pixels, "label": np.int32(label), "damaged": np.int64(damaged),
           "seconds": time.thread_time() - start}
