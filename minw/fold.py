@@ -27,8 +27,10 @@ import numpy as np
 
 from minw import affine
 from minw import estimators
+from minw import fold_probe
 from minw import quantizers
 from minw import structure
+from minw.fold_probe import Probe as Probe
 
 LEAST_CENTER = 2.0 ** -40  # By the rules of docs/format.md.
 
@@ -47,117 +49,6 @@ class Rprelu(NamedTuple):
   gamma: Any
   beta: Any
   zeta: Any
-
-
-class Probe(NamedTuple):
-  """What is known of an activation without data; rows of a batch.
-
-  A network is probed by running it (mode="fold") on a batch of seven "images", so that
-  pooling, reshaping and concatenation carry them along by themselves: these three, 1,
-  the scale, in two parts of 12 digits that survive sums, and a mark that tells sums of
-  several scales from those of one. The scale is what the hard network's values are to
-  be multiplied by to be the trained network's.
-
-  Attributes:
-    bound: (...) the largest magnitude there can be.
-    unit: (...) a power of two of which all values are multiples; 0 if there is none.
-    bits: (...) the bits of an operand: a grid's, a float format's, 16 for an image.
-  """
-
-  bound: jax.Array
-  unit: jax.Array
-  bits: jax.Array
-
-
-def probe_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
-  """The batch to run a network on: float32 (7, ...).
-
-  Args:
-    probe: its fields broadcast against each other.
-    scale: broadcasts against them; as `round_scale` makes it.
-  """
-  high = _digits(scale, 12, np.floor)
-  fields = (*probe, 1.0, high, scale - high, _mark(scale))
-  rows = np.empty((7, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
-  for row, field in zip(rows, fields):
-    row[...] = field
-  return jnp.asarray(rows)
-
-
-def probe_bits(x: jax.Array) -> int:
-  """The bits that a probed activation takes, of whatever channel takes the most."""
-  bits, terms = np.asarray(x)[2:4].reshape(2, -1).max(1)  # Sums have as many ones.
-  return int(np.ceil(bits / terms + np.log2(terms)))
-
-
-def round_scale(scale: np.ndarray | float) -> np.ndarray:
-  """A scale in float32's precision, in float64; what is below 2^-60 counts as 0."""
-  scale = _digits(np.asarray(scale, np.float64), 24)
-  return np.where(scale < 2.0 ** -60, 0.0, scale)
-
-
-def probe_scale(x: jax.Array) -> np.ndarray:
-  """The scale of each channel of a probed activation: float64 (channels,).
-
-  1 for channels that a network filled with zeros.
-
-  Raises:
-    ValueError: numbers of different scales were added, or are in one channel.
-  """
-  rows = np.asarray(x)[3:].reshape(4, -1, x.shape[-1])
-  if (rows == rows[:, :1]).all():  # As nearly always: all places are alike.
-    rows = rows[:, :1]
-  one, high, low, mark = rows.astype(np.float64)
-  if (one == high).all() and (one == mark).all():  # No layer has scales.
-    return np.ones(x.shape[-1])
-  zero = one == 0
-  one = np.where(zero, 1.0, one)
-  scale = round_scale(_digits(high / one, 12) + _digits(low / one, 12))
-  of_channel = np.where(filled(x), 1.0, scale.max(0))
-  pure = np.abs(mark / one - _mark(scale)) <= 3e-5 * _mark(scale)
-  if not (zero | pure & (scale == of_channel)).all():
-    raise ValueError("gets sums of different scales, which do not fold")
-  return of_channel
-
-
-def filled(x: jax.Array) -> np.ndarray:
-  """Which channels of a probed activation hold nothing but zeros: bool (channels,)."""
-  return (np.asarray(x)[3] == 0).reshape(-1, x.shape[-1]).all(0)
-
-
-def _digits(x, count, rounded=np.round):
-  """`x` with that many binary digits."""
-  mantissa, exponent = np.frexp(x)
-  return np.ldexp(rounded(np.ldexp(mantissa, count)), exponent - count)
-
-
-def _mark(scale):
-  """(1 + r) / scale, with r in [0, 1/2) like random, but 0 for powers of two.
-
-  Its mean over several scales is not that of their mean.
-  """
-  digits = np.ldexp(np.frexp(scale)[0] - 0.5, 24)
-  hashed = (digits * 40503 % 65521) ** 2 % 65521  # Squared: linear is that of means.
-  with np.errstate(divide="ignore"):
-    return np.where(scale == 0, 0.0, (1 + hashed / 131042) / scale)
-
-
-def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
-  """What the levels of a probed shortcut are multiplied by, in units of `step`.
-
-  Returns:
-    float32 (channels,), or None if that is 1.
-
-  Raises:
-    ValueError: it is not 1, and products with it would be rounded: only levels, which
-      are powers of two, have exact ones.
-  """
-  scale = np.where(filled(shortcut), 1.0, probe_scale(shortcut) / step)
-  if (scale == 1).all():
-    return None
-  if np.max(np.asarray(shortcut)[2]) not in quantizers.GRID_BITS:
-    raise ValueError("gets a shortcut that is not quantized, of another scale")
-  return scale.astype(np.float32)
 
 
 def apply_norm(acc: jax.Array, norm: Norm) -> jax.Array:
@@ -245,7 +136,7 @@ def kernel_scale(
   if quantizers.is_grid(bits) and weight_scale != "none":
     scale = scale * estimators.mean_magnitude(
         np.asarray(kernel, np.float64), weight_scale)
-  return round_scale(scale)
+  return fold_probe.round_scale(scale)
 
 
 def fold_norm(
@@ -302,53 +193,6 @@ def fold_norm(
       center=np.where(flat, 0.0, _without_denormals(rounded)).astype(np.float32),
       scale=np.where(flat, 0.0, slope).astype(np.float32),
       constant=np.where(flat, _without_denormals(bias), 0.0).astype(np.float32))
-
-
-def probe_linear(
-    x: jax.Array,
-    kernel: np.ndarray,
-    bits: int | str,
-    pad_value: float,
-    output_shape: Sequence[int],
-    scale: np.ndarray | float = 1.0,
-) -> jax.Array:
-  """What a convolution or dense layer makes of a probe.
-
-  Args:
-    x: float32 (7, ..., input channels), see `Probe`.
-    kernel: (..., input channels, output channels), on its grid; of a convolution in
-      groups (..., input channels / groups, output channels).
-    bits: of the kernel.
-    pad_value: of the convolution's border; 0 if it has none.
-    output_shape: (..., output channels).
-    scale: of the kernel, () or (output channels,).
-
-  Returns:
-    float32 (7, *output_shape).
-
-  Raises:
-    ValueError: the input channels of a group, or input and border, have different
-      scales.
-  """
-  inputs, outputs = kernel.shape[-2:]
-  groups = x.shape[-1] // inputs
-  of_output = lambda group: np.repeat(group, outputs // groups)
-  scales = probe_scale(x).reshape(groups, inputs)
-  zeros = filled(x).reshape(groups, inputs)
-  input_scale = np.where(zeros, 0.0, scales).max(1)
-  if (~zeros & (scales != input_scale[:, None])).any():
-    raise ValueError("gets channels of different scales, which do not fold")
-  input_scale = np.where(zeros.all(1), 1.0, input_scale)
-  if pad_value and (input_scale != 1).any():
-    raise ValueError(f"pad_value={pad_value} beside inputs that have a scale")
-  rows = np.asarray(x)[:2].astype(np.float64).reshape(2, -1, groups, inputs)
-  bound = np.maximum(rows[0].max(0), abs(pad_value))
-  fan_in = np.abs(kernel).reshape(-1, inputs, groups, outputs // groups).sum(
-      0, dtype=np.float64)
-  bound = np.einsum("gi,igo->go", bound, fan_in).reshape(-1)
-  unit = quantizers.step_size(bits) * of_output(rows[1].min((0, 2)))
-  return probe_rows(Probe(np.broadcast_to(bound, output_shape), unit, 32.0),
-                    round_scale(of_output(input_scale) * scale))
 
 
 class FoldedLayer(NamedTuple):
@@ -410,7 +254,7 @@ def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     if not np.isfinite(leaf).all():
       raise ValueError(f"{jax.tree_util.keystr(path)} is not finite")
-  rows = probe_rows(probe)
+  rows = fold_probe.make_rows(probe)
   network = structure.trace(model, variables, rows, "fold")
   folding = _Folding(network.calls)
   parameters = [
@@ -422,7 +266,8 @@ def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
   for leaf in jax.tree.leaves(output, is_leaf=lambda x: isinstance(x, affine.Activation)):
     affine.check_folded(leaf, "the output")
     leaf = affine.value_of(leaf)
-    if jnp.shape(leaf)[:1] == (7,) and (probe_scale(leaf) != 1).any():
+    if (jnp.shape(leaf)[:1] == (fold_probe.NUM_ROWS,)
+        and (fold_probe.scale_of(leaf) != 1).any()):
       raise ValueError("the network's output has a scale: a NormQuant must follow it")
   hard = {"hard": _without_unit_scales(made.get("hard", {}))}
   own = {p.path: np.full_like(p.value, folding.neutral.get(p.path, p.value))
@@ -438,9 +283,7 @@ def _check_cast(eqn, x, layers):
   """
   dtype = eqn.outvars[0].aval.dtype
   wide = dtype in (np.float32, np.float64) and eqn.primitive.name != "reduce_precision"
-  if isinstance(x, affine.Activation) and not wide and (
-      (np.asarray(x.rows)[3] != np.asarray(x.rows)[4]).any()
-      or (np.asarray(x.rows)[3] != np.asarray(x.rows)[6]).any()):
+  if isinstance(x, affine.Activation) and not wide and fold_probe.has_scale(x.rows):
     raise structure.refusal(
         f"{layers[-1].name}: after it, numbers that have a scale are cast to {dtype.name}")
 

@@ -5,7 +5,7 @@ A layer is called as layer(x, alpha, mode). The modes:
     "train"  quantizers through the estimator, batch norm with the batch's statistics
     "mixed"  the same with the running statistics
     "hard"   the network that is deployed, on the variables that `minw.fold` makes
-    "fold"   makes those variables; x is made by `fold.probe_rows`
+    "fold"   makes those variables; x is made by `fold_probe.make_rows`
 
 With alpha = 1 the first two use the hard quantizers of Eq 20. In "mixed" layers sow what
 their estimator made, and its alpha, as "value" into the collection "quantized".
@@ -24,6 +24,7 @@ import numpy as np
 
 from minw import estimators
 from minw import fold
+from minw import fold_probe
 from minw import quantizers
 from minw import structure
 
@@ -317,31 +318,30 @@ class NormQuant(nn.Module):
     stats = self.variables["batch_stats"]["batch_norm"]
     step = 1.0
     if _learns_step(self):
-      step = float(fold.round_scale(
+      step = float(fold_probe.round_scale(
           quantizers.positive_step(self.variables["params"]["step"])))
     # What parameters of the network's own do to x, see `fold.fold`.
     factor = self.get_variable("affine", "factor", 1.0)
     summand = self.get_variable("affine", "summand", 0.0)
-    rows = np.asarray(x)[:2].reshape(2, -1, x.shape[-1])
     hard = fold.fold_norm(
         stats["mean"] - summand, stats["var"],
         params["scale"] if self.use_scale else np.ones_like(params["bias"]),
-        params["bias"], self.epsilon, rows[0].max(0), rows[1].min(0),
-        input_scale=factor * fold.probe_scale(x), output_scale=step)._asdict()
+        params["bias"], self.epsilon, *fold_probe.bound_and_unit(x),
+        input_scale=factor * fold_probe.scale_of(x), output_scale=step)._asdict()
     if self.rprelu:
       learned = (self.variables["params"][f"rprelu_{n}"] for n in fold.Rprelu._fields)
       hard |= {f"rprelu_{name}": value for name, value in fold.fold_rprelu(
           fold.Rprelu(*learned), step)._asdict().items()}
-    scale = None if shortcut is None else fold.shortcut_scale(shortcut, step)
+    scale = None if shortcut is None else fold_probe.shortcut_scale(shortcut, step)
     if scale is not None:
       hard["shortcut_scale"] = scale
     for name, value in hard.items():
       self.put_variable("hard", name, value)
     if bits is None:
-      return fold.probe_rows(fold.Probe(*np.asarray(x)[:3]))
+      return fold_probe.make_rows(fold_probe.probe_of(x))
     bound = np.ones(x.shape[1:], np.float32)
-    return fold.probe_rows(
-        fold.Probe(bound, quantizers.step_size(bits), operand_bits(bits)), step)
+    return fold_probe.make_rows(
+        fold_probe.Probe(bound, quantizers.step_size(bits), operand_bits(bits)), step)
 
   def hard_shapes(self, params, input_shape, has_shortcut):
     """Shapes of the variables that mode "fold" makes; "shortcut_scale" where needed."""
@@ -537,7 +537,7 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     scale = fold.kernel_scale(kernel, bits, layer.weight_scale, step)
     layer.put_variable("hard", "kernel", levels)
     output = jax.eval_shape(lambda x: apply(x, levels, dtype=jnp.float32), x)
-    return fold.probe_linear(x, levels, bits, pad_value, output.shape[1:], scale)
+    return fold_probe.linear(x, levels, bits, pad_value, output.shape[1:], scale)
   if quantizers.is_grid(bits):
     learned = {} if step is None else {"step": step}
     grid = quantizers.weight_grid(
@@ -571,7 +571,7 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
         kind={QuantConv: "conv", QuantDense: "dense", NormQuant: "norm"}[
             type(call.layer)],
         bits=call.layer.bits,
-        input_bits=fold.probe_bits(folded.rows),
+        input_bits=fold_probe.bits_of(folded.rows),
         input_shape=folded.rows.shape[1:],
         output_shape=folded.output_rows.shape[1:],
         kernel_shape=() if is_norm else params["kernel"].shape,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minw import fold
+from minw import fold_probe
 from minw import quantizers
 from minw import structure
 from minw.data import pixels as pixels_lib
@@ -111,7 +112,7 @@ def _compare_batch(model, folded, variables, hard, images):
       raise _Different(f"{name}: is called by the trained network where the hard one"
                        f" calls {expected[position]}")
     _, value, its_hard = outputs[position]
-    scale = fold.probe_scale(folded.layers[position].output_rows)
+    scale = fold_probe.scale_of(folded.layers[position].output_rows)
     want = value * jnp.asarray(scale, jnp.float32)
     if want.shape != eqn.outvars[0].aval.shape:
       raise _Different(f"{name}: gives arrays of shape {eqn.outvars[0].aval.shape} in the"

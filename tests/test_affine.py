@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minw import fold
+from minw import fold_probe
 from minw import infer
 from minw import layers
 from minw import pack
@@ -158,7 +159,7 @@ def test_rprelu(bits):
       "params": {"batch_norm": batch_norm,
                  **{f"rprelu_{name}": value for name, value in learned.items()}},
       "batch_stats": {"batch_norm": stats}}
-  rows = fold.probe_rows(fold.Probe(np.full(count, 30.0), 1.0, 32.0))
+  rows = fold_probe.make_rows(fold.Probe(np.full(count, 30.0), 1.0, 32.0))
   _, hard = layer.apply(variables, rows, mode="fold", mutable=["hard"])
   acc = np.arange(-30.0, 31, dtype=np.float32)[:, None] * np.ones(count, np.float32)
   got = layer.apply(hard, acc, mode="hard")

@@ -19,6 +19,7 @@ import pytest
 
 from minw import estimators
 from minw import fold
+from minw import fold_probe
 from minw import layers
 from minw import models
 from minw.data import pixels as pixels_lib
@@ -403,7 +404,7 @@ def test_codes_on_and_beside_thresholds():
 def probe_rows(shape, bound, unit, bits=16.0, scale=1.0):
   """A probe as layers receive it; one bound for each channel."""
   bound = np.broadcast_to(np.float32(bound), shape)
-  return np.asarray(fold.probe_rows(fold.Probe(bound, unit, bits), scale))
+  return np.asarray(fold_probe.make_rows(fold.Probe(bound, unit, bits), scale))
 
 
 @pytest.mark.parametrize("size, kernel_size, strides, padding, pad", [
@@ -466,7 +467,7 @@ def test_bounds_scales_and_units_of_groups():
   bound = np.float32([1, 2, 0.5, 0.25, 4, 3])
   unit, scale = np.repeat([1, 0.25, 0.5], 2), np.repeat([0.75, 1.0, 3.0], 2)
   layer = layers.QuantConv(6, bits=3, feature_group_count=3, kernel_dilation=(2, 1))
-  probe = lambda scale: np.asarray(fold.probe_rows(
+  probe = lambda scale: np.asarray(fold_probe.make_rows(
       fold.Probe(np.broadcast_to(bound, (5, 4, 6)), unit, 2.0), scale))
   apply = lambda rows: layer.apply(
       {"params": {"kernel": kernel}}, rows, mode="fold", mutable=["hard"])[0]
@@ -477,7 +478,7 @@ def test_bounds_scales_and_units_of_groups():
     inputs = bound[2 * group:2 * group + 2]
     np.testing.assert_array_equal(rows[0, ..., channel], inputs @ size[:, channel])
   np.testing.assert_array_equal(rows[1], np.broadcast_to(unit / 4, rows[1].shape))
-  np.testing.assert_array_equal(fold.probe_scale(rows), scale)
+  np.testing.assert_array_equal(fold_probe.scale_of(rows), scale)
   with pytest.raises(ValueError, match="gets channels of different scales"):
     apply(probe(np.float64([0.75, 1, 1, 1, 3, 3])))
 
@@ -503,7 +504,7 @@ def test_what_is_known_may_differ_by_place():
   # The largest bound and the smallest unit of a map decide.
   kernel = np.float32([-0.5]).reshape(1, 1, 1, 1)
   place = lambda *values: np.reshape(np.float32(values), (1, 2, 1))
-  probe = lambda *rows: fold.probe_rows(fold.Probe(*(place(*row) for row in rows)))
+  probe = lambda *rows: fold_probe.make_rows(fold.Probe(*(place(*row) for row in rows)))
   rows = probe((2, 1), (0.25, 0.5), (3, 3))
   rows, _ = layers.QuantConv(1, (1, 1)).apply(
       {"params": {"kernel": kernel}}, rows, mode="fold", mutable=["hard"])
@@ -544,50 +545,12 @@ def test_what_is_known_after_batch_norm(bits, unit, count):
 # Scales.
 
 
-def scales_of(*rows):
-  return fold.probe_scale(np.concatenate(rows, -1))
-
-
-def test_scales_survive_what_stands_between_layers():
-  rng = np.random.default_rng(0)
-  scales = fold.round_scale(2.0 ** rng.uniform(-40, 3, 50))
-  np.testing.assert_allclose(scales, np.float32(scales), rtol=0)
-  for scale in (scales, 1.0, 0.0):
-    rows = probe_rows((6, 7, 50), 3.0, 0.5, scale=scale)
-    for image in (rows, rows.sum((1, 2), keepdims=True), rows[:, ::2, :3] / 4,
-                  rows.reshape(7, 2, 3, 7, 50).max((1, 2)), rows + 7 * rows,
-                  rows.mean((1, 2), dtype=np.float32)):
-      np.testing.assert_array_equal(
-          fold.probe_scale(image), np.broadcast_to(scale, 50))
-  filled = np.pad(rows, [(0, 0)] * 3 + [(1, 2)])
-  np.testing.assert_array_equal(np.flatnonzero(fold.filled(filled)), [0, 51, 52])
-  assert fold.probe_scale(filled).tolist() == [1] + [0] * 50 + [1, 1]
-
-
-@pytest.mark.parametrize("a, b", [
-    (1.0, 2.0), (0.3, 0.300001), (0.5, 0.0), (1.0, 1 + 2**-20), (3e-5, 7.0),
-    (0.5, 1.5), (0.71, 0.7100001)])
-def test_sums_of_different_scales_are_refused(a, b):
-  a, b = (probe_rows((3, 3, 1), 1.0, 1.0, scale=fold.round_scale(s)) for s in (a, b))
-  beside = np.concatenate([a, b], 1)
-  for rows in (a + b, a + b / 4, (3 * a + b).sum(1), beside,
-               beside[:, ::3].mean((1, 2)), b + 1):
-    with pytest.raises(ValueError, match="gets sums of different scales"):
-      fold.probe_scale(rows)
-
-
-def test_without_scales_nothing_is_refused():
-  rows = probe_rows((3, 3, 2), 1.0, 1.0)
-  for image in (rows + 1, rows * rows, np.sin(rows), rows * 0):
-    np.testing.assert_array_equal(fold.probe_scale(image), [1, 1])
-
-
 def test_scales_in_batch_norm():
   """Against float64 batch norm of scaled sums, in units of the step."""
   rng = np.random.default_rng(1)
   n, step = 6, 0.37
   mean, bias, scale = rng.normal(0, 2, n), rng.normal(0, 1, n), rng.normal(0, 1, n)
-  var, of_input = rng.uniform(0.1, 5, n), fold.round_scale(rng.uniform(0.01, 3, n))
+  var, of_input = rng.uniform(0.1, 5, n), fold_probe.round_scale(rng.uniform(0.01, 3, n))
   of_input[2] = 0.0
   norm = fold.fold_norm(mean, var, scale, bias, 1e-4, np.full(n, 300), np.ones(n),
                         input_scale=of_input, output_scale=step)
