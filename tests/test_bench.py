@@ -84,7 +84,7 @@ def test_train_command(tmp_path):
   assert result["machine"]["versions"]["jax"] == jax.__version__
   assert result["peak_bytes"]["process"] > 2**26
   for word in (*OURS, *PYTORCH, *ratios, "random images", result["machine"]["cpu"],
-               "1/1 bits", "Peak memory", *result["left_out"].values()):
+               "W1A1", "Peak memory", *result["left_out"].values()):
     assert word in output
 
 

@@ -26,12 +26,14 @@ from minw import layers as layers_lib
 from minw import pack
 from minw import packed
 from minw import stopping
+from minw import titles
 from minw.bench import timing
 from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import xla
 
-_PAIRS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 3)]  # Bits of --layers: W/A.
+# Bits of the weights and the activations that --layers times.
+_PAIRS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 3)]
 _SHAPES = [(24, 128), (12, 256)]  # Their maps' size, and channels.
 _DEPTHS = (2, 6)  # A layer is the difference of networks of so many, by layer.
 
@@ -329,16 +331,16 @@ def _runs(program, linear, batch, threads, names=tuple(_ENGINES)):
   return runs, left_out
 
 
-_PEAK, _PEAK_PRODUCTS = "1/1 on registers", 10**9
+_PEAK, _PEAK_PRODUCTS = "W1A1 on registers", 10**9
 
 
 def _peak(program):
-  """The native path's instructions for 1/1 alone, if those are what it uses."""
+  """Times the native path's W1A1 instructions on registers, if it uses them."""
   if not native.available():
     return {}
   network = native.load(packed.to_bytes(program))
   kernels = [kernel for _, kernel in network.layers()]
-  if not any(k.startswith("1/1") and k.endswith("popcount") for k in kernels):
+  if not any(k.startswith("W1A1") and k.endswith("popcount") for k in kernels):
     return {}
   steps = _PEAK_PRODUCTS // network.peak(1)
   return {_PEAK: _times(lambda: network.peak(steps))}
@@ -391,7 +393,7 @@ def _layers(fields, rounds, batches, threads):
             for name in made}
         found.append(_result(
             seconds, size * size * 9 * width * width * batch, threads=threads,
-            batch=batch, layer=f"{weights}/{inputs} {width} -> {width}, 3x3, {size}x"
+            batch=batch, layer=f"W{weights}A{inputs} {width} -> {width}, 3x3, {size}x"
             f"{size}"))
   return found, left_out
 
@@ -479,9 +481,8 @@ def table(result: dict[str, Any]) -> str:
   """The result of `bench_inference` for a reader."""
   c, m = result["config"], result["machine"]
   widths = "-".join(map(str, (*c["conv_widths"], *c["dense_widths"])))
-  what = "one convolution, W/A" if result["layers"] else (
-      f"ConvNet {widths}, crop {c['crop_size']}, {c['weight_bits']}/{c['input_bits']}"
-      " bits W/A")
+  what = "one convolution" if result["layers"] else (
+      f"ConvNet {widths}, crop {c['crop_size']}, {titles.bits(c)}")
   lines = [
       f"Inference: {what}; random weights",
       f"on {m['cores']} x {m['cpu']}, {result['isa']}; "
@@ -505,7 +506,7 @@ def table(result: dict[str, Any]) -> str:
       peak = run["peak_per_second"]
       share = run["engines"]["native"]["per_second"] / peak
       lines.append(f"native: {100 * share:.0f} % of the {peak / 1e9:.0f} GMAC/s of its"
-                   " 1/1 instructions on registers alone")
+                   " W1A1 instructions on registers alone")
   lines += [f"{name:22} left out: {why}" for name, why in result["left_out"].items()]
   if result["peak_bytes"]:
     sizes = (f"{name} {size / 2**20:.1f} MiB"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minw import config as config_lib
+from minw import titles
 from minw import train
 from minw.bench import timing
 from minw.data.batches import Examples
@@ -208,8 +209,8 @@ def table(result: dict[str, Any]) -> str:
                       for name in ("conv_widths", "dense_widths") if c[name])
   lines = [
       f"One step of training: ConvNet {widths}, {c['dataset']}, crop "
-      f"{c['crop_size']}, batch {c['batch_size']}, {c['input_bits']}/"
-      f"{c['weight_bits']} bits, {c['compute_dtype']}",
+      f"{c['crop_size']}, batch {c['batch_size']}, {titles.bits(c)}, "
+      f"{c['compute_dtype']}",
       f"on {m['num_devices']} x {m['device']}; CPU: {m['cores']} x {m['cpu']}; "
       + ", ".join(f"{name} {version}" for name, version in m["versions"].items()),
       f"Data: {result['data']}. Medians and quartiles of "

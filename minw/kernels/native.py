@@ -138,7 +138,7 @@ class Network:
             for i in range(self._lib.minw_num_ops(self._network))]
 
   def peak(self, steps: int) -> int:
-    """Does steps of the 1/1 kernel on registers alone, for benchmarks.
+    """Does steps of the W1A1 kernel on registers alone, for benchmarks.
 
     Returns:
       How many products were summed.

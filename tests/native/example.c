@@ -46,8 +46,7 @@ int main(int argc, char** argv) {
   classes = minw_classes(network);
   batch = pixels / ((size_t)source.height * source.width * source.channels);
   logits = malloc(batch * classes * sizeof *logits + 1);
-  if (!logits ||
-      minw_logits(network, images, batch, logits, 2, error, sizeof error)) {
+  if (!logits || minw_logits(network, images, batch, logits, 2, error, sizeof error)) {
     fprintf(stderr, "%s\n", logits ? error : "out of memory");
     return 1;
   }

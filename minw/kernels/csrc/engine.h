@@ -71,7 +71,8 @@ class Spare {
     for (auto& place : places_) {
       Buffer* empty = nullptr;
       if (place.compare_exchange_strong(empty, buffer.get())) {
-        static_cast<void>(buffer.release());  // The place owns it now.
+        // The place owns the buffer now.
+        [[maybe_unused]] Buffer* owned = buffer.release();
         return;
       }
     }
@@ -113,7 +114,7 @@ std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
 // What runs in one pass: one operation, or a convolution and the operations after it.
 struct Step {
   int op = -1;         // The last operation of the pass.
-  int conv = -1;       // Operation of the convolution; -1 if there is none or it is split.
+  int conv = -1;       // Operation of the convolution, or -1: none, or it is split.
   int threshold = -1;  // Operation of the thresholds, or -1.
   Finish finish = {};
 };

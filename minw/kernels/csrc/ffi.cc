@@ -15,8 +15,8 @@ namespace {
 namespace ffi = xla::ffi;
 using Network = std::shared_ptr<minw_network>;
 
-// Networks by the hash of their file. The file is an operand of every call. Compiled code
-// therefore holds no pointers, and a network that left the cache is read again.
+// Networks by the hash of their file. The file is an operand of every call. Compiled
+// code therefore holds no pointers, and a network that left the cache is read again.
 class Cache {
  public:
   Network find(uint64_t hash, const uint8_t* bytes, size_t size, std::string* error) {
@@ -59,9 +59,8 @@ ffi::Error run(ffi::Buffer<ffi::U8> file, ffi::Buffer<ffi::U8> images,
                ffi::ResultBuffer<ffi::F32> logits, int64_t hash, int32_t threads) {
   static Cache* cache = new Cache;  // Calls may outlive static objects.
   std::string error;
-  Network network =
-      cache->find(static_cast<uint64_t>(hash), file.typed_data(),
-                  file.element_count(), &error);
+  Network network = cache->find(static_cast<uint64_t>(hash), file.typed_data(),
+                                file.element_count(), &error);
   if (!network) return ffi::Error::InvalidArgument("packed network: " + error);
   minw_shape source = minw_source(network.get());
   uint32_t classes = minw_classes(network.get());

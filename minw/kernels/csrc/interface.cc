@@ -45,7 +45,7 @@ void copy_value(const Map& m, const char* from, char* to) {
       size_t k = p * m.stride + c;
       int32_t wide;
       if (m.kind == minw::kCode)
-        wide = reinterpret_cast<const int8_t*>(from)[k];
+        wide = int{reinterpret_cast<const int8_t*>(from)[k]};
       else
         std::memcpy(&wide, from + k * 4, 4);
       std::memcpy(to + c * size_t{4}, &wide, 4);
@@ -59,8 +59,9 @@ minw_network* minw_load(const void* bytes, size_t size, char* error,
   return minw_load_within(bytes, size, nullptr, error, error_size);
 }
 
-minw_network* minw_load_within(const void* bytes, size_t size, const minw_limits* limits,
-                               char* error, size_t error_size) {
+minw_network* minw_load_within(const void* bytes, size_t size,
+                               const minw_limits* limits, char* error,
+                               size_t error_size) {
   minw_network* network = nullptr;
   guarded(error, error_size, [&] {
     minw::Limits most;

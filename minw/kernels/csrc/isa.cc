@@ -25,18 +25,25 @@ bool runs(const Isa& isa) {
   return true;
 }
 
-// The string is made when the library is loaded. A fork during a first call could
-// otherwise leave the child with a string that is half made.
-const std::string all_names = [] {
-  std::string names;
-  for (const Isa* isa : kIsas)
-    if (runs(*isa)) names += (names.empty() ? "" : " ") + std::string(isa->name);
-  return names;
-}();
+// Names of the instruction sets that run, best first.
+struct Names {
+  Names() noexcept {
+    for (const Isa* isa : kIsas) {
+      if (!runs(*isa)) continue;
+      if (*text) std::strcat(text, " ");
+      std::strcat(text, isa->name);
+    }
+  }
+  char text[64] = "";  // All names together have 26 characters.
+};
+
+// The names are put together when the library is loaded. A fork during a first call
+// could otherwise leave the child with names that are half made.
+const Names names;
 
 }  // namespace
 
-const char* isa_names() { return all_names.c_str(); }
+const char* isa_names() { return names.text; }
 
 const Isa& best_isa() {
   const char* forced = std::getenv("MINW_ISA");
@@ -44,7 +51,7 @@ const Isa& best_isa() {
   for (const Isa* isa : kIsas)
     if (runs(*isa) && (any || !std::strcmp(forced, isa->name))) return *isa;
   throw Error(std::string("MINW_ISA=") + (any ? "" : forced) +
-              " does not run on this CPU; these do: " + all_names);
+              " does not run on this CPU; these do: " + names.text);
 }
 
 }  // namespace minw

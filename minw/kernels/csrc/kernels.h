@@ -1,8 +1,8 @@
 // What the engine and the kernels of each instruction set share: plain structs only.
 //
-// The kernels' files must not use inline functions of the standard library. Each file is
-// compiled for an instruction set of its own, and the linker keeps one copy of such a
-// function for all files. It could keep one that not every CPU runs.
+// The kernels' files must not use inline functions of the standard library. Each file
+// is compiled for an instruction set of its own, and the linker keeps one copy of such
+// a function for all files. It could keep one that not every CPU runs.
 #ifndef MINW_KERNELS_H_
 #define MINW_KERNELS_H_
 
@@ -58,17 +58,17 @@ constexpr int kRowBlock = 32;
 constexpr int kRowSlack = 32;      // Bytes that may be written past a gathered row.
 constexpr int kPaddedSlack = 256;  // Bytes that may be read past the last padded pixel.
 
-// Scratch memory of one call. The arrays `pixels`, `base` and `sums` have an element for
-// each output pixel of the chunk that is being convolved.
+// Scratch memory of one call. The arrays `pixels`, `base` and `sums` have an element
+// for each output pixel of the chunk that is being convolved.
 struct Work {
-  char* padded;          // The input in the convolution's form, with its border.
-  int32_t* magnitudes;   // Sum of the magnitudes of each padded pixel.
-  const char** pixels;   // Where the window begins in `padded`.
-  const int32_t** base;  // What the sums begin with.
-  int32_t* sums;         // Sum of the magnitudes in the window.
-  int32_t* acc;          // The sums of one group, [pixel][width].
-  uint8_t* gathered;     // Lookups: the numbers in the windows.
-  uint16_t* counts;      // Lookups: sums of the entries that were looked up.
+  char* padded;              // The input in the convolution's form, with its border.
+  int32_t* magnitudes;       // Sum of the magnitudes of each padded pixel.
+  const char** pixels;       // Where the window begins in `padded`.
+  const int32_t** base;      // What the sums begin with.
+  int32_t* sums;             // Sum of the magnitudes in the window.
+  int32_t* acc;              // The sums of one group, [pixel][width].
+  uint8_t* gathered;         // Lookups: the numbers in the windows.
+  uint16_t* counts;          // Lookups: sums of the entries that were looked up.
   char *part_in, *part_out;  // Split convolutions: the channels of one group.
 };
 
@@ -94,28 +94,29 @@ struct Conv {
   int fold;      // Channels of a step (kLookup, kBytes).
   bool swapped;  // Weights select the tables and pixels the entries, not vice versa.
 
-  // Whether each output channel has inputs of its own. A pixel then holds an element for
-  // every step and output channel. Otherwise all output channels share one for a step.
+  // Whether each output channel has inputs of its own. A pixel then holds an element
+  // for every step and output channel. Otherwise all output channels share one for a
+  // step.
   bool own;
   int elements;             // Elements of a pixel (kInt16, kInt32, kFloat32).
   const int32_t* channels;  // Input channel of each element; null if in order.
 
-  int row_bytes;            // Bytes of a pixel's window in work.gathered.
-  int pixel_bytes;          // Bytes of a pixel in `form`.
-  int padded_h, padded_w;   // Size of the input with its border.
-  int steps;                // Steps of a window.
-  const int32_t* offsets;   // Bytes from a window's first pixel to each step.
-  int width;                // Output channels of a group.
-  int groups;               // Groups of output channels.
-  size_t group_bytes;       // Bytes of a group's weights.
-  const char* weights;      // [group][step][plane][channel]
-  const int32_t* base;      // Begin of sums, [row class][column class][channel].
-  const int* row_class;     // Class of each output row ...
-  const int* col_class;     // ... and column, by which taps lie in the border.
-  int col_classes;          // Number of classes of columns.
-  const char* border;       // A pixel of padding.
-  int32_t border_sum;       // Its sum of magnitudes.
-  Group group;              // The kernel.
+  int row_bytes;           // Bytes of a pixel's window in work.gathered.
+  int pixel_bytes;         // Bytes of a pixel in `form`.
+  int padded_h, padded_w;  // Size of the input with its border.
+  int steps;               // Steps of a window.
+  const int32_t* offsets;  // Bytes from a window's first pixel to each step.
+  int width;               // Output channels of a group.
+  int groups;              // Groups of output channels.
+  size_t group_bytes;      // Bytes of a group's weights.
+  const char* weights;     // [group][step][plane][channel]
+  const int32_t* base;     // Begin of sums, [row class][column class][channel].
+  const int* row_class;    // Class of each output row ...
+  const int* col_class;    // ... and column, by which taps lie in the border.
+  int col_classes;         // Number of classes of columns.
+  const char* border;      // A pixel of padding.
+  int32_t border_sum;      // Its sum of magnitudes.
+  Group group;             // The kernel.
 };
 
 // Integer thresholds that turn sums into codes; see finish.inc.
@@ -143,13 +144,14 @@ struct Isa {
   // Sets conv->group, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
   // Converts `n` pixels to conv.form. `magnitudes` may be null.
-  void (*encode)(const Conv& conv, const void* in, int n, char* out, int32_t* magnitudes);
+  void (*encode)(const Conv& conv, const void* in, int n, char* out,
+                 int32_t* magnitudes);
   // Convolves and finishes `n` images.
   void (*conv)(const Conv& conv, const Finish& finish, int n, const void* in,
                const int8_t* shortcut, const Work& work, void* out);
   // Turns the sums of `pixels` pixels into codes.
-  void (*threshold)(const Threshold& threshold, const int32_t* in, const int8_t* shortcut,
-                    size_t pixels, int8_t* out);
+  void (*threshold)(const Threshold& threshold, const int32_t* in,
+                    const int8_t* shortcut, size_t pixels, int8_t* out);
   // Measures the peak rate: W1A1 steps on registers alone. Returns the products summed.
   uint64_t (*peak)(uint64_t steps);
 };

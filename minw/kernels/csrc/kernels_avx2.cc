@@ -8,8 +8,8 @@ namespace minw {
 namespace {
 
 constexpr int kVector = 32;
-// A step adds at most 8 to a byte's count, and 31 * 8 < 256. It adds at most 2 * 8 * 4 to
-// an int16 of a dot product, and 256 * 64 < 2^15.
+// A step adds at most 8 to a byte's count, and 31 * 8 < 256. It adds at most 2 * 8 * 4
+// to an int16 of a dot product, and 256 * 64 < 2^15.
 constexpr int kCountSteps = 31, kDotSteps = 256;
 
 // Tiles whose sums and operands fit the 16 registers.
@@ -43,9 +43,7 @@ inline Words low_halves(Words a, Words b) {
 }
 inline Words masked(Words a, Words b, Words m) { return (a ^ b) & m; }
 inline Words parity(Words a, Words b, Words c) { return a ^ b ^ c; }
-inline Words carry(Words a, Words b, Words sum) {
-  return (a & b) | ((a ^ b) & ~sum);
-}
+inline Words carry(Words a, Words b, Words sum) { return (a & b) | ((a ^ b) & ~sum); }
 
 template <class Bytes>
 inline uint64_t signs(Bytes x) {

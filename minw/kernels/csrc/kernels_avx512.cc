@@ -28,7 +28,8 @@ inline Words low_halves(Words a, Words b) {
       _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   return (Words)_mm512_permutex2var_epi32((__m512i)a, even, (__m512i)b);
 }
-// Any function of three bits in one instruction: bit 4 a + 2 b + c of kTable is its value.
+// Any function of three bits in one instruction: bit 4 a + 2 b + c of kTable is its
+// value.
 template <int kTable>
 inline Words ternary(Words a, Words b, Words c) {
   return (Words)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, kTable);

@@ -75,7 +75,7 @@ struct TapClasses {
 TapClasses tap_classes(int out, int in, int kernel, int stride, int step, int before) {
   TapClasses classes;
   for (int y = 0; y < out; y++) {
-    int top = y * stride - before;  // Tap k reads input row top + k * step.
+    int top = y * stride - before;    // Tap k reads input row top + k * step.
     auto first_from = [&](int row) {  // The first tap at `row` or below it.
       int tap = row <= top ? 0 : divided_up(row - top, step);
       return std::min(tap, kernel);
@@ -262,14 +262,10 @@ class LayerBuilder {
       case kLookup:
         return {divided_up(inputs_, c_.fold), three ? 2 : 1,
                 c_.in.stride / (three ? 2 : c_.fold), c_.w_bits == 3 ? 2 : 1, 1};
-      case kBytes:
-        return {divided_up(inputs_, 4), 4, c_.in.stride, 1, 4};
-      case kInt16:
-        return {inputs_, elements * 2, c_.elements * 2, masks, 2};
-      case kInt32:
-        return {inputs_, elements * 4, c_.elements * 4, masks, 4};
-      case kFloat32:
-        return {inputs_, elements * 4, c_.elements * 4, 1, 4};
+      case kBytes: return {divided_up(inputs_, 4), 4, c_.in.stride, 1, 4};
+      case kInt16: return {inputs_, elements * 2, c_.elements * 2, masks, 2};
+      case kInt32: return {inputs_, elements * 4, c_.elements * 4, masks, 4};
+      case kFloat32: return {inputs_, elements * 4, c_.elements * 4, 1, 4};
     }
     return {};
   }
@@ -368,15 +364,12 @@ class LayerBuilder {
 
   void store_level(int o, int tap, int channel, int level) {
     switch (c_.form) {
-      case kLookup:
-        return add_digit(weight(o, tap, 0), channel, level);
+      case kLookup: return add_digit(weight(o, tap, 0), channel, level);
       case kBytes:
         weight(o, tap, channel / 4)[channel % 4] = static_cast<char>(level);
         return;
-      case kInt16:
-        return store_lane<int16_t>(weight(o, tap, channel), level);
-      default:
-        return store_lane<int32_t>(weight(o, tap, channel), level);
+      case kInt16: return store_lane<int16_t>(weight(o, tap, channel), level);
+      default: return store_lane<int32_t>(weight(o, tap, channel), level);
     }
   }
 
@@ -423,20 +416,18 @@ class LayerBuilder {
         if (c_.a_bits == 1) return all.magnitudes;
         if (c_.sums || c_.form == kPlanes) return 0;
         return int64_t{2} * c_.steps;  // W2A2 lookups count 2 less each step's sum.
-      case kBytes:
-        return -4 * all.levels;  // Pixels are stored as level + 4.
+      case kBytes: return -4 * all.levels;  // Pixels are stored as level + 4.
       case kInt16:
       case kInt32:
         return c_.w_bits < 3 ? all.negative : 0;  // -x is computed as ~x = -x - 1.
-      case kFloat32:
-        return 0;
+      case kFloat32: return 0;
     }
     return 0;
   }
 
-  // Corrects 1-bit codes for zero padding. A pixel of padding counts as 0, but a bit can
-  // only say 1 or -1. The kernel reads its bits as 0, which is -1, so that each tap in
-  // the border contributes minus its weights instead of nothing:
+  // Corrects 1-bit codes for zero padding. A pixel of padding counts as 0, but a bit
+  // can only say 1 or -1. The kernel reads its bits as 0, which is -1, so that each tap
+  // in the border contributes minus its weights instead of nothing:
   //
   //   what the kernel sums = (taps inside) - (sum of the weights of taps in the border)
   //
@@ -445,8 +436,8 @@ class LayerBuilder {
   //
   //   border = all taps - taps inside = total - rectangle [top, bottom) x [left, right)
   //
-  // Other forms and other paddings need no correction. They have one class with all taps
-  // inside, for which the border's sum is 0.
+  // Other forms and other paddings need no correction. They have one class with all
+  // taps inside, for which the border's sum is 0.
   void choose_base() {
     const Window& w = c_.window;
     bool bits = (c_.form == kPlanes || c_.form == kLookup) && c_.a_bits == 1;
@@ -515,6 +506,7 @@ std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa) {
   const Map& out = program.values[op + 1].map;
   int parts = has_own_inputs(conv, in, out) ? 1 : conv.groups;
   std::vector<Layer> layers;
+  layers.reserve(parts);
   for (int part = 0; part < parts; part++)
     layers.push_back(LayerBuilder(program, op, isa, parts, part).take());
   return layers;

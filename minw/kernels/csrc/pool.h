@@ -1,7 +1,7 @@
 // Threads that help with a call.
 //
-// The caller works too, and it never waits for a helper that has not begun. A helper that
-// the system does not schedule therefore costs nothing.
+// The caller works too, and it never waits for a helper that has not begun. A helper
+// that the system does not schedule therefore costs nothing.
 #ifndef MINW_POOL_H_
 #define MINW_POOL_H_
 
@@ -22,11 +22,12 @@ class Pool {
  public:
   static Pool& shared() { return *shared_; }
 
-  // Calls work(0), ..., work(count - 1), in any order, on up to `threads` threads. `work`
-  // must not throw.
+  // Calls work(0), ..., work(count - 1), in any order, on up to `threads` threads.
+  // `work` must not throw.
   template <class Work>
   void run(size_t count, int threads, const Work& work) {
-    Job job(count, std::min<size_t>(std::max(threads, 1), count));
+    size_t most = std::max(threads, 1);
+    Job job(count, static_cast<int>(std::min(most, count)));
     job.call = [](const void* work, size_t i) { (*static_cast<const Work*>(work))(i); };
     job.work = &work;
     if (job.helpers) start(&job);
@@ -55,6 +56,7 @@ class Pool {
     try {
       for (; threads_ < std::min(job->helpers, kMaxThreads); threads_++)
         std::thread(&Pool::helper, this).detach();
+      // NOLINTNEXTLINE(bugprone-empty-catch)
     } catch (const std::system_error&) {
       // The system refuses more threads. The call runs on those that there are.
     }
@@ -96,8 +98,9 @@ class Pool {
 };
 
 // The pool is made when the library is loaded, and never destroyed, because helpers may
-// outlive static objects. A fork's child has no helpers, and one of them may have held the
-// lock. The child therefore starts with a new pool.
+// outlive static objects. A fork's child has no helpers, and one of them may have held
+// the lock. The child therefore starts with a new pool.
+// NOLINTNEXTLINE(bugprone-throwing-static-initialization): there is no library without.
 inline Pool* const Pool::shared_ = [] {
   static Pool* pool = new Pool;
   pthread_atfork(nullptr, nullptr, [] { new (pool) Pool; });

@@ -1,3 +1,5 @@
+// Reads .minw files: parses the program, infers shapes and bounds of all values, checks
+// every rule of docs/format.md, and counts the cost.
 #include "program.h"
 
 #include <algorithm>
@@ -10,17 +12,36 @@ namespace {
 #error "little-endian only"
 #endif
 
-constexpr int64_t kMaxSize = 65536, kMaxPad = 64, kMaxStride = 64;
-constexpr int64_t kMaxElements = int64_t{1} << 24, kMaxPadded = int64_t{1} << 26;
-constexpr int64_t kMaxBound = int64_t{1} << 31, kMaxLogits = int64_t{1} << 24;
-constexpr int64_t kMaxChannels = int64_t{1} << 22, kMaxFile = int64_t{1} << 30;
-constexpr int kMaxOps = 4096, kMaxShift = 23, kMaxExponent = 40;
-// Magnitudes of float constants that are not 0.
-constexpr float kLeastConstant = 0x1p-40f, kMostConstant = 0x1p40f;
+// The limits of the format. minw/packed holds the same ones.
+constexpr int64_t kMaxFile = int64_t{1} << 30;      // Bytes of a file.
+constexpr int64_t kMaxSize = 65536;                 // Largest dimension.
+constexpr int64_t kMaxPad = 64;                     // Largest border on one side.
+constexpr int64_t kMaxStride = 64;                  // Largest stride or dilation.
+constexpr int64_t kMaxElements = int64_t{1} << 24;  // Elements of a value.
+constexpr int64_t kMaxPadded = int64_t{1} << 26;    // Elements of a padded input.
+constexpr int64_t kMaxChannels = int64_t{1} << 22;  // Channels of all values together.
+constexpr int64_t kMaxBound = int64_t{1} << 31;     // Integers stay below this.
+constexpr int64_t kMaxLogits = int64_t{1} << 24;    // Integers that float32 holds.
+constexpr int kMaxOps = 4096;                       // Operations of a program.
+constexpr int kMaxShift = 23;                       // Largest shift of an integer.
+constexpr int kMaxExponent = 40;                    // Floats stay below 2^40.
+
+// Magnitudes of float constants that are not 0. Only the constant that is added last
+// may be as small as kLeastAdded.
+constexpr float kLeastConstant = 0x1p-40f;
+constexpr float kMostConstant = 0x1p40f;
 constexpr float kLeastAdded = 0x1p-100f;
-constexpr int kOperations = 64, kStepOperations = 16, kFloatOperations = 512;
-constexpr int kFreePadding = 4, kOwnProducts = 256;
-constexpr int kHeader = 32;
+
+// Costs in operations: for each element that is read or made, for each number of a
+// window and each threshold of an element, and for rounding to a float format.
+constexpr int kOperations = 64;
+constexpr int kStepOperations = 16;
+constexpr int kFloatOperations = 512;
+
+constexpr int kFreePadding = 4;  // Padded weights that each weight of a file may cost.
+constexpr int kOwnProducts =
+    256;                     // Largest product of a group's sizes; has_own_inputs.
+constexpr int kHeader = 32;  // Bytes before the program.
 
 std::string str(int64_t x) { return std::to_string(x); }
 
@@ -53,8 +74,9 @@ class Reader {
 
   int size(const char* what) { return limited(what, 1, kMaxSize); }
 
-  // Float constants; see `constant`.
-  std::vector<float> constants(const char* what, size_t n, float least = kLeastConstant) {
+  // Float constants, each of which is 0 or neither tiny nor huge in magnitude.
+  std::vector<float> constants(const char* what, size_t n,
+                               float least = kLeastConstant) {
     const uint8_t* from = take(n * sizeof(float));
     std::vector<float> x(n);
     if (n) std::memcpy(x.data(), from, n * sizeof(float));
@@ -62,7 +84,7 @@ class Reader {
     return x;
   }
 
-  // A constant is 0, or its magnitude is neither tiny nor huge.
+  // One such constant.
   float constant(const char* what) {
     float x = get<float>();
     check(what, x, kLeastConstant);
@@ -76,20 +98,22 @@ class Reader {
     float size = std::fabs(x);
     if (x != 0 && !(least <= size && size <= kMostConstant))
       throw Error(std::string(what) + " is neither 0 nor between " +
-                  (least == kLeastAdded ? "2^-100" : "2^-40") + " and 2^40 in magnitude");
+                  (least == kLeastAdded ? "2^-100" : "2^-40") +
+                  " and 2^40 in magnitude");
   }
 
   const uint8_t *at_, *end_;
 };
 
-// Whether it is UTF-8 without a NUL, which would end a name of C. Refused are, as by
-// Python's decoder, codes that are longer than necessary, and surrogates.
+// Whether a name is UTF-8 without a NUL, which would end a string in C. As by Python's
+// decoder, surrogates and codes that are longer than necessary are refused.
 bool is_name(const uint8_t* at, const uint8_t* end) {
   while (at < end) {
     uint32_t first = *at++;
     if (first == 0) return false;
     if (first < 0x80) continue;
-    int more = first >= 0xf0 ? 3 : first >= 0xe0 ? 2 : 1;
+    int more = 1;  // Bytes that follow.
+    if (first >= 0xe0) more = first >= 0xf0 ? 3 : 2;
     if (first < 0xc2 || first > 0xf4 || end - at < more) return false;
     uint32_t code = first & (0x3f >> more);
     for (int i = 0; i < more; i++, at++) {
@@ -102,7 +126,7 @@ bool is_name(const uint8_t* at, const uint8_t* end) {
   return true;
 }
 
-// An exponent e: the magnitude of x is below 2^e.
+// The exponent e for which the magnitude of x is below 2^e.
 int exponent_of(float x) {
   int e;
   std::frexp(x, &e);
@@ -134,12 +158,12 @@ Map make_map(Kind kind, int bits, int64_t h, int64_t w, int64_t c) {
   if (h * w * c > kMaxElements)
     throw Error("a value of " + str(h) + " x " + str(w) + " x " + str(c) +
                 " has over 2^24 elements");
-  int stride = (c + kLane - 1) / kLane * kLane;
-  return {kind, bits, static_cast<int>(h), static_cast<int>(w), static_cast<int>(c),
-          stride};
+  int64_t stride = (c + kLane - 1) / kLane * kLane;
+  return {kind, bits, int(h), int(w), int(c), static_cast<int>(stride)};
 }
 
-int levels_of(int bits) { return bits == 3 ? 3 : 1; }  // q: the largest code.
+// The largest code.
+int levels_of(int bits) { return bits == 3 ? 3 : 1; }
 
 class Parser {
  public:
@@ -201,12 +225,12 @@ class Parser {
       case kShortcut: return shortcut(op);
       case kFloatNorm: return float_norm(op);
       case kAdd: return add(op);
+      default: throw Error("unknown kind " + str(kind));
     }
-    throw Error("unknown kind " + str(kind));
   }
 
   const Value& input(Op* op) {
-    op->inputs.push_back(in_.limited("input", 0, p_.values.size() - 1));
+    op->inputs.push_back(in_.limited("input", 0, int64_t(p_.values.size()) - 1));
     return p_.values[op->inputs.back()];
   }
 
@@ -216,7 +240,7 @@ class Parser {
     return value;
   }
 
-  // An op's shortcut, or null.
+  // The value of an operation's shortcut, or null if it has none.
   const Value* shortcut_of(Op* op, const Map& like) {
     op->shortcut = std::max(in_.get<int32_t>(), -1);
     if (op->shortcut == -1) return nullptr;
@@ -245,7 +269,7 @@ class Parser {
     return w;
   }
 
-  // How many pixels it spans.
+  // Pixels that a window spans.
   static int rows(const Window& w) { return (w.h - 1) * w.step_h + 1; }
   static int columns(const Window& w) { return (w.w - 1) * w.step_w + 1; }
 
@@ -284,7 +308,7 @@ class Parser {
     for (int& s : size) s = in_.size("size");
     auto [kh, kw, in, out] = size;
     op->window = window(kh, kw);
-    op->pad = in_.get<int8_t>();
+    op->pad = int{in_.get<int8_t>()};
     op->weight_unit = in_.constant("weight unit");
     op->unit = in_.constant("input unit");
     if (version_ > 1) {
@@ -299,15 +323,17 @@ class Parser {
     if (out % op->groups)
       throw Error(str(out) + " output channels in " + str(op->groups) + " groups");
     int edge = x.map.kind == kCode ? levels_of(x.map.bits) : 0;
-    if (std::abs(op->pad) > edge)
-      throw Error("padding by code " + str(op->pad));
-    uint64_t row = uint64_t{1} * kh * kw * in;  // At most kMaxPadded.
-    uint64_t count = row * out;
+    if (std::abs(op->pad) > edge) throw Error("padding by code " + str(op->pad));
+    int64_t row = int64_t{1} * kh * kw * in;  // At most kMaxPadded.
+    uint64_t count = uint64_t{1} * row * out;
     uint64_t bytes;
     switch (format) {
-      case 1: case 2: case 3: bytes = (count + 7) / 8 * format; break;
+      case 1:
+      case 2:
+      case 3: bytes = (count + 7) / 8 * format; break;
       case kFloat8: bytes = count; break;
-      case kHalf: case kBfloat: bytes = count * 2; break;
+      case kHalf:
+      case kBfloat: bytes = count * 2; break;
       case kSingle: bytes = count * 4; break;
       default: throw Error("unknown weight format " + str(format));
     }
@@ -317,7 +343,8 @@ class Parser {
                        out_w(x.map, op->window), out);
     Value value = {map, false, {}};
     float largest = format > 3 ? largest_weight(op->weights) : 0;
-    if (!exact) value.exponent = checked_exponent(exponent_of_products(*op, x, row, largest));
+    if (!exact)
+      value.exponent = checked_exponent(exponent_of_products(*op, x, row, largest));
     for (int o = 0; exact && o < out; o++) {
       const int64_t* bound = x.bound.data() + int64_t{o} / (out / op->groups) * in;
       value.bound.push_back(checked(sum_bound(op->weights, o, row, bound, in)));
@@ -325,14 +352,15 @@ class Parser {
     return value;
   }
 
-  // The bound of an output channel with `row` weights, over `in` channels.
+  // Bounds the sum of output channel `out`: the sum over its `row` weights of magnitude
+  // times the bound of the input channel.
   static int64_t sum_bound(const Weights& weights, int64_t out, int64_t row,
                            const int64_t* bound, int64_t in) {
     int64_t sum = 0;
     bool even = std::equal(bound + 1, bound + in, bound);
     for (int64_t tap = 0; tap < row; tap += in)
       for (int64_t i = 0; i < in; i += 64) {
-        int n = std::min<int64_t>(64, in - i);
+        int n = static_cast<int>(std::min<int64_t>(64, in - i));
         Bits b = weights.bits(out * row + tap + i, n);
         for (int m = 0; m < 3; m++) {
           if (even) sum += (bound[0] * __builtin_popcountll(b.mask[m])) << m;
@@ -353,21 +381,19 @@ class Parser {
     return largest;
   }
 
-  // That of FLOAT sums of `row` products.
+  // Bounds the exponent of FLOAT sums of `row` products.
   static int exponent_of_products(const Op& op, const Value& x, int64_t row,
                                   float largest) {
-    int weight = op.weights.grid()
-                     ? bit_length(op.weights.format == 3 ? 4 : 1) +
-                           exponent_of(op.weight_unit)
-                     : exponent_of(largest);
-    int pixel = x.map.kind == kFloat ? x.exponent
-                                     : bit_length(x.most()) + exponent_of(op.unit);
+    int weight = exponent_of(largest);
+    if (op.weights.grid())
+      weight = bit_length(op.weights.format == 3 ? 4 : 1) + exponent_of(op.weight_unit);
+    int pixel =
+        x.map.kind == kFloat ? x.exponent : bit_length(x.most()) + exponent_of(op.unit);
     return weight + pixel + bit_length(row);
   }
 
   static int checked_exponent(int exponent) {
-    if (exponent > kMaxExponent)
-      throw Error("its floats may reach 2^" + str(exponent));
+    if (exponent > kMaxExponent) throw Error("its floats may reach 2^" + str(exponent));
     return exponent;
   }
 
@@ -418,7 +444,7 @@ class Parser {
           std::memcpy(&wide, from, 4);
         else
           std::memcpy(&narrow, from, 2), wide = narrow;
-        // x <= t is ~x >= ~t.
+        // For falling channels, x <= t is computed as ~x >= ~t; see finish.inc.
         op->thresholds[static_cast<size_t>(row) * stride + i] = wide ^ op->flip[i];
       }
     return code(x.map, op->bits);
@@ -505,7 +531,7 @@ class Parser {
     if (op->format != kFloat8 && op->format != kHalf && op->format != kBfloat &&
         op->format != kSingle)
       throw Error("unknown format " + str(op->format));
-    // What is rounded to a format is between -1 and 1.
+    // Values that are rounded to a format are between -1 and 1.
     return {make_map(kFloat, 0, x.map.h, x.map.w, x.map.c), false, {}, 1};
   }
 
@@ -519,8 +545,7 @@ class Parser {
     int shift_a = shift(op, a), shift_b = shift(op, b);
     Value value = {make_map(kInt, 0, a.map.h, a.map.w, a.map.c), false, {}};
     for (int c = 0; c < a.map.c; c++)
-      value.bound.push_back(
-          checked((a.bound[c] << shift_a) + (b.bound[c] << shift_b)));
+      value.bound.push_back(checked((a.bound[c] << shift_a) + (b.bound[c] << shift_b)));
     return value;
   }
 
@@ -531,39 +556,43 @@ class Parser {
   bool ended_ = false;
 };
 
-// The cost of a network, as docs/format.md counts it. The products exceed 64 bits.
+// The cost of a network, as docs/format.md counts it. Its products exceed 64 bits.
 
 using Cost = unsigned __int128;
 
-Cost up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+Cost up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 int64_t padded_pixels(const Map& in, const Window& w) {
   return int64_t{in.h + w.top + w.bottom} * (in.w + w.left + w.right);
 }
 
-// Elements of a value with its channels padded.
+// Elements of a value whose channels are padded.
 Cost stored(const Map& m) { return Cost(m.h) * m.w * m.stride; }
 
-// Elements that a convolution reads, with the border.
+// Elements of a convolution's input with its border.
 Cost padded_elements(const Op& op, const Map& in, const Map& out) {
   bool own = has_own_inputs(op, in, out);
-  return Cost(padded_pixels(in, op.window)) * (own ? in.c / op.groups * out.stride : in.c);
+  int pixel = own ? in.c / op.groups * out.stride : in.c;
+  return Cost(padded_pixels(in, op.window)) * pixel;
 }
 
-// Weights with input and output channels padded, as in kernels.
+// Weights of a convolution whose channels are padded as the kernels need them.
 Cost padded_weights(const Op& op, const Map& in, const Map& out) {
   Cost taps = Cost(op.window.h) * op.window.w, inputs = in.c / op.groups;
   if (has_own_inputs(op, in, out)) return taps * inputs * up(out.c, 64);
   return op.groups * taps * up(in.c / op.groups, 8) * up(out.c / op.groups, 64);
 }
 
-// Operations for an element of a result, without multiplications.
+// Operations for an element of a result, besides a convolution's products.
 int64_t element_operations(const Op& op) {
   switch (op.kind) {
     case kMaxPool:
     case kSumPool:
       return kOperations + kStepOperations * int64_t{op.window.h} * op.window.w;
-    case kThreshold: return kOperations + kStepOperations * int64_t{op.codes} * op.count;
+    case kThreshold:
+      return kOperations + kStepOperations * int64_t{op.codes} * op.count;
     case kFloatNorm: return kFloatOperations;
     default: return kOperations;
   }
@@ -577,7 +606,8 @@ void check_limits(const Program& p, const Limits& limits) {
     for (int value : p.ops[i].inputs) last[value] = i;
     if (p.ops[i].shortcut >= 0) last[p.ops[i].shortcut] = i;
   }
-  std::vector<Cost> ending(n);  // Bytes of the values that an operation is the last to need.
+  // Bytes of the values that each operation is the last one to need.
+  std::vector<Cost> ending(n);
   auto bytes = [&](int value) {
     const Map& m = p.values[value].map;
     return stored(m) * m.size();
@@ -591,7 +621,8 @@ void check_limits(const Program& p, const Limits& limits) {
     Cost work = 0;
     live += bytes(i + 1);
     if (op.kind == kConv) {
-      Cost weights = padded_weights(op, in, out), elements = padded_elements(op, in, out);
+      Cost weights = padded_weights(op, in, out);
+      Cost elements = padded_elements(op, in, out);
       Cost free = Cost(op.weights.count) * kFreePadding;
       padding += weights > free ? weights - free : 0;
       work = 4 * elements;
@@ -604,36 +635,39 @@ void check_limits(const Program& p, const Limits& limits) {
   auto check = [](const char* name, Cost need, uint64_t limit) {
     if (need > limit)
       throw Error(std::string("its ") + name + " exceeds the limit of " +
-                  std::to_string(limit) + "; higher limits are for files that you trust");
+                  std::to_string(limit) +
+                  "; higher limits are for files that you trust");
   };
   check("padding", padding, limits.padding);
   check("memory", memory, limits.memory);
   check("operations", operations, limits.operations);
 }
 
-// Up to 64 bits from bit `first` on; `bytes` in all.
+// The n <= 64 bits from bit `first` on, of a plane of `bytes` bytes.
 uint64_t bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n) {
   uint64_t byte = first / 8, low = 0;
   std::memcpy(&low, plane + byte, std::min<uint64_t>(8, bytes - byte));
-  int shift = first % 8;
+  int shift = static_cast<int>(first % 8);
   low >>= shift;
   if (shift && byte + 8 < bytes) low |= uint64_t{plane[byte + 8]} << (64 - shift);
   return n == 64 ? low : low & ((uint64_t{1} << n) - 1);
 }
 
+// float8_e4m3fn: 4 bits of exponent with bias 7, 3 of mantissa. It has no infinities.
 float float8(uint8_t x) {
   int exponent = x >> 3 & 15, mantissa = x & 7;
   if (exponent == 15 && mantissa == 7) return NAN;
-  float magnitude = exponent ? std::ldexp(8.0f + mantissa, exponent - 10)
-                             : std::ldexp(static_cast<float>(mantissa), -9);
+  float magnitude = exponent ? std::ldexp(float(8 + mantissa), exponent - 10)
+                             : std::ldexp(float(mantissa), -9);
   return x & 128 ? -magnitude : magnitude;
 }
 
+// float16: 5 bits of exponent with bias 15, 10 of mantissa.
 float half(uint16_t x) {
   int exponent = x >> 10 & 31, mantissa = x & 1023;
-  float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                    : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
-                                   : std::ldexp(static_cast<float>(mantissa), -24);
+  float magnitude = exponent ? std::ldexp(float(1024 + mantissa), exponent - 25)
+                             : std::ldexp(float(mantissa), -24);
+  if (exponent == 31) magnitude = mantissa ? NAN : INFINITY;
   return x & 0x8000 ? -magnitude : magnitude;
 }
 
@@ -674,16 +708,19 @@ float Weights::value(uint64_t i) const {
       return four;
     }
     case kSingle: std::memcpy(&four, data + 4 * i, 4); return four;
+    default: break;  // A grid.
   }
   Bits b = bits(i, 1);
-  float magnitude = b.mask[0] + 2 * b.mask[1] + 4 * b.mask[2];
+  float magnitude = static_cast<float>(b.mask[0] + 2 * b.mask[1] + 4 * b.mask[2]);
   return b.positive ? magnitude : 0 - magnitude;
 }
 
 float rounded(float x, int format) {
   if (format == kSingle || x == 0 || !std::isfinite(x)) return x;
-  int mantissa = format == kFloat8 ? 3 : format == kHalf ? 10 : 7;
-  int smallest = format == kFloat8 ? -9 : format == kHalf ? -24 : -133;
+  // Bits of the mantissa, and the exponent of the smallest magnitude.
+  int mantissa = 7, smallest = -133;  // bfloat16
+  if (format == kFloat8) mantissa = 3, smallest = -9;
+  if (format == kHalf) mantissa = 10, smallest = -24;
   int exponent = std::max(std::ilogb(x) - mantissa, smallest);
   if (std::ilogb(x) < -126) exponent = -126;  // XLA has no denormal bfloat16.
   return std::ldexp(std::nearbyint(std::ldexp(x, -exponent)), exponent);
@@ -692,11 +729,12 @@ float rounded(float x, int format) {
 Program parse(const uint8_t* bytes, size_t size, const Limits& limits) {
   static const uint8_t kMagic[8] = {'M', 'I', 'N', 'W', 0x0d, 0x0a, 0x1a, 0};
   if (size < kHeader) throw Error("too short for a packed network");
-  if (std::memcmp(bytes, kMagic, 8)) throw Error("not a packed network");
+  if (std::memcmp(bytes, kMagic, 8) != 0) throw Error("not a packed network");
   Reader header(bytes + 8, bytes + kHeader);
   uint32_t version = header.get<uint32_t>();
   if (version != 1 && version != 2)
-    throw Error("version " + str(version) + " of the format is not known (1 and 2 are)");
+    throw Error("version " + str(version) +
+                " of the format is not known (1 and 2 are)");
   if (size > kMaxFile) throw Error("the file has over 2^30 bytes");
   uint32_t crc = header.get<uint32_t>();
   if (header.get<uint64_t>() != size) throw Error("the file is cut short or too long");

@@ -1,4 +1,4 @@
-// A .minw file, read and checked.
+// A .minw file that was read and checked.
 #ifndef MINW_PROGRAM_H_
 #define MINW_PROGRAM_H_
 
@@ -30,13 +30,13 @@ enum OpKind : uint8_t {
 
 enum Format : uint8_t { kFloat8 = 8, kHalf = 16, kBfloat = 17, kSingle = 32 };
 
-// Weights on a grid, 64 of a row at a time: bit i set where weight i ...
+// Up to 64 neighboring weights on a grid. Bit i belongs to weight i.
 struct Bits {
-  uint64_t positive;  // ... is positive,
-  uint64_t mask[3];   // ... has the magnitude 1, 2, 4.
+  uint64_t positive;  // Set where the weight is positive.
+  uint64_t mask[3];   // Set where its magnitude is 1, 2 or 4.
 };
 
-// Into the file's bytes, ordered [out][kh][kw][in].
+// Weights in the file's bytes, ordered [out][kh][kw][in].
 struct Weights {
   int format;
   const uint8_t* data;
@@ -44,23 +44,23 @@ struct Weights {
 
   bool grid() const { return format <= 3; }
   Bits bits(uint64_t first, int n) const;
-  float value(uint64_t i) const;  // Of a float format; of a grid, the level.
+  float value(uint64_t i) const;  // The float, or the level of a grid.
 };
 
 struct Op {
   OpKind kind;
   std::string name;
-  std::vector<int> inputs;  // Value ids, without the shortcut.
-  std::vector<int> shifts;  // Of inputs, to the left.
+  std::vector<int> inputs;  // Values that it reads, without the shortcut.
+  std::vector<int> shifts;  // Shifts of the inputs, to the left.
   int shortcut = -1;
   Window window = {};
   Weights weights = {};
   int pad = 0;
   int groups = 1;  // Groups of a convolution's channels.
   float weight_unit = 1, unit = 1, shortcut_unit = 1;
-  int bits = 0;  // Of codes that it makes.
-  int format = 0;  // Of FLOAT_NORM.
-  int before = 0;  // Channels that a shortcut fills.
+  int bits = 0;    // Bits of the codes that it makes.
+  int format = 0;  // Format of FLOAT_NORM; 0 for logits.
+  int before = 0;  // Channels of zeros before a shortcut's own ones.
   std::vector<float> center, scale, constant, grid;
   std::vector<int32_t> flip, thresholds;  // [channel], [code][count][channel]
   int codes = 0, count = 0;
@@ -68,10 +68,10 @@ struct Op {
 
 struct Value {
   Map map;
-  bool zeros;  // 1-bit codes of which some may be 0.
-  std::vector<int64_t> bound;  // Of the magnitudes of a channel's INTs or levels.
-  int exponent = 0;  // FLOATs are below 2^exponent in magnitude.
-  int64_t most() const;  // Of all channels.
+  bool zeros;                  // Whether some codes of 1 bit may be 0.
+  std::vector<int64_t> bound;  // Bound of a channel's magnitudes: INTs, or levels.
+  int exponent = 0;            // FLOATs are below 2^exponent in magnitude.
+  int64_t most() const;        // The largest bound of a channel.
 };
 
 struct Program {
@@ -79,7 +79,7 @@ struct Program {
   std::vector<uint8_t> offset;
   int channels, classes;
   std::vector<Op> ops;
-  std::vector<Value> values;  // The image, then one for each op.
+  std::vector<Value> values;  // The image, then the result of each operation.
   std::string metadata;
 };
 
@@ -90,15 +90,19 @@ struct Limits {
   uint64_t operations = uint64_t{1} << 38;  // Operations for an image.
 };
 
-// The weights point into the bytes. Throws Error, before anything large is allocated.
+// Parses a file and checks it. The weights of the result point into the bytes. Throws
+// Error before anything large is allocated.
 Program parse(const uint8_t* bytes, size_t size, const Limits& limits);
 
-// Whether the lanes of vectors are output channels with inputs of their own. That is for
-// convolutions where each output channel reads few inputs and few others read the same
-// ones. Pixels then hold an element for each output channel and input of its group.
+// Whether a convolution in groups runs with inputs of their own for all output
+// channels. This is for groups of few channels, such as depthwise convolutions: each
+// output channel reads few inputs, and few others read the same ones. Output channels
+// of all groups then lie in the lanes of vectors, and pixels hold an element for each
+// of them and each input of its group. Other convolutions in groups are split.
 bool has_own_inputs(const Op& op, const Map& in, const Map& out);
 
-float rounded(float x, int format);  // To the nearest of a float format, ties to even.
+// Rounds to the nearest number of a float format, ties to even.
+float rounded(float x, int format);
 
 }  // namespace minw
 

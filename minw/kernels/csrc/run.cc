@@ -117,26 +117,18 @@ class Run {
     const Map& out = map(index + 1);
     char* to = at(index + 1);
     switch (op.kind) {
-      case kConv:
-        return split_conv(index, x, out, to);
-      case kMaxPool:
-        return max_pool(op, x, out, to);
-      case kSumPool:
-        return sum_pool(op, x, out, to);
+      case kConv: return split_conv(index, x, out, to);
+      case kMaxPool: return max_pool(op, x, out, to);
+      case kSumPool: return sum_pool(op, x, out, to);
       case kThreshold:
         return net_.isa.threshold(net_.thresholds[index], ints(x),
                                   op.shortcut >= 0 ? codes(op.shortcut) : nullptr,
                                   pixels(out), reinterpret_cast<int8_t*>(to));
-      case kLogits:
-        return make_logits(op, x);
-      case kConcat:
-        return concat(op, out, to);
-      case kShortcut:
-        return shortcut(op, x, out, to);
-      case kFloatNorm:
-        return float_norm(op, x, out, to);
-      case kAdd:
-        return add(op, reinterpret_cast<int32_t*>(to));
+      case kLogits: return make_logits(op, x);
+      case kConcat: return concat(op, out, to);
+      case kShortcut: return shortcut(op, x, out, to);
+      case kFloatNorm: return float_norm(op, x, out, to);
+      case kAdd: return add(op, reinterpret_cast<int32_t*>(to));
     }
   }
 
@@ -157,8 +149,9 @@ class Run {
     const Map& in = map(x);
     auto run = [&](auto* from) {
       using X = std::decay_t<decltype(*from)>;
-      pool(op.window, in, out, from, n_, std::numeric_limits<X>::lowest(),
-           [](X a, X b) { return b > a ? b : a; }, reinterpret_cast<X*>(to));
+      pool(
+          op.window, in, out, from, n_, std::numeric_limits<X>::lowest(),
+          [](X a, X b) { return b > a ? b : a; }, reinterpret_cast<X*>(to));
     };
     if (in.kind == kCode)
       run(codes(x));
@@ -173,14 +166,17 @@ class Run {
     const Map& in = map(x);
     auto* sums = reinterpret_cast<int32_t*>(to);
     if (in.kind == kCode)
-      pool(op.window, in, out, codes(x), n_, int32_t{0},
-           [](int32_t a, int8_t b) { return a + level(b); }, sums);
+      pool(
+          op.window, in, out, codes(x), n_, int32_t{0},
+          [](int32_t a, int8_t b) { return a + level(b); }, sums);
     else if (in.kind == kInt)
-      pool(op.window, in, out, ints(x), n_, int32_t{0},
-           [](int32_t a, int32_t b) { return a + b; }, sums);
+      pool(
+          op.window, in, out, ints(x), n_, int32_t{0},
+          [](int32_t a, int32_t b) { return a + b; }, sums);
     else
-      pool(op.window, in, out, floats(x), n_, 0.0f,
-           [](float a, float b) { return a + b; }, reinterpret_cast<float*>(to));
+      pool(
+          op.window, in, out, floats(x), n_, 0.0f,
+          [](float a, float b) { return a + b; }, reinterpret_cast<float*>(to));
   }
 
   // The logits of integers: normalized in the order of operations that training has.
@@ -210,8 +206,7 @@ class Run {
         auto* sums = reinterpret_cast<int32_t*>(to) + first;
         for (size_t i = 0; i < pixels(out); i++)
           for (int c = 0; c < in.c; c++)
-            sums[i * out.stride + c] =
-                ints(x)[i * in.stride + c] * (1 << op.shifts[k]);
+            sums[i * out.stride + c] = ints(x)[i * in.stride + c] * (1 << op.shifts[k]);
       }
       first += in.c;
     }
@@ -236,8 +231,9 @@ class Run {
                                     : floats(value)[i];
   }
 
-  // Batch norm, an optional shortcut, HardTanh and a quantizer, all in float32 and in the
-  // order of operations that training has. Format 0 gives logits, without the last two.
+  // Batch norm, an optional shortcut, HardTanh and a quantizer, all in float32 and in
+  // the order of operations that training has. Format 0 gives logits, without the last
+  // two.
   void float_norm(const Op& op, int x, const Map& out, char* to) {
     const Map& in = map(x);
     for (size_t i = 0; i < pixels(in); i++)
