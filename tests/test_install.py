@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -42,6 +43,19 @@ def test_files(installed):
     for path in ours:
       assert (found / path.name).read_bytes() == path.read_bytes()
     assert len(ours) >= 4
+
+
+def test_sources_of_the_library(tmp_path):
+  """A source distribution holds all that the native library is built from."""
+  subprocess.run(
+      [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}", "sdist",
+       "-d", tmp_path], cwd=ROOT, check=True)
+  (path,) = tmp_path.glob("*.tar.gz")
+  with tarfile.open(path) as file:
+    names = {name.split("/", 1)[1] for name in file.getnames() if "/csrc/" in name}
+  csrc = ROOT / "minw" / "kernels" / "csrc"
+  assert names == {str(path.relative_to(ROOT)) for path in csrc.iterdir()}
+  assert len(names) > 20
 
 
 def test_experiments_by_name(installed, tmp_path):

@@ -64,6 +64,20 @@ def test_channels(isa, weights, activations, channels):
   assert network.isa == isa
 
 
+@pytest.mark.parametrize("activations", (1, 2, 3))
+@pytest.mark.parametrize("weights", (1, 2, 3))
+def test_kernel_names(isa, weights, activations):
+  """Kernels that depend on the bits name them, weights first."""
+  b = Builder(np.random.default_rng(0), (6, 7, 3))
+  b.conv(b.threshold(b.conv(0, 1, 64), activations), weights, 70)
+  (_, kernel), = native.load(packed.to_bytes(b.end(3))).layers()[2:3]
+  if 1 in (weights, activations) or weights == activations == 2:
+    assert kernel.split()[0] == f"W{weights}A{activations}"
+    assert kernel.endswith("table lookup" if isa == "avx2" else "popcount")
+  else:
+    assert kernel.split()[0] in ("int8", "int16")
+
+
 @pytest.mark.parametrize("size", range(1, 12))
 def test_kernel_sizes(isa, size):
   rng = np.random.default_rng(size)
