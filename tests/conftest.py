@@ -74,3 +74,16 @@ def prepared_data(original_data, tmp_path_factory):
     return folder
 
   return of
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """CIFAR data sets are those of `cifar_files`, with a few images each."""
+  import cifar_files
+  from minw.data import cifar
+  from minw.data import datasets
+
+  originals, infos = cifar_files.small_tables()
+  for name in cifar_files.COUNTS:
+    monkeypatch.setitem(cifar.ORIGINALS, name, originals[name])
+    monkeypatch.setitem(datasets._INFOS, name, infos[name])

@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 
 from minw import errors
-from minw import prepare
+from minw.data import cifar
 from minw.data import imagenet
 from minw.data import unpickle
 from python2_pickles import dump
 from python2_pickles import pickled
+import cifar_files
 import test_imagenet
-import test_prepare
-
-small = test_prepare.small  # A fixture.
 
 COUNT = int(os.environ.get("MINW_ARCHIVE_MUTANTS", "1000"))
 HANG = 300  # Seconds of a mutant, after which all tests end with a traceback.
@@ -118,10 +116,10 @@ def bounded():
 @pytest.mark.parametrize("version", ["binary", "python"])
 def test_mutants_of_cifar(small, bounded, version, tmp_path):
   """Of the archive, which may be compressed."""
-  folder = test_prepare.write_directory(tmp_path / "original", "cifar10", version)
+  folder = cifar_files.write_directory(tmp_path / "original", "cifar10", version)
   members = {f"{folder.name}/{path.name}": path.read_bytes()
              for path in sorted(folder.iterdir())}
-  original, outcomes = test_prepare.tar_of(members), Outcomes()
+  original, outcomes = cifar_files.tar_of(members), Outcomes()
   source = tmp_path / "source.tar"
   for number in range(COUNT):
     rng = random.Random(number)
@@ -132,7 +130,7 @@ def test_mutants_of_cifar(small, bounded, version, tmp_path):
         content[rng.randrange(len(content))] = rng.randrange(256)
         del content[rng.choice((len(content), rng.randrange(len(content)))):]
     source.write_bytes(content)
-    outcomes.count(lambda: prepare._read_source("cifar10", source), errors.UsageError)
+    outcomes.count(lambda: cifar.read_source("cifar10", source), errors.UsageError)
   assert sum(outcomes.values()) == COUNT and len(outcomes) == 2
 
 

@@ -92,8 +92,9 @@ def test_packed_networks_see_every_example_in_order(monkeypatch):
 
   files = records(6, damaged=(2,))
   monkeypatch.setattr(datasets, "open_records", lambda *_: files)
+  info = datasets.info("imagenet2012")
   found = list(sources.source_batches(
-      datasets.info("imagenet2012"), "test", None, 4, image_shape=(8, 10, 3), **options))
+      info, "test", None, 4, image_shape=(8, 10, 3), **options))
   assert [batch.images.shape for batch in found] == [(4, 8, 10, 3)] * 2
   assert np.concatenate([batch.labels for batch in found]).tolist() == [
       500, 501, -1, 503, 504, 505, -1, -1]

@@ -1,0 +1,106 @@
+"""Writes data sets as TensorFlow Datasets does, without TensorFlow.
+
+The result is to have the records, keys, order and descriptions that TFDS itself would
+write, and therefore TFDS's own builders write it. Two things in them need TensorFlow.
+Reading the original files and encoding images is one: a subclass of each builder takes
+its records from elsewhere. The other is TFDS's shuffler. It keeps records beyond a
+limit in temporary files, which it opens with `tf.io.gfile`, and TFDS has no option to
+open them otherwise. While a data set is written, a patch therefore puts `_FILES` in the
+place of `tf` in the shuffler's module. minw changes no other package elsewhere.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import resource
+import types
+from typing import Any, Iterator, Sequence
+from unittest import mock
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import registered
+from tensorflow_datasets.core import shuffle
+from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
+from tensorflow_datasets.image_classification import cifar as tfds_cifar
+import tqdm
+
+_BUILDERS = {
+    "cifar10": tfds_cifar.Cifar10,
+    "cifar100": tfds_cifar.Cifar100,
+    "imagenet2012": imagenet2012_dataset_builder.Builder,
+}
+
+NAMES = tuple(_BUILDERS)
+
+# The part of TensorFlow that TFDS's shuffler uses.
+_FILES = types.SimpleNamespace(
+    io=types.SimpleNamespace(gfile=types.SimpleNamespace(
+        GFile=lambda path, mode: open(path, mode),
+        exists=os.path.exists, remove=os.remove)),
+    errors=types.SimpleNamespace(ResourceExhaustedError=()))
+
+
+def version(dataset: str) -> str:
+  """Returns the version of a data set that `write` writes, 3.0.2 for example."""
+  return str(_BUILDERS[dataset].VERSION)
+
+
+def write(
+    dataset: str,
+    label_names: dict[str, Sequence[str]],
+    splits: dict[str, Iterator[tuple[int | str, dict[str, Any]]]],
+    folder: pathlib.Path,
+    *,
+    bars: bool,
+) -> pathlib.Path:
+  """Writes a data set and returns its directory, FOLDER/DATASET/VERSION.
+
+  Args:
+    dataset: One of `NAMES`.
+    label_names: Class names by feature, where TFDS would read them from the source.
+    splits: The key and the record of each example, by split.
+    folder: Folder to write to.
+    bars: Whether bars show the progress, where stderr is a terminal.
+
+  Raises:
+    OSError: A file cannot be written.
+  """
+  with registered.skip_registration():  # TFDS has a class of this name.
+
+    class Builder(_BUILDERS[dataset]):
+      """TFDS's builder, with records that are given."""
+
+      name = dataset
+      __module__ = _BUILDERS[dataset].__module__  # TFDS looks for its texts there.
+
+      def _split_generators(self, dl_manager):
+        for key, names in label_names.items():
+          self.info.features[key].names = names
+        return {split: self._generate_examples(split) for split in splits}
+
+      def _generate_examples(self, split):
+        return tqdm.tqdm(splits[split], desc=f"{dataset} {split}", unit=" records",
+                         disable=None if bars else True)
+
+  _allow_open_files(shuffle.BUCKETS_NUMBER + 100)
+  builder = Builder(data_dir=folder, file_format="array_record")
+  tfds.disable_progress_bar()  # The bars above take its place.
+  try:
+    with contextlib.redirect_stdout(io.StringIO()), \
+        mock.patch.object(shuffle, "tf", _FILES):  # TFDS prints that it downloads.
+      builder.download_and_prepare()
+  except RuntimeError as error:  # array_record raises it where a write fails.
+    raise OSError(str(error)) from error
+  finally:
+    tfds.enable_progress_bar()
+  return pathlib.Path(builder.data_dir)
+
+
+def _allow_open_files(count: int) -> None:
+  """Raises the limit of open files to `count`, or as far as is allowed."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  unlimited = resource.RLIM_INFINITY
+  if soft != unlimited and soft < count:
+    soft = count if hard == unlimited else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
