@@ -18,6 +18,7 @@ import pytest
 
 from minw import errors
 from minw.data import streamed
+from minw.data.batches import Examples
 
 
 def records(count, damaged=()):
@@ -110,6 +111,7 @@ def test_workers_make_the_same_batches(workers):
 _STARTED_AND_KILLED = """
 import multiprocessing, signal, sys, time
 from minw.data import streamed
+from minw.data.batches import Examples
 import test_streamed
 
 if __name__ == "__main__":
@@ -212,7 +214,7 @@ def test_processes_share_each_batch(count):
                       for i in range(count)]
   for whole, shares in ((batches, parts), (centres, parts_of_centres)):
     assert {len(batch.labels) for part in shares for batch in part} == {8 // count}
-    assert_equal([batches.Examples(*map(np.concatenate, zip(*same)))
+    assert_equal([Examples(*map(np.concatenate, zip(*same)))
                   for same in zip(*shares, strict=True)], whole)
 
 
