@@ -111,7 +111,6 @@ def test_workers_make_the_same_batches(workers):
 _STARTED_AND_KILLED = """
 import multiprocessing, signal, sys, time
 from minw.data import streamed
-from minw.data.batches import Examples
 import test_streamed
 
 if __name__ == "__main__":
