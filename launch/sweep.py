@@ -19,8 +19,8 @@ with code 75; a second one kills them. Exit codes besides: 0 all done, 1 some no
 input.
 
 Several sweeps may work on one directory: a run belongs to the process that holds the
-lock of its workdir, which `minw.workdir.locks` describes and `minw.main` takes as well. Where
-that is not sure to hold between machines, give each machine runs of its own with
+lock of its workdir, which `minw.workdir.locks` describes and `minw.main` takes as well.
+Where that is not sure to hold between machines, give each machine runs of its own with
 --only, as what --emit writes does.
 
 Tried on Linux with CPUs, on a local file system; the division of GPUs and network file
@@ -123,7 +123,8 @@ def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
   errors.check(bool(names), "sweep", sweep, "a sweep of at least one run")
   for name in names:
     valid = isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z][\w.=+-]*", name))
-    errors.check(valid, "name of a run", name, "a letter, then letters, digits and . = + - _")
+    errors.check(valid, "name of a run", name,
+                 "a letter, then letters, digits and . = + - _")
     errors.check(names.count(name) == 1, "name of a run", name, "unique in the sweep")
   return [_make_run(pathlib.Path(folder), names, *entry) for entry in listed]
 
@@ -180,7 +181,8 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
     The number of training steps of each run that is not done, by name.
 
   Raises:
-    errors.UsageError: a config cannot be run, its data are missing, or its workdir holds
+    errors.UsageError: a config cannot be run, its data are missing, or its workdir
+      holds
       a run of another config.
   """
   import jax
@@ -211,8 +213,8 @@ def _with_locks(run: Run) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise errors.UsageError(f"dir={str(run.workdir.parent)!r} can not be written to, or "
-                            f"has no locks: {error}") from error
+    raise errors.UsageError(f"dir={str(run.workdir.parent)!r} cannot be written to,"
+                            f" or has no locks: {error}") from error
 
 
 _NO_RECORD = {"steps": 0, "failures": 0, "code": 0, "reason": "", "seconds": 0.0,
@@ -293,7 +295,7 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
 
 
 def _read_status(run: Run) -> tuple[dict[str, Any], str]:
-  """What status.json holds, and what is wrong with it, which the run mends when started."""
+  """The content of status.json, and its fault, which the run mends when it starts."""
   try:
     status, fault = run_files.read_status(str(run.workdir)), ""
   except json_files.Damaged as error:

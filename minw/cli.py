@@ -122,10 +122,10 @@ def guarded(function: Callable, *arguments: Any) -> Any:
   """Calls `function`, and ends the process at once if that raises an error.
 
   An `errors.UsageError` is printed as one line and exits with its code, which is 2 for
-  bad input. An error of the file system is one line, too, and exits with 74. An interrupt
-  (SIGINT) exits with 130. Output to a pipe that no one reads any more, as after
-  `| head`, exits with 141 and says nothing. Any other exception is a bug, whose traceback
-  is printed; the code is 1. `--verbosity=1` shows all tracebacks.
+  bad input. An error of the file system is one line, too, and exits with 74. An
+  interrupt (SIGINT) exits with 130. Output to a pipe that no one reads any more, as
+  after `| head`, exits with 141 and says nothing. Any other exception is a bug, whose
+  traceback is printed; the code is 1. `--verbosity=1` shows all tracebacks.
   """
   try:
     try:

@@ -289,7 +289,7 @@ def copy(config: config_dict.ConfigDict, **changes: Any) -> config_dict.ConfigDi
 
 
 def from_json(text: str) -> config_dict.ConfigDict:
-  """The config that `to_json` or a run wrote; fields that are newer have their defaults.
+  """The config that `to_json` or a run wrote; newer fields have their defaults.
 
   Raises:
     errors.UsageError: it is damaged, or fields are unknown or of another type.

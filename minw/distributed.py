@@ -62,9 +62,10 @@ def initialize(
 def saying_who_ends() -> Iterator[None]:
   """Inside, an error of one process of several says so; `cli.guarded` ends the process.
 
-  It ends without a farewell: Python would wait at its end for the other processes, which
-  wait for this one. They notice within the heartbeat timeout. After an `Agreed` error,
-  all processes do say farewell, so that each can print it before the first is gone.
+  It ends without a farewell: Python would wait at its end for the other processes,
+  which wait for this one. They notice within the heartbeat timeout. After an `Agreed`
+  error, all processes do say farewell, so that each can print it before the first is
+  gone.
   """
   try:
     yield
@@ -76,9 +77,9 @@ def saying_who_ends() -> Iterator[None]:
   except (Exception, KeyboardInterrupt) as error:
     if jax.distributed.is_initialized():
       error.add_note(
-          f"process {jax.process_index()} of {jax.process_count()} ends here, or another"
-          " one did before; none can go on alone, and the same commands again resume"
-          " from the last checkpoint")
+          f"process {jax.process_index()} of {jax.process_count()} ends here, or"
+          " another one did before; none can go on alone, and the same commands again"
+          " resume from the last checkpoint")
     raise
 
 

@@ -219,7 +219,8 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   cli.DEFINE_path("workdir", None, "Workdir of a run.")
   cli.DEFINE_path(
-      "model", None, "Packed network instead of a run: a file, or the name of a network "
+      "model", None,
+      "Packed network instead of a run: a file, or the name of a network "
       "that comes with minw.")
   flags.DEFINE_string(
       "dataset", None,
@@ -234,7 +235,8 @@ def define_flags() -> None:
       "Directory of the prepared data sets. By default it is where the run's config "
       "says, and for a packed network ~/tensorflow_datasets.")
   flags.DEFINE_integer(
-      "data_workers", None, "Processes that decode images of imagenet2012. By default as "
+      "data_workers", None,
+      "Processes that decode images of imagenet2012. By default as "
       "many as the run's config says, and for a packed network threads of this one.",
       lower_bound=0)
 

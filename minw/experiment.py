@@ -121,7 +121,7 @@ class Experiment:
   """
 
   def __init__(self, config: Any):
-    """Raises `errors.UsageError` where the config can not be run."""
+    """Raises `errors.UsageError` where the config cannot be run."""
     c = self.config = config
     config_lib.validate(c)
     self.info = datasets.info(c.dataset, c.data_dir)

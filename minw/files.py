@@ -1,7 +1,7 @@
 """Writing of files: whole or not at all, and on the disk when it returns.
 
-Every file that minw leaves is written here, except those that grow by being appended to.
-This module needs the standard library alone.
+Every file that minw leaves is written here, except those that grow by being appended
+to. This module needs the standard library alone.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ _CANNOT_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
   """Writes or replaces a file in one move.
 
-  The content is written to a file beside it of a name that no other process uses, synced
-  to the disk, and renamed. No reader sees half of it, and a full disk, an interrupt or a
-  power failure leaves the file as it was. A process that is killed may leave the other
-  file, whose name ends in ".part".
+  The content is written to a file beside it of a name that no other process uses,
+  synced to the disk, and renamed. No reader sees half of it, and a full disk, an
+  interrupt or a power failure leaves the file as it was. A process that is killed may
+  leave the other file, whose name ends in ".part".
 
   A symbolic link to a file is followed; one that leads nowhere is replaced. What is
   neither file nor link, such as /dev/stdout or a pipe, is written to as it is.
@@ -41,7 +41,8 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
     if mode is not None and not stat.S_ISREG(mode):
       if stat.S_ISDIR(mode):
         raise IsADirectoryError(
-            errno.EISDIR, "a folder is in the place of this file; move it away", str(path))
+            errno.EISDIR, "a folder is in the place of this file; move it away",
+            str(path))
       _write_into(path, data)
       return
     target = path if mode is None else path.resolve()
@@ -70,13 +71,13 @@ def _mode(path: pathlib.Path) -> int | None:
 
 
 def _write_into(path: pathlib.Path, data: bytes) -> None:
-  """Writes to a device or pipe; a pipe that no process reads is an error, not a wait."""
+  """Writes to a device or pipe; a pipe that no process reads is an error."""
   try:
     number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
   except OSError as error:
     if error.errno == errno.ENXIO:
-      error.strerror = ("a pipe that no process reads is in the place of this file; move it"
-                        " away")
+      error.strerror = ("a pipe that no process reads is in the place of this file;"
+                        " move it away")
     raise
   os.set_blocking(number, True)
   with open(number, "wb") as file:

@@ -114,7 +114,8 @@ class Network:
         import jax
       except ImportError as error:
         raise errors.UsageError(
-            "backend='xla' needs JAX, which is not installed: pip install jax") from error
+            "backend='xla' needs JAX, which is not installed: pip install jax"
+        ) from error
       from minw.kernels import xla
       operands, function = xla.logits(self.program)
       self._logits = functools.partial(jax.jit(function), operands)
@@ -159,7 +160,8 @@ class Network:
     """
     images = self._checked(images)
     if not len(images):
-      raise ValueError(f"images of shape {images.shape}: must be a batch of at least one")
+      raise ValueError(f"images of shape {images.shape}: must be a batch of at least"
+                       " one")
     if self.backend == "native":
       return self._native.values(images)
     if self.backend == "xla":
@@ -313,8 +315,8 @@ def read_image(
 ) -> np.ndarray:
   """Reads an image file: upright, opaque, and of the shape that is asked for.
 
-  An image of another size is scaled until its shorter side fits (unless it is larger and
-  `shrink` is false), and its centre is taken; see `images.centre`.
+  An image of another size is scaled until its shorter side fits (unless it is larger
+  and `shrink` is false), and its centre is taken; see `images.centre`.
 
   Args:
     path: Path of the file.
@@ -458,7 +460,8 @@ def define_flags() -> None:
       "threads", None, "Threads of the native backend; one for each core by default.",
       lower_bound=1)
   flags.DEFINE_bool(
-      "limits", True, "Whether to refuse a network that takes much memory or time for its"
+      "limits", True,
+      "Whether to refuse a network that takes much memory or time for its"
       " size. Leave it on for files that you do not trust.")
   flags.DEFINE_bool("kernels", False, "Whether to list what ran each operation.")
   flags.DEFINE_integer(

@@ -61,8 +61,8 @@ def read_lines(
 ) -> list[dict[str, Any]]:
   """Reads a file with a JSON object on each line.
 
-  A last line that does not end was being written when its process was killed. It is left
-  out.
+  A last line that does not end was being written when its process was killed. It is
+  left out.
 
   Args:
     path: Path of the file.
@@ -95,7 +95,8 @@ def read_text(path: str | os.PathLike[str]) -> str | None:
   try:
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-      raise Damaged(path, "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
+      raise Damaged(path,
+                    "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
     return pathlib.Path(path).read_bytes().decode()
   except (FileNotFoundError, NotADirectoryError):
     return None
@@ -105,7 +106,9 @@ def read_text(path: str | os.PathLike[str]) -> str | None:
     raise Damaged(path, "it is not text in UTF-8") from error
 
 
-def _checked(text: str, check: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
+def _checked(
+    text: str, check: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
   if not text.strip("\0 \r\n\t"):
     raise ValueError("it is empty")
   try:

@@ -7,8 +7,8 @@ A layer is called as layer(x, alpha, mode). The modes:
     "hard"   the network that is deployed, on the variables that `minw.fold` makes
     "fold"   makes those variables; x is made by `fold_probe.make_rows`
 
-With alpha = 1 the first two use the hard quantizers of Eq 20. In "mixed" layers sow what
-their estimator made, and its alpha, as "value" into the collection "quantized".
+With alpha = 1 the first two use the hard quantizers of Eq 20. In "mixed" layers sow
+what their estimator made, and its alpha, as "value" into the collection "quantized".
 """
 
 import fnmatch
@@ -41,8 +41,8 @@ class LayerInfo(NamedTuple):
     path: its name, with those of the modules around it: "block1/conv2".
     kind: "conv", "dense" or "norm".
     bits: of its weights; of its output for a norm, None if that is not quantized.
-    input_bits: the bits of what it receives, 16 for an image, 32 for accumulators; those
-      of a sum of n codes are log2(n) more.
+    input_bits: the bits of what it receives, 16 for an image, 32 for accumulators;
+      those of a sum of n codes are log2(n) more.
     input_shape, output_shape: without the batch.
     kernel_shape: (..., inputs of a group, outputs); empty for a norm.
     channel_parameters: how many float32 numbers a norm keeps besides.
@@ -130,8 +130,8 @@ class QuantConv(nn.Module):
     _check_padding(self.padding)
     groups = self.feature_group_count
     if not _is_count(groups, 1) or self.features % groups:
-      raise ValueError(f"feature_group_count={groups!r}: must be a positive integer that"
-                       f" divides features={self.features}")
+      raise ValueError(f"feature_group_count={groups!r}: must be a positive integer"
+                       f" that divides features={self.features}")
     super().__post_init__()
 
   @nn.compact
@@ -361,8 +361,8 @@ def _check_group(path: str, shape: Sequence[int], group_size: int) -> None:
   """
   if (group_size or shape[0]) * math.prod(shape[1:-1]) == 1:
     raise ValueError(
-        f"{path}: batch norm of one example of shape {tuple(shape[1:])} sees one value of"
-        " each channel, which teaches it nothing: train with at least 2 examples")
+        f"{path}: batch norm of one example of shape {tuple(shape[1:])} sees one value"
+        " of each channel, which teaches it nothing: train with at least 2 examples")
 
 
 class _GroupedBatchNorm(nn.Module):

@@ -27,7 +27,8 @@ def define_flags() -> None:
   cli.DEFINE_path(
       "workdir", None, "Directory of the run, the same one for all processes.")
   flags.DEFINE_bool(
-      "distributed", False, "Whether this is one process of several. On TPU pods, under "
+      "distributed", False,
+      "Whether this is one process of several. On TPU pods, under "
       "Slurm and under Open MPI no other flag is needed.")
   flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens.")
   flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)

@@ -234,7 +234,7 @@ class _Walk:
         self._described(x.value) for x in given if isinstance(x, _Array))
 
   def _described(self, value: int) -> str:
-    """A layer's name; for what stands between layers, also those of layers before it."""
+    """The name of a layer; between layers, also the names of the layers before."""
     if not value:
       return "the image"
     between = (packed.Pool, packed.Concat, packed.Shortcut, packed.Add)
@@ -653,7 +653,8 @@ def define_flags() -> None:
       "checkpoint", "last", ["last", "best"],
       "The last checkpoint, or the one with the best validation accuracy.")
   flags.DEFINE_bool(
-      "verify", False, "Whether to compare every layer with the trained network, on its "
+      "verify", False,
+      "Whether to compare every layer with the trained network, on its "
       "test split, or on random images where there are no data.")
   cli.DEFINE_path(
       "data_dir", None,

@@ -25,8 +25,8 @@ import numpy as np
 
 GRID_BITS = (1, 2, 3, 4, 5)
 FLOAT_FORMATS = ("float8_e4m3fn", "bfloat16", "float16", "float32")
-ALLOWED_BITS = (f"one of {', '.join(map(str, GRID_BITS))} or a float format named by its"
-                f" dtype: {', '.join(FLOAT_FORMATS)}")  # For errors.
+ALLOWED_BITS = (f"one of {', '.join(map(str, GRID_BITS))} or a float format named by"
+                f" its dtype: {', '.join(FLOAT_FORMATS)}")  # For errors.
 THRESHOLD_RULES = ("layer_mean", "channel_mean", "fixed")
 SMALLEST = 2.0 ** -126  # The smallest normal float32 number.
 

@@ -91,7 +91,8 @@ def alpha(
 
   def schedule(step):
     # max: with end = 0 every step, the first included, is past the end.
-    progress = (jnp.asarray(step, jnp.float32) + float(end == 0)) / max(end * num_steps, 1)
+    done = jnp.asarray(step, jnp.float32) + float(end == 0)
+    progress = done / max(end * num_steps, 1)
     done = progress * layers
     if depth is not None:
       order = jnp.arange(depth, dtype=jnp.float32)

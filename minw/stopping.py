@@ -2,12 +2,12 @@
 
 A scheduler sends SIGTERM whenever it likes: while modules are imported, which takes
 seconds, while data are read or XLA compiles, and between two training steps. As long as
-nothing would be lost, the process ends at once. Later, `StopSignal` notes the signal and
-the run saves its state first.
+nothing would be lost, the process ends at once. Later, `StopSignal` notes the signal
+and the run saves its state first.
 
-Python runs a signal's handler only when the main thread returns to Python code. That may
-take minutes, in a compilation for example. Hence `watch` starts a thread, which Python
-tells of each signal as it arrives, and which can end the process meanwhile.
+Python runs a signal's handler only when the main thread returns to Python code. That
+may take minutes, in a compilation for example. Hence `watch` starts a thread, which
+Python tells of each signal as it arrives, and which can end the process meanwhile.
 """
 
 import contextlib
@@ -122,8 +122,9 @@ def following() -> dict[str, str]:
 def end_with_parent() -> None:
   """Makes this process, one of `multiprocessing`, end when its parent is gone.
 
-  A parent that is killed cannot end its workers, which would wait for it forever. (Linux
-  can send a signal instead, but does so when the thread that started the process ends.)
+  A parent that is killed cannot end its workers, which would wait for it forever.
+  (Linux can send a signal instead, but does so when the thread that started the process
+  ends.)
   """
   parent = multiprocessing.parent_process().pid
 

@@ -87,8 +87,9 @@ def compare(
   for name, (count, size) in zip(names, totals, strict=True):
     if count:
       return Comparison(
-          f"{name}: {count} of {size} values of the hard network differ from the trained"
-          " network's on equal inputs, by more than rounding", labels, len(images))
+          f"{name}: {count} of {size} values of the hard network differ from the"
+          " trained network's on equal inputs, by more than rounding",
+          labels, len(images))
   return Comparison(None, labels, len(images))
 
 
@@ -115,8 +116,8 @@ def _compare_batch(model, folded, variables, hard, images):
     scale = fold_probe.scale_of(folded.layers[position].output_rows)
     want = value * jnp.asarray(scale, jnp.float32)
     if want.shape != eqn.outvars[0].aval.shape:
-      raise _Different(f"{name}: gives arrays of shape {eqn.outvars[0].aval.shape} in the"
-                       f" trained network and {want.shape} in the hard one")
+      raise _Different(f"{name}: gives arrays of shape {eqn.outvars[0].aval.shape} in"
+                       f" the trained network and {want.shape} in the hard one")
     compare_layer = _norm_differs if "batch_norm" in call.split(
         given)[2]["params"] else _sums_differ
     differs = compare_layer(call, given, its_hard, want)
@@ -165,7 +166,8 @@ def _mixed(call, operands, x):
   """A trained layer's output for `x`, and what it made of its weights."""
   given = [x, *operands[1:]]
   return structure.apply_layer(
-      call, given, "mixed", mutable=["quantized"], rngs={"estimator": jax.random.key(0)})
+      call, given, "mixed", mutable=["quantized"],
+      rngs={"estimator": jax.random.key(0)})
 
 
 def _sums_differ(call, operands, hard, want):
@@ -205,6 +207,7 @@ def _norm_differs(call, operands, hard, want):
   constant = (hard["scale"] == 0) & (slope > 0)
   margin = jnp.maximum(
       _NEAR * made_of, jnp.where(constant, jnp.abs(x - stats["mean"]), 0))
-  near = jnp.stack([_mixed(call, operands, at)[0] for at in (x, x - margin, x + margin)])
+  near = jnp.stack([
+      _mixed(call, operands, at)[0] for at in (x, x - margin, x + margin)])
   slack = _TOLERANCE * jnp.abs(want).max()
   return (want < near.min(0) - slack) | (want > near.max(0) + slack)

@@ -31,8 +31,8 @@ def text(
     program: How the command is started, without its flags.
     about: Description of the command.
     own: Its flags. The first line of a flag's help describes the flag. If the flag has
-      fields, the other lines are their table, which follows all flags. A flag whose attribute `positional` is true takes
-      arguments that are not flags, too.
+      fields, the other lines are their table, which follows all flags. A flag whose
+      attribute `positional` is true takes arguments that are not flags, too.
     common: Flags that all commands have.
     required: Names of the flags that must be given.
   """
@@ -53,7 +53,8 @@ def text(
 
 def sentence(flag: flags.Flag) -> str:
   """The description of a flag, without what absl adds to it and without its table."""
-  text = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])  # Enumerations begin so.
+  # Enumerations begin so.
+  text = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])
   return text.removesuffix(";")  # absl goes on to say that the flag may be repeated.
 
 

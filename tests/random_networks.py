@@ -1,8 +1,8 @@
 """Random networks, out of all that may be packed and of what nearly may.
 
 A `RandomNetwork` draws its structure from its seed while it is called, so that every
-mode sees the same network. `near_miss` names the one thing in it that a user might write
-and that cannot be packed, or only just; "" stands for none.
+mode sees the same network. `near_miss` names the one thing in it that a user might
+write and that cannot be packed, or only just; "" stands for none.
 """
 
 import flax.linen as nn
@@ -88,7 +88,8 @@ class RandomNetwork(nn.Module):
       y = draw.one_of(
           lambda: y + layers.QuantConv(
               conv.features, conv.kernel_size, conv.strides, conv.padding,
-              bits=draw.bits())(x, alpha, mode) if conv.kernel_dilation == (1, 1) else y,
+              bits=draw.bits())(x, alpha, mode) if conv.kernel_dilation == (1,
+                                                                            1) else y,
           lambda: jnp.concatenate([y, y], -1),
           lambda: jnp.concatenate([y, other(
               layers.NormQuant(**draw.norm(""))(y, alpha, mode), alpha, mode)], -1))
@@ -111,7 +112,8 @@ class RandomNetwork(nn.Module):
           lambda: layers.max_pool(y, 2), lambda: layers.max_pool(y, 3, True),
           lambda: nn.max_pool(y, (2, 3), (1, 2)),
           lambda: nn.max_pool(y, (3, 3), (2, 2), padding=((1, 1), (0, 2))),
-          lambda: nn.avg_pool(y, (2, 2), (2, 2)), lambda: nn.avg_pool(y, (2, 1), (1, 1)))
+          lambda: nn.avg_pool(y, (2, 2), (2, 2)),
+          lambda: nn.avg_pool(y, (2, 1), (1, 1)))
     if miss == "own parameter" or draw.chance(0.1):
       name = f"{draw.integer(0, 10**6)}"
       shift = self.param("shift" + name, _normal, (y.shape[-1],))
@@ -217,7 +219,8 @@ class _Draw:
     padding = self.one_of("SAME", "SAME", "SAME", "VALID", tuple(
         (self.integer(0, 3), self.integer(0, 3)) for _ in range(2)))
     if miss == "odd padding":
-      padding = self.one_of("same", "SAME_LOWER", 1, (1, 1), "CIRCULAR", ((1, 0), (2, 3)))
+      padding = self.one_of("same", "SAME_LOWER", 1, (1, 1), "CIRCULAR",
+                            ((1, 0), (2, 3)))
     pad_value = 0.0 if first else self.one_of(0.0, 0.0, -1.0, 1.0)
     groups = self.one_of(1, 1, 1, 2, x.shape[-1])
     features = dict(

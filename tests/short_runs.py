@@ -1,4 +1,4 @@
-"""Short runs on the digits, stopped where a test says, and all that they leave behind."""
+"""Short runs on the digits, stopped where a test says, and what they leave behind."""
 
 import contextlib
 import functools
@@ -72,7 +72,8 @@ _init_state = train.init_state
 def shared_programs(draw=False):
   """Runs of equal configs compile their programs once in this process.
 
-  They run under JAX's strict promotion. Without `draw`, curves.png is a file of nothing.
+  They run under JAX's strict promotion. Without `draw`, curves.png is a file of
+  nothing.
   """
   with (pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("strict"),
         jax.numpy_rank_promotion("raise")):

@@ -42,8 +42,10 @@ def variables_of(model, seed=0):
   rng = np.random.default_rng(seed)
   draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
           "mean": lambda n: rng.normal(0, 2, n),
-          "var": lambda n: rng.uniform(1, 40, n), "scale": lambda n: rng.normal(0, 1, n),
-          "bias": lambda n: rng.normal(0, 0.5, n), "shift": lambda n: rng.normal(0, 3, n),
+          "var": lambda n: rng.uniform(1, 40, n),
+          "scale": lambda n: rng.normal(0, 1, n),
+          "bias": lambda n: rng.normal(0, 0.5, n),
+          "shift": lambda n: rng.normal(0, 3, n),
           "gain": lambda n: rng.choice([-1.5, 0.3, 2, 0.7], n),
           "positive": lambda n: rng.uniform(0.2, 2, n)}
   shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))

@@ -1,4 +1,4 @@
-"""minw.data.archives: what is read of tar archives, and what is refused before it is read."""
+"""minw.data.archives: what is read of tar archives, and what is refused before."""
 
 import io
 import tarfile

@@ -94,7 +94,8 @@ def test_refuses_in_one_line():
       ("trian",): "subcommand 'trian' does not exist; did you mean 'train'?",
       ("train", "--config.batchsize=8"): "config field 'batchsize' does not exist",
       ("configs", "--configs=none.py"): "config='none.py': must be a name or",
-      ("configs", "--config=x.py"): "there is no flag --config; did you mean --configs?",
+      ("configs", "--config=x.py"): "there is no flag --config; did you mean"
+                                    " --configs?",
       ("inference", "--batches=1,x"): "batches='1,x': must be positive integers",
       ("data", "--config.dataset=cifar10", "--config.crop_size=24"):
           "config.dataset='cifar10': must be a data set that is streamed: imagenet2012",

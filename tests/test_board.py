@@ -1,4 +1,4 @@
-"""minw.workdir.board: what TensorBoard is shown, and that it never stands in the way of a run."""
+"""minw.workdir.board: what TensorBoard is shown; it never stands in a run's way."""
 
 import errno
 import itertools
@@ -131,7 +131,8 @@ def test_tensorboard_after_a_kill(tmp_path):
 
 
 def warnings_in(caplog):
-  return [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+  return [entry.getMessage() for entry in caplog.records
+          if entry.levelname == "WARNING"]
 
 
 def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path, caplog):

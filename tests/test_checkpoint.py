@@ -25,7 +25,7 @@ from short_runs import stop_before
 from short_runs import tiny_config
 from short_runs import trees_of
 
-# Orbax drops what else it was reading when one array can not be read.
+# Orbax drops what else it was reading when one array cannot be read.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -117,7 +117,8 @@ DAMAGES = {
     "run of nothing": lambda folder: (folder / "run" / "metadata").write_text("{}"),
     "run missing": lambda folder: shutil.rmtree(folder / "run"),
     "another run": lambda folder: (folder / "run" / "metadata").write_text(
-        (folder / "run" / "metadata").read_text().replace('"step": 19', '"step": 18', 1)),
+        (folder / "run" / "metadata").read_text().replace('"step": 19', '"step": 18',
+                                                          1)),
     "another checksum": lambda folder: change_record(folder, crc32=12345),
     "another accuracy": lambda folder: change_record(folder, accuracy=0.99),
     "no accuracy": lambda folder: change_record(folder, accuracy=None),
@@ -319,7 +320,8 @@ def test_best_of_none_known_is_the_newest(tmp_path):
 
 @pytest.mark.parametrize("name", [
     "lr=[0.1]", "[!a]", "[", "]", "a*b", "**", "a?", "a\\b", "\\", "\\[", "gs:", "s3:x",
-    " ", "a b", "a\nb", "Zahl-\u00e9\U0001f389", "\udc80", "~", "%41", "#x", "{a}", "$HOME",
+    " ", "a b", "a\nb", "Zahl-\u00e9\U0001f389", "\udc80", "~", "%41", "#x", "{a}",
+    "$HOME",
     "'\"", "checkpoints", "12", "x.orbax-checkpoint-tmp"])
 def test_workdirs_of_any_name(name, tmp_path):
   """Orbax looks for files by patterns, and TensorStore refuses backslashes."""

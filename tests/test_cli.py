@@ -220,10 +220,12 @@ def test_experiment_files(refuses, name, reason):
     ("nan.py", "config.alpha_end=nan: must be in [0, 1]"),
     ("grüße.py", "config.seed=-1: must be in [0, 2^32)"),
     ("folder", "config 'folder' does not exist; known: cifar_convnet, cifar_densenet1"),
-    ("digits_convne", "config 'digits_convne' does not exist; did you mean 'digits_con"),
+    ("digits_convne",
+     "config 'digits_convne' does not exist; did you mean 'digits_con"),
     ("experiments/digits_convnet.py", "config='experiments/digits_convnet.py': no such "
      "file here; did you mean --config=digits_convnet, which comes with minw?"),
-    ("cifar_convnet:sed=1", "config argument 'sed' does not exist; did you mean 'seed'"),
+    ("cifar_convnet:sed=1",
+     "config argument 'sed' does not exist; did you mean 'seed'"),
     (f"{CIFAR}:sed=1", "config argument 'sed' does not exist; did you mean 'seed'?"),
     (f"{CIFAR}:seed", "config argument='seed': must be name=value"),
     (f"{CIFAR}:network=E", "ConvNet 'E' does not exist; known: A, B, C, D"),
@@ -269,7 +271,8 @@ def test_what_experiment_files_say(refuses, name, message):
     ("--config.seed=é", "config.seed='é': must be of type int"),
     ("--config.seed=-1", "config.seed=-1: must be in [0, 2^32)"),
     ("--config.seed=4294967296", "config.seed=4294967296: must be in [0, 2^32)"),
-    ("--noconfig.seed", "there is no flag --noconfig.seed; did you mean --config.seed?"),
+    ("--noconfig.seed",
+     "there is no flag --noconfig.seed; did you mean --config.seed?"),
     ("--config.random_flip=maybe", "config.random_flip='maybe': must be of type bool"),
     ("--config.random_flip=2", "config.random_flip='2': must be of type bool"),
     ("--config.conv_widths=(32,", "config.conv_widths='(32,': must be of type tuple"),
@@ -340,7 +343,8 @@ def test_hostile_values_end_in_a_line(run, tmp_path):
   count = os.environ.get("MINW_CONFIG_VALUES", "60")
   if count != "all":
     pairs = random.Random(0).sample(pairs, int(count))
-  program = ("import runpy, signal, sys; signal.alarm(60); sys.modules.pop('minw.main', 0);"
+  program = ("import runpy, signal, sys; signal.alarm(60);"
+             " sys.modules.pop('minw.main', 0);"
              " runpy.run_module('minw.main', run_name='__main__', alter_sys=True)")
   bad, codes = [], collections.Counter()
   for i, (name, value) in enumerate(pairs):
@@ -407,7 +411,7 @@ FAST = ("--config.conv_widths=()", "--config.dense_widths=()")
 
 
 def test_a_workdir_below_a_file(refuses):
-  refuses("workdir='file/below' can not be written to: ", "minw.main",
+  refuses("workdir='file/below' cannot be written to: ", "minw.main",
           f"--config={DIGITS}", *FAST, "--workdir=file/below")
 
 
@@ -424,7 +428,7 @@ def tiny_config(**changes):
 
 
 @pytest.mark.parametrize("workdir, message", [
-    ("file", "workdir='file' can not be written to: "),
+    ("file", "workdir='file' cannot be written to: "),
     ("no_json", "...config.json is damaged: "),
     ("null", "...config.json is damaged: "),
     ("misspelt", "...config field 'sed' does not exist; did you mean 'seed'?"),
@@ -581,7 +585,8 @@ def test_run(run, main, code, out, err):
 
 
 @pytest.mark.parametrize("error, code, last", [
-    ("errors.UsageError('x')", 2, "error: x"), ("KeyboardInterrupt", 130, "interrupted"),
+    ("errors.UsageError('x')", 2, "error: x"),
+    ("KeyboardInterrupt", 130, "interrupted"),
     ("OSError(5, 'Broken', '/a')", 74, "error: /a: Broken"), ("ValueError(3)", 1,
                                                           "ValueError: 3")])
 def test_an_error_does_not_wait_for_threads(error, code, last):
@@ -600,7 +605,8 @@ def test_an_error_does_not_wait_for_threads(error, code, last):
     ("os.kill(os.getpid(), signal.SIGINT); return 0", 130, "interrupted\n"),
 ])
 def test_interrupt(run, main, code, err):
-  program = "import os, signal\n" + _COMMAND.format(required=False, main=main, run="main")
+  program = "import os, signal\n" + _COMMAND.format(required=False, main=main,
+                                                    run="main")
   assert run("command", code=program) == (code, "", err)
 
 
@@ -630,7 +636,8 @@ sys.stdout = open(1, "w", closefd=False)
 
 
 @pytest.mark.parametrize("main", [
-    "print('x')", "print('x', flush=True)", "print('x' * 10**6)", "print(1); sys.exit(0)"
+    "print('x')", "print('x', flush=True)", "print('x' * 10**6)",
+    "print(1); sys.exit(0)"
 ])
 def test_output_that_no_one_reads(run, main):
   program = _PIPE + _COMMAND.format(required=False, main=main, run="main")
@@ -687,7 +694,8 @@ FILES_WITH_ARGUMENTS = {"config", "configs"}
 PATHS = sorted({  # (command, subcommand, flag)
     ("minw train", "", "workdir"), ("minw evaluate", "", "workdir"),
     ("minw evaluate", "", "model"), ("minw evaluate", "", "data_dir"),
-    ("minw pack", "", "workdir"), ("minw pack", "", "out"), ("minw pack", "", "data_dir"),
+    ("minw pack", "", "workdir"), ("minw pack", "", "out"),
+    ("minw pack", "", "data_dir"),
     ("minw infer", "", "model"), ("minw infer", "", "images"),
     ("minw export", "", "workdir"), ("minw export", "", "model"),
     ("minw export", "", "out"), ("minw export", "", "golden"),
@@ -824,7 +832,8 @@ def test_help_lists_all_flags_with_their_defaults(run, launchers):
 
 @pytest.mark.parametrize("argv", [
     ("minw.main", "-h"), ("minw.main", "--bogus", "--help"), ("minw.report", "-h"),
-    ("minw.report", "tables", "-h"), ("minw", "-h"), ("minw", "help", "train"), ("minw",),
+    ("minw.report", "tables", "-h"), ("minw", "-h"), ("minw", "help", "train"),
+    ("minw",),
     ("minw.infer", "--help", "--model=x")])
 def test_help_needs_nothing_else(run, argv):
   result = run(*argv)
@@ -913,7 +922,8 @@ def test_completion(run, launchers):
   assert complete(result.out, "minw", "pack", "--w") == ["--workdir="]
   assert complete(result.out, "minw", "pack", "--v") == ["--verify"]
   assert complete(result.out, "minw", "report", "c") == ["compare", "collect"]
-  assert complete(result.out, "minw", "train", "--config.num") == ["--config.num_epochs="]
+  assert complete(result.out, "minw", "train",
+                  "--config.num") == ["--config.num_epochs="]
   zsh = run("minw", "completion", "zsh").out
   assert zsh.endswith(result.out) and zsh.startswith("autoload -U +X bashcompinit")
   for argv in ((), ("fish",), ("bash", "zsh")):

@@ -32,7 +32,8 @@ _PLACEHOLDERS = {
     "$size": "quarter", "$1_$2": "cifar10_A", "dataset=$1": "dataset=cifar10",
     "network=$2": "network=A", "seeds=$3": "seeds=3"}
 _START = re.compile(
-    r"(python -m minw[\w.]*|python launch/\w+\.py|launch/slurm\.sbatch|launch/tpu_vm\.sh"
+    r"(python -m minw[\w.]*|python"
+    r" launch/\w+\.py|launch/slurm\.sbatch|launch/tpu_vm\.sh"
     r"|(?<![-\w/.`])minw (?=[a-z]))")
 
 # What is checked in the place of a command's work.
@@ -62,7 +63,7 @@ cli.run(dict.fromkeys(names, check) if names else check, module.define_flags)
 
 
 class Command(NamedTuple):
-  """A documented command: the module that it runs, its arguments, and where it stands."""
+  """A documented command: its module, its arguments, and the place of its text."""
 
   module: str
   argv: tuple[str, ...]
@@ -70,7 +71,7 @@ class Command(NamedTuple):
 
 
 def texts():
-  """(file, text) of all documentation: documents, docstrings and comments of scripts."""
+  """Yields (file, text) of documents, docstrings and comments of scripts."""
   for pattern in ("*.md", "docs/**/*.md", "results/**/*.md", "minw/networks/*.md"):
     for path in sorted(ROOT.glob(pattern)):
       yield str(path.relative_to(ROOT)), path.read_text()

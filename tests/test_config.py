@@ -71,7 +71,8 @@ def test_defaults_of_an_unknown_data_set():
 
 
 @pytest.mark.parametrize("name, value, message", [
-    ("crop_sze", 9, "config field 'crop_sze' does not exist; did you mean 'crop_size'?"),
+    ("crop_sze", 9,
+     "config field 'crop_sze' does not exist; did you mean 'crop_size'?"),
     ("crop_size", "9", "config.crop_size='9': must be of type int"),
     ("crop_size", 9.5, "config.crop_size=9.5: must be of type int"),
     ("seed", True, "config.seed=True: must be of type int"),
@@ -524,7 +525,8 @@ def test_parse_argument_refuses(text, message):
 
 def test_crop_of_other_networks():
   c = config_lib.copy(config_lib.default_config(), network="alexnet", crop_size=32)
-  with pytest.raises(errors.UsageError, match="config.crop_size=32: must be at least 57"):
+  with pytest.raises(errors.UsageError,
+                     match="config.crop_size=32: must be at least 57"):
     config_lib.validate(c)
 
 

@@ -1,4 +1,4 @@
-"""Damage of every file of a workdir, and what the next start and the readers make of it.
+"""Damage of every file of a workdir: what the next start and the readers make of it.
 
 A start ends as a run does that was never disturbed, or in one line that names what is
 damaged. What has been lost and made again is said in a warning. Report, evaluate, pack
@@ -36,8 +36,10 @@ import sweep
 
 assert LAUNCH
 
-CONFIG = tiny_config(num_epochs=3, histogram_layers=("conv2", "dense*"), histogram_epochs=(1, 3))
-RECORDS = ("config.json", "status.json", "run.json", "metrics.jsonl", "histograms.jsonl")
+CONFIG = tiny_config(num_epochs=3, histogram_layers=("conv2", "dense*"),
+                     histogram_epochs=(1, 3))
+RECORDS = ("config.json", "status.json", "run.json", "metrics.jsonl",
+           "histograms.jsonl")
 SECONDS = 120  # What takes longer hangs.
 
 
@@ -153,7 +155,8 @@ def damages(workdir):
         for what, change in {
             "lost": lambda line: [], "twice": lambda line: [line, line],
             "cut": lambda line: [line[:30], b"\n"], "blank": lambda line: [b"\n"],
-            "joined": lambda line: [line[:-1]], "zeros": lambda line: [bytes(len(line))],
+            "joined": lambda line: [line[:-1]],
+            "zeros": lambda line: [bytes(len(line))],
         }.items():
           yield name, f"line {number} {what}", content(changed_line(number, change))
         line = json.loads(data.splitlines()[number])
@@ -394,7 +397,8 @@ def test_a_done_run_without_checkpoints_is_not_trained_again(workdirs, tmp_path)
   assert run(CONFIG, workdir)["state"] == "done"
   lines = (workdir / "metrics.jsonl").read_text().splitlines(True)
   (workdir / "metrics.jsonl").write_text("".join(lines[1:]))
-  with pytest.raises(errors.UsageError, match="2 training lines .* no checkpoint to make"):
+  with pytest.raises(errors.UsageError,
+                     match="2 training lines .* no checkpoint to make"):
     run(CONFIG, workdir)
   assert (workdir / "metrics.jsonl").read_text() == "".join(lines[1:])
 

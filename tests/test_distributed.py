@@ -307,7 +307,7 @@ def test_processes_come_and_go(tmp_path):
     assert codes == [75] * count, said
     status = run_files.read_status(str(workdir))
     assert status == {"state": "preempted", "step": saved}
-  # What can not be read is left out by all.
+  # What cannot be read is left out by all.
   halve(array_file(workdir / "checkpoints" / "32"))
   train_on(2, config, workdir, devices=2)
   assert os.listdir(workdir / "damaged_checkpoints")[0].startswith("32.")
@@ -385,7 +385,8 @@ def test_a_dead_process_ends_the_others(dead, tmp_path):
     (0, "raise OSError(5, 'Broken disk', '/a/b')", 74,
      "error: /a/b: Broken disk; the run is stopped, and the same command resumes it"
      " from its last checkpoint; "),
-    (0, "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]", 130, "interrupted; "),
+    (0, "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]", 130,
+     "interrupted; "),
 ])
 def test_an_error_of_one_ends_all(failing, action, code, message, tmp_path):
   processes = start(
@@ -426,7 +427,8 @@ def test_bad_input_ends_all_alike(tmp_path):
   other = tiny_config(seed=1)
   assert refusals([other, other], workdir) == {
       f"error: workdir='{workdir}' holds a run of another config (field: there, here):"
-      f" seed: 0, 1. Give this run another --workdir; with --config.init_from={workdir} it"
+      f" seed: 0, 1. Give this run another --workdir; with"
+      f" --config.init_from={workdir} it"
       " starts from the weights trained there"}
   assert refusals([config, other], workdir) == {
       "error: the processes were started with different configs (field: first process,"

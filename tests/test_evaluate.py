@@ -256,4 +256,5 @@ def test_done_without_its_final_lines_is_refused(read, plain, tmp_path):
     read(str(workdir))
   assert str(error.value).startswith(
       f"workdir='{workdir}': must be that of a run whose record is complete, but"
-      " metrics.jsonl has 0 lines of the test split for the last checkpoint instead of 1")
+      " metrics.jsonl has 0 lines of the test split for the last checkpoint instead of"
+      " 1")

@@ -301,7 +301,8 @@ def test_batches_are_made_as_configured():
     ({"batch_size": 128, "train_examples": 127},
      "config.batch_size=128: must be at most 127, the training examples of digits"),
     ({"eval_batch_size": 10**12}, "config.eval_batch_size=1000000000000: must be at "),
-    ({"num_epochs": 2**31 - 1}, "config.num_epochs=2147483647: must be at most 1130254"),
+    ({"num_epochs": 2**31 - 1},
+     "config.num_epochs=2147483647: must be at most 1130254"),
     ({"bits_rules": (("conv1", 2), ("conv3", 2))},
      "config.bits_rules='conv3': must be a pattern that matches one of conv1, "
      "norm_conv1, conv2, norm_conv2, dense1, norm_dense1, dense2"),

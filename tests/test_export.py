@@ -151,9 +151,12 @@ def groups_and_dilation(bits, pad=0):
   short = x
   y = b.conv(x, bits, 35, (3, 3), (1, 1), (2, 2, 2, 2), pad, 35, (2, 2))
   x = b.threshold(y, bits, short)
-  x = b.threshold(b.conv(x, bits, 70, (3, 2), (2, 1), (3, 3, 2, 1), pad, 7, (3, 3)), bits)
-  x = b.threshold(b.conv(x, bits, 96, (2, 3), (1, 2), (9, 1, 0, 7), pad, 1, (1, 3)), bits)
-  x = b.threshold(b.conv(x, bits, 64, (3, 3), (1, 1), (1, 1, 1, 1), pad, 1, (2, 1)), bits)
+  x = b.threshold(b.conv(x, bits, 70, (3, 2), (2, 1), (3, 3, 2, 1), pad, 7, (3, 3)),
+                  bits)
+  x = b.threshold(b.conv(x, bits, 96, (2, 3), (1, 2), (9, 1, 0, 7), pad, 1, (1, 3)),
+                  bits)
+  x = b.threshold(b.conv(x, bits, 64, (3, 3), (1, 1), (1, 1, 1, 1), pad, 1, (2, 1)),
+                  bits)
   x = b.conv(x, bits, 66, (3, 3), (1, 1), (2, 0, 1, 3), pad, 2, (1, 2))  # Whole words.
   x = b.threshold(b.add(packed.Pool("sum", x, "sum", (2, 2), (1, 1))), bits)
   x = b.threshold(b.conv(x, bits, 33, b.shape(x)[:2], pads=(0,) * 4, groups=33), bits)
@@ -429,7 +432,8 @@ def test_c_takes_less_stack_than_it_says(tmp_path, make, name, flag):
   subprocess.run(
       [compiler(name), "-std=c99", flag, "-I", tmp_path, "-o", tmp_path / "stack",
        ROOT / "tests" / "export" / "stack.c", tmp_path / "net.c"], check=True)
-  used = int(subprocess.run([tmp_path / "stack"], check=True, capture_output=True).stdout)
+  used = int(subprocess.run([tmp_path / "stack"], check=True,
+                            capture_output=True).stdout)
   stated = int(text.split("Stack: less than ")[1].split()[0])
   assert f"#define MINW_STACK {stated} " in text
   assert 0 < used < stated < 1000
@@ -443,7 +447,8 @@ def test_c_computes_every_element_once(tmp_path, make):
   program = make()
   text = c.source(program, images(program, 1))
   text, functions = re.subn(
-      r"(static int32_t f(\d+)\(int y, int x, int c\) {\n)", r"\1  calls[\2]++;\n", text)
+      r"(static int32_t f(\d+)\(int y, int x, int c\) {\n)", r"\1  calls[\2]++;\n",
+      text)
   sizes = [np.prod(kind.shape) for kind in packed.infer_values(program)[:-1]]
   (tmp_path / "net.c").write_text(f"long calls[{len(sizes)}];\n{text}")
   subprocess.run([GCC, "-shared", "-fPIC", "-o", tmp_path / "net.so",
@@ -460,7 +465,8 @@ def test_c_computes_every_element_once(tmp_path, make):
 
 
 NASTY = [
-    "/* comment */", "*/ int x; /*", "// line", "ends with \\", "??/", "??' ??<", '"quoted"',
+    "/* comment */", "*/ int x; /*", "// line", "ends with \\", "??/", "??' ??<",
+    '"quoted"',
     "two\nlines\r\n", "tab\t", "é 数字 \u202e", "%s%d%n", "\\x41", "\x00", "a" * 4000]
 
 
@@ -554,7 +560,8 @@ int main() {
   said = subprocess.run([tmp_path / "app"], check=True, capture_output=True, text=True)
   assert said.stdout == f"{wanted[0]} {wanted[1]} number 9\n"
   names = subprocess.run(["nm", "-g", "--defined-only", "first.o"], cwd=tmp_path,
-                         check=True, capture_output=True, text=True).stdout.split()[2::3]
+                         check=True, capture_output=True,
+                         text=True).stdout.split()[2::3]
   assert sorted(names) == ["first_labels", "first_run"]
 
 
@@ -621,7 +628,8 @@ def test_constants_that_are_not_finite_are_refused_in_one_line(form, value):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("gcc", ["-std=c99"]), ("g++", ["-x", "c++", "-std=c++11"]), ("clang", ["-std=c99"])])
+    ("gcc", ["-std=c99"]), ("g++", ["-x", "c++", "-std=c++11"]),
+    ("clang", ["-std=c99"])])
 def test_c_of_the_extreme_constants(tmp_path, name, flags):
   """Those that the format allows compile without warnings, and are exact."""
   extremes = np.float32([2.0**40, -2.0**40, 2.0**-40, -2.0**-40, 0.0, -0.0])
@@ -728,7 +736,8 @@ def test_c_keeps_no_more_than_a_limit():
          packed.Logits("l", 19, 1.0, *np.ones((3, 4), np.float32)))
   program = packed.Program(
       (2048, 2048, 4), (2048, 2048), np.zeros(4, np.uint8), 4, ops, {})
-  with pytest.raises(ValueError, match=f"would keep {10 * 2**26} bytes .* most 536870912"):
+  with pytest.raises(ValueError,
+                     match=f"would keep {10 * 2**26} bytes .* most 536870912"):
     c.header(program)
 
 

@@ -53,7 +53,8 @@ def test_cortex_m3(tmp_path, capsys, make, count):
   text = c.source(program, batch[:1])
   (tmp_path / "net.c").write_text(text)
   (tmp_path / "vectors.h").write_text(vectors(program, batch))
-  flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-mcpu=cortex-m3", "-mthumb"]
+  flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-mcpu=cortex-m3",
+           "-mthumb"]
   subprocess.run([GCC, *flags, "-c", "net.c"], cwd=tmp_path, check=True)
   size = subprocess.run(["arm-none-eabi-size", "net.o"], cwd=tmp_path, check=True,
                         capture_output=True, text=True).stdout.split()

@@ -1,9 +1,9 @@
 """Training on disks that fail, processes that are killed, and clocks that jump.
 
 `faults.c` makes one file operation of a run in its workdir fail. Whatever happens then,
-the run ends soon, says why in one line, and the same command resumes it to the numbers of
-a run that nothing happened to. By default some operations are tried with some faults;
-MINW_FAULTS=N tries N pairs of them, and MINW_FAULTS=all tries all.
+the run ends soon, says why in one line, and the same command resumes it to the numbers
+of a run that nothing happened to. By default some operations are tried with some
+faults; MINW_FAULTS=N tries N pairs of them, and MINW_FAULTS=all tries all.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 SECONDS = 150.0  # Longest time that a run may take, also on a busy machine.
 
-# Exit codes that a run may end with, by fault. It ends with 0 if the fault did no harm or
-# came at the very end, and with 2 if the workdir could not be claimed.
+# Exit codes that a run may end with, by fault. It ends with 0 if the fault did no harm
+# or came at the very end, and with 2 if the workdir could not be claimed.
 DISK = {0, 2, 74}
 CODES = {
     "kill": {-9}, "torn": {-9}, "term": {0, 75}, "int": {0, 75, 130}, "past": {0},
@@ -110,7 +110,8 @@ def trainer(folder):
   if not compiler or not sys.platform.startswith("linux"):
     pytest.skip("needs Linux and a C compiler")
   library = folder / "faults.so"
-  subprocess.run([compiler, "-shared", "-fPIC", "-O1", ROOT / "tests" / "faults.c", "-o",
+  subprocess.run([compiler, "-shared", "-fPIC", "-O1", ROOT / "tests" / "faults.c",
+                  "-o",
                   library, "-ldl"], check=True)
   config = tiny_config(conv_widths=(), dense_widths=(8,), num_epochs=3,
                        train_examples=256, histogram_layers=("*",),
@@ -205,7 +206,8 @@ def test_runs_resume_after_every_fault(train, tmp_path):
     if wrong:
       bad.append((fault, at, wrong, ended.output[-500:]))
       print(*bad[-1], sep="\n  ", flush=True)
-  print(f"{len(tried)} faults at {count} operations; slowest end {slowest:.1f} s; codes",
+  print(f"{len(tried)} faults at {count} operations; slowest end {slowest:.1f} s;"
+        " codes",
         {fault: {code: found.count(code) for code in set(found)}
          for fault, found in codes.items()})
   assert not bad

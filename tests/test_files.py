@@ -1,4 +1,4 @@
-"""minw.files: files that are whole or as they were, and that nothing else writes files."""
+"""minw.files: files are whole or as they were, and nothing else writes files."""
 
 import ast
 import errno
@@ -49,7 +49,8 @@ def test_permissions(tmp_path):
   (tmp_path / "old").touch()
   (tmp_path / "old").chmod(0o604)
   files.write(tmp_path / "old", "1")
-  assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "old")] == [
+  assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new",
+                                                                      "old")] == [
       0o640, 0o604]
 
 
@@ -211,7 +212,8 @@ ELSEWHERE = {
     "launch/sweep.py": ["open"],  # A log is appended to.
 }
 
-_WRITES = ("write_text", "write_bytes", "tofile", "rename", "renames", "savefig", "savez",
+_WRITES = ("write_text", "write_bytes", "tofile", "rename", "renames", "savefig",
+           "savez",
            "savez_compressed", "savetxt", "NamedTemporaryFile", "mkstemp", "copy2",
            "copyfile", "copytree", "symlink_to", "hardlink_to")
 

@@ -34,18 +34,23 @@ GCC = shutil.which("gcc")
 
 # Parts of names, labels and other texts.
 TEXTS = [
-    "", " ", "a", "same", "\n", "\r\n", "\t", "\0", "\x1b[31m", "\x1b]0;title\x07", "\x7f",
+    "", " ", "a", "same", "\n", "\r\n", "\t", "\0", "\x1b[31m", "\x1b]0;title\x07",
+    "\x7f",
     "\x9b2J", "\u2028", "\u202e", "\u200d", "é", "数字", "\U0001f600", "error: forged",
-    "/images/0.png\tfake\t1.0000", "*/", "/*", "*/ int evil; /*", "\nint evil;\n", "// ",
-    "\\", "\\\n", "??/", "??/\n", '"', "'", '"; int evil = "', "\\u000a", "%s%n", "{evil}",
+    "/images/0.png\tfake\t1.0000", "*/", "/*", "*/ int evil; /*", "\nint evil;\n",
+    "// ",
+    "\\", "\\\n", "??/", "??/\n", '"', "'", '"; int evil = "', "\\u000a", "%s%n",
+    "{evil}",
     "#define evil", "\n#include \"/dev/zero\"\n", "$(touch evil)", "../../evil",
     "/etc/evil", "-evil", "--evil=1", "<evil>", "a" * 60, "b" * 300]
 VALUES = [
-    None, True, False, 0, 1, -1, 2**31, 2**63, 10**200, 0.5, -0.0, 1e308, "1e999", [], {},
+    None, True, False, 0, 1, -1, 2**31, 2**63, 10**200, 0.5, -0.0, 1e308, "1e999", [],
+    {},
     [[]], [None] * 10, [1] * 10, ["a"], ["a"] * 9, ["a"] * 11, ["a"] * 10, {"a": 1},
     "digits", "cifar10", "imagenet2012", "~/evil", "/dev/zero"]
 FIELDS = ["labels", "config", "config_hash", "step", "minw", "version", "", "\x1b[2J"]
-CONFIG = ["dataset", "data_dir", "data_workers", "eval_resize", "max_damaged", "init_from",
+CONFIG = ["dataset", "data_dir", "data_workers", "eval_resize", "max_damaged",
+          "init_from",
           "seed", "bits_rules", "input_bits", "evil\n", "conv_widths", "random_flip"]
 FLOATS = [0x7f800000, 0xff800000, 0x7fc00000, 0xffffffff, 0x7f7fffff, 0xff7fffff, 1,
           0x80000001, 0x00800000, 0x80000000, 0, 0x3f800000, 0x71800000, 0x0d800000]
@@ -103,7 +108,8 @@ def metadata_of(rng: random.Random) -> bytes:
     found["labels"] = [text_of(rng) for _ in range(10)]
   if rng.random() < 0.3:
     found["config"] = {rng.choice(CONFIG): rng.choice([*VALUES, text_of(rng)])}
-  data = json.dumps(found, ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
+  data = json.dumps(found,
+                    ensure_ascii=rng.random() < 0.5).encode(errors="surrogatepass")
   for old, new in ((b'"1e999"', b"1e999"), (b"null", b"NaN"), (b"7", b"-Infinity"),
                    (b'"step"', b'"labels"'), (b'"0"', b'"\\ud800"'),
                    (b"{", b'{"x":' + b"[" * 2000 + b"]" * 2000 + b",")):
@@ -130,7 +136,8 @@ def hostile_file(seed: int) -> bytes:
     if rng.random() < 0.1:
       names[0] = b"\xff\xed\xa0\x80"
   if kind == 3:
-    for _ in range(rng.randrange(3)):  # The last 124 bytes are the unit and 30 constants.
+    # The last 124 bytes are the unit and 30 constants.
+    for _ in range(rng.randrange(3)):
       at = len(body) - 4 * rng.randint(1, 31)
       body[at:at + 4] = struct.pack("<I", rng.choice(FLOATS))
   return file_of(names, metadata, bytes(body))

@@ -107,7 +107,8 @@ assert not found, found
     (np.zeros((1, 28, 28, 1), np.uint8), "must be"),
     (np.zeros((1, 8, 8, 1), np.int64), "images of int64: must be uint8"),
     ([[[[0]] * 8] * 8], "images of int64: must be uint8"),
-    ([np.zeros((8, 8, 1), np.uint8), np.zeros((8, 9, 1), np.uint8)], "different shapes"),
+    ([np.zeros((8, 8, 1), np.uint8), np.zeros((8, 9, 1), np.uint8)],
+     "different shapes"),
     ([], "images of float64"),
 ])
 def test_wrong_images(model, images, message):
@@ -250,8 +251,10 @@ def test_predict_on_a_background(model, tmp_path):
 
 @pytest.mark.parametrize("arguments, error, message", [
     (("none.png",), ValueError, "'none.png': No such file or directory"),
-    ((np.zeros((1, 8, 8, 1), np.uint8), 0), errors.UsageError, "top=0: must be 1 to 10"),
-    ((np.zeros((1, 8, 8, 1), np.uint8), 11), errors.UsageError, "top=11: must be 1 to 10"),
+    ((np.zeros((1, 8, 8, 1), np.uint8), 0), errors.UsageError,
+     "top=0: must be 1 to 10"),
+    ((np.zeros((1, 8, 8, 1), np.uint8), 11), errors.UsageError,
+     "top=11: must be 1 to 10"),
     ((np.zeros((8, 8, 1), np.uint8),), ValueError, "must be"),
     (([np.zeros((8, 8), np.uint8)],), ValueError, "must be"),
 ])
@@ -385,7 +388,8 @@ def test_command_predicts_in_spite_of_bad_images(model, tmp_path):
   assert "hidden or not named as images are: 1" in told[0] and len(told) == 5
 
 
-@pytest.mark.parametrize("bad, good, code", [(0, 1, 0), (1, 0, 2), (1, 1, 1), (2, 0, 1)])
+@pytest.mark.parametrize("bad, good, code",
+                         [(0, 1, 0), (1, 0, 2), (1, 1, 1), (2, 0, 1)])
 def test_exit_code(model, tmp_path, capsys, bad, good, code):
   files = [tmp_path / f"{i}.png" for i in range(bad + good)]
   for i, file in enumerate(files):
@@ -393,7 +397,8 @@ def test_exit_code(model, tmp_path, capsys, bad, good, code):
   network = infer.load(model, backend="reference")
   assert infer.print_predictions(network, files, 1, "black") == code
   out, err = capsys.readouterr()
-  assert out.count("\n") == good and err.count("error: images=") == err.count("\n") == bad
+  assert out.count("\n") == good
+  assert err.count("error: images=") == err.count("\n") == bad
 
 
 def test_model_that_is_no_regular_file(tmp_path):
@@ -409,7 +414,8 @@ def costly_model(tmp_path):
   path = tmp_path / "costly.minw"
   kernel = np.ones((1, 128, 512, 1), np.int8)
   norm = packed.Logits("norm", 2, 1.0, *np.ones((3, 1), np.float32))
-  ops = (packed.Conv("unused", 0, 1, kernel), packed.Pool("p", 0, "max", (128, 512), (1, 1)))
+  ops = (packed.Conv("unused", 0, 1, kernel),
+         packed.Pool("p", 0, "max", (128, 512), (1, 1)))
   packed.write(path, packed.Program(
       (128, 512, 1), (128, 512), np.zeros(1, np.uint8), 1, (*ops, norm), {}))
   return path
@@ -454,7 +460,8 @@ def test_limits_of_the_command(costly, tmp_path):
 
 def test_no_more_of_a_model_is_read_than_its_head_says(model, tmp_path):
   data = model.read_bytes()
-  cases = [(data[:31], "less than its head"), (b"MINW" + data[4:8], "less than its head"),
+  cases = [(data[:31], "less than its head"),
+           (b"MINW" + data[4:8], "less than its head"),
            (data + b"\0", "where it says"), (data[:-1], "where it says")]
   # A file with a hole of 2 TB, and one whose head agrees with its size of 4 GB.
   for size, head, message in (
@@ -624,7 +631,8 @@ def test_evaluate_takes_no_paths_and_workers_of_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["mnist", "", "x\nerror: y", "\x1b[2J", "a" * 10**4])
 def test_a_data_set_that_a_file_invents_is_refused(tmp_path, name):
   packed.write(tmp_path / "net.minw", digits_network({"config": {"dataset": name}}))
-  with pytest.raises(errors.UsageError, match="--dataset must be given, one of") as caught:
+  with pytest.raises(errors.UsageError,
+                     match="--dataset must be given, one of") as caught:
     evaluate.evaluate_model(tmp_path / "net.minw")
   assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 

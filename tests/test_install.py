@@ -74,7 +74,8 @@ def test_experiments_by_name(installed, tmp_path):
 @pytest.mark.slow
 def test_training_in_an_empty_folder(installed, tmp_path):
   done = run(
-      installed, tmp_path, "-m", "minw.main", "--config=digits_convnet", "--workdir=run",
+      installed, tmp_path, "-m", "minw.main", "--config=digits_convnet",
+      "--workdir=run",
       "--config.num_epochs=1", "--config.eval_every_epochs=1")
   assert done.returncode == 0, done.stderr
   assert run_files.read_status(str(tmp_path / "run"))["state"] == "done"

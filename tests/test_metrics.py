@@ -200,18 +200,27 @@ def check(workdir, lines, status=STATUS, **fields):
 
 def test_a_complete_record(tmp_path):
   check(tmp_path, complete_lines())
-  check(tmp_path, complete_lines()[3:], eval_every_epochs=2)  # Epoch 2, and 3, which is the last.
+  # Epoch 2, and 3, which is the last.
+  check(tmp_path, complete_lines()[3:], eval_every_epochs=2)
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda lines: lines.pop(), "has 0 lines of the test split for the best checkpoint"),
-    (lambda lines: lines.pop(9), "has 0 lines of the test split for the last checkpoint"),
-    (lambda lines: lines.append(lines[10]), "has 2 lines of the test split for the best"),
-    (lambda lines: lines.pop(0), "has 2 training lines of the mixed network instead of 3"),
-    (lambda lines: lines.pop(1), "has 2 validation lines of the mixed network instead of"),
-    (lambda lines: lines.pop(2), "has 2 validation lines of the hard network instead of 3"),
-    (lambda lines: lines.insert(1, lines[2]), "has 4 validation lines of the hard network"),
-    (lambda lines: lines[2].update(epoch=2), "validation lines of the hard network after"),
+    (lambda lines: lines.pop(),
+     "has 0 lines of the test split for the best checkpoint"),
+    (lambda lines: lines.pop(9),
+     "has 0 lines of the test split for the last checkpoint"),
+    (lambda lines: lines.append(lines[10]),
+     "has 2 lines of the test split for the best"),
+    (lambda lines: lines.pop(0),
+     "has 2 training lines of the mixed network instead of 3"),
+    (lambda lines: lines.pop(1),
+     "has 2 validation lines of the mixed network instead of"),
+    (lambda lines: lines.pop(2),
+     "has 2 validation lines of the hard network instead of 3"),
+    (lambda lines: lines.insert(1, lines[2]),
+     "has 4 validation lines of the hard network"),
+    (lambda lines: lines[2].update(epoch=2),
+     "validation lines of the hard network after"),
     (lambda lines: lines[9].update(accuracy=0.75),
      "accuracy of the last checkpoint is 0.75 in metrics.jsonl and 0.5 in status.json"),
     (lambda lines: lines[10].update(loss=3.0),
@@ -220,19 +229,22 @@ def test_a_complete_record(tmp_path):
      "step of the best checkpoint is 10 in metrics.jsonl and 20 in status.json"),
     (lambda lines: lines[0].pop("epoch"),
      "metrics.jsonl is damaged: line 1: epoch is not a number of epochs"),
-    (lambda lines: lines.clear(), "has 0 validation lines of the hard network instead of 3"),
+    (lambda lines: lines.clear(),
+     "has 0 validation lines of the hard network instead of 3"),
 ])
 def test_what_a_record_lacks_is_named(change, message, tmp_path):
   lines = complete_lines()
   change(lines)
   with pytest.raises(errors.UsageError) as error:
     check(tmp_path, lines)
-  assert str(error.value).startswith(f"workdir='{tmp_path}': must be that of a run whose")
+  assert str(error.value).startswith(f"workdir='{tmp_path}': must be that of a run"
+                                     " whose")
   assert message in str(error.value)
 
 
 def test_a_status_without_results(tmp_path):
-  with pytest.raises(errors.UsageError, match="0.5 in metrics.jsonl and None in status"):
+  with pytest.raises(errors.UsageError,
+                     match="0.5 in metrics.jsonl and None in status"):
     check(tmp_path, complete_lines(), {"state": "done", "step": 30})
 
 

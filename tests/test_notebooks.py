@@ -64,7 +64,8 @@ def small_runs(monkeypatch):
 
 def row_of(axes, row):
   """Markers, interval and texts in a row of `plot_means` or `plot_differences`."""
-  lines = [line for line in axes.get_lines() if {*np.atleast_1d(line.get_ydata())} == {row}]
+  lines = [line for line in axes.get_lines()
+           if {*np.atleast_1d(line.get_ydata())} == {row}]
   bars = [path for collection in axes.collections for path in collection.get_segments()
           if path[0, 1] == row]
   texts = [text.get_text() for text in axes.texts if text.xy[1] == row]

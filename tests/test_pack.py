@@ -215,7 +215,8 @@ class MobileNet(nn.Module):
       conv = functools.partial(layers.QuantConv, bits=weights)
       norm = functools.partial(layers.NormQuant, bits=bits)
       x = norm(name=f"norm{i}a")(x, alpha, mode)
-      x = conv((1 + (i == 2)) * channels, strides=(1 + i % 2,) * 2, name=f"depthwise{i}",
+      x = conv((1 + (i == 2)) * channels, strides=(1 + i % 2,) * 2,
+               name=f"depthwise{i}",
                pad_value=self.pad, kernel_dilation=(1 + i // 2, 1),
                feature_group_count=channels)(x, alpha, mode)
       x = norm(name=f"norm{i}b")(x, alpha, mode)
@@ -360,7 +361,8 @@ def test_what_may_stand_between_layers(body):
     (lambda x, *a: quantized(x, *a).astype(bool), "gives bool|ne of norm1"),
     (lambda x, *a: layers.QuantConv(3, name="conv2")(
         quantized(x, *a).astype(jnp.uint8).astype(jnp.float32), *a), "gives uint8"),
-    (lambda x, *a: jax.lax.div(quantized(x, *a, bits=2).astype(jnp.int32).sum((1, 2)), 2),
+    (lambda x, *a: jax.lax.div(quantized(x, *a, bits=2).astype(jnp.int32).sum((1, 2)),
+                               2),
      r"div of sum_pool2 \(of norm1\) gives int32"),
 ], ids=range(26))
 def test_what_may_not_is_refused_by_name(body, message):
@@ -470,7 +472,8 @@ def test_scales_that_differ_between_groups_fold():
 
   def body(x, *a):
     x = jnp.concatenate([
-        layers.NormQuant(bits=2, estimator=lsq, name=f"n{i}")(x, *a) for i in (0, 1)], -1)
+        layers.NormQuant(bits=2, estimator=lsq, name=f"n{i}")(x, *a) for i in (0, 1)],
+        -1)
     x = layers.QuantConv(6, bits=2, feature_group_count=2, weight_scale="channel_mean",
                          name="grouped")(x, *a)
     x = layers.QuantConv(6, feature_group_count=6, name="depthwise")(x, *a)

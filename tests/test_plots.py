@@ -104,11 +104,13 @@ def test_curves_name_their_run(tmp_path, name):
   workdir = tmp_path / name
   workdir.mkdir()
   write(workdir, run_lines())
-  config = config_lib.copy(config_lib.default_config(), dataset="cifar100", input_bits=3)
+  config = config_lib.copy(config_lib.default_config(), dataset="cifar100",
+                           input_bits=3)
   (workdir / "config.json").write_text(config_lib.to_json(config))
   titles = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plots, "curves_figure", lambda lines, title, make=plots.curves_figure: (
+    patch.setattr(plots, "curves_figure", lambda lines, title,
+                  make=plots.curves_figure: (
         titles.append(title) or make(lines, title)))
     plots.curves(str(workdir))
   (title,) = titles

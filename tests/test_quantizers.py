@@ -110,7 +110,7 @@ def test_below_the_smallest_normal_is_zero(dtype):
 
 
 def test_below_the_smallest_normal_is_zero_in_float64():
-  """float64 holds 1e-40 as a normal number, so that nothing is flushed on any device."""
+  """1e-40 is a normal number in float64: nothing is flushed on any device."""
   with jax.enable_x64(True):
     x = jnp.asarray([2.0**-126, 1e-40, -1e-40])
     np.testing.assert_array_equal(quantize(x, quantizers.grid(1)), [1, -1, -1])
@@ -391,7 +391,8 @@ def test_what_is_not_float_is_refused(dtype, name, function):
   """Under tracing too, where dtypes are known."""
   x = jnp.zeros((2, 3), dtype)
   for call in (function, jax.jit(function)):
-    with pytest.raises(TypeError, match=f"{name} of dtype {dtype}: must be a float arr"):
+    with pytest.raises(TypeError,
+                       match=f"{name} of dtype {dtype}: must be a float arr"):
       call(x)
 
 

@@ -53,7 +53,8 @@ def outcome(seed: int, backends=("reference", "native")) -> str:
     program = pack.pack(model, variables, pixels=PIXELS, source_shape=SHAPE)
   except ValueError as error:
     text = str(error)
-    # The one error at construction names the attribute, all others a layer or parameter.
+    # The one error at construction names the attribute, all others a layer or
+    # parameter.
     assert re.search(r"padding=|(Quant|Norm|Dense|params)\w*/?\w*", text), (
         f"{where}: {text}")
     return text

@@ -342,7 +342,8 @@ def test_headings_of_comparisons():
       (["bits_rules"], "ConvNet D, CIFAR-10, W1A1; crop_size=30"),
       (["bits_rules", "weight_bits"], "ConvNet D, CIFAR-10; crop_size=30"),
       (["bits_rules", "dataset", "network"], "W1A1; crop_size=30"),
-      (["bits_rules", "dataset", "network", "input_bits", "crop_size"], "All of these")):
+      (["bits_rules", "dataset", "network", "input_bits", "crop_size"],
+       "All of these")):
     compared, = comparison.compare(runs, by)
     assert comparison.heading(compared) == expected
   compared, *_ = comparison.compare(runs, ["estimator"])
@@ -721,9 +722,11 @@ def test_collect_names_what_it_drops(runs, tmp_path):
   copied(source, tmp_path / "runs" / "a")
   copied(source, tmp_path / "runs" / "copy", data_dir="there")
   copied(source, tmp_path / "runs" / "other", status=dict(test_accuracy=0.0))
-  copied(source, tmp_path / "runs" / "half", status=dict(state="running", step=7), seed=3)
+  copied(source, tmp_path / "runs" / "half", status=dict(state="running", step=7),
+         seed=3)
   (copied(source, tmp_path / "runs" / "new", seed=4) / "status.json").unlink()
-  (copied(source, tmp_path / "runs" / "torn", seed=5) / "status.json").write_text('{"sta')
+  (copied(source, tmp_path / "runs" / "torn",
+          seed=5) / "status.json").write_text('{"sta')
   (copied(source, tmp_path / "runs" / "old", seed=6) / "status.json").write_text("{}")
   foreign = tmp_path / "runs" / "foreign"
   foreign.mkdir()
@@ -1025,7 +1028,8 @@ def test_runs_that_are_in_no_figure_are_named(tmp_path):
   pairs, left_out = figures.pairs(found)
   assert seeds_of(pairs) == [{"aqe": [0], "ste": [2]}]
   assert left_out == [
-      "aqe1.jsonl is not drawn: its curve does not have the 2 validations of its config",
+      "aqe1.jsonl is not drawn: its curve does not have the 2 validations of its"
+      " config",
       "ste3.jsonl is not drawn: it has no curve"]
   pairs, left_out = figures.pairs([found[0], found[3]])
   assert pairs == [] and left_out == [

@@ -35,8 +35,8 @@ EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtr
 def moment_of(event, args, workdir):
   """"os.rename checkpoints/38.orbax-checkpoint-tmp"; None if nothing is changed.
 
-  Of names that are drawn by chance, "status.json.0123456789abcdef.part", "status.json.part"
-  is left.
+  Of names that are drawn by chance, "status.json.0123456789abcdef.part",
+  "status.json.part" is left.
   """
   if event not in EVENTS or not args or not isinstance(args[0], (str, os.PathLike)):
     return None
@@ -45,7 +45,8 @@ def moment_of(event, args, workdir):
     return None
   if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
     return None
-  return f"{event} {re.sub(r'[.][0-9a-f]{16}[.]part$', '.part', path[len(str(workdir)) + 1:])}"
+  name = path[len(str(workdir)) + 1:]
+  return f"{event} {re.sub(r'[.][0-9a-f]{16}[.]part$', '.part', name)}"
 
 
 class Copies:

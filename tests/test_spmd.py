@@ -200,7 +200,8 @@ def test_one_device_goes_on(four, tmp_path):
   assert lines_of(workdir)[:3] == before
   # As if on one device all along, as far as rounding leaves runs alike.
   run(CONFIG, tmp_path / "one")
-  pairs = zip(lines_of(workdir, split="train"), lines_of(tmp_path / "one", split="train"))
+  pairs = zip(lines_of(workdir, split="train"),
+              lines_of(tmp_path / "one", split="train"))
   for ours, theirs in pairs:
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
   assert [line["step"] for line in lines_of(workdir, mode="hard")] == [

@@ -74,7 +74,8 @@ def variables_of(model, seed=0):
   rng = np.random.default_rng(seed)
   draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
           "mean": lambda n: rng.normal(0, 2, n),
-          "var": lambda n: rng.uniform(1, 40, n), "scale": lambda n: rng.normal(0, 1, n),
+          "var": lambda n: rng.uniform(1, 40, n),
+          "scale": lambda n: rng.normal(0, 1, n),
           "bias": lambda n: rng.normal(0, 0.5, n)}
   shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
   shapes = {kind: shapes[kind] for kind in ("params", "batch_stats")}
@@ -231,7 +232,8 @@ def test_a_subclass_with_parameters_of_its_own_does_not_fold():
   variables = jax.tree.map(
       lambda leaf: np.ones(leaf.shape, np.float32),
       jax.eval_shape(lambda: layers.initialize(model, SHAPE)))
-  with pytest.raises(ValueError, match="block/conv: Biased, a subclass of QuantConv, has"
+  with pytest.raises(ValueError,
+                     match="block/conv: Biased, a subclass of QuantConv, has"
                      " variables of its own: own"):
     fold.fold(model, variables, pixels_lib.probe(PIXELS, SHAPE))
 

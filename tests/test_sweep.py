@@ -243,14 +243,19 @@ def state_in(folder, name):
 
 
 @pytest.mark.parametrize("name, damage, state, reason", [
-    ("config.json", "zeros", "failed", "config.json is damaged: it is empty; move it away"),
-    ("config.json", "folder", "failed", "config.json is damaged: it is a folder; move it"),
+    ("config.json", "zeros", "failed",
+     "config.json is damaged: it is empty; move it away"),
+    ("config.json", "folder", "failed",
+     "config.json is damaged: it is a folder; move it"),
     ("lock", "folder", "failed", "lock is damaged: it is not a file; move it away"),
     ("", "file", "failed", "r1 is damaged: it is not a folder; move it away"),
-    ("status.json", "zeros", "stopped", "status.json is damaged: it is empty; the next"),
-    ("status.json", "list", "stopped", "status.json is damaged: it is not a JSON object"),
+    ("status.json", "zeros", "stopped",
+     "status.json is damaged: it is empty; the next"),
+    ("status.json", "list", "stopped",
+     "status.json is damaged: it is not a JSON object"),
     ("sweep.json", "zeros", "stopped", "sweep.json is damaged: it is empty; what was"),
-    ("sweep.json", "wrong", "stopped", "failures='x' is of another type; what was tried"),
+    ("sweep.json", "wrong", "stopped",
+     "failures='x' is of another type; what was tried"),
     ("run.json", "zeros", "stopped", ""),
 ])
 def test_a_damaged_workdir_stops_no_other_run(name, damage, state, reason, tmp_path):
@@ -262,7 +267,8 @@ def test_a_damaged_workdir_stops_no_other_run(name, damage, state, reason, tmp_p
     (runs[1].workdir / "status.json").write_text('{"state": "preempted", "step": 1}')
     path.unlink(missing_ok=True)
   path.mkdir() if damage == "folder" else path.write_text(
-      {"zeros": "\0" * 9, "list": "[]", "wrong": '{"failures": "x"}', "file": ""}[damage])
+      {"zeros": "\0" * 9, "list": "[]", "wrong": '{"failures": "x"}',
+       "file": ""}[damage])
   found = sweep.states(runs, 1)
   assert [found[run.name].name for run in runs] == ["waiting", state, "waiting"]
   assert reason in found["r1"].reason and "\n" not in found["r1"].reason
@@ -521,7 +527,8 @@ SWEEPS = [
     ("tables", "networks=AD,seeds=1", 32),
     ("estimators", "", 5 * 15), ("estimators", "dataset=cifar10,size=full", 5 * 15),
     ("estimators", "dataset=cifar100,network=D,runs=aqe+ste+bop,seeds=2", 2 * 3),
-    ("geometries", "", 5 * 2 * 7), ("geometries", "networks=D,size=quarter,seeds=2", 14),
+    ("geometries", "", 5 * 2 * 7),
+    ("geometries", "networks=D,size=quarter,seeds=2", 14),
     ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
     ("networks", "", 2), ("networks", "size=short", 1), ("networks", "size=quarter", 2),

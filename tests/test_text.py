@@ -19,7 +19,7 @@ def test_printable(given, wanted):
 
 
 def test_printable_of_all_characters():
-  """What is left has an encoding, and none of Unicode's control or format characters."""
+  """The rest has an encoding, and none of Unicode's control or format characters."""
   whole = "".join(map(chr, range(sys.maxunicode + 1)))
   shown = text.printable(whole)
   shown.encode()

@@ -299,7 +299,7 @@ def test_workdir_of_another_config_is_refused(plain):
 
 def test_workdir_that_can_not_be_written(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(errors.UsageError, match="can not be written to"):
+  with pytest.raises(errors.UsageError, match="cannot be written to"):
     run(tiny_config(), tmp_path / "file" / "run")
 
 

@@ -23,7 +23,8 @@ def variables_of(model, seed=0):
   rng = np.random.default_rng(seed)
   draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
           "mean": lambda n: rng.normal(0, 2, n),
-          "var": lambda n: rng.uniform(1, 40, n), "scale": lambda n: rng.normal(0, 1, n),
+          "var": lambda n: rng.uniform(1, 40, n),
+          "scale": lambda n: rng.normal(0, 1, n),
           "bias": lambda n: rng.normal(0, 0.5, n),
           "step": lambda n: rng.uniform(0.3, 1, n)}
   shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
@@ -82,7 +83,8 @@ def test_trained_networks_agree(make, kind):
       conv=functools.partial(layers.QuantConv, bits=bits, **weights),
       dense=functools.partial(layers.QuantDense, bits=2, **weights),
       norm=functools.partial(layers.NormQuant, bits=2, **lsq))
-  assert trained.compare(model, variables_of(model), PIXELS, IMAGES[:16]).problem is None
+  assert trained.compare(model, variables_of(model), PIXELS,
+                         IMAGES[:16]).problem is None
 
 
 @pytest.mark.parametrize("offset, found", [(1e-5, False), (1e-3, True)])

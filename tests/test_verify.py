@@ -66,8 +66,8 @@ def test_nothing_differs(workdir, program, tmp_path, capsys):
   assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 0
   first, second = capsys.readouterr().out.splitlines()
   assert "360 images (the test split of digits): the trained network, " in first
-  assert second.endswith("of 360 labels of the hard network differ from those of training"
-                         " (alpha = 1)")
+  assert second.endswith("of 360 labels of the hard network differ from those of"
+                         " training (alpha = 1)")
 
 
 def test_a_hard_network_that_is_not_the_trained_one_is_found(

@@ -158,7 +158,8 @@ def define_flags(subcommand: str) -> None:
     flags.DEFINE_float("teraflops", 275, "Peak of a chip.", lower_bound=1e-3)
     flags.DEFINE_float("utilization", 0.3, "Share of the peak that is reached.",
                        lower_bound=1e-3, upper_bound=1)
-    flags.DEFINE_float("gigabytes", 300, "Gigabytes that a chip sends a second, over all"
+    flags.DEFINE_float("gigabytes", 300,
+                       "Gigabytes that a chip sends a second, over all"
                        " its links.", lower_bound=1e-3)
     flags.DEFINE_float("microseconds", 1, "Latency from chip to chip.", lower_bound=0)
   if subcommand == "throughput":

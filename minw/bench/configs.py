@@ -29,7 +29,7 @@ def bench_configs(
     of the seconds; and the machine.
 
   Raises:
-    errors.UsageError: a config can not be run; before any is timed.
+    errors.UsageError: a config cannot be run; before any is timed.
   """
   experiments = {name: _experiment(config_flag.load(name), batch_size)
                  for name in configs}

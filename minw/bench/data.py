@@ -102,7 +102,7 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
     and machine.
 
   Raises:
-    errors.UsageError: the config can not be run, or there are no data.
+    errors.UsageError: the config cannot be run, or there are no data.
   """
   info = datasets.info(config.dataset)
   errors.check(info.streamed, "config.dataset", config.dataset,

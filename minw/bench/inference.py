@@ -71,7 +71,7 @@ def bench_inference(
     What --json writes: `runs`, each with its threads, batch, engines and ratios.
 
   Raises:
-    errors.UsageError: the config can not be run.
+    errors.UsageError: the config cannot be run.
   """
   if not layers:
     random_network(config)  # Complains, if it must, in this process.

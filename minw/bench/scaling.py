@@ -87,7 +87,7 @@ def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
     The number of parameters, floating-point operations of an example, and collectives.
 
   Raises:
-    errors.UsageError: the config can not be run.
+    errors.UsageError: the config cannot be run.
   """
   experiment = Experiment(config)
   target = train.checkpoint_target(experiment)
@@ -160,7 +160,7 @@ def bench_scaling(
     and `collectives`; `weak` and `strong`, see `step_times`; config and rates.
 
   Raises:
-    errors.UsageError: the config can not be run, or JAX has other devices already.
+    errors.UsageError: the config cannot be run, or JAX has other devices already.
   """
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -196,8 +196,8 @@ def table(result: dict[str, Any]) -> str:
       f"One step of training: {c['network']}, {c['dataset']}, crop {c['crop_size']},"
       f" {c['compute_dtype']}, compiled by jax {result['jax']} for {DEVICES} devices",
       f"{result['parameters'] / 1e6:.2f} M parameters; {operations / 1e9:.3g} GFLOP an"
-      f" example; all-reduces: {len(kernels)} of gradients, {sum(kernels) / 1e6:.2f} MB;"
-      f" {len(others)} of batch norm's statistics, {sum(others) / 1e3:.1f} kB",
+      f" example; all-reduces: {len(kernels)} of gradients, {sum(kernels) / 1e6:.2f}"
+      f" MB; {len(others)} of batch norm's statistics, {sum(others) / 1e3:.1f} kB",
       f"On paper: {rates['teraflops']:g} TFLOP/s at {rates['utilization']:.0%},"
       f" {rates['gigabytes']:g} GB/s, {rates['microseconds']:g} us a hop;"
       " nothing overlaps"]

@@ -137,7 +137,8 @@ def bench_throughput(
 def table(result: dict[str, Any]) -> str:
   """The result as lines: medians, and the ratio of both ways, taken round by round."""
   found = result["steps_per_second"]
-  lines = [f"{'seeds':>5}{'processes':>14}{'one program':>14}{'processes / program':>22}",
+  lines = [f"{'seeds':>5}{'processes':>14}{'one program':>14}"
+           f"{'processes / program':>22}",
            f"{'':5}{'steps/s':>14}{'steps/s':>14}"]
   for count, processes in found["processes"].items():
     program = found["program"][count]

@@ -38,7 +38,7 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
     each round; `left_out`, why a step was not measured, by name; config and machine.
 
   Raises:
-    errors.UsageError: the config can not be run.
+    errors.UsageError: the config cannot be run.
   """
   aqe, ste, floats = (Experiment(config_lib.copy(config, **changes)) for changes in (
       dict(estimator="aqe"), dict(estimator="ste"),

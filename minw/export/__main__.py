@@ -47,7 +47,7 @@ def content(
     prefix: Beginning of the public names in the C file; see `--prefix`.
 
   Raises:
-    errors.UsageError: the network can not be exported exactly, or a package is missing.
+    errors.UsageError: the network cannot be exported exactly, or a package is missing.
   """
   try:
     if form == "c":
@@ -125,7 +125,8 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   cli.DEFINE_path("workdir", None, "Workdir of a run.")
   cli.DEFINE_path(
-      "model", None, "Packed network instead of a run: a file, or the name of a network "
+      "model", None,
+      "Packed network instead of a run: a file, or the name of a network "
       "that comes with minw.")
   flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"],

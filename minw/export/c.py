@@ -206,8 +206,8 @@ class _Writer:
     self.memory = c_memory.Memory(program, self.kinds)
     most = packed.Limits().memory
     if 4 * self.memory.words > most:
-      raise ValueError(f"the C code would keep {4 * self.memory.words} bytes of values; it"
-                       f" may keep at most {most}")
+      raise ValueError(f"the C code would keep {4 * self.memory.words} bytes of"
+                       f" values; it may keep at most {most}")
     self.flash = 0  # Bytes of constants.
 
   def title(self) -> str:
@@ -364,7 +364,8 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
     unused = [f"(void){name};" for name in "yxc"
               if not re.search(rf"\b{name}\b", " ".join(lines))]
     text = "".join(arrays) + f"/* {c_text.comment(op.name)} */\n"
-    text += f"{'APART ' * self.memory.is_apart(i)}static int32_t f{i}(int y, int x, int c) {{\n"
+    text += (f"{'APART ' * self.memory.is_apart(i)}static int32_t"
+             f" f{i}(int y, int x, int c) {{\n")
     text += "".join(f"  {line}\n" for line in [*lines[:-1], *unused, lines[-1]]) + "}"
     if self.memory.is_plane(i):
       text += f"\n{self._make_plane(i)}"
@@ -391,7 +392,8 @@ APART static void plane{i}(int c) {{
       limits = [f"c >= {first}"] * (first > 0) + [f"c < {end}"] * (
           end < self.kinds[i].shape[2])
       condition = f"if ({' && '.join(limits)}) " if limits else ""
-      lines.append(f"{condition}plane{plane.value}({f'c - {first}' if first else 'c'});")
+      channel = f"c - {first}" if first else "c"
+      lines.append(f"{condition}plane{plane.value}({channel});")
     return lines
 
   def _make(self, i):

@@ -1,7 +1,8 @@
 """A packed network as serialized StableHLO, for `jax.export.deserialize`.
 
-It takes uint8 (batch, height, width, channels), by default of any batch, and returns the int32
-labels and float32 logits. Weights are in it packed. `fun_name` is JSON: its metadata.
+It takes uint8 (batch, height, width, channels), by default of any batch, and returns
+the int32 labels and float32 logits. Weights are in it packed. `fun_name` is JSON: its
+metadata.
 """
 
 import contextlib

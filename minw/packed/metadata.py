@@ -28,7 +28,8 @@ from minw import text
 # others, whom this does not concern.
 LOCAL = ("data_dir", "data_workers", "init_from")
 
-MAX_BYTES = 2**22  # Largest metadata in a file. Python objects take about 30 times more.
+# Largest metadata in a file. Python objects take about 30 times more.
+MAX_BYTES = 2**22
 _MAX_DEPTH = 16  # Deepest nesting of lists and objects.
 _DEPTH = f"nested at most {_MAX_DEPTH} deep"
 _MAX_DIGITS = 100  # Characters of an integer.
@@ -109,7 +110,8 @@ def _check_labels(labels: Any, num_classes: int) -> None:
   field = "metadata.labels"
   _check(isinstance(labels, list), field, labels, "null or a list of strings")
   _check(len(labels) == num_classes, field, labels,
-         f"one for each class; there are {len(labels)} labels for {num_classes} classes")
+         f"one for each class; there are {len(labels)} labels for {num_classes}"
+         " classes")
   for i, label in enumerate(labels):
     _check(isinstance(label, str) and label.isprintable() and len(label) <= _MAX_LABEL,
            f"{field}[{i}]", label,
@@ -186,4 +188,5 @@ def _check(ok: bool, field: str, value: Any, allowed: str) -> None:
 def _refusal(field: str, value: Any, allowed: str) -> ValueError:
   """The error for a field of foreign name and value."""
   return ValueError(
-      f"packed network: {text.shortened(field)}={text.quoted(value)}: must be {allowed}")
+      f"packed network: {text.shortened(field)}={text.quoted(value)}: must be"
+      f" {allowed}")

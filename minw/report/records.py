@@ -59,7 +59,8 @@ def record(workdir: str) -> Record:
   """The record of the run in `workdir`; its files are named by their whole paths.
 
   Raises:
-    errors.UsageError: there is no run, it is not done, or its record is not complete, see
+    errors.UsageError: there is no run, it is not done, or its record is not complete,
+      see
       `metrics.check_complete`.
   """
   config = run_files.read_config(workdir)
@@ -242,7 +243,8 @@ def _refuse(error: Exception) -> Record:
 def _is_workdir(folder: str, names: Sequence[str]) -> bool:
   """Whether it holds a run; one that ended before its first step has no status.json.
 
-  A run that has lost its config.json is one as well, to be named among what is left out.
+  A run that has lost its config.json is one as well, to be named among what is left
+  out.
   """
   others = {"status.json", "run.json", "metrics.jsonl"} & {*names}
   if "config.json" not in names:
@@ -289,7 +291,8 @@ def _line(line: bytes, folder: str) -> Record:
            if not json_files.is_number(run[name])]
   if not (run["seconds"] is None or json_files.is_number(run["seconds"])):
     wrong.append("seconds")
-  if not environment.is_environment({name: run.get(name) for name in environment.UNKNOWN}):
+  told = {name: run.get(name) for name in environment.UNKNOWN}
+  if not environment.is_environment(told):
     wrong += environment.UNKNOWN
   if wrong:
     raise errors.UsageError(f"the line is damaged: {', '.join(wrong)} of another type")

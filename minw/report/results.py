@@ -222,8 +222,8 @@ def _paper(runs):
   return "\n".join([
       "## The paper's, and ours at full size\n", tables.WHAT,
       tables.sections(tables.with_runs(found)),
-      f"{tables.counts(found)} All of the paper's numbers: `python -m minw.report tables "
-      "--runs=results --out=tables`.\n"])
+      f"{tables.counts(found)} All of the paper's numbers: `python -m minw.report"
+      " tables --runs=results --out=tables`.\n"])
 
 
 def _published() -> str:

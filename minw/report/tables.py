@@ -121,9 +121,9 @@ def _together(names: list[str]) -> str:
       f"{len(names)} runs, {names[0]} to {names[-1]}")
 
 
-WHAT = ("Paper: arXiv 2003.04296. Ours: mean over the seeds, of the hard network at the "
-        "last checkpoint, on the test split (ImageNet: the validation images); sample "
-        "standard deviation.\n")
+WHAT = ("Paper: arXiv 2003.04296. Ours: mean over the seeds, of the hard network at"
+        " the last checkpoint, on the test split (ImageNet: the validation images);"
+        " sample standard deviation.\n")
 
 
 def sections(rows: dict[str, Rows]) -> str:

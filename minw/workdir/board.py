@@ -1,10 +1,10 @@
 """TensorBoard's view of a run.
 
 Loss and accuracy of the splits are shown under tags that group them, loss/train,
-loss/validation and so on. A chart has one tag. Therefore the page "Custom Scalars" joins
-those of a group in one. Writing the splits as runs of their own, with one tag, would join
-them on the other pages too, but would make several runs of each workdir, and tags that do
-not say which split they are of.
+loss/validation and so on. A chart has one tag. Therefore the page "Custom Scalars"
+joins those of a group in one. Writing the splits as runs of their own, with one tag,
+would join them on the other pages too, but would make several runs of each workdir, and
+tags that do not say which split they are of.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ _BY_SPLIT = ("loss", "accuracy", "top5_accuracy")
 class Board:
   """Shows the records of a run to TensorBoard, and never stands in the way of the run.
 
-  Everything is written in the thread that calls. The first error, that of a full disk for
-  example, is logged as a warning, and after it nothing is shown any more. The next start
-  of the run shows everything anew.
+  Everything is written in the thread that calls. The first error, that of a full disk
+  for example, is logged as a warning, and after it nothing is shown any more. The next
+  start of the run shows everything anew.
   """
 
   def __init__(self, workdir: str, config: str | None):
@@ -160,7 +160,8 @@ def _show(writer: _Writer, line: dict[str, Any]) -> None:
   measured = {name: value for name, value in line.items()
               if name not in ("step", "epoch", "split", "mode")}
   if line["split"] == "test":  # Measured once: a chart would have a single point.
-    writer.add_text(f"test/{line['checkpoint']}", _as_code(json.dumps(measured, indent=2)),
+    writer.add_text(f"test/{line['checkpoint']}",
+                    _as_code(json.dumps(measured, indent=2)),
                     line["step"])
     return
   for name, value in measured.items():

@@ -109,7 +109,7 @@ def _silence_callbacks() -> None:
 
 
 def _is_news(entry: logging.LogRecord) -> bool:
-  """False for tracebacks that follow from an error of Orbax, which raises it as well."""
+  """False for tracebacks of an error that Orbax raises as well."""
   error = entry.exc_info[1] if entry.exc_info else None
   return error is None or not (
       "orbax" in entry.pathname or str(error) == _CLOSED)
@@ -135,7 +135,8 @@ def _plainly_named(
       "/(gs|s3|az|hf)(/|$)", str(folder)):
     return folder, lambda: None
   names = pathlib.Path("/proc/self/fd")
-  errors.check(names.is_dir(), "workdir", str(folder), "a path of letters, digits, spaces"
+  errors.check(names.is_dir(), "workdir", str(folder),
+               "a path of letters, digits, spaces"
                " and . / = + , @ - _ on systems other than Linux")
   number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
   return names / str(number), lambda: os.close(number)
@@ -197,7 +198,8 @@ def save(
           record=ocp.args.JsonSave(
               {"accuracy": accuracy, "crc32": _crc32(tree, accuracy),
                "run": run is not None}),
-          **({} if run is None else {"run": ocp.args.JsonSave(json_files.sealed(run))})),
+          **({} if run is None
+             else {"run": ocp.args.JsonSave(json_files.sealed(run))})),
       metrics=None if accuracy is None else {"accuracy": accuracy})
 
 
@@ -217,7 +219,8 @@ def restore(
   Raises:
     Exception: whatever the damage leads to; ValueError if the checksum differs.
   """
-  # Also where a target is given: whoever reads a checkpoint finds the same faults in it.
+  # Also where a target is given: whoever reads a checkpoint finds the same faults in
+  # it.
   described = manager.item_metadata(step)["tree"]
   wanted = described if target is None else target
   on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
@@ -323,7 +326,8 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
   try:
     config_lib.validate(config)
   except errors.UsageError as error:
-    raise errors.UsageError(f"{pathlib.Path(workdir) / 'config.json'}: {error}") from error
+    path = pathlib.Path(workdir) / "config.json"
+    raise errors.UsageError(f"{path}: {error}") from error
   saved = None
   if (pathlib.Path(workdir) / "checkpoints").is_dir():
     with open_manager(workdir, read_only=True) as manager:

@@ -73,11 +73,11 @@ def read(workdir: str) -> dict[str, Any]:
   """Reads what `Journal` wrote; nothing is known of a run that has none.
 
   Returns:
-    `seconds`; `startup_seconds`, the part of them until the first step of each start was
-    done; and `environments`, those of the run's starts in order, each with `commit`,
-    `hardware` and `versions`; where two in a row are the same, once. They are `UNKNOWN`
-    where a start found the file damaged and could not make it again. Then `seconds` lack
-    the time before that start.
+    `seconds`; `startup_seconds`, the part of them until the first step of each start
+    was done; and `environments`, those of the run's starts in order, each with
+    `commit`, `hardware` and `versions`; where two in a row are the same, once. They are
+    `UNKNOWN` where a start found the file damaged and could not make it again. Then
+    `seconds` lack the time before that start.
 
   Raises:
     json_files.Damaged: The file holds something else.
@@ -121,9 +121,10 @@ class Journal:
     Args:
       workdir: Directory of the run.
       begun: When it was started, by `time.monotonic`; now if None.
-      saved: `content` as the checkpoint has it that the run resumes from, if it has one.
-      step: How many steps were trained in earlier starts. If there were some and nothing
-        tells where, that is noted, too.
+      saved: `content` as the checkpoint has it that the run resumes from, if it has
+        one.
+      step: How many steps were trained in earlier starts. If there were some and
+        nothing tells where, that is noted, too.
     """
     self._workdir = workdir
     before = _before(workdir, saved, step)
@@ -161,7 +162,8 @@ def _before(workdir: str, saved: dict[str, Any] | None, step: int) -> dict[str, 
     found = read(workdir)
     fault = "it is missing" if step and found["seconds"] is None else ""
   except json_files.Damaged as error:
-    found, fault = {"seconds": None, "startup_seconds": 0.0, "environments": []}, error.why
+    found = {"seconds": None, "startup_seconds": 0.0, "environments": []}
+    fault = error.why
   if not fault:
     return found
   if saved is not None:

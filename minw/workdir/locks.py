@@ -79,7 +79,7 @@ def passed_on(file: IO[str]) -> dict[str, str]:
 
 
 def _inherited(path: pathlib.Path) -> IO[str] | None:
-  """The open file that this process inherited, see `passed_on`, if it is that at `path`."""
+  """The open file that this process inherited for `path`, if any; see `passed_on`."""
   number = os.environ.get(_INHERITED, "")
   with contextlib.suppress(OSError, ValueError):
     if os.path.samestat(os.fstat(int(number)), path.stat()):

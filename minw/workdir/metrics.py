@@ -55,7 +55,8 @@ def read_histograms(path: str | os.PathLike[str]) -> Lines:
 def _check_line(line: dict[str, Any]) -> None:
   _check_place(line)
   split, mode = line.get("split"), line.get("mode")
-  if not (isinstance(split, str) and isinstance(mode, str) and (split, mode) in _SPLITS):
+  if not (isinstance(split, str) and isinstance(mode, str)
+          and (split, mode) in _SPLITS):
     raise ValueError(f"split={split!r}, mode={mode!r} is not what is measured")
   if "accuracy" not in line:
     raise ValueError("it has no accuracy")
@@ -133,12 +134,13 @@ def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
   measured = [line for line in lines if line["split"] != "test"]
   for name, here in (("metrics", measured), ("histograms", counted)):
     if [line for line in here if line["step"] <= step] != saved[name]:
-      found.append(f"{name}.jsonl is not what the checkpoint of step {step} holds of it")
+      found.append(f"{name}.jsonl is not what the checkpoint of step {step} holds of"
+                   " it")
   return found
 
 
 def _missing(lines: Lines, counted: Lines, config: Any) -> list[str]:
-  """The training and validation lines that a whole run of `config` has and this has not."""
+  """The training and validation lines that a whole run of `config` has besides."""
   found = []
   every, last = config.eval_every_epochs, config.num_epochs
   wanted = [*range(every, last, every), last]
@@ -163,8 +165,8 @@ def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
   """What the lines of the test split and status.json do not agree on."""
   found = []
   if lines and lines[-1]["step"] != status["step"]:
-    found.append(f"the last line of metrics.jsonl is of step {lines[-1]['step']}, not of"
-                 f" step {status['step']} as status.json says")
+    found.append(f"the last line of metrics.jsonl is of step {lines[-1]['step']}, not"
+                 f" of step {status['step']} as status.json says")
   for which, prefix in (("last", ""), ("best", "best_")):
     tests = [line for line in lines
              if line["split"] == "test" and line["checkpoint"] == which]
@@ -175,12 +177,13 @@ def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
     for name in ("accuracy", "loss"):
       told = status.get(f"{prefix}test_{name}")
       if tests[0].get(name) != _finite(told):
-        found.append(f"the test {name} of the {which} checkpoint is {tests[0].get(name)} in"
-                     f" metrics.jsonl and {told} in status.json")
+        found.append(f"the test {name} of the {which} checkpoint is"
+                     f" {tests[0].get(name)} in metrics.jsonl and {told} in"
+                     " status.json")
     step, told = tests[0].get("checkpoint_step"), status.get("best_step")
     if which == "best" and step != told:
-      found.append(f"the step of the best checkpoint is {step} in metrics.jsonl and {told}"
-                   " in status.json")
+      found.append(f"the step of the best checkpoint is {step} in metrics.jsonl and"
+                   f" {told} in status.json")
   return found
 
 
@@ -193,14 +196,15 @@ def _saved(workdir: pathlib.Path) -> tuple[int, dict[str, Lines]]:
              if path.name.isdecimal()]
   for folder in sorted(folders, key=lambda path: -int(path.name)):
     with contextlib.suppress(json_files.Damaged):
-      saved = json_files.read_object(folder / "run" / "metadata", json_files.check_sealed)
+      saved = json_files.read_object(folder / "run" / "metadata",
+                                     json_files.check_sealed)
       if saved is not None:
         return int(folder.name), saved
   return 0, {"metrics": [], "histograms": []}
 
 
 class Writer:
-  """Appends lines to metrics.jsonl and histograms.jsonl, and shows them to TensorBoard."""
+  """Appends lines to metrics.jsonl and histograms.jsonl, and to TensorBoard's files."""
 
   def __init__(self, workdir: str, step: int, saved: dict[str, Any] | None = None):
     """Opens the records of a run that resumes after `step` steps.
@@ -211,9 +215,9 @@ class Writer:
     Args:
       workdir: Directory of the run.
       step: Number of steps that are trained.
-      saved: Copy of the records in the checkpoint of that step. Files that differ from it
-        are replaced, with a warning. None if the run begins, or if the checkpoint was
-        written by a version of minw without such copies.
+      saved: Copy of the records in the checkpoint of that step. Files that differ from
+        it are replaced, with a warning. None if the run begins, or if the checkpoint
+        was written by a version of minw without such copies.
 
     Raises:
       json_files.Damaged: A file is damaged, and there is no copy of what it held.
@@ -242,8 +246,8 @@ class Writer:
     """Writes a line of metrics.jsonl.
 
     Args:
-      line: step, epoch, split, mode ("hard" or "mixed") and measurements. A measurement is
-        a number, a list with one for each layer, or a dict by layer.
+      line: step, epoch, split, mode ("hard" or "mixed") and measurements. A measurement
+        is a number, a list with one for each layer, or a dict by layer.
 
     Raises:
       OSError: Naming the file that cannot be written.
@@ -302,7 +306,8 @@ class _Log:
         raise
       found, fault = [], error.why
     if fault:
-      _log.warning("%s: %s; it is %s", self._path, fault, "written anew as the checkpoint"
+      _log.warning("%s: %s; it is %s", self._path, fault,
+                   "written anew as the checkpoint"
                    f" of step {step} has it" if step else "begun anew")
     self.lines = found if saved is None else saved
     if self.lines or os.path.lexists(self._path):

@@ -24,17 +24,19 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 def claimed(workdir: str, config: Any) -> Iterator[None]:
   """Inside, `workdir` is that of a run of `config`, and no other process trains there.
 
-  Process 0 of several takes the lock (see `minw.workdir.locks`). On a file system without locks
-  a warning is logged instead.
+  Process 0 of several takes the lock (see `minw.workdir.locks`). On a file system
+  without locks a warning is logged instead.
 
   Raises:
-    errors.UsageError: on all processes: the workdir cannot be written to, is that of a run
+    errors.UsageError: on all processes: the workdir cannot be written to, is that of a
+    run
       of another config or in use, or is not the same for all processes.
   """
   with contextlib.ExitStack() as stack:
 
     def take() -> None:
-      check_free(workdir, config)  # In the workdir of another run not even a lock is left.
+      # In the workdir of another run not even a lock is left.
+      check_free(workdir, config)
       stack.enter_context(_lock(workdir))
       claim(workdir, config)
 
@@ -44,7 +46,7 @@ def claimed(workdir: str, config: Any) -> Iterator[None]:
 
 
 def _lock(workdir: str) -> ContextManager:
-  """Makes `workdir` and takes its lock, which leaving the returned context gives back."""
+  """Makes `workdir` and takes its lock; leaving the context gives the lock back."""
   with _refusing(workdir):
     os.makedirs(workdir, exist_ok=True)
     try:
@@ -83,14 +85,15 @@ def _refusing(workdir: str) -> Iterator[None]:
     yield
   except OSError as error:
     raise errors.UsageError(
-        f"workdir={workdir!r} can not be written to: {error}") from error
+        f"workdir={workdir!r} cannot be written to: {error}") from error
 
 
 def check_free(workdir: str, config: Any) -> None:
   """Checks that `workdir` holds no run but one of `config`.
 
   Raises:
-    errors.UsageError: naming the fields that differ, and what to do instead; or config.json
+    errors.UsageError: naming the fields that differ, and what to do instead; or
+    config.json
       is damaged.
   """
   if os.path.exists(pathlib.Path(workdir) / "config.json"):
@@ -150,7 +153,8 @@ def read_config(workdir: str) -> Any:
     raise
   except errors.UsageError as error:
     raise errors.UsageError(
-        f"{path} is damaged, or of another version of minw: {error}; {REMEDY}") from error
+        f"{path} is damaged, or of another version of minw: {error}; {REMEDY}"
+    ) from error
 
 
 # What can be done about a damaged config.json.
@@ -190,7 +194,8 @@ def read_status(workdir: str) -> dict[str, Any] | None:
     json_files.Damaged: The file holds something else.
   """
   try:
-    status = json_files.read_object(pathlib.Path(workdir) / "status.json", _check_status)
+    status = json_files.read_object(pathlib.Path(workdir) / "status.json",
+                                    _check_status)
   except json_files.Damaged as error:
     error.add("the next start of the run writes it anew")
     raise
