@@ -373,7 +373,7 @@ def test_numbers_in_cpp():
       (ROOT / "minw/kernels/csrc").glob("*.[ch]*")))
   for name, value in _CONSTANTS.items():
     kind = r"[\w ,.={}<-]*" if name.startswith("k") else "uint64_t "
-    found = re.findall(rf"^ *{kind}\b{name} = ([^,;]+)[,;]", sources, re.M)
+    found = re.findall(rf"^ *{kind}\b{name} =\s+([^,;]+)[,;]", sources, re.M)
     assert [evaluated(text) for text in found] == [value], (name, found)
 
 
