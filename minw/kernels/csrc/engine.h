@@ -111,7 +111,7 @@ std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
 
 // ---- Plans (plan.cc).
 
-// What runs in one pass: one operation, or a convolution and the operations after it.
+// A pass: one operation, or a convolution and the operations after it.
 struct Step {
   int op = -1;         // The last operation of the pass.
   int conv = -1;       // Operation of the convolution, or -1: none, or it is split.
@@ -123,7 +123,7 @@ struct Step {
 // the same time share memory, which is called the arena.
 struct Plan {
   std::vector<Step> steps;
-  std::vector<size_t> offset;  // Where a value begins in the arena, for one image.
+  std::vector<size_t> offset;  // Begin of each value in the arena, for one image.
   size_t arena = 0;            // Bytes of the arena for one image.
   size_t group = 1;            // Images that run through the steps together.
 };
@@ -135,7 +135,7 @@ struct Needs {
   size_t acc = 0, gathered = 0, counts = 0;
 };
 
-// Where the parts of scratch memory begin, and where the last one ends.
+// Offsets at which the parts of scratch memory begin, and the end of the last one.
 struct Places {
   size_t padded, magnitudes, acc, pixels, base, sums, gathered, counts, part_in;
   size_t part_out, end;

@@ -1,4 +1,4 @@
-// What the engine and the kernels of each instruction set share: plain structs only.
+// Structs that the engine shares with the kernels of each instruction set.
 //
 // The kernels' files must not use inline functions of the standard library. Each file
 // is compiled for an instruction set of its own, and the linker keeps one copy of such
@@ -63,8 +63,8 @@ constexpr int kPaddedSlack = 256;  // Bytes that may be read past the last padde
 struct Work {
   char* padded;              // The input in the convolution's form, with its border.
   int32_t* magnitudes;       // Sum of the magnitudes of each padded pixel.
-  const char** pixels;       // Where the window begins in `padded`.
-  const int32_t** base;      // What the sums begin with.
+  const char** pixels;       // Begin of the window in `padded`.
+  const int32_t** base;      // Initial values of the sums.
   int32_t* sums;             // Sum of the magnitudes in the window.
   int32_t* acc;              // The sums of one group, [pixel][width].
   uint8_t* gathered;         // Lookups: the numbers in the windows.
@@ -110,7 +110,7 @@ struct Conv {
   int groups;              // Groups of output channels.
   size_t group_bytes;      // Bytes of a group's weights.
   const char* weights;     // [group][step][plane][channel]
-  const int32_t* base;     // Begin of sums, [row class][column class][channel].
+  const int32_t* base;     // Initial sums, [row class][column class][channel].
   const int* row_class;    // Class of each output row ...
   const int* col_class;    // ... and column, by which taps lie in the border.
   int col_classes;         // Number of classes of columns.
@@ -129,7 +129,7 @@ struct Threshold {
   const int32_t* thresholds;  // [code][count][channel], XORed with `flip`.
 };
 
-// What follows a convolution in the same pass: max pooling, then thresholds.
+// Operations after a convolution in the same pass: max pooling, then thresholds.
 struct Finish {
   int pool_h, pool_w;  // 1 x 1 if there is no pooling.
   Map out;

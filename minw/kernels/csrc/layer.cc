@@ -16,8 +16,8 @@
 namespace minw {
 namespace {
 
-// Output channels of a group. A group's sums stay in the cache while a chunk of pixels
-// is convolved.
+// Output channels of a group. Few of them keep a group's sums for a chunk of pixels in
+// the cache.
 constexpr int kMaxLookupWidth = 128;
 constexpr int kInt16Width = 64, kInt32Width = 32;
 
@@ -29,7 +29,7 @@ constexpr int kLookupColumns = 32;
 constexpr int kMostUnswappedPixels = 16;
 
 // Lookups count in uint16. An entry of a step is at most 4 (signs of 4 channels, or
-// magnitudes of 4 trits), or 16 (magnitudes of 4 codes of 3 bits).
+// magnitudes of 4 codes of 2 bits), or 16 (magnitudes of 4 codes of 3 bits).
 constexpr int kCountLimit = 65536;
 constexpr int kMostEntry = 4, kMostEntry3 = 16;
 
@@ -198,8 +198,8 @@ class LayerBuilder {
     }
   }
 
-  // Where products are decided by signs and masks: table lookups if the instruction set
-  // has them and their counts fit, else counts of bits.
+  // Chooses the form for products that signs and masks decide: table lookups if the
+  // instruction set has them and their counts fit, else bit planes.
   void choose_planes() {
     int a = c_.a_bits, w = c_.w_bits;
     c_.words = divided_up(c_.in.c, 64);
@@ -237,8 +237,9 @@ class LayerBuilder {
 
   // ---- Where things lie.
 
-  // Which channels the elements of a pixel hold, for forms that are not packed. Where
-  // output channels have inputs of their own, element [i][o] is input i of output o.
+  // Lists the channels that the elements of a pixel hold, for forms that are not
+  // packed. If output channels have inputs of their own, element [i][o] is input i of
+  // output o.
   void choose_elements() {
     c_.elements = c_.own ? inputs_ * c_.out.stride : c_.in.c;
     if (!c_.own || (inputs_ == 1 && c_.in.c == c_.out.c)) return;  // In order.
@@ -252,7 +253,7 @@ class LayerBuilder {
 
   Storage storage() const {
     bool three = c_.a_bits == 3;
-    int elements = c_.own ? c_.out.stride : 1;  // Of a step.
+    int elements = c_.own ? c_.out.stride : 1;  // Elements of a step.
     int masks = c_.w_bits == 2 ? 2 : 1;         // Signs, and with 2 bits a mask.
     switch (c_.form) {
       case kPlanes: {
@@ -270,7 +271,7 @@ class LayerBuilder {
     return {};
   }
 
-  // Where the steps of a window lie, in bytes from its first pixel.
+  // Lists the steps of a window, in bytes from its first pixel.
   void lay_out_steps() {
     const Window& w = c_.window;
     c_.pixel_bytes = storage_.pixel_bytes;
@@ -293,16 +294,14 @@ class LayerBuilder {
 
   // ---- Weights: [group][tap][step][plane][channel].
 
-  char* allocate_weights() {
+  void allocate_weights() {
     size_t bytes = c_.group_bytes * c_.groups;
     layer_.weights = std::make_unique<Buffer>(bytes);
-    char* data = layer_.weights->data();
-    std::memset(data, 0, bytes);
-    c_.weights = data;
-    return data;
+    std::memset(layer_.weights->data(), 0, bytes);
+    c_.weights = layer_.weights->data();
   }
 
-  // Where the first plane of a step's weight lies.
+  // The place of the first plane of a step's weight.
   char* weight(int out, int tap, int step) {
     const Storage& s = storage_;
     size_t row = (size_t{1} * tap * s.tap_steps + step) * s.planes * c_.width;
