@@ -1,4 +1,4 @@
-"""What a config comes to: its network, data, schedules and devices.
+"""Everything derived from a config: its network, data, schedules and devices.
 
 Training, evaluation and packing all start from here.
 """
@@ -103,20 +103,25 @@ def _check_memory(
 
 
 class Experiment:
-  """What a config comes to; making one checks the config and makes no arrays.
+  """Everything derived from a config: network, data, schedules, optimizer, devices.
+
+  Construction validates the config and allocates no arrays.
 
   Attributes:
-    config: see `config.default_config`.
-    info: of the data set, as far as it is used; `image_shape` is that of a packed
-      network's images.
-    image_shape: of the network's input.
-    pixels: their normalization.
-    model: the network.
-    layers: what `layers.trace` says of it.
-    steps_per_epoch, num_steps: of training.
-    alpha, learning_rate: functions of the step.
-    optimizer: of optax.
-    replicated, sharded: over the devices of all processes, whole or along the batch.
+    config: See `config.default_config`.
+    info: Description of the data set, as far as it is used. `image_shape` is the shape
+      of a packed network's images.
+    image_shape: Shape of the network's input.
+    pixels: Normalization of the network's input.
+    model: The network, a Flax module.
+    layers: The network's layers, from `layers.trace`.
+    steps_per_epoch: Training steps in an epoch.
+    num_steps: Training steps in the whole run.
+    alpha: Function from the step to the estimator's alpha.
+    learning_rate: Function from the step to the learning rate.
+    optimizer: The optimizer, from optax.
+    replicated: Sharding of arrays that the devices of all processes hold as a whole.
+    sharded: Sharding of a batch over these devices, along its examples.
     data: The splits of the data set and their batches; see `batches.Source`.
   """
 

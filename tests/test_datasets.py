@@ -233,14 +233,14 @@ def test_a_damaged_file_is_named(directory, tmp_path, how, split):
   ):
     with pytest.raises(errors.UsageError) as error:
       function()
-    assert f"{file} can not be read" in str(error.value)
+    assert f"{file} cannot be read" in str(error.value)
     assert "python -m minw.prepare --dataset=cifar10" in str(error.value)
 
 
 def test_a_changed_byte_is_found(directory, tmp_path):
   file = directory / "cifar10-test.array_record-00000-of-00001"
   damage(file, "one byte changed")
-  with pytest.raises(errors.UsageError, match="can not be read") as error:
+  with pytest.raises(errors.UsageError, match="cannot be read") as error:
     datasets.load("cifar10", "test", tmp_path)
   assert str(file) in str(error.value)
 
@@ -265,7 +265,7 @@ def test_a_description_imports_no_module(directory, tmp_path, monkeypatch, key):
   features["featuresDict"]["features"]["label"] = {
       key: "hostile_module.Feature", "content": {}}
   description.write_text(json.dumps(features))
-  with pytest.raises(errors.UsageError, match="can not be read .it names 'hostile_mod"):
+  with pytest.raises(errors.UsageError, match="cannot be read .it names 'hostile_mod"):
     datasets.load("cifar10", "test", tmp_path)
   assert not (tmp_path / "trace").exists()
 

@@ -217,7 +217,7 @@ def test_wrong_sources_are_refused(tmp_path):
   assert message.endswith("must be a folder that holds ILSVRC2012_img_val.tar")
   (source / "ILSVRC2012_img_val.tar").write_text("no archive")
   message = refusal(data, source, partial=True)
-  assert "ILSVRC2012_img_val.tar can not be read" in message
+  assert "ILSVRC2012_img_val.tar cannot be read" in message
   write_archives(source, validation={"cat.jpg": b""})
   message = refusal(data, source, partial=True)
   assert "cat.jpg is no validation image of ImageNet" in message
@@ -240,7 +240,7 @@ def claim(name, size):
 
 @pytest.mark.parametrize("name, content, wanted", [
     (VAL, bytes(1024), "holds 0 images and must hold 50,000"),
-    (VAL, b"", "can not be read (empty file)"),
+    (VAL, b"", "cannot be read (empty file)"),
     (VAL, tar({IMAGE: b"1", f"folder/{IMAGE}": b"2"}),
      f"folder/{IMAGE} is there twice"),
     (VAL, claim(IMAGE, 2**30), f"{IMAGE} has 1,073,741,824 bytes and may have"),

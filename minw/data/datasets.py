@@ -1,8 +1,8 @@
-"""Data sets, read into memory as NumPy arrays, or image by image where too large.
+"""Data sets on disk: their descriptions, and reading them into memory or by record.
 
 The digits come with scikit-learn. CIFAR and ImageNet are read from a TensorFlow
-Datasets directory of array_record files, without TensorFlow: `python -m minw.prepare`
-writes such a directory, and nothing here downloads anything.
+Datasets directory of array_record files, without TensorFlow. `python -m minw.prepare`
+writes such a directory. Nothing here downloads anything.
 """
 
 import contextlib
@@ -21,16 +21,18 @@ from minw import paths
 
 
 class Info(NamedTuple):
-  """What is known of a data set without reading it.
+  """The description of a data set, known without reading it.
 
   Attributes:
-    name: as in `info`, `load` and the directory of the prepared data.
-    image_shape: (height, width, channels); ImageNet's differ and are brought to it.
-    label_names: one name per class, in the order of the labels.
-    mean: per channel, over the training images, in units of 0..1.
-    std: standard deviation per channel, likewise.
-    splits: number of images in 'train', 'validation' and 'test'.
-    streamed: whether it is too large for memory: see `open_records`, not `load`.
+    name: Name for `info` and `load`, and of the directory of the prepared data.
+    image_shape: (height, width, channels). ImageNet's images differ in size and are
+      brought to this shape.
+    label_names: One name per class, in the order of the labels.
+    mean: Mean of each channel over the training images, of values in 0..1.
+    std: Standard deviation of each channel, likewise.
+    splits: Number of images in 'train', 'validation' and 'test'.
+    streamed: Whether the data set is too large for memory. `open_records` reads it
+      then, and `load` does not.
   """
 
   name: str
@@ -77,19 +79,22 @@ _CIFAR100_NAMES = """
 
 
 def tfds_file(name: str) -> pathlib.Path:
-  """A file of TensorFlow Datasets, found without importing it: that takes seconds."""
+  """Returns the path of a file of TFDS, without importing it, which takes seconds."""
   package = importlib.util.find_spec("tensorflow_datasets").origin
   return pathlib.Path(package).parent / name
 
 
 def _imagenet_splits(train: int, validation: int) -> dict[str, int]:
-  """ImageNet's own validation images are the test split: nothing is chosen on them."""
-  held_out = min(10_000, -(-train // 10))  # A tenth of a part of it.
+  """Returns the sizes of the splits, given those of ImageNet's two parts.
+
+  ImageNet's own validation images are the test split, on which nothing is chosen.
+  """
+  held_out = min(10_000, -(-train // 10))  # A part of ImageNet gives up a tenth.
   return {"train": train - held_out, "validation": held_out, "test": validation}
 
 
-# The means and deviations of CIFAR are those in common use, which are of all
-# 50,000 images; those of the 45,000 here differ by less than 0.0005.
+# The means and deviations of CIFAR are those in common use, which cover all 50,000
+# training images. Those of the 45,000 that train here differ by less than 0.0005.
 _INFOS = {
     "digits": Info(
         name="digits",
@@ -128,22 +133,22 @@ _INFOS = {
 
 NAMES = tuple(_INFOS)
 
-# Largest JSON file of a prepared data set that is read.
+# Largest JSON file of a prepared data set that is read, in bytes.
 _DESCRIPTION_BYTES = 2**24
-# Where such files name classes; the last is what old versions of TFDS wrote.
+# Keys under which such files name classes. Old versions of TFDS wrote the last one.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 
 
 def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
-  """Returns what is known of the data set `name` without reading it.
+  """Returns the description of a data set, without reading its images.
 
   Args:
     name: 'digits', 'cifar10', 'cifar100' or 'imagenet2012'.
-    data_dir: the directory of prepared data sets; if a part of ImageNet is there, the
-      splits are of its size.
+    data_dir: Directory of prepared data sets. If it holds a part of ImageNet, the
+      splits have the sizes of that part.
 
   Raises:
-    UsageError: there is no such data set.
+    UsageError: There is no such data set.
   """
   if name not in _INFOS:
     raise errors.unknown_name("dataset", name, _INFOS)
@@ -158,7 +163,7 @@ def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
       found = found._replace(
           splits=_imagenet_splits(sizes["train"], sizes["validation"]))
     except Exception:  # The file is not trusted.
-      pass  # `check_available` says what is wrong.
+      pass  # `check_available` reports what is wrong.
   return found
 
 
@@ -167,23 +172,23 @@ def load(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Reads one split of a data set into memory.
 
-  The digits are split by their index i: test where i % 5 == 0, validation where
-  i % 10 == 1, train else; their values 0..16 are scaled to 0..255 and rounded.
-  CIFAR is read in the order of TensorFlow Datasets, from the newest version that
-  is there; validation is the last 5,000 of the 50,000 training images.
+  The digits are split by their index i: 'test' where i % 5 == 0, 'validation' where
+  i % 10 == 1, and 'train' elsewhere. Their values 0..16 are scaled to 0..255 and
+  rounded. CIFAR is read in the order of TensorFlow Datasets, from the newest version
+  that is there; 'validation' is the last 5,000 of the 50,000 training images.
 
   Args:
     name: 'digits', 'cifar10' or 'cifar100'.
     split: 'train', 'validation' or 'test'.
-    data_dir: the directory of prepared data sets, with `~` for the home
-      directory; of no effect for the digits.
+    data_dir: Directory of prepared data sets, with `~` for the home directory. The
+      digits do not need it.
 
   Returns:
     images: uint8, (n, height, width, channels), 0..255.
     labels: int32, (n,).
 
   Raises:
-    UsageError: there is no such data set or split, or its files are not there,
+    UsageError: There is no such data set or split, or its files are not there,
       damaged, or in another format.
   """
   wanted = info(name)
@@ -197,7 +202,7 @@ def load(
   with _reading(records.dataset_info, name, split):
     encoded = records.__getitems__(range(len(records)))
     images = np.empty((len(records), *wanted.image_shape), np.uint8)
-    # More threads would not help: of a small image's time, Python has the most.
+    # More threads would not help: Python takes most of the time of a small image.
     for image, record in zip(images, encoded):
       with decoding.open_image(record["image"]) as opened:
         if opened.size != image.shape[1::-1] or opened.mode != "RGB":
@@ -211,12 +216,12 @@ def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
   """Checks, within a second, that `load` or `open_records` will find the data.
 
   Args:
-    name: of the data set.
-    data_dir: the directory of prepared data sets.
+    name: Name of the data set.
+    data_dir: Directory of prepared data sets.
 
   Raises:
-    UsageError: there is no such data set, or its files are not there, in another
-      format, or do not open. Damage further inside a file is found by `load`.
+    UsageError: There is no such data set, or its files are not there, in another
+      format, or do not open. `load` finds damage further inside a file.
   """
   splits = info(name, data_dir).splits
   if name != "digits":
@@ -234,6 +239,7 @@ def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
 
 
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the images and labels of a split of the digits; see `load`."""
   from sklearn import datasets as sklearn_datasets
 
   digits = sklearn_datasets.load_digits()
@@ -250,20 +256,20 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 def open_records(
     name: str, split: str, data_dir: str | os.PathLike | None
 ) -> Sequence[dict[str, Any]]:
-  """The records of a split of a TFDS directory, to be read one by one.
+  """Opens a split of a TFDS directory, whose records are then read one by one.
 
   Args:
-    name: any but 'digits'.
-    split: 'train', 'validation' or 'test'. The second is the last 10,000 of ImageNet's
-      training records, whose order is random (the last tenth of a part of ImageNet),
-      and the last its 50,000 validation records.
-    data_dir: the directory of prepared data sets.
+    name: Name of any data set but 'digits'.
+    split: 'train', 'validation' or 'test'. For ImageNet, 'validation' is the last
+      10,000 of its training records, whose order is random, or the last tenth of a part
+      of ImageNet. 'test' is its 50,000 validation records.
+    data_dir: Directory of prepared data sets.
 
   Returns:
     A sequence of {"image": bytes of a file, "label": int, ...}.
 
   Raises:
-    UsageError: there is no such data set, or its files are not there, or in another
+    UsageError: There is no such data set, or its files are not there, or in another
       format.
   """
   directory = _newest_version(name, data_dir)
@@ -285,15 +291,15 @@ def open_records(
     builder = tfds.builder_from_directory(directory)
     found = {key: value.num_examples for key, value in builder.info.splits.items()}
     formats = {format_.value for format_ in builder.info.available_file_formats()}
-  except Exception as error:  # Of TFDS, JSON or protobuf, whose have no base.
-    raise _refusal(directory, f"its description can not be read ({error})") from error
+  except Exception as error:  # Errors of TFDS, JSON and protobuf have no common base.
+    raise _refusal(directory, f"its description cannot be read ({error})") from error
   if "array_record" not in formats:
     raise _refusal(
         directory,
         f"its files are {' and '.join(sorted(formats))}, which TensorFlow would have "
         "to read, and must be array_record")
   if wanted.streamed:
-    found.pop("test", None)  # Has no labels.
+    found.pop("test", None)  # ImageNet's own test split has no labels.
   if found != expected:
     raise _refusal(directory, f"it holds {found} records and must hold {expected}")
   with _reading(builder.info, name, split):
@@ -308,14 +314,15 @@ def open_records(
 
 
 def _description(path: pathlib.Path) -> Any:
-  """The content of a JSON file, which must be a regular file that is not too large."""
+  """Reads a JSON file, which must be a regular file that is not too large."""
   if not path.is_file() or path.stat().st_size > _DESCRIPTION_BYTES:
-    raise ValueError(f"{path.name} is not a file of at most {_DESCRIPTION_BYTES:,} bytes")
+    raise ValueError(
+        f"{path.name} is not a file of at most {_DESCRIPTION_BYTES:,} bytes")
   return json.loads(path.read_text())
 
 
 def _check_features(described: Any) -> None:
-  """Refuses classes that are not TFDS's own: it imports any module that is named."""
+  """Raises ValueError where a class is not TFDS's own: TFDS would import its module."""
   if isinstance(described, dict):
     for key, value in described.items():
       if key in _CLASS_KEYS and isinstance(value, str) and not (
@@ -328,7 +335,7 @@ def _check_features(described: Any) -> None:
 
 
 def _kept_in(name: str, split: str) -> str:
-  """What TFDS calls the split that `split` is, or is a part of."""
+  """Returns TFDS's name of the split that holds `split`, as a whole or as a part."""
   if split == "test":
     return "validation" if info(name).streamed else "test"
   return "train"
@@ -336,24 +343,25 @@ def _kept_in(name: str, split: str) -> str:
 
 @contextlib.contextmanager
 def _reading(tfds_info: Any, name: str, split: str) -> Iterator[None]:
-  """Refuses a directory in which the files of a split are damaged."""
+  """Reports errors in this context as damage of the files of a split."""
   try:
     yield
   except Exception as error:  # array_record, TFDS and Pillow have no common base.
     files = ", ".join(map(str, tfds_info.splits[_kept_in(name, split)].filepaths))
     raise _refusal(pathlib.Path(tfds_info.data_dir),
-                   f"{files} can not be read ({error})") from error
+                   f"{files} cannot be read ({error})") from error
 
 
 def _refusal(directory: pathlib.Path, what: str) -> errors.UsageError:
-  """The error for a `directory` (DATA_DIR/name/version) that does not serve."""
+  """Returns the error for a `directory` (DATA_DIR/name/version) that is unusable."""
   name, data_dir = directory.parent.name, directory.parent.parent
   return errors.UsageError(
-      f"data_dir={str(data_dir)!r}: {directory} is of no use: {what}; delete it, or "
+      f"data_dir={str(data_dir)!r}: {directory} is unusable: {what}; delete it, or "
       f"choose another data_dir, and run: {prepare_command(name, data_dir)}")
 
 
 def _expanded(data_dir: str | os.PathLike) -> str:
+  """Returns `data_dir` with `~` expanded."""
   try:
     return paths.expand(data_dir)
   except ValueError as error:
@@ -363,7 +371,7 @@ def _expanded(data_dir: str | os.PathLike) -> str:
 def _newest_version(
     name: str, data_dir: str | os.PathLike | None
 ) -> pathlib.Path:
-  """The directory of the newest version of a data set below `data_dir`."""
+  """Returns the directory of the newest version of a data set below `data_dir`."""
   versions = []
   if data_dir:
     for path in pathlib.Path(_expanded(data_dir), name).glob("*"):

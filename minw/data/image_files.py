@@ -18,12 +18,14 @@ from minw.data import images
 
 _log = logging.getLogger(__name__)
 
-# Files in folders that are taken for images; any other file can be given by its path.
+# Suffixes of files in folders that are taken for images. Any other file can be given by
+# its path.
 SUFFIXES = frozenset((
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib",
     ".tif", ".tiff", ".npy"))
 
-# Largest file that is read: 32 bits a pixel of the most pixels that are accepted.
+# Largest file that is read, in bytes: 32 bits for each of the most pixels that are
+# accepted.
 _LARGEST = 3 * 2**27
 
 
@@ -98,8 +100,8 @@ def color(name: str) -> images.Color:
       parts = ImageColor.getrgb(name)
     except ValueError:
       parts = ()
-  errors.check(len(parts) == 3 and all(0 <= part <= 255 for part in parts), "background",
-               name, "a color: a name, #rrggbb or R,G,B from 0 to 255")
+  errors.check(len(parts) == 3 and all(0 <= part <= 255 for part in parts),
+               "background", name, "a color: a name, #rrggbb or R,G,B from 0 to 255")
   return parts
 
 
@@ -145,7 +147,10 @@ def read(
 
 
 def _read(
-    path: str | os.PathLike, shape: Sequence[int], shrink: bool, background: images.Color
+    path: str | os.PathLike,
+    shape: Sequence[int],
+    shrink: bool,
+    background: images.Color,
 ) -> np.ndarray:
   height, width, channels = shape
   content = _content(path)
@@ -166,7 +171,8 @@ def _content(path: str | os.PathLike) -> bytes:
   if not stat.S_ISREG(status.st_mode):  # Opening a pipe could take forever.
     raise images.ImageError("it is not a regular file")
   if status.st_size > _LARGEST:
-    raise images.ImageError(f"it has {status.st_size:,} bytes; {_LARGEST:,} are accepted")
+    raise images.ImageError(
+        f"it has {status.st_size:,} bytes; {_LARGEST:,} are accepted")
   with open(path, "rb") as file:
     return file.read(status.st_size)
 

@@ -1,4 +1,4 @@
-"""The original archives of ImageNet (ILSVRC 2012): their images, as TFDS keeps them."""
+"""The original archives of ImageNet (ILSVRC 2012), read as the records of TFDS."""
 
 import io
 import os
@@ -17,22 +17,23 @@ from minw.data import images
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 CLASSES, VALIDATION_IMAGES = 1000, 50_000
 
-# Most images of a class and most bytes of an image or of the archive of a class that are
-# accepted. The largest in ImageNet are 1,300 images, some 15 MB and some 300 MB.
+# Most images of a class that are accepted, which ImageNet reaches.
 _CLASS_IMAGES = 1300
+# Largest image and largest archive of a class that are accepted, in bytes. The largest
+# ones in ImageNet have about 15 MB and 300 MB.
 _LARGEST_IMAGE, _LARGEST_CLASS = 2**26, 2**31
 
 
 def check_source(source: str | os.PathLike | None, partial: bool) -> pathlib.Path:
-  """The folder of the two archives, after a look at how complete they are.
+  """Checks that the two archives are there and complete, and returns their folder.
 
   Args:
-    source: the folder.
-    partial: whether less than all classes and validation images will do.
+    source: Path of the folder.
+    partial: Whether a part of the classes and validation images is enough.
 
   Raises:
-    UsageError: it is not there, or an archive is missing, cut off or incomplete, or
-      holds what it may not hold.
+    UsageError: The folder is not there, or an archive is missing, cut off, incomplete
+      or holds something else.
   """
   folder = pathlib.Path(paths.expand(source or ""))
   errors.check(
@@ -55,7 +56,7 @@ def check_source(source: str | os.PathLike | None, partial: bool) -> pathlib.Pat
 
 
 def _files(file: BinaryIO, name: str) -> Iterator[tuple[str, int, int]]:
-  """The files in one of the two archives; see `_each_once`."""
+  """Yields the files in one of the two archives; see `_each_once`."""
   largest, count = ((_LARGEST_CLASS, CLASSES) if name == TRAIN
                     else (_LARGEST_IMAGE, VALIDATION_IMAGES))
   return _each_once(archives.files(file, largest=largest, most=2 * count))
@@ -63,7 +64,11 @@ def _files(file: BinaryIO, name: str) -> Iterator[tuple[str, int, int]]:
 
 def _each_once(
     found: Iterator[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
-  """`found` with names without folders, none of which may be there twice."""
+  """Yields what `found` does, with the names of folders removed from paths.
+
+  Raises:
+    tarfile.TarError: A name is there twice.
+  """
   seen = set()
   for path, start, size in found:
     name = os.path.basename(path)
@@ -75,22 +80,23 @@ def _each_once(
 
 def _unreadable(
     source: str | os.PathLike | None, name: str, error: Exception) -> errors.UsageError:
-  return errors.UsageError(f"source={str(source)!r}: {name} can not be read ({error})")
+  """Returns the error for an archive that cannot be read."""
+  return errors.UsageError(f"source={str(source)!r}: {name} cannot be read ({error})")
 
 
 def examples(
     folder: pathlib.Path, split: str, unreadable: list[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-  """The records of a split, with their keys, in the order of the archive.
+  """Yields the keys and records of a split, in the order of the archive.
 
   Args:
-    folder: of the archives.
+    folder: Folder of the archives.
     split: "train" or "validation".
-    unreadable: receives the names of files that are no images; they are kept as they
-      are, and found again in training.
+    unreadable: Receives the names of files that are no images. They are kept as they
+      are, and training finds them again.
 
   Raises:
-    UsageError: the archive is damaged, holds other files, or none.
+    UsageError: The archive is damaged, or holds other files or none.
   """
   path = folder / (TRAIN if split == "train" else VALIDATION)
   read = _train_images if split == "train" else _validation_images
@@ -111,7 +117,7 @@ def examples(
 
 
 def _train_images(archive: BinaryIO) -> Iterator[tuple[str, str, bytes]]:
-  """The name, class and content of each training image."""
+  """Yields the name, class and content of each training image."""
   known = {*datasets.info("imagenet2012").label_names}
   for name, start, size in _files(archive, TRAIN):
     label, suffix = os.path.splitext(name)
@@ -131,8 +137,8 @@ def _train_images(archive: BinaryIO) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _validation_images(archive: BinaryIO) -> Iterator[tuple[str, str, bytes]]:
-  """The name, class and content of each validation image."""
-  # By number, which the names of the files have.
+  """Yields the name, class and content of each validation image."""
+  # The labels are listed by the number that the name of a file has.
   labels = datasets.tfds_file(
       "datasets/imagenet2012/validation_labels.txt").read_text().split()
   for name, start, size in _files(archive, VALIDATION):
@@ -144,14 +150,16 @@ def _validation_images(archive: BinaryIO) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _read(file: BinaryIO, start: int, size: int) -> bytes:
+  """Reads `size` bytes from the position `start`."""
   file.seek(start)
   return file.read(size)
 
 
 def as_jpeg(content: bytes) -> bytes:
-  """The bytes of an image file, made RGB JPEG of quality 100 if they are another.
+  """Returns the bytes of an image file, converted to an RGB JPEG where necessary.
 
-  In ImageNet one is PNG, and 22 are CMYK. Grayscale JPEG stays what it is.
+  Gray and RGB JPEG files are returned as they are. In ImageNet one image is a PNG and
+  22 are CMYK; they become JPEG files of quality 100.
   """
   with images.open_image(content) as image:
     if image.format == "JPEG" and image.mode in ("RGB", "L"):

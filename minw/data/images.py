@@ -1,4 +1,4 @@
-"""From the content of image files to the pixels that networks see: Pillow and NumPy only.
+"""Decodes, flattens, resizes and crops images, with Pillow and NumPy only.
 
 `flatten` brings an image of any Pillow mode to 8-bit gray or RGB. `centre` and
 `random_crop` build on it: the first serves evaluation and `minw.infer`, the second
@@ -22,8 +22,8 @@ BLACK: Color = (0, 0, 0)
 # and those that are recognized by next to nothing (TGA).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
-# A JPEG decodes at a fraction of its size without ever holding all its pixels. Its limit
-# is therefore this many times Pillow's limit, 268 million pixels instead of 89 million.
+# A JPEG decodes at a fraction of its size without ever holding all its pixels. Its
+# limit is therefore this many times Pillow's limit: 268 million pixels, not 89 million.
 _JPEG_LIMIT = 3
 # A JPEG that comes in several scans is held as a whole, and each scan takes the time of
 # an image. Largest number of pixels times scans.
@@ -32,7 +32,8 @@ _SCANNED_PIXELS = 2**31
 _DRAFT_PIXELS = 2**23
 # ... which must still be so many times as large as what is asked for.
 _DRAFT_MARGIN = 4
-# A BMP with run-length encoding is decoded in Python. Most pixels, and its longest side.
+# Most pixels and longest side of a BMP with run-length encoding, which Pillow decodes
+# in Python.
 _RUNS_PIXELS, _RUNS_SIDE = 2**24, 2**16
 # Most pixels of a tile of a TIFF file, unless the image has as many: tiles are decoded
 # as a whole.
@@ -325,11 +326,11 @@ def _orientation(image: Image.Image) -> int:
 def random_box(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-  """A random part of an image: (left, top, right, bottom), as Inception's crops.
+  """Draws a random part of an image: (left, top, right, bottom), as Inception does.
 
-  Its area is uniform in `scale` times the image's, its ratio of width to height
-  log-uniform in 3/4 to 4/3; where ten of these do not fit, the largest central part
-  of an allowed ratio.
+  The area is uniform in `scale` times the image's area, and the ratio of width to
+  height is log-uniform in 3/4 to 4/3. If ten draws do not fit into the image, the
+  result is the largest central part of an allowed ratio.
   """
   for _ in range(_TRIES):
     area = width * height * rng.uniform(*scale)
@@ -351,16 +352,17 @@ def random_crop(
     flip: bool,
     rng: np.random.Generator,
 ) -> np.ndarray:
-  """A random part of an image (`random_box`), resized bilinearly and maybe flipped.
+  """Returns a random part of an image (`random_box`), resized and maybe flipped.
 
-  JPEG is decoded at half, a quarter or an eighth of its size where that is enough.
+  Resizing is bilinear. A JPEG is decoded at half, a quarter or an eighth of its size
+  where that is enough.
 
   Args:
-    image: just opened, of any size and mode.
-    size: of the result.
-    scale: least and greatest area of the part, as fractions of the image's.
-    flip: whether to flip left to right, with probability 1/2.
-    rng: what all is drawn from.
+    image: A single frame of any size and mode, just opened.
+    size: Height and width of the result.
+    scale: Least and greatest area of the part, as fractions of the image's area.
+    flip: Whether to flip left to right, with probability 1/2.
+    rng: Generator of all random numbers.
 
   Returns:
     uint8 (size, size, 3).

@@ -251,7 +251,7 @@ class Split:
         yield Examples(element["image"], element["label"])
 
   def _note(self, damaged: np.ndarray) -> None:
-    """Reports damaged images once; refuses to go on with too many."""
+    """Reports damaged images once, and raises `errors.UsageError` if too many are."""
     for index in set(damaged[damaged >= 0].tolist()) - self._seen:
       self._seen.add(index)
       if len(self._seen) <= _NAMES:
@@ -299,7 +299,7 @@ def open_split(
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-  """Inside, SIGTERM and SIGINT pass this thread, and are blocked in what it starts."""
+  """Blocks SIGTERM and SIGINT in this thread and in the processes that it starts."""
   before = signal.pthread_sigmask(
       signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
   try:
@@ -309,7 +309,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def _begin_worker(*_: Any) -> None:
-  """Makes a worker deaf to signals, and end soon after the process that it works for."""
+  """Lets a worker ignore signals, and end soon after the process that it works for."""
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   stopping.end_with_parent()
