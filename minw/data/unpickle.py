@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 import struct
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 
@@ -31,10 +31,6 @@ class _Unfinished(enum.Enum):
   UINT8 = enum.auto()
 
 
-_CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
-_NUMBERS = {pickle.BININT1: "B", pickle.BININT2: "H", pickle.BININT: "i"}
-
-
 def loads(content: bytes) -> Any:
   """Reads a pickle of protocol 2 as Python 2 wrote it.
 
@@ -42,89 +38,104 @@ def loads(content: bytes) -> Any:
     content: The pickle.
 
   Returns:
-    What it holds: None, bool, int, bytes, str, tuple, list, dict or a uint8 array.
-    Strings of Python 2 are bytes.
+    The object that was pickled: None, a bool, int, bytes, str, tuple, list, dict or
+    uint8 array. Strings of Python 2 are bytes.
 
   Raises:
     pickle.UnpicklingError: The pickle asks for anything else, or is damaged.
   """
   try:
-    return _run(io.BytesIO(content))
+    return _run(_Machine(content))
   except (ValueError, TypeError, LookupError) as error:
     raise pickle.UnpicklingError(str(error) or type(error).__name__) from error
 
 
-def _run(file: io.BytesIO) -> Any:
-  stack, marks, memo = [], [], {}
+class _Machine:
+  """The state of the machine: the rest of its program, a stack, marks and a memo."""
 
-  def take(count: int) -> bytes:
-    data = file.read(count)
+  def __init__(self, content: bytes):
+    self._program = io.BytesIO(content)
+    self.stack: list[Any] = []
+    self.marks: list[int] = []
+    self.memo: dict[int, Any] = {}
+
+  def take(self, count: int) -> bytes:
+    """Reads `count` bytes of the program."""
+    data = self._program.read(count)
     if len(data) < count:
       raise ValueError("it is cut off")
     return data
 
-  def number(kind: str) -> int:
-    return struct.unpack("<" + kind, take(struct.calcsize("<" + kind)))[0]
+  def number(self, kind: str) -> int:
+    """Reads an integer, whose size and sign `kind` says as in `struct`."""
+    return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
 
-  def line() -> str:
-    return file.readline().decode("ascii").removesuffix("\n")
+  def line(self) -> str:
+    """Reads a line."""
+    return self._program.readline().decode("ascii").removesuffix("\n")
 
-  def since_mark() -> list[Any]:
-    start = marks.pop()
-    items = stack[start:]
-    del stack[start:]
+  def since_mark(self) -> list[Any]:
+    """Removes what was pushed since the last mark, and returns it."""
+    start = self.marks.pop()
+    items = self.stack[start:]
+    del self.stack[start:]
     return items
 
+
+# Instructions that push a value, and how each finds it.
+_VALUES: dict[bytes, Callable[[_Machine], Any]] = {
+    pickle.NONE: lambda machine: None,
+    pickle.NEWTRUE: lambda machine: True,
+    pickle.NEWFALSE: lambda machine: False,
+    pickle.BININT1: lambda machine: machine.number("B"),
+    pickle.BININT2: lambda machine: machine.number("H"),
+    pickle.BININT: lambda machine: machine.number("i"),
+    pickle.LONG1: lambda machine: int.from_bytes(
+        machine.take(machine.number("B")), "little", signed=True),
+    pickle.SHORT_BINSTRING: lambda machine: machine.take(machine.number("B")),
+    pickle.BINSTRING: lambda machine: machine.take(machine.number("I")),
+    pickle.BINUNICODE: lambda machine: machine.take(machine.number("I")).decode(),
+    pickle.EMPTY_TUPLE: lambda machine: (),
+    pickle.EMPTY_LIST: lambda machine: [],
+    pickle.EMPTY_DICT: lambda machine: {},
+    pickle.TUPLE: lambda machine: tuple(machine.since_mark()),
+    pickle.GLOBAL: lambda machine: _named(f"{machine.line()} {machine.line()}"),
+}
+
+
+def _run(machine: _Machine) -> Any:
+  """Runs the program to its end and returns the result."""
+  stack, marks, memo = machine.stack, machine.marks, machine.memo
   while True:
-    match take(1):
+    match machine.take(1):
+      case code if code in _VALUES:
+        stack.append(_VALUES[code](machine))
       case pickle.PROTO:
-        take(1)
+        machine.take(1)
       case pickle.STOP:
         return stack.pop()
       case pickle.MARK:
         marks.append(len(stack))
       case pickle.BINPUT | pickle.LONG_BINPUT as code:
-        memo[number("B" if code == pickle.BINPUT else "I")] = stack[-1]
+        memo[machine.number("B" if code == pickle.BINPUT else "I")] = stack[-1]
       case pickle.BINGET | pickle.LONG_BINGET as code:
-        place = number("B" if code == pickle.BINGET else "I")
+        place = machine.number("B" if code == pickle.BINGET else "I")
         if place not in memo:
           raise ValueError(f"it has nothing in place {place}")
         stack.append(memo[place])
-      case code if code in _CONSTANTS:
-        stack.append(_CONSTANTS[code])
-      case code if code in _NUMBERS:
-        stack.append(number(_NUMBERS[code]))
-      case pickle.LONG1:
-        stack.append(int.from_bytes(take(number("B")), "little", signed=True))
-      case pickle.SHORT_BINSTRING:
-        stack.append(take(number("B")))
-      case pickle.BINSTRING:
-        stack.append(take(number("I")))
-      case pickle.BINUNICODE:
-        stack.append(take(number("I")).decode())
-      case pickle.EMPTY_TUPLE:
-        stack.append(())
       case pickle.TUPLE1 | pickle.TUPLE2 | pickle.TUPLE3 as code:
         marks.append(len(stack) - (code[0] - pickle.TUPLE1[0] + 1))
-        stack.append(tuple(since_mark()))
-      case pickle.TUPLE:
-        stack.append(tuple(since_mark()))
-      case pickle.EMPTY_LIST:
-        stack.append([])
+        stack.append(tuple(machine.since_mark()))
       case pickle.APPEND:
         _extend(stack[-2], [stack.pop()])
       case pickle.APPENDS:
-        items = since_mark()
+        items = machine.since_mark()
         _extend(stack[-1], items)
-      case pickle.EMPTY_DICT:
-        stack.append({})
       case pickle.SETITEM:
         _update(stack[-3], [stack.pop(-2), stack.pop()])
       case pickle.SETITEMS:
-        items = since_mark()
+        items = machine.since_mark()
         _update(stack[-1], items)
-      case pickle.GLOBAL:
-        stack.append(_named(f"{line()} {line()}"))
       case pickle.REDUCE:
         arguments = stack.pop()
         stack[-1] = _call(stack[-1], arguments)
@@ -136,6 +147,7 @@ def _run(file: io.BytesIO) -> Any:
 
 
 def _extend(target: Any, items: list[Any]) -> None:
+  """Appends items to a list."""
   if type(target) is not list:
     raise ValueError(f"it appends to {type(target).__name__}")
   target += items
@@ -152,7 +164,7 @@ def _update(target: Any, items: list[Any]) -> None:
 
 
 def _named(name: str) -> _Global:
-  """The stand-in for a global, which `name` gives as "module name"."""
+  """Returns the stand-in for a global, which `name` gives as "module name"."""
   try:
     return _Global(name)
   except ValueError:
@@ -160,7 +172,7 @@ def _named(name: str) -> _Global:
 
 
 def _call(function: Any, arguments: Any) -> _Unfinished:
-  """The stand-in for the result of a call, of which two are known."""
+  """Returns the stand-in for the result of one of the two calls that are known."""
   if type(arguments) is tuple:
     first = arguments[0]
     if function is _Global.RECONSTRUCT and first is _Global.NDARRAY:
@@ -173,7 +185,7 @@ def _call(function: Any, arguments: Any) -> _Unfinished:
 
 
 def _complete(target: Any, state: Any) -> Any:
-  """What an unfinished object becomes with its state."""
+  """Returns what an unfinished object becomes with its state."""
   if type(state) is not tuple:
     raise ValueError("it has a state that is not a tuple")
   if target is _Unfinished.UINT8:  # Its byte order, fields and alignment.
