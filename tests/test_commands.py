@@ -154,7 +154,8 @@ def test_commands_are_found():
   found = {(c.where, c.module) for c in ALL}
   assert len(ALL) > 50
   for where, module in (
-      ("README.md", "minw.main"), ("README.md", "sweep"), ("README.md", "minw.export"),
+      ("README.md", "minw.main"), ("README.md", "minw.export"),
+      ("docs/howto/sweeps.md", "sweep"), ("docs/tutorials/cifar.md", "minw.prepare"),
       ("minw/bench/__main__.py", "minw.bench"), ("minw/pack.py", "minw.pack"),
       ("minw/networks/digits_convnet.md", "minw.pack"), ("launch/sweep.py", "sweep"),
       ("launch/slurm.sbatch", "minw.main"), ("launch/tpu_vm.sh", "minw.main"),
@@ -182,8 +183,8 @@ def test_commands_that_are_named_exist(run):
 
 
 def test_documented_overrides_are_accepted_by_the_first_config(run, here):
-  """`--config.FIELD=VALUE`, alone in README's text."""
-  text = (ROOT / "README.md").read_text()
+  """`--config.FIELD=VALUE`, alone in the text of a document."""
+  text = "\n".join(text for where, text in texts() if where.endswith(".md"))
   found = set(re.findall(r"`(--config\.\w+=[^`]+)`", text))
   assert len(found) > 5 and any("histogram_layers" in flag for flag in found)
   for flag in found:
@@ -193,8 +194,8 @@ def test_documented_overrides_are_accepted_by_the_first_config(run, here):
 
 
 def test_documented_sweeps_are_accepted(run, here):
-  """`name:arguments` in README's tables of sweeps."""
-  text = (ROOT / "README.md").read_text()
+  """`name:arguments` in the documents' tables of sweeps."""
+  text = "\n".join(text for where, text in texts() if where.endswith(".md"))
   found = {name for name in re.findall(r"`(?:--sweep=)?(\w+:[^`]+)`", text)
            if name.partition(":")[0] in config_flag.sweeps()}
   assert len(found) >= 8

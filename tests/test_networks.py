@@ -41,14 +41,14 @@ def test_cards_are_of_their_networks(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_readme_says_the_same(name):
-  readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+def test_the_list_of_networks_says_the_same(name):
+  page = (pathlib.Path(__file__).parents[1] / "docs" / "reference" / "networks.md")
   config = infer.load(name, backend="reference").program.metadata["config"]
   bits = f"W{config['weight_bits']}A{config['input_bits']}"
   size = f"{infer.shipped()[name].stat().st_size / 1000:.0f} kB"
   accuracy = card(name)["test accuracy"].split(",")[0]
   assert re.search(rf"^\| `{name}` \| .* \| {bits} "
-                   rf"\| {re.escape(accuracy)} \| {size} \|$", readme, re.MULTILINE)
+                   rf"\| {re.escape(accuracy)} \| {size} \|$", page.read_text(), re.MULTILINE)
   assert re.search(rf"\s{size}\.", (FOLDER / f"{name}.md").read_text())
 
 

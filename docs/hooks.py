@@ -1,0 +1,232 @@
+"""Hooks of mkdocs: pages from outside docs/, and reference pages made from the code.
+
+The site holds documents that stand elsewhere in the repository, such as RESULTS.md. Their
+links, and those of the pages in docs/, are written as GitHub follows them, relative to
+the file. The hooks turn them into links between pages of the site.
+
+Comments of the form `<!-- NAME -->` in a page are replaced by what a function makes from
+the code: the fields of a config, and the help of each command.
+"""
+
+import ast
+import importlib
+import math
+import os
+import pathlib
+import posixpath
+import re
+import runpy
+import sys
+import tempfile
+from typing import Any, Collection, NoReturn, Sequence
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Files outside docs/ that are in the site, at the same paths.
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "RESULTS.md", "SECURITY.md",
+           "minw/networks/*.md", "results/*.jsonl", "results/*/README.md",
+           "results/*/*.png", "results/*/*.json")
+
+# Values of each type that are likely to be refused, for finding out what is allowed.
+_BAD_VALUES = {
+    int: (-1, 1, 2**40),
+    float: (-1.0, math.nan),
+    str: ("?",),
+    tuple: (("?",), (2.0, 1.0), (-1,)),
+}
+# Free text, which is checked only when the run begins.
+_ALLOWED = {"data_dir": "a path", "init_from": "a path, or '' for none",
+            "histogram_layers": "a tuple of str",
+            "histogram_epochs": "a tuple of int, epochs that end with a validation"}
+
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def on_files(files: Any, config: Any) -> Any:
+  """Adds the files outside docs/ to those of the site."""
+  from mkdocs.structure.files import File
+  for path in outside():
+    files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+  return files
+
+
+def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
+  """The text of a page with its links and generated parts as the site needs them."""
+  known = {file.src_uri for file in files}
+  markdown = relinked(markdown, page.file.src_uri, known)
+  for name, make in GENERATED.items():
+    mark = f"<!-- {name} -->"
+    if mark in markdown:
+      markdown = markdown.replace(mark, make())
+  return markdown
+
+
+def outside() -> list[str]:
+  """Paths in the repository of the files outside docs/ that are in the site."""
+  return sorted(path.relative_to(ROOT).as_posix()
+                for pattern in OUTSIDE for path in ROOT.glob(pattern))
+
+
+def relinked(markdown: str, page: str, known: Collection[str]) -> str:
+  """Turns links between files of the repository into links between pages of the site.
+
+  A link to a file that is not in the site becomes its text.
+
+  Args:
+    markdown: Text of a page.
+    page: Path of the page in the site.
+    known: Paths of all files of the site.
+  """
+  is_outside = page in outside()
+  folder = posixpath.dirname(page if is_outside else f"docs/{page}")
+
+  def relink(match: re.Match) -> str:
+    text, target = match.groups()
+    path, hash_sign, anchor = target.partition("#")
+    if not path or "://" in target:
+      return match[0]
+    repository = posixpath.normpath(posixpath.join(folder, path))
+    if not (ROOT / repository).exists():
+      return match[0]
+    for place in (repository, f"{repository}/README.md"):
+      place = place.removeprefix("docs/")
+      if place in known:
+        here = posixpath.dirname(page) or "."
+        return f"[{text}]({posixpath.relpath(place, here)}{hash_sign}{anchor})"
+    return text
+
+  return _LINK.sub(relink, markdown)
+
+
+def config_fields() -> str:
+  """Tables of all fields of a config: type, default, allowed values, description."""
+  from minw import config
+  defaults = config.default_config()
+  lines = []
+  for section, fields in config.FIELDS.items():
+    lines += [f"## {section.partition(':')[0]}", "",
+              "| field | type | default | allowed | what it is |",
+              "|---|---|---|---|---|"]
+    for name, (default, text) in fields.items():
+      kind = "int or str" if name in config.config_fields.BITS else type(default).__name__
+      cells = (f"`{name}`", kind, f"`{default!r}`", allowed(name, defaults), text)
+      lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines.append("")
+  return "\n".join(lines)
+
+
+def config_recipes() -> str:
+  """A table of the defaults that differ from data set to data set."""
+  from minw import config
+  names = ("cifar10", "digits", "imagenet2012")
+  recipes = [config.default_config(name) for name in names]
+  lines = ["| field | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+  for name in recipes[0]:
+    values = [repr(recipe[name]) for recipe in recipes]
+    if len(set(values)) > 1 and name != "dataset":
+      lines.append(f"| `{name}` | " + " | ".join(f"`{value}`" for value in values) + " |")
+  return "\n".join(lines)
+
+
+def allowed(name: str, defaults: Any) -> str:
+  """The values that a field may hold, in the words of the errors for other values.
+
+  Args:
+    name: Name of the field.
+    defaults: The default config. Other fields have their default, but operands have 3
+      bits, so that they have thresholds.
+  """
+  from minw import config
+  from minw import errors
+  if name in _ALLOWED:
+    return _ALLOWED[name]
+  if isinstance(defaults[name], bool):
+    return "True or False"
+  kind = str if name in config.config_fields.BITS else type(defaults[name])
+  found = {}
+  for value in _BAD_VALUES[kind]:
+    try:
+      config.validate(config.copy(
+          defaults, **{"input_bits": 3, "weight_bits": 3, name: value}))
+    except errors.UsageError as error:
+      if str(error).startswith(f"config.{name}"):
+        found[str(error).partition(": must be ")[2]] = None
+  return "; ".join(found) or "any"
+
+
+def commands() -> str:
+  """The help of each command, as the command prints it."""
+  from minw import __main__ as minw_command
+  lines = [["minw"], ["minw-config"]]
+  for name, module in minw_command.COMMANDS.items():  # Imports, for all copies of this
+    module = importlib.import_module(module)  # process, what takes seconds.
+    lines += [["minw", name, *subcommand] for subcommand in (
+        [[name] for name in getattr(module, "SUBCOMMANDS", ())] or [[]])]
+  lines += [["python", f"launch/{name}.py"]
+            for name in ("sweep", "local_multiprocess")]
+  return "\n".join(f"### {' '.join(line)}\n\n```text\n{help_of(line)}\n```\n"
+                   for line in lines)
+
+
+def help_of(line: Sequence[str]) -> str:
+  """What a command prints with --help, without the table of config fields.
+
+  The command runs in a copy of this process, so that modules are imported only once.
+
+  Args:
+    line: The words of the command.
+  """
+  program, *arguments = line
+  with tempfile.TemporaryFile("w+") as output:
+    child = os.fork()
+    if not child:
+      os.dup2(output.fileno(), 1)
+      _run_help(program, arguments)
+    if os.waitpid(child, 0)[1]:
+      raise ValueError(f"{' '.join(line)} --help failed")
+    output.seek(0)
+    text = output.read()
+  return re.sub(r"Fields of --config, .*?(?=Flags of all commands:)", "", text,
+                flags=re.DOTALL).strip()
+
+
+def _run_help(program: str, arguments: Sequence[str]) -> NoReturn:
+  """Prints the help of a command and ends this process."""
+  code = 1
+  try:
+    if program == "python":
+      os.chdir(ROOT)
+      sys.path.insert(0, "launch")
+      sys.argv = [arguments[0], "--help"]
+      runpy.run_path(arguments[0], run_name="__main__")
+    else:
+      module = {"minw": "minw.__main__", "minw-config": "minw.c_flags"}[program]
+      sys.modules.pop(module, None)  # Or runpy would warn of it.
+      sys.argv = [program, *arguments, "--help"]
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
+    code = 0
+  except SystemExit as end:
+    code = end.code or 0
+  finally:
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def modules() -> str:
+  """A table for each folder of the package: modules, and first lines of docstrings."""
+  tables = {}
+  for path in sorted((ROOT / "minw").rglob("*.py")):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    if docstring and "experiments" not in path.parts:
+      folder = path.parent.relative_to(ROOT).as_posix()
+      tables.setdefault(folder, []).append((path.name, docstring.partition("\n")[0]))
+  lines = []
+  for folder, rows in sorted(tables.items()):
+    lines += [f"### `{folder}/`", "", "| module | what it is |", "|---|---|",
+              *(f"| `{name}` | {text} |" for name, text in rows), ""]
+  return "\n".join(lines)
+
+
+# What replaces a comment of this name.
+GENERATED = {"config fields": config_fields, "config recipes": config_recipes,
+             "commands": commands, "modules": modules}
