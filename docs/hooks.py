@@ -23,9 +23,8 @@ from typing import Any, Collection, NoReturn, Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Files outside docs/ that are in the site, at the same paths.
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "RESULTS.md", "SECURITY.md",
-           "minw/networks/*.md", "results/*.jsonl", "results/*/README.md",
-           "results/*/*.png", "results/*/*.json")
+OUTSIDE = ("RESULTS.md", "SECURITY.md", "minw/networks/*.md", "results/*.jsonl",
+           "results/*/README.md", "results/*/*.png", "results/*/*.json")
 
 # Values of each type that are likely to be refused, for finding out what is allowed.
 _BAD_VALUES = {
