@@ -53,9 +53,14 @@ RUNNABLE = ["README.md", "docs/explanation/estimators.md", "docs/howto/export.md
             "docs/howto/microcontroller.md", "docs/reference/c.md",
             "docs/reference/networks.md", "docs/tutorials/digits.md"]
 
+# Flags for a short training run.
+_SHORT = ("--config.num_epochs=1 '--config.conv_widths=(8, 8)'"
+          " '--config.dense_widths=(16,)'")
+
 # How the slow test runs the commands: with this Python, without installing anything.
 _SHELL = """
 set -e
+PATH={scripts}:$PATH
 python() {{ {python} "$@"; }}
 minw-config() {{ python -m minw.c_flags "$@"; }}
 pip() {{ :; }}
@@ -216,10 +221,11 @@ def test_shell(page, place):
       code = re.sub(rf"^{compiler} .*\n", "", code, flags=re.MULTILINE)
   code = code.replace("FILES_OR_FOLDERS", "images").replace(
       "minw.main --config=digits_convnet",
-      "minw.main --config=digits_convnet --config.num_epochs=1")
+      f"minw.main --config=digits_convnet {_SHORT}")
   (place / "docs").mkdir()
   (place / "program.c").write_text("\n".join(blocks("docs/reference/c.md", "c")))
-  script = _SHELL.format(python=sys.executable) + code
+  script = _SHELL.format(
+      python=sys.executable, scripts=pathlib.Path(sys.executable).parent) + code
   done = subprocess.run(["bash", "-c", script], text=True, capture_output=True)
   assert done.returncode == 0, done.stderr
 
