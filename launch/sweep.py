@@ -187,8 +187,8 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
   """
   import jax
   jax.config.update("jax_platforms", "cpu")  # The GPUs are for the runs.
-  from minw.data import datasets
   from minw import experiment
+  from minw.data import datasets
 
   steps, known = {}, {}
   for run in runs:

@@ -65,7 +65,7 @@ def words(module: str) -> list[str]:
   subcommands = list(getattr(command, "SUBCOMMANDS", ()))
   found = {}
   for arguments in [[name] for name in subcommands] or [[]]:
-    with cli.defined(lambda: command.define_flags(*arguments)) as own:
+    with cli.defined(lambda: command.define_flags(*arguments)) as own:  # noqa: B023
       found |= {f"--{name}{'' if flag.boolean else '='}": None
                 for flag in own for name in cli.names([flag])}
   return [*subcommands, *found, "--help"]

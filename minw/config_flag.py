@@ -22,7 +22,6 @@ from minw import config as config_lib
 from minw import errors
 from minw import paths
 
-
 _HELP = ("Name of an experiment that comes with minw, or a Python file; NAME:ARGUMENT "
          "passes it an argument. --config.FIELD=VALUE overrides a field of its config; "
          "the fields are listed below.")

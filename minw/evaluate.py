@@ -28,7 +28,6 @@ from minw.workdir import checkpoint
 from minw.workdir import metrics
 from minw.workdir import run_files
 
-
 _TOP5_CLASSES = 100  # From how many on the five likeliest are counted, too.
 
 

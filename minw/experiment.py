@@ -8,8 +8,10 @@ import os
 from typing import Any, Callable, Sequence
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import optax
 
 from minw import config as config_lib

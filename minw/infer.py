@@ -171,6 +171,7 @@ class Network:
   @functools.cached_property  # Few ask for values, which need operands of their own.
   def _xla_values(self):
     import jax
+
     from minw.kernels import xla
     operands, function = xla.values(self.program)
     return functools.partial(jax.jit(function), operands)

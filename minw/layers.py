@@ -206,8 +206,9 @@ class QuantDense(nn.Module):
 
 @structure.layer
 class NormQuant(nn.Module):
-  """Batch norm (-> + shortcut) (-> RPReLU) -> HardTanh -> quantize: the next layer's
-  inputs.
+  """Batch norm (-> + shortcut) (-> RPReLU) -> HardTanh -> quantize.
+
+  The result is the input of the next layer.
 
   With `rprelu` the activation of ReActNet (Liu et al. 2020) stands before HardTanh:
 
@@ -423,8 +424,9 @@ def _check_padding(value):
 
 
 def max_pool(x, window: int = 2, share_gradient: bool = False):
-  """Maximum over windows, with a stride of one window; borders that do not fill one
-  are dropped.
+  """Maximum over windows, with a stride of one window.
+
+  Borders that do not fill a window are dropped.
 
   Args:
     x: (batch, height, width, channels).

@@ -24,7 +24,8 @@ def expand(path: str | os.PathLike) -> str:
     os.lstat(result)
   except OSError as error:
     if error.errno == errno.ENAMETOOLONG:
-      raise ValueError("the name of a file or the path is too long for this system")
+      raise ValueError("the name of a file or the path is too long for this system"
+                       ) from error
   if not os.path.lexists(result):
     if result.startswith("~"):
       name = result.split("/")[0]

@@ -155,7 +155,7 @@ def estimators_figure() -> Any:
 
   def draw(axes, x, transform, grid):
     for alpha, style in ALPHAS.items():
-      y = transform(lambda x: estimators_lib.aqe(x, alpha, grid))(x)
+      y = transform(lambda x: estimators_lib.aqe(x, alpha, grid))(x)  # noqa: B023
       axes.plot(*pieces(x, y), **style)
     y = transform(lambda x: estimators_lib.ste(x, grid))(x)
     axes.plot(*pieces(x, y), **STE)

@@ -20,8 +20,8 @@ from minw import config as config_lib
 from minw import display
 from minw import distributed
 from minw import errors
-from minw import exit_codes
 from minw import evaluate
+from minw import exit_codes
 from minw import experiment as experiment_lib
 from minw import files
 from minw import histograms

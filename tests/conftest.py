@@ -5,7 +5,7 @@ import os
 import pathlib
 import signal
 import tempfile
-import tracemalloc  # pytest would, inside TFDS's lazy imports, which break it.
+import tracemalloc  # noqa: F401 (pytest would, inside TFDS's lazy imports: they break)
 from typing import Iterator
 
 # Set before hypothesis first looks: it caches even where it keeps no examples.

@@ -859,7 +859,7 @@ def test_version(run):
 
 def test_minw_runs_commands(run):
   listed = run("minw").out
-  for name, module in minw_command.COMMANDS.items():
+  for name in minw_command.COMMANDS:
     assert f"\n  {name} " in listed
     assert run("minw", name, "--bogus").err.startswith("error: ")
   assert run("minw", "summary", f"--config={DIGITS}") == run(

@@ -17,8 +17,8 @@ from minw import __main__ as minw_command
 from minw import config_flag
 from minw import prepare
 from minw.data import datasets
-from test_cli import folder  # pylint: disable=unused-import
 from test_cli import ROOT
+from test_cli import folder  # pylint: disable=unused-import
 from test_cli import run  # pylint: disable=unused-import
 
 # What stands for something in a documented command, and an example of it.
@@ -76,7 +76,7 @@ def texts():
     for path in sorted(ROOT.glob(pattern)):
       yield str(path.relative_to(ROOT)), path.read_text()
   for path in sorted(itertools.chain.from_iterable(
-      ROOT.glob(f"{folder}/**/*.py") for folder in ("minw", "launch", "experiments"))):
+      ROOT.glob(f"{top}/**/*.py") for top in ("minw", "launch", "experiments"))):
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
         yield str(path.relative_to(ROOT)), ast.get_docstring(node, clean=False) or ""

@@ -30,11 +30,7 @@ from short_runs import shared_programs
 from short_runs import stop_before
 from short_runs import tiny_config
 from short_runs import trees_of
-from test_launch import LAUNCH  # Which puts that folder on the path.
-
 import sweep
-
-assert LAUNCH
 
 CONFIG = tiny_config(num_epochs=3, histogram_layers=("conv2", "dense*"),
                      histogram_epochs=(1, 3))
@@ -181,7 +177,7 @@ def damages(workdir):
 
 def _checkpoint_damages(workdir):
   folder = workdir / "checkpoints"
-  steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()))
+  steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
   for path in sorted(folder.rglob("*")):
     name = str(path.relative_to(workdir))
     if path.is_dir():

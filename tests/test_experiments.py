@@ -14,11 +14,12 @@ from minw import config_flag
 from minw import errors
 from minw import models
 from minw import train
-from minw.data import datasets
 from minw.data import batches
+from minw.data import datasets
 from minw.data import pixels as pixels_lib
 from minw.data import resident
-from minw.experiment import Experiment, build_model
+from minw.experiment import Experiment
+from minw.experiment import build_model
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))

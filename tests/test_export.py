@@ -21,12 +21,6 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from packed_networks import Builder
-from packed_networks import images
-from test_infer import digits_network
-from test_native import programs
-from test_pack import randomized
-from test_packed import small
 
 from minw import errors
 from minw import layers
@@ -40,6 +34,12 @@ from minw.export import c
 from minw.export import c_text
 from minw.export import golden
 from minw.kernels import reference
+from packed_networks import Builder
+from packed_networks import images
+from test_infer import digits_network
+from test_native import programs
+from test_pack import randomized
+from test_packed import small
 
 ROOT = pathlib.Path(__file__).parents[1]
 GCC = shutil.which("gcc")

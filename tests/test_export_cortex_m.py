@@ -7,6 +7,10 @@ import subprocess
 
 import numpy as np
 import pytest
+
+from minw.export import c
+from minw.kernels import reference
+from packed_networks import images
 from test_export import convnet
 from test_export import digits_convnet
 from test_export import groups_and_dilation
@@ -15,10 +19,6 @@ from test_export import residual_and_dense
 from test_export import resnet18
 from test_export import sum_of_many
 from test_export import tree
-from packed_networks import images
-
-from minw.export import c
-from minw.kernels import reference
 
 HERE = pathlib.Path(__file__).parent / "export"
 GCC = shutil.which("arm-none-eabi-gcc")

@@ -3,26 +3,26 @@
 import hypothesis
 import numpy as np
 import pytest
+
+from minw import packed
+from minw.data import datasets
+from minw.export import common
+from minw.kernels import reference
+from packed_networks import Builder
+from packed_networks import images
 from test_export import GROUPS
 from test_export import WHOLE
 from test_export import convnet
 from test_export import digits_convnet
 from test_export import groups_and_dilation
 from test_export import residual_and_dense
-from packed_networks import Builder
-from packed_networks import images
 from test_native import programs
 from test_packed import small
-
-from minw import packed
-from minw.data import datasets
-from minw.export import common
-from minw.kernels import reference
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip(
     "onnxruntime", reason="onnxruntime is not installed")
-from minw.export import onnx_graph  # It imports onnx.
+from minw.export import onnx_graph  # noqa: E402 (it imports onnx)
 
 
 def as_qonnx():

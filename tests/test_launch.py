@@ -1,6 +1,5 @@
 """launch/: several processes on one machine, Slurm, TPU VMs, JobSet."""
 
-import json
 import os
 import pathlib
 import re
@@ -15,7 +14,6 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-sys.path.insert(0, str(LAUNCH))  # Its files are scripts: no package.
 
 
 def make_stub(path, text):

@@ -58,16 +58,16 @@ def convolve(x, kernel, strides, padding, pad_value, dilation=(1, 1), groups=1):
     left = max((out_w - 1) * strides[1] + kw - width, 0) // 2
   out = np.zeros((len(x), out_h, out_w, kernel.shape[-1]))
   for i, j in np.ndindex(out_h, out_w):
-    for k, l in np.ndindex(kernel.shape[:2]):
+    for k, m in np.ndindex(kernel.shape[:2]):
       row = i * strides[0] + k * dilation[0] - top
-      column = j * strides[1] + l * dilation[1] - left
+      column = j * strides[1] + m * dilation[1] - left
       inside = 0 <= row < height and 0 <= column < width
       pixel = x[:, row, column] if inside else np.full(
           (len(x), x.shape[-1]), pad_value)
       for group in range(groups):
         to = slice(group * outputs, (group + 1) * outputs)
         out[:, i, j, to] += (
-            pixel[:, group * inputs:(group + 1) * inputs] @ kernel[k, l, :, to])
+            pixel[:, group * inputs:(group + 1) * inputs] @ kernel[k, m, :, to])
   return out
 
 

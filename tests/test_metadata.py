@@ -1,4 +1,4 @@
-"""minw.packed.metadata: what a packed network's metadata may hold, and what is refused."""
+"""minw.packed.metadata: what the metadata of packed networks may hold."""
 
 import json
 import re
@@ -53,11 +53,11 @@ LABEL = "a printable string of at most 1000 characters"
     ('{"labels":["a",["b"],"c"]}', f"metadata.labels[1]=['b']: must be {LABEL}"),
     ('{"labels":["a\\n","b","c"]}', rf"metadata.labels[0]='a\n': must be {LABEL}"),
     ('{"labels":["a","b\\tc","c"]}', rf"metadata.labels[1]='b\tc': must be {LABEL}"),
-    ('{"labels":["\\u001b[2J","b","c"]}', rf"metadata.labels[0]='\x1b[2J': must be"),
-    ('{"labels":["a\\u0000","b","c"]}', rf"metadata.labels[0]='a\x00': must be"),
-    ('{"labels":["\\u202egnp","b","c"]}', rf"metadata.labels[0]='\u202egnp': must be"),
+    ('{"labels":["\\u001b[2J","b","c"]}', r"metadata.labels[0]='\x1b[2J': must be"),
+    ('{"labels":["a\\u0000","b","c"]}', r"metadata.labels[0]='a\x00': must be"),
+    ('{"labels":["\\u202egnp","b","c"]}', r"metadata.labels[0]='\u202egnp': must be"),
     ('{"labels":["\\ud800","b","c"]}',
-     rf"metadata.labels='\ud800': must be text without"),
+     r"metadata.labels='\ud800': must be text without"),
     (f'{{"labels":["{"a" * 1001}","b","c"]}}', "metadata.labels[0]='aaaaaaaa"),
     ('{"config":[1]}', "metadata.config=[1]: must be null or an object"),
     ('{"config":"x"}', "metadata.config='x': must be null or an object"),
@@ -94,7 +94,7 @@ LABEL = "a printable string of at most 1000 characters"
     ('{"config_hash":{"a":"*/"}}',
      "metadata.config_hash={'a': '*/'}: must be 1 to 128"),
     ('{"config_hash":"XYZ"}', "metadata.config_hash='XYZ': must be 1 to 128 hex"),
-    ('{"config_hash":"12\\n"}', rf"metadata.config_hash='12\n': must be 1 to 128 hex"),
+    ('{"config_hash":"12\\n"}', r"metadata.config_hash='12\n': must be 1 to 128 hex"),
     ('{"x":[-Infinity]}', "metadata.x=-inf: must be a finite number"),
     ('{"x":{"y":1e999}}', "metadata.x.y=inf: must be a finite number"),
     (f'{{"x":{"9" * 101}}}',
@@ -102,9 +102,9 @@ LABEL = "a printable string of at most 1000 characters"
     (f'{{"x":{"9" * 10**6}}}', "metadata.x=inf: must be a finite number"),
     ('{"x":1,"x":2}', "metadata='x': must be a name that occurs once in its object"),
     ('{"x":{"\\u0079":1,"y":1}}', "metadata='y': must be a name that occurs once"),
-    ('{"\\ud800":1}', rf"metadata='\ud800': must be text without lone surrogates"),
+    ('{"\\ud800":1}', r"metadata='\ud800': must be text without lone surrogates"),
     ('{"x":["\\udfff"]}',
-     rf"metadata.x='\udfff': must be text without lone surrogates"),
+     r"metadata.x='\udfff': must be text without lone surrogates"),
     ('{"\\u001b[31m\\n":NaN}', r"metadata.\x1b[31m\n=nan: must be a finite number"),
     ('{"x":' + 16 * "[" + 16 * "]" + "}", "must be nested at most 16 deep"),
     ('{"x":' + 10**5 * "[" + 10**5 * "]" + "}", "must be nested at most 16 deep"),

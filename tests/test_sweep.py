@@ -15,11 +15,13 @@ from absl import flags
 from ml_collections import config_flags
 import pytest
 
+import emit
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
 from minw import places
 from minw import schedules
+import sweep
 from test_launch import LAUNCH
 from test_launch import RECORD
 from test_launch import ROOT
@@ -27,9 +29,6 @@ from test_launch import calls
 from test_launch import check_jobset
 from test_launch import make_stub
 from test_launch import shellcheck
-
-import emit
-import sweep
 
 # --- Runs that do not train: what stands in for minw.main.
 

@@ -66,20 +66,24 @@ def get_config(network: str = "D") -> Any:
 
 
 def main_train() -> None:
+  """Times steps of training, as the flags say."""
   _report(train, lambda: train.bench_train(flags.FLAGS.config, flags.FLAGS.rounds))
 
 
 def main_inference() -> None:
+  """Times packed networks, as the flags say."""
   batches = _positive("batches")
   _report(inference, lambda: inference.bench_inference(
       flags.FLAGS.config, flags.FLAGS.rounds, batches, flags.FLAGS.layers))
 
 
 def main_data() -> None:
+  """Counts the images that one core prepares, as the flags say."""
   _report(data, lambda: data.bench_data(flags.FLAGS.config, flags.FLAGS.rounds))
 
 
 def main_scaling() -> None:
+  """Computes how long a step would take on many chips, as the flags say."""
   f = flags.FLAGS
   rates = scaling.Rates(*(f[name].value for name in scaling.Rates._fields))
   chips = _positive("chips")
@@ -95,12 +99,14 @@ def _positive(flag: str) -> list[int]:
 
 
 def main_configs() -> None:
+  """Times a step of each experiment, as the flags say."""
   names = flags.FLAGS.configs or [*config_flag.experiments()]
   _report(configs, lambda: configs.bench_configs(
       names, flags.FLAGS.rounds, flags.FLAGS.batch_size))
 
 
 def main_throughput() -> None:
+  """Counts the steps of several seeds, or takes part in that with --work."""
   f = flags.FLAGS
   if f.work:
     throughput.work(f.config, f.work, f.seconds)

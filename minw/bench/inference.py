@@ -107,7 +107,7 @@ def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
   linear, size = [], image[:2]
   for layer, norm in zip(experiment.layers[::2], experiment.layers[1::2]):
     fan_in, out = math.prod(layer.kernel_shape[:-1]), layer.kernel_shape[-1]
-    draw = lambda low, high: generator.uniform(low, high, out).astype(np.float32)
+    draw = lambda low, high: generator.uniform(low, high, out).astype(np.float32)  # noqa: B023
     statistics = variables["batch_stats"][norm.path]["batch_norm"]
     statistics.update(mean=draw(-1, 1) * fan_in ** 0.5 / 2, var=draw(0.5, 2) * fan_in)
     variables["params"][norm.path]["batch_norm"].update(
@@ -182,7 +182,8 @@ def _xla_float(linear, x, threads):
 def onnx_float(linear: Sequence[Linear], shape: Sequence[int]) -> bytes:
   """The float network as an ONNX file, for images (batch, channels, h, w)."""
   import onnx
-  from onnx import helper, numpy_helper
+  from onnx import helper
+  from onnx import numpy_helper
 
   nodes, constants, x = [], [], "x"
 
@@ -212,7 +213,8 @@ def onnx_int8(linear: Sequence[Linear], shape: Sequence[int]) -> bytes:
   Scales are fixed, so that saturation is HardTanh.
   """
   import onnx
-  from onnx import helper, numpy_helper
+  from onnx import helper
+  from onnx import numpy_helper
 
   nodes, constants, x = [], [], "x"
 

@@ -132,7 +132,8 @@ def step_times(
   others = [each.bytes for each in found if not of_kernels(each)]
   rows = []
   for chips, batch in batches:
-    total = lambda sizes: sum(reduction_seconds(size, chips, rates) for size in sizes)
+    total = lambda sizes: sum(
+        reduction_seconds(size, chips, rates) for size in sizes)  # noqa: B023
     compute = operations * batch / (rates.teraflops * 1e12 * rates.utilization)
     gradients, statistics = total(kernels), total(others)
     half = total([size / 2 for size in kernels])

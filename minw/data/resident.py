@@ -11,8 +11,11 @@ import numpy as np
 
 from minw import distributed
 from minw.data import datasets
-from minw.data.batches import Array, Batching, Examples
-from minw.data.pixels import Pixels, normalize
+from minw.data.batches import Array
+from minw.data.batches import Batching
+from minw.data.batches import Examples
+from minw.data.pixels import Pixels
+from minw.data.pixels import normalize
 
 
 class Resident:
@@ -51,8 +54,8 @@ class Resident:
       self, data: Examples, start: int
   ) -> Iterator[tuple[Examples, jax.Array]]:
     steps_per_epoch = self.info.splits["train"] // self._batching.batch_size
-    epoch, position = divmod(start, steps_per_epoch)
-    for epoch in itertools.count(epoch):
+    first, position = divmod(start, steps_per_epoch)
+    for epoch in itertools.count(first):
       order = self._order(epoch)
       for _ in range(position, steps_per_epoch):
         yield data, order

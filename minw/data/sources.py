@@ -6,7 +6,9 @@ from typing import Any, Iterator, Sequence
 from minw.data import datasets
 from minw.data import resident
 from minw.data import streamed
-from minw.data.batches import Batching, Examples, Source
+from minw.data.batches import Batching
+from minw.data.batches import Examples
+from minw.data.batches import Source
 
 
 def open_source(

@@ -26,7 +26,9 @@ from minw import stopping
 from minw import text
 from minw.data import datasets
 from minw.data import images
-from minw.data.batches import Array, Batching, Examples
+from minw.data.batches import Array
+from minw.data.batches import Batching
+from minw.data.batches import Examples
 from minw.data.pixels import normalize
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""A trained or packed network as a file that other tools run, to the same answers:
+"""A trained or packed network as a file that other tools run, to the same answers.
 
   python -m minw.export --workdir=DIR --format=FORMAT --out=FILE
   python -m minw.export --model=net.minw --golden=DIR [--images=FILES_OR_FOLDERS]
@@ -69,8 +69,10 @@ def content(
 def test_images(
     paths: list[str] | None, program: packed.Program, background: str = "black"
 ) -> np.ndarray:
-  """The images that files hold, as `minw.infer` takes them; else random ones: four, or
-  fewer where they are large."""
+  """The images that files hold, as `minw.infer` takes them, or random ones.
+
+  Without files there are four random images, or fewer where they are large.
+  """
   shape = program.source_shape
   if not paths:
     count = min(4, max(1, _TEST_BYTES // math.prod(shape)))

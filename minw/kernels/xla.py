@@ -175,8 +175,11 @@ def _split(op, kind, result, signs, products):
 
 
 def _shifted(op, kind, result, on_cpu):
-  """A convolution in groups of few terms. For each weight of a kernel, inputs that are
-  shifted to its place are multiplied by that weight of every output channel."""
+  """A convolution in groups of few terms.
+
+  For each weight of a kernel, inputs that are shifted to its place are multiplied by
+  that weight of every output channel.
+  """
   out, *window, channels = op.kernel.shape
   floats = result.kind == "FLOAT"
 
@@ -184,11 +187,11 @@ def _shifted(op, kind, result, on_cpu):
     kernel, x = _numbers(
         op, kind, floats, kernel, x, np.float32 if floats else np.int32)
     acc = 0
-    for tap, x in enumerate(_windows(x, window, op.strides, op.dilation)):
-      x = x.reshape(*x.shape[:3], op.groups, channels)
+    for tap, part in enumerate(_windows(x, window, op.strides, op.dilation)):
+      part = part.reshape(*part.shape[:3], op.groups, channels)
       weights = kernel[tap // window[1], tap % window[1]]
       for i in range(channels):
-        acc = acc + jnp.repeat(x[..., i], out // op.groups, axis=-1) * weights[i]
+        acc = acc + jnp.repeat(part[..., i], out // op.groups, axis=-1) * weights[i]
     return acc
 
   def function(arrays, x):
@@ -423,8 +426,11 @@ def _weights(op):
 
 
 def _numbers(op, kind, floats, kernel, x, dtype):
-  """What a convolution multiplies: the kernel (height, width, in, out) that `_weights`
-  packed, and the input with its border. `floats`: whether its sums are FLOAT."""
+  """The factors of a convolution: its kernel and its input with the border.
+
+  The kernel (height, width, in, out) is unpacked from what `_weights` packed. `floats`
+  says whether the sums are FLOAT.
+  """
   out, *shape = op.kernel.shape
   if not isinstance(op.bits, str):
     kernel = _unpack(kernel, (*shape, out))

@@ -4,3 +4,5 @@ from minw.report.comparison import compare
 from minw.report.records import collect
 from minw.report.records import read
 from minw.report.records import record
+
+__all__ = ["collect", "compare", "read", "record"]

@@ -73,6 +73,7 @@ def _write(name: str, text: str) -> None:
 
 
 def main_tables() -> None:
+  """Prints and writes the tables of runs, as the flags say."""
   runs, left_out = _read()
   rows, elsewhere = tables.tables(runs)
   nowhere = [*left_out, *elsewhere]
@@ -86,6 +87,7 @@ def main_tables() -> None:
 
 
 def main_figures() -> None:
+  """Draws the figures of runs, as the flags say."""
   out = flags.FLAGS.out
   runs, left_out = _read()
   try:
@@ -97,6 +99,7 @@ def main_figures() -> None:
 
 
 def main_compare() -> None:
+  """Compares runs that differ in some fields, as the flags say."""
   runs, left_out = _read()
   text = comparison.markdown(comparison.compare(runs, flags.FLAGS.by))
   print(text, end="")
@@ -105,6 +108,7 @@ def main_compare() -> None:
 
 
 def main_collect() -> None:
+  """Adds the records of runs to a study, as the flags say."""
   out = flags.FLAGS.out
   added, left_out = records.collect(flags.FLAGS.runs, out)
   _check_found([*added, *left_out])
@@ -116,6 +120,7 @@ def main_collect() -> None:
 
 
 def main_results() -> None:
+  """Writes RESULTS.md and the pages of the studies, as the flags say."""
   out = flags.FLAGS.out or "."
   folders = flags.FLAGS.runs or ["results"]
   errors.check(len(folders) == 1, "runs", ",".join(folders), "one folder with studies")

@@ -94,8 +94,9 @@ def interval(
 def described(
     of: Estimate, bounds: tuple[float, float] = ACCURACY, sign: str = ""
 ) -> str:
-  """A mean with its interval: "0.9000 ± 0.0100", or "0.9950 (0.9870 to 1.0000)" where
-  the interval is cut off.
+  """A mean with its interval, as text.
+
+  It is "0.9000 ± 0.0100", or "0.9950 (0.9870 to 1.0000)" where the interval is cut off.
 
   Args:
     of: an estimate; of one value there is no interval.

@@ -126,8 +126,10 @@ def key(config: dict[str, Any], without: Sequence[str] = ()) -> str:
 
 
 def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-  """The fields that act and are not as in `config.default_config`, but `without`, and
-  what `key` leaves out."""
+  """The fields that act and differ from `config.default_config`.
+
+  Those in `without` are left out, and those that `key` leaves out.
+  """
   default = json.loads(config_lib.to_json(config_lib.default_config()))
   return {name: value for name, value in acting(config).items()
           if name not in {*without, *NO_MATTER}

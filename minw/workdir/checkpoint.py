@@ -143,8 +143,11 @@ def _plainly_named(
 
 
 class _NewestAndBest:
-  """Tells Orbax what to keep. (It has such policies, but they rely on a record of
-  metrics that it neither protects nor can do without once it is damaged.)"""
+  """Tells Orbax what to keep.
+
+  Orbax has such policies, but they rely on a record of metrics that it neither protects
+  nor can do without once it is damaged.
+  """
 
   def __init__(self, directory: pathlib.Path):
     self._directory = directory
