@@ -54,6 +54,6 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["minw*"]),
               "minw.experiments", "minw.experiments.sweeps"],
     package_dir={"minw.experiments": "experiments"},
-    package_data={"minw": ["networks/*"],
+    package_data={"minw": ["networks/*", "py.typed"],
                   "minw.kernels": ["csrc/minw.h", "csrc/ffi.cc"]},
 )

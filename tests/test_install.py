@@ -36,6 +36,7 @@ def test_files(installed):
   package = installed / "minw"
   assert (package / "kernels" / "csrc" / "minw.h").exists()
   assert (package / "kernels" / "csrc" / "ffi.cc").exists()
+  assert (package / "py.typed").exists()  # Type checkers read the annotations.
   for found, ours in (
       (package / "experiments", [*config_flag.experiments().values()]),
       (package / "experiments" / "sweeps", [*config_flag.sweeps().values()]),
