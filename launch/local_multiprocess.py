@@ -44,6 +44,7 @@ def free_port() -> int:
 
 
 def _prefixed(number: int, process: subprocess.Popen) -> None:
+  assert process.stdout is not None
   for line in process.stdout:
     sys.stdout.write(f"[{number}] {line}" if line.endswith("\n")
                      else f"[{number}] {line}\n")

@@ -138,7 +138,7 @@ def _make_run(folder, names, name, config, overrides) -> Run:
       overrides["init_from"] = str(folder / after)
     else:
       after = ""
-    result = config_lib.copy(config_flag.load(config)).lock()
+    result: Any = config_lib.copy(config_flag.load(config)).lock()
     for field, value in overrides.items():
       if field not in result:
         raise errors.unknown_name("config field", field, result.keys())

@@ -93,7 +93,8 @@ def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any
   if owners:
     return [_carry(eqn, given, owners)]
   if activations and eqn.primitive.name in CASTS:
-    return given  # The probe is float32 throughout, whatever the network computes in.
+    # The probe is float32 throughout, whatever the network computes in.
+    return list(given)
   results = structure.apply_equation(eqn, _operands(eqn, given))
   if activations:
     return [Activation(result) for result in results]

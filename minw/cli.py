@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import faulthandler
+import io
 import logging as std_logging
 import os
 import re
@@ -174,7 +175,7 @@ def _end(code: int, message: str) -> NoReturn:
     timer = threading.Timer(_FLUSH_SECONDS, os._exit, [code])  # Who reads may be stuck.
     timer.daemon = True
     timer.start()
-  steps = [std_logging.shutdown]
+  steps: list[Callable[[], Any]] = [std_logging.shutdown]
   if sys.stdout:
     steps.append(sys.stdout.flush)
   if sys.stderr:
@@ -213,7 +214,7 @@ def run(
   """
   faulthandler.enable()
   logging.use_absl_handler()
-  if hasattr(sys.stdout, "reconfigure"):  # Else an encoding could lack characters.
+  if isinstance(sys.stdout, io.TextIOWrapper):  # Its encoding may lack characters.
     sys.stdout.reconfigure(errors="backslashreplace")
   _exchange_interrupt(signal.SIG_DFL, signal.default_int_handler)  # See minw.__init__.
   try:

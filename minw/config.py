@@ -8,7 +8,7 @@ import ast
 import copy as copy_lib
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import config_dict
 import numpy as np
@@ -44,6 +44,16 @@ _RECIPES = {
 
 class Config(config_dict.ConfigDict):
   """A config. Once locked, a wrong name or type is an error at the assignment."""
+
+  if TYPE_CHECKING:
+    def __getattr__(self, name: str) -> Any:
+      """The value of a field."""
+
+    def __getitem__(self, key: str) -> Any:
+      """The value of a field."""
+
+    def lock(self) -> Any:
+      """Makes wrong names and types errors from now on; returns the config."""
 
   def __setitem__(self, name: str, value: Any) -> None:
     if not self.is_locked:
@@ -87,7 +97,7 @@ def default_config(dataset: str = "cifar10") -> Config:
   return c.lock()
 
 
-def histogram_epochs(c: config_dict.ConfigDict) -> tuple[int, ...]:
+def histogram_epochs(c: Config) -> tuple[int, ...]:
   """The epochs after which the layers of `histogram_layers` are counted.
 
   Where the config names none, they are the first epochs with a validation after fixed
@@ -101,13 +111,13 @@ def histogram_epochs(c: config_dict.ConfigDict) -> tuple[int, ...]:
       for part, whole in _HISTOGRAMS}))
 
 
-def is_validated(c: config_dict.ConfigDict, epoch: int) -> bool:
+def is_validated(c: Config, epoch: int) -> bool:
   """Whether an epoch of the run ends with a validation."""
   return 0 < epoch <= c.num_epochs and (
       epoch % c.eval_every_epochs == 0 or epoch == c.num_epochs)
 
 
-def validate(c: config_dict.ConfigDict) -> None:
+def validate(c: Config) -> None:
   """Checks every field that can be checked without data or devices.
 
   Raises:
@@ -281,14 +291,14 @@ KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",
                 "lecun_uniform", "lecun_normal")
 
 
-def copy(config: config_dict.ConfigDict, **changes: Any) -> config_dict.ConfigDict:
+def copy(config: Config, **changes: Any) -> Config:
   """A copy with some fields changed."""
   result = copy_lib.deepcopy(config)  # ConfigDict(config) would share the bits.
   result.update(changes)
   return result
 
 
-def from_json(text: str) -> config_dict.ConfigDict:
+def from_json(text: str) -> Config:
   """The config that `to_json` or a run wrote; newer fields have their defaults.
 
   Raises:
@@ -312,7 +322,7 @@ def from_json(text: str) -> config_dict.ConfigDict:
   return config
 
 
-def to_json(config: config_dict.ConfigDict) -> str:
+def to_json(config: Config) -> str:
   """The config as sorted, indented JSON."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
@@ -323,7 +333,7 @@ def differing_fields(a: config_dict.ConfigDict, b: config_dict.ConfigDict) -> li
           for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
 
 
-def parse_argument(text: str, **defaults: Any) -> config_dict.ConfigDict:
+def parse_argument(text: str, **defaults: Any) -> Any:
   """What follows the colon in --config=NAME:name=value,name=value.
 
   Args:
@@ -365,13 +375,15 @@ def _numbers(values: tuple) -> bool:
   return all(type(v) in (int, float) and 0 < v < math.inf for v in values)
 
 
-def _final_size(c: config_dict.ConfigDict) -> int:
+def _final_size(c: Config) -> int:
   size = c.crop_size - 2 * (c.first_padding == "VALID")
   return size >> (len(c.conv_widths) // 2)
 
 
-def _check_thresholds(c: config_dict.ConfigDict, name: str, bits: int | str) -> None:
-  q = quantizers.num_thresholds(bits) if quantizers.is_grid(bits) else 0
+def _check_thresholds(c: Config, name: str, bits: int | str) -> None:
+  q = 0
+  if not isinstance(bits, str) and quantizers.is_grid(bits):
+    q = quantizers.num_thresholds(bits)
   errors.check(_distinct(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
                f"() or {q} positive, ascending numbers, for bits={bits!r}" if q
                else f"(): bits={bits!r} has no thresholds")

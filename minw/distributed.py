@@ -151,7 +151,7 @@ def on_main(function: Callable, *arguments: Any) -> Any:
 def check_same(tree: Any, name: str) -> None:
   """Raises errors.UsageError on all processes if their arrays on the host differ."""
   if several():
-    sums = gather(str([zlib.crc32(np.ascontiguousarray(leaf))
+    sums = gather(str([zlib.crc32(np.ascontiguousarray(leaf).data)
                        for leaf in jax.tree.leaves(tree)]))
     different = [i for i, found in enumerate(sums) if found != sums[0]]
     if different:

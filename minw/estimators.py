@@ -482,7 +482,7 @@ def _aqe(x, alpha, grid, gradient):
 _aqe.defvjp(
     lambda x, alpha, grid, gradient: (_aqe(x, alpha, grid, gradient),
                                       (x, alpha, grid)),
-    lambda gradient, saved, g: (_scaled(g, *saved[:2], gradient),
+    lambda gradient, saved, g: (_scaled(g, saved[0], saved[1], gradient),
                                 *_zeros(saved[1:])),
 )
 
@@ -496,7 +496,7 @@ def _stochastic_aqe(x, alpha, z, gradient):
 _stochastic_aqe.defvjp(
     lambda x, alpha, z, gradient: (_stochastic_aqe(x, alpha, z, gradient),
                                    (x, alpha, z)),
-    lambda gradient, saved, g: (_scaled(g, *saved[:2], gradient),
+    lambda gradient, saved, g: (_scaled(g, saved[0], saved[1], gradient),
                                 *_zeros(saved[1:])),
 )
 

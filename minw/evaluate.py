@@ -198,9 +198,10 @@ def evaluate_model(
 def _packed_sums(
     network: infer.Network, batches: Iterator[Examples]) -> dict[str, float]:
   """Returns the sums over examples that `_means` divides, of a packed network."""
-  sums = collections.Counter()
+  sums: Any = collections.Counter()
   for part, wanted in batches:
-    logits = network.logits(part).astype(np.float64)[wanted >= 0]
+    wanted = np.asarray(wanted)
+    logits = network.logits(np.asarray(part)).astype(np.float64)[wanted >= 0]
     wanted = wanted[wanted >= 0, None]
     shifted = logits - logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(shifted).sum(-1))

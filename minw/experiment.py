@@ -39,7 +39,7 @@ def build_model(config: Any, **changes: Any) -> Any:
   """
   c = config_lib.copy(config, **changes)
   estimator = estimators.by_name(c.estimator, gradient=c.estimator_gradient)
-  weights = dict(
+  weights: dict[str, Any] = dict(
       bits=layers.bits_by_rule(c.weight_bits, c.bits_rules),
       threshold_rule=c.weight_threshold_rule,
       thresholds=c.weight_thresholds,
@@ -47,7 +47,7 @@ def build_model(config: Any, **changes: Any) -> Any:
       weight_scale=c.weight_scale,
       kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
       dtype=jnp.dtype(c.compute_dtype))
-  make = dict(
+  make: dict[str, Any] = dict(
       num_classes=datasets.info(c.dataset).num_classes,
       conv=functools.partial(layers.QuantConv, pad_value=c.pad_value, **weights),
       dense=functools.partial(layers.QuantDense, **weights),
@@ -72,7 +72,7 @@ def build_model(config: Any, **changes: Any) -> Any:
 
 
 def _check_memory(
-    c: Any, image_shape: tuple[int, int, int], devices: Sequence[jax.Device]
+    c: Any, image_shape: tuple[int, int, int], devices: Sequence[Any]
 ) -> None:
   """Checks that training a ConvNet may fit into memory, before any of it is taken.
 
@@ -168,7 +168,7 @@ class Experiment:
         momentum=c.momentum, weight_decay=c.weight_decay,
         bop_adaptivity_rate=c.bop_adaptivity_rate, bop_threshold=c.bop_threshold,
         one_bit=self.one_bit_layers.__contains__)
-    errors.check(c.optimizer != "bop" or self.one_bit_layers, "config.optimizer",
+    errors.check(c.optimizer != "bop" or bool(self.one_bit_layers), "config.optimizer",
                  c.optimizer, "another: no layer has weights of 1 bit, which it flips")
 
     # Auto: Flax's convolutions do not know explicit sharding.
@@ -201,7 +201,8 @@ class Experiment:
   def grid_layers(self) -> dict[str, layers.LayerInfo]:
     """The layers whose weights are on a grid, by path."""
     return {layer.path: layer for layer in self.layers
-            if layer.kernel_shape and quantizers.is_grid(layer.bits)}
+            if layer.bits is not None and layer.kernel_shape
+            and quantizers.is_grid(layer.bits)}
 
   @property
   def one_bit_layers(self) -> set[str]:

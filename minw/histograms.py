@@ -53,7 +53,7 @@ def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]
     return result
 
   def histograms(variables, data, alpha):
-    batches = experiment.data.eval_batches(data)
+    batches: Any = experiment.data.eval_batches(data)
     counted = jax.device_get(count(variables, *next(batches), alpha))
     batches.close()
     kinds = {layer.path: layer.kind for layer in experiment.layers}

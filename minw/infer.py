@@ -17,7 +17,7 @@ import logging
 import os
 import pathlib
 import sys
-from typing import Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 import warnings
 
 from absl import flags
@@ -207,7 +207,8 @@ class Network:
       if all(isinstance(image, (str, os.PathLike)) for image in images):
         return [_successful(*pair) for pair in predict_files(
             self, images, top, background=background)]
-    logits = self.logits(images)
+    batch: Any = images  # An array, or what `logits` refuses.
+    logits = self.logits(batch)
     order = np.argsort(-logits, axis=-1, kind="stable")[:, :top]
     scores = np.take_along_axis(probabilities(logits), order, -1)
     return [Prediction(tuple(self.labels[i] for i in row), tuple(map(float, score)))

@@ -6,7 +6,7 @@ make its layers: everything that is a choice (bits, estimator, thresholds) is th
 """
 
 import functools
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -141,7 +141,8 @@ class ResNet(nn.Module):
     x = self.conv(self.widths[0], (size, size), (stride, stride), pad_value=0.0,
                   name="stem")(x, alpha, mode)
     if self.large_stem:
-      x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+      padding: Any = ((1, 1), (1, 1))  # Flax declares a string.
+      x = nn.max_pool(x, (3, 3), (2, 2), padding)
     x = self.norm(name="norm_stem")(x, alpha, mode)
 
     for i, (blocks, width) in enumerate(zip(self.stages, self.widths), start=1):

@@ -58,11 +58,12 @@ def _with_standard_promotion(
     transformation: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
   """Lets optax mix its integer counts with floats where JAX's promotion is strict."""
-  def update(*arguments):
+  def update(*arguments: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):
       return transformation.update(*arguments)
 
-  return optax.GradientTransformation(transformation.init, update)
+  rule: Any = update  # It passes on whatever arguments it gets.
+  return optax.GradientTransformation(transformation.init, rule)
 
 
 def bop(adaptivity_rate: float, threshold: float) -> optax.GradientTransformation:
@@ -96,7 +97,8 @@ def bop(adaptivity_rate: float, threshold: float) -> optax.GradientTransformatio
 
     return jax.tree.map(change, means, params), means
 
-  return optax.GradientTransformation(init, update)
+  rule: Any = update  # Optax declares that parameters may be missing.
+  return optax.GradientTransformation(init, rule)
 
 
 def clip_kernels(params: Any, quantized: Any) -> Any:

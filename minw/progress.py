@@ -35,7 +35,7 @@ class Progress:
     self._batch_size = batch_size
     self._in_flight = collections.deque()
     self._steps = 0  # Since the clock was started.
-    self._since = None  # The clock starts after the first step, which compiles.
+    self._since: Any = None  # The clock starts after the first step, which compiles.
     self._next_line = time.monotonic() + LINE_SECONDS
 
   def stepped(self, loss: Any) -> bool:

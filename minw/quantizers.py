@@ -19,6 +19,7 @@ import functools
 from typing import Any, NamedTuple, Sequence
 
 import jax
+from jax import core
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,8 @@ SMALLEST = 2.0 ** -126  # The smallest normal float32 number.
 _TERNARY_THRESHOLD = 0.1
 _TERNARY_FACTOR = 0.7
 _POWERS_FACTOR = 2.5
+
+Thresholds = jax.Array | np.ndarray | Sequence[float]
 
 
 class Grid(NamedTuple):
@@ -101,7 +104,7 @@ def _check_grid(grid: Any) -> None:
 def _check_thresholds(name: str, thresholds: Any, bits: int) -> None:
   """Raises where thresholds, or factors that become some, are wrong for `bits`."""
   q = num_thresholds(bits)
-  traced = isinstance(thresholds, jax.core.Tracer)
+  traced = isinstance(thresholds, core.Tracer)
   values = thresholds if traced else np.asarray(thresholds)
   given = f"{name} of shape {values.shape}" if traced else f"{name}={thresholds!r}"
   if values.shape[:1] != (q,):
@@ -124,7 +127,9 @@ def level_magnitudes(bits: int) -> np.ndarray:
 
 def step_size(bits: int | str) -> float:
   """The largest number of which all levels are multiples; 0 for a float format."""
-  return float(level_magnitudes(bits)[0]) if is_grid(bits) else 0.0
+  if isinstance(bits, str) or not is_grid(bits):
+    return 0.0
+  return float(level_magnitudes(bits)[0])
 
 
 def fixed_thresholds(bits: int) -> np.ndarray:
@@ -169,7 +174,7 @@ def mean_thresholds(
     bits: int,
     *,
     per_channel: bool = False,
-    factors: Sequence[float] | None = None,
+    factors: np.ndarray | Sequence[float] | None = None,
 ) -> jax.Array:
   """Thresholds proportional to the mean magnitude of the weights (after TWN).
 
@@ -188,15 +193,16 @@ def mean_thresholds(
     ValueError: the factors are not q numbers, finite, positive and ascending.
   """
   check_float("weights", weights)
-  factors = mean_factors(bits) if factors is None else np.asarray(factors)
-  _check_thresholds("factors", factors, bits)
+  values = mean_factors(bits) if factors is None else np.asarray(factors)
+  _check_thresholds("factors", values, bits)
   wide = compute_dtype(weights)
   axes = tuple(range(weights.ndim - 1)) if per_channel else None
   mean = jnp.mean(jnp.abs(lax.stop_gradient(weights)).astype(wide), axis=axes)
-  return factors.astype(wide).reshape((-1,) + (1,) * mean.ndim) * mean[None]
+  shape = (-1,) + (1,) * mean.ndim
+  return mean[None] * values.astype(wide).reshape(shape)
 
 
-def grid(bits: int, thresholds: jax.Array | Sequence[float] | None = None) -> Grid:
+def grid(bits: int, thresholds: Thresholds | None = None) -> Grid:
   """The grid of `bits` bits (Eq 4, 21, 22).
 
   Args:

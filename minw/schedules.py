@@ -4,7 +4,7 @@ A schedule is a function of the step, traced or not; a short run is the long one
 """
 
 import collections
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 ALPHA_SHAPES = ("linear", "cosine", "cubic", "step")
 LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant")
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], Any]  # From an integer step to a float32 array.
 
 
 def learning_rate(
@@ -42,7 +42,8 @@ def learning_rate(
     schedule = optax.exponential_decay(initial, num_steps, decay)
   elif kind == "staircase":
     schedule = optax.exponential_decay(
-        initial, num_steps / stairs, decay ** (1 / stairs), staircase=True)
+        initial, num_steps / stairs,  # type: ignore (optax divides by it)
+        decay ** (1 / stairs), staircase=True)
   elif kind == "steps":
     # In a short run several may fall on one step.
     drops = collections.Counter(round(fraction * num_steps) for fraction in steps)
@@ -52,7 +53,7 @@ def learning_rate(
     raise ValueError(
         f"kind={kind!r}: must be one of {', '.join(LEARNING_RATE_SCHEDULES)}")
 
-  def at(step):
+  def at(step: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):  # Optax divides the integer step.
       return schedule(step)
 

@@ -126,7 +126,9 @@ def end_with_parent() -> None:
   (Linux can send a signal instead, but does so when the thread that started the process
   ends.)
   """
-  parent = multiprocessing.parent_process().pid
+  process = multiprocessing.parent_process()
+  assert process is not None, "this process was not started by multiprocessing"
+  parent = process.pid
 
   def wait():
     while os.getppid() == parent:

@@ -10,9 +10,10 @@ callers see plain layers and plain operations, in the order of the computation. 
 import contextlib
 from typing import Any, Callable, NamedTuple, Sequence
 
-import flax
+from flax import errors
 import flax.linen as nn
 import jax
+from jax import core
 from jax.extend import core as jex
 from jax.interpreters import batching
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class Call(NamedTuple):
 
   def check_exact(self) -> None:
     """Raises `ValueError` if the layer is of a subclass of minw's layers."""
-    kind = type(self.layer)
+    kind: Any = type(self.layer)
     if kind is not kind.layer_class:
       raise refusal(f"{self.path}: {kind.__name__} is a subclass of"
                     f" {kind.layer_class.__name__}, and may compute anything; only"
@@ -94,7 +95,7 @@ layer_p.multiple_results = True
 @layer_p.def_abstract_eval
 def _abstract(*operands, shapes, **_):
   del operands
-  return [jax.core.ShapedArray(shape, np.dtype(np.float32)) for shape in shapes]
+  return [core.ShapedArray(shape, np.dtype(np.float32)) for shape in shapes]
 
 
 def _refuse_vmap(operands, dims, *, path, **_):
@@ -146,7 +147,7 @@ def trace(model: nn.Module, variables: Any, images: Any, mode: str) -> Network:
     return model.apply(variables, images, 1.0, mode=wanted, **options)
 
   wanted = mode
-  options = dict(mutable=["hard"]) if mode == "fold" else {}
+  options: dict[str, Any] = dict(mutable=["hard"]) if mode == "fold" else {}
   try:
     with _intercept(bind), _tracing(object()):
       closed, shapes = jax.make_jaxpr(apply, return_shape=True)(variables, images)
@@ -155,7 +156,7 @@ def trace(model: nn.Module, variables: Any, images: Any, mode: str) -> Network:
       raise
     raise refusal(f"{calls[-1].path}: is inside nn.scan with variables that the"
                   " iterations share; give each its own by variable_axes") from error
-  except (flax.errors.FlaxError, NotImplementedError, jax.errors.JAXTypeError,
+  except (errors.FlaxError, NotImplementedError, jax.errors.JAXTypeError,
           jax.errors.JAXIndexError) as error:
     after = f"{calls[-1].path}: after it, " if calls else ""
     line = str(error).strip().split("\n")[0]
@@ -241,9 +242,12 @@ def _own_variables(module, mode):
                  if name in _TRAINED} for kind in kinds}
 
 
-def bits_of(module: nn.Module) -> int | str | None:
+def bits_of(module: Any) -> int | str | None:
   """The bits of a layer, by its rule if it has one."""
-  return module.bits("/".join(module.path)) if callable(module.bits) else module.bits
+  bits: Any = module.bits
+  if callable(bits):
+    bits = bits("/".join(module.path))
+  return bits
 
 
 def _given(shortcut):
@@ -323,7 +327,7 @@ def _whole(eqn, x):
 
 
 def _stack(column):
-  if any(isinstance(x, jax.core.Tracer) for x in column):
+  if any(isinstance(x, core.Tracer) for x in column):
     return jnp.stack(column)
   return np.stack(column)
 

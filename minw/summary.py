@@ -119,6 +119,7 @@ def summarize(layers: Sequence[layers_lib.LayerInfo]) -> Summary:
   for layer in layers:
     if layer.kind == "norm":
       continue
+    assert layer.bits is not None  # Only a norm may have none.
     bits = layers_lib.operand_bits(layer.bits)
     weights = math.prod(layer.kernel_shape)
     rows.append(LayerSummary(
@@ -173,7 +174,9 @@ def summary(model: Any, image_shape: Sequence[int]) -> str:
 
 
 def _bits_name(bits: layers_lib.Bits) -> str:
-  return {1: "1 bit"}.get(bits, f"{bits} bits" if isinstance(bits, int) else bits)
+  if isinstance(bits, str):
+    return bits
+  return "1 bit" if bits == 1 else f"{bits} bits"
 
 
 def _titled(title: str, rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -31,7 +31,8 @@ def network(config: Mapping[str, Any]) -> str:
 
 def dataset(config: Mapping[str, Any]) -> str:
   """The data set as it is usually written: "CIFAR-10"."""
-  return _DATASETS.get(config["dataset"], config["dataset"])
+  name: str = config["dataset"]
+  return _DATASETS.get(name, name)
 
 
 def num_bits(bits: int | str) -> int | None:

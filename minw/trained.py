@@ -67,7 +67,8 @@ def compare(
   folded = fold.fold_layers(
       model, variables, pixels_lib.probe(pixels, images.shape[1:]))
   names = [layer.name for layer in folded.layers]
-  totals, labels = None, 0
+  totals: Any = 0
+  labels = 0
 
   @jax.jit
   def run(variables, hard, images):
@@ -81,7 +82,7 @@ def compare(
     except _Different as error:
       return Comparison(str(error), 0, len(images))
     counts = np.asarray(counts, np.int64)
-    totals = counts if totals is None else totals + counts
+    totals = totals + counts
     labels += int(differ)
   names.append(f"after {names[-1]}" if names else "the network")
   for name, (count, size) in zip(names, totals, strict=True):

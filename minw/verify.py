@@ -4,7 +4,7 @@ The packed network is compared with the hard network bit for bit; the hard netwo
 the trained one up to rounding, see `minw.trained`.
 """
 
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,9 @@ def differences(
       yield f"{name}: {count} of {len(images)} labels differ (float operands)"
 
 
-def _program_values(program, kinds, crop, outputs):
+def _program_values(
+    program: packed.Program, kinds: Sequence[Any], crop: np.ndarray, outputs: Any
+) -> list[np.ndarray]:
   """The hard network's outputs as the program's values."""
   values = [crop.astype(np.int32) - np.asarray(program.offset, np.int32)]
   outputs = iter(outputs)
@@ -107,6 +109,7 @@ def _program_values(program, kinds, crop, outputs):
       output = np.searchsorted(table, levels) - packed.max_code(kind.bits)
       np.testing.assert_array_equal(table[output + packed.max_code(kind.bits)], levels)
     elif kind.kind == "INT":
+      assert isinstance(op, packed.Conv)
       sums = output / (op.weight_unit * op.input_unit)
       output = sums.astype(np.int32)
       np.testing.assert_array_equal(output, sums)

@@ -85,15 +85,15 @@ def main_data() -> None:
 def main_scaling() -> None:
   """Computes how long a step would take on many chips, as the flags say."""
   f = flags.FLAGS
-  rates = scaling.Rates(*(f[name].value for name in scaling.Rates._fields))
+  rates = scaling.Rates(*(getattr(f, name) for name in scaling.Rates._fields))
   chips = _positive("chips")
   _report(scaling, lambda: scaling.bench_scaling(
       f.config, chips, f.batch_per_chip, rates))
 
 
 def _positive(flag: str) -> list[int]:
-  values = flags.FLAGS[flag].value
-  errors.check(values and all(n.isdigit() and int(n) for n in values), flag,
+  values: list[str] = getattr(flags.FLAGS, flag)
+  errors.check(bool(values) and all(n.isdigit() and int(n) for n in values), flag,
                ",".join(values), "positive integers, 1,64 for example")
   return [int(n) for n in values]
 

@@ -141,7 +141,7 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
   }
 
 
-def _minw(config: Any, records: Sequence[Any]) -> Iterator[Any]:
+def _minw(config: Any, records: Any) -> Iterator[Any]:
   return streamed.Split(records, "train", workers=1, max_damaged=1.0).random_crops(
       0, seed=config.seed, batch_size=config.batch_size, crop_size=config.crop_size,
       crop_scale=config.crop_scale, flip=True)

@@ -111,7 +111,7 @@ def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
     statistics = variables["batch_stats"][norm.path]["batch_norm"]
     statistics.update(mean=draw(-1, 1) * fan_in ** 0.5 / 2, var=draw(0.5, 2) * fan_in)
     variables["params"][norm.path]["batch_norm"].update(
-        scale=draw(0.5, 1) * generator.choice(np.float32([-1, 1]), out),
+        scale=draw(0.5, 1) * generator.choice(np.array([-1, 1], np.float32), out),
         bias=draw(-0.5, 0.5))
     conv = layer.kind == "conv"
     window = layer.kernel_shape[:2] if conv else size
@@ -388,10 +388,10 @@ def _layers(fields, rounds, batches, threads):
           program, linear = stack(depth, size, width, weights, inputs)
           made, left_out = _runs(program, linear, batch, threads, names)
           runs.update({(name, depth): run for name, run in made.items()})
-        seconds = timing.measure(runs, rounds)
+        whole: Any = timing.measure(runs, rounds)
         seconds = {
             name: [max(b - a, 1e-9) / (high - low)
-                   for a, b in zip(seconds[name, low], seconds[name, high])]
+                   for a, b in zip(whole[name, low], whole[name, high])]
             for name in made}
         found.append(_result(
             seconds, size * size * 9 * width * width * batch, threads=threads,

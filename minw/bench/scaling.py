@@ -91,7 +91,8 @@ def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
   """
   experiment = Experiment(config)
   target = train.checkpoint_target(experiment)
-  state = train.TrainState(*(target[name] for name in train.TrainState._fields))
+  shapes: list[Any] = [target[name] for name in train.TrainState._fields]
+  state = train.TrainState(*shapes)
   lowered = train.make_train_step(experiment).lower(
       state, *experiment.data.abstract_batch())
   # Before it is compiled: what XLA counts after depends on how it fuses.

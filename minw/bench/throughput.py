@@ -81,7 +81,7 @@ def measure(processes: int, seeds: int, arguments: Sequence[str]) -> float:
   """Steps per second of `processes` processes together, with `seeds` seeds in each."""
   command = [sys.executable, "-m", "minw.bench", "throughput", f"--work={seeds}",
              *arguments]
-  started = [
+  started: list[Any] = [  # Any: their pipes are not None.
       places.start(command, place, text=True, stdin=subprocess.PIPE,
                    stdout=subprocess.PIPE)
       for place in places.split(processes)]

@@ -85,6 +85,7 @@ def _program(workdir: str | None, model: str | None, which: str) -> packed.Progr
   if (workdir is None) == (model is None):
     raise errors.UsageError("one of --workdir and --model must be given, not both")
   if workdir is None:
+    assert model is not None
     errors.check(not flags.FLAGS["checkpoint"].present, "checkpoint", which,
                  "left out with --model, which is of one checkpoint")
     return infer.load_for_command(model, backend="reference").program
@@ -104,15 +105,17 @@ def _check_options(
                "left out unless --format is onnx, qonnx or stablehlo")
   errors.check(prefix is None or form == "c", "prefix", prefix,
                "left out unless --format is c")
-  errors.check(prefix is None or c_text.PREFIX.fullmatch(prefix), "prefix", prefix,
-               f"made of {c_text.ALLOWED_PREFIX}")
-  errors.check(form != "c" or not out.endswith(".h"), "out", out,
+  errors.check(prefix is None or bool(c_text.PREFIX.fullmatch(prefix)), "prefix",
+               prefix, f"made of {c_text.ALLOWED_PREFIX}")
+  errors.check(form != "c" or not (out or "").endswith(".h"), "out", out,
                "the C file; its header is written beside it")
 
 
 def _name(workdir: str | None, model: str | None) -> str:
   """The name of the network: of the run's folder, or of the file without its ending."""
-  return pathlib.Path(workdir).resolve().name if workdir else pathlib.Path(model).stem
+  if workdir:
+    return pathlib.Path(workdir).resolve().name
+  return pathlib.Path(model or "").stem
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:

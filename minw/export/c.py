@@ -283,7 +283,9 @@ static const uint8_t offset[] = {{{offset}}};
 
   def _run(self):
     """The function that runs the network."""
-    last = self.program.ops[-1].input
+    logits = self.program.ops[-1]
+    assert isinstance(logits, packed.Logits)
+    last = logits.input
     calls = "".join(f"  make{i}();\n" for i in self.memory.stored)
     planes = "".join(f"    {line}\n" for line in self._make_planes(len(self.kinds) - 1))
     return f"""\
@@ -494,7 +496,7 @@ def _conv_of_elements(writer, i, op):
   value = writer.level(op.input, "r", "s", k)
   border = bool(op.pad and any(op.pads))
   if border:
-    level = packed.levels(np.int8([op.pad]), kind.bits)[0]
+    level = packed.levels(np.array([op.pad], np.int8), kind.bits)[0]
     value = f"{_inside(writer, op)} ? {value} : {level}"
   return [weights], ["int32_t sum = 0;", "int k;", *_window(writer, op, window, [], [
       f"const int8_t *w = w{i} + {_start(op, 'j')} * {channels};",

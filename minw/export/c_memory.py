@@ -1,7 +1,7 @@
 """Where generated C keeps the values of a network: see `minw.export.c`."""
 
 import math
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 from minw import packed
 
@@ -78,14 +78,20 @@ class Memory:
     reader, = self._readers[i]
     return all(isinstance(self._ops[k - 1], packed.Add) for k in (i, reader))
 
+  def _sum(self, i: int) -> packed.Add:
+    """The addition that makes a value."""
+    op = self._ops[i - 1]
+    assert isinstance(op, packed.Add)
+    return op
+
   def terms(self, i: int) -> list[tuple[int, int]]:
     """The values that a sum adds, each with its shift; sums of sums are one."""
-    op, found = self._ops[i - 1], []
+    op, found = self._sum(i), []
     rest = [(op.b, op.shift_b), (op.a, op.shift_a)]
     while rest:
       j, shift = rest.pop()
       if j and self.is_term(j):
-        op = self._ops[j - 1]
+        op = self._sum(j)
         rest += [(op.b, shift + op.shift_b), (op.a, shift + op.shift_a)]
       else:
         found.append((j, shift))
@@ -153,7 +159,7 @@ class Memory:
     placed, offsets = [], {}
     for root, planes in self.planes.items():
       step = {plane.value: k for k, plane in enumerate(planes, start=1)}
-      buffers = [(plane.value, (root, step[plane.value]),
+      buffers: list[Any] = [(plane.value, (root, step[plane.value]),
                   (root, step.get(plane.reader, len(planes) + 1))) for plane in planes]
       if root in last:
         buffers.insert(0, (root, (root, 0), (last[root], math.inf)))

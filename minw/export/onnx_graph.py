@@ -182,13 +182,14 @@ class _Graph:
   def slice(self, name, source, starts, ends, steps) -> str:
     """Of height and width."""
     fields = dict(starts=starts, ends=ends, axes=(2, 3), steps=steps)
-    arrays = (self.constant(f"{name}_{field}", np.int64(numbers))
+    arrays = (self.constant(f"{name}_{field}", np.array(numbers, np.int64))
               for field, numbers in fields.items())
     return self.node("Slice", name, source, *arrays)
 
   def pad(self, name, source, before, after, level) -> str:
     return self.node(
-        "Pad", name, source, self.constant(f"{name}_pads", np.int64([*before, *after])),
+        "Pad", name, source,
+        self.constant(f"{name}_pads", np.array([*before, *after], np.int64)),
         self.constant(f"{name}_level", np.float32(level)))
 
   def value(self, i) -> None:
@@ -204,7 +205,7 @@ class _Graph:
     if not self.flat(i):
       return self.names[i]
     return self.node("Reshape", f"{self.names[i]}_as_map", self.names[i],
-                     self.constant("map", np.int64([0, -1, 1, 1])))
+                     self.constant("map", np.array([0, -1, 1, 1])))
 
   def map(self, i, kind, name, *inputs, **attributes) -> None:
     """Adds a node that makes a map, of any size."""
@@ -241,7 +242,7 @@ def _conv(graph, i, op, name):
   top, bottom, left, right = op.pads
   pads = top, left, bottom, right
   if any(pads) and op.pad:
-    level = packed.levels(np.int8([op.pad]), kind.bits)[0]
+    level = packed.levels(np.array([op.pad], np.int8), kind.bits)[0]
     x = graph.pad(f"{name}_border", x, (0, 0, top, left), (0, 0, bottom, right), level)
     pads = 0, 0, 0, 0
   graph.map(i, "Conv", name, x, graph.weights(name, levels, op.bits),
@@ -258,7 +259,7 @@ def _pool(graph, i, op, name):
     graph.map(i, "MaxPool", name, x, **options)
   elif tuple(op.window) == kind.shape[:2] and not any(op.pads):
     graph.types[name] = _integer(graph.kinds[i].bound.max())
-    graph.node("ReduceSum", name, x, graph.constant("axes", np.int64([2, 3])),
+    graph.node("ReduceSum", name, x, graph.constant("axes", np.array([2, 3])),
                keepdims=0)
   else:
     channels = kind.shape[2]

@@ -8,7 +8,7 @@ metadata.
 import contextlib
 import dataclasses
 import json
-from typing import Iterator
+from typing import Any, Iterator
 
 import jax
 from jax import export
@@ -55,7 +55,8 @@ def _no_locations() -> Iterator[None]:
   JAX would note for each operation the file and the line that it comes from, and so
   tell whoever gets the file where minw and the caller's program are installed.
   """
-  limit = jax.config.jax_traceback_in_locations_limit
+  config: Any = jax.config  # It has an attribute for each option.
+  limit = config.jax_traceback_in_locations_limit
   jax.config.update("jax_traceback_in_locations_limit", 0)
   try:
     yield

@@ -104,7 +104,7 @@ def _windows(x, window, strides, pads, fill):
 def _conv(op, x, kind):
   kernel, fill = op.kernel, op.pad
   if kind.kind == "CODE":
-    fill = packed.levels(np.int8([op.pad]), kind.bits)[0]
+    fill = packed.levels(np.array([op.pad], np.int8), kind.bits)[0]
   x = _level(x, kind).astype(np.float64)
   if not isinstance(op.bits, str):
     kernel = packed.levels(kernel, op.bits)

@@ -13,7 +13,7 @@ Either way integers are exact, so logits are those of `kernels.reference` bit fo
 
 import functools
 import math
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import jax
 from jax import lax
@@ -100,7 +100,7 @@ def _products(products):
   return products or ("popcount" if jax.default_backend() == "cpu" else "dot")
 
 
-def _pad(x, pads, fill=0):
+def _pad(x: Any, pads: Sequence[int], fill: Any = 0) -> Any:
   top, bottom, left, right = pads
   return jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)),
                  constant_values=fill)
@@ -295,8 +295,9 @@ def _popcount(op, kind, result, signs):
     if not x_sizes:
       acc = acc + arrays[2]
     elif not w_sizes:
-      acc = acc + sum(np.int32(size) * _ones(x[:, :, i - len(x_sizes)]).sum(1)
-                      for i, size in enumerate(x_sizes))[:, None]
+      counts: Any = sum(np.int32(size) * _ones(x[:, :, i - len(x_sizes)]).sum(1)
+                        for i, size in enumerate(x_sizes))
+      acc = acc + counts[:, None]
     acc = acc.reshape(*shape, out)
     if border:
       acc = acc - arrays[3][rows[:, None], columns]
@@ -399,7 +400,7 @@ def _dot(op, kind, result, cpu):
 
   def product(kernel, x):
     kernel, x = _numbers(op, kind, floats, kernel, x, dtype)
-    options = dict(
+    options: dict[str, Any] = dict(
         precision=lax.Precision.HIGHEST,
         preferred_element_type=np.float32 if dtype == np.float32 else np.int32)
     if cpu:
@@ -435,7 +436,7 @@ def _numbers(op, kind, floats, kernel, x, dtype):
   if not isinstance(op.bits, str):
     kernel = _unpack(kernel, (*shape, out))
   kernel = kernel.astype(dtype)
-  fill = packed.levels(np.int8([op.pad]), kind.bits)[0] if kind.bits else 0
+  fill = packed.levels(np.array([op.pad], np.int8), kind.bits)[0] if kind.bits else 0
   x = _pad(_level(x, kind), op.pads, fill).astype(dtype)
   if floats and kind.kind != "FLOAT":
     x = x * np.float32(op.input_unit)
@@ -444,7 +445,7 @@ def _numbers(op, kind, floats, kernel, x, dtype):
   return kernel, x
 
 
-def _pack(codes, bits):
+def _pack(codes: Any, bits: int) -> list[np.ndarray]:
   """Planes of bits, of uint8 (sums / 8, out): vectors unpack them without shuffles."""
   codes = codes.reshape(len(codes), -1).T
   codes = np.pad(codes, [(0, -len(codes) % 8), (0, 0)]).reshape(8, -1, len(codes.T))
@@ -492,7 +493,7 @@ def _threshold(op, kinds):
   # acc <= t is ~acc >= ~t.
   flip = -op.falling.astype(np.int32)
 
-  def function(arrays, x, shortcut=None):
+  def function(arrays: Any, x: Any, shortcut: Any = None) -> Any:
     flip, thresholds = arrays
     x = x ^ flip
     counts = [sum((x >= t).astype(np.int8) for t in table) for table in thresholds]

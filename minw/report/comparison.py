@@ -87,8 +87,9 @@ def interval(
     of: an estimate of at least two values.
     bounds: the least and the greatest value that there can be.
   """
-  return tuple(float(end) for end in np.clip(
-      (of.mean - of.margin, of.mean + of.margin), *bounds))
+  assert of.margin is not None
+  low, high = np.clip((of.mean - of.margin, of.mean + of.margin), *bounds).tolist()
+  return low, high
 
 
 def described(
@@ -119,7 +120,8 @@ def p_value(values: Sequence[float]) -> float | None:
   """
   if len({*values}) < 2:
     return None
-  return float(stats.ttest_1samp(values, 0.0).pvalue)
+  result: Any = stats.ttest_1samp(values, 0.0)
+  return float(result.pvalue)
 
 
 def paired(group: Group, first: Group, measure: str) -> list[float]:
@@ -145,7 +147,7 @@ def compare(runs: Sequence[records.Record], by: Sequence[str]) -> list[Compariso
   fields = config_lib.default_config()
   for name in by:
     if name not in fields:
-      raise errors.unknown_name("config field", name, fields)
+      raise errors.unknown_name("config field", name, [*fields])
     errors.check(name not in records.NO_MATTER, "by", name,
                  "a field that the network depends on, and not the seed")
   found: dict[str, dict[str, list[records.Record]]] = {}

@@ -111,8 +111,9 @@ def _cells() -> tuple[Cell, ...]:
   for table, dataset, rows in (("I", "cifar10", _CIFAR10),
                                ("II", "cifar100", _CIFAR100)):
     for i, network in enumerate("ABCD"):
-      cells += [Cell(table, dataset, network, m, n, *(estimator or ["aqe"]), "accuracy",
-                     values[i], 200) for (m, n, *estimator), values in rows.items()]
+      cells += [Cell(table, dataset, network, m, n, (estimator or ["aqe"])[0],
+                     "accuracy", values[i], 200)
+                for (m, n, *estimator), values in rows.items()]
   for (network, dataset, epochs), values in _THIRD.items():
     cells += [Cell("III", dataset, network, 32, n, "aqe", "error %", value, epochs)
               for n, value in zip((3, 32), values)]
@@ -221,9 +222,11 @@ def kept_layers(
     network: str, bits: int | str, rules: list[tuple[str, Any]]
 ) -> str | None:
   """Which weights are float32 among others of `bits`; None if not as in any cell."""
-  by_layer = dict(map(tuple, rules))
+  by_layer: dict[Any, Any] = {name: kind for name, kind in rules}
   first, last = _ENDS.get(network, (None, None))
   if by_layer.keys() - {first, last} or {*by_layer.values()} - {"float32", bits}:
     return None
-  return {(): "none", (first,): "first", (first, last): "first and last"}.get(
-      tuple(name for name in (first, last) if by_layer.get(name, bits) != bits))
+  kept = tuple(name for name in (first, last) if by_layer.get(name, bits) != bits)
+  names: dict[Any, str] = {
+      (): "none", (first,): "first", (first, last): "first and last"}
+  return names.get(kept)

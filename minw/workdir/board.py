@@ -23,6 +23,9 @@ from tensorboardX.proto import event_pb2
 
 _log = logging.getLogger(__name__)
 
+# Its classes are made when it is imported, where a type checker does not see them.
+_events: Any = event_pb2
+
 # Names in charts, by split and mode. The usual modes have no mark: training is computed
 # with the mixed network, and validation with the hard one.
 _CURVES = {("train", "mixed"): "train", ("train", "hard"): "train_hard",
@@ -127,16 +130,16 @@ class _Events:
     self._file = record_writer.RecordWriter(os.path.join(
         folder, f"events.out.tfevents.{second:010d}.{socket.gethostname()}"))
     try:
-      self._add(event_pb2.Event(file_version="brain.Event:2"))
-      self._add(event_pb2.Event(session_log=event_pb2.SessionLog(
-          status=event_pb2.SessionLog.START)))
+      self._add(_events.Event(file_version="brain.Event:2"))
+      self._add(_events.Event(session_log=_events.SessionLog(
+          status=_events.SessionLog.START)))
     except OSError:
       self.abandon()
       raise
 
   def add_summary(self, summary: Any, step: int | None = None, _: Any = None) -> None:
     """Shows something at a step."""
-    self._add(event_pb2.Event(summary=summary, step=step or 0))
+    self._add(_events.Event(summary=summary, step=step or 0))
 
   def flush(self) -> None:
     """Hands to the operating system what is buffered."""
@@ -151,7 +154,7 @@ class _Events:
     with contextlib.suppress(OSError):
       self._file.close()
 
-  def _add(self, event: event_pb2.Event) -> None:
+  def _add(self, event: Any) -> None:
     event.wall_time = time.time()
     self._file.write(event.SerializeToString())
 

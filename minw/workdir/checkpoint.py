@@ -50,6 +50,7 @@ class Manager(ocp.CheckpointManager):
   """The checkpoints of a run, and whether they may be changed.
 
   Attributes:
+    folder: The folder of the checkpoints.
     read_only: Whether nothing is saved, deleted or moved.
   """
 
@@ -57,6 +58,7 @@ class Manager(ocp.CheckpointManager):
       self, directory: Any, options: ocp.CheckpointManagerOptions, **arguments: Any
   ):
     super().__init__(directory, options=options, **arguments)
+    self.folder = pathlib.Path(self.directory)
     self.read_only = options.read_only
 
 
@@ -165,13 +167,13 @@ def _are_kept(ranks: Sequence[tuple[float, int]]) -> list[bool]:
   return [rank == max(ranks) or rank[1] in newest for rank in ranks]
 
 
-def remove_old(manager: ocp.CheckpointManager) -> None:
+def remove_old(manager: Manager) -> None:
   """Removes the checkpoints that `save` would have removed.
 
   A process that is killed after a save leaves one of them, whole or in part.
   """
   def old() -> list[int]:
-    ranks = [_rank(manager.directory, step) for step in sorted(manager.all_steps())]
+    ranks = [_rank(manager.folder, step) for step in sorted(manager.all_steps())]
     return [step for (_, step), kept in zip(ranks, _are_kept(ranks)) if not kept]
 
   for step in distributed.on_main(old):
@@ -229,7 +231,7 @@ def restore(
   on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
   # Earlier versions of minw have not saved it.
   has_run = (pathlib.Path(manager.directory) / str(step) / "run").exists()
-  saved = manager.restore(
+  saved: Any = manager.restore(
       step,
       args=ocp.args.Composite(
           tree=ocp.args.StandardRestore(on_host), record=ocp.args.JsonRestore(),
@@ -270,7 +272,7 @@ def restore_best(
 
   Damaged ones, None and errors: as `restore_newest`.
   """
-  rank = lambda step: _rank(manager.directory, step)
+  rank = lambda step: _rank(manager.folder, step)
   steps = distributed.on_main(
       lambda: sorted(manager.all_steps(), key=rank, reverse=True))
   return _restore_first(manager, steps, target)
@@ -335,7 +337,8 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
   if (pathlib.Path(workdir) / "checkpoints").is_dir():
     with open_manager(workdir, read_only=True) as manager:
       saved = (restore_best if which == "best" else restore_newest)(manager)
-  errors.check(saved is not None, "workdir", workdir, "a run that has a checkpoint")
+  if saved is None:
+    raise errors.bad_value("workdir", workdir, "a run that has a checkpoint")
   return config, saved
 
 
@@ -376,5 +379,6 @@ def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
 def _crc32(tree: Any, accuracy: float | None) -> int:
   """A checksum of all arrays, in any order: Orbax does not notice every flipped bit."""
   arrays = map(distributed.whole, jax.tree.leaves(tree))
-  parts = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays)
+  parts = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+           for array in arrays)
   return (sum(map(zlib.crc32, parts)) + zlib.crc32(repr(accuracy).encode())) % 2**32
