@@ -382,7 +382,7 @@ def _final_size(c: Config) -> int:
 
 def _check_thresholds(c: Config, name: str, bits: int | str) -> None:
   q = 0
-  if not isinstance(bits, str) and quantizers.is_grid(bits):
+  if quantizers.is_grid(bits) and not isinstance(bits, str):
     q = quantizers.num_thresholds(bits)
   errors.check(_distinct(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
                f"() or {q} positive, ascending numbers, for bits={bits!r}" if q

@@ -127,7 +127,7 @@ def level_magnitudes(bits: int) -> np.ndarray:
 
 def step_size(bits: int | str) -> float:
   """The largest number of which all levels are multiples; 0 for a float format."""
-  if isinstance(bits, str) or not is_grid(bits):
+  if not is_grid(bits) or isinstance(bits, str):
     return 0.0
   return float(level_magnitudes(bits)[0])
 

@@ -62,7 +62,8 @@ def originals() -> list[tuple[str, bytes]]:
       encoded(rgb, "jpeg", subsampling=0, restart_marker_blocks=1),
       encoded(rgb, "webp", exif=exif), encoded(rgba, "webp", lossless=True),
       encoded(rgba, "webp"), encoded(rgb, "webp", **frames),
-      *(encoded(image, "bmp") for image in (rgba, rgb, gray, palette, rgb.convert("1"))),
+      *(encoded(image, "bmp") for image in (rgba, rgb, gray, palette,
+                                            rgb.convert("1"))),
       encoded(palette, "gif"), encoded(palette, "gif", transparency=3, interlace=1),
       encoded(gray, "gif", comment=b"a comment"), encoded(palette, "gif", **frames),
       *(encoded(rgb, "tiff", compression=name) for name in (
@@ -74,7 +75,7 @@ def originals() -> list[tuple[str, bytes]]:
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-  """A few bytes changed, set to a number that is often a limit, left out or repeated."""
+  """A few bytes changed, set to a likely limit, left out or repeated."""
   data = bytearray(content)
   for _ in range(rng.choice((1, 1, 2, 3, 8))):
     if not data:

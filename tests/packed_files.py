@@ -192,12 +192,16 @@ _WHOLE = (0, 1, 2, 3, 4, 7, 8, 16, 17, 22, 23, 24, 32, 63, 64, 65, 127, 128, 255
 _FLOATS = (0.0, -0.0, 1.0, -1.0, math.nan, math.inf, -math.inf, 3.4e38, -3.4e38,
            1e-45, 1.2e-38, 2.0 ** 40, 2.0 ** 41, 2.0 ** -40, 2.0 ** -41, 2.0 ** -100,
            2.0 ** -101, 1e20, 1e-20, 0.999, 65504.0, 448.0)
-_NAMES = (b"", b"\0", b"a\0b", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
+_NAMES = (b"", b"\0", b"a\0b", b"\xff", b"\xc0\x80", b"\xed\xa0\x80",
+          b"\xf4\x90\x80\x80",
           b"\xe2\x82", b"\xe0\x80\x80", b"\xf0\x80\x80\x80", b"\n\x1b[31m", b"x" * 255,
-          "\u00e9\u20ac\U0001f600\u202e".encode(), b"\xf4\x8f\xbf\xbf", b"../../etc", b"*/",
-          b"\xee\x80\x80", b"\xef\xbf\xbf", b"\x7f\xc2\x80", b"\xc1\xbf", b"\xf5\x80\x80\x80")
+          "\u00e9\u20ac\U0001f600\u202e".encode(), b"\xf4\x8f\xbf\xbf", b"../../etc",
+          b"*/",
+          b"\xee\x80\x80", b"\xef\xbf\xbf", b"\x7f\xc2\x80", b"\xc1\xbf",
+          b"\xf5\x80\x80\x80")
 _METADATA = (b"", b"{", b"[]", b"null", b"\xff\xfe{\0}\0", b'{"labels":"x"}', b"{}x",
-             b'{"labels":null}', b'{"labels":["\\u0000"]}', b"\xef\xbb\xbf{}", b'{"a":1e999}',
+             b'{"labels":null}', b'{"labels":["\\u0000"]}', b"\xef\xbb\xbf{}",
+             b'{"a":1e999}',
              b"[" * 5000, b'{"config":[]}', b'{"labels":[1,2,3,4,5,6,7]}', b"{}\0",
              b'{"n":' + b"9" * 5000 + b"}", b'"\xed\xa0\x80"', b"{}")
 

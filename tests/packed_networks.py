@@ -97,10 +97,12 @@ def integers(bits: int, seed: int) -> packed.Program:
   short = b.add(packed.Shortcut("short", x, (1, 1), 1, 2))
   y = b.conv(short, bits, 21, pads=(1, 1, 1, 1), pad=packed.max_code(bits))
   x = b.threshold(y, bits, short)
-  y = b.add(packed.Concat("sums", (y, b.add(packed.Add("add", x, short, 1, 2))), (0, 3)))
+  y = b.add(packed.Concat("sums", (y, b.add(packed.Add("add", x, short, 1, 2))),
+                          (0, 3)))
   x = b.add(packed.Concat("codes", (b.threshold(y, bits), short), (0, 0)))
   x = b.conv(x, bits, 9, (2, 2), pads=(1, 2, 1, 0), groups=9, dilation=(1, 2))
-  x = b.threshold(b.add(packed.Pool("max", x, "max", (2, 2), (2, 2), (0, 1, 1, 0))), bits)
+  x = b.threshold(b.add(packed.Pool("max", x, "max", (2, 2), (2, 2), (0, 1, 1, 0))),
+                  bits)
   x = b.conv(b.threshold(b.conv(x, 3, 70, (1, 1), pads=(0,) * 4), bits), bits, 5)
   x = b.threshold(b.add(packed.Pool("sum", x, "sum", (2, 2), (1, 1))), bits)
   return b.end(b.add(packed.Pool("sum", x, "sum", b.shape(x)[:2], (1, 1))), bits)

@@ -15,13 +15,13 @@ import tarfile
 import numpy as np
 import pytest
 
+import cifar_files
 from minw import errors
 from minw.data import cifar
 from minw.data import imagenet
 from minw.data import unpickle
 from python2_pickles import dump
 from python2_pickles import pickled
-import cifar_files
 import test_imagenet
 
 COUNT = int(os.environ.get("MINW_ARCHIVE_MUTANTS", "1000"))
@@ -30,8 +30,10 @@ HANG = 300  # Seconds of a mutant, after which all tests end with a traceback.
 FIELDS = {"name": (0, 100), "mode": (100, 8), "size": (124, 12), "mtime": (136, 12),
           "type": (156, 1), "linkname": (157, 100), "magic": (257, 8),
           "prefix": (345, 155), "sparse": (386, 109)}
-VALUES = (b"", b"\xff" * 12, b"\x80" + bytes(10) + b"\1", b"77777777777", b"00000000000",
-          b"00000001000", b"-1", b"\x80" + b"\x7f" * 11, b"../../etc/passwd", b"/", b".",
+VALUES = (b"", b"\xff" * 12, b"\x80" + bytes(10) + b"\1", b"77777777777",
+          b"00000000000",
+          b"00000001000", b"-1", b"\x80" + b"\x7f" * 11, b"../../etc/passwd", b"/",
+          b".",
           b"\xff\xfe", b"a" * 155)
 TYPES = b"0\0" + b"1234567LKSxgXVMDN~"
 RECORDS = ("size=-512", "size=99999999999", "size=many", "path=../../x", "path=",
@@ -141,7 +143,8 @@ def test_mutants_of_imagenet(bounded, name, tmp_path):
            "n01440764_2.JPEG": b"no image"}
   validation = {f"ILSVRC2012_val_{i:08}.JPEG": b"no image" for i in (1, 2, 3)}
   source = test_imagenet.write_archives(
-      tmp_path, {"n01440764": files, "n01443537": {"n01443537_1.JPEG": b"1"}}, validation)
+      tmp_path, {"n01440764": files, "n01443537": {"n01443537_1.JPEG": b"1"}},
+      validation)
   original, outcomes = (source / name).read_bytes(), Outcomes()
 
   def read():
@@ -175,7 +178,8 @@ def test_mutants_of_pickles(bounded):
       data = bytearray(original)
       for _ in range(rng.choice((1, 2, 4))):
         at = rng.randrange(len(data))
-        data[at:at + rng.randrange(3)] = rng.choice((rng.choice(parts), rng.randbytes(1)))
+        data[at:at + rng.randrange(3)] = rng.choice((rng.choice(parts),
+                                                     rng.randbytes(1)))
       content = bytes(data)
     outcomes.count(lambda: unpickle.loads(content), pickle.UnpicklingError)
   assert sum(outcomes.values()) == 10 * COUNT and len(outcomes) == 2

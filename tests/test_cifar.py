@@ -9,12 +9,12 @@ import tracemalloc
 import pytest
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 
-from minw.data import cifar
 from cifar_files import COUNTS
 from cifar_files import refusal
 from cifar_files import tar_of
 from cifar_files import write_archive
 from cifar_files import write_directory
+from minw.data import cifar
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_format():
 def test_tidy(path):
   x86 = platform.machine() == "x86_64"
   flags = setup_flags().get(path.stem, []) if x86 else []
-  done = subprocess.run([tool("clang-tidy"), "-quiet", path, "--", "-std=c++17", *flags],
+  done = subprocess.run([tool("clang-tidy"), "-quiet", path, "--", "-std=c++17",
+                         *flags],
                         capture_output=True, text=True)
   assert done.returncode == 0, done.stdout

@@ -290,7 +290,8 @@ def test_images_of_another_shape_are_refused(tmp_path, data, shape):
   images, labels = data["test"]
   others = [*images[1:], np.zeros(shape, np.uint8)]
   directory = write_tfds(tmp_path, "3.0.2", data | {"test": (others, labels)})
-  with pytest.raises(errors.UsageError, match="an image has .* pixels of mode") as error:
+  with pytest.raises(errors.UsageError,
+                     match="an image has .* pixels of mode") as error:
     datasets.load("cifar10", "test", tmp_path)
   assert str(directory / "cifar10-test.array_record") in str(error.value)
 

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from minw import prepare
-from minw.data import cifar
-from minw.data import download
 from cifar_files import check_prepared
 from cifar_files import refusal
 from cifar_files import write_archive
+from minw import prepare
+from minw.data import cifar
+from minw.data import download
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""minw.data.image_files: which files paths name, and that all bad ones are refused alike."""
+"""minw.data.image_files: the files that paths name; all bad ones are refused."""
 
 import io
 import os
@@ -56,7 +56,8 @@ def test_find_refuses(tmp_path):
   for name in ("none.png", "x" * 5000, "a\0b"):
     with pytest.raises(errors.UsageError, match="must be a file or folder that exists"):
       image_files.find([tmp_path / "a.png", str(tmp_path / name)])
-  with pytest.raises(errors.UsageError, match="must be a folder with .png or .jpg files"):
+  with pytest.raises(errors.UsageError,
+                     match="must be a folder with .png or .jpg files"):
     image_files.find([tmp_path / "a.png", tmp_path / "empty"])
 
 
@@ -153,7 +154,8 @@ def test_read_arrays(tmp_path):
 ])
 def test_wrong_arrays(tmp_path, array, holds):
   np.save(tmp_path / "a.npy", array)
-  with pytest.raises(images.ImageError, match=f"{holds}.*takes uint8.*height, width, 4"):
+  with pytest.raises(images.ImageError,
+                     match=f"{holds}.*takes uint8.*height, width, 4"):
     image_files.read(tmp_path / "a.npy", (8, 8, 4))
 
 

@@ -103,7 +103,8 @@ def test_all_modes_are_tested():
 def test_sixteen_bits_lose_the_low_byte():
   values = np.arange(256, dtype=np.uint16)
   for low in (0, 128, 255):
-    got = images.flatten(opened(Image.fromarray((values * 256 + low)[None]), "png"), "L")
+    got = images.flatten(opened(Image.fromarray((values * 256 + low)[None]), "png"),
+                         "L")
     assert np.asarray(got)[0].tolist() == values.tolist()
 
 
@@ -167,7 +168,8 @@ PALETTE = (b"PLTE", bytes([10, 20, 30, 200, 100, 50]))
     # A palette, opaque, with one transparent entry and with several opacities.
     (png(8, 3, b"\0\1", PALETTE), [(10, 20, 30), (200, 100, 50)]),
     (png(8, 3, b"\0\1", PALETTE, (b"tRNS", b"\0")), [(0, 0, 0), (200, 100, 50)]),
-    (png(8, 3, b"\0\1", PALETTE, (b"tRNS", b"\xff\x80")), [(10, 20, 30), (100, 50, 25)]),
+    (png(8, 3, b"\0\1", PALETTE, (b"tRNS", b"\xff\x80")),
+     [(10, 20, 30), (100, 50, 25)]),
     (png(1, 3, b"\x40", PALETTE, (b"tRNS", b"\0")), [(0, 0, 0), (200, 100, 50)]
      + 6 * [(0, 0, 0)]),
     # Of 16 bits the upper 8 count.
@@ -398,7 +400,8 @@ def test_jpeg_of_many_scans():
     if good:
       images.open_image(longer)
       continue
-    with pytest.raises(images.ImageError, match="129 scans of 4096 x 4096 pixels; 2,14"):
+    with pytest.raises(images.ImageError,
+                       match="129 scans of 4096 x 4096 pixels; 2,14"):
       images.open_image(longer)
   # What follows the image, and what stands in other segments, are no scans of it.
   comment = b"\xff\xfe\x02\x02" + 256 * b"\xff\xda"

@@ -203,7 +203,8 @@ def test_image_is_read_by_other_operations(isa):
 
 def apart(draw, channels, out, h, w):
   """Groups, and a number of output channels near `out`, and dilation for 1x1 to 3x3."""
-  groups = draw(st.sampled_from([n for n in range(1, channels + 1) if not channels % n]))
+  groups = draw(st.sampled_from([n for n in range(1,
+                                                  channels + 1) if not channels % n]))
   size = tuple(draw(st.integers(1, 3)) for _ in range(2))
   dilation = tuple(draw(st.integers(1, 4)) for _ in range(2))
   pads = tuple(draw(st.integers(0, 3)) for _ in range(4))
@@ -320,8 +321,8 @@ def test_many_callers():
       np.testing.assert_array_equal(have, want)
 
 
-# Forks while four threads are in calls, with helpers of their own. A child that waits for
-# a lock that a thread held which it does not have would wait forever.
+# Forks while four threads are in calls, with helpers of their own. A child that waits
+# for a lock that a thread held which it does not have would wait forever.
 FORKS = """
 import os, signal, sys, threading
 import numpy as np
@@ -350,7 +351,8 @@ for _ in range(int(sys.argv[3])):
 stop.set()
 for thread in threads:
   thread.join()
-sys.exit(f"{sum(map(bool, codes))} of {len(codes)} children failed" if any(codes) else 0)
+failed = sum(map(bool, codes))
+sys.exit(f"{failed} of {len(codes)} children failed" if failed else 0)
 """
 
 
@@ -360,7 +362,8 @@ def test_forks(tmp_path, forks):
   (tmp_path / "small.minw").write_bytes(packed.to_bytes(program))
   np.save(tmp_path / "images.npy", images(program, 33))
   subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS,
-                  tmp_path / "small.minw", tmp_path / "images.npy", str(forks)], check=True)
+                  tmp_path / "small.minw", tmp_path / "images.npy", str(forks)],
+                  check=True)
 
 
 def test_names_and_kernels(isa):
@@ -428,7 +431,8 @@ def test_wrong_checksum_and_version():
     ((4, 5, 3), "4 groups of 1 input channels, but its input has 6"),
     ((2**32 - 1, 5, 3), "number of groups 4294967295"),
     ((6, 0, 3), "dilation 0"), ((6, 5, 65), "dilation 65"),
-    ((6, 2**31, 3), "dilation 2147483648"), ((6, 7, 3), "larger than the padded input")))
+    ((6, 2**31, 3), "dilation 2147483648"),
+    ((6, 7, 3), "larger than the padded input")))
 def test_groups_and_dilation_that_do_not_fit(fields, message):
   b = Builder(np.random.default_rng(0), (11, 7, 6))
   x = b.conv(0, 2, 12, pads=(1, 1, 0, 0), groups=6, dilation=(5, 3))
@@ -530,7 +534,8 @@ def test_c_program(tmp_path):
   assert result.returncode == 1 and "not a packed network" in result.stderr
 
 
-SOURCES = sorted(set(CSRC.glob("*.cc")) - {CSRC / "ffi.cc"})  # As setup.py chooses them.
+# As setup.py chooses them.
+SOURCES = sorted(set(CSRC.glob("*.cc")) - {CSRC / "ffi.cc"})
 
 
 def build(compiler, folder, flags, program, x86):

@@ -48,7 +48,8 @@ def test_the_list_of_networks_says_the_same(name):
   size = f"{infer.shipped()[name].stat().st_size / 1000:.0f} kB"
   accuracy = card(name)["test accuracy"].split(",")[0]
   assert re.search(rf"^\| `{name}` \| .* \| {bits} "
-                   rf"\| {re.escape(accuracy)} \| {size} \|$", page.read_text(), re.MULTILINE)
+                   rf"\| {re.escape(accuracy)} \| {size} \|$", page.read_text(),
+                   re.MULTILINE)
   assert re.search(rf"\s{size}\.", (FOLDER / f"{name}.md").read_text())
 
 

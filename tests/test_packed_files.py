@@ -1,4 +1,4 @@
-"""Both parsers of packed networks against docs/format.md, rule by rule, and one another."""
+"""Both parsers of packed networks against docs/format.md and one another."""
 
 import collections
 import math
@@ -157,7 +157,8 @@ def cases():
       head(plain, 16, "Q", len(plain) + 1), head(plain, 24, "I", 1),
       head(plain, 28, "I", 2 ** 32 - 1), plain + b" ", plain[:-1], plain[:31]]
   yield "checksum", [plain], [plain[:12] + bytes([plain[12] ^ 1]) + plain[13:]]
-  yield from changes("metadata", plain, [lambda f: setattr(f, "metadata", b'{"a": 1}')], [
+  yield from changes("metadata", plain, [lambda f: setattr(f, "metadata", b'{"a": 1}')],
+                     [
       lambda f, text=text: setattr(f, "metadata", text)
       for text in (b"", b"[]", b"{", b'{"\xff":1}', b"{}{}")])
   yield from changes("end", plain, [], [
@@ -167,7 +168,8 @@ def cases():
   many = network(*[pool] * 4094)
   yield from changes("operations", many, [], [
       lambda f: (f.ops.insert(0, f.ops[0]), setitem(f.ops[-1], "input", 4096))])
-  yield from changes("operations", plain, [], [lambda f: setattr(f, "more", 2 ** 32 - 1)])
+  yield from changes("operations", plain, [],
+                     [lambda f: setattr(f, "more", 2 ** 32 - 1)])
   yield from numbers("image", plain, None, "height", (1, 65536), (0, 65537))
   yield from numbers("image", plain, None, "width", (1, 65536), (0, 65537, 2 ** 32 - 1))
   wide = edit(plain, None, 4096, "width")
@@ -180,7 +182,8 @@ def cases():
       for x in (b"", b"\x01\x7f", "\u0080\u07ff\u0800\ud7ff\ue000\uffff".encode(),
                 "\U00010000\U0010ffff".encode())], [
       lambda f, x=x: setattr(f.ops[0], "name", x)
-      for x in (b"\0", b"a\0", b"\x80", b"\xc1\xbf", b"\xc3", b"\xe0\x9f\xbf", b"\xed\xa0\x80",
+      for x in (b"\0", b"a\0", b"\x80", b"\xc1\xbf", b"\xc3", b"\xe0\x9f\xbf",
+                b"\xed\xa0\x80",
                 b"\xed\xbf\xbf", b"\xe2\x82", b"\xf0\x8f\xbf\xbf", b"\xf4\x90\x80\x80",
                 b"\xf5\x80\x80\x80", b"\xf0\x90\x80", b"\xc3A", b"\xff")])
   yield from numbers("inputs", MIXED, CONCAT, "input", (0,), (7, 100, 2 ** 32 - 1))
@@ -201,7 +204,8 @@ def cases():
   yield from changes("sums", MIXED, [
       lambda f: set_all(f.op(ADD), "shift", 23, 0)], [
       lambda f: set_all(f.op(ADD), "shift", 23, 23)])
-  wide = network(packed.Concat("c", (0,), (23,)), packed.Pool("p", 1, "sum", (1, 1), (1, 1)),
+  wide = network(packed.Concat("c", (0,), (23,)),
+                 packed.Pool("p", 1, "sum", (1, 1), (1, 1)),
                  image=(1, 2, 1))
   yield from changes("sums", wide, [], [
       lambda f: set_all(f.op(SUM_POOL), "window", 1, 2)])
@@ -218,10 +222,12 @@ def cases():
         lambda f, size=size: setitem(f.op(CONV), "weights", b"\1" * size)], [
         lambda f, x=x: setitem(f.op(CONV), "weights", x) for x in bad])
   yield from numbers("format", MIXED, CONV, "format", (3,), (0, 4, 7, 9, 18, 255))
-  yield from numbers("format", network(norm()), FLOAT_NORM, "format", (1, 8, 16, 17, 32), (
+  yield from numbers("format", network(norm()), FLOAT_NORM, "format",
+                     (1, 8, 16, 17, 32), (
       4, 9, 33))
   flat = network(packed.Pool("p", 0, "max", (1, 1), (1, 1)), image=(3, 2, 1))
-  yield from numbers("window", flat, MAX_POOL, "window", (1, 3), (0, 4, 65537, 2 ** 32 - 1))
+  yield from numbers("window", flat, MAX_POOL, "window", (1, 3),
+                     (0, 4, 65537, 2 ** 32 - 1))
   apart = network(conv(0, 1, (1, 2, 2, 1), dilation=(2, 1)), image=(3, 2, 1))
   yield from changes("window", apart, [], [
       lambda f: set_all(f.op(CONV), "dilation", 3, 1),
@@ -274,7 +280,8 @@ def cases():
       lambda f: set_all(f.op(CONCAT), "input", 1, 2),
       lambda f: set_all(f.op(CONCAT), "input", 0, 5)])
   apart = network(packed.Pool("p", 0, "max", (1, 1), (2, 1)),
-                  packed.Concat("c", (0, 0), (0, 0)), packed.Add("a", 0, 0), image=(2, 1, 1))
+                  packed.Concat("c", (0, 0), (0, 0)), packed.Add("a", 0, 0),
+                  image=(2, 1, 1))
   yield from changes("concatenation", apart, [], [
       lambda f: set_all(f.op(CONCAT), "input", 0, 1)])
   levels = lambda f: f.ops[13]
@@ -282,13 +289,15 @@ def cases():
       lambda f: set_all(levels(f), "shift", 23, 0)], [
       lambda f: set_all(levels(f), "shift", 24, 0),
       lambda f: set_all(levels(f), "shift", 0, 255),
-      lambda f: set_all(f.ops[12], "shift", 0, 1), lambda f: set_all(f.ops[14], "shift", 1, 0)])
+      lambda f: set_all(f.ops[12], "shift", 0, 1),
+      lambda f: set_all(f.ops[14], "shift", 1, 0)])
   yield from changes("zeros", MIXED, [], [
       lambda f, n=n: setitem(f.op(SHORTCUT), "input", n) for n in (0, 5)])
   yield from changes("addition", MIXED, [lambda f: set_all(levels(f), "input", 1, 3)], [
       lambda f, pair=pair: set_all(levels(f), "input", *pair)
       for pair in ((0, 1), (2, 4), (5, 5), (1, 13))])
-  yield from changes("addition", apart, [], [lambda f: set_all(f.op(ADD), "input", 0, 1)])
+  yield from changes("addition", apart, [],
+                     [lambda f: set_all(f.op(ADD), "input", 0, 1)])
   yield from numbers("classes", plain, None, "classes", (1,), (0, 2, 2 ** 32 - 1))
   yield from changes("classes", plain, [], [
       lambda f: f.ops.pop(), lambda f: f.ops.append(f.ops[0]),
@@ -329,7 +338,8 @@ def test_every_rule_is_broken_by_a_file_of_its_own():
 def test_costs_by_hand():
   """An image of 5 x 4 x 20, a border, 3 outputs, a maximum of 2 x 2 and 2 bits."""
   data = network(
-      conv(0, 2, (3, 3, 2, 20), pads=(1, 0, 0, 0)),  # Value 1: 4 x 3 x 3, from 6 x 4 x 20.
+      # Value 1: 4 x 3 x 3, from 6 x 4 x 20.
+      conv(0, 2, (3, 3, 2, 20), pads=(1, 0, 0, 0)),
       packed.Pool("m", 1, "max", (2, 2), (2, 1)),  # Value 2: 2 x 2 x 3.
       threshold(2, 2, 3), norm(2, "float16", 3), image=(5, 4, 20))
   image, border = 5 * 4 * 32 * 4, 6 * 4 * 20
@@ -442,7 +452,8 @@ def assert_same_values(program: packed.Program, network: native.Network) -> None
             op.weight_unit), input_unit=abs(op.input_unit))
       sums = reference.run_op(op, [np.abs(x) for x in given], of, kind)
       terms = op.kernel[0].size if isinstance(op, packed.Conv) else math.prod(op.window)
-      assert (np.abs(have[i] - want) <= sums * terms * 2.0 ** -22 + 2.0 ** -120).all(), op
+      most = sums * terms * 2.0 ** -22 + 2.0 ** -120
+      assert (np.abs(have[i] - want) <= most).all(), op
     else:
       np.testing.assert_array_equal(have[i], want, err_msg=str(op))
 
@@ -479,7 +490,8 @@ def test_parsers_agree_on_many_damaged_files():
   assert outcomes["refused"] > MUTANTS / 2 and outcomes["run"] > MUTANTS / 10
 
 
-def xla_logits(program: packed.Program, products: str, images: np.ndarray) -> np.ndarray:
+def xla_logits(program: packed.Program, products: str,
+               images: np.ndarray) -> np.ndarray:
   operands, function = xla.logits(program, products)
   return np.asarray(jax.jit(function)(operands, images))
 
@@ -502,7 +514,8 @@ def test_largest_and_smallest_logits_are_equal_in_xla(products):
     assert np.isfinite(want).all() and len(np.unique(want)) > 50
     assert xla_logits(program, products, images).tobytes() == want.tobytes()
     if native.available():
-      assert native.load(packed.to_bytes(program)).logits(images).tobytes() == want.tobytes()
+      logits = native.load(packed.to_bytes(program)).logits(images)
+      assert logits.tobytes() == want.tobytes()
 
 
 @pytest.mark.slow

@@ -17,10 +17,6 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from minw import errors
-from minw import prepare
-from minw.data import cifar
-from minw.data import datasets
 from cifar_files import COUNTS
 from cifar_files import LABELS
 from cifar_files import check_prepared
@@ -28,6 +24,10 @@ from cifar_files import refusal
 from cifar_files import small_tables
 from cifar_files import write_archive
 from cifar_files import write_directory
+from minw import errors
+from minw import prepare
+from minw.data import cifar
+from minw.data import datasets
 
 REAL_FILES = {name: cifar.ORIGINALS[name].files for name in COUNTS}
 

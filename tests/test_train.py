@@ -149,7 +149,8 @@ def test_tensorboard_shows_the_lines(plain):
       parts = value if isinstance(value, dict) else {"": value}
       for part, number in parts.items():
         if isinstance(number, (int, float)) and name not in ("step", "epoch"):
-          tag = name + (curve if name in ("loss", "accuracy") else f"/{part}" * bool(part))
+          tag = name + (curve if name in ("loss",
+                                          "accuracy") else f"/{part}" * bool(part))
           expected[tag, line["step"]] = number
   shown = events_of(plain)
   numbers = {key: value for key, value in shown.items() if isinstance(value, float)}
@@ -349,12 +350,14 @@ def test_more_epochs_are_another_run(plain):
 
 TENSORSTORE = (
     'RESOURCE_EXHAUSTED: Error writing "a/0" in OCDBT database at local file "/x/":'
-    " Failed to write 4 bytes to file 4: No space left on device [os_error_code=\'28\']")
+    " Failed to write 4 bytes to file 4: No space left on device"
+    " [os_error_code=\'28\']")
 
 
 @pytest.mark.parametrize("error, file, reason", [
     (OSError(errno.ENOSPC, "No space left on device", "/a/file"), "/a/file",
-     r"No space left on device \(0\.0 MB a checkpoint are needed, [\d.]+ MB are free\)"),
+     r"No space left on device \(0\.0 MB a checkpoint are needed, [\d.]+ MB are"
+     r" free\)"),
     (OSError(errno.EROFS, "Read-only file system"), "{workdir}",
      "Read-only file system"),
     (ValueError(TENSORSTORE), "{workdir}/checkpoints", r"No space left on device \(.*"),

@@ -1,4 +1,4 @@
-"""minw.data.unpickle: it reads what Python 2 wrote, and survives what an attacker writes."""
+"""minw.data.unpickle: it reads what Python 2 wrote, and survives attacks."""
 
 import pickle
 import random
