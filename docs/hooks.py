@@ -168,7 +168,7 @@ def commands() -> str:
 
 
 def help_of(line: Sequence[str]) -> str:
-  """What a command prints with --help, without the table of config fields.
+  """The text of a command's --help, without the table of config fields.
 
   The command runs in a copy of this process, so that modules are imported only once.
 

@@ -198,7 +198,7 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
       run_files.check_free(str(run.workdir), run.config)
       if _read_status(run)[0]["state"] in _FINAL:
         continue
-      # Of runs that differ by their seeds, one is enough: each takes a while.
+      # One of the runs that differ by their seeds is enough: each takes a while.
       key = config_lib.to_json(config_lib.copy(run.config, seed=0))
       if key not in known:
         datasets.check_available(run.config.dataset, run.config.data_dir)

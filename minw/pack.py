@@ -111,7 +111,7 @@ def pack(
 class _Call(NamedTuple):
   """A call of one of minw's layers."""
 
-  layer: Any  # Of `minw.layers`, unbound.
+  layer: Any  # A layer of `minw.layers`, unbound.
   path: str
   hard: dict[str, np.ndarray]
 
@@ -137,7 +137,7 @@ class _Array(NamedTuple):
 
   @property
   def dims(self) -> tuple[int, ...]:
-    """Of the array, for a batch of two."""
+    """The shape of the array, for a batch of two."""
     h, w, c = self.shape
     if self.form == "map":
       return (2, h, w, c)

@@ -22,7 +22,7 @@ from minw import titles
 from minw.workdir import metrics
 from minw.workdir import run_files
 
-# Of Okabe and Ito, for all kinds of colour vision.
+# The colors of Okabe and Ito, for all kinds of color vision.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
 
 _CURVES = (  # Split, mode and style, the later over the earlier.

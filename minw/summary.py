@@ -1,4 +1,4 @@
-"""What a network costs to keep and to run: `python -m minw.summary --config=FILE`."""
+"""The cost of keeping and running a network: `python -m minw.summary --config=FILE`."""
 
 import math
 from typing import Any, NamedTuple, Sequence
@@ -14,7 +14,7 @@ _MIB = 2 ** 20
 
 
 def operation(weight_bits: int, input_bits: int) -> str:
-  """What a multiply-accumulate is made of in inference (the paper's section on costs).
+  """The operations of a multiply-accumulate in inference (the paper's cost section).
 
   With m and p the smaller and the larger number of bits:
 
@@ -68,7 +68,7 @@ class LayerSummary(NamedTuple):
 
 
 class Summary(NamedTuple):
-  """What a network costs.
+  """The cost of a network.
 
   Attributes:
     layers: those that have weights.

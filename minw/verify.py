@@ -23,7 +23,7 @@ from minw.kernels import reference
 from minw.workdir import checkpoint
 
 _LAYERS = (packed.Conv, packed.Threshold, packed.Logits, packed.FloatNorm)
-_TOLERANCE = 1e-5  # Of sums of floats, relative to the largest: they depend on order.
+_TOLERANCE = 1e-5  # Relative to the largest sum of floats: sums depend on order.
 
 
 def differences(

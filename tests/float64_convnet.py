@@ -55,7 +55,7 @@ def network(params, images, quantize, stats=None, epsilon=1e-4, pool=max_pool, x
 
 
 def cross_entropy(logits, labels, xp=np):
-  """Of each example."""
+  """The loss of each example."""
   shifted = logits - logits.max(-1, keepdims=True)
   chosen = shifted[xp.arange(len(labels)), labels]
   return xp.log(xp.exp(shifted).sum(-1)) - chosen

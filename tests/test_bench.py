@@ -197,7 +197,7 @@ def test_torch_network_is_ours(changes):
   weighted = [part for part in network if isinstance(
       part, (torch.nn.Conv2d, torch.nn.Linear))]
   layers = [layer for layer in experiment.layers if layer.kernel_shape]
-  shape = ()  # Of one example where the convolutions end.
+  shape = ()  # Shape of one example where the convolutions end.
   for part, layer in zip(weighted, layers, strict=True):
     kernel = np.asarray(state.params[layer.path]["kernel"])
     if layer.kind == "conv":
@@ -376,7 +376,7 @@ def test_throughput_takes_turns(monkeypatch):
                    "program": {1: [10.0, 10.0], 4: [24.0, 10.0]}}
   lines = [line.split() for line in throughput.table(result).splitlines()]
   assert lines[2:] == [["1", "10.00", "10.00", "1.00"],
-                       ["4", "30.00", "17.00", "2.12"]]  # Of 1.25 and 3.
+                       ["4", "30.00", "17.00", "2.12"]]  # The median of 1.25 and 3.
 
 
 @pytest.mark.slow

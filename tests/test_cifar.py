@@ -67,7 +67,7 @@ def test_a_truncated_archive_is_refused(small, keep, tmp_path):
 
 @pytest.mark.parametrize("call", [
     b"cos\nsystem\n(V%s\ntR.",
-    b"cnumpy\nload\n(V%s\ntR.",  # Of NumPy, but no array.
+    b"cnumpy\nload\n(V%s\ntR.",  # From NumPy, but no array.
     b"cbuiltins\nopen\n(V%s\nVw\ntR.",
 ])
 def test_a_pickle_that_calls_functions_is_refused(small, call, tmp_path):

@@ -406,7 +406,7 @@ def test_a_workdir_that_is_empty_text(refuses):
           "--workdir=")
 
 
-# Of a network without hidden layers: what is checked last takes seconds else.
+# The network has no hidden layers: otherwise the last check takes seconds.
 FAST = ("--config.conv_widths=()", "--config.dense_widths=()")
 
 

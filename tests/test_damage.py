@@ -141,7 +141,7 @@ def damages(workdir):
           lambda data, seed=rng.random(): flipped(data, random.Random(seed)))
     if name.endswith(".json"):
       for field in json.loads(data):
-        # Of config.json a field that is gone has its default: that of an older version.
+        # A field that config.json lacks has its default, as in older versions.
         for value in ([rng.choice(VALUES)] if name == "config.json" else
                       [GONE, *VALUES]):
           yield name, f"{field} {worded(value)}", content(changed_field(field, value))

@@ -318,7 +318,7 @@ def test_processes_come_and_go(tmp_path):
 
 @pytest.mark.slow
 def test_parts_of_the_optimizers_state_on_two_processes(tmp_path):
-  """Of a run that starts from another one, and is gone on with by one process."""
+  """A run starts from another one, and one process resumes it."""
   config = small_config(num_epochs=2)
   train_on(1, config, tmp_path / "source")
   config.init_from = str(tmp_path / "source")

@@ -488,7 +488,7 @@ def irnet(x, alpha):
 
 
 def root(x, alpha):
-  """Of |x|, o-th; near zero its chord, and flat from 1.5 on."""
+  """The o-th root of |x|; near zero its chord, and flat from 1.5 on."""
   o, size = 1 + 2 * alpha, np.minimum(np.abs(x), 1.5)
   return np.sign(x) * np.where(size < 0.1, size * 0.1 ** (1 / o) / 0.1, size ** (1 / o))
 

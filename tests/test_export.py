@@ -595,7 +595,7 @@ def test_c_states_its_memory(tmp_path):
             for what in ("Constants", "Static memory")]
   constants = sum(v for k, v in size.items() if k.startswith(".rodata"))
   assert stated[0] <= constants < stated[0] + 300
-  assert size[".bss"] <= stated[1] + 64  # Of alignment.
+  assert size[".bss"] <= stated[1] + 64  # 64 bytes are for alignment.
   assert stated[1] < 512  # Codes in words of bits, each map in the room of others.
 
 

@@ -122,7 +122,7 @@ def test_shortcuts_beside_the_largest_sums(bits, equal):
   x = b.threshold(b.conv(0, 1, 2), 3)
   y = b.threshold(b.conv(x, 1, 2, (1, 1), pads=(0,) * 4), bits, short)
   thresholds = b.ops[-1].thresholds
-  thresholds[...] = rng.choice([-9, -8, -7, 7, 8, 9], thresholds.shape)  # Of 8.
+  thresholds[...] = rng.choice([-9, -8, -7, 7, 8, 9], thresholds.shape)  # Around 8.
   program = b.end(y, bits)
   equal(program, images(program, 9))
 

@@ -146,7 +146,7 @@ def trainer(folder):
 
 
 def outcome(workdir):
-  """What a run that was disturbed must have in common with one that was not."""
+  """The results that a disturbed run must have in common with another one."""
   return {"status": json.loads((workdir / "status.json").read_text()),
           "lines": lines_of(workdir), "checkpoints": trees_of(workdir)}
 

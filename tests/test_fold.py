@@ -211,7 +211,7 @@ def test_where_batch_norm_is_constant():
   assert one_channel(gamma=1 / far, beta=-1, unit=1 / 64) == (
       far, float(np.float32(1 / far)), 0)
   assert one_channel(gamma=1 / (far + 1), beta=-1, unit=1 / 64) == (0, 0, -1)
-  # Of floats, too, where slope times bound is less than half of the last bit of beta.
+  # Floats, too, where slope times bound is less than half of the last bit of beta.
   assert one_channel(gamma=2.0**-28, beta=1, bound=16, unit=0) == (0, 0, 1)
   assert one_channel(gamma=2.0**-27, beta=1, bound=16, unit=0) == (-2.0**27, 2.0**-27, 0)
   assert one_channel(gamma=1e-30, mean=5, beta=-0.5, unit=0) == (0, 0, -0.5)

@@ -222,7 +222,7 @@ def test_truncated_files(tmp_path, kind):
     assert str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore")  # Of damaged metadata.
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged metadata.
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(tmp_path, kind):
   """Anything else may be read as another picture, but has no other error."""

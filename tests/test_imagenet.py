@@ -36,7 +36,7 @@ from short_runs import trees_of
 
 # Tench, goldfish and toilet tissue are the first two classes and the last.
 LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
-# Of the first six validation images, from ILSVRC2012's ground truth.
+# Labels of the first six validation images, from ILSVRC2012's ground truth.
 VALIDATION = ["n01751748", "n09193705", "n02105855", "n04263257", "n03125729",
               "n01735189"]
 

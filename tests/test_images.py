@@ -172,7 +172,7 @@ PALETTE = (b"PLTE", bytes([10, 20, 30, 200, 100, 50]))
      [(10, 20, 30), (100, 50, 25)]),
     (png(1, 3, b"\x40", PALETTE, (b"tRNS", b"\0")), [(0, 0, 0), (200, 100, 50)]
      + 6 * [(0, 0, 0)]),
-    # Of 16 bits the upper 8 count.
+    # The upper 8 of 16 bits count.
     (png(16, 2, bytes([9, 255, 8, 0, 7, 1])), [(9, 8, 7)]),
     (png(16, 4, bytes([200, 0, 128, 0])), [100]),
     (png(16, 6, bytes([200, 0, 100, 0, 50, 0, 128, 0])), [(100, 50, 25)]),
@@ -270,7 +270,7 @@ def test_ordinary_jpeg_is_what_pillow_makes_of_it(mode, size):
     np.testing.assert_array_equal(got, wanted)
 
 
-# What a file with [[10, 20, 30], [40, 50, 60]] shows, by its orientation.
+# The picture of a file with [[10, 20, 30], [40, 50, 60]], by its orientation.
 ORIENTATIONS = {
     1: [[10, 20, 30], [40, 50, 60]], 2: [[30, 20, 10], [60, 50, 40]],
     3: [[60, 50, 40], [30, 20, 10]], 4: [[40, 50, 60], [10, 20, 30]],
@@ -395,7 +395,7 @@ def test_jpeg_of_many_scans():
   content = file.getvalue()
   count, last = len(scans(content)), content[scans(content)[-1]:-2]
   assert (images.centre(images.open_image(content), 8, 8) == 90).all()
-  for scan_count, good in ((128, True), (129, False)):  # Of 2^24 pixels, 2^31 in all.
+  for scan_count, good in ((128, True), (129, False)):  # 2^24 pixels each, 2^31 in all.
     longer = content[:-2] + (scan_count - count) * last + content[-2:]
     if good:
       images.open_image(longer)

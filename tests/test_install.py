@@ -1,4 +1,4 @@
-"""What an installed package holds, built as wheels are but without the compiler."""
+"""The files of an installed package, built as wheels are but without the compiler."""
 
 import os
 import pathlib

@@ -377,7 +377,7 @@ def check_jobset(text):
     assert re.fullmatch(dns, job["name"])
     spec = job["template"]["spec"]
     jobs.append(spec)
-    # Of these the API server is strict, whatever the schema says.
+    # The API server is strict about these, whatever the schema says.
     pod = spec["template"]["spec"]
     if "podFailurePolicy" in spec:
       assert pod["restartPolicy"] == "Never"

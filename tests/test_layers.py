@@ -353,7 +353,7 @@ def test_statistics_of_the_batch_and_running_ones(momentum):
   variables = norm_variables(mean, var, scale, bias)
   layer = layers.NormQuant(bits="float32", momentum=momentum, epsilon=1e-3)
   batch_mean = x.mean((0, 1, 2), dtype=np.float64)
-  batch_var = x.var((0, 1, 2), dtype=np.float64)  # Of the batch itself: biased.
+  batch_var = x.var((0, 1, 2), dtype=np.float64)  # The biased variance of the batch.
   got, updated = layer.apply(variables, x, 1.0, "train", mutable=["batch_stats"])
   np.testing.assert_allclose(got, np.clip(batch_norm(
       x, batch_mean, batch_var, scale, bias, 1e-3), -1, 1), atol=1e-5)

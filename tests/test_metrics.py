@@ -116,11 +116,11 @@ def test_records_that_cannot_be_written_are_named(tmp_path):
   writer.close()
 
 
-# What a checkpoint has of the records.
+# The part of the records that a checkpoint has.
 
 
 def copy_of(workdir, step):
-  """What a run in `workdir` would save at `step`."""
+  """The records that a run in `workdir` would save at `step`."""
   writer = metrics.Writer(str(workdir), step)
   writer.close()
   return json.loads(json.dumps(writer.lines))

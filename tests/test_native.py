@@ -181,7 +181,7 @@ def test_residual_and_dense_blocks(isa, bits):
   short = b.add(packed.Shortcut("short", x, (2, 2), 7, 6))
   y = b.threshold(b.conv(x, bits, 33, strides=(2, 2)), bits, short)
   y = b.add(packed.Concat("cat", (y, short, y), (0, 0, 0)))
-  z = b.conv(y, bits, 18)  # Of codes of which some are 0.
+  z = b.conv(y, bits, 18)  # Some of its codes are 0.
   wide = b.add(packed.Concat("cat", (z, z), (0, 3)))
   both = b.add(packed.Add("add", wide, wide, 0, 1))
   level = b.add(packed.Add("add", y, y, 1, 0))

@@ -204,7 +204,7 @@ class MobileNet(nn.Module):
   """Depthwise 3x3 and pointwise 1x1 convolutions in turn."""
 
   bits: tuple = (1, 1, 1)  # Activations before each depthwise convolution.
-  weights: tuple = (1, 1, 1)  # Of each pair of convolutions.
+  weights: tuple = (1, 1, 1)  # Bits of the weights of each pair of convolutions.
   pad: float = 0.0
 
   @nn.compact

@@ -157,8 +157,8 @@ def cases():
       head(plain, 16, "Q", len(plain) + 1), head(plain, 24, "I", 1),
       head(plain, 28, "I", 2 ** 32 - 1), plain + b" ", plain[:-1], plain[:31]]
   yield "checksum", [plain], [plain[:12] + bytes([plain[12] ^ 1]) + plain[13:]]
-  yield from changes("metadata", plain, [lambda f: setattr(f, "metadata", b'{"a": 1}')],
-                     [
+  yield from changes(
+      "metadata", plain, [lambda f: setattr(f, "metadata", b'{"a": 1}')], [
       lambda f, text=text: setattr(f, "metadata", text)
       for text in (b"", b"[]", b"{", b'{"\xff":1}', b"{}{}")])
   yield from changes("end", plain, [], [

@@ -244,7 +244,7 @@ def test_the_command_reports_errors_in_one_line(arguments, expected, tmp_path):
   assert len(ended.stderr.splitlines()) == 1 and not ended.stdout
 
 
-# Of the hundred classes, those of eight superclasses.
+# The classes of eight superclasses, among the hundred.
 KINDS = {
     "people": "baby boy girl man woman",
     "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",

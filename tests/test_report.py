@@ -253,7 +253,8 @@ def test_csv():
 
 # Comparisons.
 
-T2, T1 = 4.302652729749, 12.706204736175  # Of Student's table: 0.975, 2 and 1 degrees.
+# From Student's table: 0.975, 2 and 1 degrees.
+T2, T1 = 4.302652729749, 12.706204736175
 
 
 def test_estimate():
@@ -289,7 +290,7 @@ def test_described_estimates():
 
 
 def test_cut_intervals_hold_the_mean_as_often():
-  """Of 5 seeds with 50 test images each: what is cut off never holds the mean."""
+  """5 seeds with 50 test images each: the part cut off never holds the mean."""
   generator = np.random.default_rng(0)
   for accuracy in (0.9, 0.98):
     draws = generator.binomial(50, accuracy, (2000, 5)) / 50
@@ -385,7 +386,8 @@ def test_estimators_of_float_networks_do_not_count():
 
 
 def test_p_value():
-  # Of Student's t with 2 degrees of freedom: 1 - t / sqrt(t^2 + 2), where t^2 = 12.
+  # The p-value of Student's t with 2 degrees of freedom: 1 - t / sqrt(t^2 + 2), where
+  # t^2 = 12.
   assert comparison.p_value([0.03, 0.01, 0.02]) == pytest.approx(1 - (12 / 14) ** 0.5)
   assert comparison.p_value([-1.0, 1.0]) == pytest.approx(1.0)
   assert comparison.p_value([0.5]) is None
@@ -997,7 +999,7 @@ def seeds_of(pairs):
 
 
 def test_all_pairs_are_drawn(tmp_path):
-  """Of one data set too, of all bits, and of configs that differ in other fields."""
+  """For one data set too, all bits, and configs that differ in other fields."""
   found = []
   for changes in (dict(), dict(crop_size=30), dict(weight_bits=3),
                   dict(conv_widths=(8, 8), dense_widths=(4,))):

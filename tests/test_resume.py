@@ -72,7 +72,7 @@ class Copies:
       if self._inside:
         return
       self._inside = True
-      # Of this process' own threads none may find this half done.
+      # No thread of this process may find this half done.
       count = 1 + sum(name.split("#")[0] == moment for name in self.at)
       name = moment + f"#{count}" * (count > 1)
       target = self._folder / str(len(self.at))
@@ -152,7 +152,7 @@ def test_run_killed_at_any_moment_goes_on(tmp_path):
 
 
 def test_cut_line_of_metrics(busy, tmp_path):
-  """Of a line, the operating system may have got a part."""
+  """The operating system may have got a part of a line."""
   expected, copies = busy
   for i, tail in enumerate(('{"step": 38, "epoch": 2, "spl', '{"step": 38}', "{")):
     workdir = tmp_path / str(i)
@@ -256,7 +256,7 @@ def test_interrupted_run_stops_and_goes_on(step, busy, tmp_path):
   expected, _ = busy
   handler = signal.getsignal(signal.SIGINT)
   with pytest.raises(train.Interrupted) as interrupt:
-    # What a launcher passes on beside it is no second interrupt.
+    # A signal that a launcher passes on beside it is no second interrupt.
     run_with(send_at(step, signal.SIGTERM, signal.SIGINT, signal.SIGTERM),
              busy_config(), tmp_path)
   assert interrupt.value.status == {"state": "preempted", "step": step + 1}

@@ -88,7 +88,7 @@ def test_command_on_digits(tmp_path):
   check_step(result, kernels, [64 * 8 * 8 * 32], products)
   assert result["parameters"] == sum(kernels) + 2 * (32 + 32 + 128 + 10)
   assert [row["chips"] for row in result["weak"]] == [1, 8, 512]
-  assert [row["chips"] for row in result["strong"]] == [1, 8]  # Of a batch of 64.
+  assert [row["chips"] for row in result["strong"]] == [1, 8]  # The batch is 64.
   weak = result["weak"][1]
   assert weak["compute"] == pytest.approx(32 * result["operations"] / 0.3e12)
   total = sum(each["bytes"] for each in result["collectives"])

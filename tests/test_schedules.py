@@ -193,7 +193,7 @@ def test_steps():
 
 
 def test_steps_that_coincide_all_count():
-  # Of 4 steps, 0.5 is the second, and so is 0.6.
+  # 0.5 is the second of 4 steps, and so is 0.6.
   rate = learning_rate("steps", num_steps=4, initial=1.0, decay=0.5, steps=(0.5, 0.6))
   np.testing.assert_allclose(values(rate, range(4)), [1, 1, 0.25, 0.25], rtol=1e-6)
 

@@ -152,7 +152,7 @@ def test_first_gradient_is_the_same(four, tmp_path):
 
   with pytest.raises(Stop):
     run_with(action, CONFIG, tmp_path)
-  assert len(ours) == 13  # Of four layers a kernel, a scale and a bias.
+  assert len(ours) == 13  # Kernels, scales and biases of four layers.
   assert sorted(ours) == [name for name in sorted(found.files)
                           if name.startswith(("gradient", "loss"))]
   for name, value in ours.items():

@@ -87,7 +87,7 @@ IMAGES = np.random.default_rng(1).integers(0, 256, (9, *SHAPE), np.uint8)
 
 
 def logits(model, variables):
-  """Of the hard network, in one jitted call, and of the packed one."""
+  """Logits of the hard network, in one jitted call, and of the packed one."""
   hard = fold.fold(model, variables, pixels_lib.probe(PIXELS, SHAPE))
   program = pack.pack(model, variables, pixels=PIXELS, source_shape=SHAPE)
   images = pixels_lib.normalize(IMAGES, PIXELS)

@@ -38,7 +38,7 @@ def summarize(network="A", **fields):
 
 
 def small(**fields):
-  """Of a network of two convolutions and two dense layers on 8x8 images."""
+  """A network of two convolutions and two dense layers on 8x8 images."""
   return summarize(conv_widths=(5, 7), dense_widths=(11,), crop_size=8, **fields)
 
 

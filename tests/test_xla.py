@@ -253,7 +253,7 @@ def test_float_formats(name):
   i = net.conv(h[2], 12, name, pad=0, input_unit=0.25)
   j = net.float_norm(i, 2, shortcut=h[1], shortcut_unit=0.5)
   k = net.conv(j, 12, 1)
-  net.float_norm(k, 3, shortcut=h[0])  # Of integers.
+  net.float_norm(k, 3, shortcut=h[0])  # It normalizes integers.
   program = net.program(net.float_norm(k, name, shortcut=g), name)
   # A float that rounds to another neighbour in the format would differ by more.
   for products in PRODUCTS:

@@ -18,7 +18,7 @@ from minw.data import pixels as pixels_lib
 from minw.data import streamed
 
 _IMAGES = 1000  # The first of the training split: as many as stay in memory.
-_WARM, _BATCHES = 6, 12  # Of a measurement: not counted, and counted.
+_WARM, _BATCHES = 6, 12  # Batches of a measurement: first ignored, then counted.
 _MINW, _FLOATS, _BYTES = "minw", "torch, normalized floats", "torch, bytes"
 _TORCH = {_FLOATS: True, _BYTES: False}
 

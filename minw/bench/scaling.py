@@ -44,7 +44,7 @@ class Collective(NamedTuple):
 
 
 class Rates(NamedTuple):
-  """What a chip does.
+  """The rates of a chip.
 
   Attributes:
     teraflops: its peak, 10^12 floating-point operations a second.
@@ -149,7 +149,7 @@ def step_times(
 def bench_scaling(
     config: Any, chips: Sequence[int], batch_per_chip: int, rates: Rates
 ) -> dict[str, Any]:
-  """What a step takes on numbers of chips, with a batch that grows or stays.
+  """Computes the time of a step on numbers of chips, with a batch that grows or stays.
 
   Args:
     config: see `config.default_config`; its batch is the one that stays.

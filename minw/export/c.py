@@ -553,7 +553,7 @@ def _products(x_bits, w_bits):
   sizes = lambda bits, v: [
       {1: None}, {1: f"{v}[0]"},
       {1: f"{v}[0] & ~{v}[1]", 2: f"{v}[1] & ~{v}[0]", 4: f"{v}[0] & {v}[1]"}][bits - 1]
-  masks = {}  # Of no two sizes at once, so products of the same size are united.
+  masks = {}  # Sizes exclude each other: products of one size are united.
   for a, x in sizes(x_bits, "p").items():
     for b, w in sizes(w_bits, "w").items():
       masks.setdefault(a * b, []).append(" & ".join(filter(None, (x, w))))

@@ -37,7 +37,7 @@ def names(program: packed.Program) -> list[str]:
 
 
 def metadata(program: packed.Program) -> dict[str, Any]:
-  """What an exported file says of itself, of JSON."""
+  """The metadata of an exported file, as JSON text."""
   known = {key: program.metadata[key] for key in ("config_hash", "step")
            if key in program.metadata}
   return {

@@ -136,7 +136,7 @@ class _Graph:
     return self.kinds[i].shape[:2] == (1, 1)
 
   def code_bits(self, i) -> int:
-    """Of a code's type: among signs, a border of 0 is a third level."""
+    """The type of a code. Among signs, a border of 0 is a third level."""
     return 2 if self.kinds[i].bits == 1 and self.has_zeros(i) else self.kinds[i].bits
 
   def has_zeros(self, i) -> bool:
@@ -180,7 +180,7 @@ class _Graph:
         f"{name}_factor", np.float32(factor), _integer(abs(factor)) if whole else None))
 
   def slice(self, name, source, starts, ends, steps) -> str:
-    """Of height and width."""
+    """Takes a part of height and width."""
     fields = dict(starts=starts, ends=ends, axes=(2, 3), steps=steps)
     arrays = (self.constant(f"{name}_{field}", np.array(numbers, np.int64))
               for field, numbers in fields.items())

@@ -27,7 +27,7 @@ Operands = Any  # A pytree of arrays.
 _WORD = 32
 _TERMS = 36  # Words that one fused loop takes at a time,
 _LANES = 128  # and output channels: their weights then stay in the L1 cache.
-_IMAGES = 4  # Of a batch at a time: their sums stay in the cache.
+_IMAGES = 4  # Images at a time: their sums stay in the cache.
 _PIXELS = 2 ** 10  # Most pixels of a window whose bits are counted.
 _FLOAT_EXACT = 2 ** 24  # float32 holds the integers up to it.
 
@@ -245,7 +245,7 @@ def _popcount(op, kind, result, signs):
   out, *window, channels = op.kernel.shape
   narrow = channels < _WORD  # Then words go across the window's pixels.
   integer = kind.kind == "INT"
-  planes = int(kind.bound.max()).bit_length() + 1  # Of two's complement.
+  planes = int(kind.bound.max()).bit_length() + 1  # Bits of two's complement.
   if integer:
     x_sizes = [*(1 << i for i in range(planes - 1)), -1 << planes - 1]
   else:
@@ -355,7 +355,7 @@ def _product(x, w, x_sizes, w_sizes):
         mask = w_mask if x_mask is None else x_mask
       else:
         mask = x_mask & w_mask
-      # Of codes no two sizes are marked at once, so a mask may hold several products.
+      # A code is marked in one size only. Hence a mask may hold several products.
       masks[a * b] = masks[a * b] | mask if a * b in masks else mask
   total = 0
   for size, mask in masks.items():

@@ -130,7 +130,7 @@ CELLS = tuple(
     cell._replace(estimator=titles.NO_ESTIMATOR)
     if cell.inputs == cell.weights == 32 else cell for cell in _cells())
 
-# Of others: network, data, accuracy, policy, source.
+# Results of others: network, data, accuracy, policy, source.
 PUBLISHED = (
     ("ConvNet A's topology, 32x32 images, W1A1", "CIFAR-10", ".8860",
      "all layers 1-bit; no augmentation", "BinaryNet, arXiv 1602.02830"),
@@ -150,7 +150,7 @@ PUBLISHED = (
      "ReActNet, arXiv 2003.03488"),
 )
 
-# Of each network the layers that may be kept.
+# The layers of each network that may be kept.
 _ENDS = {"alexnet": ("conv1", "dense3"), "resnet18": ("stem", "dense1")}
 
 

@@ -92,7 +92,7 @@ def record(workdir: str) -> Record:
 
 
 def _source(init_from: str) -> str:
-  """What an `init_from` stands for: runs of several seeds may have one source each."""
+  """The meaning of `init_from`: runs of several seeds may have one source each."""
   if not init_from:
     return ""
   try:
@@ -137,7 +137,7 @@ def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, A
 
 
 def method(run: Record) -> str:
-  """What a sweep calls the run, without the seed; "" if that is not known."""
+  """The name of the run in its sweep, without the seed; "" if it is not known."""
   return run.get("run", "").removesuffix(f"-seed{run['seed']}")
 
 

@@ -127,7 +127,7 @@ WHAT = ("Paper: arXiv 2003.04296. Ours: mean over the seeds, of the hard network
 
 
 def sections(rows: dict[str, Rows]) -> str:
-  """Of each table a heading, its rows, and the settings that all of ours share."""
+  """The heading of each table, its rows, and the settings that all our runs share."""
   parts = []
   for table, lines in rows.items():
     digits = 4 if table in ("I", "II") else 2

@@ -1,1 +1,1 @@
-"""What a training run leaves on disk, and how it is read back."""
+"""The files that a training run leaves, and how they are read back."""

@@ -33,7 +33,7 @@ _CLOSED = "Event loop is closed"  # What asyncio says.
 
 
 class Restored(NamedTuple):
-  """What a checkpoint holds.
+  """The content of a checkpoint.
 
   Attributes:
     step: how many steps were trained.

@@ -38,12 +38,12 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-  """Of Python and of what decides numbers, by name."""
+  """Versions of Python and of the packages that decide numbers, by name."""
   return {"python": platform.python_version(),
           **{name: metadata.version(name) for name in _PACKAGES}}
 
 
-@functools.cache  # Of what runs, not of what the files are by the end of it.
+@functools.cache  # The commit that runs, not that of the files by its end.
 def commit() -> str:
   """The git commit of the code, with "-dirty" if files differ from it.
 
