@@ -45,6 +45,7 @@ class Info(NamedTuple):
 
   @property
   def num_classes(self) -> int:
+    """Number of classes."""
     return len(self.label_names)
 
   def resized(self, side: int) -> "Info":

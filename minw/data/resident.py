@@ -45,6 +45,11 @@ class Resident:
         out_shardings=batching.replicated)
 
   def load(self, split: str) -> Examples:
+    """Reads a split and puts it on all devices.
+
+    Raises:
+      errors.UsageError: There are no data, or processes read different ones.
+    """
     arrays = datasets.load(self.info.name, split, self._data_dir)
     data = Examples(*(array[:self.info.splits[split]] for array in arrays))
     distributed.check_same(data, f"config.data_dir={self._data_dir!r}: {split}")
@@ -53,6 +58,7 @@ class Resident:
   def train_batches(
       self, data: Examples, start: int
   ) -> Iterator[tuple[Examples, jax.Array]]:
+    """Yields the split and the order of the epoch that a step belongs to."""
     steps_per_epoch = self.info.splits["train"] // self._batching.batch_size
     first, position = divmod(start, steps_per_epoch)
     for epoch in itertools.count(first):
@@ -64,24 +70,28 @@ class Resident:
   def train_inputs(
       self, examples: Examples, order: Array, position: Array | int, key: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
+    """Cuts the batch at `position` of the epoch; see `random_crops`."""
     b = self._batching
     return random_crops(
         examples, order, position, key, batch_size=b.batch_size, crop_size=b.crop_size,
         crop_padding=b.crop_padding, flip=b.flip, pixels=b.pixels, sharding=b.sharded)
 
   def eval_batches(self, data: Examples) -> Iterator[tuple[Examples, int]]:
+    """Yields the split and where in it each batch starts."""
     for start in range(0, data.labels.shape[0], self._batching.eval_batch_size):
       yield data, start
 
   def eval_inputs(
       self, examples: Examples, start: Array | int
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cuts the batch at `start`; see `centre_crops`."""
     b = self._batching
     return centre_crops(
         examples, start, batch_size=b.eval_batch_size, crop_size=b.crop_size,
         pixels=b.pixels, sharding=b.sharded)
 
   def abstract_batch(self) -> tuple[Examples, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the whole training split and of the order of an epoch."""
     size, sharding = self.info.splits["train"], self._batching.replicated
     images = jax.ShapeDtypeStruct(
         (size, *self.info.image_shape), jnp.uint8, sharding=sharding)
@@ -89,9 +99,11 @@ class Resident:
     return Examples(images, numbers), numbers
 
   def source_images(self, split: str) -> np.ndarray:
+    """Returns all images of a split."""
     return np.asarray(self.load(split).images)
 
   def report(self, data: Examples) -> dict[str, Any]:
+    """Returns an empty dict: `load` raises an error where a file is damaged."""
     return {}
 
 

@@ -71,12 +71,14 @@ class Streamed:
     self._workers, self._max_damaged, self._shrink = workers, max_damaged, shrink
 
   def load(self, split: str) -> "Split":
+    """Opens a split; see `open_split`."""
     return open_split(self.info.name, split, self._data_dir, workers=self._workers,
                       max_damaged=self._max_damaged)
 
   def train_batches(
       self, data: "Split", start: int
   ) -> Iterator[tuple[Examples, None]]:
+    """Yields batches of random crops, of which each process decodes its share."""
     b = self._batching
     for batch in data.random_crops(
         start, seed=b.seed, batch_size=b.batch_size, crop_size=b.crop_size,
@@ -86,9 +88,15 @@ class Streamed:
   def train_inputs(
       self, examples: Examples, order: None, position: Array | int, key: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
+    """Normalizes the batch."""
     return normalize(examples.images, self._batching.pixels), examples.labels
 
   def eval_batches(self, data: "Split") -> Iterator[tuple[Examples, int]]:
+    """Yields batches of centres, of which each process decodes its share.
+
+    Raises:
+      errors.UsageError: Too many images are damaged, on all processes together.
+    """
     b = self._batching
     for i, batch in enumerate(data.centres(
         b.eval_batch_size, source=self.info.image_shape[:2],
@@ -100,11 +108,13 @@ class Streamed:
   def eval_inputs(
       self, examples: Examples, start: Array | int
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalizes the batch, and masks the examples without a label."""
     mask = examples.labels >= 0
     labels = jnp.where(mask, examples.labels, 0)
     return normalize(examples.images, self._batching.pixels), labels, mask
 
   def abstract_batch(self) -> tuple[Examples, None]:
+    """Returns the shapes of a batch of crops."""
     b = self._batching
     shape = (b.batch_size, b.crop_size, b.crop_size, self.info.image_shape[-1])
     return Examples(
@@ -120,6 +130,7 @@ class Streamed:
     )).images
 
   def report(self, data: "Split") -> dict[str, Any]:
+    """Returns {"damaged", "decode_rate"}; see `Split.report`."""
     return data.report()
 
 
@@ -170,6 +181,7 @@ class Split:
 
   @property
   def damaged(self) -> int:
+    """How many different images could not be decoded so far."""
     return len(self._seen)
 
   def random_crops(
