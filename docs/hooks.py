@@ -1,11 +1,11 @@
 """Hooks of mkdocs: pages from outside docs/, and reference pages made from the code.
 
-The site holds documents that stand elsewhere in the repository, such as RESULTS.md. Their
-links, and those of the pages in docs/, are written as GitHub follows them, relative to
-the file. The hooks turn them into links between pages of the site.
+The site holds documents that stand elsewhere in the repository, such as RESULTS.md.
+Their links, and those of the pages in docs/, are written as GitHub follows them,
+relative to the file. The hooks turn them into links between pages of the site.
 
-Comments of the form `<!-- NAME -->` in a page are replaced by what a function makes from
-the code: the fields of a config, and the help of each command.
+A comment of the form `<!-- NAME -->` in a page is replaced by text that is made from
+the code: the fields of a config, the help of each command, or the list of modules.
 """
 
 import ast
@@ -33,7 +33,7 @@ _BAD_VALUES = {
     str: ("?",),
     tuple: (("?",), (2.0, 1.0), (-1,)),
 }
-# Free text, which is checked only when the run begins.
+# The allowed values of fields that other fields or the run decide on.
 _ALLOWED = {"data_dir": "a path", "init_from": "a path, or '' for none",
             "histogram_layers": "a tuple of str",
             "histogram_epochs": "a tuple of int, epochs that end with a validation"}
@@ -107,7 +107,8 @@ def config_fields() -> str:
               "| field | type | default | allowed | what it is |",
               "|---|---|---|---|---|"]
     for name, (default, text) in fields.items():
-      kind = "int or str" if name in config.config_fields.BITS else type(default).__name__
+      is_bits = name in config.config_fields.BITS
+      kind = "int or str" if is_bits else type(default).__name__
       cells = (f"`{name}`", kind, f"`{default!r}`", allowed(name, defaults), text)
       lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     lines.append("")
@@ -123,7 +124,8 @@ def config_recipes() -> str:
   for name in recipes[0]:
     values = [repr(recipe[name]) for recipe in recipes]
     if len(set(values)) > 1 and name != "dataset":
-      lines.append(f"| `{name}` | " + " | ".join(f"`{value}`" for value in values) + " |")
+      cells = (f"`{text}`" for text in (name, *values))
+      lines.append("| " + " | ".join(cells) + " |")
   return "\n".join(lines)
 
 
@@ -157,8 +159,8 @@ def commands() -> str:
   """The help of each command, as the command prints it."""
   from minw import __main__ as minw_command
   lines = [["minw"], ["minw-config"]]
-  for name, module in minw_command.COMMANDS.items():  # Imports, for all copies of this
-    module = importlib.import_module(module)  # process, what takes seconds.
+  for name, module in minw_command.COMMANDS.items():
+    module = importlib.import_module(module)  # It takes seconds, but only once.
     lines += [["minw", name, *subcommand] for subcommand in (
         [[name] for name in getattr(module, "SUBCOMMANDS", ())] or [[]])]
   lines += [["python", f"launch/{name}.py"]
