@@ -38,9 +38,9 @@ LEAST_CENTER = 2.0 ** -40  # By the rules of docs/format.md.
 class Norm(NamedTuple):
   """Batch norm of the hard network: float32 (channels,) each."""
 
-  center: np.ndarray
-  scale: np.ndarray
-  constant: np.ndarray
+  center: Any
+  scale: Any
+  constant: Any
 
 
 class Rprelu(NamedTuple):
@@ -99,12 +99,13 @@ def fold_kernel(
   Returns:
     float32 of the shape of `kernel`.
   """
-  if not quantizers.is_grid(bits):
-    return np.asarray(quantizers.round_to(jnp.asarray(kernel), bits))
+  if not quantizers.is_grid(bits) or isinstance(bits, str):
+    return np.asarray(quantizers.round_to(jnp.asarray(kernel), str(bits)))
   kernel = _without_denormals(np.asarray(kernel, np.float64))
   if step is not None:
     kernel = _without_denormals(kernel / np.float64(step))
-    rule, thresholds = "fixed", quantizers.unit_thresholds(bits, thresholds)
+    in_units: Any = quantizers.unit_thresholds(bits, thresholds)
+    rule, thresholds = "fixed", in_units
   magnitudes = quantizers.level_magnitudes(bits)
   if bits == 1:
     return np.where(kernel > 0, magnitudes[0], -magnitudes[0])
@@ -132,10 +133,10 @@ def kernel_scale(
     weight_scale: see `estimators.WEIGHT_SCALES`.
     step: if it is learned.
   """
-  scale = np.float64(1.0 if step is None else step)
+  scale: Any = np.float64(1.0 if step is None else step)
   if quantizers.is_grid(bits) and weight_scale != "none":
-    scale = scale * estimators.mean_magnitude(
-        np.asarray(kernel, np.float64), weight_scale)
+    weights: Any = np.asarray(kernel, np.float64)
+    scale = scale * estimators.mean_magnitude(weights, weight_scale)
   return fold_probe.round_scale(scale)
 
 
@@ -285,7 +286,8 @@ def _check_cast(eqn, x, layers):
   wide = dtype in (np.float32, np.float64) and eqn.primitive.name != "reduce_precision"
   if isinstance(x, affine.Activation) and not wide and fold_probe.has_scale(x.rows):
     raise structure.refusal(
-        f"{layers[-1].name}: after it, numbers that have a scale are cast to {dtype.name}")
+        f"{layers[-1].name}: after it, numbers that have a scale are cast to"
+        f" {np.dtype(dtype).name}")
 
 
 class _Folding:

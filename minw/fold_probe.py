@@ -55,7 +55,7 @@ upper half and the mark are therefore equal in all sums, which tells cheaply tha
 network has no scales at all (`has_scale`).
 """
 
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,15 +75,17 @@ _MARK_TOLERANCE = 3e-5  # Relative error of a mark after sums in float32.
 class Probe(NamedTuple):
   """What is known of an activation without data.
 
+  Each field is an array of JAX or NumPy, or a number.
+
   Attributes:
     bound: (...), the largest magnitude that there can be.
     unit: (...), a power of two of which all values are multiples; 0 if there is none.
     bits: (...), the bits of an operand: a grid's, a float format's, or 16 for an image.
   """
 
-  bound: jax.Array
-  unit: jax.Array
-  bits: jax.Array
+  bound: Any
+  unit: Any
+  bits: Any
 
 
 def make_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
@@ -96,8 +98,8 @@ def make_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
   high = _digits(scale, _HALF, np.floor)
   fields = (*probe, 1.0, high, scale - high, _mark(scale))
   rows = np.empty((NUM_ROWS, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
-  for row, field in zip(rows, fields):
-    row[...] = field
+  for row, field in zip(range(NUM_ROWS), fields):
+    rows[row] = field
   return jnp.asarray(rows)
 
 

@@ -164,8 +164,9 @@ class QuantConv(nn.Module):
       return (int(top), int(bottom)), (int(left), int(right))
     window = tuple((n - 1) * step + 1
                    for n, step in zip(self.kernel_size, self.kernel_dilation))
-    return tuple(lax.padtype_to_pads(
-        tuple(size), window, tuple(self.strides), self.padding))
+    rows, columns = lax.padtype_to_pads(
+        tuple(size), window, tuple(self.strides), self.padding)
+    return rows, columns
 
   def hard_shapes(self, params, input_shape, has_shortcut):
     """Shapes of the variables that mode "fold" makes."""
@@ -385,7 +386,7 @@ class _GroupedBatchNorm(nn.Module):
     mean = groups.mean(axes, keepdims=True)
     var = jnp.maximum(jnp.square(groups).mean(axes, keepdims=True) - mean**2, 0)
     for name, value in (("mean", mean), ("var", var)):
-      running = self.variable("batch_stats", name, lambda: None)
+      running: Any = self.variable("batch_stats", name, lambda: None)
       now = value.mean(tuple(range(groups.ndim - 1)))
       running.value = self.momentum * running.value + (1 - self.momentum) * now
     scale = lax.rsqrt(var + self.epsilon)
@@ -504,7 +505,9 @@ bits_of = structure.bits_of
 
 def operand_bits(bits: Bits) -> int:
   """The number of bits that `bits`, a count or a dtype's name, comes to."""
-  return bits if quantizers.is_grid(bits) else 8 * jnp.dtype(bits).itemsize
+  if quantizers.is_grid(bits) and not isinstance(bits, str):
+    return bits
+  return 8 * jnp.dtype(str(bits)).itemsize
 
 
 def input_grid(layer: NormQuant) -> quantizers.Grid:
@@ -556,7 +559,7 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
 
 def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> Any:
   """Fresh variables {"params", "batch_stats"} for images (height, width, channels)."""
-  keys = dict(zip(("params", "estimator"), jax.random.split(jax.random.key(seed))))
+  keys: Any = dict(zip(("params", "estimator"), jax.random.split(jax.random.key(seed))))
   return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
 
 

@@ -85,7 +85,8 @@ def pack(
     ValueError: Something in the network cannot be packed; the message names the layer.
       Or the labels or the metadata are not as `minw.packed.metadata` says.
   """
-  crop = tuple(crop or source_shape[:2])
+  crop_height, crop_width = crop or source_shape[:2]
+  crop = crop_height, crop_width
   offset = np.asarray(pixels.offset)
   if (np.asarray(pixels.divisor) != 64).any() or (offset != np.round(offset)).any():
     raise ValueError(
@@ -101,8 +102,9 @@ def pack(
   num_classes = math.prod(result.shape)
   metadata = {"labels": tuple(labels), **(metadata or {})}
   metadata_lib.encode(metadata, num_classes)  # An error here is better than at the end.
+  height, width, channels = source_shape
   program = packed.Program(
-      tuple(source_shape), crop, offset.astype(np.uint8), num_classes,
+      (height, width, channels), crop, offset.astype(np.uint8), num_classes,
       tuple(walk.ops), metadata)
   packed.infer_values(program)
   return program
@@ -202,9 +204,9 @@ class _Walk:
       fits = x.unit >= 1 and _fits(np.asarray([-largest, largest]) * x.unit, dtype)
     if not fits:
       raise self.refuse(
-          f"{name} of {self.after(given)} gives {dtype.name}, which does not hold all"
-          f" values that there can be (up to {value.bound.max(initial=0) * x.unit:g} in"
-          f" steps of {x.unit:g}); cast to float32, or not at all")
+          f"{name} of {self.after(given)} gives {np.dtype(dtype).name}, which does not"
+          " hold all values that there can be (up to"
+          f" {value.bound.max(initial=0) * x.unit:g} in steps of {x.unit:g}); cast to float32, or not at all")
 
   def logits(self, results: Sequence[Any]) -> "_Array":
     """What the network returns, if that is what its last operation makes."""
@@ -260,7 +262,7 @@ class _Walk:
     try:
       value = packed.infer_value(op, self.values)
     except ValueError as error:
-      sources = self.after([_Array(i, 1.0, ()) for i in packed.inputs(op)])
+      sources = self.after([_Array(i, 1.0, (0, 0, 0)) for i in packed.inputs(op)])
       raise self.refuse(f"{op.name}, of {sources}: {error}") from error
     self.values.append(value)
     self.ops.append(op)
@@ -291,7 +293,7 @@ class _Walk:
   def _linear(self, call, x):
     layer, kernel, kind = call.layer, call.hard["kernel"], self.values[x.value]
     kernel = np.asarray(kernel)
-    options = {}
+    options: dict[str, Any] = {}
     if isinstance(layer, layers.QuantConv):
       if x.form != "map":
         raise self.refuse(f"{call.path}: a convolution of flat inputs")
@@ -342,19 +344,19 @@ class _Walk:
     side = self.values[shortcut.value] if shortcut else None
     if side and side.kind == "INT":
       raise self.refuse(f"{call.path}: a shortcut that is not quantized")
-    source = dict(name=call.path, input=x.value,
-                  shortcut=shortcut.value if shortcut else None)
+    source: dict[str, Any] = dict(
+        name=call.path, input=x.value, shortcut=shortcut.value if shortcut else None)
     norm = fold.Norm(*(np.asarray(call.hard[field]) for field in fold.Norm._fields))
-    unit = quantizers.step_size(layer.bits) if grid else 1.0
+    unit = quantizers.step_size(layer.bits) if grid and layer.bits else 1.0
     integer = kind.kind == "INT" and not (side and side.kind == "FLOAT")
-    if integer and grid:
+    if integer and grid and layer.bits:
       if kind.bound.max() > 2 ** 24:
         raise self.refuse(f"{call.path}: gets sums of {self.after([x])} up to"
                           f" {kind.bound.max()}; float32 holds 2^24 exactly")
       falling, thresholds = channel_thresholds(
           layer, call.hard, kind.bound, x.unit,
           [level * shortcut.unit for level in packed.LEVELS[side.bits]]
-          if side else [0.0])
+          if side and shortcut else [0.0])
       return self.emit(packed.Threshold(
           bits=layer.bits, falling=falling, thresholds=thresholds, **source),
                        unit, x.form)
@@ -516,7 +518,7 @@ def _window_pool(kind):
     x, p = walk.whole(given[0]), eqn.params
     sides = (p["window_dimensions"], p["window_strides"], p["base_dilation"],
              p["window_dilation"])
-    pads = tuple(int(n) for pair in p["padding"] for n in pair)
+    pads: Any = tuple(int(n) for pair in p["padding"] for n in pair)
     if (x.form != "map" or any(side[0] != 1 or side[3] != 1 for side in sides)
         or set(sides[2] + sides[3]) != {1} or any(pads[:2] + pads[6:])):
       raise walk.refuse(f"a {kind} over windows of {walk.after(given)} that are not"
@@ -575,7 +577,8 @@ def _add(walk, eqn, given):
   a, b = given
   if not (isinstance(a, _Array) and isinstance(b, _Array) and a.dims == b.dims):
     raise walk.refuse(f"adding a constant to {walk.after(given)}")
-  walk.whole(a), walk.whole(b)
+  walk.whole(a)
+  walk.whole(b)
   unit = min(a.unit, b.unit)
   op = packed.Add(f"add{len(walk.ops)}", a.value, b.value, _shift(walk, a, unit),
                   _shift(walk, b, unit))

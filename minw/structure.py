@@ -242,8 +242,8 @@ def _own_variables(module, mode):
                  if name in _TRAINED} for kind in kinds}
 
 
-def bits_of(module: Any) -> int | str | None:
-  """The bits of a layer, by its rule if it has one."""
+def bits_of(module: Any) -> Any:
+  """The bits of a layer, by its rule if any: a number, a dtype's name or None."""
   bits: Any = module.bits
   if callable(bits):
     bits = bits("/".join(module.path))

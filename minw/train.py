@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,8 @@ def init_state(experiment: Experiment) -> TrainState:
 
 
 def _no_totals() -> Totals:
-  return Totals(*jnp.zeros(3, jnp.float32), jnp.full((), -1, jnp.int32))
+  first, second, third = jnp.zeros(3, jnp.float32)
+  return Totals(first, second, third, jnp.full((), -1, jnp.int32))
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
@@ -101,8 +102,8 @@ def abstract_state(experiment: Experiment) -> TrainState:
 def update(
     experiment: Experiment,
     state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
+    images: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray,
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
   """One step on one batch (Algorithm 1).
@@ -221,7 +222,7 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
         kernel = kernel[name]
       step, kernel = kernel.get("step"), kernel["kernel"]
       grid = quantizers.weight_grid(
-          kernel, layer.bits, c.weight_threshold_rule, c.weight_thresholds,
+          kernel, cast(int, layer.bits), c.weight_threshold_rule, c.weight_thresholds,
           learned=step is not None)
       step = 1.0 if step is None else quantizers.positive_step(step)
       codes[path] = quantizers.encode(kernel / step, grid)
@@ -501,8 +502,8 @@ def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
   experiment, programs, step = run.experiment, run.programs, int(state.step)
   status = {"state": "running", "step": step}
   run.show(step)
-  with contextlib.closing(
-      experiment.data.train_batches(run.splits.train, step)) as batches:
+  source: Any = experiment.data.train_batches(run.splits.train, step)
+  with contextlib.closing(source) as batches:
     while status["state"] == "running" and step < experiment.num_steps:
       epoch = _validated_epoch(experiment, step + 1)
       codes = programs.weight_report(state.params)[0] if epoch else {}
@@ -617,7 +618,7 @@ def _evaluate_epoch(
   config, evaluator, splits = run.experiment.config, run.programs.evaluator, run.splits
   mixed_variables = checkpoint.trained_variables(tree)
   hard_variables = checkpoint.hard_variables(tree)
-  alpha = np.asarray(run.experiment.alpha(step - 1))
+  alpha: Any = np.asarray(run.experiment.alpha(step - 1))
   mixed = evaluator.mixed(mixed_variables, splits.validation, alpha)
   hard = evaluator.hard(hard_variables, splits.validation)
   lines = [trained]
@@ -671,6 +672,7 @@ def _test(run: _Run) -> dict[str, Any]:
   target = checkpoint_target(experiment)
   last = checkpoint.restore(manager, experiment.num_steps, target)
   best = checkpoint.restore_best(manager, target)
+  assert best is not None  # The last one is there.
   status = {"best_step": best.step}
   for which, prefix, saved in (("last", "test", last), ("best", "best_test", best)):
     result = run.programs.evaluator.hard(

@@ -117,7 +117,7 @@ def bounded():
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["binary", "python"])
 def test_mutants_of_cifar(small, bounded, version, tmp_path):
-  """The bytes of the archive, which may be compressed."""
+  """Mutants of the archive, which may be compressed."""
   folder = cifar_files.write_directory(tmp_path / "original", "cifar10", version)
   members = {f"{folder.name}/{path.name}": path.read_bytes()
              for path in sorted(folder.iterdir())}

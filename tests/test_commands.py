@@ -230,3 +230,20 @@ def test_cheap_commands_run(run, here, folder, command):
     (folder / "results").symlink_to(ROOT / "results")
   module, *argv = command.split()
   assert run(module, *argv).code == 0
+
+
+@pytest.mark.parametrize("module", sorted({
+    *minw_command.COMMANDS.values(), "minw.__main__", "minw.c_flags",
+    "launch.sweep", "launch.local_multiprocess"}))
+def test_work_is_in_functions(module):
+  """Tests can call a command's work, which is not under `if __name__ == ...`."""
+  tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+  functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+  subcommands = [
+      value.id for node in tree.body if isinstance(node, ast.Assign)
+      and ast.unparse(node.targets[0]) == "SUBCOMMANDS"
+      for value in node.value.values]
+  assert functions >= set(subcommands or ["main"])
+  guards = [node for node in tree.body if isinstance(node, ast.If)
+            and ast.unparse(node.test) == "__name__ == '__main__'"]
+  assert guards and all(len(guard.body) == 1 for guard in guards)

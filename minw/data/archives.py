@@ -1,7 +1,7 @@
 """Tar archives of unknown origin: what they may hold, and how much is read of them."""
 
 import tarfile
-from typing import BinaryIO, Iterator
+from typing import Any, BinaryIO, Iterator
 
 from minw import text
 
@@ -57,7 +57,7 @@ def files(
   """
   if size is None:
     size = file.seek(0, 2) - start
-  window = _Window(file, start, size)
+  window: Any = _Window(file, start, size)  # It has what tarfile uses of a file.
   try:
     with tarfile.open(fileobj=window, mode="r:") as archive:
       for number, member in enumerate(archive):

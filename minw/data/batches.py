@@ -83,7 +83,7 @@ class Source(Protocol):
   def train_inputs(
       self, examples: Examples, order: Array | None, position: Array | int,
       key: jax.Array,
-  ) -> tuple[jax.Array, jax.Array]:
+  ) -> tuple[Array, Array]:
     """Makes a training batch of what `train_batches` yields, in a compiled step.
 
     Args:
@@ -108,7 +108,7 @@ class Source(Protocol):
 
   def eval_inputs(
       self, examples: Examples, start: Array | int
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[Array, Array, Array]:
     """Makes an evaluation batch of what `eval_batches` yields, in a compiled step.
 
     Args:

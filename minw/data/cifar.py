@@ -11,7 +11,7 @@ import pathlib
 import posixpath
 import stat
 import tarfile
-from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, BinaryIO, Callable, Iterator, NamedTuple, Sequence, cast
 import zlib
 
 import numpy as np
@@ -231,7 +231,7 @@ def _opened_archive(file: BinaryIO) -> BinaryIO:
   """Returns an archive that is decompressed as it is read, if gzip compressed it."""
   compressed = file.read(2) == b"\x1f\x8b"
   file.seek(0)
-  return gzip.GzipFile(fileobj=file) if compressed else file
+  return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if compressed else file
 
 
 def _check_md5(content: Any, md5: str, what: str) -> None:

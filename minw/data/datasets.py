@@ -81,8 +81,9 @@ _CIFAR100_NAMES = """
 
 def tfds_file(name: str) -> pathlib.Path:
   """Returns the path of a file of TFDS, without importing it, which takes seconds."""
-  package = importlib.util.find_spec("tensorflow_datasets").origin
-  return pathlib.Path(package).parent / name
+  spec = importlib.util.find_spec("tensorflow_datasets")
+  assert spec is not None and spec.origin is not None
+  return pathlib.Path(spec.origin).parent / name
 
 
 def _imagenet_splits(train: int, validation: int) -> dict[str, int]:
@@ -199,7 +200,7 @@ def load(
     return _digits(split)
   from minw.data import images as decoding
 
-  records = open_records(name, split, data_dir)
+  records: Any = open_records(name, split, data_dir)
   with _reading(records.dataset_info, name, split):
     encoded = records.__getitems__(range(len(records)))
     images = np.empty((len(records), *wanted.image_shape), np.uint8)
@@ -227,7 +228,7 @@ def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
   splits = info(name, data_dir).splits
   if name != "digits":
     for split, size in splits.items():
-      records = open_records(name, split, data_dir)
+      records: Any = open_records(name, split, data_dir)
       with _reading(records.dataset_info, name, split):
         if size and records[0]["image"] is None:
           raise ValueError("the file was cut off")
@@ -243,7 +244,7 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
   """Returns the images and labels of a split of the digits; see `load`."""
   from sklearn import datasets as sklearn_datasets
 
-  digits = sklearn_datasets.load_digits()
+  digits: Any = sklearn_datasets.load_digits()
   index = np.arange(len(digits.target))
   test = index % 5 == 0
   validation = index % 10 == 1
@@ -307,7 +308,8 @@ def open_records(
     for file in builder.info.splits[_kept_in(name, split)].filepaths:
       if os.path.exists(file) and not os.path.isfile(file):  # A pipe would not end.
         raise OSError(f"{file} is not a regular file")
-    return builder.as_data_source(
+    as_data_source: Any = builder.as_data_source  # TFDS declares no arguments.
+    return as_data_source(
         part,
         decoders={"image": tfds.decode.SkipDecoding()},
         file_format="array_record",

@@ -5,7 +5,7 @@ import logging
 import os
 import pathlib
 import stat
-from typing import Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -94,7 +94,7 @@ def color(name: str) -> images.Color:
     errors.UsageError: It is not such a color, or not opaque.
   """
   try:
-    parts = tuple(map(int, name.split(",")))
+    parts: Any = tuple(map(int, name.split(",")))
   except ValueError:
     try:
       parts = ImageColor.getrgb(name)

@@ -116,7 +116,8 @@ def _scans(content: bytes) -> Iterator[bytes]:
 
 def _check_decoder(image: Image.Image) -> None:
   """Raises `ImageError` where Pillow would decode more than the image has."""
-  decoders = {tile[0] for tile in image.tile}
+  tiles: Any = getattr(image, "tile", ())  # Only images from files have them.
+  decoders = {tile[0] for tile in tiles}
   if "bmp_rle" in decoders and (image.width * image.height > _RUNS_PIXELS
                                 or max(image.size) > _RUNS_SIDE):
     raise ImageError(f"it has {image.width} x {image.height} pixels in run-length"
@@ -188,7 +189,8 @@ def flatten(image: Image.Image, mode: str, background: Color = BLACK) -> Image.I
 
 def _stored_as(image: Image.Image) -> str:
   """How Pillow's decoder names the layout of pixels in the file, such as "RGB;16B"."""
-  layout = image.tile[0][3] if getattr(image, "tile", None) else ""
+  tiles: Any = getattr(image, "tile", None)
+  layout = tiles[0][3] if tiles else ""
   return layout if isinstance(layout, str) else str(layout and layout[0])
 
 
@@ -255,7 +257,8 @@ def centre(
     ImageError: See `flatten`; or the image is too large or has other channels.
   """
   if shrink and image.format == "JPEG" and image.width * image.height > _DRAFT_PIXELS:
-    image.draft(None, (_DRAFT_MARGIN * max(height, width),) * 2)
+    side = _DRAFT_MARGIN * max(height, width)
+    image.draft(None, (side, side))
   check_size(*image.size)
   if channels in (1, 3):
     parts = [flatten(image, {1: "L", 3: "RGB"}[channels], background)]
@@ -296,8 +299,8 @@ def _fit(image: Image.Image, height: int, width: int, shrink: bool) -> Image.Ima
     return image.crop(box)
   if columns * rows <= _RESIZED * width * height:
     return image.resize((columns, rows), Image.Resampling.BILINEAR).crop(box)
-  part = tuple(at * old / new for at, old, new in zip(box, 2 * image.size,
-                                                      2 * (columns, rows)))
+  part: Any = tuple(at * old / new for at, old, new in zip(
+      box, 2 * image.size, 2 * (columns, rows)))
   return image.resize((width, height), Image.Resampling.BILINEAR, box=part)
 
 
@@ -334,7 +337,8 @@ def random_box(
   """
   for _ in range(_TRIES):
     area = width * height * rng.uniform(*scale)
-    ratio = math.exp(rng.uniform(*map(math.log, _RATIO)))
+    least, most = map(math.log, _RATIO)
+    ratio = math.exp(rng.uniform(least, most))
     w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
       left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

@@ -1,6 +1,6 @@
 """Normalization: how the pixels of an image become the numbers that networks see."""
 
-from typing import NamedTuple, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ def normalize(images: jax.Array | np.ndarray, pixels: Pixels) -> jax.Array:
   """Normalizes uint8 images (..., channels) to float32 (..., channels)."""
   channels = (1,) * (images.ndim - 1) + (-1,)
   offset, divisor = (np.asarray(part, np.float32).reshape(channels) for part in pixels)
-  return (images.astype(jnp.float32) - offset) / divisor
+  numbers: Any = images.astype(jnp.float32)
+  return (numbers - offset) / divisor
 
 
 def probe(pixels: Pixels, image_shape: Sequence[int]) -> fold.Probe:

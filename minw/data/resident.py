@@ -68,8 +68,8 @@ class Resident:
       position = 0
 
   def train_inputs(
-      self, examples: Examples, order: Array, position: Array | int, key: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+      self, examples: Examples, order: Any, position: Array | int, key: jax.Array
+  ) -> tuple[Array, Array]:
     """Cuts the batch at `position` of the epoch; see `random_crops`."""
     b = self._batching
     return random_crops(
@@ -83,19 +83,19 @@ class Resident:
 
   def eval_inputs(
       self, examples: Examples, start: Array | int
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[Array, Array, Array]:
     """Cuts the batch at `start`; see `centre_crops`."""
     b = self._batching
     return centre_crops(
         examples, start, batch_size=b.eval_batch_size, crop_size=b.crop_size,
         pixels=b.pixels, sharding=b.sharded)
 
-  def abstract_batch(self) -> tuple[Examples, jax.ShapeDtypeStruct]:
+  def abstract_batch(self) -> tuple[Examples, Any]:
     """Returns the shapes of the whole training split and of the order of an epoch."""
     size, sharding = self.info.splits["train"], self._batching.replicated
-    images = jax.ShapeDtypeStruct(
+    images: Any = jax.ShapeDtypeStruct(
         (size, *self.info.image_shape), jnp.uint8, sharding=sharding)
-    numbers = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
+    numbers: Any = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
     return Examples(images, numbers), numbers
 
   def source_images(self, split: str) -> np.ndarray:
@@ -125,7 +125,7 @@ def random_crops(
     flip: bool,
     pixels: Pixels,
     sharding: jax.sharding.NamedSharding | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
   """Cuts the training batch at `position` of an epoch out of a split.
 
   Args:
@@ -177,7 +177,7 @@ def centre_crops(
     crop_size: int,
     pixels: Pixels,
     sharding: jax.sharding.NamedSharding | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Array, Array, Array]:
   """Cuts the centres of the examples `start` to `start + batch_size` of a split.
 
   Args:

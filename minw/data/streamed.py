@@ -86,8 +86,9 @@ class Streamed:
       yield distributed.put_rows(batch, b.sharded), None
 
   def train_inputs(
-      self, examples: Examples, order: None, position: Array | int, key: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+      self, examples: Examples, order: Array | None, position: Array | int,
+      key: jax.Array
+  ) -> tuple[Array, Array]:
     """Normalizes the batch."""
     return normalize(examples.images, self._batching.pixels), examples.labels
 
@@ -107,7 +108,7 @@ class Streamed:
 
   def eval_inputs(
       self, examples: Examples, start: Array | int
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[Array, Array, Array]:
     """Normalizes the batch, and masks the examples without a label."""
     mask = examples.labels >= 0
     labels = jnp.where(mask, examples.labels, 0)
@@ -117,17 +118,17 @@ class Streamed:
     """Returns the shapes of a batch of crops."""
     b = self._batching
     shape = (b.batch_size, b.crop_size, b.crop_size, self.info.image_shape[-1])
-    return Examples(
-        jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=b.sharded),
-        jax.ShapeDtypeStruct((b.batch_size,), jnp.int32, sharding=b.sharded)), None
+    images: Any = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=b.sharded)
+    labels: Any = jax.ShapeDtypeStruct((b.batch_size,), jnp.int32, sharding=b.sharded)
+    return Examples(images, labels), None
 
   def source_images(self, split: str) -> np.ndarray:
     """Returns the first images of a split, at most 1,000, which are decoded at once."""
     data = self.load(split)
     shape = self.info.image_shape[:2]
-    return next(data.centres(
+    return np.asarray(next(data.centres(
         min(_SOURCE_IMAGES, len(data)), source=shape, crop=shape, shrink=self._shrink,
-    )).images
+    )).images)
 
   def report(self, data: "Split") -> dict[str, Any]:
     """Returns {"damaged", "decode_rate"}; see `Split.report`."""

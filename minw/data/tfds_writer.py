@@ -15,7 +15,7 @@ import os
 import pathlib
 import resource
 import types
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 from unittest import mock
 
 import tensorflow_datasets as tfds
@@ -49,7 +49,7 @@ def version(dataset: str) -> str:
 def write(
     dataset: str,
     label_names: dict[str, Sequence[str]],
-    splits: dict[str, Iterator[tuple[int | str, dict[str, Any]]]],
+    splits: Mapping[str, Iterator[tuple[int | str, dict[str, Any]]]],
     folder: pathlib.Path,
     *,
     bars: bool,

@@ -36,7 +36,8 @@ MAGIC = b"MINW\r\n\x1a\0"
 # written in version 1, which older versions of minw read.
 VERSIONS = (1, 2)
 
-_FORMAT_NAMES = {number: name for name, number in program_lib.FLOAT_FORMATS.items()}
+_FORMAT_NAMES: dict[int, str] = {
+    number: name for name, number in program_lib.FLOAT_FORMATS.items()}
 
 # Magic, version, checksum, size of the file, of the program and of the metadata.
 _HEAD = struct.Struct("<8s2IQ2I")
@@ -343,7 +344,8 @@ def _threshold(
 def _logits(file: _File, name: str, values: Sequence[Value]) -> program_lib.Logits:
   fields = _fields(file, input="I", unit="f")
   channels = _value(values, fields["input"], name).shape[2]
-  return program_lib.Logits(name, **fields, **_norm(file, channels))
+  norm: dict[str, Any] = _norm(file, channels)
+  return program_lib.Logits(name, **fields, **norm)
 
 
 def _float_norm(
@@ -416,7 +418,7 @@ def _format(file: _File) -> int | str:
   """A number that stands for a grid's bits or a float format; 0 is for logits."""
   number, = file.numbers(
       "B", lambda op: [program_lib.FLOAT_FORMATS.get(op.bits, op.bits or 0)])
-  return _FORMAT_NAMES.get(number, number)
+  return _FORMAT_NAMES[number] if number in _FORMAT_NAMES else number
 
 
 def _shortcut_index(file: _File) -> int | None:

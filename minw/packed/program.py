@@ -395,10 +395,11 @@ def _check_weights(op: Conv) -> None:
     require(op.bits in FLOAT_FORMATS, op.name, f"weights of format {op.bits!r}")
     with np.errstate(all="ignore"):  # The next line refuses what overflows.
       kernel = op.kernel.astype(float_dtype(op.bits))
-    require(np.isfinite(kernel).all(), op.name, "weights that are not finite")
+    require(bool(np.isfinite(kernel).all()), op.name, "weights that are not finite")
   else:
     q = max_code(grid_bits(op.bits, op.name))
-    require(np.abs(op.kernel).max() <= q and (op.bits > 1 or op.kernel.all()), op.name,
+    require(bool(np.abs(op.kernel).max() <= q and (op.bits > 1 or op.kernel.all())),
+            op.name,
             f"weights that are no codes of {op.bits} bits")
 
 
@@ -485,11 +486,12 @@ def _float_norm(op: FloatNorm, x: Value, shortcut: Value | None = None) -> Value
             f"a shortcut of shape {shortcut.shape} and kind {shortcut.kind}")
   _check_constants(op, "shortcut_unit", "grid")
   floats = op.bits is None or op.bits in FLOAT_FORMATS
-  q = 0 if floats or grid_bits(op.bits, name) == 1 else max_code(op.bits)
+  bits = 0 if floats else grid_bits(op.bits, name)
+  q = 0 if bits < 2 else max_code(bits)
   require(op.grid.shape == (q,), name, f"{len(op.grid)} thresholds of a grid")
   if floats:  # HardTanh leaves magnitudes of at most 1 to round to a format.
     return Value(x.shape, "FLOAT", exponent=1)
-  return _codes(x.shape, op.bits)
+  return _codes(x.shape, bits)
 
 
 def _concat(op: Concat, *given: Value) -> Value:
