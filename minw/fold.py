@@ -14,8 +14,8 @@ put on their grid here too, as the mean magnitude in their thresholds also depen
 the order of its sum.
 
 The hard network has levels only. Scales, of weights or of learned steps, are folded
-into the batch norm that follows, as are parameters that a network itself adds to sums or
-multiplies them with (`minw.affine`); where that cannot be, `fold` refuses.
+into the batch norm that follows, as are parameters that a network itself adds to sums
+or multiplies them with (`minw.affine`); where that cannot be, `fold` refuses.
 """
 
 from typing import Any, NamedTuple, Sequence
@@ -187,7 +187,8 @@ def fold_norm(
         # Floats: what the accumulator adds is lost in the rounding of the bias.
         | ((unit == 0) & (
             np.abs(slope) * (bound + np.abs(mean)) * 2.0 ** 24 <= np.abs(bias))))
-    # A packed network holds no smaller one. Its sign counts: an accumulator of 0 is common.
+    # A packed network holds no smaller one. Its sign counts: an accumulator of 0 is
+    # common.
     rounded = np.where((unit == 0) & (np.abs(rounded) < LEAST_CENTER),
                        np.sign(rounded) * LEAST_CENTER, rounded)
   return Norm(
@@ -264,7 +265,8 @@ def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
   results = structure.evaluate(
       network.jaxpr, [*parameters, affine.Activation(rows)], folding.apply)
   output, made = jax.tree.unflatten(network.output, results)
-  for leaf in jax.tree.leaves(output, is_leaf=lambda x: isinstance(x, affine.Activation)):
+  for leaf in jax.tree.leaves(output,
+                              is_leaf=lambda x: isinstance(x, affine.Activation)):
     affine.check_folded(leaf, "the output")
     leaf = affine.value_of(leaf)
     if (jnp.shape(leaf)[:1] == (fold_probe.NUM_ROWS,)

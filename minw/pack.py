@@ -206,7 +206,8 @@ class _Walk:
       raise self.refuse(
           f"{name} of {self.after(given)} gives {np.dtype(dtype).name}, which does not"
           " hold all values that there can be (up to"
-          f" {value.bound.max(initial=0) * x.unit:g} in steps of {x.unit:g}); cast to float32, or not at all")
+          f" {value.bound.max(initial=0) * x.unit:g} in steps of {x.unit:g}); cast to"
+          " float32, or not at all")
 
   def logits(self, results: Sequence[Any]) -> "_Array":
     """What the network returns, if that is what its last operation makes."""
