@@ -1,4 +1,8 @@
-"""The style of the C++ sources; .clang-format and .clang-tidy hold most of it."""
+"""The style of the C++ sources; .clang-format and .clang-tidy hold most of it.
+
+The two tools come with `pip install minw[lint]`, which the gate installs before it runs
+the slow tests.
+"""
 
 import pathlib
 import platform
@@ -53,6 +57,7 @@ def test_functions_fit_a_screen():
   assert found > 150
 
 
+@pytest.mark.slow
 def test_format():
   done = subprocess.run([tool("clang-format"), "--dry-run", "-Werror", *SOURCES],
                         capture_output=True, text=True)
