@@ -23,7 +23,8 @@ from typing import Any, Collection, NoReturn, Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Files outside docs/ that are in the site, at the same paths.
-OUTSIDE = ("RESULTS.md", "SECURITY.md", "minw/networks/*.md", "results/*.jsonl",
+OUTSIDE = ("CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "RESULTS.md",
+           "SECURITY.md", "minw/networks/*.md", "results/*.jsonl",
            "results/*/README.md", "results/*/*.png", "results/*/*.json")
 
 # Values of each type that are likely to be refused, for finding out what is allowed.
