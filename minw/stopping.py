@@ -1,13 +1,13 @@
-"""SIGTERM and SIGINT: how a command that trains ends, from its first moment on.
+"""Handling of SIGTERM and SIGINT in commands that train.
 
-A scheduler sends SIGTERM whenever it likes: while modules are imported, which takes
-seconds, while data are read or XLA compiles, and between two training steps. As long as
-nothing would be lost, the process ends at once. Later, `StopSignal` notes the signal
-and the run saves its state first.
+A scheduler can send SIGTERM at any time: while modules are imported, which takes
+seconds, while data are read, while XLA compiles, or between two training steps. As long
+as nothing would be lost, the process exits at once. Later, `StopSignal` notes the
+signal, and the run saves its state before it exits.
 
-Python runs a signal's handler only when the main thread returns to Python code. That
-may take minutes, in a compilation for example. Hence `watch` starts a thread, which
-Python tells of each signal as it arrives, and which can end the process meanwhile.
+Python runs a signal handler only when the main thread returns to Python code. That may
+take minutes, for example during a compilation. Therefore `watch` starts a thread that
+reads each signal as it arrives and can end the process in the meantime.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 5.0  # Seconds from a second SIGINT to the end of a process that is busy.
-_PARENT = "MINW_PARENT"  # Process without which this one has nothing to do.
-_PARENT_SECONDS = 1.0  # How often it is looked for.
+_PARENT = "MINW_PARENT"  # Variable with the id of the parent process to follow.
+_PARENT_SECONDS = 1.0  # Seconds between two checks that the parent is alive.
 
 _watched = False
-_arrivals = -1  # Open file from which the numbers of arriving signals are read.
-_deciding = threading.Lock()  # Held while what arrived meets the handlers in force.
+_arrivals = -1  # File descriptor that delivers the numbers of arriving signals.
+_deciding = threading.Lock()  # Held while arrived signals are matched with handlers.
 
 
 def watch() -> None:
   """Makes SIGTERM and SIGINT end this process at once, whatever it is doing.
 
   The exit code is `exit_codes.PREEMPTED` after SIGTERM and `exit_codes.INTERRUPTED`
-  after SIGINT. A signal that has another handler later, as inside `StopSignal`, is left
-  to that handler. A SIGINT that the parent process made this one ignore stays ignored.
+  after SIGINT. If a signal gets another handler later, as inside `StopSignal`, that
+  handler decides. If the parent process made this one ignore SIGINT, it stays ignored.
 
   A command calls this in its main thread, before the imports that take seconds.
   """
@@ -58,11 +58,16 @@ def watch() -> None:
 
 
 def _end_soon(*_: Any) -> None:
-  """Handler of a signal upon which the thread of `watch` ends the process."""
+  """Marks a signal as fatal: the thread of `watch` ends the process when it arrives."""
 
 
 def _follow() -> None:
-  """Reads the numbers of arriving signals, and ends the process where one is to."""
+  """Reads the numbers of arriving signals, and acts on each by its current handler.
+
+  The signal ends the process if its handler is `_end_soon`, and is passed to the
+  `StopSignal` if it belongs to one. If the process follows its parent and the parent
+  is gone, the thread sends SIGTERM to this process.
+  """
   followed = os.environ.get(_PARENT) == str(os.getppid())
   parent = os.getppid()
   while True:
@@ -83,7 +88,7 @@ def _follow() -> None:
 
 
 def _arrived() -> bytes:
-  """The numbers of the signals that arrived since the last call."""
+  """Returns the numbers of the signals that arrived since the last call."""
   try:
     return os.read(_arrivals, 4096)
   except BlockingIOError:
@@ -91,7 +96,7 @@ def _arrived() -> bytes:
 
 
 def _end(number: int) -> None:
-  """Ends the process without waiting for its main thread, which may be anywhere."""
+  """Ends the process without waiting for its main thread, which may be busy."""
   line = "interrupted" if number == signal.SIGINT else (
       "stopped by SIGTERM; nothing is lost, and the same command starts or resumes the"
       " run")
@@ -101,7 +106,11 @@ def _end(number: int) -> None:
 
 
 def _forget() -> None:
-  """Gives signals of a forked process their default meaning: it has no such thread."""
+  """Restores the default signal handlers in a forked process.
+
+  Threads are not inherited by a fork. Without this, no thread would read the signals
+  there.
+  """
   global _watched
   if signal.getsignal(signal.SIGTERM) is _end_soon:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -112,19 +121,19 @@ def _forget() -> None:
 
 
 def following() -> dict[str, str]:
-  """Environment variables that tell a child process to follow this one.
+  """Returns environment variables that tell a child process to follow this one.
 
-  If this process dies, a child that trains gets SIGTERM.
+  If this process dies, a child that has called `watch` sends itself SIGTERM.
   """
   return {_PARENT: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-  """Makes this process, one of `multiprocessing`, end when its parent is gone.
+  """Makes a process of `multiprocessing` end when its parent is gone.
 
-  A parent that is killed cannot end its workers, which would wait for it forever.
-  (Linux can send a signal instead, but does so when the thread that started the process
-  ends.)
+  A parent that is killed cannot end its workers, and they would wait for it forever.
+  (Linux can send a signal when the parent dies. But it does so as soon as the thread
+  that started the process ends.)
   """
   process = multiprocessing.parent_process()
   assert process is not None, "this process was not started by multiprocessing"
@@ -139,19 +148,21 @@ def end_with_parent() -> None:
 
 
 class StopSignal:
-  """Notes SIGTERM, as sent before a preemption, and SIGINT instead of dying of them.
+  """Context in which SIGTERM and SIGINT are noted and do not end the process.
 
-  In a command, `watch` ends the process at once until `hold` is called.
+  Schedulers send SIGTERM before a preemption. In a command that has called `watch`,
+  both signals still end the process at once until `hold` is called.
 
   Attributes:
-    requested: Whether one of them came.
-    interrupted: Whether SIGINT did. A second one raises KeyboardInterrupt. A command
-      whose main thread does not get to that ends some seconds later.
+    requested: Whether SIGTERM or SIGINT has arrived.
+    interrupted: Whether SIGINT has arrived. A second SIGINT raises KeyboardInterrupt.
+      If the main thread of a command is too busy for that, the process ends some
+      seconds later.
   """
 
   def __init__(self):
     self.requested = self.interrupted = False
-    self._interrupts = 0  # As counted by the thread of `watch`.
+    self._interrupts = 0  # Number of SIGINTs that the thread of `watch` has seen.
     self._previous = {}
 
   def __enter__(self):
@@ -160,11 +171,11 @@ class StopSignal:
     return self
 
   def hold(self) -> None:
-    """From now on there is something to save, and signals are noted."""
+    """Starts noting signals, because from now on there is a state to save."""
     if self._previous or threading.current_thread() is not threading.main_thread():
       return
     for number in _SIGNALS:
-      # Whoever started this process in the background may have it ignore SIGINT.
+      # A shell may make a process that it starts in the background ignore SIGINT.
       if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
         self._previous[number] = signal.signal(number, self._note)
 
@@ -178,7 +189,7 @@ class StopSignal:
     self.requested = True
 
   def arrived(self, number: int) -> None:
-    """Takes note, in the thread of `watch`, of a signal that has just arrived."""
+    """Counts interrupts. The thread of `watch` calls this when a signal arrives."""
     self._interrupts += number == signal.SIGINT
     if number == signal.SIGINT and self._interrupts == 2:
       timer = threading.Timer(_PATIENCE, _end, [number])
@@ -188,7 +199,7 @@ class StopSignal:
   def __exit__(self, *_):
     with _deciding if _watched else contextlib.nullcontext():
       if _watched:
-        _arrived()  # They were noted, and the thread must not act on them any more.
+        _arrived()  # `_note` has handled these signals. The thread must ignore them.
       self._restore()
 
   def _restore(self) -> None:

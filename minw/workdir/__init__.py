@@ -1,1 +1,1 @@
-"""The files that a training run leaves, and how they are read back."""
+"""The files of a training run: how they are written and read back."""

@@ -1,10 +1,12 @@
 """TensorBoard's view of a run.
 
-Loss and accuracy of the splits are shown under tags that group them, loss/train,
-loss/validation and so on. A chart has one tag. Therefore the page "Custom Scalars"
-joins those of a group in one. Writing the splits as runs of their own, with one tag,
-would join them on the other pages too, but would make several runs of each workdir, and
-tags that do not say which split they are of.
+Loss and accuracy of each split have a tag of their own: loss/train, loss/validation and
+so on. TensorBoard draws one chart for each tag. The page "Custom Scalars" therefore has
+charts that join the tags of a group.
+
+The splits could also be written as separate runs with a common tag. The other pages
+would then join them too. But each workdir would appear as several runs, and the tags
+would not name the split.
 """
 
 import contextlib
@@ -26,8 +28,8 @@ _log = logging.getLogger(__name__)
 # Its classes are made when it is imported, where a type checker does not see them.
 _events: Any = event_pb2
 
-# Names in charts, by split and mode. The usual modes have no mark: training is computed
-# with the mixed network, and validation with the hard one.
+# Names of curves by split and mode. The usual modes are not named: training uses the
+# mixed network, and validation the hard network.
 _CURVES = {("train", "mixed"): "train", ("train", "hard"): "train_hard",
            ("validation", "hard"): "validation",
            ("validation", "mixed"): "validation_mixed"}
@@ -36,19 +38,19 @@ _BY_SPLIT = ("loss", "accuracy", "top5_accuracy")
 
 
 class Board:
-  """Shows the records of a run to TensorBoard, and never stands in the way of the run.
+  """Writes the records of a run for TensorBoard, and never fails.
 
-  Everything is written in the thread that calls. The first error, that of a full disk
-  for example, is logged as a warning, and after it nothing is shown any more. The next
-  start of the run shows everything anew.
+  Everything is written in the calling thread. The first error, for example that of a
+  full disk, is logged as a warning, and nothing is written after it. The next start of
+  the run writes everything again.
   """
 
   def __init__(self, workdir: str, config: str | None):
-    """Begins a file of events, which takes the place of what earlier files show.
+    """Starts a new file of events. TensorBoard drops what earlier files show.
 
     Args:
-      workdir: Directory of the run. The events are in its folder `tensorboard`.
-      config: Text of the config to show, if there is one.
+      workdir: Directory of the run. The events are written to its folder `tensorboard`.
+      config: Text of the config to show, or None.
     """
     self._folder = os.path.join(os.path.abspath(workdir), "tensorboard")
     self._writer: _Writer | None = None
@@ -58,7 +60,8 @@ class Board:
       self._drop(error)
     self._try(lambda writer: writer.add_custom_scalars({"train and validation": {
         "loss": ["Multiline", ["loss/"]],
-        "accuracy": ["Multiline", ["(top5_)?accuracy/"]]}}))  # Matched from the start.
+        # TensorBoard matches these expressions at the start of a tag.
+        "accuracy": ["Multiline", ["(top5_)?accuracy/"]]}}))
     if config is not None:
       self._try(lambda writer: writer.add_text("config", _as_code(config), 0))
 
@@ -71,7 +74,7 @@ class Board:
     self._try(lambda writer: _show_histogram(writer, line))
 
   def flush(self) -> None:
-    """Hands to the operating system what is buffered."""
+    """Writes buffered events to the file."""
     self._try(lambda writer: writer.flush())
 
   def close(self) -> None:
@@ -95,10 +98,10 @@ class Board:
 
 
 class _Writer(tensorboardX.SummaryWriter):
-  """A SummaryWriter that writes in the thread that calls it, to `_Events`.
+  """A SummaryWriter that writes to `_Events` in the calling thread.
 
-  The original has a thread for that, which ends at the first error. Later calls would
-  wait for it forever.
+  The original writes in a separate thread, which ends at the first error. Later calls
+  would wait for that thread forever.
   """
 
   def _get_file_writer(self):
@@ -108,17 +111,17 @@ class _Writer(tensorboardX.SummaryWriter):
     return self.file_writer
 
   def abandon(self) -> None:
-    """Closes the file, whatever becomes of what is buffered."""
+    """Closes the file, even if buffered events cannot be written."""
     if self.file_writer is not None:
       self.file_writer.abandon()
 
 
 class _Events:
-  """A file of events, which takes back what earlier files show.
+  """A file of events that replaces the events of earlier files.
 
-  TensorBoard reads files in the order of their names, which hold the time in seconds. A
-  file that is begun in the same second as an earlier one, or after the clock was set
-  back, is named after the second that follows.
+  TensorBoard reads files in the order of their names, which contain the time in
+  seconds. A new file must have a later time than all others. If the clock does not give
+  one, the new file is named after the second that follows the newest file.
   """
 
   def __init__(self, folder: str):
@@ -138,11 +141,11 @@ class _Events:
       raise
 
   def add_summary(self, summary: Any, step: int | None = None, _: Any = None) -> None:
-    """Shows something at a step."""
+    """Writes a summary for a step."""
     self._add(_events.Event(summary=summary, step=step or 0))
 
   def flush(self) -> None:
-    """Hands to the operating system what is buffered."""
+    """Writes buffered events to the file."""
     self._file.flush()
 
   def close(self) -> None:
@@ -150,7 +153,7 @@ class _Events:
     self._file.close()
 
   def abandon(self) -> None:
-    """Closes the file, whatever becomes of what is buffered."""
+    """Closes the file, even if buffered events cannot be written."""
     with contextlib.suppress(OSError):
       self._file.close()
 
@@ -162,7 +165,7 @@ class _Events:
 def _show(writer: _Writer, line: dict[str, Any]) -> None:
   measured = {name: value for name, value in line.items()
               if name not in ("step", "epoch", "split", "mode")}
-  if line["split"] == "test":  # Measured once: a chart would have a single point.
+  if line["split"] == "test":  # A chart would have a single point.
     writer.add_text(f"test/{line['checkpoint']}",
                     _as_code(json.dumps(measured, indent=2)),
                     line["step"])
@@ -186,7 +189,7 @@ def _show_histogram(writer: _Writer, line: dict[str, Any]) -> None:
 
 
 def _as_code(text: str) -> str:
-  """Text that Markdown shows as it is."""
+  """Indents text so that Markdown shows it verbatim."""
   return "".join(f"    {line}\n" for line in text.splitlines())
 
 

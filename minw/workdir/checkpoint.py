@@ -1,6 +1,7 @@
-"""Checkpoints of a run: Orbax, with a checksum, and a step back from a damaged one.
+"""Checkpoints of a run, written by Orbax and protected by a checksum.
 
-`read_run` reads a run from its workdir, for those who do not train it.
+If the newest checkpoint is damaged, an older one is read. `read_run` reads a run from
+its workdir without training it.
 """
 
 import functools
@@ -29,16 +30,17 @@ from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
 
-_CLOSED = "Event loop is closed"  # What asyncio says.
+_CLOSED = "Event loop is closed"  # Message of asyncio's RuntimeError.
 
 
 class Restored(NamedTuple):
-  """The content of a checkpoint.
+  """Content of a checkpoint.
 
   Attributes:
-    step: how many steps were trained.
-    tree: what was saved.
-    run: what the run had recorded until then, see `save`; None of a checkpoint without.
+    step: Number of steps that were trained.
+    tree: Arrays that were saved.
+    run: Records of the run up to that step, see `save`. None if the checkpoint has no
+      records.
   """
 
   step: int
@@ -47,11 +49,11 @@ class Restored(NamedTuple):
 
 
 class Manager(ocp.CheckpointManager):
-  """The checkpoints of a run, and whether they may be changed.
+  """Orbax's manager of the checkpoints of a run.
 
   Attributes:
-    folder: The folder of the checkpoints.
-    read_only: Whether nothing is saved, deleted or moved.
+    folder: Folder of the checkpoints.
+    read_only: Whether saving, deleting and moving checkpoints is forbidden.
   """
 
   def __init__(
@@ -63,7 +65,13 @@ class Manager(ocp.CheckpointManager):
 
 
 def open_manager(workdir: str, read_only: bool = False) -> Manager:
-  """The checkpoints of `workdir`: the two newest and that with the best accuracy.
+  """Opens the checkpoints of a run.
+
+  The manager keeps the two newest checkpoints and the one with the best accuracy.
+
+  Args:
+    workdir: Directory of the run.
+    read_only: Whether the checkpoints must not be changed.
 
   Raises:
     errors.UsageError: Orbax cannot handle the path of `workdir` on this system.
@@ -80,7 +88,7 @@ def open_manager(workdir: str, read_only: bool = False) -> Manager:
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True, preservation_policy=_NewestAndBest(directory))
   verbosity = absl_logging.get_verbosity()
-  if read_only:  # Orbax warns that it is so.
+  if read_only:  # Suppress the warning of Orbax that the manager is read-only.
     absl_logging.set_verbosity(absl_logging.ERROR)
   try:
     manager = Manager(
@@ -94,12 +102,13 @@ def open_manager(workdir: str, read_only: bool = False) -> Manager:
   return manager
 
 
-@functools.cache  # Once.
+@functools.cache  # Install the hook only once.
 def _silence_callbacks() -> None:
   """Keeps TensorStore from printing tracebacks that follow from another error.
 
-  When one of its writes fails, Orbax raises that error and closes its event loop. The
-  other writes then find the loop closed, which nobody can handle any more.
+  When a write of TensorStore fails, Orbax raises that error and closes its event loop.
+  The other writes then fail because the loop is closed, and nothing can catch their
+  errors any more.
   """
   show = sys.unraisablehook
 
@@ -111,7 +120,7 @@ def _silence_callbacks() -> None:
 
 
 def _is_news(entry: logging.LogRecord) -> bool:
-  """False for tracebacks of an error that Orbax raises as well."""
+  """Returns False for tracebacks of an error that Orbax raises as well."""
   error = entry.exc_info[1] if entry.exc_info else None
   return error is None or not (
       "orbax" in entry.pathname or str(error) == _CLOSED)
@@ -120,18 +129,18 @@ def _is_news(entry: logging.LogRecord) -> bool:
 def _plainly_named(
     folder: pathlib.Path,
 ) -> tuple[pathlib.Path, Callable[[], None]]:
-  """A path of `folder` that Orbax and TensorStore take literally.
+  """Returns a path of `folder` that Orbax and TensorStore take literally.
 
-  Orbax looks for files by shell-style patterns that begin with the folder's path, where
-  "[0]" stands for "0". TensorStore refuses backslashes, and "/gs/" at the beginning
-  stands for cloud storage. A folder with such a path is opened here and reached through
-  Linux's name for open files, /proc/self/fd/NUMBER.
+  Orbax finds files by shell-style patterns that begin with the path of the folder, and
+  in a pattern "[0]" matches "0". TensorStore rejects backslashes, and treats a path
+  that begins with "/gs/" as cloud storage. A folder with such a path is opened here and
+  reached through Linux's name for open files, /proc/self/fd/NUMBER.
 
   Returns:
     The path, and a function to call when it is no longer needed.
 
   Raises:
-    errors.UsageError: the system has no names for open files.
+    errors.UsageError: The system has no names for open files.
   """
   if re.fullmatch(r"[\w./ =+,@-]*", str(folder), re.ASCII) and not re.match(
       "/(gs|s3|az|hf)(/|$)", str(folder)):
@@ -145,10 +154,10 @@ def _plainly_named(
 
 
 class _NewestAndBest:
-  """Tells Orbax what to keep.
+  """Policy that tells Orbax which checkpoints to keep.
 
-  Orbax has such policies, but they rely on a record of metrics that it neither protects
-  nor can do without once it is damaged.
+  Orbax has such policies itself. But they rely on its record of metrics, which has no
+  checksum, and they fail if that record is damaged.
   """
 
   def __init__(self, directory: pathlib.Path):
@@ -156,13 +165,19 @@ class _NewestAndBest:
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
-    return _are_kept([  # The newest is still being written.
+    # The newest checkpoint is still being written. Its accuracy is known from `metrics`
+    # and not from the disk.
+    return _are_kept([
         (info.metrics["accuracy"], info.step) if info.metrics
         else _rank(self._directory, info.step) for info in checkpoints])
 
 
 def _are_kept(ranks: Sequence[tuple[float, int]]) -> list[bool]:
-  """Which checkpoints stay: the two newest and the best, each given by its rank."""
+  """Returns which checkpoints are kept: the two newest and the best.
+
+  Args:
+    ranks: (accuracy, step) of each checkpoint, see `_rank`.
+  """
   newest = sorted(step for _, step in ranks)[-2:]
   return [rank == max(ranks) or rank[1] in newest for rank in ranks]
 
@@ -170,7 +185,7 @@ def _are_kept(ranks: Sequence[tuple[float, int]]) -> list[bool]:
 def remove_old(manager: Manager) -> None:
   """Removes the checkpoints that `save` would have removed.
 
-  A process that is killed after a save leaves one of them, whole or in part.
+  If a process is killed after a save, an old checkpoint stays, whole or in part.
   """
   def old() -> list[int]:
     ranks = [_rank(manager.folder, step) for step in sorted(manager.all_steps())]
@@ -187,14 +202,18 @@ def save(
     accuracy: float | None,
     run: dict[str, Any] | None = None,
 ) -> None:
-  """Saves in the background; of several processes each writes a part.
+  """Saves a checkpoint in the background.
+
+  If a run has several processes, each writes a part of it.
 
   Args:
-    manager: of the workdir.
-    step: how many steps were trained.
-    tree: arrays.
-    accuracy: of the validation split, by which the best is chosen; None if unknown.
-    run: what the files of the workdir hold that the run would lose with them, as JSON.
+    manager: Manager of the workdir, see `open_manager`.
+    step: Number of steps that were trained.
+    tree: Arrays to save.
+    accuracy: Accuracy on the validation split, by which the best checkpoint is chosen.
+      None if it is unknown.
+    run: Records of the run as JSON. Files of the workdir that are lost or damaged are
+      restored from it.
   """
   manager.save(
       step,
@@ -213,23 +232,24 @@ def restore(
 ) -> Restored:
   """Reads one checkpoint.
 
-  Each process reads all of it, and so comes to the same result.
+  Each process reads the whole checkpoint. Therefore all get the same result.
 
   Args:
-    manager: of the workdir.
-    step: one of `manager.all_steps()`.
-    target: tree of jax.ShapeDtypeStruct with shardings; if None, nested dicts and lists
-      of arrays on one device.
+    manager: Manager of the workdir, see `open_manager`.
+    step: One of `manager.all_steps()`.
+    target: Tree of jax.ShapeDtypeStruct with shardings. If None, the result has nested
+      dicts and lists of arrays on one device.
 
   Raises:
-    Exception: whatever the damage leads to; ValueError if the checksum differs.
+    Exception: The checkpoint is damaged. The type depends on the damage. It is
+      ValueError if the checksum differs.
   """
-  # Also where a target is given: whoever reads a checkpoint finds the same faults in
-  # it.
+  # The metadata are read even if a target is given. Then every reader finds the same
+  # faults.
   described = manager.item_metadata(step)["tree"]
   wanted = described if target is None else target
   on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-  # Earlier versions of minw have not saved it.
+  # Checkpoints of earlier versions of minw have no such part.
   has_run = (pathlib.Path(manager.directory) / str(step) / "run").exists()
   saved: Any = manager.restore(
       step,
@@ -253,13 +273,20 @@ def restore(
 def restore_newest(
     manager: Manager, target: Any = None
 ) -> Restored | None:
-  """Reads the newest checkpoint that is whole; None if none was ever saved.
+  """Reads the newest checkpoint that is whole.
 
-  Damaged ones are moved aside, unless the manager is read-only, so that the run can
-  save those steps again.
+  Damaged checkpoints are moved to `damaged_checkpoints`, so that the run can save those
+  steps again. A read-only manager moves nothing.
+
+  Args:
+    manager: Manager of the workdir, see `open_manager`.
+    target: See `restore`.
+
+  Returns:
+    The checkpoint, or None if none was ever saved.
 
   Raises:
-    errors.UsageError: there are checkpoints, and none of them can be read.
+    errors.UsageError: There are checkpoints, and none of them can be read.
   """
   steps = distributed.on_main(lambda: sorted(manager.all_steps(), reverse=True))
   return _restore_first(manager, steps, target)
@@ -268,9 +295,10 @@ def restore_newest(
 def restore_best(
     manager: Manager, target: Any = None
 ) -> Restored | None:
-  """Reads the checkpoint of the best validation accuracy, the latest of equals.
+  """Reads the checkpoint with the best validation accuracy.
 
-  Damaged ones, None and errors: as `restore_newest`.
+  Of several checkpoints with that accuracy it reads the latest. Damaged checkpoints,
+  the result and errors are as described for `restore_newest`.
   """
   rank = lambda step: _rank(manager.folder, step)
   steps = distributed.on_main(
@@ -304,28 +332,30 @@ def _restore_first(manager, steps, target):
 
 
 def trained_variables(tree: dict[str, Any]) -> dict[str, Any]:
-  """The variables of a checkpoint's tree, with batch norm's running statistics."""
+  """Returns a checkpoint's variables with the running statistics of batch norm."""
   return {"params": tree["params"], "batch_stats": tree["batch_stats"]}
 
 
 def hard_variables(tree: dict[str, Any]) -> dict[str, Any]:
-  """The variables of a checkpoint's tree that the hard network is folded from.
+  """Returns a checkpoint's variables from which the hard network is folded.
 
-  Where batch norm's statistics were re-estimated, those count.
+  If batch norm's statistics were re-estimated, these replace the running statistics.
   """
   stats = tree.get("reestimated_batch_stats", tree["batch_stats"])
   return {"params": tree["params"], "batch_stats": stats}
 
 
 def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
-  """The config and a checkpoint of a run.
+  """Reads the config and a checkpoint of a run.
 
   Args:
-    workdir: of the run.
-    which: "last", or "best" in validation accuracy.
+    workdir: Directory of the run.
+    which: "last" for the newest checkpoint, or "best" for the one with the best
+      validation accuracy.
 
   Raises:
-    errors.UsageError: there is no run, its config cannot be used, or no checkpoint.
+    errors.UsageError: There is no run, its config cannot be used, or it has no
+      checkpoint.
   """
   config = run_files.read_config(workdir)
   try:
@@ -343,20 +373,26 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
 
 
 def newest_step(workdir: str) -> int:
-  """The step of the newest checkpoint, without opening it; 0 if there is none."""
+  """Returns the step of the newest checkpoint, or 0 if there is none.
+
+  Only the names of folders are read.
+  """
   directory = pathlib.Path(workdir) / "checkpoints"
   names = os.listdir(directory) if directory.is_dir() else []
   return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def discard_unfinished(workdir: str) -> None:
-  """Removes what a failed save left, which frees the disk; no save may be going on."""
+  """Removes the files of failed saves to free the disk.
+
+  The caller ensures that no save is in progress.
+  """
   for path in (pathlib.Path(workdir) / "checkpoints").glob("*.orbax-checkpoint-tmp"):
     shutil.rmtree(path, ignore_errors=True)
 
 
 def _real(manager):
-  """The directory of the checkpoints by its own name, for messages."""
+  """Returns the real path of the checkpoints, for messages; see `_plainly_named`."""
   return os.path.realpath(manager.directory)
 
 
@@ -368,7 +404,10 @@ def _move_aside(directory: pathlib.Path, steps: Sequence[int]) -> None:
 
 
 def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
-  """What checkpoints are ordered by: accuracy, -1 if it is not known, and step."""
+  """Returns the sort key of a checkpoint: its accuracy and its step.
+
+  The accuracy is -1 if it is unknown.
+  """
   try:
     record = (pathlib.Path(directory) / str(step) / "record" / "metadata").read_text()
     return float(json.loads(record)["accuracy"]), step
@@ -377,7 +416,11 @@ def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
 
 
 def _crc32(tree: Any, accuracy: float | None) -> int:
-  """A checksum of all arrays, in any order: Orbax does not notice every flipped bit."""
+  """Computes a checksum of all arrays and of the accuracy.
+
+  The checksums of the arrays are added. Therefore their order does not matter. Orbax
+  itself does not notice every flipped bit.
+  """
   arrays = map(distributed.whole, jax.tree.leaves(tree))
   parts = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
            for array in arrays)

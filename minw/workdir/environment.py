@@ -1,4 +1,4 @@
-"""Where a run was made, and how long it took: run.json of a workdir."""
+"""run.json of a workdir: where a run was trained, and how long it took."""
 
 import functools
 from importlib import metadata
@@ -24,7 +24,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def hardware() -> dict[str, Any]:
-  """The kinds and numbers of devices and cores: device, num_devices, cpu, cores."""
+  """Returns kinds and numbers of devices and cores.
+
+  Returns:
+    `device` and `cpu`, which are names, and `num_devices` and `cores`.
+  """
   cpu = platform.processor() or platform.machine()
   if os.path.exists("/proc/cpuinfo"):
     with open("/proc/cpuinfo") as lines:
@@ -38,45 +42,48 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that decide numbers, by name."""
+  """Returns versions of Python and of the packages that affect numerical results."""
   return {"python": platform.python_version(),
           **{name: metadata.version(name) for name in _PACKAGES}}
 
 
-@functools.cache  # The commit that runs, not that of the files by its end.
+@functools.cache  # The files may change while the code that was loaded runs.
 def commit() -> str:
-  """The git commit of the code, with "-dirty" if files differ from it.
+  """Returns the git commit of the code, with "-dirty" if files differ from it.
 
-  "minw 0.1.0" if the package is not in a git checkout of its own.
+  If the package is not in a git checkout of its own, returns "minw" and its version.
   """
   def git(*arguments):
-    # Otherwise `describe` would lock the index, and a command of the user might fail.
+    # Without this option, `describe` locks the index, and a git command that the user
+    # runs at the same time may fail.
     command = ["git", "--no-optional-locks", "-C", pathlib.Path(minw.__file__).parent]
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True,
         check=True).stdout.strip()
 
   try:
-    git("ls-files", "--error-unmatch", "__init__.py")  # Or it is installed in another.
+    # Fails if the package is installed inside the checkout of another project.
+    git("ls-files", "--error-unmatch", "__init__.py")
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
   except (OSError, subprocess.CalledProcessError):
     return f"minw {minw.__version__}"
 
 
-# Stands for what is not known of a start.
+# Environment of a start of which nothing is known.
 UNKNOWN = {"commit": None, "hardware": None, "versions": None}
 
 _HARDWARE = {"device": str, "num_devices": int, "cpu": str, "cores": int}
 
 
 def read(workdir: str) -> dict[str, Any]:
-  """Reads what `Journal` wrote; nothing is known of a run that has none.
+  """Reads run.json, which `Journal` wrote.
 
   Returns:
-    `seconds`; `startup_seconds`, the part of them until the first step of each start
-    was done; and `environments`, those of the run's starts in order, each with
-    `commit`, `hardware` and `versions`; where two in a row are the same, once. They are
-    `UNKNOWN` where a start found the file damaged and could not make it again. Then
+    A dict with three entries. `seconds` is the duration of the run, or None if there is
+    no run.json. `startup_seconds` is the part of it before the first step of each start
+    was done. `environments` lists the environments of the starts in order, each with
+    `commit`, `hardware` and `versions`. Equal neighbors are listed once. An environment
+    is `UNKNOWN` if a start found the file damaged and could not restore it. Then
     `seconds` lack the time before that start.
 
   Raises:
@@ -87,7 +94,7 @@ def read(workdir: str) -> dict[str, Any]:
 
 
 def _check(content: dict[str, Any]) -> None:
-  """Raises ValueError for what `Journal` cannot have written."""
+  """Raises ValueError if `Journal` cannot have written this content."""
   for name in ("seconds", "startup_seconds"):
     value = content.get(name, 0.0)
     if not json_files.is_number(value) or value < 0:
@@ -99,7 +106,7 @@ def _check(content: dict[str, Any]) -> None:
 
 
 def is_environment(value: Any) -> bool:
-  """Whether a value read from JSON is one of the `environments` of `read`."""
+  """Returns whether a value from JSON has the form of an environment, see `read`."""
   if not isinstance(value, dict) or value.keys() != UNKNOWN.keys():
     return False
   where, made_of = value["hardware"], value["versions"]
@@ -112,7 +119,7 @@ def is_environment(value: Any) -> bool:
 
 
 class Journal:
-  """Keeps run.json while a run goes on, over all its starts."""
+  """Updates run.json during a run, across all its starts."""
 
   def __init__(self, workdir: str, begun: float | None = None,
                saved: dict[str, Any] | None = None, step: int = 0):
@@ -120,11 +127,10 @@ class Journal:
 
     Args:
       workdir: Directory of the run.
-      begun: When it was started, by `time.monotonic`; now if None.
-      saved: `content` as the checkpoint has it that the run resumes from, if it has
-        one.
-      step: How many steps were trained in earlier starts. If there were some and
-        nothing tells where, that is noted, too.
+      begun: Time of the start by `time.monotonic`. None stands for now.
+      saved: Copy of `content` in the checkpoint from which the run resumes, or None.
+      step: Number of steps that earlier starts trained. If it is positive and nothing
+        tells where they were trained, an `UNKNOWN` environment is noted.
     """
     self._workdir = workdir
     before = _before(workdir, saved, step)
@@ -139,25 +145,29 @@ class Journal:
 
   @property
   def content(self) -> dict[str, Any]:
-    """What run.json holds, as of now."""
+    """Current content of run.json."""
     return {"seconds": round(time.monotonic() - self._began, 1),
             "startup_seconds": round(self._startup, 1),
             "environments": [*self._environments]}
 
   def trains(self) -> None:
-    """Notes that the first step of this start, which was compiled for, is done."""
+    """Notes that compilation and the first step of this start are done."""
     self._startup += time.monotonic() - self._here
     self.note()
 
   def note(self) -> None:
-    """Notes the time; what a killed run did after its last note is not counted."""
+    """Writes run.json. If a run is killed, the time since the last note is lost."""
     if distributed.is_main():
       files.write(pathlib.Path(self._workdir) / "run.json",
                   json.dumps(self.content, indent=2) + "\n")
 
 
 def _before(workdir: str, saved: dict[str, Any] | None, step: int) -> dict[str, Any]:
-  """What is known of earlier starts: by run.json, or else by a checkpoint."""
+  """Returns what is known of earlier starts.
+
+  It is read from run.json. If that file is missing or damaged, the copy in a checkpoint
+  is returned.
+  """
   try:
     found = read(workdir)
     fault = "it is missing" if step and found["seconds"] is None else ""

@@ -1,9 +1,9 @@
-"""The lock of a workdir, which the process that trains there holds.
+"""The lock of a workdir. The process that trains in the workdir holds it.
 
-It is an flock of the file `lock`. The operating system gives it back when the process
-dies, however it dies. On network file systems this is as good as their flock: that of
-NFS holds between machines, that of Lustre if mounted with the option flock, and that of
-gcsfuse does not.
+The lock is an flock of the file `lock`. The operating system releases it whenever the
+process ends, even if it is killed. On network file systems the lock depends on their
+implementation of flock. NFS locks hold between machines, and Lustre locks do if the
+file system is mounted with the option flock. Locks of gcsfuse do not.
 """
 
 import contextlib
@@ -13,8 +13,9 @@ import pathlib
 import time
 from typing import IO
 
-_INHERITED = "MINW_LOCK"  # The number of an open file that has the lock already.
-_TRIES, _PAUSE = 10, 0.05  # `is_held` takes the lock for a moment.
+_INHERITED = "MINW_LOCK"  # Variable with the file descriptor that holds the lock.
+# `take` retries, because `is_held` in another process takes the lock for a moment.
+_TRIES, _PAUSE = 10, 0.05
 
 
 def take(workdir: str) -> IO[str] | None:
@@ -24,8 +25,8 @@ def take(workdir: str) -> IO[str] | None:
     workdir: Folder that exists. Its file `lock` is created if it is missing.
 
   Returns:
-    An open file that holds the lock until it is closed; None if another process, or
-    another run in this one, has the lock.
+    An open file that holds the lock until it is closed. None if another process, or
+    another run in this process, has the lock.
 
   Raises:
     OSError: The file cannot be opened, or the file system has no locks.
@@ -46,7 +47,7 @@ def take(workdir: str) -> IO[str] | None:
 
 
 def is_held(workdir: str) -> bool:
-  """Whether a process has the lock of a folder.
+  """Returns whether a process has the lock of a folder.
 
   Raises:
     OSError: The file cannot be opened, or the file system has no locks.
@@ -62,24 +63,24 @@ def is_held(workdir: str) -> bool:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-  """Opens a file; one that is a pipe nobody writes to is opened as well."""
+  """Opens a file without blocking, even if it is a pipe without a writer."""
   return os.open(path, flags | os.O_NONBLOCK)
 
 
 def passed_on(file: IO[str]) -> dict[str, str]:
-  """Environment variables that tell a child process of a lock that it inherits.
+  """Returns environment variables that tell a child process about an inherited lock.
 
-  The child is started with `pass_fds=[file.fileno()]`. What `take` returns there is the
-  same open file, so that the lock is held until both processes closed it or ended.
+  Start the child with `pass_fds=[file.fileno()]`. There, `take` returns the same open
+  file. The lock is therefore held until both processes have closed the file or ended.
 
   Args:
-    file: What `take` returned.
+    file: Open file that `take` returned.
   """
   return {_INHERITED: str(file.fileno())}
 
 
 def _inherited(path: pathlib.Path) -> IO[str] | None:
-  """The open file that this process inherited for `path`, if any; see `passed_on`."""
+  """Returns the open file inherited for `path`, or None; see `passed_on`."""
   number = os.environ.get(_INHERITED, "")
   with contextlib.suppress(OSError, ValueError):
     if os.path.samestat(os.fstat(int(number)), path.stat()):

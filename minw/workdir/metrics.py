@@ -1,8 +1,8 @@
-"""The records of a run: metrics.jsonl and histograms.jsonl, an object on each line.
+"""The records of a run, metrics.jsonl and histograms.jsonl: an object on each line.
 
-Each checkpoint holds a copy of both up to its step, with a checksum. What a disk or a
-hand does to the files is found out by comparing them with that copy, and mended from it
-at the next start of the run.
+Each checkpoint holds a copy of both files up to its step, with a checksum. A comparison
+with this copy reveals files that a disk has damaged or a user has edited. The next
+start of the run restores them from the copy.
 """
 
 import contextlib
@@ -30,24 +30,24 @@ _NAMES = {"train": "training", "validation": "validation"}
 
 
 def read(workdir: str) -> Lines:
-  """Reads metrics.jsonl of a run; a last line that was cut off is left out.
+  """Reads metrics.jsonl of a run. A last line that was cut off is left out.
 
   Raises:
-    json_files.Damaged: Naming the file, and the line that cannot be right.
+    json_files.Damaged: A line is invalid. The message names the file and the line.
   """
   return read_file(pathlib.Path(workdir) / "metrics.jsonl")
 
 
 def read_file(path: str | os.PathLike[str]) -> Lines:
-  """Reads a file like metrics.jsonl, wherever it is; see `read`."""
+  """Reads a file like metrics.jsonl at any path; see `read`."""
   return json_files.read_lines(path, _check_line)
 
 
 def read_histograms(path: str | os.PathLike[str]) -> Lines:
-  """Reads a file like histograms.jsonl; no lines if there is no file.
+  """Reads a file like histograms.jsonl. A missing file has no lines.
 
   Raises:
-    json_files.Damaged: Naming the file, and the line that cannot be right.
+    json_files.Damaged: A line is invalid. The message names the file and the line.
   """
   return json_files.read_lines(path, _check_histogram)
 
@@ -88,17 +88,19 @@ def _check_place(line: dict[str, Any]) -> None:
 
 
 def check_complete(workdir: str, config: Any, status: dict[str, Any]) -> None:
-  """Checks that a run that is done recorded all that it measured.
+  """Checks that the record of a run that is done is complete.
 
-  A copy of config.json and status.json alone passes: nothing in it is half there.
+  A workdir with neither metrics.jsonl nor checkpoints passes. It is a copy of
+  config.json and status.json alone, and no part of a record is missing there.
 
   Args:
     workdir: Directory of the run.
-    config: Its config.
-    status: Its status; the state is "done".
+    config: Config of the run.
+    status: Status of the run; its state is "done".
 
   Raises:
-    errors.UsageError: Naming the workdir and what is missing.
+    errors.UsageError: The record is not complete. The message names the workdir and
+      what is missing.
   """
   found = faults(workdir, config, status)
   errors.check(not found, "workdir", workdir,
@@ -106,15 +108,15 @@ def check_complete(workdir: str, config: Any, status: dict[str, Any]) -> None:
 
 
 def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
-  """Says what is missing or wrong in the record of a run that has ended.
+  """Lists what is missing or wrong in the record of a run that has ended.
 
   Args:
     workdir: Directory of the run.
-    config: Its config.
-    status: Its status; the state is "done" or "diverged".
+    config: Config of the run.
+    status: Status of the run; its state is "done" or "diverged".
 
   Returns:
-    A clause for each fault; none of a complete record.
+    A clause for each fault. The list is empty if the record is complete.
   """
   path = pathlib.Path(workdir)
   if not any(os.path.lexists(path / name) for name in ("metrics.jsonl", "checkpoints")):
@@ -140,7 +142,11 @@ def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
 
 
 def _missing(lines: Lines, counted: Lines, config: Any) -> list[str]:
-  """The training and validation lines that a whole run of `config` has besides."""
+  """Lists the training, validation and histogram lines that a whole run would have.
+
+  Returns:
+    A clause for each kind of lines that are missing or belong to other epochs.
+  """
   found = []
   every, last = config.eval_every_epochs, config.num_epochs
   wanted = [*range(every, last, every), last]
@@ -162,7 +168,7 @@ def _missing(lines: Lines, counted: Lines, config: Any) -> list[str]:
 
 
 def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
-  """What the lines of the test split and status.json do not agree on."""
+  """Lists the differences between the lines of the test split and status.json."""
   found = []
   if lines and lines[-1]["step"] != status["step"]:
     found.append(f"the last line of metrics.jsonl is of step {lines[-1]['step']}, not"
@@ -188,9 +194,9 @@ def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
 
 
 def _saved(workdir: pathlib.Path) -> tuple[int, dict[str, Lines]]:
-  """The newest copy of the records that is whole in a checkpoint, and its step.
+  """Returns the newest undamaged copy of the records in a checkpoint, and its step.
 
-  If there is none, that of step 0, which is empty.
+  If there is no such copy, the step is 0 and the records are empty.
   """
   folders = [path for path in (workdir / "checkpoints").glob("[0-9]*")
              if path.name.isdecimal()]
@@ -209,8 +215,8 @@ class Writer:
   def __init__(self, workdir: str, step: int, saved: dict[str, Any] | None = None):
     """Opens the records of a run that resumes after `step` steps.
 
-    What an interrupted run recorded beyond its last checkpoint will be measured again,
-    as will the test split, which ends a run: those lines are dropped.
+    Lines beyond the last checkpoint and lines of the test split are dropped, because
+    the run will measure them again.
 
     Args:
       workdir: Directory of the run.
@@ -220,16 +226,17 @@ class Writer:
         was written by a version of minw without such copies.
 
     Raises:
-      json_files.Damaged: A file is damaged, and there is no copy of what it held.
-      OSError: Naming the file that cannot be written.
+      json_files.Damaged: A file is damaged, and there is no copy of its content.
+      OSError: A file cannot be written. The error names it.
     """
     path = pathlib.Path(workdir)
     self._metrics = _Log(path / "metrics.jsonl", _check_line)
     self._histograms = _Log(path / "histograms.jsonl", _check_histogram)
     for log, name in ((self._metrics, "metrics"), (self._histograms, "histograms")):
       log.open(step, None if saved is None else saved[name])
-    self._metrics.begin()  # histograms.jsonl is made with its first line.
-    # Shown anew: a run that was killed may not have written all of it.
+    self._metrics.begin()  # histograms.jsonl is created with its first line.
+    # TensorBoard gets all lines again, because a run that was killed may not have
+    # written all of them.
     config = path / "config.json"
     self._board = board.Board(workdir, config.read_text() if config.exists() else None)
     for line in self._metrics.lines:
@@ -239,36 +246,37 @@ class Writer:
 
   @property
   def lines(self) -> dict[str, Lines]:
-    """The records so far, for a checkpoint to keep."""
+    """Copy of the records so far, to be saved in a checkpoint."""
     return {"metrics": [*self._metrics.lines], "histograms": [*self._histograms.lines]}
 
   def write(self, line: dict[str, Any]) -> None:
     """Writes a line of metrics.jsonl.
 
     Args:
-      line: step, epoch, split, mode ("hard" or "mixed") and measurements. A measurement
-        is a number, a list with one for each layer, or a dict by layer.
+      line: The entries step, epoch, split, mode ("hard" or "mixed") and measurements. A
+        measurement is a number, a list with a number for each layer, or a dict of
+        numbers by layer.
 
     Raises:
-      OSError: Naming the file that cannot be written.
+      OSError: The file cannot be written. The error names it.
     """
     self._board.show(self._metrics.append(line))
 
   def write_histograms(self, step: int, epoch: int, histograms: Lines) -> None:
-    """Writes what `histograms.make_histograms` counts to histograms.jsonl.
+    """Writes the counts of `histograms.make_histograms` to histograms.jsonl.
 
     Raises:
-      OSError: Naming the file that cannot be written.
+      OSError: The file cannot be written. The error names it.
     """
     for line in histograms:
       self._board.show_histogram(
           self._histograms.append({"step": step, "epoch": epoch, **line}))
 
   def sync(self) -> None:
-    """Brings the records to the disk.
+    """Flushes the records to the disk.
 
     Raises:
-      OSError: Naming the file for which the disk failed.
+      OSError: The disk failed. The error names the file.
     """
     self._metrics.sync()
     self._histograms.sync()
@@ -282,10 +290,10 @@ class Writer:
 
 
 class _Log:
-  """A file of lines that is appended to, and what it holds.
+  """A file of JSON lines, to which lines are appended.
 
   Attributes:
-    lines: The lines of the file.
+    lines: Lines of the file.
   """
 
   def __init__(self, path: pathlib.Path, check: Any):
@@ -294,9 +302,9 @@ class _Log:
     self._file: Any = None
 
   def open(self, step: int, saved: Lines | None) -> None:
-    """Keeps what was recorded up to `step`, by `saved` if it is given."""
+    """Keeps the lines up to `step`. If `saved` is given, it replaces them."""
     if step == 0:
-      saved = []  # All will be measured again, whatever is there.
+      saved = []  # The run begins again and measures everything again.
     try:
       found = [line for line in json_files.read_lines(self._path, self._check)
                if line["step"] <= step and line.get("split") != "test"]
@@ -319,13 +327,13 @@ class _Log:
     line = _finite(line)
     with files.naming(self._path):
       text = json.dumps(line, allow_nan=False).encode() + b"\n"
-      while text:  # A disk that gets full takes a part.
+      while text:  # On a disk that is almost full, a part may be written.
         text = text[self._file.write(text):]
     self.lines.append(line)
     return line
 
   def sync(self) -> None:
-    """Brings the file to the disk."""
+    """Flushes the file to the disk."""
     if self._file is not None:
       with files.naming(self._path):
         os.fsync(self._file.fileno())
@@ -336,16 +344,16 @@ class _Log:
       self._file.close()
 
   def begin(self) -> None:
-    """Makes the file, unless it was made already."""
+    """Creates the file, unless this object has created it already."""
     if self._file is not None:
       return
     files.write(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
-    # Unbuffered: nothing is left to write after an error.
+    # Without a buffer, no data are left to write after an error.
     self._file = self._path.open("ab", buffering=0)
 
 
 def _difference(found: Lines, saved: Lines) -> str:
-  """Says how many lines of a file are not what they were; "" if none."""
+  """Describes how a file differs from its copy; "" if it does not."""
   if found == saved:
     return ""
   right = sum(line in found for line in saved)
@@ -355,7 +363,7 @@ def _difference(found: Lines, saved: Lines) -> str:
 
 
 def _finite(value: Any) -> Any:
-  """JSON has no infinities: what is not finite becomes null."""
+  """Replaces numbers that are not finite by None, since JSON has no such numbers."""
   if isinstance(value, dict):
     return {name: _finite(part) for name, part in value.items()}
   if isinstance(value, list):

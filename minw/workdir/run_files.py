@@ -1,4 +1,7 @@
-"""The files of a run beside its metrics and checkpoints, whole at any moment."""
+"""config.json, status.json and the claim of a workdir.
+
+Each file is replaced as a whole. Therefore it is complete at any moment.
+"""
 
 import contextlib
 import errno
@@ -22,20 +25,23 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 @contextlib.contextmanager
 def claimed(workdir: str, config: Any) -> Iterator[None]:
-  """Inside, `workdir` is that of a run of `config`, and no other process trains there.
+  """Context in which `workdir` belongs to a run of `config` and to no other process.
 
-  Process 0 of several takes the lock (see `minw.workdir.locks`). On a file system
-  without locks a warning is logged instead.
+  If a run has several processes, process 0 takes the lock (see `minw.workdir.locks`).
+  On a file system without locks a warning is logged instead.
+
+  Args:
+    workdir: Directory of the run. It is created if it is missing.
+    config: Config of the run.
 
   Raises:
-    errors.UsageError: on all processes: the workdir cannot be written to, is that of a
-    run
-      of another config or in use, or is not the same for all processes.
+    errors.UsageError: The workdir cannot be written to, holds a run of another config,
+      is in use, or is not the same for all processes. All processes raise it.
   """
   with contextlib.ExitStack() as stack:
 
     def take() -> None:
-      # In the workdir of another run not even a lock is left.
+      # Check first, so that no lock file is left in the workdir of another run.
       check_free(workdir, config)
       stack.enter_context(_lock(workdir))
       claim(workdir, config)
@@ -46,7 +52,7 @@ def claimed(workdir: str, config: Any) -> Iterator[None]:
 
 
 def _lock(workdir: str) -> ContextManager:
-  """Makes `workdir` and takes its lock; leaving the context gives the lock back."""
+  """Creates `workdir` and takes its lock. Leaving the context releases the lock."""
   with _refusing(workdir):
     os.makedirs(workdir, exist_ok=True)
     try:
@@ -64,10 +70,15 @@ def _lock(workdir: str) -> ContextManager:
 
 
 def claim(workdir: str, config: Any) -> None:
-  """Makes `workdir` that of a run of `config`, unless it is so already.
+  """Writes the config of a run to `workdir`, which is created if it is missing.
+
+  Args:
+    workdir: Directory of the run.
+    config: Config of the run.
 
   Raises:
-    errors.UsageError: it cannot be written to, or is another config's.
+    errors.UsageError: The workdir cannot be written to, or it holds a run of another
+      config.
   """
   path = pathlib.Path(workdir)
   with _refusing(workdir):
@@ -89,12 +100,11 @@ def _refusing(workdir: str) -> Iterator[None]:
 
 
 def check_free(workdir: str, config: Any) -> None:
-  """Checks that `workdir` holds no run but one of `config`.
+  """Checks that `workdir` holds no run, or a run of `config`.
 
   Raises:
-    errors.UsageError: naming the fields that differ, and what to do instead; or
-    config.json
-      is damaged.
+    errors.UsageError: The workdir holds a run of another config, or config.json is
+      damaged. The message names the fields that differ, and what to do instead.
   """
   if os.path.exists(pathlib.Path(workdir) / "config.json"):
     check_same(workdir, read_config(workdir), config)
@@ -104,7 +114,8 @@ def check_same(workdir: str, before: Any, config: Any) -> None:
   """Checks that a run of the config `before` can resume with `config`.
 
   Raises:
-    errors.UsageError: naming the fields that differ, and what to do instead.
+    errors.UsageError: The configs differ in other fields than those that a run may
+      change. The message names the fields that differ, and what to do instead.
   """
   before = config_lib.copy(before)
   counts_nothing = not (before.histogram_layers or config.histogram_layers)
@@ -119,10 +130,10 @@ def check_same(workdir: str, before: Any, config: Any) -> None:
 
 
 def check_claimed(workdir: str, config: Any) -> None:
-  """Checks that a process sees the workdir that the first claimed for `config`.
+  """Checks that this process sees the workdir that process 0 claimed for `config`.
 
   Raises:
-    errors.UsageError: it does not, or its own `config` is another.
+    errors.UsageError: This process does not see it, or its own `config` differs.
   """
   path = pathlib.Path(workdir)
   errors.check((path / "config.json").exists(), "workdir", workdir,
@@ -136,11 +147,11 @@ def check_claimed(workdir: str, config: Any) -> None:
 
 
 def read_config(workdir: str) -> Any:
-  """The config of the run in `workdir`.
+  """Reads the config of the run in `workdir`.
 
   Raises:
-    errors.UsageError: there is none, or it is not one of this package.
-    json_files.Damaged: it is damaged.
+    errors.UsageError: There is no config.json, or it is not a config of this package.
+    json_files.Damaged: The file is damaged.
   """
   path = pathlib.Path(workdir) / "config.json"
   errors.check(os.path.exists(path), "workdir", workdir,
@@ -157,26 +168,27 @@ def read_config(workdir: str) -> Any:
     ) from error
 
 
-# What can be done about a damaged config.json.
+# Advice in messages about a damaged config.json.
 REMEDY = "move it away, and the next start of the run writes it anew"
 
 STATES = ("running", "done", "diverged", "preempted", "stopped")
-# What the status of a run that is done has beside state and step.
+# Further fields in the status of a run that is done.
 RESULTS = ("test_accuracy", "test_loss", "best_step", "best_test_accuracy",
            "best_test_loss")
 
 
 def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, Any]:
-  """Writes status.json; of several processes the first does.
+  """Writes status.json. If a run has several processes, only process 0 writes it.
 
   Args:
     workdir: Directory of the run.
     state: One of `STATES`.
-    step: Number of training steps that are saved or, if diverged, finite.
-    **more: Results, when done.
+    step: Number of training steps that are saved. If the run diverged, the number of
+      steps before the first one that was not finite.
+    **more: Results of a run that is done, see `RESULTS`.
 
   Returns:
-    What the file says.
+    The content of the file.
   """
   status = {"state": state, "step": step, **more}
   if distributed.is_main():
@@ -185,10 +197,11 @@ def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, 
 
 
 def read_status(workdir: str) -> dict[str, Any] | None:
-  """What `write_status` wrote; None if nothing.
+  """Returns what `write_status` wrote, or None if there is no status.json.
 
-  A run that was killed left "running" there. It is returned as "stopped" unless a
-  process has the workdir's lock, or it is not known whether one has.
+  If a run was killed, the file still says "running". The returned state is then
+  "stopped". It stays "running" if a process has the lock of the workdir, or if the
+  lock cannot be checked.
 
   Raises:
     json_files.Damaged: The file holds something else.
