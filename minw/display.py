@@ -1,7 +1,8 @@
-"""How a run started from Python is shown: lines on stderr, or a bar in a notebook.
+"""Display of a run that was started from Python.
 
-Commands and programs that handle minw's log records are left as they are. Nothing is
-shown where the level of the logger "minw" was set above INFO.
+Progress is shown as lines on stderr, or as a bar in a notebook. Commands and programs
+that handle minw's log records themselves are not affected. Nothing is shown if the
+level of the logger "minw" was set above INFO.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ def shown(name: str, num_steps: int) -> Iterator[Callable[..., None]]:
   """Shows the progress of a run inside this context, unless it is shown already.
 
   Args:
-    name: What the bar is labeled with.
-    num_steps: Steps of the whole run.
+    name: Label of the bar.
+    num_steps: Number of steps of the whole run.
 
   Yields:
-    A function of the steps done, and of a text for the bar where that has changed.
+    A function of the number of steps done, and of a new text for the bar, if any.
   """
   if (_LOGGER.level or _LOGGER.isEnabledFor(logging.INFO)
       or not distributed.is_main()):
@@ -38,10 +39,10 @@ def shown(name: str, num_steps: int) -> Iterator[Callable[..., None]]:
 
 @contextlib.contextmanager
 def harmless(what: str) -> Iterator[None]:
-  """Inside this context, an error is a warning: what only shows a run must not end it.
+  """Context that logs errors as warnings, because a failing display must not end a run.
 
   Args:
-    what: Clause that says what fails.
+    what: Clause that describes the failure.
   """
   try:
     yield
@@ -50,13 +51,13 @@ def harmless(what: str) -> Iterator[None]:
 
 
 def in_notebook() -> bool:
-  """Whether this is the kernel of a notebook."""
+  """Returns whether this process is the kernel of a notebook."""
   ipython = sys.modules.get("IPython")
   return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 class _Bar:
-  """A bar that begins where the run does, which is known when it is first shown."""
+  """A progress bar. It starts at the step with which it is first shown."""
 
   def __init__(self, name: str, num_steps: int):
     self._name, self._num_steps = name, num_steps
@@ -77,7 +78,7 @@ class _Bar:
 
   def _show(self, step: int, text: str) -> None:
     if self._bar is None:
-      from tqdm import auto  # It warns where a notebook has no widgets.
+      from tqdm import auto  # The import warns if a notebook has no widgets.
       self._bar = auto.tqdm(
           desc=self._name, total=self._num_steps, initial=step, unit="step")
     self._bar.update(step - self._bar.n)
@@ -87,7 +88,7 @@ class _Bar:
 
 @contextlib.contextmanager
 def _lines() -> Iterator[None]:
-  """Handles INFO records; on stderr, if they have no handler."""
+  """Enables INFO records. They are written to stderr if they have no handler."""
   handler = None
   if not _has_handler():
     handler = logging.StreamHandler()

@@ -1,9 +1,10 @@
-"""Several processes of one run: how they start, agree and end together.
+"""Runs with several processes: how the processes start, agree and end together.
 
-All run the same program and meet in its collectives. So whatever decides which comes
-next must be the same on all of them, and what only one of them knows (a signal, a
-wrong path, what process 0 found in the workdir) is exchanged here first. With one
-process nothing here communicates.
+All processes run the same program and wait for each other in its collectives.
+Therefore everything that decides which collective comes next must be the same on all of
+them. Facts that only one process knows are exchanged here first: a signal, a wrong
+path, or what process 0 found in the workdir. In a run with one process, no function
+here communicates.
 """
 
 import contextlib
@@ -19,11 +20,11 @@ import numpy as np
 
 from minw import errors
 
-_FAREWELL_SECONDS = 8.0  # How long processes that end together wait for each other.
+_FAREWELL_SECONDS = 8.0  # Time that processes wait for each other when all end.
 
 
 class Agreed(errors.UsageError):
-  """What all processes raise, so that they can end in the ordinary way."""
+  """Error that all processes raise together, so that they can shut down normally."""
 
 
 def initialize(
@@ -32,18 +33,21 @@ def initialize(
     process_id: int | None = None,
     heartbeat_timeout: int = 100,
 ) -> None:
-  """Joins this process to the others of a run; before anything else is done with JAX.
+  """Joins this process to the others of a run.
+
+  This must be called before any other use of JAX. If `coordinator`, `num_processes` and
+  `process_id` are None, they are taken from the environment: a TPU pod, Slurm or
+  Open MPI.
 
   Args:
-    coordinator: host:port where process 0 listens; None, as the next two: what a TPU
-      pod, Slurm or Open MPI says.
-    num_processes: of the run.
-    process_id: of this one, from 0.
-    heartbeat_timeout: seconds after which a process that is not heard of counts as
-      dead, which ends the others.
+    coordinator: Address host:port at which process 0 listens.
+    num_processes: Number of processes of the run.
+    process_id: Number of this process, from 0.
+    heartbeat_timeout: Number of seconds without a heartbeat after which a process
+      counts as dead. The other processes then end as well.
 
   Raises:
-    errors.UsageError: nothing is given, and there is no such environment.
+    errors.UsageError: The arguments are missing, and there is no such environment.
   """
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   handler = signal.getsignal(signal.SIGTERM)
@@ -55,31 +59,31 @@ def initialize(
     raise errors.UsageError(
         f"--distributed: {error} (no TPU pod, Slurm or Open MPI was found; elsewhere "
         "--coordinator, --num_processes and --process_id are needed)") from error
-  signal.signal(signal.SIGTERM, handler)  # JAX would only note it.
+  signal.signal(signal.SIGTERM, handler)  # The handler of JAX only notes it.
 
 
 @contextlib.contextmanager
 def saying_who_ends() -> Iterator[None]:
-  """Inside, an error of one process of several says so; `cli.guarded` ends the process.
+  """Context that adds a note to errors that end one of several processes.
 
-  It ends without a farewell: Python would wait at its end for the other processes,
-  which wait for this one. They notice within the heartbeat timeout. After an `Agreed`
-  error, all processes do say farewell, so that each can print it before the first is
-  gone.
+  Afterwards `cli.guarded` ends the process at once. The usual shutdown barrier would
+  hang, because the other processes wait for this one in a collective. They notice its
+  end within the heartbeat timeout. After an `Agreed` error, all processes do pass the
+  barrier, so that each can print the error before the first process is gone.
   """
   try:
     yield
   except Agreed:
     farewell = threading.Thread(target=_say_farewell, daemon=True)
     farewell.start()
-    farewell.join(_FAREWELL_SECONDS)  # One of them may be gone already.
+    farewell.join(_FAREWELL_SECONDS)  # Another process may be gone already.
     raise
   except (Exception, KeyboardInterrupt) as error:
     if jax.distributed.is_initialized():
       error.add_note(
-          f"process {jax.process_index()} of {jax.process_count()} ends here, or"
-          " another one did before; none can go on alone, and the same commands again"
-          " resume from the last checkpoint")
+          f"process {jax.process_index()} of {jax.process_count()} ends here, or another"
+          " process ended before it. No process can continue alone. The same commands"
+          " resume the run from its last checkpoint")
     raise
 
 
@@ -89,39 +93,41 @@ def _say_farewell() -> None:
 
 
 def several() -> bool:
-  """Whether there is more than one process."""
+  """Returns whether there is more than one process."""
   return jax.process_count() > 1
 
 
 def is_main() -> bool:
-  """Whether this is process 0, which alone writes records."""
+  """Returns whether this is process 0, the only one that writes records."""
   return jax.process_index() == 0
 
 
 def gather(text: str) -> list[str]:
-  """The `text` of each process, by process."""
+  """Returns the `text` of each process, in the order of the processes."""
   if not several():
     return [text]
   data = np.frombuffer(text.encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(data.size))
-  padded = np.zeros(-(-sizes.max() // 1024) * 1024 or 1, np.uint8)  # Few programs.
+  # Sizes are rounded up to multiples of 1024, so that few programs are compiled.
+  padded = np.zeros(-(-sizes.max() // 1024) * 1024 or 1, np.uint8)
   padded[:data.size] = data
   rows = multihost_utils.process_allgather(padded)
   return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
 
 
 def any_of(flag: bool) -> bool:
-  """Whether `flag` is true on any process."""
+  """Returns whether `flag` is true on any process."""
   if not several():
     return flag
   return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
 def together(function: Callable, *arguments: Any) -> Any:
-  """Calls `function` on each process.
+  """Calls `function` on each process, and returns its result.
 
   Raises:
-    errors.UsageError: on all processes, if it does on any.
+    errors.UsageError: The function raised it on some process. Then all processes raise
+      it, with the same message.
   """
   if not several():
     return function(*arguments)
@@ -137,10 +143,12 @@ def together(function: Callable, *arguments: Any) -> Any:
 
 
 def on_main(function: Callable, *arguments: Any) -> Any:
-  """Calls `function` on process 0 alone; what it returns, in JSON, all get.
+  """Calls `function` on process 0 only, and returns its result on all processes.
+
+  Several processes exchange the result as JSON.
 
   Raises:
-    errors.UsageError: on all processes, if it does.
+    errors.UsageError: The function raised it. Then all processes raise it.
   """
   if not several():
     return function(*arguments)
@@ -149,21 +157,32 @@ def on_main(function: Callable, *arguments: Any) -> Any:
 
 
 def check_same(tree: Any, name: str) -> None:
-  """Raises errors.UsageError on all processes if their arrays on the host differ."""
+  """Checks that host arrays are equal on all processes.
+
+  Args:
+    tree: Tree of NumPy arrays.
+    name: Name of the arrays, for the error message.
+
+  Raises:
+    errors.UsageError: The arrays differ. All processes raise it.
+  """
   if several():
     sums = gather(str([zlib.crc32(np.ascontiguousarray(leaf).data)
                        for leaf in jax.tree.leaves(tree)]))
     different = [i for i, found in enumerate(sums) if found != sums[0]]
     if different:
-      raise Agreed(f"{name}: process {different[0]} has another than process 0")
+      raise Agreed(f"{name}: process {different[0]} has other values than process 0")
 
 
 def put(tree: Any, sharding: Any) -> Any:
-  """Arrays on the host, the same on each process, as arrays on all devices.
+  """Puts host arrays, which are the same on each process, on all devices.
 
   Args:
-    tree: of NumPy or local arrays.
-    sharding: of all of them, or a tree of shardings.
+    tree: Tree of NumPy or local arrays.
+    sharding: Sharding of all arrays, or a tree of shardings.
+
+  Returns:
+    The tree of global arrays.
   """
   if not several():
     return jax.device_put(tree, sharding)
@@ -178,11 +197,15 @@ def put(tree: Any, sharding: Any) -> Any:
 
 
 def put_rows(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-  """This process' rows of a batch, with those of the others, as arrays on all devices.
+  """Puts a batch, of which each process has a part of the rows, on all devices.
 
   Args:
-    tree: of NumPy arrays, as many rows on each process.
-    sharding: along the rows.
+    tree: Tree of NumPy arrays with the rows of this process. All processes have the
+      same number of rows.
+    sharding: Sharding along the rows.
+
+  Returns:
+    The tree of global arrays.
   """
   if not several():
     return jax.device_put(tree, sharding)
@@ -191,7 +214,10 @@ def put_rows(tree: Any, sharding: jax.sharding.Sharding) -> Any:
 
 
 def whole(array: jax.Array) -> np.ndarray:
-  """An array on the host, wherever its parts are; all processes must ask for it."""
+  """Returns an array as a NumPy array, even if its parts are on several processes.
+
+  All processes must call this function.
+  """
   if isinstance(array, jax.Array) and not (
       array.is_fully_addressable or array.is_fully_replicated):
     return multihost_utils.process_allgather(array, tiled=True)
@@ -199,5 +225,5 @@ def whole(array: jax.Array) -> np.ndarray:
 
 
 def share() -> tuple[int, int]:
-  """(i, n): this process has the i-th of n parts of each batch."""
+  """Returns (i, n), which means that this process has part i of n of each batch."""
   return jax.process_index(), jax.process_count()

@@ -1,6 +1,6 @@
-"""Pictures: of a run, and of what the estimators are.
+"""Plots of the curves of a run, and of the estimators.
 
-`python -m minw.plots --out=docs/aqe.png` draws the latter.
+`python -m minw.plots --out=docs/aqe.png` draws the estimators.
 """
 
 import io
@@ -22,17 +22,17 @@ from minw import titles
 from minw.workdir import metrics
 from minw.workdir import run_files
 
-# The colors of Okabe and Ito, for all kinds of color vision.
+# Colors of Okabe and Ito, which people with any kind of color vision can distinguish.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#999999"
 
-_CURVES = (  # Split, mode and style, the later over the earlier.
+_CURVES = (  # Split, mode and style. Later curves are drawn over earlier ones.
     ("train", "mixed", {"color": GREY}),
     ("train", "hard", {"color": "black", "linewidth": 1}),
     ("validation", "hard", {"color": VERMILION, "linewidth": 2.5}),
     ("validation", "mixed", {"color": BLUE, "linestyle": "--"}),
 )
 
-# Style of each alpha: the darker, the nearer to the quantizer.
+# Style of each alpha. Darker colors are nearer to the quantizer.
 ALPHAS = {alpha: {"label": rf"$\alpha$ = {name}", "color": color, "linewidth": 2.5,
                   "solid_capstyle": "butt"}
           for alpha, name, color in ((0.0, "0, identity", "#BBBBBB"),
@@ -43,7 +43,7 @@ STE = {"label": "straight-through estimator", "color": VERMILION,
 
 
 def curves(workdir: str) -> None:
-  """Draws `workdir`/curves.png; nothing if the run has recorded nothing."""
+  """Draws `workdir`/curves.png, unless the run has recorded nothing."""
   lines = metrics.read(workdir)
   if lines:
     path = pathlib.Path(workdir)
@@ -53,22 +53,25 @@ def curves(workdir: str) -> None:
 
 
 def _shortened(path: str, length: int = 90) -> str:
-  """A path in one line, of a long one the end, which tells it from its neighbours."""
+  """Returns a path in one line. Of a long path only the end is kept.
+
+  The end tells the path from its neighbors.
+  """
   path = " ".join(os.fsencode(path).decode(errors="replace").split())
   return path if len(path) <= length else f"...{path[-length:]}"
 
 
 def curves_figure(lines: Sequence[dict[str, Any]], title: str = "") -> Any:
-  """Loss, accuracy and schedules by epoch.
+  """Plots loss, accuracy and schedules by epoch.
 
-  A star marks the epoch of the best validation accuracy, whose checkpoint is kept.
+  A star marks the epoch of the best validation accuracy. Its checkpoint is kept.
 
   Args:
-    lines: of metrics.jsonl; a measurement that is missing or null leaves a gap.
-    title: says which run it is; test accuracies are added to it.
+    lines: Lines of metrics.jsonl. A measurement that is missing or null leaves a gap.
+    title: Title that names the run. Test accuracies are added to it.
 
   Returns:
-    The matplotlib Figure; its axes are loss, accuracy, alpha, learning rate.
+    The matplotlib Figure. Its axes are loss, accuracy, alpha, learning rate.
   """
   import matplotlib
   from matplotlib import figure
@@ -76,12 +79,12 @@ def curves_figure(lines: Sequence[dict[str, Any]], title: str = "") -> Any:
   fig = figure.Figure(figsize=(10, 4), dpi=150, layout="constrained")
   loss, accuracy, alpha = fig.subplots(1, 3, width_ratios=(3, 3, 2))
   rate = alpha.twinx()
-  # A short run may have a single point, which is no line.
+  # A short run may have a single point, and a line through one point is invisible.
   markers = {"marker": "o" if len(lines) < 100 else "", "markersize": 3}
 
   for split, mode, style in _CURVES:
     chosen = [line for line in lines if (line["split"], line["mode"]) == (split, mode)]
-    if not chosen and (split, mode) == ("train", "hard"):  # It is few runs' alone.
+    if not chosen and (split, mode) == ("train", "hard"):  # Few runs record it.
       continue
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
       axes.plot(_column(chosen, "epoch"), _column(chosen, name),
@@ -122,31 +125,36 @@ def curves_figure(lines: Sequence[dict[str, Any]], title: str = "") -> Any:
            for line in lines if line["split"] == "test"]
   fig.suptitle("\n".join(filter(None, [
       title, "test accuracy " + ", ".join(tests) if tests else ""])),
-      fontsize=11, parse_math=False)  # A path may hold dollars.
+      fontsize=11, parse_math=False)  # A path may contain dollar signs.
   return fig
 
 
 def _best(lines):
-  """The validation line of the best checkpoint: of equal accuracies the last."""
+  """Returns the validation line of the best checkpoint.
+
+  Of several lines with that accuracy it returns the last.
+  """
   hard = [line for line in lines if (line["split"], line["mode"]) == (
       "validation", "hard") and line.get("accuracy") is not None]
   return max(hard, key=lambda line: (line["accuracy"], line["epoch"]), default=None)
 
 
 def estimators(path: str) -> None:
-  """Draws the picture of `estimators_figure` to the PNG `path`.
+  """Draws `estimators_figure` to the PNG file `path`.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: The file cannot be written.
   """
   save(estimators_figure(), pathlib.Path(path))
 
 
 def estimators_figure() -> Any:
-  """AQE for some alpha beside the STE: forward for 1 and 3 bits, and backward.
+  """Plots AQE for several alpha beside the straight-through estimator.
+
+  Two panels show the forward pass for 1 and 3 bits, and one the backward pass.
 
   Returns:
-    The matplotlib Figure; its axes are the three panels.
+    The matplotlib Figure. Its axes are the three panels.
   """
   from matplotlib import figure
 
@@ -182,11 +190,17 @@ def estimators_figure() -> Any:
 
 
 def pieces(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """A densely sampled curve with gaps, instead of vertical lines, where it jumps.
+  """Inserts gaps into a densely sampled curve where it jumps.
+
+  Without the gaps, matplotlib would draw vertical lines there.
 
   Args:
-    x: ascending, a few thousandths apart.
-    y: what was sampled there; where neighbours differ by more than 0.05 it jumps.
+    x: Ascending positions, a few thousandths apart.
+    y: Samples at these positions. The curve jumps where neighbors differ by more than
+      0.05.
+
+  Returns:
+    x and y with NaN at each jump.
   """
   jumps = np.flatnonzero(np.abs(np.diff(y)) > 0.05) + 1
   return np.insert(x, jumps, np.nan), np.insert(y, jumps, np.nan)
@@ -197,7 +211,10 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def decorate(axes: Any, title: str, xlabel: str) -> None:
-  """What all panels have: a title, a name for x, a grid, and no frame."""
+  """Adds what all panels have: a title, a label of the x axis and a grid.
+
+  The top and the right side of the frame are removed.
+  """
   axes.set_title(title, fontsize=11)
   axes.set_xlabel(xlabel)
   axes.grid(color="#E5E5E5", linewidth=0.8)
@@ -206,7 +223,12 @@ def decorate(axes: Any, title: str, xlabel: str) -> None:
 
 
 def _log_scale(axes: Any, label: str) -> None:
-  """Makes y logarithmic if a line has positive values, and says so in its label."""
+  """Makes the y axis logarithmic if a line has positive values, and labels it.
+
+  Args:
+    axes: Axes that have all their lines.
+    label: Label of the axis. "{scale}" in it stands for "log" or "linear".
+  """
   from matplotlib import ticker
 
   positive = any(np.any(line.get_ydata() > 0) for line in axes.get_lines())
@@ -220,9 +242,9 @@ def _log_scale(axes: Any, label: str) -> None:
 
 
 def save(fig: Any, path: pathlib.Path) -> None:
-  """Writes a figure in one move, so that no reader sees half of it."""
+  """Writes a figure to a file, which is replaced at once and never half written."""
   image = io.BytesIO()
-  with warnings.catch_warnings():  # A path may hold what the font does not have.
+  with warnings.catch_warnings():  # A path may have characters that the font lacks.
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")
     fig.savefig(image, format="png")
   files.write(path, image.getvalue())
@@ -235,7 +257,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Draws forward and backward of the estimators."""
+  """Draws the forward and backward passes of the estimators."""
   out = flags.FLAGS.out
   errors.check(not os.path.isdir(out), "out", out, "a file")
   try:

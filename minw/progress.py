@@ -1,11 +1,11 @@
-"""How far a run is: its rate, and durations as people read them."""
+"""Progress of a run: its rate, and durations in words."""
 
 import collections
 import time
 from typing import Any
 
-_STEPS_IN_FLIGHT = 4  # How far the loop may run ahead of the device.
-LINE_SECONDS = 10.0  # Time between two lines of progress.
+_STEPS_IN_FLIGHT = 4  # Number of steps that the loop may be ahead of the device.
+LINE_SECONDS = 10.0  # Seconds between two lines of progress.
 
 
 def duration(seconds: float) -> str:
@@ -28,21 +28,24 @@ def _two(large: int, large_unit: str, small: int, small_unit: str) -> str:
 
 
 class Progress:
-  """Keeps the loop a few steps ahead of the device, and times it."""
+  """Keeps the training loop a few steps ahead of the device, and measures its rate."""
 
   def __init__(self, step: int, num_steps: int, batch_size: int):
     self._left = num_steps - step
     self._batch_size = batch_size
     self._in_flight = collections.deque()
-    self._steps = 0  # Since the clock was started.
+    self._steps = 0  # Number of steps since the clock was started.
     self._since: Any = None  # The clock starts after the first step, which compiles.
     self._next_line = time.monotonic() + LINE_SECONDS
 
   def stepped(self, loss: Any) -> bool:
-    """Counts a step that was dispatched; waits if the device is far behind.
+    """Counts a step that was dispatched, and waits if the device is far behind.
+
+    Args:
+      loss: Array that the step computes.
 
     Returns:
-      Whether this was the first step, which is compiled and therefore not timed.
+      Whether this was the first step. It includes compilation and is not timed.
     """
     self._left -= 1
     self._in_flight.append(loss)
@@ -56,11 +59,11 @@ class Progress:
     return False
 
   def due(self) -> bool:
-    """Whether a line was not printed for a while."""
+    """Returns whether the next line of progress is due."""
     return time.monotonic() >= self._next_line
 
   def line(self) -> str:
-    """Rate and time left; the next is due in a while."""
+    """Returns rate and time left. The next line is due after `LINE_SECONDS`."""
     self._next_line = time.monotonic() + LINE_SECONDS
     rate = self._rate()
     if not rate:
@@ -69,7 +72,7 @@ class Progress:
     return f"{rate:.0f} examples/s, {left} left"
 
   def pause(self) -> float | None:
-    """Stops the clock; returns the examples per second since the last pause."""
+    """Waits for the device. Returns the examples per second since the last pause."""
     if self._in_flight:
       self._in_flight[-1].block_until_ready()
     return self._rate()

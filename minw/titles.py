@@ -1,13 +1,13 @@
-"""Short names of what a config describes, for titles, tables and charts.
+"""Short names of networks, data sets, bits and estimators, for titles and tables.
 
-All functions take a config, or its fields as they stand in JSON.
+All functions take a config, or a dict of its fields as read from JSON.
 """
 
 from typing import Any, Mapping
 
 from minw import models
 
-NO_ESTIMATOR = "-"  # Stands for the estimator of a network without quantized operands.
+NO_ESTIMATOR = "-"  # Estimator of a network without quantized operands.
 
 _DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
              "imagenet2012": "ImageNet"}
@@ -17,7 +17,7 @@ _FORMAT_BITS = {"float8_e4m3fn": 8, "bfloat16": 16, "float16": 16, "float32": 32
 
 
 def network(config: Mapping[str, Any]) -> str:
-  """The network: "ResNet-18", "ConvNet D", "ConvNet D at a quarter of its widths"."""
+  """Names the network: "ResNet-18" or "ConvNet D at a quarter of its widths"."""
   if config["network"] != "convnet":
     family = config["network"].rstrip("0123456789")
     return config["network"].replace(family, _NETWORKS.get(family, family))
@@ -30,21 +30,21 @@ def network(config: Mapping[str, Any]) -> str:
 
 
 def dataset(config: Mapping[str, Any]) -> str:
-  """The data set as it is usually written: "CIFAR-10"."""
+  """Names the data set in its usual spelling: "CIFAR-10"."""
   name: str = config["dataset"]
   return _DATASETS.get(name, name)
 
 
 def num_bits(bits: int | str) -> int | None:
-  """The number of bits of a config's `bits`; None of an unknown format."""
+  """Returns the number of bits of a config's `bits`, or None for an unknown format."""
   return _FORMAT_BITS.get(bits) if isinstance(bits, str) else bits
 
 
 def bits(config: Mapping[str, Any]) -> str:
-  """The bits of weights and activations: "W1A2", or "W16A2 (bfloat16)".
+  """Names the bits of weights and activations: "W1A2", or "W16A2 (bfloat16)".
 
-  Formats are named where their number of bits does not tell them, and so are the
-  layers of `bits_rules`: "W1A1 (conv1=float32)".
+  Formats other than float32 are named in parentheses. The rules of `bits_rules` are
+  also named there: "W1A1 (conv1=float32)".
   """
   weights, inputs = config["weight_bits"], config["input_bits"]
   remarks = sorted({value for value in (weights, inputs)
@@ -55,10 +55,11 @@ def bits(config: Mapping[str, Any]) -> str:
 
 
 def estimator(config: Mapping[str, Any]) -> str:
-  """The estimator's name in configs; `NO_ESTIMATOR` if there is nothing to estimate.
+  """Returns the name of the estimator in the config.
 
-  An estimator acts on operands of 1 to 5 bits. Operands in a float format are rounded
-  to it, and gradients pass.
+  The result is `NO_ESTIMATOR` if all operands are floats. An estimator acts on operands
+  of 1 to 5 bits. Operands in a float format are rounded to it, and gradients pass
+  unchanged.
   """
   possible = {config["weight_bits"], config["input_bits"]}
   for pattern, value in config["bits_rules"]:
@@ -68,7 +69,7 @@ def estimator(config: Mapping[str, Any]) -> str:
 
 
 def run(config: Mapping[str, Any]) -> str:
-  """All of these in a line: "ConvNet D, CIFAR-10, AQE, W1A1"."""
+  """Names a run in one line: "ConvNet D, CIFAR-10, AQE, W1A1"."""
   name = estimator(config)
   return ", ".join([network(config), dataset(config), _ESTIMATORS.get(name, name),
                     bits(config)])

@@ -1,4 +1,4 @@
-"""A training run, top to bottom: `train_and_evaluate`."""
+"""Training: the state, the compiled step, and the loop of `train_and_evaluate`."""
 
 import contextlib
 import errno
@@ -42,16 +42,18 @@ from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
 
-MEETING_STEPS = 16  # How often several processes ask each other whether to stop.
+MEETING_STEPS = 16  # Number of steps after which processes agree whether to stop.
 
 
 class Totals(NamedTuple):
   """Sums over the training examples since the last report.
 
   Attributes:
-    loss, correct, count: float32 ().
-    diverged_at: int32 (), the first step whose loss, update or batch norm statistics
-      were not finite; -1: none.
+    loss: float32 (), sum of the losses of the examples.
+    correct: float32 (), number of examples that were classified correctly.
+    count: float32 (), number of examples.
+    diverged_at: int32 (), first step whose loss, update or batch norm statistics were
+      not finite; -1 if there is none.
   """
 
   loss: jax.Array
@@ -61,7 +63,15 @@ class Totals(NamedTuple):
 
 
 class TrainState(NamedTuple):
-  """All that training goes on from; random numbers follow from seed and step."""
+  """The complete state of training. Random numbers follow from the seed and the step.
+
+  Attributes:
+    step: int32 (), number of steps done.
+    params: Parameters of the network.
+    batch_stats: Running statistics of batch norm.
+    opt_state: State of the optimizer.
+    totals: Sums for the next report.
+  """
 
   step: jax.Array
   params: Any
@@ -71,7 +81,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(experiment: Experiment) -> TrainState:
-  """The state before the first step."""
+  """Returns the state before the first step."""
   variables = layers.initialize(
       experiment.model, experiment.image_shape, experiment.config.seed)
   return TrainState(
@@ -88,7 +98,7 @@ def _no_totals() -> Totals:
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
-  """Shapes, dtypes and shardings of the state."""
+  """Returns shapes, dtypes and shardings of the state."""
   def abstract(leaf, sharding):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -106,17 +116,17 @@ def update(
     labels: jax.Array | np.ndarray,
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array]:
-  """One step on one batch (Algorithm 1).
+  """Trains one step on one batch (Algorithm 1).
 
   Args:
-    experiment: network, schedules and optimizer.
-    state: before the step.
-    images: float32 (batch, height, width, channels), normalized.
-    labels: int32 (batch,).
-    key: of the estimator's noise, where it has any.
+    experiment: Network, schedules and optimizer.
+    state: State before the step.
+    images: Normalized images, float32 (batch, height, width, channels).
+    labels: Labels, int32 (batch,).
+    key: Random key for the noise of the estimator. Estimators without noise ignore it.
 
   Returns:
-    The state after it, and the batch's mean loss.
+    The state after the step, and the mean loss of the batch, float32 ().
   """
   alpha = experiment.alpha(state.step)
 
@@ -150,7 +160,7 @@ def update(
 
 
 def make_init_state(experiment: Experiment) -> Callable[[], TrainState]:
-  """The compiled f() -> the state before the first step, on all devices."""
+  """Compiles a function without arguments that makes the first state on all devices."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
   return experiment.jit(lambda: init_state(experiment), out_shardings=shardings)
 
@@ -158,10 +168,10 @@ def make_init_state(experiment: Experiment) -> Callable[[], TrainState]:
 def make_train_step(
     experiment: Experiment,
 ) -> Callable[..., tuple[TrainState, jax.Array]]:
-  """The compiled step f(state, data, order) -> (state, loss); it donates the state.
+  """Compiles the training step f(state, data, order) -> (state, loss).
 
-  It takes data and order from `Experiment.data.train_batches`. The batch is a function
-  of the seed and `state.step`.
+  The step donates its state. It takes data and order from
+  `Experiment.data.train_batches`. The seed and `state.step` determine the batch.
   """
   noise_steps = experiment.config.estimator_noise_steps
 
@@ -181,14 +191,17 @@ def make_train_step(
 
 
 def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
-  """f(params, batch_stats, batches): batch norm's statistics of the hard network.
+  """Makes a function that re-estimates batch norm's statistics for the hard network.
 
-  In training batch norm sees mixed values, and weights that flip from step to step
-  corrupt its running statistics. These are means over `reestimate_batches` batches,
-  the first of what `Experiment.data.train_batches` gives.
+  In training, batch norm sees mixed values, and weights that flip from step to step
+  corrupt its running statistics. The new statistics are means over the first
+  `reestimate_batches` batches of `Experiment.data.train_batches`.
+
+  Returns:
+    The function f(params, batch_stats, batches) -> batch_stats.
   """
-  # With no momentum, what a step leaves is the batch's own; the straight-through
-  # estimator is the hard quantizer at any alpha, as is lsq with its steps.
+  # Without momentum, a step leaves the statistics of its batch. The straight-through
+  # estimator computes the hard quantizer at any alpha, and so does lsq with its steps.
   estimator = "lsq" if experiment.config.estimator == "lsq" else "ste"
   model = experiment_lib.build_model(
       experiment.config, estimator=estimator, norm_momentum=0.0)
@@ -211,7 +224,7 @@ def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
 
 
 def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, dict]]:
-  """The compiled f(params) -> (codes, mean distance from the grid), each by layer."""
+  """Compiles f(params) -> (codes, mean distance of weights from the grid), by layer."""
   c = experiment.config
 
   def report(params):
@@ -234,10 +247,10 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
 
 
 class Interrupted(KeyboardInterrupt):
-  """SIGINT stopped a run, after its state was saved.
+  """Error that is raised when SIGINT stopped a run and its state was saved.
 
   Attributes:
-    status: What status.json holds: `state` is "preempted".
+    status: Content of status.json. Its `state` is "preempted".
   """
 
   def __init__(self, status: dict[str, Any]):
@@ -247,39 +260,42 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StorageError(errors.UsageError):
-  """A file of a run cannot be written or read; what was saved before is whole."""
+  """A file of a run cannot be written or read. Earlier checkpoints are intact."""
 
   exit_code = exit_codes.IO_ERROR
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
-  """Trains the network of `config`, or goes on from the last checkpoint in `workdir`.
+  """Trains the network of `config`, or resumes from the last checkpoint in `workdir`.
 
-  A run that was interrupted, at whatever moment, and started again ends with the same
-  parameters and metrics, rates apart, as one that was not. In the main thread, SIGTERM
-  and SIGINT (Ctrl-C, or a notebook's interrupt) end it after its state is saved.
+  A run may be interrupted at any moment and started again. It ends with the same
+  parameters and metrics as a run without interruption; only its rates differ. In the
+  main thread, SIGTERM and SIGINT (Ctrl-C, or the interrupt of a notebook) end the run
+  after its state is saved.
 
-  Several processes (see `distributed.initialize`) call this alike, and do the same
-  steps together. What the first alone does stands behind `distributed.is_main`.
+  Several processes (see `distributed.initialize`) all call this function and do the
+  same steps together. Work of process 0 alone is guarded by `distributed.is_main`.
 
-  Progress is shown as `display.shown` says.
+  Progress is shown as described in `display.shown`.
 
   Args:
-    config: see `config.default_config`.
-    workdir: receives config.json, run.json, metrics.jsonl, status.json, curves.png,
-      tensorboard/ and checkpoints/, and histograms.jsonl if the config asks for it;
-      made if missing. Its lock is held until this returns.
+    config: Config of the run, see `config.default_config`.
+    workdir: Directory of the run. It is created if it is missing. It receives
+      config.json, run.json, metrics.jsonl, status.json, curves.png, tensorboard/ and
+      checkpoints/, and histograms.jsonl if the config asks for it. Its lock is held
+      until this function returns.
 
   Returns:
-    What status.json holds in the end: `state` ("done", "diverged" or "preempted"),
+    The final content of status.json: `state` ("done", "diverged" or "preempted"),
     `step` and, when done, the hard network's `test_accuracy` and `test_loss`.
 
   Raises:
-    errors.UsageError: the config cannot be run, `workdir` belongs to another config, is
-      in use or cannot be written to, or data are missing; before training starts.
-    StorageError: later, a file cannot be written. The state is then "stopped".
-    Interrupted: SIGINT came, and the state is saved. A second SIGINT raises
-      KeyboardInterrupt at once; what was trained since the last checkpoint is lost.
+    errors.UsageError: Before training starts: the config cannot be run, `workdir`
+      belongs to another config, is in use or cannot be written to, or data are missing.
+    StorageError: During training, a file cannot be written. The state is then
+      "stopped".
+    Interrupted: SIGINT arrived, and the state is saved. A second SIGINT raises
+      KeyboardInterrupt at once. Then the steps since the last checkpoint are lost.
   """
   workdir = os.fspath(workdir)
   together = distributed.together
@@ -301,14 +317,15 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
 
 
 def _ended(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
-  """The status of a run that is done or has diverged, if all of its record is there.
+  """Returns the status of a run that has ended and whose record is complete.
 
   Returns:
-    None for any other run, and for one whose files contradict that: with a warning, it
-    resumes from its last checkpoint, which makes its record again.
+    The status if the run is done or has diverged, else None. None is also returned,
+    with a warning, if the files contradict the status. The run then resumes from its
+    last checkpoint and completes its record.
 
   Raises:
-    errors.UsageError: the record is not complete, and there is no checkpoint.
+    errors.UsageError: The record is not complete, and there is no checkpoint.
   """
   try:
     status = run_files.read_status(workdir)
@@ -334,14 +351,14 @@ def _ended(workdir: str, experiment: Experiment) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _stopping(workdir: str, target: Any) -> Iterator[None]:
-  """Notes the state "stopped" when an interrupt or a file's error ends a run.
+  """Context that notes the state "stopped" if an interrupt or a file error ends a run.
 
   Args:
     workdir: Directory of the run.
     target: Shapes and dtypes of a checkpoint, for the message.
 
   Raises:
-    StorageError: for an error of the file system, naming the file.
+    StorageError: The file system failed. The message names the file.
   """
   try:
     yield
@@ -351,7 +368,7 @@ def _stopping(workdir: str, target: Any) -> Iterator[None]:
       raise
     with contextlib.suppress(OSError):
       if distributed.is_main():
-        checkpoint.discard_unfinished(workdir)  # It may have filled the disk.
+        checkpoint.discard_unfinished(workdir)  # The save may have filled the disk.
       run_files.write_status(workdir, "stopped", checkpoint.newest_step(workdir))
     if not failed:
       raise
@@ -362,7 +379,7 @@ def _stopping(workdir: str, target: Any) -> Iterator[None]:
       with contextlib.suppress(OSError):
         need += f", {shutil.disk_usage(workdir).free / 1e6:.1f} MB are free"
       need += ")"
-    # Removing a folder, Python names its files without the folder.
+    # When Python removes a folder, its errors name files without the folder.
     named = failed.filename and os.path.isabs(failed.filename)
     raise StorageError(
         f"{failed.filename if named else workdir}: {failed.strerror}{need}; the run is"
@@ -370,7 +387,10 @@ def _stopping(workdir: str, target: Any) -> Iterator[None]:
 
 
 def _storage_error(error: BaseException, workdir: str) -> OSError | None:
-  """The file system's error that `error` is or, if it is TensorStore's, tells of."""
+  """Returns the file system's error behind `error`, or None if there is none.
+
+  TensorStore reports such an error in the text of an exception of its own.
+  """
   if not isinstance(error, OSError):
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if not number:
@@ -381,7 +401,7 @@ def _storage_error(error: BaseException, workdir: str) -> OSError | None:
 
 
 class _Splits(NamedTuple):
-  """The data of a run, as `Experiment.data.load` gives it."""
+  """The data of a run, as returned by `Experiment.data.load`."""
 
   train: Any
   validation: Any
@@ -389,7 +409,7 @@ class _Splits(NamedTuple):
 
 
 class _Programs(NamedTuple):
-  """The compiled functions of a run. Each is described where it is made."""
+  """The compiled functions of a run. The functions that make them describe them."""
 
   train_step: Callable[..., tuple[TrainState, jax.Array]]
   reestimate: Callable[..., Any]
@@ -400,19 +420,20 @@ class _Programs(NamedTuple):
 
 
 class _Run(NamedTuple):
-  """What the steps of a run share.
+  """Objects that all steps of a run share.
 
   Attributes:
     experiment: Network, schedules and optimizer.
     workdir: Directory of the run.
-    stop: Says whether the run shall stop.
-    splits: Data.
+    stop: Signal handler that knows whether the run shall stop.
+    splits: Training, validation and test data.
     programs: Compiled functions.
-    manager: Checkpoints.
-    journal: Keeps run.json.
-    writer: Keeps metrics.jsonl and histograms.jsonl; None but on the first process.
-    progress: Measures the rate.
-    show: Shows the steps done, and a text.
+    manager: Manager of the checkpoints.
+    journal: Writer of run.json.
+    writer: Writer of metrics.jsonl and histograms.jsonl. It is None except on
+      process 0.
+    progress: Clock that measures the rate of training.
+    show: Function that shows the number of steps done, and a text.
   """
 
   experiment: Experiment
@@ -431,7 +452,7 @@ def _train(
     experiment: Experiment, source: dict[str, Any], workdir: str,
     stop: stopping.StopSignal,
 ) -> dict[str, Any]:
-  """Trains what is left of a run, tests its network, and returns its status."""
+  """Trains the remaining steps of a run, tests its network, and returns its status."""
   begun = time.monotonic()
   splits = _Splits(*(distributed.together(experiment.data.load, split)
                      for split in _Splits._fields))
@@ -452,7 +473,7 @@ def _train(
     run_files.write_status(workdir, "running", step)
     writer = metrics.Writer(workdir, step, saved) if distributed.is_main() else None
     if distributed.several():
-      stop.hold()  # No process can stop alone: they agree on a step.
+      stop.hold()  # No process can stop alone. All agree on a step at which they stop.
     progress = Progress(step, experiment.num_steps, experiment.config.batch_size)
     run = _Run(experiment, workdir, stop, splits, programs, manager, journal, writer,
                progress, show)
@@ -477,7 +498,8 @@ def _first_state(
   """Restores the newest checkpoint, or makes the state before the first step.
 
   Returns:
-    The state, and what the checkpoint holds of the run's records, if anything.
+    The state, and the copy of the run's records in the checkpoint. The copy is None if
+    there is no checkpoint or it has no copy.
   """
   together = distributed.together
   restored = together(
@@ -494,7 +516,7 @@ def _first_state(
 
 
 def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
-  """Trains until the last step, or until the run diverges or shall stop.
+  """Trains until the last step, or until the run diverges or must stop.
 
   Returns:
     The status of the run. Its state is "running" after the last step.
@@ -519,15 +541,19 @@ def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
 
 
 def _validated_epoch(experiment: Experiment, step: int) -> int:
-  """The epoch that ends with this step and a validation, from 1 on; 0 if none does."""
+  """Returns the number of the epoch that ends with this step and a validation.
+
+  Epochs are counted from 1. The result is 0 if no such epoch ends with this step.
+  """
   epoch, rest = divmod(step, experiment.steps_per_epoch)
   return epoch if rest == 0 and config_lib.is_validated(experiment.config, epoch) else 0
 
 
 def _is_pause(run: _Run, step: int) -> bool:
-  """Whether the loop pauses after this step though no epoch ends.
+  """Returns whether the loop pauses after this step although no epoch ends.
 
-  Several processes pause at the same steps, since each pause waits for all of them.
+  A pause of several processes waits for all of them. Therefore they pause at the same
+  steps.
   """
   if distributed.several():
     return step % MEETING_STEPS == 0
@@ -537,14 +563,15 @@ def _is_pause(run: _Run, step: int) -> bool:
 def _pause(
     run: _Run, step: int, state: TrainState, epoch: int, codes: dict[str, jax.Array]
 ) -> tuple[TrainState, dict[str, Any]]:
-  """Does what is due between two steps: ends the run, saves it or prints a line.
+  """Ends the run, validates and saves it, or prints a line, whichever is due.
 
   Args:
-    run: What the steps share.
+    run: Objects that all steps share.
     step: Number of steps done.
-    state: State after them.
+    state: State after these steps.
     epoch: Number of the epoch that ends here with a validation; 0 if none does.
-    codes: Codes of the weights before the last step, by layer, if an epoch ends.
+    codes: Codes of the weights before the last step, by layer. They are empty unless an
+      epoch ends here.
 
   Returns:
     The state to train from, and the status of the run.
@@ -579,9 +606,9 @@ def _train_line(
     run: _Run, step: int, totals: Totals, rate: float | None,
     codes: dict[str, jax.Array], params: Any
 ) -> dict[str, Any]:
-  """Makes the line of the training split: means since the last one, and rates.
+  """Makes the line of the training split: means since the last line, and rates.
 
-  The flip rate is that of the last step alone.
+  The flip rate compares the codes before and after the last step only.
   """
   experiment = run.experiment
   new_codes, distance = run.programs.weight_report(params)
@@ -603,14 +630,14 @@ def _train_line(
 def _evaluate_epoch(
     run: _Run, step: int, epoch: int, trained: dict[str, Any], tree: dict[str, Any]
 ) -> float:
-  """Evaluates the networks after an epoch, and records and shows what comes of it.
+  """Evaluates the networks after an epoch, and records and shows the results.
 
   Args:
-    run: What the steps share.
+    run: Objects that all steps share.
     step: Number of steps done.
     epoch: Number of epochs done.
-    trained: The line of the training split.
-    tree: What the checkpoint of this step will hold.
+    trained: Line of the training split.
+    tree: Arrays that the checkpoint of this step will hold.
 
   Returns:
     The hard network's accuracy on the validation split.
@@ -644,9 +671,9 @@ def _evaluate_epoch(
 def _save(
     run: _Run, step: int, tree: dict[str, Any], accuracy: float | None
 ) -> dict[str, Any]:
-  """Saves a checkpoint, and returns the status: "preempted" if the run shall stop."""
+  """Saves a checkpoint, and returns the status: "preempted" if the run must stop."""
   if run.writer:
-    run.writer.sync()  # No checkpoint is ahead of the records.
+    run.writer.sync()  # The records must reach the disk before the checkpoint does.
   checkpoint.save(run.manager, step, tree, accuracy, {
       "config": json.loads(config_lib.to_json(run.experiment.config)),
       "journal": run.journal.content,
@@ -661,14 +688,17 @@ def _save(
 
 
 def _test(run: _Run) -> dict[str, Any]:
-  """Evaluates the last and the best checkpoint on the test split, and records it.
+  """Evaluates the last and the best checkpoint on the test split.
+
+  The results are recorded in metrics.jsonl.
 
   Returns:
-    What status.json holds of it.
+    The results for status.json.
   """
   experiment, manager = run.experiment, run.manager
   manager.wait_until_finished()
-  files.sync_folder(manager.directory)  # Before a status that relies on it.
+  # The status "done" relies on the checkpoints. They must be on the disk before it.
+  files.sync_folder(manager.directory)
   target = checkpoint_target(experiment)
   last = checkpoint.restore(manager, experiment.num_steps, target)
   best = checkpoint.restore_best(manager, target)
@@ -687,7 +717,7 @@ def _test(run: _Run) -> dict[str, Any]:
 
 
 def checkpoint_target(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes, dtypes and shardings of what a checkpoint of the run holds."""
+  """Returns shapes, dtypes and shardings of the arrays in a checkpoint of the run."""
   state = abstract_state(experiment)
   tree = state._asdict()
   if experiment.config.reestimate_batches:
@@ -696,17 +726,18 @@ def checkpoint_target(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]
 
 
 def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
-  """The trained variables of another run, for this one to start from.
+  """Reads the trained variables of another run, from which this run starts.
 
   Args:
-    workdir: of a run whose network has the same shapes, of whatever bits; or "".
-    experiment: of this run.
+    workdir: Directory of the other run, or "" for none. Its network has the same shapes
+      as that of this run. Its bits may differ.
+    experiment: Experiment of this run.
 
   Returns:
-    {"params", "batch_stats"}; of no run {}.
+    A dict with "params" and "batch_stats". It is empty if `workdir` is "".
 
   Raises:
-    errors.UsageError: there is no such run, or the shapes differ.
+    errors.UsageError: There is no such run, or the shapes differ.
   """
   if not workdir:
     return {}
