@@ -81,9 +81,9 @@ def saying_who_ends() -> Iterator[None]:
   except (Exception, KeyboardInterrupt) as error:
     if jax.distributed.is_initialized():
       error.add_note(
-          f"process {jax.process_index()} of {jax.process_count()} ends here, or another"
-          " process ended before it. No process can continue alone. The same commands"
-          " resume the run from its last checkpoint")
+          f"process {jax.process_index()} of {jax.process_count()} ends here, or"
+          " another process ended before it. No process can continue alone. The same"
+          " commands resume the run from its last checkpoint")
     raise
 
 

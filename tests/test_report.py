@@ -186,7 +186,7 @@ def test_rows_without_a_run_can_be_left_out():
       "Cells with runs, by table: I: 1 of 64, II: 1 of 68, III: 0 of 8, IV: 0 of 14, "
       "V: 0 of 10.")
   nothing = tables.markdown(tables.with_runs(tables.tables([])[0]), [])
-  assert "No run is of a cell of these tables.\n" in nothing and "|" not in nothing
+  assert "No run belongs to a cell of these tables.\n" in nothing and "|" not in nothing
 
 
 def test_shared_settings_are_said_once():
@@ -194,7 +194,7 @@ def test_shared_settings_are_said_once():
                            made(crop_size=30, weight_bits=2)])
   text = tables.markdown(rows, [])
   assert text.count("crop_size=30") == 1 and text.count("pad_value=1.0") == 1
-  assert "All of ours with crop_size=30.\n" in text
+  assert "All of our runs have crop_size=30.\n" in text
 
 
 @pytest.mark.parametrize("changes, reason", [
@@ -1081,7 +1081,7 @@ def test_commands(runs, tmp_path):
   assert "3 added" in outputs["collect"]
   assert "not copied of any run: checkpoints, " in outputs["collect"]
   assert f"left out: {tmp_path / 'half'}: " in outputs["collect"]
-  assert "No run is of a cell of these tables.\n" in outputs["tables"]
+  assert "No run belongs to a cell of these tables.\n" in outputs["tables"]
   assert "|" not in outputs["tables"]  # Rows without a run are in the files alone.
   assert (out / "tables.md").read_text().count("| W1A1 |") == 4 + 8 + 2 + 2
   for text in (outputs["tables"], (out / "tables.md").read_text()):

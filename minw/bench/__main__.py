@@ -1,37 +1,39 @@
-"""Timings, each beside what it is compared with: `python -m minw.bench train`.
+"""Benchmarks of training, inference and data loading, each with a baseline.
 
   python -m minw.bench train [--config=NAME] [--config.FIELD=VALUE]
       [--rounds=N] [--json=FILE]
 
-times a step of training: of AQE, of the straight-through estimator and of the float32
-network, with a fixed batch and with its data, and in PyTorch where that is installed.
+times a training step of AQE, of the straight-through estimator and of the float32
+network. The steps have a fixed batch; AQE is also timed with its data. If PyTorch is
+installed, the float32 network is also timed there.
 
   python -m minw.bench inference [--layers] [--batches=1,64] [...]
 
-times the packed network, of ConvNet A by default, natively and in XLA, beside the same
-network in float32 and in int8 (pip install 'minw[bench]'), on one thread and on all;
-with --layers single convolutions.
+times the packed network, by default ConvNet A, with the native kernels and in XLA. The
+same network in float32 and in int8 is the baseline (pip install 'minw[bench]'). All are
+timed on one thread and on all cores. With --layers, single convolutions are timed.
 
   python -m minw.bench data --config.data_dir=DIR [...]
 
-counts the images that one core reads, decodes and crops for training on ImageNet,
-beside PyTorch's DataLoader with Pillow where that is installed.
+measures how many images per second one core reads, decodes and crops for training on
+ImageNet. If PyTorch is installed, its DataLoader with Pillow is the baseline.
 
   python -m minw.bench scaling [--chips=1,8,64] [--batch_per_chip=32] [--teraflops=275]
       [--utilization=0.3] [--gigabytes=300] [--microseconds=1] [...]
 
-says how long a step would take on many chips, from its compiled program and these
-rates, by default those published of TPU v4. Nothing is run.
+estimates how long a step would take on many chips, from its compiled program and these
+rates. The default rates are those published for TPU v4. Nothing is run.
 
   python -m minw.bench configs [--configs=NAME[:ARGUMENT]]... [--batch_size=N] [...]
 
-says of each experiment, by default of all that come with minw, what its network is,
-and times a step of its training.
+describes the network of each experiment and times a step of its training. By default
+these are all experiments that come with minw.
 
   python -m minw.bench throughput [--seeds=1,2,4,8] [--seconds=5] [...]
 
-counts the training steps per second of several seeds at once on this machine, as
-processes and as one vmapped program, which says what --jobs of a sweep is best set to.
+measures the training steps per second of several seeds at once on this machine, as
+separate processes and as one vmapped program. This shows the best value of --jobs for a
+sweep.
 """
 
 import json
@@ -56,7 +58,7 @@ from minw.bench import train
 
 
 def get_config(network: str = "D") -> Any:
-  """The default of --config, which is this file."""
+  """Returns the default config of a benchmark. The flag --config names this file."""
   c = config_lib.default_config()
   if network == "imagenet2012":
     c.update(dataset=network, network="resnet18", crop_size=224)
@@ -118,7 +120,7 @@ def main_throughput() -> None:
 
 def _report(module, measure) -> None:
   path = flags.FLAGS.json
-  if path:  # Found out now rather than after minutes.
+  if path:  # Check the path now, because the measurement takes minutes.
     errors.check(os.path.isdir(os.path.dirname(path) or "."), "json", path,
                  "a file in a directory that exists")
   result = measure()
@@ -136,7 +138,7 @@ SUBCOMMANDS = {
     "throughput": main_throughput,
 }
 
-# Networks of the default config, as `get_config` takes them.
+# Argument of `get_config` for the default config of each benchmark.
 _NETWORKS = {"train": "D", "inference": "A", "data": "imagenet2012", "scaling": "A",
              "throughput": "A"}
 
@@ -146,7 +148,7 @@ def define_flags(subcommand: str) -> None:
   cli.DEFINE_path("json", None, "File to write the result to, as a JSON object.")
   if subcommand == "configs":
     flags.DEFINE_multi_string(
-        "configs", [], "Experiments; all that come with minw by default.")
+        "configs", [], "Experiments to time; by default all that come with minw.")
     flags.DEFINE_integer(
         "batch_size", None, "Batch size of all configs instead of their own.",
         lower_bound=1)
@@ -154,25 +156,29 @@ def define_flags(subcommand: str) -> None:
     config_flag.define(default=f"{__file__}:{_NETWORKS[subcommand]}")
   if subcommand != "scaling":
     rounds = 3 if subcommand == "throughput" else 15
-    flags.DEFINE_integer("rounds", rounds, "How often each is measured.", lower_bound=1)
+    flags.DEFINE_integer("rounds", rounds, "Number of measurements.", lower_bound=1)
   if subcommand == "inference":
-    flags.DEFINE_list("batches", ["1", "64"], "Sizes of batches.")
-    flags.DEFINE_bool("layers", False, "Single convolutions instead of networks.")
+    flags.DEFINE_list("batches", ["1", "64"], "Batch sizes.")
+    flags.DEFINE_bool(
+        "layers", False, "Whether to time single convolutions and not networks.")
   if subcommand == "scaling":
     flags.DEFINE_list("chips", ["1", "8", "64", "512", "4096"], "Numbers of chips.")
-    flags.DEFINE_integer("batch_per_chip", 32, "Examples of each chip.", lower_bound=1)
-    flags.DEFINE_float("teraflops", 275, "Peak of a chip.", lower_bound=1e-3)
+    flags.DEFINE_integer(
+        "batch_per_chip", 32, "Number of examples per chip.", lower_bound=1)
+    flags.DEFINE_float("teraflops", 275, "Peak teraflop/s of a chip.", lower_bound=1e-3)
     flags.DEFINE_float("utilization", 0.3, "Share of the peak that is reached.",
                        lower_bound=1e-3, upper_bound=1)
     flags.DEFINE_float("gigabytes", 300,
-                       "Gigabytes that a chip sends a second, over all"
-                       " its links.", lower_bound=1e-3)
-    flags.DEFINE_float("microseconds", 1, "Latency from chip to chip.", lower_bound=0)
+                       "Gigabytes per second that a chip sends over all its links.",
+                       lower_bound=1e-3)
+    flags.DEFINE_float("microseconds", 1, "Latency between two chips in microseconds.",
+                       lower_bound=0)
   if subcommand == "throughput":
     flags.DEFINE_list("seeds", ["1", "2", "4", "8"], "Numbers of seeds to compare.")
-    flags.DEFINE_float("seconds", 5, "Length of a measurement.", lower_bound=0)
+    flags.DEFINE_float(
+        "seconds", 5, "Length of a measurement in seconds.", lower_bound=0)
     flags.DEFINE_integer(
-        "work", None, "For the processes that are measured: number of seeds in each.")
+        "work", None, "Number of seeds in a process. Measured processes get this flag.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All experiment files: what networks they have, and what a step of training takes."""
+"""Benchmark of all experiment files: their networks and the time of a training step."""
 
 import functools
 from typing import Any, Sequence
@@ -17,19 +17,19 @@ from minw.experiment import Experiment
 def bench_configs(
     configs: Sequence[str], rounds: int, batch_size: int | None
 ) -> dict[str, Any]:
-  """Times a step of training of each config, one after another, on random images.
+  """Times a training step of each config, one after another, on random images.
 
   Args:
-    configs: experiments, as --config takes them: NAME or NAME:ARGUMENT.
-    rounds: how often each is measured.
-    batch_size: images in a step; None: each config's own.
+    configs: Experiments as --config takes them: NAME or NAME:ARGUMENT.
+    rounds: Number of measurements of each config.
+    batch_size: Batch size of all configs. If None, each config has its own.
 
   Returns:
-    What --json writes: `configs` by name, each with what it is and `step`, a summary
-    of the seconds; and the machine.
+    The object that --json writes. `configs` has for each name a description of the
+    network and `step`, a summary of the seconds. The machine is described, too.
 
   Raises:
-    errors.UsageError: a config cannot be run; before any is timed.
+    errors.UsageError: A config cannot be run. It is raised before any is timed.
   """
   experiments = {name: _experiment(config_flag.load(name), batch_size)
                  for name in configs}
@@ -49,7 +49,8 @@ def _measure(experiment: Experiment, rounds: int) -> dict[str, Any]:
   key = jax.random.key(c.seed)
   batch = experiment.jit(experiment.data.train_inputs)(
       *bench_train.random_batch(experiment), 0, key)
-  # Compiles as long as the step does where it is not told not to optimize.
+  # With optimization, compiling the initialization would take as long as compiling the
+  # step.
   state = experiment.jit(
       lambda: train.init_state(experiment),
       compiler_options={"xla_backend_optimization_level": 0})()
@@ -69,11 +70,11 @@ def _measure(experiment: Experiment, rounds: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-  """The result of `bench_configs` for a reader, in Markdown."""
+  """Formats the result of `bench_configs` as Markdown."""
   m = result["machine"]
   lines = [
-      "One step of training on a batch of random images; medians and quartiles of "
-      f"{result['rounds']} rounds, on {m['num_devices']} x {m['device']}; "
+      "Time of a training step on a batch of random images. Medians and quartiles of "
+      f"{result['rounds']} rounds on {m['num_devices']} x {m['device']}; "
       f"CPU: {m['cores']} x {m['cpu']}; "
       + ", ".join(f"{name} {version}" for name, version in m["versions"].items()) + ".",
       "",

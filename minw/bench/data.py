@@ -1,4 +1,4 @@
-"""Images that one core prepares for training: minw's loader and PyTorch's."""
+"""Benchmark of loading images for training on one core: minw's loader and PyTorch's."""
 
 import functools
 import os
@@ -17,14 +17,14 @@ from minw.data import datasets
 from minw.data import pixels as pixels_lib
 from minw.data import streamed
 
-_IMAGES = 1000  # The first of the training split: as many as stay in memory.
-_WARM, _BATCHES = 6, 12  # Batches of a measurement: first ignored, then counted.
+_IMAGES = 1000  # Number of training images that are used. They stay in memory.
+_WARM, _BATCHES = 6, 12  # Batches of a measurement that are not timed, and timed.
 _MINW, _FLOATS, _BYTES = "minw", "torch, normalized floats", "torch, bytes"
 _TORCH = {_FLOATS: True, _BYTES: False}
 
 
 class _Repeated:
-  """The first `count` of some records, again and again, as many as in ImageNet."""
+  """The first `count` of some records, repeated up to the size of ImageNet."""
 
   def __init__(self, records: Sequence[Any], count: int):
     self._records, self._count = records, count
@@ -40,9 +40,11 @@ class TorchFiles:
   """A PyTorch data set of image files, cropped as torchvision's transforms do.
 
   Args:
-    paths: of the files.
-    crop_size, scale: of random crops.
-    pixels: normalization of float32 (3, size, size); uint8 (size, size, 3) if None.
+    paths: Paths of the files.
+    crop_size: Height and width of the random crops.
+    scale: Smallest and largest share of the image's area in a crop.
+    pixels: Normalization. Images are then float32 (3, size, size). If None, images are
+      not normalized and stay uint8 (size, size, 3).
   """
 
   def __init__(self, paths, crop_size, scale, pixels):
@@ -86,23 +88,24 @@ class TorchFiles:
 
 
 def bench_data(config: Any, rounds: int) -> dict[str, Any]:
-  """Counts images a second, on one core to which this process is bound meanwhile.
+  """Measures images per second. The process is bound to one core in the meantime.
 
-  Each loader has one worker process and takes random crops of the same JPEG files,
-  minw's from the records, PyTorch's from files of their own. minw's batches are bytes;
-  PyTorch's are measured as such, and as the normalized floats of common use.
+  Each loader has one worker process and takes random crops of the same JPEG images.
+  minw reads them from its records, and PyTorch from one file for each image. Batches of
+  minw are bytes. PyTorch is measured with bytes and with normalized floats, which are
+  common there.
 
   Args:
-    config: see `config.default_config`; of a streamed data set.
-    rounds: how often each loader is measured.
+    config: Config with a streamed data set, see `config.default_config`.
+    rounds: Number of measurements of each loader.
 
   Returns:
-    What --json writes: `images_per_second` and `ratios` by name, each a summary of one
-    number for each round; `left_out`, why a loader was not measured, by name; config
-    and machine.
+    The object that --json writes. `images_per_second` and `ratios` have by name a
+    summary of one number for each round. `left_out` has the reasons why loaders were
+    not measured. The config and the machine are described, too.
 
   Raises:
-    errors.UsageError: the config cannot be run, or there are no data.
+    errors.UsageError: The config cannot be run, or there are no data.
   """
   info = datasets.info(config.dataset)
   errors.check(info.streamed, "config.dataset", config.dataset,
@@ -162,7 +165,10 @@ def _torch(
 def _measure(
     loaders: dict[str, Callable[[], Iterator[Any]]], rounds: int, batch_size: int
 ) -> dict[str, list[float]]:
-  """Images a second of each loader, started anew in each round: they read ahead."""
+  """Measures the images per second of each loader.
+
+  Loaders read ahead. Therefore they are started again in each round.
+  """
   rates = {name: [] for name in loaders}
   cores = os.sched_getaffinity(0)
   os.sched_setaffinity(0, {min(cores)})
@@ -176,14 +182,14 @@ def _measure(
         for _ in range(_BATCHES):
           next(batches)
         rates[name].append(_BATCHES * batch_size / (time.perf_counter() - start))
-        del batches  # Ends its worker.
+        del batches  # This ends the worker.
   finally:
     os.sched_setaffinity(0, cores)
   return rates
 
 
 def table(result: dict[str, Any]) -> str:
-  """The result of `bench_data` for a reader."""
+  """Formats the result of `bench_data` as text."""
   c, m = result["config"], result["machine"]
   lines = [
       f"Random crops of {c['crop_size']} of {result['images']} images of"

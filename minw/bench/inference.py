@@ -1,7 +1,8 @@
-"""Inference of the packed network beside float32 and int8 of the same network.
+"""Benchmark of inference: the packed network beside float32 and int8 networks.
 
-Each number of threads has a process of its own, with as many cores. The others have
-it easier: they get images that are cropped, normalized and laid out as they like it.
+Each number of threads is measured in a separate process with as many cores. The
+baselines have an advantage: their images are already cropped, normalized and in their
+preferred layout.
 """
 
 import concurrent.futures
@@ -34,19 +35,21 @@ from minw.kernels import xla
 
 # Bits of the weights and the activations that --layers times.
 _PAIRS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 3)]
-_SHAPES = [(24, 128), (12, 256)]  # Their maps' size, and channels.
-_DEPTHS = (2, 6)  # A layer is the difference of networks of so many, by layer.
+_SHAPES = [(24, 128), (12, 256)]  # Height and width of their maps, and channels.
+# A layer's time is the difference between networks of so many layers, divided by the
+# difference in layers.
+_DEPTHS = (2, 6)
 
 
 class Linear(NamedTuple):
-  """A convolution of floats; dense layers are ones of their input's size.
+  """A convolution in float32. Dense layers are convolutions as large as their input.
 
   Attributes:
-    kernel: float32 (height, width, in, out), with batch norm folded into it.
-    bias: float32 (out,).
-    same: whether it is padded to keep the size.
-    pool: whether 2x2 max pooling follows.
-    clip: whether HardTanh follows.
+    kernel: Kernel, float32 (height, width, in, out), into which batch norm is folded.
+    bias: Bias, float32 (out,).
+    same: Whether padding keeps height and width.
+    pool: Whether 2x2 max pooling follows.
+    clip: Whether HardTanh follows.
   """
 
   kernel: np.ndarray
@@ -59,22 +62,23 @@ class Linear(NamedTuple):
 def bench_inference(
     config: Any, rounds: int, batches: Sequence[int], layers: bool = False
 ) -> dict[str, Any]:
-  """Times inference side by side, of random weights and images.
+  """Times inference engines side by side, with random weights and images.
 
   Args:
-    config: of the network, a ConvNet; see `config.default_config`.
-    rounds: how often each is measured.
-    batches: sizes of batches.
-    layers: times single convolutions instead.
+    config: Config of a ConvNet, see `config.default_config`.
+    rounds: Number of measurements of each engine.
+    batches: Batch sizes.
+    layers: Whether to time single convolutions and not networks.
 
   Returns:
-    What --json writes: `runs`, each with its threads, batch, engines and ratios.
+    The object that --json writes. `runs` has threads, batch, engines and ratios of each
+    run.
 
   Raises:
-    errors.UsageError: the config cannot be run.
+    errors.UsageError: The config cannot be run.
   """
   if not layers:
-    random_network(config)  # Complains, if it must, in this process.
+    random_network(config)  # An invalid config raises its error in this process.
   cores = len(os.sched_getaffinity(0))
   runs, left_out = [], {}
   for threads in sorted({1, cores}):
@@ -96,7 +100,7 @@ def bench_inference(
 
 
 def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
-  """A config's network with random weights, packed, and in floats."""
+  """Makes a config's network with random weights, packed and in float32."""
   experiment = Experiment(config)
   if any("/" in layer.path for layer in experiment.layers):
     raise errors.bad_value("config.network", config.network, "a ConvNet")
@@ -131,13 +135,13 @@ def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
 
 
 def multiplications(program: packed.Program) -> int:
-  """How many an image takes."""
+  """Returns the number of multiplications of an image."""
   return sum(math.prod(value.shape[:2]) * op.kernel.size
              for op, value in zip(program.ops, packed.infer_values(program)[1:])
              if isinstance(op, packed.Conv))
 
 
-# The engines: each takes what a network is, a batch and threads, and gives a Run.
+# The engines. Each takes a network, a batch and a number of threads, and returns a Run.
 
 
 def _times(call: Callable[[], Any]) -> timing.Run:
@@ -159,7 +163,16 @@ def _xla(program, images, threads):
 
 
 def float_logits(linear: Sequence[Linear], weights: Any, x: jax.Array) -> jax.Array:
-  """The float network in XLA: float32 (batch, h, w, channels) -> (batch, classes)."""
+  """Computes the float network in XLA.
+
+  Args:
+    linear: Layers of the network.
+    weights: Pairs of kernel and bias, one for each layer.
+    x: Images, float32 (batch, height, width, channels).
+
+  Returns:
+    Logits, float32 (batch, classes).
+  """
   for layer, (kernel, bias) in zip(linear, weights):
     x = lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME" if layer.same else "VALID",
@@ -180,7 +193,12 @@ def _xla_float(linear, x, threads):
 
 
 def onnx_float(linear: Sequence[Linear], shape: Sequence[int]) -> bytes:
-  """The float network as an ONNX file, for images (batch, channels, h, w)."""
+  """Returns the float network as an ONNX file, for images (batch, channels, h, w).
+
+  Args:
+    linear: Layers of the network.
+    shape: Channels, height and width of an image.
+  """
   import onnx
   from onnx import helper
   from onnx import numpy_helper
@@ -208,9 +226,14 @@ def onnx_float(linear: Sequence[Linear], shape: Sequence[int]) -> bytes:
 
 
 def onnx_int8(linear: Sequence[Linear], shape: Sequence[int]) -> bytes:
-  """The network of uint8 activations and int8 weights; all operators are integer.
+  """Returns the network with uint8 activations and int8 weights as an ONNX file.
 
-  Scales are fixed, so that saturation is HardTanh.
+  All its operators are integer. Its scales are fixed such that saturation computes
+  HardTanh.
+
+  Args:
+    linear: Layers of the network.
+    shape: Channels, height and width of an image.
   """
   import onnx
   from onnx import helper
@@ -270,7 +293,7 @@ def _onnx(make, dtype, linear, x, threads):
 
 
 def torch_inference(linear: Sequence[Linear]) -> Any:
-  """The float network in PyTorch, for images (batch, channels, h, w)."""
+  """Returns the float network in PyTorch, for images (batch, channels, h, w)."""
   import torch
   from torch import nn
 
@@ -300,7 +323,8 @@ def _torch(linear, x, threads):
   return run
 
 
-# What each needs, and what it is given: the program or the float network.
+# The module that each engine needs, and the engine. Engines without such a module get
+# the packed program, and the others the float network.
 _ENGINES = {
     "native": (None, _native),
     "XLA packed": (None, _xla),
@@ -314,7 +338,11 @@ _ENGINES = {
 
 
 def _runs(program, linear, batch, threads, names=tuple(_ENGINES)):
-  """The engines that are there, and why the others are not."""
+  """Starts the available engines.
+
+  Returns:
+    The runs by name, and the reasons why other engines are left out.
+  """
   generator = np.random.default_rng(0)
   images = generator.integers(0, 256, (batch, *program.source_shape), np.uint8)
   x = generator.uniform(
@@ -337,7 +365,11 @@ _PEAK, _PEAK_PRODUCTS = "W1A1 on registers", 10**9
 
 
 def _peak(program):
-  """Times the native path's W1A1 instructions on registers, if it uses them."""
+  """Times the native kernels' W1A1 instructions on registers, if the program uses them.
+
+  Returns:
+    The run by its name, or an empty dict.
+  """
   if not native.available():
     return {}
   network = native.load(packed.to_bytes(program))
@@ -349,12 +381,12 @@ def _peak(program):
 
 
 def _limit(threads):
-  """Leaves this process that many cores; before JAX starts its threads."""
+  """Restricts this process to that many cores. Call it before JAX starts threads."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def _networks(fields, rounds, batches, threads):
-  """`bench_inference`'s runs, in a process of their own."""
+  """Measures networks for `bench_inference` in a separate process."""
   _limit(threads)
   config = config_lib.default_config()
   config.update(fields)
@@ -374,7 +406,7 @@ def _networks(fields, rounds, batches, threads):
 
 
 def _layers(fields, rounds, batches, threads):
-  """Runs of single convolutions with their thresholds: differences of networks."""
+  """Measures single convolutions with their thresholds, as differences of networks."""
   del fields
   _limit(threads)
   found, left_out = [], {}
@@ -403,7 +435,15 @@ def _layers(fields, rounds, batches, threads):
 def stack(
     depth: int, size: int, width: int, weights: int, inputs: int
 ) -> tuple[packed.Program, list[Linear]]:
-  """Convolutions 3x3 one after another, packed and in floats, and a last dense one."""
+  """Makes a network of 3x3 convolutions one after another, packed and in float32.
+
+  Args:
+    depth: Number of convolutions.
+    size: Height and width of their maps.
+    width: Number of their channels.
+    weights: Bits of the weights.
+    inputs: Bits of the activations.
+  """
   generator = np.random.default_rng(0)
   shape = (size, size, width)
   codes = {1: [-1, 1], 2: [-1, 0, 1], 3: range(-3, 4)}[weights]
@@ -436,7 +476,7 @@ def stack(
 
 
 def _result(seconds, work, **about):
-  """Summaries of engines, and the ratios of their times to the packed network's."""
+  """Summarizes the times of engines, and their ratios to the packed network's times."""
   engines = {name: {**timing.summary(values), "per_second": work / np.median(values)}
              for name, values in seconds.items()}
   ratios = {
@@ -447,7 +487,7 @@ def _result(seconds, work, **about):
 
 
 def _isa():
-  """The instruction set of the native path, or what the CPU has."""
+  """Returns the instruction set of the native kernels, or extensions of the CPU."""
   if native.available():
     return native.isas()[0]
   flags = ""
@@ -460,7 +500,7 @@ def _isa():
 
 
 def native_memory(config: Any) -> dict[str, int]:
-  """The most memory of a process that loads the network and runs one image."""
+  """Measures the peak memory of a process that loads the network and runs one image."""
   if not native.available() or not os.path.exists("/proc/self/status"):
     return {}
   program, _ = random_network(config)
@@ -480,7 +520,7 @@ def native_memory(config: Any) -> dict[str, int]:
 
 
 def table(result: dict[str, Any]) -> str:
-  """The result of `bench_inference` for a reader."""
+  """Formats the result of `bench_inference` as text."""
   c, m = result["config"], result["machine"]
   widths = "-".join(map(str, (*c["conv_widths"], *c["dense_widths"])))
   what = "one convolution" if result["layers"] else (

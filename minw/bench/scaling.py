@@ -1,14 +1,16 @@
-"""A step of training on many chips, on paper: from what XLA compiles for eight.
+"""Estimate of the time of a training step on many chips, from the compiled program.
 
-The step is compiled for eight virtual CPU devices. Its floating-point operations, and
-what its collectives send, are read from the compiled program; how long these take on
-other chips follows from stated rates:
+The step is compiled for eight virtual CPU devices. Its floating-point operations and
+the bytes that its collectives send are read from the compiled program. The times on n
+chips follow from stated rates:
 
     computation     operations of a chip / (peak * utilization)
     all-reduce      2 (n - 1) / n * bytes / bandwidth + hops * latency
 
-with hops = 3 n^(1/3), those of a ring around each axis of a three-dimensional torus in
-both directions at once. Nothing is taken to overlap: a bound from above.
+A ring all-reduce has n - 1 steps that sum and n - 1 steps that distribute the sums. In
+each step, a chip sends one n-th of the bytes. The number of hops is 3 n^(1/3): the ring
+along each of the three axes of a torus has n^(1/3) chips and is used in both directions
+at once. The estimate assumes that nothing overlaps. Therefore it is an upper bound.
 """
 
 import math
@@ -33,9 +35,9 @@ class Collective(NamedTuple):
   """A collective of a compiled program.
 
   Attributes:
-    kind: "all-reduce", ....
-    arrays: dtype and shape of each of its results.
-    bytes: of all of them.
+    kind: Name of the operation, "all-reduce" for example.
+    arrays: Dtype and shape of each of its results.
+    bytes: Size of all results in bytes.
   """
 
   kind: str
@@ -44,13 +46,13 @@ class Collective(NamedTuple):
 
 
 class Rates(NamedTuple):
-  """The rates of a chip.
+  """Rates of a chip.
 
   Attributes:
-    teraflops: its peak, 10^12 floating-point operations a second.
-    utilization: the share of it that training reaches.
-    gigabytes: 10^9 bytes that it sends a second, over all its links.
-    microseconds: from one chip to the next.
+    teraflops: Peak in 10^12 floating-point operations per second.
+    utilization: Share of the peak that training reaches.
+    gigabytes: Bandwidth over all links of the chip in 10^9 bytes per second.
+    microseconds: Latency from one chip to the next in microseconds.
   """
 
   teraflops: float
@@ -60,7 +62,7 @@ class Rates(NamedTuple):
 
 
 def collectives(hlo: str) -> list[Collective]:
-  """The collectives in the text of a compiled program."""
+  """Finds the collectives in the text of a compiled program."""
   found = []
   for line in hlo.splitlines():
     match = _OPERATION.search(line)
@@ -73,21 +75,25 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def of_kernels(reduction: Collective) -> bool:
-  """Whether it holds gradients of kernels, which alone have more than one axis."""
+  """Returns whether a collective has gradients of kernels.
+
+  No other arrays in a training step's collectives have more than one axis.
+  """
   return any(len(shape) > 1 for _, shape in reduction.arrays)
 
 
 def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
-  """Compiles a step of training for all devices, without data.
+  """Compiles a training step for all devices, without data.
 
   Args:
-    config: see `config.default_config`.
+    config: Config of the run, see `config.default_config`.
 
   Returns:
-    The number of parameters, floating-point operations of an example, and collectives.
+    The number of parameters, the floating-point operations per example, and the
+    collectives.
 
   Raises:
-    errors.UsageError: the config cannot be run.
+    errors.UsageError: The config cannot be run.
   """
   experiment = Experiment(config)
   target = train.checkpoint_target(experiment)
@@ -95,14 +101,14 @@ def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
   state = train.TrainState(*shapes)
   lowered = train.make_train_step(experiment).lower(
       state, *experiment.data.abstract_batch())
-  # Before it is compiled: what XLA counts after depends on how it fuses.
+  # Operations are counted before compilation. Later counts depend on XLA's fusions.
   operations = lowered.cost_analysis()["flops"] / config.batch_size
   parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
   return parameters, operations, collectives(lowered.compile().as_text())
 
 
 def reduction_seconds(size: float, chips: int, rates: Rates) -> float:
-  """How long an all-reduce of `size` bytes takes on that many chips."""
+  """Estimates the seconds of an all-reduce of `size` bytes on that many chips."""
   if chips == 1:
     return 0.0
   sent = 2 * (chips - 1) / chips * size
@@ -116,18 +122,19 @@ def step_times(
     batches: Sequence[tuple[int, float]],
     rates: Rates,
 ) -> list[dict[str, float]]:
-  """How long a step takes.
+  """Estimates the time of a step.
 
   Args:
-    operations: of an example.
-    found: the all-reduces of a step.
-    batches: pairs of a number of chips and how many examples each has.
-    rates: of a chip.
+    operations: Floating-point operations per example.
+    found: All-reduces of a step.
+    batches: Pairs of a number of chips and the number of examples per chip.
+    rates: Rates of a chip.
 
   Returns:
-    One for each of `batches`: chips, batch_per_chip, and seconds: compute, gradients,
-    statistics, their sum `step`, and what it would be with half as many bytes of
-    gradients, `bfloat16`; efficiency: the share of a step that is computation.
+    A dict for each of `batches` with `chips` and `batch_per_chip`. `compute`,
+    `gradients` and `statistics` are times in seconds, and `step` is their sum.
+    `bfloat16` is the time of a step with half as many bytes of gradients. `efficiency`
+    is the share of computation in the time of a step.
   """
   kernels = [each.bytes for each in found if of_kernels(each)]
   others = [each.bytes for each in found if not of_kernels(each)]
@@ -149,20 +156,24 @@ def step_times(
 def bench_scaling(
     config: Any, chips: Sequence[int], batch_per_chip: int, rates: Rates
 ) -> dict[str, Any]:
-  """Computes the time of a step on numbers of chips, with a batch that grows or stays.
+  """Estimates the time of a step on several numbers of chips.
+
+  In weak scaling the batch grows with the number of chips. In strong scaling it stays.
 
   Args:
-    config: see `config.default_config`; its batch is the one that stays.
-    chips: numbers of them.
-    batch_per_chip: of the batch that grows.
-    rates: of a chip.
+    config: Config of the run, see `config.default_config`. Its batch size is used for
+      strong scaling.
+    chips: Numbers of chips.
+    batch_per_chip: Batch size per chip for weak scaling.
+    rates: Rates of a chip.
 
   Returns:
-    What --json writes: the compiled step's `parameters`, `operations` of an example
-    and `collectives`; `weak` and `strong`, see `step_times`; config and rates.
+    The object that --json writes. It has `parameters`, `operations` per example and
+    `collectives` of the compiled step, and the results of `step_times` for `weak` and
+    `strong` scaling. It also has config and rates.
 
   Raises:
-    errors.UsageError: the config cannot be run, or JAX has other devices already.
+    errors.UsageError: The config cannot be run, or JAX already has other devices.
   """
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -171,7 +182,8 @@ def bench_scaling(
   parameters, operations, found = compile_step(config)
   others = {each.kind for each in found} - {"all-reduce"}
   if others:
-    raise ValueError(f"the step holds {', '.join(sorted(others))}: not accounted for")
+    raise ValueError(f"the step has {', '.join(sorted(others))}, which the estimate"
+                     " does not include")
   weak = [(n, batch_per_chip) for n in chips]
   strong = [(n, config.batch_size / n) for n in chips if n <= config.batch_size]
   return {
@@ -188,27 +200,27 @@ def bench_scaling(
 
 
 def table(result: dict[str, Any]) -> str:
-  """The result of `bench_scaling` for a reader."""
+  """Formats the result of `bench_scaling` as Markdown."""
   c, rates = result["config"], result["rates"]
   found = [Collective(**each) for each in result["collectives"]]
   kernels = [each.bytes for each in found if of_kernels(each)]
   others = [each.bytes for each in found if not of_kernels(each)]
   operations = result["operations"]
   lines = [
-      f"One step of training: {c['network']}, {c['dataset']}, crop {c['crop_size']},"
+      f"Training step: {c['network']}, {c['dataset']}, crop {c['crop_size']},"
       f" {c['compute_dtype']}, compiled by jax {result['jax']} for {DEVICES} devices",
-      f"{result['parameters'] / 1e6:.2f} M parameters; {operations / 1e9:.3g} GFLOP an"
+      f"{result['parameters'] / 1e6:.2f} M parameters; {operations / 1e9:.3g} GFLOP per"
       f" example; all-reduces: {len(kernels)} of gradients, {sum(kernels) / 1e6:.2f}"
       f" MB; {len(others)} of batch norm's statistics, {sum(others) / 1e3:.1f} kB",
-      f"On paper: {rates['teraflops']:g} TFLOP/s at {rates['utilization']:.0%},"
-      f" {rates['gigabytes']:g} GB/s, {rates['microseconds']:g} us a hop;"
+      f"Estimate for {rates['teraflops']:g} TFLOP/s at {rates['utilization']:.0%},"
+      f" {rates['gigabytes']:g} GB/s and {rates['microseconds']:g} us per hop;"
       " nothing overlaps"]
   for name, title in (("weak", "The batch grows with the chips"),
                       ("strong", f"The batch stays {c['batch_size']}")):
     rows = result[name]
     lines += [
         "", f"{title}:", "",
-        "| chips | a chip's batch | compute ms | gradients ms | batch norm ms | step ms"
+        "| chips | batch per chip | compute ms | gradients ms | batch norm ms | step ms"
         " | efficiency | examples/s | step with bfloat16 gradients |",
         "|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -219,8 +231,9 @@ def table(result: dict[str, Any]) -> str:
           + f" {row['efficiency']:.1%} | {rate:.3g} |"
           f" {row['bfloat16'] / row['step'] - 1:+.1%} |")
     dominated = [row["chips"] for row in rows if row["efficiency"] < 0.5]
-    lines += ["", f"Communication takes more than half from {dominated[0]} chips on."
-              if dominated else "Communication takes less than half throughout."]
+    lines += ["", f"From {dominated[0]} chips on, communication takes more than half"
+              " of a step." if dominated else
+              "Communication always takes less than half of a step."]
   return "\n".join(lines)
 
 

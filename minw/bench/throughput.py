@@ -1,10 +1,10 @@
-"""Training steps per second of several seeds at once: as processes, or as one program.
+"""Benchmark of training several seeds at once: as processes, or as one program.
 
-The processes are started as by `launch/sweep.py --jobs`, each on cores of its own. The
-program is `jax.vmap` over parameters and batches, and has the whole machine. Images are
-random. Everything is started anew in each round.
+The processes are started as by `launch/sweep.py --jobs`, each on separate cores. The
+single program applies `jax.vmap` over parameters and batches and uses the whole
+machine. Images are random. All processes are started again in each round.
 
-This was tried on CPUs. It is there to find out what GPUs prefer.
+This was tried on CPUs. Its purpose is to find out which way is faster on GPUs.
 """
 
 import statistics
@@ -27,11 +27,11 @@ from minw.experiment import Experiment
 
 
 def work(config: Any, seeds: int, seconds: float) -> None:
-  """One process: compiles, waits for a line, and prints its steps per second.
+  """Measures one process: compiles, waits for a line, and prints steps per second.
 
   Args:
     config: Config of the runs.
-    seeds: Number of seeds in its program. The steps of all of them count.
+    seeds: Number of seeds in the program. The steps of all seeds are counted.
     seconds: Shortest duration of the measurement.
   """
   ten_steps = _one_program(config, seeds)
@@ -46,7 +46,7 @@ def work(config: Any, seeds: int, seconds: float) -> None:
 
 
 def _one_program(config: Any, seeds: int) -> Callable[[], None]:
-  """Returns a function that does ten steps of each seed and waits for them."""
+  """Returns a function that trains ten steps of each seed and waits for them."""
   experiment = Experiment(config)
   data, _ = bench_train.random_batch(experiment)
   size = experiment.info.splits["train"]
@@ -64,7 +64,7 @@ def _one_program(config: Any, seeds: int) -> Callable[[], None]:
   if seeds > 1:
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), state)
     train_step = jax.vmap(train_step, in_axes=(0, 0, 0, None))
-  else:  # Runs are trained like this, without an added dimension.
+  else:  # A single seed is trained as in `minw.main`, without a vmapped dimension.
     numbers, orders = numbers[0], orders[0]
   step = experiment.jit(train_step, donate_argnums=0)
 
@@ -78,7 +78,17 @@ def _one_program(config: Any, seeds: int) -> Callable[[], None]:
 
 
 def measure(processes: int, seeds: int, arguments: Sequence[str]) -> float:
-  """Steps per second of `processes` processes together, with `seeds` seeds in each."""
+  """Measures the steps per second of several processes together.
+
+  Args:
+    processes: Number of processes.
+    seeds: Number of seeds in each process.
+    arguments: Arguments of the command that give its processes the config and the
+      length of a measurement.
+
+  Raises:
+    errors.UsageError: A process ended before it trained.
+  """
   command = [sys.executable, "-m", "minw.bench", "throughput", f"--work={seeds}",
              *arguments]
   started: list[Any] = [  # Any: their pipes are not None.
@@ -104,21 +114,22 @@ def measure(processes: int, seeds: int, arguments: Sequence[str]) -> float:
 def bench_throughput(
     config: Any, seeds: Sequence[int], rounds: int, arguments: Sequence[str]
 ) -> dict[str, Any]:
-  """Measures all numbers of seeds both ways, in turn.
+  """Measures all numbers of seeds, in turn as processes and as one program.
 
   Args:
     config: See `config.default_config`.
     seeds: Numbers of seeds to compare.
-    rounds: Number of measurements of each.
+    rounds: Number of measurements of each number of seeds and each way.
     arguments: Arguments of the command that give its processes the config and the
       length of a measurement.
 
   Returns:
-    What --json writes: `steps_per_second` by "processes" and "program", for each number
-    of seeds a list with one number for each round; config and machine.
+    The object that --json writes. `steps_per_second` has for "processes" and "program"
+    and for each number of seeds a list with one number for each round. The config and
+    the machine are described, too.
 
   Raises:
-    errors.UsageError: the config cannot be run.
+    errors.UsageError: The config cannot be run.
   """
   config_lib.validate(config)
   ways = {"processes": lambda count: measure(count, 1, arguments),
@@ -135,7 +146,7 @@ def bench_throughput(
 
 
 def table(result: dict[str, Any]) -> str:
-  """The result as lines: medians, and the ratio of both ways, taken round by round."""
+  """Formats the result: medians, and the median of each round's ratio of both ways."""
   found = result["steps_per_second"]
   lines = [f"{'seeds':>5}{'processes':>14}{'one program':>14}"
            f"{'processes / program':>22}",

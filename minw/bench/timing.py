@@ -1,4 +1,4 @@
-"""Timing things side by side, and where that was."""
+"""Timing of several functions side by side, and a description of the machine."""
 
 import math
 import platform
@@ -12,15 +12,22 @@ import numpy as np
 
 from minw.workdir import environment
 
-_SECONDS = 0.2  # What one measurement takes at least, compilers and caches apart.
+_SECONDS = 0.2  # Shortest duration of a measurement, apart from compilation.
 
-Run = Callable[[int], None]  # Does that many steps, and waits for the last.
+Run = Callable[[int], None]  # Runs a number of steps and waits for the last.
 
 
 def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-  """The seconds that a step of each takes, once in each round.
+  """Measures the seconds per step of several functions.
 
-  They take turns, so that whatever else the machine does meets all of them alike.
+  The functions take turns, so that other load on the machine affects all of them alike.
+
+  Args:
+    runs: Functions by name.
+    rounds: Number of measurements of each function.
+
+  Returns:
+    Seconds per step by name, one number for each round.
   """
   def seconds(run, count):
     start = time.perf_counter()
@@ -29,23 +36,23 @@ def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
   counts = {}
   for name, run in runs.items():
-    run(2)  # Compiles.
+    run(2)  # Compile before timing.
     counts[name] = math.ceil(_SECONDS / seconds(run, 1))
   result = {name: [] for name in runs}
   for i in range(rounds):
-    for name in list(runs)[::(-1) ** i]:  # Every second round goes backwards.
+    for name in list(runs)[::(-1) ** i]:  # Every second round has the reverse order.
       result[name].append(seconds(runs[name], counts[name]))
   return result
 
 
 def summary(values: list[float]) -> dict[str, Any]:
-  """The values and their quartiles."""
+  """Returns the values and their quartiles."""
   low, median, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
   return {"low": low, "median": median, "high": high, "values": values}
 
 
 def machine() -> dict[str, Any]:
-  """Names of the processors, and versions."""
+  """Returns the names of the processors, and versions of Python and packages."""
   versions = {"python": platform.python_version(), "jax": jax.__version__}
   if "torch" in sys.modules:
     versions["torch"] = sys.modules["torch"].__version__
@@ -53,7 +60,10 @@ def machine() -> dict[str, Any]:
 
 
 def peak_bytes() -> dict[str, int]:
-  """The most memory that this process had, and JAX on a device that counts it."""
+  """Returns the peak memory in bytes of this process and of the device.
+
+  The device is left out if it does not count its memory.
+  """
   unit = 1 if sys.platform == "darwin" else 1024
   result = {"process": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
   statistics = jax.local_devices()[0].memory_stats() or {}

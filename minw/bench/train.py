@@ -1,4 +1,4 @@
-"""Steps of training: of AQE, of STE, of the float32 network, and PyTorch's."""
+"""Benchmark of training steps: AQE, STE, the float32 network, and PyTorch."""
 
 import functools
 from typing import Any, Callable
@@ -14,7 +14,7 @@ from minw.bench import timing
 from minw.data.batches import Examples
 from minw.experiment import Experiment
 
-# Ratios of times, and what they may be at most.
+# Ratios of times that are reported, and the goal that a ratio should not exceed.
 _RATIOS = {
     ("aqe", "float32"): 1.10,
     ("ste", "float32"): None,
@@ -27,18 +27,20 @@ _RATIOS = {
 
 
 def bench_train(config: Any, rounds: int) -> dict[str, Any]:
-  """Times steps of training side by side, on random images and labels.
+  """Times training steps side by side, on random images and labels.
 
   Args:
-    config: see `config.default_config`; its estimator does not count.
-    rounds: how often each step is measured.
+    config: Config of the network, see `config.default_config`. Its estimator is
+      ignored.
+    rounds: Number of measurements of each step.
 
   Returns:
-    What --json writes: `steps` and `ratios` by name, each a summary of one number for
-    each round; `left_out`, why a step was not measured, by name; config and machine.
+    The object that --json writes. `steps` and `ratios` have by name a summary of one
+    number for each round. `left_out` has the reasons why steps were not measured. The
+    config and the machine are described, too.
 
   Raises:
-    errors.UsageError: the config cannot be run.
+    errors.UsageError: The config cannot be run.
   """
   aqe, ste, floats = (Experiment(config_lib.copy(config, **changes)) for changes in (
       dict(estimator="aqe"), dict(estimator="ste"),
@@ -48,7 +50,7 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
   key = jax.random.key(config.seed)
   batch = aqe.jit(aqe.data.train_inputs)(data, order, 0, key)
 
-  init = aqe.jit(lambda: train.init_state(aqe))  # Bits do not change it.
+  init = aqe.jit(lambda: train.init_state(aqe))  # All three networks start with it.
   state = jax.device_put(init(), aqe.replicated)
   runs = {}
   for name, experiment in (("float32", floats), ("ste", ste), ("aqe", aqe)):
@@ -94,8 +96,14 @@ def random_batch(experiment: Experiment) -> tuple[Examples, Any]:
 
 
 def run_of(step: Callable, state: train.TrainState, *arguments: Any) -> timing.Run:
-  """Runs a compiled `step`, state -> (state, loss), from a copy of `state` on."""
-  state = jax.tree.map(jnp.copy, state)  # The step donates it.
+  """Returns a function that runs a compiled step, starting from a copy of `state`.
+
+  Args:
+    step: Compiled step (state, *arguments) -> (state, loss).
+    state: First state.
+    *arguments: Further arguments of the step.
+  """
+  state = jax.tree.map(jnp.copy, state)  # The step donates its state.
 
   def run(count):
     nonlocal state
@@ -107,13 +115,13 @@ def run_of(step: Callable, state: train.TrainState, *arguments: Any) -> timing.R
 
 
 def torch_network(experiment: Experiment) -> Any:
-  """The network in PyTorch, in floats, for images (batch, channels, height, width).
+  """Makes the float network in PyTorch, for images (batch, channels, height, width).
 
   Args:
-    experiment: of a network whose layers follow one another.
+    experiment: Experiment with a network whose layers follow one another.
 
   Returns:
-    A torch.nn.Module; its output is the logits.
+    A torch.nn.Module that returns the logits.
   """
   from torch import nn
 
@@ -124,7 +132,7 @@ def torch_network(experiment: Experiment) -> Any:
     if layer.kind == "conv":
       *window, inputs, outputs = layer.kernel_shape
       padding = "same" if layer.output_shape[:2] == size else "valid"
-      if c.pad_value and len(parts):  # The image is padded with zeros.
+      if c.pad_value and len(parts):  # Only the first layer is padded with zeros.
         parts.append(nn.ConstantPad2d(1, c.pad_value))
         padding = "valid"
       parts.append(nn.Conv2d(inputs, outputs, window, padding=padding, bias=False))
@@ -148,7 +156,16 @@ def torch_network(experiment: Experiment) -> Any:
 def torch_runs(
     experiment: Experiment, images: np.ndarray, labels: np.ndarray
 ) -> tuple[dict[str, timing.Run], dict[str, str]]:
-  """PyTorch's steps on a fixed batch; and why not, for those that do not run."""
+  """Makes PyTorch's training steps on a fixed batch.
+
+  Args:
+    experiment: Experiment of the float network.
+    images: Images, float32 (batch, height, width, channels).
+    labels: Labels, int32 (batch,).
+
+  Returns:
+    The steps by name, and the reasons why other steps are left out.
+  """
   names = {"torch eager": False, "torch compiled": True}
   try:
     import torch
@@ -160,8 +177,8 @@ def torch_runs(
     return {}, dict.fromkeys(names, "PyTorch would not run on the same device")
 
   c = experiment.config
-  torch.backends.cuda.matmul.allow_tf32 = True  # As JAX does.
-  torch.backends.cudnn.benchmark = True  # Takes the fastest algorithms.
+  torch.backends.cuda.matmul.allow_tf32 = True  # JAX uses TF32, too.
+  torch.backends.cudnn.benchmark = True  # Use the fastest algorithms.
   images = torch.tensor(images, device=device).permute(0, 3, 1, 2)  # channels_last
   labels = torch.tensor(labels, device=device, dtype=torch.int64)
 
@@ -196,19 +213,19 @@ def torch_runs(
   for name, compiled in names.items():
     try:
       runs[name] = run_of(compiled)
-    except Exception as error:  # Compilers fail in many ways.
+    except Exception as error:  # Compilers raise errors of many types.
       why = f"{type(error).__name__}: {error}"
       left_out[name] = " ".join(why.split())[:200]
   return runs, left_out
 
 
 def table(result: dict[str, Any]) -> str:
-  """The result of `bench_train` for a reader."""
+  """Formats the result of `bench_train` as text."""
   c, m = result["config"], result["machine"]
   widths = " + ".join("-".join(map(str, c[name]))
                       for name in ("conv_widths", "dense_widths") if c[name])
   lines = [
-      f"One step of training: ConvNet {widths}, {c['dataset']}, crop "
+      f"Training step: ConvNet {widths}, {c['dataset']}, crop "
       f"{c['crop_size']}, batch {c['batch_size']}, {titles.bits(c)}, "
       f"{c['compute_dtype']}",
       f"on {m['num_devices']} x {m['device']}; CPU: {m['cores']} x {m['cpu']}; "
@@ -227,6 +244,6 @@ def table(result: dict[str, Any]) -> str:
     spread = f"{r['low']:.3f} - {r['high']:.3f}"
     goal = f"<= {r['at_most']:.2f}" if r["at_most"] else ""
     lines.append(f"{name:24}{r['median']:9.3f}{spread:>20}{goal:>12}".rstrip())
-  lines += ["", "Peak memory, all of these in one process: " + ", ".join(
+  lines += ["", "Peak memory of the process with all steps: " + ", ".join(
       f"{name} {size / 2**20:.0f} MiB" for name, size in result["peak_bytes"].items())]
   return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""From runs to tables and figures beside the paper's: see `minw.report.__main__`."""
+"""Tables and figures made from runs, in the form of the paper's.
+
+`minw.report.__main__` describes the commands.
+"""
 
 from minw.report.comparison import compare
 from minw.report.records import collect

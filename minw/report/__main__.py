@@ -1,33 +1,35 @@
-"""Runs beside the paper's results and each other: `python -m minw.report tables`.
+"""Comparison of runs with the paper's results and with each other.
 
   python -m minw.report tables --runs=DIR_OR_STUDY [--out=DIR]
 
 prints the rows of Tables I to V that have a run: the paper's number, ours, their
-difference, number of seeds and standard deviation. With --out all rows are written to
+difference, number of seeds and standard deviation. With --out, all rows are written to
 DIR/tables.md, and each table to a CSV file.
 
   python -m minw.report figures --runs=DIR_OR_STUDY --out=DIR [--layer=conv2]
 
-draws Figs 1 to 5: histograms of runs with config.histogram_layers, and the curves of
-all runs that differ in AQE and STE alone, of the training split where runs had
-config.eval_train.
+draws Figs 1 to 5. Figs 1 to 4 are histograms of runs with config.histogram_layers.
+Fig 5 has the curves of runs that differ only in their estimator, AQE or STE. They are
+those of the training split if the runs had config.eval_train.
 
   python -m minw.report compare --runs=DIR_OR_STUDY --by=estimator[,FIELD] [--out=DIR]
 
-compares runs that differ in these fields alone: means, confidence intervals, and
-differences to the first, seed by seed; with --out also in DIR/compare.md.
+compares runs that differ only in these fields. It prints means, confidence intervals
+and differences to the first row, seed by seed. With --out, the result is also written
+to DIR/compare.md.
 
   python -m minw.report collect --runs=DIR_OR_STUDY --out=results/STUDY.jsonl
 
-adds the records of runs to a study: a line each, with its curve beside the file. It
-names each run that it does not add, with the reason.
+adds the records of runs to a study. Each record is a line of the file, and its curve is
+copied to a folder beside the file. The command names each run that it does not add,
+with the reason.
 
   python -m minw.report results [--runs=results] [--out=.]
 
-writes RESULTS.md: all studies of a folder, the paper's tables, and what others
-published; and the studies' figures into their folders.
+writes RESULTS.md, which has all studies of a folder, the paper's tables and published
+results of others. It also draws the figures of the studies into their folders.
 
-Folders among --runs are searched for workdirs and studies.
+Folders in --runs are searched for workdirs and studies.
 """
 
 import pathlib
@@ -142,7 +144,7 @@ SUBCOMMANDS = {
 def define_flags(subcommand: str) -> None:
   """Defines the flags of a subcommand."""
   cli.DEFINE_paths(
-      "runs", "Folders with workdirs or studies, and studies.", positional=True)
+      "runs", "Studies, and folders with workdirs or studies.", positional=True)
   cli.DEFINE_path("out", None, "File of the study." if subcommand == "collect"
                   else "Folder to write to.")
   if subcommand != "results":
@@ -151,7 +153,7 @@ def define_flags(subcommand: str) -> None:
     cli.require("out")
   if subcommand == "compare":
     cli.require("by")
-    flags.DEFINE_list("by", [], "Fields in which runs differ.")
+    flags.DEFINE_list("by", [], "Fields in which the compared runs differ.")
   if subcommand == "figures":
     flags.DEFINE_string("layer", "conv2", "Layer whose histograms are drawn.")
 

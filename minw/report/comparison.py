@@ -1,4 +1,4 @@
-"""Runs side by side that differ in chosen fields: means, intervals, differences."""
+"""Comparison of runs that differ in chosen fields: means, intervals, differences."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from minw.report import records
 from minw.report import tables
 
 CONFIDENCE = 0.95
-ACCURACY, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # The values that there can be.
+ACCURACY, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # Ranges of possible values.
 _MEASURES = {"test_accuracy": "last checkpoint",
              "best_test_accuracy": "best validation checkpoint"}
 
@@ -23,11 +23,11 @@ class Estimate(NamedTuple):
   """A mean of numbers, one for each seed.
 
   Attributes:
-    count: how many.
-    mean: of them.
-    deviation: sample standard deviation (n - 1); None of one.
-    margin: half the width of the 95 % confidence interval of the mean, by Student's t
-      with n - 1 degrees of freedom; None of one. See `interval`.
+    count: Number of values.
+    mean: Mean of the values.
+    deviation: Sample standard deviation (n - 1). None for a single value.
+    margin: Half the width of the 95 % confidence interval of the mean, by Student's t
+      with n - 1 degrees of freedom. None for a single value. See `interval`.
   """
 
   count: int
@@ -37,14 +37,15 @@ class Estimate(NamedTuple):
 
 
 class Group(NamedTuple):
-  """Runs that differ in the seed alone.
+  """Runs that differ only in the seed.
 
   Attributes:
-    by: the values of the chosen fields, as `records.acting` has them.
-    runs: their records, by seed.
-    estimates: by measure, "test_accuracy" and "best_test_accuracy".
-    differences: of the same, to the comparison's first group: of the seeds that both
-      have, one minus the other; None of the first, and where there are no such seeds.
+    by: Values of the chosen fields, as returned by `records.acting`.
+    runs: Records of the runs by seed.
+    estimates: Mean of each measure, "test_accuracy" and "best_test_accuracy".
+    differences: Mean difference of each measure to the comparison's first group, over
+      the seeds that both groups have. None for the first group, and if there are no
+      such seeds.
   """
 
   by: dict[str, Any]
@@ -54,11 +55,11 @@ class Group(NamedTuple):
 
 
 class Comparison(NamedTuple):
-  """Groups that differ in the chosen fields alone.
+  """Groups that differ only in the chosen fields.
 
   Attributes:
-    settings: the other fields, those that are not as by default.
-    groups: in the order in which they were met.
+    settings: The other fields whose values are not the defaults.
+    groups: Groups in the order in which they were found.
   """
 
   settings: dict[str, Any]
@@ -66,7 +67,11 @@ class Comparison(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-  """What `values`, at least one, say of the mean that they are drawn around."""
+  """Estimates the mean of the distribution from which `values` were drawn.
+
+  Args:
+    values: At least one number.
+  """
   n, mean = len(values), statistics.mean(values)
   if n == 1:
     return Estimate(1, mean, None, None)
@@ -78,14 +83,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 def interval(
     of: Estimate, bounds: tuple[float, float] = ACCURACY
 ) -> tuple[float, float]:
-  """The confidence interval of a mean, as far as it is within `bounds`.
+  """Returns the confidence interval of a mean, cut off at `bounds`.
 
-  The mean is certain to lie within the bounds, so the part of Student's interval that
-  is beyond them can be cut off, and what is left holds the mean just as often.
+  The mean is certain to lie within the bounds. Therefore the part of Student's interval
+  beyond them can be cut off, and the rest contains the mean just as often.
 
   Args:
-    of: an estimate of at least two values.
-    bounds: the least and the greatest value that there can be.
+    of: Estimate of at least two values.
+    bounds: Smallest and largest possible value.
   """
   assert of.margin is not None
   low, high = np.clip((of.mean - of.margin, of.mean + of.margin), *bounds).tolist()
@@ -95,14 +100,15 @@ def interval(
 def described(
     of: Estimate, bounds: tuple[float, float] = ACCURACY, sign: str = ""
 ) -> str:
-  """A mean with its interval, as text.
+  """Formats a mean with its interval.
 
-  It is "0.9000 ± 0.0100", or "0.9950 (0.9870 to 1.0000)" where the interval is cut off.
+  The result is "0.9000 ± 0.0100", or "0.9950 (0.9870 to 1.0000)" if the interval is cut
+  off.
 
   Args:
-    of: an estimate; of one value there is no interval.
-    bounds: see `interval`.
-    sign: "+" for a sign before positive means.
+    of: Estimate. An estimate of a single value has no interval.
+    bounds: Smallest and largest possible value, see `interval`.
+    sign: "+" to put a sign before positive means.
   """
   mean = f"{of.mean:{sign}.4f}"
   if of.margin is None:
@@ -114,9 +120,11 @@ def described(
 
 
 def p_value(values: Sequence[float]) -> float | None:
-  """How probable it is that numbers around 0 have a mean as far from it, or farther.
+  """Returns the p-value of a two-sided t test of the hypothesis that the mean is 0.
 
-  Two-sided, by Student's t; None of one number, and of equal ones.
+  This is the probability that numbers with a true mean of 0 have a sample mean as far
+  from 0 as that of `values`, or farther. It is None for a single number and for equal
+  numbers.
   """
   if len({*values}) < 2:
     return None
@@ -125,24 +133,30 @@ def p_value(values: Sequence[float]) -> float | None:
 
 
 def paired(group: Group, first: Group, measure: str) -> list[float]:
-  """What `group` has more of "test_accuracy", for example, than `first`, by seed."""
+  """Returns `group` minus `first` in a measure, for each seed that both have.
+
+  Args:
+    group: Group of runs.
+    first: Group to compare with.
+    measure: Name of the measure, for example "test_accuracy".
+  """
   return [run[measure] - first.runs[seed][measure] for seed, run in group.runs.items()
           if seed in first.runs]
 
 
 def compare(runs: Sequence[records.Record], by: Sequence[str]) -> list[Comparison]:
-  """Compares runs that differ in the fields `by`, and in the seed, alone.
+  """Compares runs that differ only in the fields `by` and in the seed.
 
   Args:
-    runs: see `records.read`; the first of those that belong together are what others
-      are compared with.
-    by: names of fields.
+    runs: Records, see `records.read`. In each comparison, the first group that is found
+      is the one with which the others are compared.
+    by: Names of fields.
 
   Returns:
     A comparison for each combination of the other fields.
 
   Raises:
-    errors.UsageError: no such field.
+    errors.UsageError: There is no such field, or the network does not depend on it.
   """
   fields = config_lib.default_config()
   for name in by:
@@ -181,14 +195,14 @@ def _differences(group, first):
   return {name: estimate(values) if values else None for name, values in pairs.items()}
 
 
-# Functions that put a config's fields into words for headings, and these fields.
+# Functions that describe a config in headings, and the fields that each describes.
 _IN_WORDS = ((titles.network, ("network", "conv_widths", "dense_widths")),
              (titles.dataset, ("dataset",)),
              (titles.bits, ("input_bits", "weight_bits", "bits_rules")))
 
 
 def heading(comparison: Comparison) -> str:
-  """What all groups share: "ConvNet D, CIFAR-10, W1A2; batch_size=128"."""
+  """Describes what all groups share: "ConvNet D, CIFAR-10, W1A2; batch_size=128"."""
   group = comparison.groups[0]
   by = {*group.by}
   config = next(iter(group.runs.values()))["config"]
@@ -205,7 +219,7 @@ def heading(comparison: Comparison) -> str:
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
-  """Comparisons for a reader."""
+  """Formats comparisons as Markdown."""
   parts = [
       "Test accuracy of the hard network: mean over the seeds, sample standard "
       f"deviation, {CONFIDENCE:.0%} confidence interval (Student's t, cut off at 0 and "

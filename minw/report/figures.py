@@ -1,4 +1,4 @@
-"""Figs 1 to 5 of the paper (arXiv 2003.04296), from what runs recorded."""
+"""Figs 1 to 5 of the paper (arXiv 2003.04296), drawn from the records of runs."""
 
 import pathlib
 from typing import Any, NamedTuple, Sequence
@@ -11,21 +11,23 @@ from minw import titles
 from minw.report import records
 from minw.workdir import metrics
 
-# By number of the figure: bits of weights and activations, and which of the two.
+# For each figure, the bits of weights and activations, and which of them it shows.
 _HISTOGRAMS = {1: (1, "weights"), 2: (1, "activations"),
                3: (2, "weights"), 4: (2, "activations")}
-_PANELS = 4  # At most, in a row of Figs 1 to 4.
+_PANELS = 4  # Largest number of panels in a row of Figs 1 to 4.
 
 _STYLES = {"aqe": ("AQE", plots.BLUE), "ste": ("STE", plots.VERMILION)}
 
 
 class Pair(NamedTuple):
-  """Runs that differ in estimator and seed alone: a row of Fig 5.
+  """Runs that differ only in estimator and seed. They make a row of Fig 5.
 
   Attributes:
-    runs: by estimator, "aqe" and "ste"; one for each seed.
-    split: "train" if all runs recorded the hard network on it, else "validation".
-    curves: by estimator, float64 (seeds, epochs, 3): epoch, accuracy and loss.
+    runs: Records by estimator, "aqe" and "ste", with one record for each seed.
+    split: "train" if all runs recorded the hard network's results on the training
+      split, else "validation".
+    curves: Curves by estimator, float64 (seeds, epochs, 3). The last axis has epoch,
+      accuracy and loss.
   """
 
   runs: dict[str, list[records.Record]]
@@ -36,20 +38,20 @@ class Pair(NamedTuple):
 def draw(
     runs: Sequence[records.Record], out: str, layer: str
 ) -> tuple[list[str], list[str]]:
-  """Draws what the runs have recorded, to `out`/fig1.png and so on.
+  """Draws the records of runs to `out`/fig1.png and so on.
 
   Args:
-    runs: see `records.read`. Figs 1 to 4 show the first run that fits, Fig 5 all runs
-      that make a pair.
-    out: a folder, made if missing.
-    layer: the layer of Figs 1 to 4; its activations are those that "norm_" + layer
-      made.
+    runs: Records, see `records.read`. Figs 1 to 4 show the first run that fits. Fig 5
+      shows all runs that make a pair.
+    out: Folder of the figures. It is created if it is missing.
+    layer: Layer of Figs 1 to 4. Its activations are the output of "norm_" + layer.
 
   Returns:
-    What was drawn and from which runs, and what was not and why, a line each.
+    Two lists of lines. The first names each figure that was drawn, and its runs. The
+    second names each one that was not drawn, and the reason.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: A figure cannot be written.
   """
   folder = pathlib.Path(out)
   folder.mkdir(parents=True, exist_ok=True)
@@ -89,14 +91,14 @@ def _first_with(runs, bits, path):
 
 
 def histogram_figure(lines: Sequence[dict[str, Any]], title: str) -> Any:
-  """Figs 1 to 4: how training's weights or activations are spread, by epoch.
+  """Plots the distribution of weights or activations in training (Figs 1 to 4).
 
   Args:
-    lines: of histograms.jsonl, of one layer, one for each epoch.
-    title: of the figure.
+    lines: Lines of histograms.jsonl for one layer, one for each epoch.
+    title: Title of the figure.
 
   Returns:
-    The matplotlib Figure; its axes are the epochs.
+    The matplotlib Figure. It has axes for each epoch.
   """
   from matplotlib import figure
 
@@ -115,7 +117,7 @@ def histogram_figure(lines: Sequence[dict[str, Any]], title: str) -> Any:
     axes.set_xticks((-1, -0.5, 0, 0.5, 1))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_tick_params(labelbottom=True)
-    # Most activations are at the ends: on a linear axis the others could not be seen.
+    # Most activations are at the ends. On a linear axis the others would be invisible.
     axes.set_yscale("log")
     axes.set_ylim(1e-3, 100)
     axes.yaxis.set_major_formatter("{x:g}")
@@ -130,11 +132,11 @@ def histogram_figure(lines: Sequence[dict[str, Any]], title: str) -> Any:
 
 
 def pairs(runs: Sequence[records.Record]) -> tuple[list[Pair], list[str]]:
-  """All runs that differ in estimator, AQE or STE, and seed alone.
+  """Finds runs that differ only in seed and in estimator, AQE or STE.
 
   Returns:
-    The pairs, in the order of `runs`; and which runs are in none although their
-    config has a partner, and why, a line each.
+    The pairs in the order of `runs`, and a line for each run that has a partner and is
+    still in no pair, with the reason.
   """
   groups: dict[str, dict[str, list[records.Record]]] = {}
   for run in runs:
@@ -162,7 +164,11 @@ def pairs(runs: Sequence[records.Record]) -> tuple[list[Pair], list[str]]:
 
 
 def _curve(run: records.Record) -> tuple[dict[str, list[tuple]], str]:
-  """By split, (epoch, accuracy, loss) of the hard network; or nothing and why."""
+  """Reads the curves of a run: (epoch, accuracy, loss) of the hard network by split.
+
+  Returns:
+    The curves by split and "", or an empty dict and the reason.
+  """
   if not run["curve"]:
     return {}, "it has no curve"
   points: dict[str, list[tuple]] = {"train": [], "validation": []}
@@ -184,20 +190,20 @@ def _pair(whole):
                          for _, lines in some) else "validation"
   return Pair({name: [run for run, _ in some] for name, some in whole.items()}, split,
               {name: np.array([lines[split] for _, lines in some], np.float64)
-               for name, some in whole.items()})  # A loss that is null is NaN.
+               for name, some in whole.items()})  # A loss of None becomes NaN.
 
 
 def comparison_figure(pairs: Sequence[Pair]) -> Any:
-  """Fig 5: accuracy and loss of the hard network by epoch, AQE against STE.
+  """Plots accuracy and loss of the hard network by epoch, AQE against STE (Fig 5).
 
-  Thin lines are single seeds, thick ones their mean. The panels' titles say whether
-  they are of the training split.
+  Thin lines are single seeds, and thick lines are their mean. The titles of the panels
+  name the split.
 
   Args:
-    pairs: rows of panels.
+    pairs: Pairs of runs, one for each row of panels.
 
   Returns:
-    The matplotlib Figure; its axes are, row by row, accuracy and loss.
+    The matplotlib Figure. Each row has axes for accuracy and loss.
   """
   from matplotlib import figure
 
@@ -221,7 +227,11 @@ def comparison_figure(pairs: Sequence[Pair]) -> Any:
 
 
 def _differing(pairs):
-  """For each pair the settings that not all have, and that a title does not say."""
+  """Describes the settings in which pairs differ, except those that titles name.
+
+  Returns:
+    A list of descriptions for each pair.
+  """
   said = ("estimator", "dataset", "network", "conv_widths", "dense_widths",
           "input_bits", "weight_bits", "bits_rules")
   settings = [records.settings(pair.runs["aqe"][0]["config"], said) for pair in pairs]

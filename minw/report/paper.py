@@ -1,8 +1,8 @@
-"""The results of Chen et al., arXiv 2003.04296: Tables I to V, and which run is which.
+"""Tables I to V of Chen et al., arXiv 2003.04296, and the cells to which a run belongs.
 
-Tables I and II are accuracies, III and V errors in %, IV losses in points against the
-paper's float AlexNet. An operand of 16 bits is bfloat16 or float16 here, of 8 bits
-float8_e4m3fn, of 32 bits float32.
+Tables I and II have accuracies, and Tables III and V errors in %. Table IV has losses
+in points against the paper's float AlexNet. Here, operands of 16 bits are bfloat16 or
+float16, operands of 8 bits float8_e4m3fn, and operands of 32 bits float32.
 """
 
 from typing import Any, NamedTuple
@@ -13,18 +13,21 @@ from minw.data import datasets
 
 
 class Cell(NamedTuple):
-  """A number of the paper, and what it is of.
+  """A number of the paper, and the experiment that it belongs to.
 
   Attributes:
-    table: "I" to "V".
-    dataset, network: as in a config, but ConvNets are "A" to "D".
-    inputs, weights: M and N, bits of activations and weights.
-    estimator: in training; `titles.NO_ESTIMATOR` of a float network.
-    measure: "accuracy", "error %", ...: see `measured`.
-    paper: the number.
-    epochs: of the recipe, the paper's or, of ResNet-18, the usual one.
-    kept: which weights are float32 all the same: "none", "first", "first and last";
-      "any" where the paper does not say, and of these three.
+    table: Number of the table, "I" to "V".
+    dataset: Data set as in a config.
+    network: Network as in a config, but "A" to "D" for ConvNets.
+    inputs: Number of bits of activations, M in the paper.
+    weights: Number of bits of weights, N in the paper.
+    estimator: Estimator in training; `titles.NO_ESTIMATOR` for a float network.
+    measure: "accuracy", "error %" and others, see `measured`.
+    paper: Number in the paper.
+    epochs: Number of epochs of the paper's recipe. For ResNet-18 it is the usual number
+      of epochs.
+    kept: Layers whose weights stay float32: "none", "first" or "first and last". "any"
+      stands for any of these if the paper does not say.
   """
 
   table: str
@@ -48,7 +51,7 @@ CAPTIONS = {
     "V": "ImageNet, ResNet-18: error in %",
 }
 
-# M, N: accuracies of A, B, C, D.
+# Bits of inputs and weights (M, N, the paper's order): accuracies of A, B, C, D.
 _CIFAR10 = {
     (1, 1): (.884, .851, .847, .844),
     (1, 2): (.889, .866, .859, .855),
@@ -86,7 +89,7 @@ _CIFAR100 = {
     (16, 3): (.640, .630, .619, .614),
     (32, 32): (.646, .634, .630, .623),
 }
-# Network, data set, epochs: errors of 3-bit and of float weights. ResNet-110 stops
+# Network, data set, epochs: errors with 3-bit and with float weights. ResNet-110 stops
 # after 64,000 steps.
 _THIRD = {
     ("resnet110", "cifar10", 182): (7.05, 6.61),
@@ -94,13 +97,14 @@ _THIRD = {
     ("densenet100", "cifar10", 300): (5.21, 4.51),
     ("densenet100", "cifar100", 300): (23.70, 22.27),
 }
-# N, M: points of top-1 and top-5. Rows keep the layers that their rivals keep, which
-# differ.
+# Bits of weights and inputs (N, M): points lost in top-1 and top-5 accuracy. In each
+# row, the paper keeps the same layers in float32 as the method it compares with. These
+# layers differ from row to row.
 _ALEXNET = {(1, 16): (8.0, 6.8), (2, 16): (3.0, 2.5), (1, 1): (21.8, 20.1),
             (1, 2): (9.8, 10.1), (2, 8): (3.2, 2.9), (3, 8): (0.6, 0.7),
             (32, 32): (0.0, 0.0)}
 _ALEXNET_FLOAT = {"top-1": 56.6, "top-5": 80.2}
-# N, M, kept: errors of top-1 and top-5.
+# Bits of weights and inputs (N, M) and kept layers: top-1 and top-5 errors.
 _RESNET18 = {(32, 32, "any"): (30.46, 10.81), (2, 32, "any"): (36.36, 15.10),
              (1, 32, "any"): (37.60, 15.81), (1, 2, "first and last"): (42.16, 18.90),
              (1, 1, "first"): (47.87, 26.04)}
@@ -150,12 +154,17 @@ PUBLISHED = (
      "ReActNet, arXiv 2003.03488"),
 )
 
-# The layers of each network that may be kept.
+# First and last layer of each network whose weights may stay float32.
 _ENDS = {"alexnet": ("conv1", "dense3"), "resnet18": ("stem", "dense1")}
 
 
 def measured(cell: Cell, run: dict[str, Any]) -> float:
-  """A run's result, of its last checkpoint, in the unit of a cell that it is of."""
+  """Returns the result of a run's last checkpoint in the unit of a cell.
+
+  Args:
+    cell: One of the cells of the run, see `cells_of`.
+    run: Record of the run, see `minw.report.records`.
+  """
   top5 = cell.measure.startswith("top-5")
   accuracy = run["test_top5_accuracy" if top5 else "test_accuracy"]
   if cell.table == "IV":
@@ -164,13 +173,16 @@ def measured(cell: Cell, run: dict[str, Any]) -> float:
 
 
 def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
-  """The cells that a run is of, or none and why.
+  """Returns the cells to which a run belongs, or none and the reason.
 
-  A network of other widths, images of another size or part of the data are other
-  experiments; all other fields of a config are open.
+  A run with other widths, another image size or a part of the data is another
+  experiment. The paper leaves all other fields of a config open.
 
   Args:
-    run: see `minw.report.records`.
+    run: Record of the run, see `minw.report.records`.
+
+  Returns:
+    The cells and "", or an empty list and a clause that gives the reason.
   """
   c = run["config"]
   network = c["network"]
@@ -189,7 +201,7 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
 
   if len(network) == 1:
     last = c["crop_size"] - 2 * (c["first_padding"] == "VALID") >> 3
-    if last != 3:  # The paper's sizes in MB are of a last map of 3x3 pixels.
+    if last != 3:  # The paper's sizes in MB imply a last map of 3x3 pixels.
       return [], (f"crop_size={c['crop_size']} and first_padding={c['first_padding']} "
                   f"leave a last map of {last}x{last}, not 3x3 pixels")
   else:
@@ -207,7 +219,7 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
   if not cells:
     return [], (f"no cell has inputs of {c['input_bits']} and weights of "
                 f"{c['weight_bits']} bits")
-  if not bits[0] == bits[1] == 32:  # Those have nothing to estimate.
+  if not bits[0] == bits[1] == 32:  # Float networks have no estimator.
     cells = [cell for cell in cells if cell.estimator == c["estimator"]]
   if not cells:
     return [], f"no cell has the estimator {c['estimator']}"
@@ -221,7 +233,15 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
 def kept_layers(
     network: str, bits: int | str, rules: list[tuple[str, Any]]
 ) -> str | None:
-  """Which weights are float32 among others of `bits`; None if not as in any cell."""
+  """Returns which layers keep float32 weights, in the words of `Cell.kept`.
+
+  The result is None if no cell keeps these layers.
+
+  Args:
+    network: Network of the cell.
+    bits: Bits of all other weights.
+    rules: `bits_rules` of the config.
+  """
   by_layer: dict[Any, Any] = {name: kind for name, kind in rules}
   first, last = _ENDS.get(network, (None, None))
   if by_layer.keys() - {first, last} or {*by_layer.values()} - {"float32", bits}:

@@ -1,16 +1,18 @@
-"""Records of finished runs: from their workdirs, or from the lines of a study.
+"""Records of finished runs, read from their workdirs or from the lines of a study.
 
-A study is a file of JSON lines, one for each run, which `collect` makes. A record is
+A study is a file of JSON lines that `collect` writes, one for each run. A record is
 such a line:
 
-    config: all fields but those of `LOCAL`, as JSON.
-    run: the name of its folder, in a sweep what the sweep calls it.
-    seed: the config's.
-    commit, hardware, versions: of the run's last start; null if they are not known.
-    earlier: the same of earlier starts, if they were others.
-    seconds: wall time, over all starts.
-    step, test_accuracy, test_loss, best_step, best_test_accuracy, ...: of status.json.
-    curve, histograms: files, named from the study's folder on; null if there are none.
+    config: All fields of the config as JSON, except those of `LOCAL`.
+    run: Name of the run's folder. In a sweep this is the name of the run.
+    seed: Seed of the config.
+    commit, hardware, versions: Environment of the run's last start; null if unknown.
+    earlier: Environments of earlier starts, if they differed.
+    seconds: Wall time of all starts together.
+    step, test_accuracy, test_loss, best_step, best_test_accuracy, best_test_loss and
+      others: Fields of status.json.
+    curve, histograms: Paths of files, relative to the study's folder; null if there are
+      none.
 """
 
 import contextlib
@@ -31,16 +33,17 @@ from minw.workdir import environment
 from minw.workdir import metrics
 from minw.workdir import run_files
 
-LOCAL = ("data_dir", "data_workers")  # Fields that say where a run is computed.
+LOCAL = ("data_dir", "data_workers")  # Fields that depend on the machine.
 _RATES = ("examples_per_second", "decode_rate")
 NOT_COPIED = ", ".join([
     "checkpoints", "TensorBoard's files", *LOCAL, *_RATES, "measurements by layer"])
 
-# Fields on which the hard network does not depend, but for the chance of its seed.
+# Fields that do not affect the hard network, except that the seed changes its random
+# numbers.
 NO_MATTER = ("seed", *LOCAL, "shard_optimizer", "max_damaged", "eval_batch_size",
              "eval_train", "histogram_layers", "histogram_epochs")
 
-# Fields that count only where something is quantized.
+# Fields that matter only if something is quantized.
 _OF_ESTIMATOR = ("estimator", "estimator_gradient", "estimator_noise_steps",
                  "alpha_start", "alpha_final", "alpha_end", "alpha_shape",
                  "alpha_per_layer", "alpha_backward")
@@ -49,19 +52,25 @@ Record = dict[str, Any]
 
 
 class LeftOut(NamedTuple):
-  """A run that is not counted, and why."""
+  """A run that is not counted, and the reason.
+
+  Attributes:
+    name: Workdir of the run, or its study and line.
+    why: Clause that gives the reason.
+  """
 
   name: str
   why: str
 
 
 def record(workdir: str) -> Record:
-  """The record of the run in `workdir`; its files are named by their whole paths.
+  """Returns the record of the run in `workdir`.
+
+  The paths of its files begin with `workdir`.
 
   Raises:
-    errors.UsageError: there is no run, it is not done, or its record is not complete,
-      see
-      `metrics.check_complete`.
+    errors.UsageError: There is no run, it is not done, or its record is not complete,
+      see `metrics.check_complete`.
   """
   config = run_files.read_config(workdir)
   status = run_files.read_status(workdir) or {"state": "not begun", "step": 0}
@@ -92,7 +101,12 @@ def record(workdir: str) -> Record:
 
 
 def _source(init_from: str) -> str:
-  """The meaning of `init_from`: runs of several seeds may have one source each."""
+  """Returns the description of the config behind `init_from`, see `as_source`.
+
+  Runs of different seeds may start from different workdirs. If the configs there differ
+  only in the seed, the runs get the same description and can be averaged. If there is
+  no readable config, the result is `init_from` itself.
+  """
   if not init_from:
     return ""
   try:
@@ -103,15 +117,15 @@ def _source(init_from: str) -> str:
 
 
 def as_source(config: dict[str, Any]) -> str:
-  """What the record of a run says in `init_from` if it went on from one of `config`."""
+  """Returns the `init_from` in records of runs that started from a run of `config`."""
   return f"a run of config {_digest(key(config))}"
 
 
 def acting(config: dict[str, Any]) -> dict[str, Any]:
-  """The config, with `titles.NO_ESTIMATOR` for an estimator that does not act.
+  """Returns the config, with `titles.NO_ESTIMATOR` for fields that have no effect.
 
-  A network whose operands are all floats is the same whatever its config says of
-  estimator and alpha.
+  If all operands of a network are floats, its config's estimator and alpha do not
+  matter.
   """
   if titles.estimator(config) != titles.NO_ESTIMATOR:
     return config
@@ -119,16 +133,19 @@ def acting(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def key(config: dict[str, Any], without: Sequence[str] = ()) -> str:
-  """Equal for configs that differ only in seed, `without` and what does not matter."""
+  """Returns a string that is equal for configs of the same experiment.
+
+  It ignores the fields in `without` and in `NO_MATTER`, for example the seed.
+  """
   left_out = {*without, *NO_MATTER}
   return json.dumps({name: value for name, value in acting(config).items()
                      if name not in left_out}, sort_keys=True)
 
 
 def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-  """The fields that act and differ from `config.default_config`.
+  """Returns the fields that have an effect and differ from `config.default_config`.
 
-  Those in `without` are left out, and those that `key` leaves out.
+  The fields in `without` and in `NO_MATTER` are left out.
   """
   default = json.loads(config_lib.to_json(config_lib.default_config()))
   return {name: value for name, value in acting(config).items()
@@ -137,34 +154,36 @@ def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, A
 
 
 def method(run: Record) -> str:
-  """The name of the run in its sweep, without the seed; "" if it is not known."""
+  """Returns the name of the run in its sweep, without the seed; "" if unknown."""
   return run.get("run", "").removesuffix(f"-seed{run['seed']}")
 
 
 def described(fields: dict[str, Any]) -> str:
-  """Fields and their values in a line: "crop_size=30, optimizer=sgd"."""
+  """Formats fields and their values in a line: "crop_size=30, optimizer=sgd"."""
   return ", ".join(f"{name}={text(value)}" for name, value in sorted(fields.items()))
 
 
 def text(value: Any) -> str:
-  """A field's value in a line."""
+  """Formats the value of a field."""
   return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def read(paths: Sequence[str]) -> tuple[list[Record], list[LeftOut]]:
-  """All runs in folders, which are searched, and studies.
+  """Reads the records of all runs in studies and folders.
 
   Args:
-    paths: folders and files; a run that is in several is counted once.
+    paths: Studies, and folders to search for workdirs and studies. A run that is found
+      several times is counted once.
 
   Returns:
-    The records, in the order of `paths` and of names in folders. Their configs have
-    all fields, those not recorded as by default; a field `name` is the workdir, or
-    the study and line. And what is left out: runs that are not done or cannot be read,
-    and, of two of equal config and seed with other results, the second.
+    The records, and the runs that are left out. The records are in the order of `paths`
+    and of names in folders. Their configs have all fields; those not recorded have
+    their defaults. The field `name` is the workdir, or the study and line. Runs are
+    left out if they are not done or cannot be read. If two runs have the same config
+    and seed and different results, the second is left out.
 
   Raises:
-    errors.UsageError: a path is neither a folder nor a study.
+    errors.UsageError: A path is neither a folder nor a study.
   """
   found, left_out, _ = _scan(paths)
   return found, left_out
@@ -173,7 +192,7 @@ def read(paths: Sequence[str]) -> tuple[list[Record], list[LeftOut]]:
 def _scan(
     paths: Sequence[str],
 ) -> tuple[list[Record], list[LeftOut], list[LeftOut]]:
-  """What `read` returns, and the copies of runs that were found before."""
+  """Returns the results of `read`, and the copies of runs that were found before."""
   found, left_out, copies, seen = [], [], [], {}
   for name, load in _sources(paths):
     try:
@@ -196,7 +215,7 @@ def _scan(
 
 
 def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
-  """Names of runs, and functions that load them; each workdir and study once."""
+  """Yields names of runs and functions that load them, each workdir and study once."""
   visited = set()
 
   def new(path):
@@ -213,7 +232,7 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
     errors.check(os.path.isdir(path), "runs", path, "a folder or a file that exists")
     for folder, folders, names in os.walk(path):
       if _is_workdir(folder, names):
-        folders.clear()  # It has checkpoints, no other runs.
+        folders.clear()  # A workdir contains no other runs.
         if new(folder):
           yield folder, lambda folder=folder: record(folder)
         continue
@@ -228,7 +247,7 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _damage(path: str) -> json_files.Damaged | None:
-  """What is wrong with a file of JSON lines that may have been a study."""
+  """Returns the fault of a damaged file of JSON lines that may have been a study."""
   try:
     json_files.read_lines(path)
     if not (json_files.read_text(path) or "\n").endswith("\n"):
@@ -243,10 +262,14 @@ def _refuse(error: Exception) -> Record:
 
 
 def _is_workdir(folder: str, names: Sequence[str]) -> bool:
-  """Whether it holds a run; one that ended before its first step has no status.json.
+  """Returns whether a folder is the workdir of a run.
 
-  A run that has lost its config.json is one as well, to be named among what is left
-  out.
+  A run that ended before its first step has no status.json. A run that has lost its
+  config.json counts as well, so that it is reported among the runs that are left out.
+
+  Args:
+    folder: Path of the folder.
+    names: Names of the files in it.
   """
   others = {"status.json", "run.json", "metrics.jsonl"} & {*names}
   if "config.json" not in names:
@@ -260,7 +283,7 @@ def _is_workdir(folder: str, names: Sequence[str]) -> bool:
 
 
 def is_study(path: str | os.PathLike) -> bool:
-  """Whether it is a file that `collect` wrote: one of its lines has a config."""
+  """Returns whether a file was written by `collect`: one of its lines has a config."""
   if not os.path.isfile(path):
     return False
   for line in pathlib.Path(path).read_bytes().splitlines():
@@ -303,26 +326,29 @@ def _line(line: bytes, folder: str) -> Record:
     path = os.path.join(folder, run[name] or "")
     run[name] = path if os.path.isfile(path) else None
     if run[name]:
-      read_all(path)  # One that is damaged is refused here, by its name.
+      read_all(path)  # Raises an error that names the file if it is damaged.
   return run
 
 
 def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
-  """Adds the records of runs to the study `out`, but those that it has already.
+  """Adds the records of runs to the study `out`, except those that it already has.
 
-  Curves and histograms are copied to a folder of the study's name beside it: of
-  curves all but the rates and what is measured by layer.
+  Curves and histograms are copied to a folder beside the study, which has the name of
+  the study. Curves are copied without rates and without measurements by layer.
 
   Args:
-    paths: see `read`.
-    out: ends in .jsonl; it is made, with its folder, if missing.
+    paths: Studies, and folders to search, see `read`.
+    out: Path of the study, which ends in .jsonl. The file and its folder are created if
+      they are missing.
 
   Returns:
-    The names of what was added, and what was not and why: what `read` leaves out, and
-    runs that the study has already or that were found twice.
+    The names of the runs that were added, and the other runs with reasons. These are
+    the runs that `read` leaves out, runs that the study already has, and runs that were
+    found twice.
 
   Raises:
-    errors.UsageError: as `read`; `out` is not a study, or cannot be written.
+    errors.UsageError: A path is neither a folder nor a study, or `out` is not a study
+      or cannot be written.
   """
   study = pathlib.Path(out)
   errors.check(study.suffix == ".jsonl", "out", out, "a file whose name ends in .jsonl")
@@ -350,7 +376,8 @@ def collect(paths: Sequence[str], out: str) -> tuple[list[str], list[LeftOut]]:
                                  json_files.read_text(run["histograms"]) or "")
       lines.append(json.dumps(run, sort_keys=True) + "\n")
     if lines:
-      cut_off = before and not before.endswith("\n")  # No line is added to its last.
+      # If the last line is cut off, the next line must not be appended to it.
+      cut_off = before and not before.endswith("\n")
       files.write(study, before + "\n" * bool(cut_off) + "".join(lines))
   except OSError as error:
     raise errors.UsageError(f"out={out!r} cannot be written: {error}") from error

@@ -1,4 +1,4 @@
-"""RESULTS.md: all studies of a folder, the paper's tables and what others published."""
+"""RESULTS.md: all studies of a folder, the paper's tables, and results of others."""
 
 import itertools
 import json
@@ -16,25 +16,28 @@ from minw.report import records
 from minw.report import tables
 from minw.workdir import metrics
 
-# What is compared is not what these say, but what else differs in a study.
+# Fields that define the problem. Studies compare runs in the other fields that differ.
 _PROBLEM = ("dataset", "network", "conv_widths", "dense_widths", "input_bits",
             "weight_bits")
 
 _HEAD = """# Results
 
-Made by `python -m minw.report results` of the studies in `results`, which hold config,
-seed, commit, hardware, versions, wall time and curve of each run. Three kinds of
-numbers are kept apart: ours, by study; the paper's, with ours where a run is of one of
-its cells; and what others published.
+`python -m minw.report results` makes this file from the studies in `results`. They
+hold config, seed, commit, hardware, versions, wall time and curve of each run. Three
+kinds of numbers have sections of their own: our results by study, the paper's results
+beside ours, and published results of others.
 """
 
-_COLUMNS = f"""W1A2 stands for weights of 1 bit and activations of 2. Accuracies are the hard network's,
-means over the seeds with half their {comparison.CONFIDENCE:.0%} confidence interval
-(Student's t); an interval that would leave [0, 1] is cut off there and written out.
-"Validation", of images that are not trained on, is what choices are made by; "test" is of
-the last checkpoint, "best" that of the checkpoint with the best validation accuracy.
-"Paired" is the difference of "test" to the first row, seed by seed, p the probability of
-one as large if there were none (two-sided t test, not corrected for the number of rows).
+_COLUMNS = f"""\
+W1A2 stands for weights of 1 bit and activations of 2 bits. Accuracies are those of the
+hard network. They are means over the seeds, with half the width of their
+{comparison.CONFIDENCE:.0%} confidence interval (Student's t). An interval that would
+leave [0, 1] is cut off there and written in full. The column "validation" has
+accuracies on images that are not trained on; all choices are based on them. The column
+"test" has test accuracies of the last checkpoint, and "best" those of the checkpoint
+with the best validation accuracy. The column "paired" is the difference of "test" to
+the first row, seed by seed, and "p" is the probability of a difference at least as
+large if there were none (two-sided t test, not corrected for the number of rows).
 """
 
 
@@ -42,15 +45,16 @@ def write(folder: str, out: str) -> list[str]:
   """Writes `out`/RESULTS.md, and the figures of studies into their folders.
 
   Args:
-    folder: with the studies; it is in `out`.
-    out: the folder of RESULTS.md.
+    folder: Folder of the studies, inside `out`.
+    out: Folder of RESULTS.md.
 
   Returns:
-    What was written, and what was left out and why, a line each.
+    Lines that name each file that was written, and each run and figure that was left
+    out, with the reason.
 
   Raises:
-    errors.UsageError: there is no study, or `folder` is not in `out`.
-    OSError: it cannot be written.
+    errors.UsageError: There is no study, or `folder` is not inside `out`.
+    OSError: A file cannot be written.
   """
   root = pathlib.Path(out).resolve()
   errors.check(pathlib.Path(folder).resolve().is_relative_to(root), "runs", folder,
@@ -79,18 +83,21 @@ def write(folder: str, out: str) -> list[str]:
 
 
 def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str:
-  """The section of one study; runs that others of it went on from have no row.
+  """Formats the section of one study.
+
+  Runs from which other runs of the study started have no row.
 
   Args:
-    path: of the study, from where RESULTS.md is.
-    title: a line.
-    runs: its records, at least one.
+    path: Path of the study, relative to the folder of RESULTS.md.
+    title: Title of the section, in one line.
+    runs: Records of the study, at least one.
   """
   sources = {run["config"]["init_from"] for run in runs}
   counted = [run for run in runs if records.as_source(run["config"]) not in sources]
   varied = _varied(counted)
   by = [name for name in varied if name not in _PROBLEM]
-  # Others are compared with the straight-through estimator, or else with the defaults.
+  # The first row is the straight-through estimator. If there is none, it is the run
+  # with the fewest settings that differ from the defaults.
   counted.sort(key=lambda run: (records.method(run) != "ste",
                                 len(records.settings(run["config"]))))
   compared = comparison.compare(counted, by)
@@ -147,7 +154,7 @@ def _table(groups, by):
 
 
 def _pooled(dataset, compared, by):
-  """Differences to the first row, of all networks and seeds together."""
+  """Formats the differences to the first row, over all networks and seeds together."""
   pairs: dict[str, list[float]] = {}
   for each in compared:
     for group in each.groups[1:]:
@@ -189,13 +196,13 @@ def _difference(pairs):
 
 
 def _problem(config):
-  config = config | {"bits_rules": []}  # In the settings, or in the rows.
+  config = config | {"bits_rules": []}  # Settings or rows name the rules.
   return ", ".join(name(config) for name in (titles.network, titles.dataset,
                                              titles.bits))
 
 
 def _shared(compared):
-  """The settings that all rows have, but what `_problem` says."""
+  """Returns the settings that all rows share, except those that `_problem` names."""
   settings = records.settings(_any_run(compared)["config"], _PROBLEM)
   return {name: value for name, value in settings.items()
           if all(group.by.get(name, value) == value for group in compared.groups)}
@@ -227,6 +234,8 @@ def _paper(runs):
 
 
 def _published() -> str:
-  return "## Published by others\n\nFor orientation; none was run here.\n\n" + (
-      tables.table_of(["network", "data", "test accuracy", "policy", "source"],
-                      [list(row) for row in paper.PUBLISHED]))
+  head = ("## Published by others\n\n"
+          "For orientation. None of these networks was run here.\n\n")
+  return head + tables.table_of(
+      ["network", "data", "test accuracy", "policy", "source"],
+      [list(row) for row in paper.PUBLISHED])

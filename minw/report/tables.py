@@ -1,4 +1,4 @@
-"""Tables I to V: the paper's numbers, ours, and of how many runs ours are."""
+"""Tables I to V: the paper's numbers, ours, and the number of our runs."""
 
 import csv
 import io
@@ -11,33 +11,35 @@ from minw.report import records
 
 Rows = list[dict[str, Any]]
 
-_BITS = ("inputs", "weights")  # In every row; the rest of a place where it varies.
+# The place of a cell. Rows always have its bits, and the other names if they vary
+# within the table.
+_BITS = ("inputs", "weights")
 _PLACE = ("dataset", "network", "inputs", "weights", "estimator", "measure")
 _RESULT = ("paper", "ours", "difference", "seeds", "standard deviation", "epochs")
 
 
 def tables(runs: Sequence[records.Record]) -> tuple[dict[str, Rows],
                                                     list[records.LeftOut]]:
-  """The rows of Tables I to V.
+  """Makes the rows of Tables I to V.
 
   Args:
-    runs: see `records.read`.
+    runs: Records, see `records.read`.
 
   Returns:
-    By table rows, one for a cell without runs, else one for each kind of run: configs
-    that differ in more than the seed are never averaged. A row has the bits of inputs
-    and weights, the other names of the cell's place that vary within the table, and
+    The rows by table, and the runs that belong to no cell. A cell without runs has one
+    row. Other cells have a row for each group of runs that differ only in the seed;
+    other runs are never averaged. A row has the bits of inputs and weights, and the
+    other names of the cell's place that vary within the table. It also has
 
-      paper: the number.
-      ours, difference: the mean over the seeds; that minus the paper's.
-      seeds, standard deviation: how many; over them (n - 1), None of one.
-      epochs: of the run; "20 of 200" if the recipe has more.
-      settings: by name, the fields that are not as by default and are no part of the
-        place; weight bits are among them where a cell does not say which layers
-        have them.
-      commits: of the runs.
-
-    And what is of no cell.
+      paper: Number in the paper.
+      ours: Mean of our runs over the seeds.
+      difference: Our mean minus the number in the paper.
+      seeds: Number of seeds.
+      standard deviation: Standard deviation over the seeds (n - 1). None for one seed.
+      epochs: Number of epochs; "20 of 200" if the paper's recipe has more.
+      settings: Fields that differ from the defaults and are not part of the place, by
+        name. These include bits_rules, and bits of 16, which stand for two formats.
+      commits: Commits of the runs.
   """
   left_out, found = [], {}
   for run in runs:
@@ -77,24 +79,24 @@ def _result(cell: paper.Cell, runs: list[records.Record]) -> dict[str, Any]:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-  """What is not as by default and not said by the cell."""
+  """Returns the settings that differ from the defaults and that no cell names."""
   said = ["dataset", "network", "conv_widths", "dense_widths", "estimator",
           "num_epochs"]
-  # "16" may be either of two formats.
+  # In a cell, 16 bits stand for either of two formats.
   said += [name for name in ("input_bits", "weight_bits")
            if config[name] not in ("bfloat16", "float16")]
   return records.settings(config, said)
 
 
 def with_runs(rows: dict[str, Rows]) -> dict[str, Rows]:
-  """The rows that have a run, of tables that have any."""
+  """Returns the rows that have a run. Tables without such rows are left out."""
   ours = {table: [row for row in lines if row["ours"] is not None]
           for table, lines in rows.items()}
   return {table: lines for table, lines in ours.items() if lines}
 
 
 def counts(rows: dict[str, Rows]) -> str:
-  """How many cells of each table have runs: "Cells with runs, by table: I: 1 of 64"."""
+  """Counts cells that have runs: "Cells with runs, by table: I: 1 of 64"."""
   cells = {table: {tuple(row.get(name) for name in _PLACE): row["ours"] is not None
                    for row in lines} for table, lines in rows.items()}
   return "Cells with runs, by table: " + ", ".join(
@@ -103,9 +105,12 @@ def counts(rows: dict[str, Rows]) -> str:
 
 
 def markdown(rows: dict[str, Rows], left_out: Sequence[records.LeftOut]) -> str:
-  """Tables for a reader; what is not there is empty."""
+  """Formats the tables and the runs that are left out as Markdown.
+
+  Missing numbers leave empty cells.
+  """
   parts = ["# The paper's results and ours\n", WHAT,
-           sections(rows) if rows else "No run is of a cell of these tables.\n"]
+           sections(rows) if rows else "No run belongs to a cell of these tables.\n"]
   if left_out:
     parts.append("## Runs that are in no table\n")
     parts.append("".join(
@@ -116,18 +121,18 @@ def markdown(rows: dict[str, Rows], left_out: Sequence[records.LeftOut]) -> str:
 
 
 def _together(names: list[str]) -> str:
-  """Names of runs that follow each other and have one reason."""
+  """Names consecutive runs that are left out for the same reason."""
   return names[0] if len(names) == 1 else (
       f"{len(names)} runs, {names[0]} to {names[-1]}")
 
 
-WHAT = ("Paper: arXiv 2003.04296. Ours: mean over the seeds, of the hard network at"
-        " the last checkpoint, on the test split (ImageNet: the validation images);"
-        " sample standard deviation.\n")
+WHAT = ("\"Paper\" is arXiv 2003.04296. \"Ours\" is the mean over the seeds of the hard"
+        " network's result at the last checkpoint, on the test split (for ImageNet, on"
+        " the validation images). The standard deviation is that of the sample.\n")
 
 
 def sections(rows: dict[str, Rows]) -> str:
-  """The heading of each table, its rows, and the settings that all our runs share."""
+  """Formats each table: a heading, its rows, and the settings that all runs share."""
   parts = []
   for table, lines in rows.items():
     digits = 4 if table in ("I", "II") else 2
@@ -143,7 +148,7 @@ def sections(rows: dict[str, Rows]) -> str:
          *(_described(_items(row["settings"]) - shared.items()) for _ in own)]
         for row in lines]))
     if shared:
-      parts.append(f"All of ours with {_described(shared.items())}.\n")
+      parts.append(f"All of our runs have {_described(shared.items())}.\n")
   return "\n".join(parts)
 
 
@@ -169,13 +174,13 @@ def _text(value: Any, name: str, digits: int) -> str:
 
 
 def table_of(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table in Markdown, a line each."""
+  """Formats a table in Markdown, with a line for each row."""
   lines = [names, ["---"] * len(names), *rows]
   return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def csv_of(rows: Rows) -> str:
-  """Rows as CSV, with all digits; of what is not there, nothing between the commas."""
+  """Formats rows as CSV with all digits. Missing values leave empty fields."""
   file = io.StringIO()
   writer = csv.DictWriter(file, rows[0], lineterminator="\n")
   writer.writeheader()
