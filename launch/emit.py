@@ -1,10 +1,10 @@
-"""Sweeps for schedulers: texts of a Slurm array and of a Kubernetes JobSet.
+"""Sweeps for schedulers: files for a Slurm job array and for a Kubernetes JobSet.
 
-Each task is `launch/sweep.py --only=NAME`, so that what is done is skipped and what was
-interrupted goes on, here as there. What is in capitals is to be filled in.
+Each task runs `launch/sweep.py --only=NAME`. Therefore runs that are done are skipped,
+and interrupted runs resume. Replace the words in capitals, for example YOUR-IMAGE.
 
-The array was tried on Slurm 22.05, one machine, four runs; the JobSet was not tried on
-a cluster, only checked as launch/jobset.yaml is.
+The array was tried on Slurm 22.05 with one machine and four runs. The JobSet was not
+tried on a cluster, but checked in the same way as launch/jobset.yaml.
 """
 
 import json
@@ -16,7 +16,7 @@ from minw import exit_codes
 
 _SLURM = string.Template("""\
 #!/usr/bin/env bash
-# Submit with sbatch from minw's folder; again to go on with what is left.
+# Submit with sbatch from minw's folder. Submit it again to resume the remaining runs.
 #SBATCH --job-name=minw-sweep
 #SBATCH --array=0-$last%$jobs
 #SBATCH --ntasks=1
@@ -32,14 +32,15 @@ $names
 )
 srun $command --only="$${names[SLURM_ARRAY_TASK_ID]}"
 code=$$?
-if [ "$$code" = $preempted ]; then  # It was told to stop, and has saved.
+if [ "$$code" = $preempted ]; then  # The run was stopped and has saved its state.
   scontrol requeue "$$SLURM_JOB_ID"
 fi
 exit "$$code"
 """)
 
 _JOBSET = string.Template("""\
-# kubectl apply -f THIS_FILE; again, under another name, to go on with what is left.
+# Start it with `kubectl apply -f THIS_FILE`. To resume the remaining runs, change
+# metadata.name and apply it again.
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
@@ -92,7 +93,13 @@ spec:
 
 
 def slurm(names: Sequence[str], *, jobs: int, command: Sequence[str]) -> str:
-  """A Slurm array of a task a run, `jobs` at a time, each `command --only=NAME`."""
+  """Returns the script of a Slurm job array with one task for each run.
+
+  Args:
+    names: Names of the runs.
+    jobs: Number of tasks at a time.
+    command: Command of a task, to which `--only=NAME` is added.
+  """
   return _SLURM.substitute(
       last=len(names) - 1, jobs=jobs, command=shlex.join(command),
       preempted=exit_codes.PREEMPTED,
@@ -100,7 +107,13 @@ def slurm(names: Sequence[str], *, jobs: int, command: Sequence[str]) -> str:
 
 
 def jobset(names: Sequence[str], *, jobs: int, command: Sequence[str]) -> str:
-  """A JobSet of an indexed job with a pod a run, otherwise as `slurm`."""
+  """Returns a Kubernetes JobSet with an indexed job that has one pod for each run.
+
+  Args:
+    names: Names of the runs.
+    jobs: Number of pods at a time.
+    command: Command of a pod, to which `--only=NAME` is added.
+  """
   script = (f"names=({' '.join(names)}); exec {shlex.join(command)} "
             '--only="${names[JOB_COMPLETION_INDEX]}"')
   return _JOBSET.substitute(

@@ -2,19 +2,22 @@
 
   python launch/local_multiprocess.py --processes=2 -- --config=FILE --workdir=DIR
 
-What follows `--` goes to `python -m minw.main`, with the flags that make the processes
-one run. Each has its own cores, and its own GPUs where there are any; their lines are
-prefixed with their numbers. SIGTERM and SIGINT are passed on. If one ends with another
-code than 0, the others get SIGTERM, and SIGKILL after --grace seconds. The exit code is
-that of the first to fail, or 75 if the run was preempted and goes on when started
-again. If this launcher is killed, its processes get SIGTERM within a second.
+The arguments after `--` are passed to `python -m minw.main`, with the flags that join
+the processes to one run. Each process has its own cores, and its own GPUs if there are
+any. The number of the process precedes each of its lines.
 
-Tried on Linux with two CPU processes (tests/test_launch.py); not on several GPUs.
+SIGTERM and SIGINT are passed on to the processes. If one process ends with a code other
+than 0, the others get SIGTERM, and SIGKILL after --grace seconds. The exit code is that
+of the first process that failed. It is 75 if the run was preempted; the same command
+then resumes it. If this launcher is killed, its processes get SIGTERM within a second.
+
+This was tried on Linux with two CPU processes (tests/test_launch.py), and not with
+several GPUs.
 """
 
 from minw import stopping
 
-if __name__ == "__main__":  # Until `run` handles signals itself.
+if __name__ == "__main__":  # Later, `run` handles signals itself.
   stopping.watch()
 
 import functools
@@ -37,7 +40,7 @@ _POLL_SECONDS = 0.05
 
 
 def free_port() -> int:
-  """A port that no one listens on at the moment."""
+  """Returns a port on which no process listens at the moment."""
   with socket.socket() as server:
     server.bind(("localhost", 0))
     return server.getsockname()[1]
@@ -52,17 +55,19 @@ def _prefixed(number: int, process: subprocess.Popen) -> None:
 
 
 def run(commands: Sequence[Sequence[str]], grace: float) -> int:
-  """Runs the commands side by side to the end of all.
+  """Runs the commands side by side until all have ended.
 
   Args:
-    commands: one a process.
-    grace: seconds that the others have after one has ended with a code other than 0.
+    commands: Commands, one for each process.
+    grace: Seconds that the other processes have to end after one has ended with a code
+      other than 0.
 
   Returns:
-    The first code that is neither 0 nor 75, as a shell gives it; else 75 if there is
-    one, else 0.
+    The first exit code other than 0 and 75. It is 128 plus the number of the signal if
+    a signal killed the process. If there is none, 75 if a process ended with 75, else
+    0.
   """
-  received = []  # Signals.
+  received = []  # Signals that arrived.
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: received.append(number))
   processes = [
@@ -77,19 +82,21 @@ def run(commands: Sequence[Sequence[str]], grace: float) -> int:
   for reader in readers:
     reader.start()
 
-  codes = []  # In the order in which they end.
+  codes = []  # Exit codes in the order in which the processes end.
   running, passed_on, deadline = list(processes), 0, None
   while running:
     for process in [p for p in running if p.poll() is not None]:
       running.remove(process)
       code = process.returncode
       if code == -signal.SIGTERM and received:
-        code = exit_codes.PREEMPTED  # Before it could note the signal: nothing is lost.
+        # The signal came before the process could note it. Nothing is lost.
+        code = exit_codes.PREEMPTED
       codes.append(code if code >= 0 else 128 - code)
     failed = any(codes)
     if (failed or len(received) > 1) and deadline is None:
       deadline = time.monotonic() + grace
-    signals = max(len(received), failed)  # Once; a second one may be deadly.
+    # A failure sends one signal. A second signal might kill a process that is saving.
+    signals = max(len(received), failed)
     if signals > passed_on:
       passed_on = signals
       for process in running:
@@ -112,12 +119,12 @@ def define_flags() -> None:
   flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
   flags.DEFINE_string("module", "minw.main", "Module that `python -m` runs.")
   flags.DEFINE_float(
-      "grace", 60, "Seconds that the others have to end after one has ended badly.",
+      "grace", 60, "Seconds that the other processes have to end after one has failed.",
       lower_bound=0)
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the processes of a run with these arguments; returns the exit code."""
+  """Runs the processes of a run with these arguments, and returns the exit code."""
   errors.check(bool(arguments), "arguments", "", "given after --: those of minw.main")
   f = flags.FLAGS
   command = [sys.executable, "-m", f.module, *arguments, "--distributed",

@@ -1,35 +1,40 @@
-"""Many training runs: started, watched, resumed and retried.
+"""Starts, watches, resumes and retries many training runs.
 
   python launch/sweep.py --sweep=estimators:seeds=3 --dir=runs/estimators --jobs=2
   python launch/sweep.py --sweep=... --dir=... --status
   python launch/sweep.py --sweep=... --dir=... --emit=slurm --out=estimators.sbatch
 
-A sweep is a file whose `get_runs(argument="")` yields a (name, config, overrides) for
-each run: the config as --config takes it, NAME or NAME:ARGUMENT, and a dict of fields.
-Those in experiments/sweeps go by their names; others are given as paths.
-If `init_from` is the name of another run of the sweep, that one is done before. A run's
-workdir is DIR/NAME, with log.txt and sweep.json (what was tried) beside its own files.
+A sweep is a Python file with a function `get_runs(argument="")`. It yields a tuple
+(name, config, overrides) for each run. The config is given as for --config, NAME or
+NAME:ARGUMENT, and the overrides are a dict of fields. Sweeps in experiments/sweeps are
+given by name, and others by path.
 
---jobs run at a time, each with its own cores, and its own GPUs where there are any: on
-CPUs one a core is the fastest way through a sweep. Started again, a sweep skips what is
-done, goes on with what was interrupted and, up to --retries times each, starts again
-what failed. Runs that diverged are not repeated, nor, until the sweep is started anew,
-those that refused their input. SIGTERM and SIGINT let the runs save, and end the sweep
-with code 75; a second one kills them. Exit codes besides: 0 all done, 1 some not, 2 bad
-input.
+If `init_from` is the name of another run of the sweep, that run is done first. The
+workdir of a run is DIR/NAME. It also contains log.txt and sweep.json, the record of all
+tries.
 
-Several sweeps may work on one directory: a run belongs to the process that holds the
-lock of its workdir, which `minw.workdir.locks` describes and `minw.main` takes as well.
-Where that is not sure to hold between machines, give each machine runs of its own with
---only, as what --emit writes does.
+The number of runs at a time is --jobs. Each run has its own cores, and its own GPUs if
+there are any. On CPUs, a sweep is fastest with one run per core. If the sweep is
+started again, it skips runs that are done and resumes interrupted runs. It starts runs
+that failed again, up to --retries times each. Runs that diverged are not repeated. Runs
+that rejected their input are repeated only when the sweep is started again.
 
-Tried on Linux with CPUs, on a local file system; the division of GPUs and network file
-systems were not.
+SIGTERM and SIGINT let the runs save their states, and end the sweep with code 75. A
+second signal kills the runs. Otherwise the exit code is 0 if all runs are done, 1 if
+some are not, and 2 for bad input.
+
+Several sweeps may work on one directory, because a run belongs to the process that
+holds the lock of its workdir. `minw.workdir.locks` describes this lock, which
+`minw.main` takes as well. If the lock does not hold between machines, give each machine
+different runs with --only. The files written by --emit do so.
+
+This was tried on Linux with CPUs and a local file system. It was not tried with GPUs or
+network file systems.
 """
 
 from minw import stopping
 
-if __name__ == "__main__":  # Importing all the others takes seconds.
+if __name__ == "__main__":  # The other imports take seconds.
   stopping.watch()
 
 import contextlib
@@ -67,11 +72,11 @@ class Run(NamedTuple):
   """One run of a sweep.
 
   Attributes:
-    name: unique in it.
-    workdir: DIR/NAME.
-    arguments: of minw.main: --config and its overrides.
-    config: what these come to.
-    after: the name of the run that it starts from; "": none.
+    name: Name of the run, unique in the sweep.
+    workdir: Directory of the run, DIR/NAME.
+    arguments: Arguments of minw.main: --config and its overrides.
+    config: Config that results from these arguments.
+    after: Name of the run from which it starts, or "".
   """
 
   name: str
@@ -82,16 +87,17 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-  """Where a run is.
+  """Progress of a run.
 
   Attributes:
     name: "done", "diverged", "failed", "running", "stopped" (to be resumed), "waiting".
-    step, steps: of training; steps is 0 before the run was first started.
-    accuracy: the hard network's on the test split, when done.
-    seconds: that it took so far.
-    left: seconds that its training will take yet, at the rate of its steps so far; None
-      before that is known.
-    reason: why it failed, or failed last time.
+    step: Number of training steps that are done.
+    steps: Number of all training steps; 0 before the run was first started.
+    accuracy: Accuracy of the hard network on the test split, when done.
+    seconds: Seconds that the run took so far.
+    reason: Reason why the run failed, or why it failed the last time.
+    left: Seconds that the remaining steps will take at the rate so far. None if that
+      rate is unknown.
   """
 
   name: str
@@ -104,15 +110,15 @@ class State(NamedTuple):
 
 
 def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
-  """The runs of a sweep, each with a config that `config.validate` passes.
+  """Reads the runs of a sweep. Their configs are validated.
 
   Args:
-    sweep: NAME or NAME:ARGUMENT.
-    folder: of the workdirs.
-    data_dir: if given, the config's in all runs.
+    sweep: Name or path of the sweep, NAME or NAME:ARGUMENT.
+    folder: Directory that holds the workdirs.
+    data_dir: Value of the config's `data_dir` for all runs, if given.
 
   Raises:
-    errors.UsageError: naming what is wrong, and the run in which it is.
+    errors.UsageError: The sweep is invalid. The message names the fault and the run.
   """
   common = {"data_dir": data_dir} if data_dir else {}
   listed = config_flag.call(
@@ -162,7 +168,13 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
-  """The runs of these names, and those that they start from; all if there are none."""
+  """Returns the runs with these names, and the runs from which they start.
+
+  If `only` is empty, all runs are returned.
+
+  Raises:
+    errors.UsageError: There is no run of such a name.
+  """
   by_name = {run.name: run for run in runs}
   wanted = set()
   for name in only:
@@ -175,18 +187,17 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
 
 
 def check(runs: Sequence[Run]) -> dict[str, int]:
-  """Checks all that can be checked before anything starts.
+  """Checks configs, data and workdirs before any run starts.
 
   Returns:
-    The number of training steps of each run that is not done, by name.
+    The number of training steps by name, for each run that has not ended.
 
   Raises:
-    errors.UsageError: a config cannot be run, its data are missing, or its workdir
-      holds
-      a run of another config.
+    errors.UsageError: A config cannot be run, its data are missing, or its workdir
+      holds a run of another config.
   """
   import jax
-  jax.config.update("jax_platforms", "cpu")  # The GPUs are for the runs.
+  jax.config.update("jax_platforms", "cpu")  # Leave the GPUs to the runs.
   from minw import experiment
   from minw.data import datasets
 
@@ -194,11 +205,11 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
   for run in runs:
     with _naming(run.name):
       if _damage(run):
-        continue  # It counts as failed; the others go on.
+        continue  # The run counts as failed. The other runs can start.
       run_files.check_free(str(run.workdir), run.config)
       if _read_status(run)[0]["state"] in _FINAL:
         continue
-      # One of the runs that differ by their seeds is enough: each takes a while.
+      # Runs that differ only in the seed are checked once, because checks are slow.
       key = config_lib.to_json(config_lib.copy(run.config, seed=0))
       if key not in known:
         datasets.check_available(run.config.dataset, run.config.data_dir)
@@ -209,7 +220,7 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _with_locks(run: Run) -> Iterator[None]:
-  """Inside, an error of the run's lock is one of --dir."""
+  """Context that turns errors of a run's lock into errors of --dir."""
   try:
     yield
   except OSError as error:
@@ -222,7 +233,7 @@ _NO_RECORD = {"steps": 0, "failures": 0, "code": 0, "reason": "", "seconds": 0.0
 
 
 def _read_record(run: Run) -> dict[str, Any]:
-  """What `_write_record` wrote; of a damaged file no more than that it is damaged."""
+  """Reads what `_write_record` wrote. For a damaged file, only `reason` is set."""
   try:
     found = json_files.read_object(run.workdir / "sweep.json", _check_record)
   except json_files.Damaged as error:
@@ -231,7 +242,7 @@ def _read_record(run: Run) -> dict[str, Any]:
 
 
 def _check_record(record: dict[str, Any]) -> None:
-  """Raises ValueError for what `_write_record` cannot have written."""
+  """Raises ValueError if `_write_record` cannot have written this record."""
   for name in _NO_RECORD.keys() & record.keys():
     value = record[name]
     right = (isinstance(value, str) if name == "reason" else
@@ -242,7 +253,7 @@ def _check_record(record: dict[str, Any]) -> None:
 
 
 def _damage(run: Run) -> str:
-  """Says why nothing can be done with what is in the run's workdir; "" if it can."""
+  """Returns why the run cannot start in its workdir, or "" if it can."""
   lock = run.workdir / "lock"
   for path, right, kind in ((run.workdir, os.path.isdir, "folder"),
                             (lock, os.path.isfile, "file")):
@@ -260,12 +271,12 @@ def _write_record(run: Run, record: dict[str, Any]) -> None:
 
 
 def state(run: Run, retries: int, held: bool | None = None) -> State:
-  """Where `run` is.
+  """Returns the progress of a run.
 
   Args:
-    run: of a sweep.
-    retries: how often a run that failed is started again.
-    held: whether its lock is; None to look.
+    run: Run of a sweep.
+    retries: Number of times that a failed run is started again.
+    held: Whether a process holds its lock. If None, the lock is checked.
   """
   if damage := _damage(run):
     return State("failed", reason=damage)
@@ -288,26 +299,31 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
       name = "stopped" if status["state"] else "waiting"
   seconds = record["seconds"]
   if name == "running" and record["started"] is not None:
-    seconds += max(time.time() - record["started"], 0.0)  # The clock may be set back.
+    # The difference is negative if the clock was set back.
+    seconds += max(time.time() - record["started"], 0.0)
   return State(name, status["step"], record["steps"], status.get("test_accuracy"),
                seconds, record["reason"], _training_left(run, name, status["step"],
                                                          record["steps"]))
 
 
 def _read_status(run: Run) -> tuple[dict[str, Any], str]:
-  """The content of status.json, and its fault, which the run mends when it starts."""
+  """Returns the content of status.json and its fault, or "" if it has none.
+
+  A damaged file is written again when the run starts.
+  """
   try:
     status, fault = run_files.read_status(str(run.workdir)), ""
   except json_files.Damaged as error:
-    # The run has begun: its checkpoints tell how far it is.
+    # The run was started before. Only its checkpoints know its step.
     status, fault = {"state": "stopped", "step": 0}, str(error)
   return status or {"state": "", "step": 0}, fault
 
 
 def _training_left(run: Run, name: str, step: int, steps: int) -> float | None:
-  """Seconds until the last step; the time before the first step does not count.
+  """Estimates the seconds until the last step, or returns None.
 
-  run.json was written when the run was at `step`.
+  The time before the first step does not count for the rate. run.json was written when
+  the run was at `step`.
   """
   path = run.workdir / "run.json"
   if name not in ("running", "stopped") or not (step and steps and path.exists()):
@@ -324,7 +340,7 @@ def _training_left(run: Run, name: str, step: int, steps: int) -> float | None:
 
 
 def states(runs: Sequence[Run], retries: int) -> dict[str, State]:
-  """Where all of a sweep's runs are, by name."""
+  """Returns the progress of all runs of a sweep, by name."""
   result = {}
   for run in runs:
     found = state(run, retries)
@@ -338,9 +354,14 @@ def states(runs: Sequence[Run], retries: int) -> dict[str, State]:
 
 
 def seconds_left(found: dict[str, State], jobs: int) -> tuple[dict[str, float], float]:
-  """About how long the runs take yet, by name where it can be told, and all together.
+  """Estimates the remaining seconds of each run and of the sweep.
 
-  A run's own steps tell it, or else the mean of the other runs, from start to end.
+  The estimate for a run uses the rate of its own steps. If that is unknown, it uses the
+  mean duration of other runs from start to end.
+
+  Returns:
+    Seconds by name of the run, and seconds of the sweep. If nothing is known yet, the
+    dict is empty and the seconds of the sweep are NaN.
   """
   whole = [s.seconds + (s.left or 0.0) for s in found.values()
            if s.name == "done" or s.left is not None]
@@ -356,7 +377,7 @@ def seconds_left(found: dict[str, State], jobs: int) -> tuple[dict[str, float], 
 
 
 def table(folder: str, found: dict[str, State], jobs: int) -> str:
-  """What `--status` prints."""
+  """Formats the progress of all runs for `--status`."""
   left, total = seconds_left(found, jobs)
   kinds = [s.name for s in found.values()]
   counts = ", ".join(
@@ -376,7 +397,7 @@ def table(folder: str, found: dict[str, State], jobs: int) -> str:
 
 
 class _Stop:
-  """Counts SIGTERM and SIGINT instead of dying of them."""
+  """Context in which SIGTERM and SIGINT are counted and do not end the process."""
 
   def __enter__(self):
     self.count = 0
@@ -396,12 +417,12 @@ class _Active(NamedTuple):
   run: Run
   process: subprocess.Popen
   place: places.Place
-  lock: contextlib.ExitStack  # Gives it back when closed.
+  lock: contextlib.ExitStack  # Releases the lock when it is closed.
   begun: float
 
 
 def command(run: Run) -> list[str]:
-  """What trains it."""
+  """Returns the command that trains a run."""
   return [sys.executable, "-m", "minw.main", *run.arguments,
           f"--workdir={run.workdir}"]
 
@@ -415,23 +436,24 @@ def run_all(
     command: Callable[[Run], list[str]] = command,
     say: Callable[[str], None] = print,
 ) -> bool:
-  """Runs what is not done, `jobs` at a time, until nothing can be done any more.
+  """Starts runs that are not done, `jobs` at a time, until all have ended.
 
   Args:
-    runs: of a sweep; those that others start from come first.
-    jobs: how many at a time.
-    retries: how often a run that failed is started again.
-    steps: of training, by name, for the records.
-    command: of a run.
-    say: takes a line on each start and end.
+    runs: Runs of a sweep. Runs from which others start come first.
+    jobs: Number of runs at a time.
+    retries: Number of times that a failed run is started again.
+    steps: Number of training steps by name, for the records.
+    command: Function that returns the command of a run.
+    say: Function that takes a line on each start and end.
 
   Returns:
-    Whether it came to its end; if not, a signal interrupted it.
+    True if all runs have ended, and False if a signal interrupted them.
   """
   free = places.split(jobs)
   active: list[_Active] = []
   passed_on = 0
-  # What refused its input in an earlier sweep gets a chance: data may be there now.
+  # Runs that rejected their input in an earlier sweep are tried once more, because
+  # their data may be available now.
   refused = {run.name for run in runs if state(run, retries).name == "failed"
              and _read_record(run)["code"] == exit_codes.BAD_INPUT}
   with _Stop() as stop:
@@ -446,7 +468,7 @@ def run_all(
           job.process.send_signal(
               signal.SIGTERM if stop.count == 1 else signal.SIGKILL)
       open_runs = []
-      if free and not stop.count:  # Otherwise the files need not be looked at.
+      if free and not stop.count:  # Otherwise no run can start.
         found = states(runs, retries)
         own = [job.run.name for job in active]
         ready = {run.name for run in runs
@@ -468,7 +490,7 @@ def run_all(
 
 
 def start_run(run, place, retries, steps, command, refused) -> _Active | None:
-  """Starts a run, unless another sweep has it or has just ended it."""
+  """Starts a run, unless another sweep is training it or has just ended it."""
   with contextlib.ExitStack() as stack:
     with _with_locks(run):
       run.workdir.mkdir(parents=True, exist_ok=True)
@@ -479,7 +501,7 @@ def start_run(run, place, retries, steps, command, refused) -> _Active | None:
     if state(run, retries, held=False).name in _FINAL and not refused:
       return None
     record = _read_record(run)
-    if record["started"] is not None:  # That sweep was killed.
+    if record["started"] is not None:  # The sweep that started it was killed.
       with contextlib.suppress(FileNotFoundError):
         end = (run.workdir / "status.json").stat().st_mtime
         record["seconds"] += max(end - record["started"], 0.0)
@@ -489,7 +511,7 @@ def start_run(run, place, retries, steps, command, refused) -> _Active | None:
     with (run.workdir / "log.txt").open("a") as log:
       log.write(f"$ {shlex.join(command)}\n")
       log.flush()
-      # The process holds the lock, too: it may live longer than the sweep.
+      # The process also holds the lock, because it may outlive the sweep.
       told = place._replace(environment=place.environment | locks.passed_on(lock))
       process = places.start(
           command, told, stdin=subprocess.DEVNULL, stdout=log,
@@ -499,7 +521,7 @@ def start_run(run, place, retries, steps, command, refused) -> _Active | None:
 
 
 def _finish(job: _Active, stopping: bool) -> str:
-  """Records how a run ended, gives its lock back, and says it in one line."""
+  """Records how a run ended, releases its lock, and returns a line about it."""
   code = job.process.returncode
   with job.lock:
     status, _ = _read_status(job.run)
@@ -540,9 +562,11 @@ def define_flags() -> None:
       "Directory of the prepared data sets, if not where the configs say.")
   flags.DEFINE_integer("jobs", 1, "Number of runs at a time.", lower_bound=1)
   flags.DEFINE_integer(
-      "retries", 2, "How often a run that failed is started again.", lower_bound=0)
+      "retries", 2, "Number of times that a failed run is started again.",
+      lower_bound=0)
   flags.DEFINE_list("only", [], "Names of the runs to do; all by default.")
-  flags.DEFINE_bool("status", False, "Whether to print only where the runs are.")
+  flags.DEFINE_bool(
+      "status", False, "Whether to print the progress of all runs and start none.")
   flags.DEFINE_enum(
       "emit", None, ["slurm", "jobset"], "Write only a Slurm array or a JobSet.")
   cli.DEFINE_path("out", None, "File for --emit.")
@@ -550,7 +574,7 @@ def define_flags() -> None:
 
 
 def main() -> int:
-  """Runs a sweep, as the flags say; returns the exit code."""
+  """Runs a sweep according to the flags, and returns the exit code."""
   f = flags.FLAGS
   errors.check((f.emit is None) == (f.out is None), "out", f.out,
                "given with --emit, and only then")

@@ -4,24 +4,27 @@
 #   ZONE=us-central2-b TYPE=v4-32 VERSION=tpu-ubuntu2204-base launch/tpu_vm.sh NAME \
 #       --config=imagenet_resnet18 --workdir=/mnt/runs/resnet18
 #
-# The slice NAME is created unless it is there, made anew where it was preempted, and
-# left running in the end (gcloud compute tpus tpu-vm delete NAME ends it). What git
-# does not ignore of minw's folder is copied to all its machines and installed, and what
-# follows NAME goes to minw.main on each. A run that was preempted goes on from its last
-# checkpoint: the workdir must be where all machines, and those made later, see it, as
-# must the data.
+# The slice NAME is created if it does not exist, and created again if it was preempted.
+# It still runs when this script ends. `gcloud compute tpus tpu-vm delete NAME` deletes
+# it. All files in minw's folder that git does not ignore are copied to its machines,
+# and the requirements are installed there. The arguments after NAME are passed to
+# minw.main on each machine. A run that was preempted resumes from its last checkpoint.
+# Therefore all machines, including those created later, must see the workdir and the
+# data.
 #
-#   ZONE, TYPE, VERSION  of the slice, as gcloud takes them
-#   CREATE_FLAGS         more for `tpu-vm create`: --spot, for example
-#   PYTHON               Python 3.11 or newer on the machines (python3)
-#   SETUP                a command for each machine before all else (apt-get, mounts)
-#   RETRIES              tries in a row that failed otherwise than by preemption (3)
-#   WAIT                 seconds before the next try (60)
+#   ZONE, TYPE, VERSION  zone, type and version of the slice, as gcloud takes them
+#   CREATE_FLAGS         further flags of `tpu-vm create`, for example --spot
+#   PYTHON               Python 3.11 or newer on the machines (default: python3)
+#   SETUP                command that each machine runs first (apt-get, mounts)
+#   RETRIES              largest number of consecutive failures other than preemptions
+#                        (default: 3)
+#   WAIT                 seconds before the next try (default: 60)
 #
-# Exit codes: those of minw.main, else gcloud's.
+# The exit code is that of minw.main, or that of gcloud if it fails.
 #
-# Tried with a stand-in for gcloud that records its calls (tests/test_launch.py), and
-# its flags against gcloud 528's own help; never on a TPU.
+# This was tried with a stand-in for gcloud that records its calls
+# (tests/test_launch.py). Its flags were compared with the help of gcloud 528. It was
+# never tried on a TPU.
 set -uo pipefail
 
 usage() {
@@ -54,8 +57,8 @@ state() {
 create_or_reuse() {
   case $(state) in
     READY) return 0 ;;
-    '') ;;  # There is none.
-    *) tpu delete "$name" || return ;;  # PREEMPTED, TERMINATED and the like.
+    '') ;;  # There is no such slice.
+    *) tpu delete "$name" || return ;;  # PREEMPTED, TERMINATED and similar states.
   esac
   copied=
   tpu create "$name" --accelerator-type="$TYPE" --version="$VERSION" \
@@ -78,7 +81,8 @@ $python -m pip install -r requirements-tpu.txt" &&
   return "$code"
 }
 
-end_old() {  # What an earlier call of this script started, when its connection broke.
+# Ends runs that an earlier call of this script left when its connection broke.
+end_old() {
   on_all "pkill -f '[m]inw.main'; while pgrep -f '[m]inw.main'; do sleep 1; done"
 }
 
@@ -91,7 +95,7 @@ while true; do
     on_all "cd minw && exec $python -m minw.main$arguments --distributed"
   code=$?
   case $code in
-    0 | 2 | 3) exit "$code" ;;  # Done, bad input, diverged: no use to go on.
+    0 | 2 | 3) exit "$code" ;;  # Done, bad input, diverged: a retry is pointless.
     75) failures=0 ;;
     *) [ "$(state)" != PREEMPTED ] || failures=0 ;;
   esac
@@ -99,6 +103,6 @@ while true; do
     echo "$name: failed $failures times, at last with code $code" >&2
     exit "$code"
   fi
-  echo "$name: ended with code $code; going on in $wait s" >&2
+  echo "$name: ended with code $code; retrying in $wait s" >&2
   sleep "$wait"
 done
