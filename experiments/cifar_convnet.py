@@ -1,18 +1,21 @@
 """ConvNets A-D on CIFAR-10 and CIFAR-100: Tables I and II.
 
---config=cifar_convnet:network=A,input_bits=1,weight_bits=1,estimator=ste
-takes the names below. The paper's test accuracies (inputs/weights) are
+An example is --config=cifar_convnet:network=A,input_bits=1,weight_bits=1,estimator=ste.
+The arguments of `get_config` can be set in this way. The paper's test accuracies are
 
-               A     B     C     D
-  CIFAR-10   1/1   .884  .851  .847  .844      32/32  .918  .910  .912  .910
-  CIFAR-100  1/1   .596  .554  .546  .530      32/32  .646  .634  .630  .623
-  CIFAR-100  1/1, straight-through estimator:  .596  .552  .535  .515
+                                             A     B     C     D
+  CIFAR-10   W1A1                           .884  .851  .847  .844
+  CIFAR-10   W32A32                         .918  .910  .912  .910
+  CIFAR-100  W1A1                           .596  .554  .546  .530
+  CIFAR-100  W1A1, straight-through         .596  .552  .535  .515
+  CIFAR-100  W32A32                         .646  .634  .630  .623
 
-The paper's "16" is bfloat16 or float16 here, its "32" float32. It does not say which
-geometry it used; each of these leads to its numbers of weights.
+The paper's 16 bits are bfloat16 or float16 here, and its 32 bits float32. The paper
+does not say which geometry it used. Each of `GEOMETRIES` leads to its numbers of
+weights.
 
-size=quarter is for CPUs, where a run takes a core about a quarter of an hour: a quarter
-of the widths, 20,000 training images, 24 epochs. It ranks methods and reproduces no
+size=quarter is for CPUs: a quarter of the widths, 20,000 training images and 24 epochs.
+A run takes about a quarter of an hour on one core. It ranks methods and reproduces no
 number of the paper.
 """
 

@@ -1,10 +1,12 @@
 """ResNet-110 on CIFAR-10 and CIFAR-100 with 3-bit weights: Table III.
 
---config=cifar_resnet110:dataset=cifar100,weight_bits=float32,seed=1
-takes the names below. The paper's test errors with 3-bit weights and 32-bit
-activations (float) are 7.05 % (6.61 %) on CIFAR-10 and 37.16 % (35.87 %) on CIFAR-100.
-It stops after 64,000 steps and divides the learning rate at 32,000 and 38,000 (He et
-al.: 48,000); an epoch has 351 steps here.
+An example is --config=cifar_resnet110:dataset=cifar100,weight_bits=float32,seed=1. The
+arguments of `get_config` can be set in this way. The paper's test errors with W3A32 are
+7.05 % on CIFAR-10 and 37.16 % on CIFAR-100. Those of the float network are 6.61 % and
+35.87 %.
+
+The paper stops after 64,000 steps and divides the learning rate at 32,000 and 38,000
+steps. He et al. divide it at 48,000 instead of 38,000. An epoch has 351 steps here.
 """
 
 from minw import config

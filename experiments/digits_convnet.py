@@ -1,4 +1,4 @@
-"""1/1 ConvNet with AQE on scikit-learn's digits: two minutes on two CPU cores."""
+"""W1A1 ConvNet with AQE on scikit-learn's digits: two minutes on two CPU cores."""
 
 from minw.config import default_config
 

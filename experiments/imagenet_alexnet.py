@@ -1,17 +1,19 @@
 """AlexNet with batch norm on ImageNet: Table IV.
 
---config=imagenet_alexnet:weight_bits=2,input_bits=float8_e4m3fn,seed=1
-takes the names below; first=1 and last=1 quantize the first convolution's and the last
-layer's weights, too. What the paper loses in points of top-1 and top-5 accuracy, of
-56.6 % and 80.2 % in float32:
+An example is --config=imagenet_alexnet:weight_bits=2,input_bits=float8_e4m3fn,seed=1.
+The arguments of `get_config` can be set in this way. With first=1 and last=1, the
+weights of the first convolution and of the last layer are quantized, too.
 
-  weights  inputs  top-1  top-5
-  1        16      8.0    6.8
-  2        16      3.0    2.5
-  1        1       21.8   20.1
-  1        2       9.8    10.1
-  2        8       3.2    2.9
-  3        8       0.6    0.7
+The paper's float32 network has a top-1 accuracy of 56.6 % and a top-5 accuracy of
+80.2 %. Its quantized networks lose so many points:
+
+         top-1  top-5
+  W1A16  8.0    6.8
+  W2A16  3.0    2.5
+  W1A1   21.8   20.1
+  W1A2   9.8    10.1
+  W2A8   3.2    2.9
+  W3A8   0.6    0.7
 
 Inputs of 16 and 8 bits are float16 and float8_e4m3fn. The schedule of the learning rate
 is that of the paper's ConvNets.

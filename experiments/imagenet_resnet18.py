@@ -1,18 +1,20 @@
 """ResNet-18 on ImageNet: Table V.
 
---config=imagenet_resnet18:weight_bits=2,input_bits=float32,seed=1 takes
-the names below; first=1 and last=1 quantize the first convolution's and the last
-layer's weights, too. The paper's top-1 and top-5 errors in %:
+An example is --config=imagenet_resnet18:weight_bits=2,input_bits=float32,seed=1. The
+arguments of `get_config` can be set in this way. With first=1 and last=1, the weights
+of the first convolution and of the last layer are quantized, too. The paper's top-1 and
+top-5 errors in % are
 
-  weights  inputs  top-1  top-5  not quantized
-  float32  float32 30.46  10.81
-  2        float32 36.36  15.10
-  1        float32 37.60  15.81
-  1        2       42.16  18.90  first and last layer
-  1        1       47.87  26.04  first layer
+          top-1  top-5  not quantized
+  W32A32  30.46  10.81
+  W2A32   36.36  15.10
+  W1A32   37.60  15.81
+  W1A2    42.16  18.90  first and last layer
+  W1A1    47.87  26.04  first layer
 
-Of momentum, weight decay, learning rate and 90 epochs the paper says nothing that
-differs from He et al.; 10,000 of the training images validate here.
+W32 and A32 stand for float32. The paper names no momentum, weight decay, learning rate
+or number of epochs that differs from He et al., who train for 90 epochs. Here, 10,000
+of the training images are used for validation.
 """
 
 from minw import config

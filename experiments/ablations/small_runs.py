@@ -1,4 +1,4 @@
-"""What the notebooks beside this file share: many small runs, tables and plots."""
+"""Small runs, tables and plots for the notebooks in this folder."""
 
 import functools
 import itertools
@@ -19,16 +19,19 @@ from minw.experiment import Experiment
 from minw.report import comparison
 from minw.workdir import checkpoint
 
-# Compiles in half the time, which is most of these runs'.
+# Compilation takes most of the time of these runs. This setting halves it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
-# MINW_NOTEBOOKS=small: just enough to see that the notebooks work.
+# With MINW_NOTEBOOKS=small, runs are just long enough to test the notebooks.
 SMALL = os.environ.get("MINW_NOTEBOOKS") == "small"
 SEEDS = range(2 if SMALL else 5)
 
 
 def digits_config(**changes: Any) -> Any:
-  """A ConvNet with W1A1 on scikit-learn's digits, too small to learn them all."""
+  """Returns the config of a W1A1 ConvNet on scikit-learn's digits.
+
+  The network is too small to classify all digits correctly.
+  """
   c = config_lib.default_config()
   c.update(dataset="digits", crop_size=8, random_flip=False, conv_widths=(8, 8, 16, 16),
            dense_widths=(32,), batch_size=64, num_epochs=2 if SMALL else 12,
@@ -38,10 +41,10 @@ def digits_config(**changes: Any) -> Any:
 
 
 def accuracies(config: Any, seeds: Sequence[int] = SEEDS) -> dict[int, float]:
-  """Test accuracy of the hard network after training, by seed.
+  """Trains a network for each seed and returns its test accuracy as hard network.
 
-  One compilation serves all seeds; each is what `python -m minw.main` would train, but
-  for its random numbers.
+  All seeds share one compilation. Each run is trained as by `python -m minw.main`, but
+  with other random numbers.
   """
   experiment = Experiment(config)
   step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
@@ -81,13 +84,13 @@ Results = Mapping[str, Mapping[int, float]]  # Accuracies by name and seed.
 
 
 def differences(results: Results, name: str, baseline: str) -> list[float]:
-  """One minus the other, of the seeds that both have."""
+  """Returns the accuracies of `name` minus those of `baseline`, for common seeds."""
   return [value - results[baseline][seed] for seed, value in results[name].items()
           if seed in results[baseline]]
 
 
 def show_table(results: Results, baseline: str) -> None:
-  """Means with their 95 % confidence intervals, and paired differences."""
+  """Shows means with their 95 % confidence intervals, and paired differences."""
   lines = [f"| | seeds | test accuracy | difference to {baseline}, paired |",
            "|---|---|---|---|"]
   for name, values in results.items():
@@ -101,7 +104,7 @@ def show_table(results: Results, baseline: str) -> None:
 
 
 def plot_means(axes: Any, results: Results) -> None:
-  """Accuracies by name, the first on top: each seed's, mean and interval."""
+  """Plots accuracies by name with the first on top: seeds, mean and interval."""
   for row, values in enumerate(results.values()):
     _plot_row(axes, row, list(values.values()), comparison.ACCURACY)
   _name_rows(axes, list(results))
@@ -110,14 +113,14 @@ def plot_means(axes: Any, results: Results) -> None:
 def plot_differences(
     axes: Any, results: Results, baseline: str, within: float = 1.0
 ) -> None:
-  """Paired differences to `baseline`: each seed's, mean and interval.
+  """Plots paired differences to `baseline`: seeds, mean and interval.
 
   Args:
-    axes: to draw on.
-    results: accuracies by name and seed.
-    baseline: one of the names.
-    within: where the axis ends on either side. An arrow stands for what is beyond it,
-      with the numbers of a mean that is.
+    axes: Axes to draw on.
+    results: Accuracies by name and seed.
+    baseline: One of the names.
+    within: Limit of the axis on both sides. Arrows stand for values beyond it. A mean
+      beyond it is also written in numbers.
   """
   names = [name for name in results if name != baseline]
   for row, name in enumerate(names):

@@ -1,8 +1,9 @@
-"""How alpha grows: its shape, where it begins and ends, and layer after layer.
+"""Sweep of schedules of alpha: shapes, start and end values, layer after layer.
 
---sweep=alpha_schedules:dataset=cifar10,network=A,seeds=3 takes
-the names below. A run differs from the default schedule, "linear-0.465-seed0", in what
-its name says; "ste" and a constant alpha of 1 are what annealing has to beat.
+An example is --sweep=alpha_schedules:dataset=cifar10,network=A,seeds=3. The arguments
+of `get_runs` can be set in this way. The name of a run tells how it differs from the
+default schedule, "linear-0.465-seed0". The baselines of annealing are "ste" and "hard",
+which has a constant alpha of 1.
 """
 
 from minw import config as config_lib

@@ -1,19 +1,21 @@
-"""All estimators under equal terms, and the controls that a comparison needs.
+"""Sweep of all estimators with equal settings, and of the controls of a comparison.
 
---sweep=estimators:dataset=cifar100,network=A,size=quarter,seeds=5
-takes the names below, runs=aqe+ste only some of the runs. Beside the estimators there
-are
+An example is --sweep=estimators:dataset=cifar100,network=A,size=quarter,seeds=5. The
+arguments of `get_runs` can be set in this way. With runs=aqe+ste, the sweep has only
+these runs. Beside the estimators there are the runs
 
   aqe-by-layer    AQE layer after layer, from the input on
-  bop             no latent weights: binary ones, flipped by Bop; activations by the STE
-  float-then-ste  a float network with HardTanh until AQE's annealing would end, the
-                  straight-through estimator from there on
-  aqe-then-ste    AQE until alpha = 1, the straight-through estimator from there on
-  aqe-then-aqe    the same, going on with AQE at alpha = 1: under Adam, whose state
-                  begins anew in both, this is aqe-then-ste up to Adam's epsilon
+  bop             binary weights, flipped by Bop, without latent weights; the
+                  straight-through estimator for activations
+  float-then-ste  a float network with HardTanh until AQE's annealing would end, then
+                  the straight-through estimator
+  aqe-then-ste    AQE until alpha = 1, then the straight-through estimator
+  aqe-then-aqe    AQE until alpha = 1, then AQE at alpha = 1. Under Adam this equals
+                  aqe-then-ste up to Adam's epsilon, because Adam's state is reset in
+                  both.
 
-The latter two begin with the run aqe-first: from its weights, where its learning rate
-ended.
+The last two start from the weights of the run aqe-first, and with the learning rate at
+which it ended.
 """
 
 from minw import config as config_lib
@@ -30,7 +32,7 @@ def get_runs(argument=""):
                "a positive number")
   errors.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 1), "epochs",
                a.epochs, "at least 2, or 0 for the usual number")
-  if a.dataset == "digits":  # It has one network.
+  if a.dataset == "digits":  # The digits have a single network.
     config, epochs = "digits_convnet", 40
   else:
     config = f"cifar_convnet:network={a.network},dataset={a.dataset},size={a.size}"
@@ -57,7 +59,7 @@ def _runs(epochs):
       "aqe": {},
       "ste": {"estimator": "ste"},
       "aqe-by-layer": {"alpha_per_layer": True},
-      # With the STE's backward: alpha is 0, then 1.
+      # Alpha is 0, then 1. The backward pass is that of the straight-through estimator.
       "float-then-ste": {"alpha_shape": "step", "alpha_start": 0.0,
                          "estimator_gradient": "algorithm1"},
       "bop": {"optimizer": "bop", "estimator": "ste"},
@@ -71,7 +73,11 @@ def _runs(epochs):
 
 
 def _phases(epochs):
-  """The run until annealing ends, and from there on: its epochs, its learning rates."""
+  """Splits a run where annealing ends.
+
+  Returns:
+    The fields for number of epochs and learning rates of the first and the second part.
+  """
   whole = config_lib.default_config()
   stairs = whole.learning_rate_stairs
   stair = whole.learning_rate_decay ** (1 / stairs)

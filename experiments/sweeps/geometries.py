@@ -1,9 +1,12 @@
-"""What the paper does not say: which geometry its images had, and how its rate decayed.
+"""Sweep of settings that the paper does not state: image geometry and rate decay.
 
---sweep=geometries:networks=D,size=quarter,seeds=3 takes the names
-below. Float networks on CIFAR-10, whose accuracies in Table I are .918, .910, .912 and
-.910. Runs are D-crop30-seed0: the network and what differs from the defaults, which are
-the crop of 24 and a decay of 0.9 every 1000 of the full run's 35,000 steps.
+An example is --sweep=geometries:networks=D,size=quarter,seeds=3. The arguments of
+`get_runs` can be set in this way. The runs are float networks on CIFAR-10. Their
+accuracies in Table I are .918, .910, .912 and .910 for ConvNets A to D.
+
+The name of a run, D-crop30-seed0 for example, has the network and the difference to the
+defaults. These are a crop of 24 and a decay by 0.9 every 1000 of the full run's 35,000
+steps.
 """
 
 from minw import config as config_lib

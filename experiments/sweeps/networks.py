@@ -1,15 +1,15 @@
-"""The networks on CIFAR-10 that come with minw, by their names.
+"""Sweep that trains the networks on CIFAR-10 that come with minw, by their names.
 
---sweep=networks:size=quarter trains ConvNet A at a quarter of its
-widths, with 1 and with 2 bits, on all training images, which takes CPUs about a core
-an hour each; size=short ConvNet D as wide as in the paper, for 24 epochs, two hours of
-a core; size=full ConvNets A and D as in the paper, 1/1 bits.
+--sweep=networks:size=quarter trains ConvNet A at a quarter of its widths with W1A1 and
+with W2A2, on all training images. Each network takes about an hour on one CPU core.
+size=short trains ConvNet D, as wide as in the paper, for 24 epochs. This takes two
+hours on one core. size=full trains ConvNets A and D with W1A1 as in the paper.
 """
 
 from minw import config as config_lib
 from minw import errors
 
-_NETWORKS = {  # By size: the end of its name, network, bits.
+_NETWORKS = {  # Suffix of the name, network and bits, by size.
     "full": (("_a", "A", 1), ("_d", "D", 1)),
     "short": (("_d_24epochs", "D", 1),),
     "quarter": (("_a_quarter", "A", 1), ("_a_quarter_2bit", "A", 2)),

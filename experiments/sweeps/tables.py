@@ -1,9 +1,13 @@
-"""Tables I and II whole: ConvNets A to D by 16 pairs of bits, on CIFAR-10 or CIFAR-100.
+"""Sweep of Tables I and II: ConvNets A to D with 16 pairs of bits on CIFAR-10 or -100.
 
---sweep=tables:table=2,seeds=1,networks=AD takes the names below;
-size=quarter is for CPUs, and of no cell of the tables.
-Runs are cifar10-A-1-2-seed0: network, bits of inputs (M) and of weights (N); Table II
-has cifar100-A-1-1-ste-seed0 as well. The paper's 16 is bfloat16 here, its 32 float32.
+An example is --sweep=tables:table=2,seeds=1,networks=AD. The arguments of `get_runs`
+can be set in this way. size=quarter is for CPUs. Its runs belong to no cell of the
+tables.
+
+The name of a run, cifar10-A-1-2-seed0 for example, has the network, the bits of the
+inputs (M) and the bits of the weights (N), in the paper's order. Table II also has runs
+such as cifar100-A-1-1-ste-seed0. The paper's 16 bits are bfloat16 here, and its 32 bits
+float32.
 """
 
 from minw import config as config_lib
