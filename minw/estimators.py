@@ -1,10 +1,13 @@
 """Gradient estimators for quantizers: forward rule and backward rule in one function.
 
-Equation numbers refer to Chen et al. (arXiv 2003.04296). All are pure functions of
-arrays or numbers: alpha and the grid are ordinary traced arguments with a zero
-cotangent, so one compilation serves a whole annealing schedule, and a sweep over alpha
-can be vmapped.
-Results keep the dtype of `x`; the mixture is formed in float32 (float64 for float64).
+Equation numbers refer to Chen et al. (arXiv 2003.04296). All estimators are pure
+functions of arrays or numbers. alpha and the grid are ordinary traced arguments with a
+zero cotangent. Therefore one compilation serves a whole annealing schedule, and a sweep
+over alpha can be vmapped.
+
+Results keep the dtype of `x`. The mixture of `x` and h(x) is computed in float32, or in
+float64 if `x` is float64. Below, h is the quantizer, g is the incoming gradient
+(the cotangent), and 1[...] is 1 where the condition holds and 0 elsewhere.
 """
 
 import functools
@@ -19,12 +22,13 @@ import numpy as np
 from minw import quantizers
 from minw.quantizers import Grid
 
-# What the paper can be read to prescribe for AQE's backward, as a factor on the
-# cotangent inside [-1, 1]. Under Adam and a constant alpha they train alike.
+# Backward rules of AQE, by name. The paper supports three readings. Each one multiplies
+# the cotangent by a factor inside [-1, 1]. With Adam and a constant alpha, all of them
+# train alike.
 GRADIENTS = {
-    "eq18": lambda alpha: 2 * alpha,  # Eq 18, 19
-    "algorithm1": jnp.ones_like,  # Algorithm 1: g unchanged
-    "eq15": lambda alpha: 1 - alpha,  # Eq 15: differentiate the mixture, h' = 0
+    "eq18": lambda alpha: 2 * alpha,  # Eq 18 and 19.
+    "algorithm1": jnp.ones_like,  # Algorithm 1 leaves the cotangent unchanged.
+    "eq15": lambda alpha: 1 - alpha,  # Eq 15 differentiates the mixture with h' = 0.
 }
 
 # The largest float32 number.
@@ -34,8 +38,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 ONE_BIT = ("approx_sign", "ede", "reste", "stochastic_aqe", "swish_sign")
 
 # Estimators usable with Bop, which keeps weights at exactly 1 or -1: there, their
-# gradient is a positive multiple of the incoming one. Others pass next to nothing on,
-# or the opposite.
+# gradient is a positive multiple of the incoming one. The gradient of other estimators
+# almost vanishes there or has the opposite sign.
 PASS_AT_ONE = ("aqe", "dsq", "ewgs", "reste", "ste", "stochastic_aqe", "stompp",
                "stompp_ste")
 
@@ -43,14 +47,14 @@ PASS_AT_ONE = ("aqe", "dsq", "ewgs", "reste", "ste", "stochastic_aqe", "stompp",
 def ste(x: jax.Array, grid: Grid) -> jax.Array:
   """The straight-through estimator (Eq 4, 5).
 
-  Forward h(x); backward g * 1[|x| <= 1].
+  The forward pass computes h(x). The backward pass computes g * 1[|x| <= 1].
 
   Args:
-    x: float, any shape.
-    grid: thresholds broadcast against the trailing axes of `x`.
+    x: Float array of any shape.
+    grid: Grid whose thresholds broadcast against the trailing axes of `x`.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
   """
   return _hard(_slope_ste, x, 0.0, grid)
 
@@ -60,21 +64,24 @@ def aqe(
 ) -> jax.Array:
   """The asymptotic-quantized estimator (Eq 6, 18, 19).
 
-  Forward alpha * h(x) + (1 - alpha) * x; backward 2 * alpha * g * 1[|x| <= 1].
-  alpha = 1 is the hard quantizer, alpha = 0 the identity; at alpha = 1/2 the backward
-  is the straight-through estimator's.
+  The forward pass computes alpha * h(x) + (1 - alpha) * x. The backward pass computes
+  2 * alpha * g * 1[|x| <= 1]. With alpha = 1 the forward pass is the hard quantizer,
+  and with alpha = 0 it is the identity. With alpha = 1/2 the backward pass equals that
+  of the straight-through estimator.
 
   Args:
-    x: float, any shape.
-    alpha: in [0, 1]; a scalar, or broadcast to the shape of `x`.
-    grid: thresholds broadcast against the trailing axes of `x`.
-    gradient: the backward's factor: "eq18" 2 alpha, "algorithm1" 1, "eq15" 1 - alpha.
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`.
+    grid: Grid whose thresholds broadcast against the trailing axes of `x`.
+    gradient: Factor of the backward pass: "eq18" for 2 alpha, "algorithm1" for 1, or
+      "eq15" for 1 - alpha.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
 
   Raises:
-    ValueError: unknown `gradient`.
+    ValueError: `gradient` is not one of these names.
   """
   _check_gradient(gradient)
   return _aqe(_floats(x), _number("alpha", alpha, 0, 1), grid, gradient)
@@ -85,17 +92,19 @@ def stochastic_aqe(
 ) -> jax.Array:
   """The stochastic AQE of one bit (Eq 7, 13).
 
-  Forward alpha * sign(x - z) + (1 - alpha) * x with z ~ U[-1, 1], independent for each
-  element, whose mean is x for |x| <= 1; backward as `aqe`.
+  The forward pass computes alpha * sign(x - z) + (1 - alpha) * x, where z ~ U[-1, 1] is
+  drawn independently for each element. The mean of the result is x for |x| <= 1. The
+  backward pass is that of `aqe`.
 
   Args:
-    x: float, any shape.
-    alpha: in [0, 1]; a scalar, or broadcast to the shape of `x`.
-    key: a PRNG key.
-    gradient: as in `aqe`.
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`.
+    key: PRNG key.
+    gradient: Factor of the backward pass, as in `aqe`.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
   """
   _check_gradient(gradient)
   x = _floats(x)
@@ -103,25 +112,25 @@ def stochastic_aqe(
   return _stochastic_aqe(x, _number("alpha", alpha, 0, 1), z, gradient)
 
 
-# Estimators of others, to compare with. Those down to `ewgs` have the forward of `ste`;
-# alpha, where there is one, is how far annealing has gone, from 0 to 1, and shapes the
-# backward.
+# The estimators from here on come from other papers and serve for comparison. From
+# `approx_sign` to `ewgs`, the forward pass is that of `ste`. If one of these takes
+# alpha, alpha is the progress of annealing from 0 to 1 and shapes the backward pass.
 
 
 def approx_sign(x: jax.Array, grid: Grid) -> jax.Array:
-  """Bi-Real Net's, the derivative of a piecewise quadratic (arXiv 1808.00278).
+  """Bi-Real Net's estimator: a piecewise quadratic's derivative (arXiv 1808.00278).
 
-  Backward g * max(2 - 2 |x|, 0).
+  The backward pass computes g * max(2 - 2 |x|, 0).
 
   Args:
-    x: float, any shape.
-    grid: of one bit.
+    x: Float array of any shape.
+    grid: Grid of one bit.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
 
   Raises:
-    ValueError: a grid of more bits.
+    ValueError: The grid has more than one bit.
   """
   return _hard(_slope_approx_sign, x, 0.0, _one_bit(grid))
 
@@ -129,29 +138,39 @@ def approx_sign(x: jax.Array, grid: Grid) -> jax.Array:
 def swish_sign(x: jax.Array, grid: Grid) -> jax.Array:
   """The derivative of sign-Swish, beta = 5 (Darabi et al., arXiv 1812.11800).
 
-  Backward g * beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta x)).
+  The backward pass computes
+  g * beta (2 - beta x tanh(beta x / 2)) / (1 + cosh(beta x)).
 
-  Args, returns, raises: as `approx_sign`.
+  Args:
+    x: Float array of any shape.
+    grid: Grid of one bit.
+
+  Returns:
+    Array of the shape and dtype of `x`.
+
+  Raises:
+    ValueError: The grid has more than one bit.
   """
   return _hard(_slope_swish_sign, x, 0.0, _one_bit(grid))
 
 
 def ede(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
-  """IR-Net's error decay estimator, a tanh that steepens (arXiv 1909.10788).
+  """IR-Net's error decay estimator: the slope of a steepening tanh (arXiv 1909.10788).
 
-  Backward g * k t (1 - tanh(t x)^2), t = 10^(2 alpha - 1) and k = max(1 / t, 1).
+  The backward pass computes g * k t (1 - tanh(t x)^2), where t = 10^(2 alpha - 1) and
+  k = max(1 / t, 1).
 
   Args:
-    x: float, any shape.
-    alpha: in [0, 1], a scalar or broadcast to the shape of `x`; in IR-Net the share of
-      the epochs that are over.
-    grid: of one bit.
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`. In IR-Net it is the fraction of the epochs that have passed.
+    grid: Grid of one bit.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
 
   Raises:
-    ValueError: a grid of more bits.
+    ValueError: The grid has more than one bit.
   """
   return _hard(_slope_ede, x, _number("alpha", alpha, 0, 1), _one_bit(grid))
 
@@ -159,10 +178,21 @@ def ede(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
 def reste(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
   """The rectified straight-through estimator: sign(x) |x|^(1/o) (Wu et al., ICCV 2023).
 
-  Backward g * |x|^(1/o - 1) / o where 0.1 < |x| <= 1.5, with o = 1 + 2 alpha; nearer
-  to zero the slope of the chord from -0.1 to 0.1, and 0 beyond 1.5.
+  With o = 1 + 2 alpha, the backward pass multiplies g by |x|^(1/o - 1) / o where
+  0.1 < |x| <= 1.5. Closer to zero the factor is the slope of the chord from -0.1 to
+  0.1. Beyond 1.5 the factor is 0.
 
-  Args, returns, raises: as `ede`.
+  Args:
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`.
+    grid: Grid of one bit.
+
+  Returns:
+    Array of the shape and dtype of `x`.
+
+  Raises:
+    ValueError: The grid has more than one bit.
   """
   return _hard(_slope_reste, x, _number("alpha", alpha, 0, 1), _one_bit(grid))
 
@@ -170,18 +200,24 @@ def reste(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
 def dsq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
   """Differentiable soft quantization, a staircase of tanh (arXiv 1908.05033).
 
-  With s = 1 / (1 - a) and k = log(2 / a - 1), from one level to the next, D above it,
-  the staircase rises as D / 2 (1 + s tanh(k (x - threshold) / D)). Backward g * its
-  slope, s k / 2 / cosh(k (x - threshold) / D)^2, for |x| <= 1. Here a, which the paper
-  learns, falls from 1/2, nearly straight, to 0.01, nearly steps: a = 0.5 - 0.49 alpha.
+  Let D be the distance from one level to the next, s = 1 / (1 - a) and
+  k = log(2 / a - 1). Between these levels the staircase rises as
+  D / 2 (1 + s tanh(k (x - threshold) / D)). For |x| <= 1 the backward pass multiplies g
+  by the slope of this curve, s k / 2 / cosh(k (x - threshold) / D)^2. For larger |x|
+  the gradient is 0.
+
+  The paper learns the parameter a. Here it follows alpha: a = 0.5 - 0.49 alpha falls
+  from 1/2, where the staircase is almost a straight line, to 0.01, where it almost
+  consists of steps.
 
   Args:
-    x: float, any shape.
-    alpha: in [0, 1], a scalar or broadcast to the shape of `x`.
-    grid: any; thresholds broadcast against the trailing axes of `x`.
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`.
+    grid: Any grid. Its thresholds broadcast against the trailing axes of `x`.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
   """
   return _hard(_slope_dsq, x, _number("alpha", alpha, 0, 1), grid)
 
@@ -189,15 +225,15 @@ def dsq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
 def ewgs(x: jax.Array, grid: Grid, *, delta: float = 1e-3) -> jax.Array:
   """Element-wise gradient scaling (Lee et al., arXiv 2104.00903, Eq 4).
 
-  Backward g * (1 + delta sign(g) (x - h(x))) * 1[|x| <= 1].
+  The backward pass computes g * (1 + delta sign(g) (x - h(x))) * 1[|x| <= 1].
 
   Args:
-    x: float, any shape.
-    grid: any; thresholds broadcast against the trailing axes of `x`.
-    delta: at least 0, which is `ste`.
+    x: Float array of any shape.
+    grid: Any grid. Its thresholds broadcast against the trailing axes of `x`.
+    delta: Strength of the scaling, at least 0. With 0 the result is that of `ste`.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
   """
   return _hard(_slope_ewgs, x, _number("delta", delta, 0, _LARGEST), grid)
 
@@ -207,22 +243,25 @@ def lsq(
 ) -> jax.Array:
   """Learned step size quantization (Esser et al., arXiv 1902.08153, Eq 1, 2, 3, 5).
 
-  Forward s h(x / s). Backward to x: g * 1[|x| <= s]; to s, 1 / sqrt(count * q) times
-  the sum of g * (h(x / s) - x / s) where |x| <= s, and of g * sign(x) elsewhere.
+  Let s be the step. The forward pass computes s h(x / s). The gradient of x is
+  g * 1[|x| <= s]. The gradient of s is 1 / sqrt(count * q) times a sum over the
+  elements, with the terms g * (h(x / s) - x / s) where |x| <= s and g * sign(x)
+  elsewhere.
 
-  In the paper s is the distance between two levels, whole numbers, and q the largest.
-  Here, where levels are at most 1, s is the largest level, and q the number of positive
-  ones: the same for two bits, whose thresholds are then +-s / 2.
+  In the paper, levels are whole numbers times s, which is the distance between two of
+  them, and q is the largest whole number. Here all levels of h are at most 1. Therefore
+  s is the largest level of the result, and q is the number of positive levels. For two
+  bits both definitions agree, and the thresholds are +-s / 2.
 
   Args:
-    x: float, any shape.
-    step: s > 0, a scalar.
-    grid: in units of s, with `quantizers.unit_thresholds`.
-    count: how many numbers s serves, examples of a batch apart; the size of `x` if
-      None, as for weights.
+    x: Float array of any shape.
+    step: The step s > 0, a scalar.
+    grid: Grid in units of s. Its thresholds come from `quantizers.unit_thresholds`.
+    count: Number of elements that share s. For activations this is the number of
+      elements of one example. If None, it is the size of `x`, as for weights.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
   """
   x, step = _floats(x), _number("step", step, quantizers.SMALLEST, _LARGEST)
   if count is not None and (type(count) is not int or count < 1):
@@ -230,33 +269,37 @@ def lsq(
   return _lsq(x, step, grid, x.size if count is None else count)
 
 
-# Freezing, element by element. alpha is the share that is frozen.
+# The StoMPP estimators freeze single elements. alpha is the fraction that is frozen.
 
 
 def stompp(
     x: jax.Array, alpha: jax.Array | float, key: jax.Array, grid: Grid
 ) -> jax.Array:
-  """StoMPP without straight-through estimator (arXiv 2601.22660, 2606.27759).
+  """StoMPP without a straight-through estimator (arXiv 2601.22660, 2606.27759).
 
-  Each element is frozen with probability alpha. Forward h(x) where it is, else x
-  clipped to [-1, 1]; backward g * 1[|x| <= 1] where it is not, else 0.
+  Each element is frozen with probability alpha. The forward pass computes h(x) for
+  frozen elements and clips the others to [-1, 1]. The backward pass computes 0 for
+  frozen elements and g * 1[|x| <= 1] for the others.
 
-  Of the source: hard frozen elements without gradient beside clipped ones, a random
-  mask of which about 1 % is drawn anew at each step, and layers frozen one after
-  another from the input on, each with a share that grows as the third power of time.
-  This library's reading, as no code of it is public: every element of a batch has a
-  mask of its own, that follows from `key` alone. In a config: alpha_per_layer,
-  alpha_start=0, alpha_end=1, alpha_shape="cubic" and estimator_noise_steps=100, for
-  which all masks are drawn anew at each hundredth step, and grow with alpha in between.
+  The papers prescribe hard frozen elements without gradient beside clipped ones. A
+  random mask selects the frozen elements, and about 1 % of the mask is redrawn at each
+  step. Layers freeze one after another, starting at the input. In each layer the frozen
+  fraction grows as the third power of time.
+
+  The papers' code is not public. This library draws a mask value for every element of a
+  batch from `key` alone. A config follows the papers with alpha_per_layer=True,
+  alpha_start=0, alpha_end=1, alpha_shape="cubic" and estimator_noise_steps=100. Then
+  all masks are redrawn at every hundredth step, and grow with alpha in between.
 
   Args:
-    x: float, any shape.
-    alpha: in [0, 1]; a scalar, or broadcast to the shape of `x`.
-    key: a PRNG key.
-    grid: any; the source has one bit.
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`.
+    key: PRNG key.
+    grid: Any grid. The papers use one bit.
 
   Returns:
-    The shape and dtype of `x`.
+    Array of the shape and dtype of `x`.
   """
   return _frozen(x, alpha, key, grid, False)
 
@@ -266,26 +309,38 @@ def stompp_ste(
 ) -> jax.Array:
   """StoMPP with the straight-through estimator at frozen elements (arXiv 2606.27759).
 
-  Forward as `stompp`; backward g * 1[|x| <= 1] at all elements.
+  The forward pass is that of `stompp`. The backward pass computes g * 1[|x| <= 1] for
+  all elements.
 
-  Args, returns: as `stompp`.
+  Args:
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`.
+    key: PRNG key.
+    grid: Any grid. The paper uses one bit.
+
+  Returns:
+    Array of the shape and dtype of `x`.
   """
   return _frozen(x, alpha, key, grid, True)
 
 
-# Scales of quantized weights.
+# The scales of quantized weights follow.
 
 
 def layer_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
   """DoReFa-Net's scale of one-bit weights (Zhou et al., arXiv 1606.06160).
 
-  Forward quantized * mean |W| over the layer; backward g to `quantized`, unscaled, and
-  nothing to the mean. (Ternary Weight Networks take the mean over weights beyond the
-  threshold alone.)
+  The forward pass computes quantized * mean |W|, where the mean is over the layer. The
+  backward pass hands g to `quantized` without scaling it, and nothing to the mean.
+  (Ternary Weight Networks take the mean over the weights beyond the threshold only.)
 
   Args:
-    quantized: float (..., output channels), made of `weights` by an estimator.
-    weights: of that shape.
+    quantized: Float array (..., output channels) that an estimator made of `weights`.
+    weights: Float array of the same shape.
+
+  Returns:
+    Array of the same shape.
   """
   return _scaled_straight(quantized, mean_magnitude(weights, "layer_mean"))
 
@@ -293,12 +348,17 @@ def layer_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
 def channel_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
   """XNOR-Net's scale (Rastegari et al., arXiv 1603.05279, section 3.1).
 
-  Forward quantized * mean |W|, over the n weights of each output channel; backward
-  g * mean |W| to `quantized` and, as the paper prints it, g / n to each weight for
-  what it does to the mean (the derivative proper has the sum of g * sign(W) over the
-  channel in place of g, and the sign of the weight as a factor).
+  The forward pass computes quantized * mean |W|, where the mean is over the n weights
+  of each output channel. The gradient of `quantized` is g * mean |W|. Each weight also
+  gets g / n for its effect on the mean, as the paper prints it. (The exact derivative
+  is sign(w) / n times the sum of g * quantized over the channel.)
 
-  Args: as `layer_mean_scale`.
+  Args:
+    quantized: Float array (..., output channels) that an estimator made of `weights`.
+    weights: Float array of the same shape.
+
+  Returns:
+    Array of the same shape.
   """
   scale = lax.stop_gradient(mean_magnitude(weights, "channel_mean"))
   scale = scale.reshape((1,) * (weights.ndim - 1) + (-1,))
@@ -311,7 +371,19 @@ WEIGHT_SCALES = {"none": lambda quantized, weights: quantized,
 
 
 def mean_magnitude(weights: jax.Array, rule: str) -> jax.Array:
-  """mean |W|: () of the "layer_mean", (output channels,) of the "channel_mean"."""
+  """The mean of |W| over a layer or over each of its output channels.
+
+  Args:
+    weights: Float array (..., output channels).
+    rule: "channel_mean" for one mean per output channel. Any other name gives one mean
+      for the layer.
+
+  Returns:
+    Array (output channels,) with "channel_mean", otherwise (), in the weights' dtype.
+
+  Raises:
+    TypeError: The weights are not a float array.
+  """
   quantizers.check_float("weights", weights)
   axes = tuple(range(weights.ndim - 1)) if rule == "channel_mean" else None
   return abs(weights).mean(axes)
@@ -322,16 +394,17 @@ def stochastic_neuron(
 ) -> tuple[jax.Array, jax.Array]:
   """The unbiased stochastic binary neuron (Eq 2, 3).
 
-  h = 1[z < sigmoid(x)], z ~ U[0, 1]. (The paper prints z > sigmoid(x), under which
-  Eq 3 would be biased.) Use `score_function_surrogate` to train through it: the
-  gradient of `log_prob` is h - sigmoid(x), the factor of Eq 3.
+  The result is h = 1[z < sigmoid(x)] with z ~ U[0, 1]. (The paper prints
+  z > sigmoid(x), under which Eq 3 would be biased.) Use `score_function_surrogate` to
+  train through the neuron. The gradient of log P(h) is h - sigmoid(x), the factor of
+  Eq 3.
 
   Args:
-    x: float, any shape: the logits.
-    key: a PRNG key.
+    x: Logits, a float array of any shape.
+    key: PRNG key.
 
   Returns:
-    h in {0, 1} and log P(h), both of the shape and dtype of `x`; h has no gradient.
+    h in {0, 1} and log P(h), both of the shape and dtype of `x`. h has no gradient.
   """
   quantizers.check_float("x", x)
   z = jax.random.uniform(key, x.shape, quantizers.compute_dtype(x))
@@ -344,11 +417,12 @@ def score_function_surrogate(loss: jax.Array, log_prob: jax.Array) -> jax.Array:
   """`loss` with the score-function gradient added (Eq 3).
 
   Args:
-    loss: float (...): one for each independent sample.
-    log_prob: float (..., neurons...): of the neurons that each loss depends on.
+    loss: Float array (...) with one value for each independent sample.
+    log_prob: Float array (..., neurons...) with the log-probabilities of the neurons
+      that each loss depends on.
 
   Returns:
-    The values and shape of `loss`; its gradient is that of `loss` plus
+    The values and shape of `loss`. The gradient is that of `loss` plus
     loss * d(sum of log_prob).
   """
   total = jnp.sum(log_prob, axis=tuple(range(loss.ndim, log_prob.ndim)))
@@ -377,15 +451,17 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
 
   Args:
     name: One of `network_estimators()`.
-    gradient: bound, if the estimator has that argument.
+    gradient: Value for the estimator's argument of this name, if it has one.
 
   Returns:
-    f(x, alpha, grid, make_key): passes on what the estimator takes; `make_key()` is
-    called only if it takes a key. Where its attribute `learns_step` is true, step=
-    must be given too, and count= may: see `lsq`.
+    A function f(x, alpha, grid, make_key). It passes on the arguments that the
+    estimator takes, and calls `make_key()` only if the estimator takes a key. If its
+    attribute `learns_step` is true, step= must be given too, and count= may be given;
+    see `lsq`.
 
   Raises:
-    ValueError: no such estimator, or (when called) a grid it is not defined on.
+    ValueError: There is no such estimator, or the returned function is called with a
+      grid that the estimator is not defined on.
   """
   if name not in _ESTIMATORS:
     raise ValueError(f"estimator={name!r}: must be one of {', '.join(_ESTIMATORS)}")
@@ -437,10 +513,10 @@ def _array(name: str, value: Any) -> jax.Array:
 
 
 def _number(name: str, value: Any, least: float, most: float) -> jax.Array:
-  """A parameter as a float array, in a range where it is not an array of JAX.
+  """Converts a parameter to a float array and checks its range.
 
-  The values of JAX's arrays are not looked at: they may be traced, and to wait for
-  them would take time.
+  The range of JAX arrays is not checked, because they may be traced, and waiting for
+  their values would take time.
   """
   dtype = _array(name, value).dtype
   if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
@@ -453,12 +529,13 @@ def _number(name: str, value: Any, least: float, most: float) -> jax.Array:
 
 
 def _inside(x: jax.Array) -> jax.Array:
-  """1[|x| <= 1]: clipped weights sit at exactly +-1 and must be able to leave."""
+  """1[|x| <= 1], which includes +-1: clipped weights there must be able to leave."""
   return (jnp.abs(x) <= 1).astype(x.dtype)
 
 
 def _mix(x: jax.Array, alpha: jax.Array, h: jax.Array) -> jax.Array:
-  # This form, not x + alpha * (h - x), is exactly h at 1 and exactly x at 0.
+  # Unlike x + alpha * (h - x), this form is exactly h for alpha = 1 and x for alpha =
+  # 0.
   wide = quantizers.compute_dtype(x)
   alpha = alpha.astype(wide)
   return (alpha * h.astype(wide) + (1 - alpha) * x.astype(wide)).astype(x.dtype)
@@ -508,7 +585,10 @@ def _one_bit(grid: Grid) -> Grid:
 
 
 def _hard(slope, x, shape, grid):
-  """Forward h(x); backward g * slope(x, shape, grid, g), `shape` a scalar or array."""
+  """Computes h(x), with the gradient g * slope(x, shape, grid, g).
+
+  `shape` is the parameter of the slope, a scalar or an array.
+  """
   shape = jnp.asarray(shape, jnp.result_type(float))
   return _hard_forward(slope, _floats(x), shape, grid)
 
@@ -544,13 +624,14 @@ def _slope_approx_sign(x, alpha, grid, g):
 
 
 def _slope_swish_sign(x, alpha, grid, g):
-  y = jnp.clip(5 * x, -80, 80)  # cosh is finite there, and the slope 0.
+  y = jnp.clip(5 * x, -80, 80)  # cosh(80) is finite, and the slope there is about 0.
   return 5 * (2 - y * jnp.tanh(y / 2)) / (1 + jnp.cosh(y))
 
 
 def _slope_ede(x, alpha, grid, g):
   t = 10 ** (2 * alpha - 1)
-  # 1 - tanh^2, of which little would be left in the tails.
+  # 1 - tanh(t x)^2 is computed as 1 / cosh(t x)^2. The difference would cancel to 0 in
+  # the tails, where tanh rounds to 1.
   return jnp.maximum(1 / t, 1) * t / jnp.cosh(jnp.clip(t * x, -40, 40)) ** 2
 
 
@@ -568,7 +649,7 @@ def _slope_dsq(x, alpha, grid, g):
   if grid.thresholds.shape[0]:
     below = jnp.concatenate([jnp.zeros(1, x.dtype), levels[:-1]])
     thresholds = grid.thresholds.astype(x.dtype)
-  else:  # One step, from -1 to 1.
+  else:  # One bit has a single step, from -1 to 1.
     below, thresholds = -levels, jnp.zeros(1, x.dtype)
   slope = jnp.zeros_like(x)
   for low, high, threshold in zip(below, levels, thresholds):

@@ -1,14 +1,18 @@
-"""The layers of MINW-Nets: the only place where bits meet Flax.
+"""The layers of MINW-Nets, which are Flax modules with quantized weights and outputs.
 
-A layer is called as layer(x, alpha, mode). The modes:
+A layer is called as layer(x, alpha, mode), with one of these modes:
 
-    "train"  quantizers through the estimator, batch norm with the batch's statistics
-    "mixed"  the same with the running statistics
-    "hard"   the network that is deployed, on the variables that `minw.fold` makes
-    "fold"   makes those variables; x is made by `fold_probe.make_rows`
+    "train"  The layer quantizes with its estimator. Batch norm uses the statistics of
+             the batch.
+    "mixed"  The layer quantizes with its estimator. Batch norm uses the running
+             statistics.
+    "hard"   The layer computes as in the deployed network, on the variables that
+             `minw.fold` makes.
+    "fold"   The layer makes these variables. x is made by `fold_probe.make_rows`.
 
-With alpha = 1 the first two use the hard quantizers of Eq 20. In "mixed" layers sow
-what their estimator made, and its alpha, as "value" into the collection "quantized".
+With alpha = 1, "train" and "mixed" use the hard quantizers of Eq 20. In mode "mixed",
+layers sow the pair (output of their estimator, alpha) under the name "value" into the
+collection "quantized".
 """
 
 import fnmatch
@@ -28,24 +32,29 @@ from minw import fold_probe
 from minw import quantizers
 from minw import structure
 
-Bits = int | str  # 1 to 5, or a float format; `quantizers.is_grid` tells which.
-BitsOf = Bits | Callable[[str], Bits]  # ... or a function of the layer's path
+# Bits are 1 to 5 or the name of a float format; `quantizers.is_grid` tells which.
+Bits = int | str
+# Bits may also be a function of the layer's path.
+BitsOf = Bits | Callable[[str], Bits]
 
 _aqe = estimators.by_name("aqe")
 
 
 class LayerInfo(NamedTuple):
-  """A layer as `trace` found it.
+  """The description of a layer that `trace` found.
 
   Attributes:
-    path: its name, with those of the modules around it: "block1/conv2".
+    path: Name of the layer after the names of the modules around it: "block1/conv2".
     kind: "conv", "dense" or "norm".
-    bits: of its weights; of its output for a norm, None if that is not quantized.
-    input_bits: the bits of what it receives, 16 for an image, 32 for accumulators;
-      those of a sum of n codes are log2(n) more.
-    input_shape, output_shape: without the batch.
-    kernel_shape: (..., inputs of a group, outputs); empty for a norm.
-    channel_parameters: how many float32 numbers a norm keeps besides.
+    bits: Bits of the weights. For a norm, bits of the output, or None if the output is
+      not quantized.
+    input_bits: Bits of the input: 16 for an image and 32 for accumulators. A sum of n
+      codes has log2(n) bits more than a code.
+    input_shape: Shape of the input, without the batch.
+    output_shape: Shape of the output, without the batch.
+    kernel_shape: Shape (..., inputs of a group, outputs) of the weights. It is empty
+      for a norm.
+    channel_parameters: Number of float32 parameters of a norm, 0 for other layers.
   """
 
   path: str
@@ -59,11 +68,14 @@ class LayerInfo(NamedTuple):
 
 
 def bits_by_rule(default: Bits, rules: Sequence[tuple[str, Bits]]) -> BitsOf:
-  """Bits that depend on the layer's path; the last rule that matches decides.
+  """Makes bits depend on the layer's path. The last rule that matches decides.
 
   Args:
-    default: where no rule matches.
-    rules: pairs of a path pattern ("conv1", "norm_*", "block?/*") and bits.
+    default: Bits of the layers that no rule matches.
+    rules: Pairs of a path pattern ("conv1", "norm_*", "block?/*") and bits.
+
+  Returns:
+    Function from a layer's path to its bits.
   """
   def bits(path: str) -> Bits:
     matching = [b for pattern, b in rules if matches(pattern, path)]
@@ -73,7 +85,7 @@ def bits_by_rule(default: Bits, rules: Sequence[tuple[str, Bits]]) -> BitsOf:
 
 
 def matches(pattern: str, path: str) -> bool:
-  """Whether a layer's path fits a shell-style pattern: "norm_*", "block?/conv1"."""
+  """Whether a layer's path matches a shell pattern such as "norm_*" or "block?/*"."""
   return fnmatch.fnmatchcase(path, pattern)
 
 
@@ -81,30 +93,36 @@ def matches(pattern: str, path: str) -> bool:
 class QuantConv(nn.Module):
   """A convolution with quantized weights, no bias, and float32 accumulators.
 
-  Its input is expected on the grid that a `NormQuant` put it on.
+  The input is expected to be on the grid that a `NormQuant` put it on.
 
   Attributes:
-    features: output channels.
-    kernel_size: (height, width).
-    strides: (vertical, horizontal).
-    padding: "SAME", "VALID", or the border in pixels, ((top, bottom), (left, right)).
-    pad_value: the value of the border; 0 is a third value over -1 and 1.
-    bits: of the weights.
-    threshold_rule, thresholds: see `quantizers.weight_grid`.
-    estimator: f(kernel, alpha, grid, make_key), see `estimators.by_name`. For one that
-      learns its step the layer has a parameter "step", 2 sqrt(q) mean |W| at first, q
-      the number of positive levels; `quantizers.positive_step` of it is used.
-    weight_scale: "none", "layer_mean" or "channel_mean", see
-      `estimators.WEIGHT_SCALES`; of weights in a float format none.
-    dtype: of the operands in training; sums are float32 always.
-    feature_group_count: into how many equal groups, in order, input and output channels
-      are split. An output channel sums over the inputs of its own group; as many groups
-      as input channels make a depthwise convolution.
-    kernel_dilation: (vertical, horizontal) distance between neighboring weights, in
-      pixels.
+    features: Number of output channels.
+    kernel_size: Size of the kernel, (height, width).
+    strides: Strides, (vertical, horizontal).
+    padding: "SAME", "VALID", or the padding in pixels, ((top, bottom), (left, right)).
+    pad_value: Value of the padding. Beside inputs of -1 and 1, 0 is a third value.
+    bits: Bits of the weights.
+    threshold_rule: Rule for the thresholds of the weights; see
+      `quantizers.weight_grid`.
+    thresholds: Thresholds of the weights or factors on their mean; see
+      `quantizers.weight_grid`.
+    estimator: Function f(kernel, alpha, grid, make_key); see `estimators.by_name`. If
+      it learns its step, the layer has a parameter "step" and uses
+      `quantizers.positive_step` of it. The initial value is 2 sqrt(q) mean |W|, where q
+      is the number of positive levels.
+    weight_scale: "none", "layer_mean" or "channel_mean"; see
+      `estimators.WEIGHT_SCALES`. Weights in a float format are never scaled.
+    kernel_init: Initializer of the weights.
+    dtype: Dtype of the operands in training. Sums are always float32.
+    feature_group_count: Number of equal groups into which input and output channels are
+      split, in order. An output channel sums over the inputs of its own group. As many
+      groups as input channels make a depthwise convolution.
+    kernel_dilation: Distance between neighboring weights in pixels, (vertical,
+      horizontal).
 
   Raises:
-    ValueError: at construction, when an attribute is not one of these.
+    ValueError: An attribute has a value that is not allowed. The constructor raises
+      this.
   """
 
   features: int
@@ -154,10 +172,10 @@ class QuantConv(nn.Module):
             **how))
 
   def pads(self, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The border around a map of `size`, ((top, bottom), (left, right)) in pixels.
+    """The padding of a feature map in pixels, ((top, bottom), (left, right)).
 
     Args:
-      size: (height, width) of the map.
+      size: Size of the feature map, (height, width).
     """
     if not isinstance(self.padding, str):
       (top, bottom), (left, right) = self.padding
@@ -169,7 +187,7 @@ class QuantConv(nn.Module):
     return rows, columns
 
   def hard_shapes(self, params, input_shape, has_shortcut):
-    """Shapes of the variables that mode "fold" makes."""
+    """The shapes of the variables that mode "fold" makes."""
     del input_shape, has_shortcut
     return {"kernel": params["kernel"].shape}
 
@@ -178,7 +196,20 @@ class QuantConv(nn.Module):
 class QuantDense(nn.Module):
   """A dense layer with quantized weights, no bias, and float32 accumulators.
 
-  Attributes: as those of `QuantConv`.
+  Attributes:
+    features: Number of outputs.
+    bits: Bits of the weights.
+    threshold_rule: Rule for the thresholds of the weights; see
+      `quantizers.weight_grid`.
+    thresholds: Thresholds of the weights or factors on their mean; see
+      `quantizers.weight_grid`.
+    estimator: Estimator of the weights, as in `QuantConv`.
+    weight_scale: "none", "layer_mean" or "channel_mean", as in `QuantConv`.
+    kernel_init: Initializer of the weights.
+    dtype: Dtype of the operands in training. Sums are always float32.
+
+  Raises:
+    ValueError: `features` is not a positive integer. The constructor raises this.
   """
 
   features: int
@@ -200,37 +231,42 @@ class QuantDense(nn.Module):
     return _linear(self, x, shape, alpha, mode, 0.0, dense)
 
   def hard_shapes(self, params, input_shape, has_shortcut):
-    """Shapes of the variables that mode "fold" makes."""
+    """The shapes of the variables that mode "fold" makes."""
     del input_shape, has_shortcut
     return {"kernel": params["kernel"].shape}
 
 
 @structure.layer
 class NormQuant(nn.Module):
-  """Batch norm (-> + shortcut) (-> RPReLU) -> HardTanh -> quantize.
+  """Batch norm and quantization, which turn sums into the inputs of the next layer.
 
-  The result is the input of the next layer.
+  The layer computes batch norm, adds the shortcut if there is one, applies RPReLU if it
+  is chosen, applies HardTanh, and quantizes.
 
-  With `rprelu` the activation of ReActNet (Liu et al. 2020) stands before HardTanh:
+  RPReLU is the activation of ReActNet (Liu et al. 2020):
 
       y -> y - gamma + zeta             where y > gamma
            |beta| (y - gamma) + zeta    elsewhere
 
-  with parameters "rprelu_gamma", "rprelu_beta" and "rprelu_zeta" for each channel, 0,
-  0.25 and 0 at first. The magnitude of beta keeps the layer monotone, so that it packs
-  into thresholds whatever was learned. ReActNet's learned shift before the sign, RSign,
-  needs no parameter of its own: zeta is one, and without RPReLU batch norm's bias is.
+  It has the parameters "rprelu_gamma", "rprelu_beta" and "rprelu_zeta" for each
+  channel, with initial values 0, 0.25 and 0. The magnitude of beta keeps the layer
+  monotone, so that it packs into thresholds for any learned values. ReActNet also
+  learns a shift before the sign (RSign). It needs no parameter of its own here: zeta is
+  this shift, and without RPReLU the bias of batch norm is.
 
   Attributes:
-    bits: of the output; None for logits, which get batch norm alone.
-    thresholds: fixed, see `quantizers.input_grid`; in units of a learned step.
-    estimator: f(x, alpha, grid, make_key), see `estimators.by_name`. For one that
-      learns its step the layer has a parameter "step", 1 at first, and no HardTanh;
-      `quantizers.positive_step` of it is used.
-    momentum, epsilon, use_scale: batch norm's.
-    group_size: examples that batch norm takes its statistics of in training, one after
-      another of the batch; 0: the whole batch, on all devices.
-    rprelu: whether the activation of ReActNet is applied; logits have none.
+    bits: Bits of the output. None is for logits, to which only batch norm is applied.
+    thresholds: Fixed thresholds; see `quantizers.input_grid`. If the step is learned,
+      they are in units of it.
+    estimator: Function f(x, alpha, grid, make_key); see `estimators.by_name`. If it
+      learns its step, the layer has a parameter "step" with initial value 1, uses
+      `quantizers.positive_step` of it, and has no HardTanh.
+    momentum: Momentum of batch norm's running statistics.
+    epsilon: Epsilon of batch norm.
+    use_scale: Whether batch norm has a scale besides its bias.
+    group_size: Number of consecutive examples of a batch over which batch norm takes
+      its statistics in training. 0 is for the whole batch, on all devices.
+    rprelu: Whether RPReLU is applied. Logits cannot have it.
   """
 
   bits: BitsOf | None = 1
@@ -262,7 +298,7 @@ class NormQuant(nn.Module):
     return self._quantized(y, alpha, mode, bits)
 
   def _normalized(self, x, mode):
-    """Batch norm of `x`; in mode "hard" the exact one that folding left."""
+    """Applies batch norm to `x`; in mode "hard", the exact one that folding made."""
     if mode == "hard":
       return fold.apply_norm(
           x, fold.Norm(*(self.get_variable("hard", n) for n in fold.Norm._fields)))
@@ -276,14 +312,17 @@ class NormQuant(nn.Module):
         name="batch_norm")(x)
 
   def _scaled_shortcut(self, shortcut, mode):
-    """The shortcut in units of this layer's step, which is exact: levels are 2^-n."""
+    """The shortcut in units of this layer's step.
+
+    The product is exact, because the levels of the shortcut are 0 or +-2^-n.
+    """
     if mode != "hard" or not self.has_variable("hard", "shortcut_scale"):
       return shortcut
     scale = self.get_variable("hard", "shortcut_scale")
     return shortcut * lax.broadcast_to_rank(scale, shortcut.ndim)
 
   def _quantized(self, y, alpha, mode, bits):
-    """HardTanh, unless a step is learned, and the estimator or the quantizer."""
+    """Applies HardTanh, unless a step is learned, and the estimator or quantizer."""
     learns_step = _learns_step(self)
     if mode == "hard" or not learns_step:
       y = jax.nn.hard_tanh(y)
@@ -297,7 +336,9 @@ class NormQuant(nn.Module):
       step = quantizers.positive_step(
           self.param("step", nn.initializers.ones, ()))
       learned = dict(step=step, count=y[0].size)
-    if mode == "mixed":  # One number an example: padding can be left out of the mean.
+    if mode == "mixed":
+      # The layer sows one number per example, so that a mean can leave out the examples
+      # that only pad a batch.
       distance = jnp.abs(y - step * quantizers.quantize(y / step, grid))
       self.sow("distance", "mean", jnp.mean(distance, axis=tuple(range(1, y.ndim))))
     y = self.estimator(y, alpha, grid, lambda: self.make_rng("estimator"), **learned)
@@ -322,7 +363,7 @@ class NormQuant(nn.Module):
     if _learns_step(self):
       step = float(fold_probe.round_scale(
           quantizers.positive_step(self.variables["params"]["step"])))
-    # What parameters of the network's own do to x, see `fold.fold`.
+    # The network's own parameters map x to factor * x + summand; see `fold.fold`.
     factor = self.get_variable("affine", "factor", 1.0)
     summand = self.get_variable("affine", "summand", 0.0)
     hard = fold.fold_norm(
@@ -346,7 +387,10 @@ class NormQuant(nn.Module):
         fold_probe.Probe(bound, quantizers.step_size(bits), operand_bits(bits)), step)
 
   def hard_shapes(self, params, input_shape, has_shortcut):
-    """Shapes of the variables that mode "fold" makes; "shortcut_scale" where needed."""
+    """The shapes of the variables that mode "fold" makes.
+
+    They include "shortcut_scale" if the layer has a shortcut.
+    """
     del params
     names = [*fold.Norm._fields]
     if self.rprelu:
@@ -359,7 +403,7 @@ class NormQuant(nn.Module):
 def _check_group(path: str, shape: Sequence[int], group_size: int) -> None:
   """Raises ValueError if batch norm would see a single value of each channel.
 
-  That value less its mean is 0, whatever the input is.
+  The difference of a single value and its mean is 0 for any input.
   """
   if (group_size or shape[0]) * math.prod(shape[1:-1]) == 1:
     raise ValueError(
@@ -368,10 +412,16 @@ def _check_group(path: str, shape: Sequence[int], group_size: int) -> None:
 
 
 class _GroupedBatchNorm(nn.Module):
-  """In training: nn.BatchNorm of each group of a batch's examples, one after another.
+  """Batch norm in training, for each group of consecutive examples of a batch.
 
-  Its variables are those of nn.BatchNorm; the running statistics follow the groups'
-  mean.
+  The variables are those of nn.BatchNorm. The running statistics are updated with the
+  mean of the groups' statistics.
+
+  Attributes:
+    size: Number of examples in a group.
+    momentum: Momentum of the running statistics.
+    epsilon: Number added to the variance.
+    use_scale: Whether there is a learned scale.
   """
 
   size: int
@@ -425,16 +475,19 @@ def _check_padding(value):
 
 
 def max_pool(x, window: int = 2, share_gradient: bool = False):
-  """Maximum over windows, with a stride of one window.
+  """Takes the maximum over windows that do not overlap.
 
-  Borders that do not fill a window are dropped.
+  Rows and columns at the border that do not fill a window are dropped.
 
   Args:
-    x: (batch, height, width, channels).
-    window: its height and width.
-    share_gradient: where values of a window tie, which integers often do, share the
-      gradient among them instead of giving it to the first, as TensorFlow and PyTorch
-      do: another network.
+    x: Array (batch, height, width, channels).
+    window: Height and width of a window, which are also the strides.
+    share_gradient: Whether tied values of a window share the gradient. Integers often
+      tie. By default the first of them gets the whole gradient, as in TensorFlow and
+      PyTorch. The two choices train different networks.
+
+  Returns:
+    Array (batch, height // window, width // window, channels) of the dtype of `x`.
   """
   if share_gradient:
     return _windows(x, window).max((2, 4))
@@ -447,7 +500,7 @@ def _windows(x, window):
   return x[:, :h * window, :w * window].reshape(n, h, window, w, window, c)
 
 
-# The gradient of `nn.max_pool`, which XLA computes by a slow scatter.
+# Its gradient equals that of `nn.max_pool`, which XLA computes by a slow scatter.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _max_pool_first(x, window):
   return _windows(x, window).max((2, 4))
@@ -469,21 +522,21 @@ _max_pool_first.defvjp(
 
 def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtype,
          precision=None):
-  """A convolution (NHWC, HWIO) with a border of `pad_value` and float32 sums.
+  """Computes a convolution (NHWC, HWIO) with constant padding and float32 sums.
 
   Args:
-    x: (batch, height, width, input channels).
-    kernel: (height, width, input channels / groups, output channels).
-    strides: (vertical, horizontal).
-    pads: ((top, bottom), (left, right)) in pixels.
-    pad_value: the value of the border.
-    dilation: (vertical, horizontal) distance between neighboring weights, in pixels.
-    groups: how many groups input and output channels are split into.
-    dtype: of the operands.
-    precision: see `lax.conv_general_dilated`.
+    x: Input (batch, height, width, input channels).
+    kernel: Weights (height, width, input channels / groups, output channels).
+    strides: Strides, (vertical, horizontal).
+    pads: Padding in pixels, ((top, bottom), (left, right)).
+    pad_value: Value of the padding.
+    dilation: Distance between neighboring weights in pixels, (vertical, horizontal).
+    groups: Number of groups into which input and output channels are split.
+    dtype: Dtype to which the operands are converted.
+    precision: Precision of the products; see `lax.conv_general_dilated`.
 
   Returns:
-    float32 (batch, height, width, output channels).
+    float32 array (batch, height, width, output channels).
   """
   if pad_value:
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=pad_value)
@@ -495,7 +548,7 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
 
 
 def dense(x, kernel, *, dtype, precision=None):
-  """A matrix product with float32 sums."""
+  """Computes a matrix product with float32 sums, of operands converted to `dtype`."""
   return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=precision,
                     preferred_element_type=jnp.float32)
 
@@ -504,14 +557,14 @@ bits_of = structure.bits_of
 
 
 def operand_bits(bits: Bits) -> int:
-  """The number of bits that `bits`, a count or a dtype's name, comes to."""
+  """Converts `bits`, a number of bits or the name of a dtype, to a number of bits."""
   if quantizers.is_grid(bits) and not isinstance(bits, str):
     return bits
   return 8 * jnp.dtype(str(bits)).itemsize
 
 
 def input_grid(layer: NormQuant) -> quantizers.Grid:
-  """The grid that a layer's output falls on; in units of its step if it learns one."""
+  """The grid of a layer's output. If the layer learns a step, it is in units of it."""
   bits = bits_of(layer)
   if _learns_step(layer):
     return quantizers.grid(bits, quantizers.unit_thresholds(bits, layer.thresholds))
@@ -525,9 +578,23 @@ def _learns_step(layer):
 
 
 def _linear(layer, x, shape, alpha, mode, pad_value, apply):
-  """What QuantConv and QuantDense share: the kernel of each mode."""
+  """Computes a QuantConv or QuantDense, which differ in shapes and operation only.
+
+  The kernel depends on the mode. In mode "hard" it is the folded one. In mode "fold"
+  the latent kernel is folded, and the probe takes the place of the input. In the other
+  modes the latent kernel goes through the estimator.
+
+  Args:
+    layer: The layer.
+    x: Input of the layer.
+    shape: Shape of the kernel.
+    alpha: The estimator's alpha.
+    mode: Mode of the call; see the module.
+    pad_value: Value of the padding, 0 if there is none.
+    apply: Function apply(x, kernel, dtype=, precision=) that computes the sums.
+  """
   bits = bits_of(layer)
-  if mode == "hard":  # Operands are exact; float32 sums of them must be, too.
+  if mode == "hard":  # The operands are exact. Their float32 sums must be exact, too.
     return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32,
                  precision=lax.Precision.HIGHEST)
   kernel = layer.param("kernel", layer.kernel_init, shape)
@@ -558,15 +625,31 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
 
 
 def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> Any:
-  """Fresh variables {"params", "batch_stats"} for images (height, width, channels)."""
+  """Initializes the variables of a network.
+
+  Args:
+    model: Network made of these layers.
+    image_shape: Shape of its input, (height, width, channels).
+    seed: Seed of the initializers.
+
+  Returns:
+    The variables, {"params", "batch_stats"}.
+  """
   keys: Any = dict(zip(("params", "estimator"), jax.random.split(jax.random.key(seed))))
   return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
 
 
 def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
-  """The layers of a network in the order of their calls, without training it.
+  """Lists the layers of a network in the order of their calls, without training it.
 
-  A layer inside nn.scan is there once for each iteration.
+  A layer inside nn.scan is listed once for each iteration.
+
+  Args:
+    model: Network made of these layers.
+    image_shape: Shape of its input, (height, width, channels).
+
+  Returns:
+    The layers' descriptions.
   """
   def info(folded):
     call, params = folded.call, folded.variables["params"]

@@ -1,8 +1,11 @@
 """The networks of the paper, made of `minw.layers`.
 
-A model is called as model(images, alpha, mode) with images float32 (batch, height,
-width, channels) and returns logits float32 (batch, classes). `conv`, `dense` and `norm`
-make its layers: everything that is a choice (bits, estimator, thresholds) is theirs.
+A model is called as model(images, alpha, mode). The images are float32 (batch, height,
+width, channels), and the logits that it returns are float32 (batch, classes). alpha is
+a scalar, or has one number for each layer with weights.
+
+The factories `conv`, `dense` and `norm` make the layers of a model. They decide about
+bits, estimators and thresholds.
 """
 
 import functools
@@ -14,8 +17,9 @@ import jax.numpy as jnp
 from minw import errors
 from minw import layers
 
-# Convolutional and hidden dense widths; A is 128C3 128C3 MP2 256C3 256C3 MP2 512C3
-# 512C3 MP2 1024FC 1024FC 10FC.
+# Widths of the convolutions and of the hidden dense layers of each ConvNet. In the
+# paper's notation, A is 128C3 128C3 MP2 256C3 256C3 MP2 512C3 512C3 MP2 1024FC 1024FC
+# 10FC.
 CONVNETS = {
     "A": ((128, 128, 256, 256, 512, 512), (1024, 1024)),
     "B": ((64, 64, 128, 128, 256, 256), (1024, 1024)),
@@ -25,10 +29,16 @@ CONVNETS = {
 
 
 def convnet_widths(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The convolutional and hidden dense widths of ConvNet "A", "B", "C" or "D".
+  """The widths of a ConvNet of the paper.
+
+  Args:
+    name: "A", "B", "C" or "D".
+
+  Returns:
+    The widths of the convolutions and those of the hidden dense layers.
 
   Raises:
-    errors.UsageError: another name.
+    errors.UsageError: There is no ConvNet with this name.
   """
   if name not in CONVNETS:
     raise errors.unknown_name("ConvNet", str(name), CONVNETS)
@@ -36,18 +46,22 @@ def convnet_widths(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 class ConvNet(nn.Module):
-  """Convolutions, every second one followed by 2x2 max pooling, and dense layers.
+  """A convolutional network with max pooling, followed by dense layers.
 
-  Layers are called conv1, norm_conv1, ..., dense1, norm_dense1, ...; `norm_conv1`
-  makes the inputs of conv2.
+  Every second convolution is followed by 2x2 max pooling. The layers are named conv1,
+  norm_conv1, ..., dense1, norm_dense1, .... The output of norm_conv1 is the input of
+  conv2.
 
   Attributes:
-    num_classes: of the logits.
-    conv_widths: output channels of the 3x3 convolutions.
-    dense_widths: of the hidden dense layers.
-    first_padding: of the first convolution, "SAME" or "VALID".
-    conv, dense, norm: make the layers, `layers.QuantConv` and so on.
-    pool: makes (batch, h // 2, w // 2, channels) of (batch, h, w, channels).
+    num_classes: Number of classes.
+    conv_widths: Output channels of the 3x3 convolutions.
+    dense_widths: Widths of the hidden dense layers.
+    first_padding: Padding of the first convolution, "SAME" or "VALID".
+    conv: Factory for convolutions, such as `layers.QuantConv`.
+    dense: Factory for dense layers, such as `layers.QuantDense`.
+    norm: Factory for batch norms, such as `layers.NormQuant`.
+    pool: Function that maps (batch, h, w, channels) to (batch, h // 2, w // 2,
+      channels).
   """
 
   num_classes: int
@@ -61,7 +75,7 @@ class ConvNet(nn.Module):
 
   @property
   def depth(self) -> int:
-    """How many alphas there are: one for each layer that has weights."""
+    """The number of alphas, one for each layer that has weights."""
     return len(self.conv_widths) + len(self.dense_widths) + 1
 
   @nn.compact
@@ -70,7 +84,8 @@ class ConvNet(nn.Module):
 
     for i, width in enumerate(self.conv_widths, start=1):
       alpha = next(alphas)
-      # The image is padded with its mean, zero; only codes have a border to choose.
+      # The image is always padded with 0, which is its mean. The pad value can only be
+      # chosen for codes.
       border = {"padding": self.first_padding, "pad_value": 0.0} if i == 1 else {}
       x = self.conv(width, name=f"conv{i}", **border)(x, alpha, mode)
       if i % 2 == 0:
@@ -90,24 +105,29 @@ class ConvNet(nn.Module):
 
 
 class ResNet(nn.Module):
-  """Residual networks (He et al. 2016), with a block's quantized input as shortcut.
+  """A residual network (He et al. 2016) whose shortcuts are quantized block inputs.
 
-  conv -> batch norm -> quantize -> conv -> batch norm -> + shortcut -> HardTanh ->
-  quantize: the same codes feed the first convolution and the addition. Where the
-  shape changes, the shortcut is a projection with batch norm and quantizer of its own,
-  or the input's every second pixel with zero-filled channels. The dense layer takes
-  sums over the map, whose division batch norm absorbs.
+  A basic block is conv -> batch norm -> quantize -> conv -> batch norm -> + shortcut ->
+  HardTanh -> quantize. The same codes are the input of the first convolution and of the
+  addition. If the shape changes, the shortcut is either a projection with batch norm
+  and quantizer of its own, or every second pixel of the input with zero-filled
+  channels. The input of the dense layer is the sum over the feature map instead of the
+  mean. Batch norm absorbs the missing division.
 
-  Layers are called stem, stage1_block1_conv1, ..., dense1; norm_stem, ....
+  The layers are named stem, stage1_block1_conv1, ..., dense1 and norm_stem, ....
 
   Attributes:
-    num_classes: of the logits.
-    stages: how many blocks each has.
-    widths: channels of each stage; of its 3x3 convolutions if `bottleneck`.
-    bottleneck: blocks of 1x1, 3x3, 1x1 convolutions, the last four times as wide.
-    large_stem: 7x7 with stride 2 and 3x3 max pooling, for ImageNet; else 3x3.
-    projection: whether shortcuts that change shape are projections.
-    conv, dense, norm: make the layers.
+    num_classes: Number of classes.
+    stages: Number of blocks in each stage.
+    widths: Channels of each stage. With `bottleneck`, channels of its 3x3 convolutions.
+    bottleneck: Whether blocks have 1x1, 3x3 and 1x1 convolutions, the last of which is
+      four times as wide.
+    large_stem: Whether the network starts with a 7x7 convolution of stride 2 and 3x3
+      max pooling, for ImageNet. Otherwise it starts with a 3x3 convolution.
+    projection: Whether shortcuts that change shape are projections.
+    conv: Factory for convolutions.
+    dense: Factory for dense layers.
+    norm: Factory for batch norms.
   """
 
   num_classes: int
@@ -122,7 +142,7 @@ class ResNet(nn.Module):
 
   @property
   def depth(self) -> int:
-    """How many alphas there are: one for each layer that has weights."""
+    """The number of alphas, one for each layer that has weights."""
     convs = (3 if self.bottleneck else 2) * sum(self.stages)
     changes = len(self.stages) - (not self.bottleneck)
     return 2 + convs + (changes if self.projection else 0)
@@ -141,7 +161,7 @@ class ResNet(nn.Module):
     x = self.conv(self.widths[0], (size, size), (stride, stride), pad_value=0.0,
                   name="stem")(x, alpha, mode)
     if self.large_stem:
-      padding: Any = ((1, 1), (1, 1))  # Flax declares a string.
+      padding: Any = ((1, 1), (1, 1))  # Flax's type hint is str.
       x = nn.max_pool(x, (3, 3), (2, 2), padding)
     x = self.norm(name="norm_stem")(x, alpha, mode)
 
@@ -168,7 +188,7 @@ class ResNet(nn.Module):
 
 
 def _thinned_and_filled(x, stride, features):
-  """Every stride-th pixel, between channels of zeros."""
+  """Takes every stride-th pixel and adds channels of zeros on both sides."""
   room = features - x.shape[-1]
   x = x[:, ::stride, ::stride]
   return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (room // 2, room - room // 2)))
@@ -180,19 +200,22 @@ def _classify(model, x, alpha, mode):
 
 
 class DenseNet(nn.Module):
-  """DenseNet-BC (Huang et al. 2017): each layer adds channels to those before it.
+  """DenseNet-BC (Huang et al. 2017), whose layers append channels to their input.
 
-  What is put side by side are sums; each layer that reads them has a batch norm and
-  quantizer of its own. A transition halves channels, then averages 2x2 pixels.
+  The channels that are concatenated are sums. Each layer that reads them has a batch
+  norm and quantizer of its own. A transition halves the number of channels, then
+  averages 2x2 pixels.
 
-  Layers are called stem, block1_layer1_conv1, ..., transition1, ..., dense1;
-  norm_block1_layer1_conv1 makes the inputs of block1_layer1_conv1.
+  The layers are named stem, block1_layer1_conv1, ..., transition1, ..., dense1. The
+  output of norm_block1_layer1_conv1 is the input of block1_layer1_conv1.
 
   Attributes:
-    num_classes: of the logits.
-    blocks: how many layers, of two convolutions, each has.
-    growth: channels that a layer adds.
-    conv, dense, norm: make the layers.
+    num_classes: Number of classes.
+    blocks: Number of layers in each block. A layer has two convolutions.
+    growth: Number of channels that a layer adds.
+    conv: Factory for convolutions.
+    dense: Factory for dense layers.
+    norm: Factory for batch norms.
   """
 
   num_classes: int
@@ -204,7 +227,7 @@ class DenseNet(nn.Module):
 
   @property
   def depth(self) -> int:
-    """How many alphas there are: one for each layer that has weights."""
+    """The number of alphas, one for each layer that has weights."""
     return 2 * sum(self.blocks) + len(self.blocks) + 1
 
   @nn.compact
@@ -233,14 +256,17 @@ class DenseNet(nn.Module):
 
 
 class AlexNet(nn.Module):
-  """AlexNet (Krizhevsky 2014, one tower) with batch norm, and no dropout.
+  """AlexNet (Krizhevsky 2014, one tower) with batch norm and without dropout.
 
-  Layers are called conv1 to conv5 and dense1 to dense3; norm_conv1, ....
+  The layers are named conv1 to conv5, dense1 to dense3 and norm_conv1, ....
 
   Attributes:
-    num_classes: of the logits.
-    conv_widths, dense_widths: channels of the five convolutions, and hidden units.
-    conv, dense, norm: make the layers.
+    num_classes: Number of classes.
+    conv_widths: Output channels of the five convolutions.
+    dense_widths: Widths of the two hidden dense layers.
+    conv: Factory for convolutions.
+    dense: Factory for dense layers.
+    norm: Factory for batch norms.
   """
 
   num_classes: int
@@ -250,7 +276,7 @@ class AlexNet(nn.Module):
   dense: Callable = layers.QuantDense
   norm: Callable = layers.NormQuant
 
-  depth = 8  # How many alphas there are: one for each layer that has weights.
+  depth = 8  # The number of alphas, one for each layer that has weights.
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
@@ -275,10 +301,12 @@ class AlexNet(nn.Module):
 _IMAGENET = dict(widths=(64, 128, 256, 512), large_stem=True)
 _CIFAR = dict(widths=(16, 32, 64), projection=False)
 
-# Height and width of what some need at least: smaller maps leave nothing to pool.
+# Smallest height and width of an image, by network. Smaller images leave nothing to
+# pool.
 SMALLEST_IMAGE = {"densenet100": 4, "alexnet": 57}
 
-# By name, what makes a network of the number of classes and of what makes its layers.
+# Network constructors by name. Each takes `num_classes` and factories for its conv,
+# dense and norm layers.
 NETWORKS = {
     "resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2), **_IMAGENET),
     "resnet34": functools.partial(ResNet, stages=(3, 4, 6, 3), **_IMAGENET),

@@ -1,4 +1,4 @@
-"""Optimizers of the paper, Bop, and the clip of the latent weights."""
+"""The optimizers of the paper, Bop, and the clipping of latent weights."""
 
 from typing import Any, Callable
 
@@ -20,17 +20,28 @@ def optimizer(
     bop_threshold: float = 1e-8,
     one_bit: Callable[[str], bool] = lambda path: False,
 ) -> optax.GradientTransformation:
-  """Adam, SGD with momentum, or Bop with Adam for what it does not know.
+  """Makes Adam, SGD with momentum, or Bop combined with Adam.
+
+  Bop flips one-bit weights. Adam updates all other parameters beside it.
 
   Args:
     name: "adam", "sgd" or "bop".
-    learning_rate: a function of the step.
-    adam_epsilon: of Adam.
-    momentum: of SGD.
-    weight_decay: L2 penalty, added to the gradient of all kernels (parameters with two
-      or more axes) as in He et al.; not decoupled. Not of those that Bop flips.
-    bop_adaptivity_rate, bop_threshold: see `bop`.
-    one_bit: whether the layer at a path ("block1/conv2") has weights of one bit.
+    learning_rate: Learning rate as a function of the step.
+    adam_epsilon: Epsilon of Adam.
+    momentum: Momentum of SGD.
+    weight_decay: Coefficient of an L2 penalty on all kernels (parameters with two or
+      more axes), except those that Bop flips. It is added to the gradient as in He et
+      al., and therefore not decoupled.
+    bop_adaptivity_rate: Adaptivity rate of Bop; see `bop`.
+    bop_threshold: Threshold of Bop; see `bop`.
+    one_bit: Function that tells whether the layer at a path ("block1/conv2") has
+      one-bit weights.
+
+  Returns:
+    The optimizer.
+
+  Raises:
+    ValueError: `name` is none of these.
   """
   if name in ("adam", "bop"):
     update = optax.adam(learning_rate, eps=adam_epsilon)
@@ -57,31 +68,33 @@ def optimizer(
 def _with_standard_promotion(
     transformation: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """Lets optax mix its integer counts with floats where JAX's promotion is strict."""
+  """Lets optax mix integer counts with floats even if JAX's promotion is strict."""
   def update(*arguments: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):
       return transformation.update(*arguments)
 
-  rule: Any = update  # It passes on whatever arguments it gets.
+  rule: Any = update  # It passes on all its arguments.
   return optax.GradientTransformation(transformation.init, rule)
 
 
 def bop(adaptivity_rate: float, threshold: float) -> optax.GradientTransformation:
   """The binary optimizer (Helwegen et al., arXiv 1906.02107, Algorithm 1).
 
-  With m <- (1 - adaptivity_rate) m + adaptivity_rate g, from m = 0, a weight of 1 or
-  -1 is flipped where |m| > threshold and m has its sign: there are no latent weights.
-  Weights that are neither become so at the first update, by their sign (-1 for 0).
+  Bop has no latent weights. It keeps a moving average m of the gradient g for each
+  weight, m <- (1 - adaptivity_rate) m + adaptivity_rate g, starting at m = 0. A weight
+  of 1 or -1 is flipped if |m| > threshold and m has the sign of the weight. Other
+  weights become 1 or -1 at the first update, by their sign (-1 for 0).
 
-  The gradient counts in full, unlike with Adam: what an estimator multiplies it by, as
-  AQE by 2 alpha at each quantizer on the way, acts as a lower threshold.
+  Unlike with Adam, the size of the gradient matters. If an estimator multiplies the
+  gradient by a factor, as AQE does by 2 alpha at each quantizer on the way, this acts
+  like a threshold divided by the factor.
 
   Args:
-    adaptivity_rate: in [0, 1].
-    threshold: at least 0.
+    adaptivity_rate: Weight of the new gradient in the average, in [0, 1].
+    threshold: Threshold on |m|, at least 0.
 
   Returns:
-    A transformation whose state is m, and whose `update` needs the parameters.
+    A transformation with the state m. Its `update` needs the parameters.
   """
   def init(params):
     return jax.tree.map(jnp.zeros_like, params)
@@ -92,7 +105,8 @@ def bop(adaptivity_rate: float, threshold: float) -> optax.GradientTransformatio
 
     def change(m, w):
       flips = (jnp.abs(w) == 1) & (jnp.abs(m) > threshold) & (m * w > 0)
-      # At first w + (sign - w) must be the sign: exact where there is no flip.
+      # The first update changes a weight w to its sign, w + (sign - w). Later, without
+      # a flip, the change is exactly 0.
       return jnp.where(flips, -2 * w, jnp.where(w > 0, 1, -1).astype(w.dtype) - w)
 
     return jax.tree.map(change, means, params), means
@@ -105,8 +119,11 @@ def clip_kernels(params: Any, quantized: Any) -> Any:
   """Clips latent weights to [-1, 1] (Algorithm 1, step 2).
 
   Args:
-    params: a tree of arrays.
-    quantized: the same tree of bools, true for the kernels that are on a grid.
+    params: Tree of arrays.
+    quantized: Tree of the same structure with bools, true for kernels on a grid.
+
+  Returns:
+    The parameters, with these kernels clipped.
   """
   return jax.tree.map(
       lambda p, clip: jnp.clip(p, -1.0, 1.0) if clip else p, params, quantized)

@@ -1,18 +1,18 @@
-"""The quantizers h of MINW-Nets: odd step functions onto a symmetric grid.
+"""The quantizers h of MINW-Nets, which are odd step functions onto a symmetric grid.
 
 Equation numbers refer to Chen et al., "Propagating Asymptotic-Estimated Gradients
 for Low Bitwidth Quantized Neural Networks" (arXiv 2003.04296).
 
-An operand is either on a grid, named by its number of bits n = 1..5, or in a float
-format, named by its dtype. A grid of n bits has the levels
+An operand is either on a grid or in a float format. A grid is named by its number of
+bits n = 1..5, and a float format by its dtype. A grid of n bits has these levels:
 
     n = 1:  -1, 1                                   (Eq 4)
     n = 2:  -1, 0, 1                                (Eq 21)
     n > 2:  0, +-2^-(q-1), ..., +-1/2, +-1          (Eq 22), q = 2^(n-1) - 1
 
-All functions are pure: they work under jit, vmap, scan and sharding, and keep the
-dtype of `x`. A number smaller than `SMALLEST` counts as 0 everywhere, because some
-devices flush denormal numbers to zero and others do not: h(1e-40) = -1 for one bit.
+All functions are pure. They work under jit, vmap, scan and sharding, and keep the dtype
+of `x`. A magnitude below `SMALLEST` counts as 0 everywhere, because some devices flush
+denormal numbers to zero and others do not. For example, h(1e-40) = -1 for one bit.
 """
 
 import functools
@@ -27,13 +27,14 @@ import numpy as np
 GRID_BITS = (1, 2, 3, 4, 5)
 FLOAT_FORMATS = ("float8_e4m3fn", "bfloat16", "float16", "float32")
 ALLOWED_BITS = (f"one of {', '.join(map(str, GRID_BITS))} or a float format named by"
-                f" its dtype: {', '.join(FLOAT_FORMATS)}")  # For errors.
+                f" its dtype: {', '.join(FLOAT_FORMATS)}")  # Part of error messages.
 THRESHOLD_RULES = ("layer_mean", "channel_mean", "fixed")
 SMALLEST = 2.0 ** -126  # The smallest normal float32 number.
 
-# Chosen, not from the paper, which does not give its thresholds: for the powers of
-# two the midpoint between two levels; for ternary activations the paper's figures
-# show a gap of 0.05 to 0.1; for ternary weights the rule of Ternary Weight Networks.
+# The paper does not give its thresholds. These are this library's choices. For powers
+# of two, thresholds are midpoints between levels. For ternary activations, the paper's
+# figures show a gap of 0.05 to 0.1. For ternary weights, the factor is that of Ternary
+# Weight Networks.
 _TERNARY_THRESHOLD = 0.1
 _TERNARY_FACTOR = 0.7
 _POWERS_FACTOR = 2.5
@@ -42,12 +43,13 @@ Thresholds = jax.Array | np.ndarray | Sequence[float]
 
 
 class Grid(NamedTuple):
-  """A symmetric grid and where inputs fall onto it; a pytree.
+  """A symmetric grid with the thresholds between its levels, as a pytree.
 
   Attributes:
-    thresholds: float (q, ...), positive and ascending along axis 0; the other axes
-      broadcast against the trailing axes of the input. Empty (q = 0) for one bit.
-    magnitudes: float (max(q, 1),), the ascending positive levels.
+    thresholds: Float array (q, ...), positive and ascending along axis 0. The other
+      axes broadcast against the trailing axes of the input. For one bit it is empty (q
+      = 0).
+    magnitudes: Float array (max(q, 1),) of the ascending positive levels.
   """
 
   thresholds: jax.Array
@@ -68,10 +70,10 @@ def is_grid(bits: int | str) -> bool:
 
 
 def num_thresholds(bits: int) -> int:
-  """q: how many positive thresholds a grid of `bits` has (0, 1, 3, 7, 15).
+  """The number q of positive thresholds of a grid: 0, 1, 3, 7 or 15.
 
   Raises:
-    ValueError: `bits` names no grid.
+    ValueError: `bits` is not the number of bits of a grid.
   """
   if not is_grid(bits):
     raise ValueError(f"bits={bits!r} is a float format; a grid has 1 to 5 bits")
@@ -79,7 +81,7 @@ def num_thresholds(bits: int) -> int:
 
 
 def check_float(name: str, x: Any) -> None:
-  """Checks the dtype of an argument, which is known under tracing too.
+  """Checks that an argument is a float array. This also works under tracing.
 
   Args:
     name: Name of the argument, for the error message.
@@ -102,7 +104,7 @@ def _check_grid(grid: Any) -> None:
 
 
 def _check_thresholds(name: str, thresholds: Any, bits: int) -> None:
-  """Raises where thresholds, or factors that become some, are wrong for `bits`."""
+  """Raises an error if thresholds, or factors that give them, do not fit `bits`."""
   q = num_thresholds(bits)
   traced = isinstance(thresholds, core.Tracer)
   values = thresholds if traced else np.asarray(thresholds)
@@ -120,20 +122,24 @@ def _check_thresholds(name: str, thresholds: Any, bits: int) -> None:
 
 
 def level_magnitudes(bits: int) -> np.ndarray:
-  """The ascending positive levels of a grid: float32 (max(q, 1),) (Eq 4, 21, 22)."""
+  """The ascending positive levels of a grid (Eq 4, 21, 22), float32 (max(q, 1),)."""
   q = max(num_thresholds(bits), 1)
   return np.exp2(np.arange(1.0 - q, 1.0)).astype(np.float32)
 
 
 def step_size(bits: int | str) -> float:
-  """The largest number of which all levels are multiples; 0 for a float format."""
+  """The largest number that divides all levels of a grid, or 0 for a float format."""
   if not is_grid(bits) or isinstance(bits, str):
     return 0.0
   return float(level_magnitudes(bits)[0])
 
 
 def fixed_thresholds(bits: int) -> np.ndarray:
-  """The default fixed thresholds: float64 (q,); 0.1 for two bits, else midpoints."""
+  """The default fixed thresholds of a grid, float64 (q,).
+
+  For two bits the threshold is 0.1. For more bits the thresholds are the midpoints
+  between neighboring levels.
+  """
   q = num_thresholds(bits)
   if bits <= 2:
     return np.full(q, _TERNARY_THRESHOLD)
@@ -142,10 +148,11 @@ def fixed_thresholds(bits: int) -> np.ndarray:
 
 
 def unit_thresholds(bits: int, thresholds: Sequence[float] = ()) -> np.ndarray:
-  """The thresholds of a grid with a learned step, in units of it: float64 (q,).
+  """The thresholds of a grid with a learned step, in units of the step: float64 (q,).
 
-  The given `thresholds` where they are as many as `bits` needs, else the midpoints
-  between levels, 0.5 for two bits: rounding to the nearest, as in LSQ.
+  The given `thresholds` are used if there are q of them. Otherwise the thresholds are
+  the midpoints between levels, which is 0.5 for two bits. They round to the nearest
+  level, as in LSQ.
   """
   if len(thresholds) == num_thresholds(bits):
     return np.asarray(thresholds, np.float64)
@@ -153,15 +160,16 @@ def unit_thresholds(bits: int, thresholds: Sequence[float] = ()) -> np.ndarray:
 
 
 def positive_step(step: Any) -> Any:
-  """The step that a parameter of any sign stands for: |step| + 2^-20 (float)."""
+  """Converts a parameter of any sign to a positive step, |step| + 2^-20 (float)."""
   return abs(step) + 2.0**-20
 
 
 def mean_factors(bits: int) -> np.ndarray:
-  """The default factors of `mean_thresholds`: float64 (q,).
+  """The default factors of `mean_thresholds`, float64 (q,).
 
-  0.7 for two bits (Ternary Weight Networks, after which Eq 21 is modelled); for the
-  powers of two 2.5 times the midpoints, (0.31, 0.94, 1.88) for three bits.
+  For two bits the factor is 0.7, from Ternary Weight Networks, after which Eq 21 is
+  modelled. For powers of two the factors are 2.5 times the midpoints between levels,
+  for example (0.31, 0.94, 1.88) for three bits.
   """
   q = num_thresholds(bits)
   if bits <= 2:
@@ -179,18 +187,19 @@ def mean_thresholds(
   """Thresholds proportional to the mean magnitude of the weights (after TWN).
 
   Args:
-    weights: float (..., channels).
-    bits: the grid's bits.
-    per_channel: one mean for each output channel (the last axis), else one in all.
-    factors: (q,) ascending; `mean_factors(bits)` if None.
+    weights: Float array (..., channels).
+    bits: Number of bits of the grid, 1 to 5.
+    per_channel: Whether each output channel (the last axis) has a mean of its own,
+      instead of one mean over all weights.
+    factors: Ascending factors (q,) on the mean; `mean_factors(bits)` if None.
 
   Returns:
-    float32 (or float64, as the weights) (q,), or (q, channels) if `per_channel`,
-    with no gradient to the weights.
+    Array (q,), or (q, channels) if `per_channel`. The dtype is float64 if the weights
+    are float64, otherwise float32. There is no gradient to the weights.
 
   Raises:
-    TypeError: the weights are not float, or the factors are not real numbers.
-    ValueError: the factors are not q numbers, finite, positive and ascending.
+    TypeError: The weights are not float, or the factors are not real numbers.
+    ValueError: The factors are not q finite, positive and ascending numbers.
   """
   check_float("weights", weights)
   values = mean_factors(bits) if factors is None else np.asarray(factors)
@@ -206,14 +215,17 @@ def grid(bits: int, thresholds: Thresholds | None = None) -> Grid:
   """The grid of `bits` bits (Eq 4, 21, 22).
 
   Args:
-    bits: 1 to 5.
-    thresholds: (q, ...) positive, ascending along axis 0, q = 2^(bits-1) - 1; may
-      be traced. `fixed_thresholds(bits)` if None.
+    bits: Number of bits, 1 to 5.
+    thresholds: Positive thresholds (q, ...), ascending along axis 0, with
+      q = 2^(bits-1) - 1. They may be traced. If None, `fixed_thresholds(bits)` is used.
+
+  Returns:
+    The grid, in JAX's default float dtype.
 
   Raises:
-    ValueError: no such grid, the wrong number of thresholds, or (where they are
-      concrete) thresholds that are not finite, positive and ascending.
-    TypeError: the thresholds are not real numbers.
+    ValueError: There is no such grid, the number of thresholds is wrong, or concrete
+      thresholds are not finite, positive and ascending.
+    TypeError: The thresholds are not real numbers.
   """
   if thresholds is None:
     thresholds = fixed_thresholds(bits)
@@ -226,13 +238,13 @@ def grid(bits: int, thresholds: Thresholds | None = None) -> Grid:
 def weight_factors(
     bits: int, rule: str, thresholds: Sequence[float] = ()
 ) -> np.ndarray:
-  """What `weight_grid` takes as thresholds, or as factors on the mean: float64 (q,).
+  """The fixed thresholds of `weight_grid`, or its factors on the mean: float64 (q,).
 
-  The given `thresholds` where they are as many as `bits` needs, else the defaults:
-  a network with bits of several kinds has one setting.
+  The given `thresholds` are used if there are q of them. Otherwise the defaults are
+  used, because a network whose layers differ in bits has a single setting.
 
   Raises:
-    ValueError: unknown rule.
+    ValueError: `rule` is not one of `THRESHOLD_RULES`.
   """
   if rule not in THRESHOLD_RULES:
     raise ValueError(f"rule={rule!r}: must be one of {', '.join(THRESHOLD_RULES)}")
@@ -252,13 +264,13 @@ def weight_grid(
   """The grid that weights are quantized on.
 
   Args:
-    weights: float (..., output channels).
-    bits: 1 to 5.
-    rule: "fixed", or thresholds proportional to the mean magnitude of the layer's
-      weights ("layer_mean") or of each output channel's ("channel_mean").
-    thresholds: see `weight_factors`.
-    learned: whether the step is: the grid is in units of it then, see
-      `unit_thresholds`, and there is no rule.
+    weights: Float array (..., output channels).
+    bits: Number of bits, 1 to 5.
+    rule: "fixed" for fixed thresholds. "layer_mean" and "channel_mean" make them
+      proportional to the mean magnitude of all weights or of each output channel's.
+    thresholds: Fixed thresholds or factors on the mean; see `weight_factors`.
+    learned: Whether the step of the grid is learned. Then the grid is in units of the
+      step, see `unit_thresholds`, and `rule` is ignored.
   """
   if learned:
     return grid(bits, unit_thresholds(bits, thresholds))
@@ -270,21 +282,22 @@ def weight_grid(
 
 
 def input_grid(bits: int, thresholds: Sequence[float] = ()) -> Grid:
-  """The grid of activations: fixed thresholds, chosen as by `weight_factors`."""
+  """The grid of activations, with fixed thresholds chosen as by `weight_factors`."""
   return grid(bits, weight_factors(bits, "fixed", thresholds))
 
 
 def quantize(x: jax.Array, grid: Grid) -> jax.Array:
-  """h(x): the level of `grid` that `x` falls on (Eq 4, 21, 22).
+  """Quantizes `x` to the levels of `grid`; this is h(x) of Eq 4, 21 and 22.
 
-  h(0) = -1 for one bit; an |x| equal to a threshold falls to the lower level.
+  For one bit h(0) = -1. If |x| equals a threshold, the result has the smaller of the
+  two magnitudes.
 
   Args:
-    x: float, any shape.
-    grid: its thresholds broadcast against the trailing axes of `x`.
+    x: Float array of any shape.
+    grid: Grid whose thresholds broadcast against the trailing axes of `x`.
 
   Returns:
-    The shape and dtype of `x`; NaN where `x` is NaN.
+    Array of the shape and dtype of `x`. It is NaN where `x` is NaN.
 
   Raises:
     TypeError: `x` is not float, or `grid` is not a grid.
@@ -296,11 +309,15 @@ def quantize(x: jax.Array, grid: Grid) -> jax.Array:
 
 
 def encode(x: jax.Array, grid: Grid) -> jax.Array:
-  """The code of `quantize(x, grid)`: the signed index of its level.
+  """Encodes `quantize(x, grid)` as the signed indices of its levels.
+
+  Args:
+    x: Float array of any shape.
+    grid: Grid whose thresholds broadcast against the trailing axes of `x`.
 
   Returns:
-    int8 of the shape of `x`: -1 or 1 for one bit, -q..q otherwise. NaN has no code;
-    it gets that of 0.
+    int8 array of the shape of `x`, with codes -1 and 1 for one bit and -q..q otherwise.
+    NaN has no code of its own and gets that of 0.
 
   Raises:
     TypeError: `x` is not float, or `grid` is not a grid.
@@ -312,7 +329,14 @@ def encode(x: jax.Array, grid: Grid) -> jax.Array:
 
 
 def decode(codes: jax.Array, grid: Grid) -> jax.Array:
-  """The levels of int8 `codes`: the shape of `codes`, the dtype of the grid.
+  """Converts codes to the levels that they stand for.
+
+  Args:
+    codes: int8 array of any shape, as made by `encode`.
+    grid: The grid of the codes.
+
+  Returns:
+    Array of the shape of `codes` and of the dtype of the grid.
 
   Raises:
     TypeError: `codes` are not integers, or `grid` is not a grid.
@@ -326,17 +350,21 @@ def decode(codes: jax.Array, grid: Grid) -> jax.Array:
 
 
 def round_to(x: jax.Array, dtype: str) -> jax.Array:
-  """`x` rounded to a float format, saturating, in its own dtype (Tables I, II, IV).
+  """Rounds `x` to a float format, keeping its own dtype (Tables I, II, IV).
 
-  The gradient is not rounded: it passes unchanged where |x| is in the format's range.
+  Values beyond the format's range saturate. The gradient is not rounded. It passes
+  unchanged where |x| is in the format's range, and is 0 elsewhere.
 
   Args:
-    x: float, any shape.
-    dtype: one of `FLOAT_FORMATS`; "8 (float)" of Table IV is float8_e4m3fn.
+    x: Float array of any shape.
+    dtype: One of `FLOAT_FORMATS`. The paper's "8 (float)" in Table IV is float8_e4m3fn.
+
+  Returns:
+    Array of the shape and dtype of `x`.
 
   Raises:
     TypeError: `x` is not float.
-    ValueError: unknown `dtype`.
+    ValueError: `dtype` is not one of `FLOAT_FORMATS`.
   """
   check_float("x", x)
   if dtype not in FLOAT_FORMATS:
@@ -345,12 +373,12 @@ def round_to(x: jax.Array, dtype: str) -> jax.Array:
 
 
 def without_denormals(x: jax.Array) -> jax.Array:
-  """`x` with 0 in place of magnitudes below `SMALLEST`, on every device."""
+  """Replaces magnitudes below `SMALLEST` by 0, on every device."""
   return jnp.where(jnp.abs(x) < SMALLEST, jnp.zeros_like(x), x)
 
 
 def compute_dtype(x: jax.Array) -> jnp.dtype:
-  """The dtype in which `x` is compared with thresholds, and mixtures are formed.
+  """The dtype in which `x` is compared with thresholds and mixtures are computed.
 
   It is float64 for a float64 array and float32 otherwise, so that thresholds are never
   rounded to 16 bits.
@@ -359,7 +387,11 @@ def compute_dtype(x: jax.Array) -> jnp.dtype:
 
 
 def _staircase(x: jax.Array, grid: Grid, heights: jax.Array) -> jax.Array:
-  """Signed `heights[i]` for the last i with |x| > thresholds[i]; 0 if none."""
+  """Signed `heights[i]` for the last i with |x| > thresholds[i], or 0 if there is none.
+
+  A grid of one bit has no thresholds. There the result is `heights[0]` with the sign of
+  `x`, which is negative for 0.
+  """
   wide = without_denormals(x.astype(compute_dtype(x)))
   if not grid.thresholds.shape[0]:
     return jnp.where(wide > 0, heights[0], -heights[0])
@@ -372,12 +404,13 @@ def _staircase(x: jax.Array, grid: Grid, heights: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _round_to(x: jax.Array, dtype: str) -> jax.Array:
-  # Not two casts: XLA may drop the pair on a GPU (openxla/xla#41605).
+  # A cast to the format and back would not do: XLA may drop the pair of casts on a GPU
+  # (openxla/xla#41605).
   info = jnp.finfo(dtype)
   limit = float(info.max)
   wide = jnp.clip(x.astype(compute_dtype(x)), -limit, limit)
   rounded = lax.reduce_precision(wide, exponent_bits=8, mantissa_bits=info.nmant)
-  # Below the smallest normal the format is a fixed-point one.
+  # Below its smallest normal number the format has evenly spaced values.
   unit = max(float(info.smallest_subnormal), 2.0 ** -126)
   small = jnp.round(wide / unit) * unit
   return jnp.where(jnp.abs(wide) < float(info.smallest_normal), small,
@@ -385,7 +418,7 @@ def _round_to(x: jax.Array, dtype: str) -> jax.Array:
 
 
 def _round_to_backward(dtype, x, g):
-  # As casts differentiate, g would be rounded too: float8 has nothing below 2^-10.
+  # The derivative of a cast would round g too, and float8 rounds below 2^-10 to 0.
   inside = jnp.abs(x.astype(compute_dtype(x))) <= float(jnp.finfo(dtype).max)
   return (g * inside.astype(g.dtype),)
 

@@ -1,6 +1,7 @@
-"""Learning-rate and alpha schedules, stated as fractions of the run.
+"""Schedules of the learning rate and of alpha, defined by fractions of the run.
 
-A schedule is a function of the step, traced or not; a short run is the long one scaled.
+A schedule is a function of the step, which may be traced. A shorter run uses the same
+schedule, scaled in time.
 """
 
 import collections
@@ -13,7 +14,7 @@ import optax
 ALPHA_SHAPES = ("linear", "cosine", "cubic", "step")
 LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant")
 
-Schedule = Callable[[Any], Any]  # From an integer step to a float32 array.
+Schedule = Callable[[Any], Any]  # A function from an integer step to a float32 array.
 
 
 def learning_rate(
@@ -28,13 +29,19 @@ def learning_rate(
   """The learning rate as a function of the step.
 
   Args:
-    kind: "constant"; "exponential": continuous decay; "staircase": the same decay in
-      equal stairs; "steps": a factor at given points.
-    initial: the learning rate at step 0.
-    num_steps: of the run.
-    decay: the factor over the whole run, or at each of `steps`.
-    stairs: how many stairs a "staircase" has.
-    steps: where the "steps" are, as fractions of the run.
+    kind: "constant", "exponential" for continuous decay, "staircase" for the same decay
+      in equal stairs, or "steps" for a factor at given points.
+    initial: Learning rate at step 0.
+    num_steps: Number of steps of the run.
+    decay: Factor over the whole run. With "steps" it is the factor at each of `steps`.
+    stairs: Number of stairs of a "staircase".
+    steps: Positions of the "steps", as fractions of the run.
+
+  Returns:
+    Function from the step to the learning rate.
+
+  Raises:
+    ValueError: `kind` is none of these.
   """
   if kind == "constant":
     schedule = optax.constant_schedule(initial)
@@ -45,7 +52,7 @@ def learning_rate(
         initial, num_steps / stairs,  # type: ignore (optax divides by it)
         decay ** (1 / stairs), staircase=True)
   elif kind == "steps":
-    # In a short run several may fall on one step.
+    # In a short run, several of them may fall on the same training step.
     drops = collections.Counter(round(fraction * num_steps) for fraction in steps)
     schedule = optax.piecewise_constant_schedule(
         initial, {step: decay**count for step, count in drops.items()})
@@ -70,28 +77,34 @@ def alpha(
     depth: int | None = None,
     backward: bool = False,
 ) -> Schedule:
-  """alpha of an estimator as a function of the step.
+  """The alpha of an estimator as a function of the step.
 
   Args:
-    shape: "linear", "cosine" (slow at both ends), "cubic" (slow at first; StoMPP's) or
-      "step" (all at `end`).
-    start: the value at step 0.
-    final: the value from `end` on.
-    end: when `final` is reached, as a fraction of the run.
-    num_steps: of the run.
-    depth: if given, that many layers are annealed one after another, each in an equal
-      share of the time, from the input on (the order of StoMPP, arXiv 2601.22660).
-    backward: from the output on instead: StoMPP's control, which it reports to fail.
+    shape: "linear", "cosine" (slow at both ends), "cubic" (slow at first, as in StoMPP)
+      or "step" (a single jump at `end`).
+    start: Value at step 0.
+    final: Value from `end` on.
+    end: Time at which `final` is reached, as a fraction of the run.
+    num_steps: Number of steps of the run.
+    depth: Number of layers that are annealed one after another, starting at the input,
+      each in an equal share of the time. This is the order of StoMPP (arXiv
+      2601.22660). If None, all layers have the same alpha.
+    backward: Whether layers are annealed from the output instead. StoMPP uses this as a
+      control and reports that it fails.
 
   Returns:
-    A function of the step to float32 () or (depth,).
+    Function from the step to float32 (), or (depth,) if `depth` is given.
+
+  Raises:
+    ValueError: `shape` is none of these.
   """
   if shape not in ALPHA_SHAPES:
     raise ValueError(f"shape={shape!r}: must be one of {', '.join(ALPHA_SHAPES)}")
   layers = 1 if depth is None else depth
 
   def schedule(step):
-    # max: with end = 0 every step, the first included, is past the end.
+    # With end = 0, every step is past the end: the added 1 makes the progress at least
+    # 1 from step 0 on. `max` avoids a division by 0.
     done = jnp.asarray(step, jnp.float32) + float(end == 0)
     progress = done / max(end * num_steps, 1)
     done = progress * layers
@@ -105,7 +118,7 @@ def alpha(
       done = done**3
     elif shape == "step":
       done = jnp.floor(done)
-    # Exactly `final` in the end: rounding would leave networks almost hard.
+    # In the end alpha is exactly `final`. Rounding would leave networks almost hard.
     return jnp.where(done >= 1, final, start + (final - start) * done)
 
   return schedule
