@@ -1,10 +1,11 @@
-"""Parameters of a network's own: affine maps of sums, which fold into batch norm.
+"""Affine maps by a network's own parameters, which fold into the next batch norm.
 
-While `fold` runs the probe through a network, an `Activation` carries along what the
-network's own parameters have made of a sum: factor * sum + summand, in float64 for each
-channel. The NormQuant that follows takes both into its center and scale. In the hard
-network the parameters are neutral, 0 as summands and 1 as factors, so that its
-arithmetic stays exact. Every other use of a parameter is refused by its name.
+A network may add parameters of its own to sums or multiply sums with them. While `fold`
+runs the probe through the network, an `Activation` records their effect on a sum as
+factor * sum + summand, in float64 for each channel. The NormQuant that follows takes
+both numbers into its center and scale. In the hard network the parameters are neutral,
+0 as summands and 1 as factors, so that its arithmetic stays exact. Any other use of a
+parameter is an error that names the parameter.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from minw import structure
 # Operations that move values without changing them.
 _MOVES = ("broadcast_in_dim", "copy", "copy_p", "name", "reshape", "rev", "slice",
           "squeeze", "stop_gradient", "transpose")
-# These round, unless pack finds that every value survives.
+# Operations that round, unless `pack` finds that they keep every value.
 CASTS = ("convert_element_type", "reduce_precision")
 _MAXIMA = ("reduce_max", "reduce_window_max")
 _SUMS = ("reduce_sum", "reduce_window_sum")
@@ -32,10 +33,10 @@ class Parameter:
   """A variable of the network, perhaps reshaped.
 
   Attributes:
-    path: Its name in messages: "params/block/shift".
-    value: The array.
-    size: How many numbers the variable has, per iteration of the loops around it.
-    pure: Whether `value` holds these numbers unchanged.
+    path: Name of the variable in messages: "params/block/shift".
+    value: Array of the values.
+    size: Number of values of the variable, per iteration of the loops around it.
+    pure: Whether `value` holds the values of the variable unchanged.
   """
 
   path: str
@@ -44,7 +45,7 @@ class Parameter:
   pure: bool = True
 
   def __getitem__(self, i: int) -> "Parameter":
-    """The slice that an iteration of a loop gets."""
+    """The part of the parameter that iteration `i` of a loop gets."""
     value = self.value[i]
     return dataclasses.replace(self, value=value, size=np.size(value))
 
@@ -53,8 +54,10 @@ class Activation(NamedTuple):
   """An array that depends on the image.
 
   Attributes:
-    rows: The probe, without the effect of the network's own parameters.
-    factor, summand: float64 (channels,), or 1 and 0 where there are none.
+    rows: Rows of the probe, without the effect of the network's own parameters.
+    factor: Factor from these parameters, float64 (channels,), or 1 without parameters.
+    summand: Summand from these parameters, float64 (channels,), or 0 without
+      parameters.
     owners: Paths of these parameters.
   """
 
@@ -65,20 +68,23 @@ class Activation(NamedTuple):
 
 
 def value_of(x: Any) -> Any:
-  """The array of a `Parameter` or `Activation`; anything else as it is."""
+  """The array of a `Parameter` or `Activation`. Any other value is returned as is."""
   if isinstance(x, Activation):
     return x.rows
   return x.value if isinstance(x, Parameter) else x
 
 
 def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any]:
-  """An equation's results on arrays, parameters and activations.
+  """Computes the results of an equation on arrays, parameters and activations.
 
   Args:
-    eqn: An equation that is not a layer's.
-    given: Its operands.
-    neutral: By path the value that the hard network has instead of a parameter; new
-      ones are added.
+    eqn: Equation that is not a layer.
+    given: Operands of the equation.
+    neutral: Values that replace parameters in the hard network, by path. The function
+      adds those of parameters that this equation uses.
+
+  Returns:
+    The results of the equation.
 
   Raises:
     ValueError: A parameter is used in a way that does not fold.
@@ -93,7 +99,7 @@ def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any
   if owners:
     return [_carry(eqn, given, owners)]
   if activations and eqn.primitive.name in CASTS:
-    # The probe is float32 throughout, whatever the network computes in.
+    # The probe is always float32, for any dtype of the network.
     return list(given)
   results = structure.apply_equation(eqn, _operands(eqn, given))
   if activations:
@@ -107,7 +113,11 @@ def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any
 
 
 def _operands(eqn, given):
-  """Arrays to compute on; beside a probe that skipped a cast, numbers skip it too."""
+  """The arrays of an equation's operands.
+
+  The probe skips casts. Other operands of the dtype of an activation are therefore
+  converted to float32 too.
+  """
   dtypes = {var.aval.dtype for x, var in zip(given, eqn.invars)
             if isinstance(x, Activation)}
   return [
@@ -117,7 +127,12 @@ def _operands(eqn, given):
 
 
 def _combine(eqn, given, parameter, neutral):
-  """A sum with a parameter, or a product."""
+  """Applies a sum, difference, product or quotient of an activation and a parameter.
+
+  A summand is added to the activation's summand. A factor multiplies both its factor
+  and its summand, because (factor * sum + summand) * value = (factor * value) * sum +
+  summand * value. The rows stay as they are.
+  """
   name = eqn.primitive.name
   changes = {"add": 0.0, "add_any": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
   x = given[0] if isinstance(given[0], Activation) else given[-1]
@@ -146,7 +161,11 @@ def _combine(eqn, given, parameter, neutral):
 
 
 def _carry(eqn, given, owners):
-  """What stands between the parameters and the NormQuant."""
+  """Applies an operation that stands between the parameters and the NormQuant.
+
+  Its results must again be factor * sum + summand for each channel, where sum is the
+  result of the same operation without the parameters.
+  """
   name, x = eqn.primitive.name, given[0]
   if len(given) == 1 and name in (*_MOVES, *_MAXIMA, *_SUMS):
     return _moved(eqn, x)
@@ -180,7 +199,14 @@ def _by_channel(x):
 
 
 def _moved(eqn, x):
-  """A reshape, maximum or sum, found by what it makes of the channels' numbers."""
+  """Applies an operation that moves values, takes maxima or sums, to an activation.
+
+  The operation runs on an array that holds the index of its channel at each place, and
+  so reveals from which channel each result comes. A sum runs on ones too, which gives
+  the number of terms. A sum of n terms has n times the summand. All results of a
+  channel must come from one and the same channel, with equally many terms. A maximum
+  must not have a negative factor, which would turn it into a minimum.
+  """
   name = eqn.primitive.name
   factor, summand = _by_channel(x)
   if name in _MAXIMA and (factor < 0).any():
@@ -204,6 +230,6 @@ def _refusal(path, problem):
 
 
 def check_folded(x: Any, layer: str) -> None:
-  """Raises `ValueError` where parameters are left that `layer` does not fold."""
+  """Raises `ValueError` if `x` carries parameters, which `layer` cannot fold."""
   if isinstance(x, Activation) and x.owners:
     raise _refusal(x.owners[-1], f"reaches {layer} without a NormQuant between")

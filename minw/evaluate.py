@@ -1,4 +1,4 @@
-"""Evaluation, always of the hard network: of a run or of a packed network.
+"""Evaluation of a run or of a packed network. The hard network is evaluated.
 
   python -m minw.evaluate --workdir=DIR [--split=test]
   python -m minw.evaluate --model=net.minw --dataset=cifar10 --data_dir=DIR
@@ -28,14 +28,14 @@ from minw.workdir import checkpoint
 from minw.workdir import metrics
 from minw.workdir import run_files
 
-_TOP5_CLASSES = 100  # From how many on the five likeliest are counted, too.
+_TOP5_CLASSES = 100  # Smallest number of classes with a top-5 accuracy.
 
 
 class Evaluator:
-  """Loss and accuracy over a split, every example counted once.
+  """Evaluator of loss and accuracy over a split, in which every example counts once.
 
-  Images that are damaged are left out. With 100 classes or more there is the top-5
-  accuracy beside the accuracy: how often the label is among the five largest logits.
+  Damaged images are left out. With 100 classes or more, there is also the top-5
+  accuracy, the fraction of examples whose label is among the five largest logits.
   """
 
   def __init__(self, experiment: Experiment):
@@ -43,11 +43,14 @@ class Evaluator:
     self._step = experiment.jit(self._eval_step, static_argnames="mode")
 
   def hard(self, variables: Any, data: Any) -> dict[str, float]:
-    """The hard network (Eq 20): {"loss", "accuracy"}, perhaps "top5_accuracy".
+    """Evaluates the hard network (Eq 20).
 
     Args:
-      variables: the trained ones, {"params", "batch_stats"}.
+      variables: Trained variables, {"params", "batch_stats"}.
       data: The split, from `Experiment.data.load`.
+
+    Returns:
+      {"loss", "accuracy"}, and "top5_accuracy" with 100 classes or more.
     """
     sums = self._sums(self._experiment.fold(variables), data, 1.0, mode="hard")
     return _means(sums)
@@ -55,15 +58,16 @@ class Evaluator:
   def mixed(
       self, variables: Any, data: Any, alpha: jax.Array
   ) -> dict[str, Any]:
-    """The network as it is in training, with batch norm's running statistics.
+    """Evaluates the network of training, with batch norm's running statistics.
 
     Args:
-      variables: {"params", "batch_stats"}.
-      data: the split.
-      alpha: of the estimator.
+      variables: Trained variables, {"params", "batch_stats"}.
+      data: The split, from `Experiment.data.load`.
+      alpha: The estimator's alpha.
 
     Returns:
-      {"loss", "accuracy", "input_distance"}, the last by layer: the mean distance of
+      {"loss", "accuracy", "input_distance"}, and "top5_accuracy" with 100 classes or
+      more. "input_distance" is a dict from layers' paths to the mean distance of
       activations from their grid.
     """
     sums = self._sums(variables, data, alpha, mode="mixed")
@@ -74,7 +78,8 @@ class Evaluator:
     sums = []
     for part, start in self._experiment.data.eval_batches(data):
       sums.append(self._step(variables, part, start, alpha, mode=mode))
-      jax.block_until_ready(sums[-2:-1])  # Streamed batches would pile up.
+      # Without this wait, streamed batches would pile up in memory.
+      jax.block_until_ready(sums[-2:-1])
     return jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
                         *jax.device_get(sums))
 
@@ -113,20 +118,21 @@ def evaluate_workdir(
   """Evaluates the hard network of a run, from its checkpoint.
 
   Args:
-    workdir: of the run.
+    workdir: Directory of the run.
     split: "train", "validation" or "test".
-    which: "last" or "best" (validation accuracy) checkpoint.
-    data_dir: where the data are now, if not where the run's config says.
-    data_workers: Processes that decode images of ImageNet, if not as many as the run's
-      config says.
+    which: Checkpoint to evaluate: "last", or "best" for the best validation accuracy.
+    data_dir: Directory of the prepared data sets. If None, the run's config names it.
+    data_workers: Number of processes that decode images of ImageNet. If None, the run's
+      config sets it.
 
   Returns:
-    {"step"} and what `Evaluator.hard` returns; of streamed data also "damaged", how
-    many images were left out, and "decode_rate", see `streamed.Split`.
+    {"step"} and the result of `Evaluator.hard`. For streamed data there are also
+    "damaged", the number of images that were left out, and "decode_rate"; see
+    `streamed.Split`.
 
   Raises:
-    errors.UsageError: no run or no checkpoint there, no data, or a run that is done but
-      whose record is not complete, see `metrics.check_complete`.
+    errors.UsageError: There is no run, no checkpoint or no data, or the record of a
+      completed run is not complete; see `metrics.check_complete`.
   """
   config, saved = checkpoint.read_run(workdir, which)
   status = run_files.read_status(workdir)
@@ -153,23 +159,24 @@ def evaluate_model(
 ) -> dict[str, Any]:
   """Evaluates a packed network.
 
-  The file is not trusted. It says what the network was trained on, but neither where
-  the data are nor how many processes read them.
+  The file is not trusted. Its metadata names the data set of its training, but neither
+  the directory of the data nor the number of processes that read them.
 
   Args:
-    path: Path of its file.
+    path: Path of the file.
     split: "train", "validation" or "test".
-    dataset: Name of the data set; the one that it was trained on if None.
-    data_dir: Directory of the prepared data sets; that of a default config if None.
-    batch_size: Images at a time.
-    data_workers: Processes that decode images of ImageNet; that of a default config if
-      None.
+    dataset: Name of the data set. If None, it is the one of the network's training.
+    data_dir: Directory of the prepared data sets. If None, it is that of a default
+      config.
+    batch_size: Number of images that are evaluated at a time.
+    data_workers: Number of processes that decode images of ImageNet. If None, it is
+      that of a default config.
 
   Returns:
-    {"loss", "accuracy"}, and "top5_accuracy" as `Evaluator` does.
+    {"loss", "accuracy"}, and "top5_accuracy" with 100 classes or more.
 
   Raises:
-    errors.UsageError: it is not a packed network, or there are no data for it.
+    errors.UsageError: The file is not a packed network, or there are no data for it.
   """
   network = infer.load_for_command(path)
   config = network.program.metadata.get("config") or {}
@@ -197,7 +204,7 @@ def evaluate_model(
 
 def _packed_sums(
     network: infer.Network, batches: Iterator[Examples]) -> dict[str, float]:
-  """Returns the sums over examples that `_means` divides, of a packed network."""
+  """Returns the sums over examples of a packed network, which `_means` divides."""
   sums: Any = collections.Counter()
   for part, wanted in batches:
     wanted = np.asarray(wanted)
@@ -217,32 +224,36 @@ def _packed_sums(
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  cli.DEFINE_path("workdir", None, "Workdir of a run.")
+  cli.DEFINE_path("workdir", None, "Directory of a training run.")
   cli.DEFINE_path(
       "model", None,
-      "Packed network instead of a run: a file, or the name of a network "
-      "that comes with minw.")
+      "Packed network to evaluate instead of a run. It is a file or the name of a "
+      "network that comes with minw.")
   flags.DEFINE_string(
       "dataset", None,
-      "Data set for a packed network, if not the one that it was trained on.")
+      "Data set to evaluate a packed network on. By default it is the one of its "
+      "training.")
   flags.DEFINE_enum(
-      "split", "test", ["train", "validation", "test"], "Examples to evaluate on.")
+      "split", "test", ["train", "validation", "test"],
+      "Split of the data set to evaluate on.")
   flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"],
-      "The last checkpoint, or the one with the best validation accuracy.")
+      "Checkpoint to evaluate: the last one, or the one with the best validation "
+      "accuracy.")
   cli.DEFINE_path(
       "data_dir", None,
-      "Directory of the prepared data sets. By default it is where the run's config "
-      "says, and for a packed network ~/tensorflow_datasets.")
+      "Directory of the prepared data sets. The default is that of the run's config, "
+      "or ~/tensorflow_datasets for a packed network.")
   flags.DEFINE_integer(
       "data_workers", None,
-      "Processes that decode images of imagenet2012. By default as "
-      "many as the run's config says, and for a packed network threads of this one.",
+      "Number of processes that decode images of imagenet2012. The default is that of "
+      "the run's config. For a packed network, threads of this process decode them by "
+      "default.",
       lower_bound=0)
 
 
 def main() -> None:
-  """Evaluates a run or a packed network, as the flags say."""
+  """Evaluates the run or the packed network that the flags name."""
   f = flags.FLAGS
   if (f.workdir is None) == (f.model is None):
     raise errors.UsageError("one of --workdir and --model must be given, not both")
@@ -253,7 +264,7 @@ def main() -> None:
         f.workdir, f.split, f.checkpoint, f.data_dir, f.data_workers)
   else:
     errors.check(not f["checkpoint"].present, "checkpoint", f.checkpoint,
-                 "left out with --model, which is of one checkpoint")
+                 "left out with --model, which holds a single checkpoint")
     result = evaluate_model(
         f.model, f.split, f.dataset, f.data_dir, data_workers=f.data_workers)
   print(json.dumps({"split": f.split, "mode": "hard", **result}))

@@ -1,6 +1,6 @@
 """Everything derived from a config: its network, data, schedules and devices.
 
-Training, evaluation and packing all start from here.
+Training, evaluation and packing all start from an `Experiment`.
 """
 
 import functools
@@ -31,11 +31,14 @@ from minw.data import sources
 
 
 def build_model(config: Any, **changes: Any) -> Any:
-  """The network of a config, a Flax module.
+  """Makes the network of a config.
 
   Args:
-    config: see `config.default_config`.
-    **changes: fields to change first.
+    config: The config; see `config.default_config`.
+    **changes: Values of config fields that are changed first.
+
+  Returns:
+    The network, a Flax module.
   """
   c = config_lib.copy(config, **changes)
   estimator = estimators.by_name(c.estimator, gradient=c.estimator_gradient)
@@ -74,13 +77,14 @@ def build_model(config: Any, **changes: Any) -> Any:
 def _check_memory(
     c: Any, image_shape: tuple[int, int, int], devices: Sequence[Any]
 ) -> None:
-  """Checks that training a ConvNet may fit into memory, before any of it is taken.
+  """Checks that training a ConvNet can fit into memory, before allocating any.
 
-  The estimate is a lower bound: parameters, their gradients and one moment of the
-  optimizer, and the largest output that a convolution has for a device's examples.
+  The estimate is a lower bound. It counts the parameters, their gradients, one moment
+  of the optimizer, and the largest output of a convolution for the examples of a
+  device.
 
   Raises:
-    errors.UsageError: it does not fit.
+    errors.UsageError: The network does not fit.
   """
   side, _, channels = image_shape
   side -= 2 * (c.first_padding == "VALID")
@@ -100,8 +104,8 @@ def _check_memory(
   widest = "dense_widths" if sizes["dense_widths"] > sum(outputs) + sizes[
       "conv_widths"] else "conv_widths"
   errors.check(needed <= available, f"config.{widest}", c[widest],
-               f"narrower: training takes at least {needed / 1e9:.1f} GB, of"
-               f" {available / 1e9:.1f} GB")
+               f"narrower: training takes at least {needed / 1e9:.1f} GB, and"
+               f" {available / 1e9:.1f} GB are available")
 
 
 class Experiment:
@@ -110,9 +114,9 @@ class Experiment:
   Construction validates the config and allocates no arrays.
 
   Attributes:
-    config: See `config.default_config`.
-    info: Description of the data set, as far as it is used. `image_shape` is the shape
-      of a packed network's images.
+    config: The config; see `config.default_config`.
+    info: Description of the part of the data set that is used. `image_shape` is the
+      shape of a packed network's images.
     image_shape: Shape of the network's input.
     pixels: Normalization of the network's input.
     model: The network, a Flax module.
@@ -128,7 +132,14 @@ class Experiment:
   """
 
   def __init__(self, config: Any):
-    """Raises `errors.UsageError` where the config cannot be run."""
+    """Validates the config and derives everything from it.
+
+    Args:
+      config: The config.
+
+    Raises:
+      errors.UsageError: The config cannot be run.
+    """
     c = self.config = config
     config_lib.validate(c)
     self.info = datasets.info(c.dataset, c.data_dir)
@@ -169,9 +180,11 @@ class Experiment:
         bop_adaptivity_rate=c.bop_adaptivity_rate, bop_threshold=c.bop_threshold,
         one_bit=self.one_bit_layers.__contains__)
     errors.check(c.optimizer != "bop" or bool(self.one_bit_layers), "config.optimizer",
-                 c.optimizer, "another: no layer has weights of 1 bit, which it flips")
+                 c.optimizer, "another optimizer: it flips weights of 1 bit, and no"
+                 " layer has any")
 
-    # Auto: Flax's convolutions do not know explicit sharding.
+    # The axis is automatic, because Flax's convolutions do not support explicit
+    # sharding.
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(mesh, PartitionSpec())
     self.sharded = NamedSharding(mesh, PartitionSpec("data"))
@@ -185,6 +198,7 @@ class Experiment:
         workers=c.data_workers, max_damaged=c.max_damaged, shrink=c.eval_resize > 0)
 
   def _check_patterns(self) -> None:
+    """Raises `errors.UsageError` if a pattern of the config matches no layer."""
     quantized = [layer.path for layer in self.layers if layer.bits is not None]
     for pattern, _ in self.config.bits_rules:
       errors.check(any(layers.matches(pattern, path) for path in quantized),
@@ -210,18 +224,23 @@ class Experiment:
     return {path for path, layer in self.grid_layers.items() if layer.bits == 1}
 
   def jit(self, function: Callable, **options: Any) -> Callable:
-    """`jax.jit`, with the compiler options that the config asks for."""
+    """Calls `jax.jit` with the compiler options that the config requires."""
     if self.config.deterministic and jax.default_backend() == "gpu":
-      # Other algorithms, chosen by timing them, may sum in another order.
+      # Autotuning picks algorithms by timing them, and they may sum in different
+      # orders.
       options["compiler_options"] = {
           "xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
     return jax.jit(function, **options)
 
   def optimizer_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-    """How an array of the optimizer's state lies on the devices.
+    """The sharding of an array of the optimizer's state.
 
-    With `shard_optimizer` kernels' are in equal parts along the longest axis that
-    allows it; batch norm's are too small to be worth gathering.
+    With `shard_optimizer`, the state of a kernel is split into equal parts along its
+    longest axis that the number of devices divides. State of batch norm is replicated,
+    because it is too small to be worth gathering.
+
+    Args:
+      shape: Shape of the array.
     """
     devices = self.replicated.mesh.size
     axes = [axis for axis, size in enumerate(shape) if size % devices == 0]
@@ -232,7 +251,11 @@ class Experiment:
         self.replicated.mesh, PartitionSpec(*[None] * longest, "data"))
 
   def fold(self, variables: Any) -> Any:
-    """The hard network's variables, on all devices: see `fold.fold`."""
+    """Makes the variables of the hard network, replicated on all devices.
+
+    Args:
+      variables: Trained variables, {"params", "batch_stats"}; see `fold.fold`.
+    """
     probe = pixels_lib.probe(self.pixels, self.image_shape)
     hard = fold.fold(self.model, variables, probe)
     distributed.check_same(hard, "the hard network")

@@ -1,7 +1,7 @@
-"""Histograms of what training computes with: the paper's Figs 1 to 4.
+"""Histograms of weights and activations in training, as in the paper's Figs 1 to 4.
 
-They count mixed weights and activations, alpha h(x) + (1 - alpha) x with AQE (Eq 18,
-19), of the layers and after the epochs that a config chooses.
+They count the outputs of the estimator. With AQE these are alpha h(x) + (1 - alpha) x
+(Eq 18, 19). A config chooses the layers and the epochs.
 """
 
 from typing import Any, Callable
@@ -13,24 +13,29 @@ import numpy as np
 from minw import layers
 from minw.experiment import Experiment
 
-# Bins 0.01 wide around -1, -0.99, ..., 1. All that is counted is in [-1, 1], and 0 and
-# the levels +-1/4, +-1/2, +-1 are in the middle of a bin, where rounding cannot move
-# them to the next.
+# Centers of the bins, -1, -0.99, ..., 1. A bin is 0.01 wide. All counted values are in
+# [-1, 1]. The levels 0, +-1/4, +-1/2 and +-1 are in the middle of a bin, so that
+# rounding cannot move them to the next bin.
 CENTRES = np.linspace(-1, 1, 201)
 _BINS = len(CENTRES)
 
 
 def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]]]:
-  """f(variables, data, alpha): histograms of the layers that the config names.
+  """Makes the function that counts the layers that the config names.
 
-  `variables` are {"params", "batch_stats"}, the running statistics count; `data` is a
-  split, of which the first evaluation batch is taken; `alpha` is the estimator's. The
-  result has for each layer a dict of
+  Args:
+    experiment: The experiment.
 
-    layer: its path.
-    kind: "weights", or "activations" of a batch norm's quantizer.
-    alpha: the layer's.
-    counts: of the bins around `CENTRES`.
+  Returns:
+    A function histograms(variables, data, alpha). `variables` are {"params",
+    "batch_stats"}, and batch norm uses the running statistics. `data` is a split, whose
+    first evaluation batch is used. `alpha` is the estimator's. The result is a list
+    with a dict for each layer:
+
+      layer: Path of the layer.
+      kind: "weights", or "activations" for the output of a batch norm's quantizer.
+      alpha: The layer's alpha.
+      counts: Counts of the bins around `CENTRES`.
   """
   patterns = experiment.config.histogram_layers
 
@@ -46,7 +51,7 @@ def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]
         found = sown["quantized"]
         for name in (*layer.path.split("/"), "value"):
           found = found.get(name, {})
-        for x, its_alpha in found:  # None of a layer in a float format.
+        for x, its_alpha in found:  # A layer in a float format has sown nothing.
           of_images = mask.reshape(-1, *(1,) * (x.ndim - 1))
           counted = of_images if layer.kind == "norm" else True
           result[layer.path] = _counts(x, jnp.broadcast_to(counted, x.shape)), its_alpha
@@ -60,7 +65,7 @@ def make_histograms(experiment: Experiment) -> Callable[..., list[dict[str, Any]
     return [{"layer": path,
              "kind": "activations" if kinds[path] == "norm" else "weights",
              "alpha": float(counted[path][1]), "counts": counted[path][0].tolist()}
-            for path in kinds if path in counted]  # In the order of their calls.
+            for path in kinds if path in counted]  # `kinds` is in the order of calls.
 
   return histograms
 

@@ -1,4 +1,4 @@
-"""The structure of a network: its jaxpr, in which every layer of minw is one equation.
+"""The structure of a network as a jaxpr with one equation for each layer of minw.
 
 `trace` runs a Flax model once, without data, and binds each layer as an opaque
 primitive. `evaluate` then executes that jaxpr equation by equation. It enters the calls
@@ -21,30 +21,31 @@ import numpy as np
 
 Apply = Callable[[Any, list[Any], str], Sequence[Any]]
 
-# Variables that a layer owns in training; others of its scope are not read.
+# Names of the variables that a layer owns in training. Others in its scope are not
+# read.
 _TRAINED = ("batch_norm", "kernel", "step", "rprelu_beta", "rprelu_gamma",
             "rprelu_zeta")
 
-# Equations whose inner jaxpr is entered.
+# Primitives whose inner jaxpr `evaluate` enters.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
           "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
-# Classes that a transform of Flax makes are defined there.
+# Module that defines the classes that a Flax transform makes.
 _TRANSFORMS = "flax.linen.transforms"
 
-# Part of the keys of JAX's caches: nn.jit would otherwise hand the opaque layers of one
-# trace to another, or to training.
+# This context is part of the keys of JAX's caches. Without it, nn.jit would reuse the
+# opaque layers of one trace in another trace or in training.
 _tracing = jax.make_user_context(None)
 
 
 class Call(NamedTuple):
-  """A call of a layer, as the parameter `index` of its equation names it.
+  """A call of a layer. The parameter `index` of its equation is its position.
 
   The operands of the equation are the layer's input, its shortcut if it has one, and
   the leaves of its variables.
 
   Attributes:
-    layer: The layer, unbound, with its rule for bits resolved.
+    layer: The layer as an unbound module whose bits are resolved.
     path: Path of the layer, "block1/conv2".
     has_shortcut: Whether the second operand is a shortcut.
     variables: Tree of the layer's variables.
@@ -62,7 +63,7 @@ class Call(NamedTuple):
     return x, shortcut, jax.tree.unflatten(self.variables, rest)
 
   def check_exact(self) -> None:
-    """Raises `ValueError` if the layer is of a subclass of minw's layers."""
+    """Raises `ValueError` if the layer's class is a subclass of a layer of minw."""
     kind: Any = type(self.layer)
     if kind is not kind.layer_class:
       raise refusal(f"{self.path}: {kind.__name__} is a subclass of"
@@ -112,24 +113,28 @@ def refusal(problem: str) -> ValueError:
 
 
 def layer(cls: type) -> type:
-  """Decorates a layer class, which then stands as one equation in a traced network.
+  """Decorates a layer class, whose layers become single equations in traced networks.
 
-  Its subclasses do, too, and compute their hard networks themselves. They may compute
-  anything, however, so `pack` refuses them: see `Call.check_exact`.
+  The same holds for layers of its subclasses, which compute their hard networks
+  themselves. But subclasses may compute anything. Therefore `pack` refuses them; see
+  `Call.check_exact`.
   """
   cls.layer_class = cls
   return cls
 
 
 def trace(model: nn.Module, variables: Any, images: Any, mode: str) -> Network:
-  """Traces a network, with its layers opaque.
+  """Traces a network with opaque layers.
 
   Args:
     model: Called as model(images, 1.0, mode=mode).
-    variables: Its variables, as arrays or `jax.ShapeDtypeStruct`s.
-    images: Its input, likewise.
-    mode: "hard", "mixed" or "fold". In the last the results are the output and the new
+    variables: Variables of the model, as arrays or `jax.ShapeDtypeStruct`s.
+    images: Input of the model, as an array or a `jax.ShapeDtypeStruct`.
+    mode: "hard", "mixed" or "fold". With "fold" the results are the output and the new
       collection "hard".
+
+  Returns:
+    The traced network.
 
   Raises:
     ValueError: The network cannot be traced; the message names the layer.
@@ -166,15 +171,18 @@ def trace(model: nn.Module, variables: Any, images: Any, mode: str) -> Network:
 
 @contextlib.contextmanager
 def _intercept(handle):
-  """A context in which calls of layers become handle(layer, *args, **kwargs)."""
-  handling = False  # Then layers compute as ever, for their outputs' shapes.
+  """Replaces calls of layers by handle(layer, *args, **kwargs) inside the context."""
+  # While a layer is handled, calls are left alone: its output's shape is computed by a
+  # normal call.
+  handling = False
 
   def interceptor(call, args, kwargs, context):
     nonlocal handling
     kind = type(context.module)
     if (handling or not hasattr(kind, "layer_class")
         or context.method_name != "__call__"
-        or kind.__module__ == _TRANSFORMS):  # That calls the class it is made of.
+        # A class that a Flax transform made calls the original class.
+        or kind.__module__ == _TRANSFORMS):
       return call(*args, **kwargs)
     handling = True
     try:
@@ -186,14 +194,15 @@ def _intercept(handle):
     with nn.intercept_methods(interceptor):
       yield
   finally:
-    if not __debug__:  # Flax removes the interceptor in an assert, which -O skips.
+    # Flax removes the interceptor inside an assert, which `python -O` skips.
+    if not __debug__:
       stack = nn.module._global_interceptor_stack  # pylint: disable=protected-access
       if next(iter(stack), None) is interceptor:
         stack.pop()
 
 
 def _bind(calls, module, mode, x, shortcut):
-  """Stands in for a layer: the equation, and in mode "fold" its hard variables."""
+  """Adds the equation of a layer and, in mode "fold", its hard variables."""
   path = "/".join(module.path)
   variables = _own_variables(module, mode)
   if not jax.tree.leaves(variables):
@@ -243,7 +252,10 @@ def _own_variables(module, mode):
 
 
 def bits_of(module: Any) -> Any:
-  """The bits of a layer, by its rule if any: a number, a dtype's name or None."""
+  """The bits of a layer: a number, the name of a dtype, or None.
+
+  If they are a function of the layer's path, it is evaluated.
+  """
   bits: Any = module.bits
   if callable(bits):
     bits = bits("/".join(module.path))
@@ -255,13 +267,23 @@ def _given(shortcut):
 
 
 def apply_layer(call: Call, operands: Sequence[Any], mode: str, **options: Any) -> Any:
-  """Computes what a layer's equation stands for, from its operands."""
+  """Computes the output of a layer from the operands of its equation.
+
+  Args:
+    call: The call of the layer.
+    operands: Input, shortcut if there is one, and leaves of the variables.
+    mode: Mode of the layer.
+    **options: Options of `nn.Module.apply`, such as mutable=.
+
+  Returns:
+    The result of `nn.Module.apply`.
+  """
   x, shortcut, variables = call.split(operands)
   return call.layer.apply(variables, x, 1.0, mode, **_given(shortcut), **options)
 
 
 def apply_equation(eqn: Any, given: Sequence[Any]) -> Sequence[Any]:
-  """Computes an ordinary equation of a jaxpr."""
+  """Computes the results of an equation that is not a layer."""
   results = eqn.primitive.bind(*given, **eqn.params)
   return results if eqn.primitive.multiple_results else [results]
 
@@ -273,15 +295,18 @@ def evaluate(
 
   Args:
     closed: The jaxpr.
-    args: Its arguments, of any type that `apply` understands. Those that a loop runs
-      over are indexed.
-    apply: f(equation, arguments, where) gives the equation's results. `where` names the
-      iterations of the loops around it: "[2]" or "[2][0]".
-    where: Prefix of these.
+    args: Arguments of the jaxpr, of any type that `apply` understands. Arguments that a
+      loop runs over are indexed.
+    apply: Function apply(equation, arguments, where) that returns the equation's
+      results. `where` names the iterations of the loops around it: "[2]" or "[2][0]".
+    where: Prefix of these names.
+
+  Returns:
+    The results of the jaxpr.
 
   Raises:
-    ValueError: A tuple, which `apply` may use for values that cannot be taken apart,
-      would have to be indexed by a loop or stacked behind it.
+    ValueError: A loop would have to index or stack a tuple. `apply` may use tuples for
+      values that cannot be taken apart.
   """
   jaxpr = closed.jaxpr
   env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args)))
@@ -305,7 +330,7 @@ def _unrolled(eqn, given, apply, where):
   p = eqn.params
   if "num_consts" in p:
     consts, carry = p["num_consts"], p["num_carry"]
-  else:  # Since JAX 0.11 a tree holds constants, carry and what the loop runs over.
+  else:  # Since JAX 0.11, a tree holds the constants, the carry and the scanned inputs.
     consts, carry, _ = map(len, p["ft_in"].unpack())
   fixed, state, over = (
       given[:consts], given[consts:consts + carry], given[consts + carry:])
@@ -339,7 +364,7 @@ def _check_no_layer(eqn):
 
 
 def layers_in(eqn: Any) -> list[str]:
-  """Paths of the layers of an equation and of the jaxprs inside it."""
+  """The paths of the layers in an equation and in the jaxprs inside it."""
   if eqn.primitive is layer_p:
     return [eqn.params["path"]]
   inner = [part for value in eqn.params.values()

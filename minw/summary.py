@@ -1,4 +1,4 @@
-"""The cost of keeping and running a network: `python -m minw.summary --config=FILE`."""
+"""Storage and operations of a network: `python -m minw.summary --config=FILE`."""
 
 import math
 from typing import Any, NamedTuple, Sequence
@@ -14,20 +14,22 @@ _MIB = 2 ** 20
 
 
 def operation(weight_bits: int, input_bits: int) -> str:
-  """The operations of a multiply-accumulate in inference (the paper's cost section).
+  """The kind of operation that a multiply-accumulate takes in inference.
 
-  With m and p the smaller and the larger number of bits:
+  The kinds are those of the paper's section on costs. Let m be the smaller and p the
+  larger number of bits:
 
       m       p = 1..5    p = 8, 16, 32
       1, 2    XNOR        XNOR ADDER
       3..5    SHIFT       SHIFT ADDER
       8..                 MAC
 
-  The paper has 1, 2, 3 and 16 bits. Here 4 and 5 bits, powers of two as well, count
-  as 3, and all float formats as 16.
+  The paper has 1, 2, 3 and 16 bits. Here 4 and 5 bits, whose levels are powers of two
+  too, count as 3 bits, and all float formats count as 16 bits.
 
   Args:
-    weight_bits, input_bits: of the two operands; an image counts as 16.
+    weight_bits: Bits of the weights.
+    input_bits: Bits of the inputs. An image counts as 16 bits.
 
   Returns:
     One of `OPERATIONS`.
@@ -39,17 +41,18 @@ def operation(weight_bits: int, input_bits: int) -> str:
 
 
 class LayerSummary(NamedTuple):
-  """What one layer with weights costs.
+  """The costs of a layer with weights.
 
   Attributes:
-    path: its name.
-    output_shape: without the batch.
-    bits: of the weights: 1 to 5, or a float format.
-    input_bits: of what it receives, 16 for the image.
-    weights: how many.
-    packed_bytes: that they take, bits / 8 each; a layer starts on a whole byte.
-    macs: multiply-accumulates for one image, those with padding included.
-    operation: what each of these is made of.
+    path: Path of the layer.
+    output_shape: Shape of the output, without the batch.
+    bits: Bits of the weights, 1 to 5, or a float format.
+    input_bits: Bits of the input, 16 for the image.
+    weights: Number of weights.
+    packed_bytes: Bytes that the weights take at bits / 8 each, rounded up to whole
+      bytes.
+    macs: Multiply-accumulates for one image, including those with padding.
+    operation: Kind of these operations, one of `OPERATIONS`.
   """
 
   path: str
@@ -63,16 +66,17 @@ class LayerSummary(NamedTuple):
 
   @property
   def compression(self) -> float:
-    """How many times smaller the weights are than in float32."""
+    """The size of the weights in float32, divided by their packed size."""
     return 4 * self.weights / self.packed_bytes
 
 
 class Summary(NamedTuple):
-  """The cost of a network.
+  """The costs of a network.
 
   Attributes:
-    layers: those that have weights.
-    norm_parameters: how many float32 parameters batch norm has, in no other number.
+    layers: Costs of the layers with weights.
+    norm_parameters: Number of batch norm's float32 parameters. No other number here
+      includes them.
   """
 
   layers: tuple[LayerSummary, ...]
@@ -80,46 +84,50 @@ class Summary(NamedTuple):
 
   @property
   def weights(self) -> int:
-    """How many weights there are."""
+    """The number of weights."""
     return sum(layer.weights for layer in self.layers)
 
   @property
   def packed_bytes(self) -> int:
-    """The bytes that all weights take."""
+    """The number of bytes that all packed weights take."""
     return sum(layer.packed_bytes for layer in self.layers)
 
   @property
   def macs(self) -> int:
-    """Multiply-accumulates for one image."""
+    """The number of multiply-accumulates for one image."""
     return sum(layer.macs for layer in self.layers)
 
   @property
   def compression(self) -> float:
-    """How many times smaller the weights are than in float32."""
+    """The size of the weights in float32, divided by their packed size."""
     return 4 * self.weights / self.packed_bytes
 
   @property
   def weights_by_bits(self) -> dict[layers_lib.Bits, int]:
-    """The weights of each bit width, the narrowest first."""
+    """The number of weights of each bit width, the narrowest first."""
     widths = {layer.bits for layer in self.layers}
     return {bits: sum(layer.weights for layer in self.layers if layer.bits == bits)
             for bits in sorted(widths, key=layers_lib.operand_bits)}
 
   @property
   def macs_by_operation(self) -> dict[str, int]:
-    """The multiply-accumulates of each operation that occurs, the cheapest first."""
+    """The multiply-accumulates of each kind that occurs, the cheapest kind first."""
     used = {layer.operation for layer in self.layers}
     return {name: sum(layer.macs for layer in self.layers if layer.operation == name)
             for name in OPERATIONS if name in used}
 
 
 def summarize(layers: Sequence[layers_lib.LayerInfo]) -> Summary:
-  """What the network costs whose layers `layers.trace` found."""
+  """Computes the costs of a network.
+
+  Args:
+    layers: Layers of the network, from `layers.trace`.
+  """
   rows = []
   for layer in layers:
     if layer.kind == "norm":
       continue
-    assert layer.bits is not None  # Only a norm may have none.
+    assert layer.bits is not None  # Only a norm may have None.
     bits = layers_lib.operand_bits(layer.bits)
     weights = math.prod(layer.kernel_shape)
     rows.append(LayerSummary(
@@ -129,14 +137,14 @@ def summarize(layers: Sequence[layers_lib.LayerInfo]) -> Summary:
         input_bits=layer.input_bits,
         weights=weights,
         packed_bytes=math.ceil(weights * bits / 8),
-        # A dense layer has one position, a convolution height * width.
+        # A dense layer has one position. A convolution has height * width positions.
         macs=math.prod(layer.output_shape[:-1]) * weights,
         operation=operation(bits, layer.input_bits)))
   return Summary(tuple(rows), sum(layer.channel_parameters for layer in layers))
 
 
 def format_table(network: Summary) -> str:
-  """A table with a row for each layer, and the totals by bits and by operation."""
+  """Formats a table with a row for each layer and totals by bits and by operation."""
   header = ("layer", "output", "input bits", "weight bits", "weights", "bytes",
             "smaller", "MACs", "operation")
   rows = [(layer.path, "x".join(map(str, layer.output_shape)), f"{layer.input_bits}",
@@ -164,11 +172,11 @@ def format_table(network: Summary) -> str:
 
 
 def summary(model: Any, image_shape: Sequence[int]) -> str:
-  """The table of `format_table` for a network.
+  """Formats the costs of a network as a table; see `format_table`.
 
   Args:
-    model: made of `minw.layers`.
-    image_shape: (height, width, channels) of its input.
+    model: Network made of `minw.layers`.
+    image_shape: Shape of its input, (height, width, channels).
   """
   return format_table(summarize(layers_lib.trace(model, image_shape)))
 
@@ -184,7 +192,7 @@ def _titled(title: str, rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _align(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
-  """Rows as lines of equal columns, the `left` ones aligned to the left."""
+  """Formats rows as lines with aligned columns; those in `left` are left-aligned."""
   widths = [max(map(len, column)) for column in zip(*rows)]
   return ["  ".join(
       cell.ljust(width) if i in left else cell.rjust(width)
@@ -200,7 +208,8 @@ def define_flags() -> None:
 
 def main() -> None:
   """Prints the table of a config's network."""
-  from minw import experiment  # Takes seconds: bad flags are reported before.
+  # This import takes seconds. Errors in flags are reported before it.
+  from minw import experiment
 
   layers = experiment.Experiment(flags.FLAGS.config).layers
   print(format_table(summarize(layers)), end="")

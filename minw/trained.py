@@ -1,16 +1,18 @@
-"""Whether the hard network computes what the trained one does, layer by layer.
+"""Comparison of the hard network with the trained network, layer by layer.
 
-The trained network is the "mixed" one at alpha = 1. Each of its layers gets what the
-hard network's layers before it have made, so that a code that falls to another side
-does not spread. A layer's results must then be equal, except as rounding allows:
+The trained network is called in mode "mixed" with alpha = 1. Each of its layers gets
+the outputs of the hard network's layers before it. Therefore a code that falls on the
+other side of a threshold affects a single layer. The outputs of a layer must be equal
+up to rounding:
 
-- Sums must be within 1e-5 of the layer's largest one (more where training computes in
-  16 bits). Channels are left out that have a weight which rounding puts on another
-  level; these may be one weight in 1,000.
-- Batch norm and everything after it is monotone in a channel's sum. The hard result
-  must lie between the trained results for sums that are larger and smaller by 2^-20 of
-  what they are calculated from: the largest sum, mean, bias and threshold. So a code
-  may only differ where its threshold is that near.
+- Sums may differ by 1e-5 of the layer's largest sum, or by more if training computes
+  in 16 bits. Channels with a weight that rounding moves to another level are left out.
+  At most one weight in 1,000 may be of this kind.
+- Batch norm and all operations after it are monotone in a channel's sum. The hard
+  output must lie between the trained outputs for a slightly smaller and a slightly
+  larger sum. The difference is 2^-20 of the largest number that enters the calculation
+  (sum, mean, bias and threshold). Therefore a code may only differ if its sum is that
+  close to a threshold.
 """
 
 from typing import Any, NamedTuple
@@ -25,18 +27,19 @@ from minw import quantizers
 from minw import structure
 from minw.data import pixels as pixels_lib
 
-_TOLERANCE = 1e-5  # Error of sums and logits, relative to the largest.
-_NEAR = 2.0**-20  # Error of sums before a quantizer, see above.
-_FLIPPED_WEIGHTS = 1e-3  # The largest share of weights that rounding may move.
+_TOLERANCE = 1e-5  # Allowed error of sums and logits, relative to the largest one.
+_NEAR = 2.0**-20  # Allowed relative error of sums before a quantizer; see above.
+_FLIPPED_WEIGHTS = 1e-3  # Largest fraction of weights that rounding may move.
 
 
 class Comparison(NamedTuple):
-  """How a hard network differs from the trained one.
+  """The differences between a hard network and the trained one.
 
   Attributes:
-    problem: Names the first layer that differs by more than rounding; or None.
-    labels: How many labels differ, each network running by itself.
-    images: How many images were compared.
+    problem: Message that names the first layer that differs by more than rounding, or
+      None if there is no such layer.
+    labels: Number of predicted labels that differ when each network runs by itself.
+    images: Number of images that were compared.
   """
 
   problem: str | None
@@ -54,11 +57,15 @@ def compare(
   """Compares the hard network with the trained one.
 
   Args:
-    model: Called as model(images, alpha, mode=mode).
-    variables: The trained ones, {"params", "batch_stats"}.
-    pixels: Their normalization.
-    images: uint8 (n, height, width, channels), as large as the network's input.
-    batch_size: How many are compared at a time.
+    model: Network, called as model(images, alpha, mode=mode).
+    variables: Trained variables, {"params", "batch_stats"}.
+    pixels: Normalization of the pixels.
+    images: uint8 images (n, height, width, channels), of the size of the network's
+      input.
+    batch_size: Number of images that are compared at a time.
+
+  Returns:
+    The comparison.
 
   Raises:
     ValueError: The network does not fold.
@@ -99,7 +106,12 @@ class _Different(Exception):
 
 
 def _compare_batch(model, folded, variables, hard, images):
-  """For each layer how many values differ, of how many; and how many labels differ."""
+  """Compares the networks on a batch.
+
+  Returns:
+    For each layer, and at the end for the logits, the number of values that differ and
+    the number of values. And the number of labels that differ.
+  """
   outputs, logits = _hard_run(model, hard, images)
   network = structure.trace(model, variables, images, "mixed")
   counts = []
@@ -137,12 +149,22 @@ def _compare_batch(model, folded, variables, hard, images):
 
 
 def hard_outputs(model: Any, hard: Any, images: jax.Array) -> list[jax.Array]:
-  """What each layer of the hard network makes, in the order of their calls."""
+  """The outputs of the hard network's layers, in the order of their calls.
+
+  Args:
+    model: The network.
+    hard: Variables of the hard network, from `fold.fold`.
+    images: Normalized images, float32 (batch, height, width, channels).
+  """
   return [value for _, value, _ in _hard_run(model, hard, images)[0]]
 
 
 def _hard_run(model, hard, images):
-  """Each layer's name, output and variables; and the network's output."""
+  """Runs the hard network.
+
+  Returns:
+    Name, output and variables of each layer. And the output of the network.
+  """
   network = structure.trace(model, hard, images, "hard")
   outputs = []
 
@@ -164,7 +186,7 @@ def _beyond(have, want, largest, tolerance):
 
 
 def _mixed(call, operands, x):
-  """A trained layer's output for `x`, and what it made of its weights."""
+  """A trained layer's output for `x`, and the variables that it sows."""
   given = [x, *operands[1:]]
   return structure.apply_layer(
       call, given, "mixed", mutable=["quantized"],
@@ -193,7 +215,9 @@ def _norm_differs(call, operands, hard, want):
   norm = params["batch_norm"]
   scale = norm.get("scale", jnp.ones_like(norm["bias"]))
   slope = jnp.abs(scale) / jnp.sqrt(stats["var"] + call.layer.epsilon)
-  size = 2 + jnp.abs(norm["bias"])  # What the thresholds are among, before the slope.
+  # `size` is the magnitude of the numbers that slope * (sum - mean) is added to or
+  # compared with. Division by the slope converts it to the units of sums.
+  size = 2 + jnp.abs(norm["bias"])
   if shortcut is not None:
     size += jnp.abs(shortcut).max()
   if "step" in params:
@@ -204,7 +228,8 @@ def _norm_differs(call, operands, hard, want):
     size += jnp.abs(params["rprelu_gamma"])
   made_of = jnp.abs(x).max() + jnp.abs(stats["mean"]) + jnp.where(
       slope > 0, size / slope, 0)
-  # Where the fold found the channel constant, any sum gives what the mean does.
+  # If folding found a channel to be constant, any sum gives the same output as the
+  # mean.
   constant = (hard["scale"] == 0) & (slope > 0)
   margin = jnp.maximum(
       _NEAR * made_of, jnp.where(constant, jnp.abs(x - stats["mean"]), 0))

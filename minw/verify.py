@@ -1,7 +1,7 @@
-"""Whether a packed network computes what the trained one does, layer by layer.
+"""Comparison of a packed network with the trained network, layer by layer.
 
-The packed network is compared with the hard network bit for bit; the hard network with
-the trained one up to rounding, see `minw.trained`.
+The packed network must equal the hard network bit for bit. The hard network must equal
+the trained network up to rounding; see `minw.trained`.
 """
 
 from typing import Any, Iterator, Sequence
@@ -23,7 +23,9 @@ from minw.kernels import reference
 from minw.workdir import checkpoint
 
 _LAYERS = (packed.Conv, packed.Threshold, packed.Logits, packed.FloatNorm)
-_TOLERANCE = 1e-5  # Relative to the largest sum of floats: sums depend on order.
+# Allowed error of sums of floats, relative to the largest one. Such sums depend on the
+# order of their terms.
+_TOLERANCE = 1e-5
 
 
 def differences(
@@ -35,24 +37,27 @@ def differences(
     backends: list[infer.Network],
     batch_size: int = 64,
 ) -> Iterator[str]:
-  """Compares all layers, on all images.
+  """Compares a packed network with the hard network it was made of.
 
-  The NumPy reference computes each operation from what the hard network gave the one
-  before it, on the first batch (it is slow); each backend runs the whole network, on
-  all of them. Integers and logits must be equal; where an operand is in a float
-  format, each operation must be within 1e-5 of its largest result on equal inputs,
-  and the backends' labels are counted.
+  Each backend runs the whole network on all images. The NumPy reference is slow and
+  therefore runs on the first batch only. It computes each operation from the hard
+  network's results of the operations before it.
+
+  Integers and logits must be equal. If an operand is in a float format, the results of
+  the reference on equal inputs must be within 1e-5 of the largest result of an
+  operation, and the predicted labels of each backend that differ are counted.
 
   Args:
-    program: the packed network.
-    model, hard: the trained one, and its hard variables.
-    pixels: their normalization.
-    images: uint8 (n, *program.source_shape).
-    backends: what to compare.
-    batch_size: how many at a time.
+    program: Packed network.
+    model: Trained network, a Flax module.
+    hard: Variables of its hard network, from `fold.fold`.
+    pixels: Normalization of the pixels.
+    images: uint8 images (n, *program.source_shape).
+    backends: The packed network on each backend to compare.
+    batch_size: Number of images that are compared at a time.
 
   Yields:
-    A line for each difference, the first of a backend only.
+    A line for each difference. For each backend, only the first one is reported.
   """
   kinds = packed.infer_values(program)
   exact = all(k.kind != "FLOAT" for k in kinds[:-1])
@@ -93,7 +98,12 @@ def differences(
 def _program_values(
     program: packed.Program, kinds: Sequence[Any], crop: np.ndarray, outputs: Any
 ) -> list[np.ndarray]:
-  """The hard network's outputs as the program's values."""
+  """Converts the hard network's outputs to the program's values.
+
+  The hard network computes with levels. Codes are indices of levels, and integer sums
+  are sums of levels divided by the units of weights and inputs. Values that have no
+  layer in the hard network, such as those of pooling, are computed by the reference.
+  """
   values = [crop.astype(np.int32) - np.asarray(program.offset, np.int32)]
   outputs = iter(outputs)
   for op, kind in zip(program.ops, kinds[1:]):
@@ -135,16 +145,16 @@ def _against_reference(program, kinds, wanted):
 def verify_workdir(
     workdir: str, path: str, which: str = "last", data_dir: str | None = None
 ) -> int:
-  """Verifies the packed network of a run; prints what differs, or that nothing does.
+  """Verifies the packed network of a run, and prints the result.
 
   Args:
-    workdir: of the run.
-    path: of its packed network.
-    which: checkpoint, "last" or "best".
-    data_dir: where the data are now, if not where the run had them.
+    workdir: Directory of the run.
+    path: Path of its packed network.
+    which: Checkpoint that was packed, "last" or "best".
+    data_dir: Directory of the prepared data sets. If None, the run's config names it.
 
   Returns:
-    An exit code: 0 if nothing differs, else 1.
+    Exit code: 0 if nothing differs, otherwise 1.
   """
   config, saved = checkpoint.read_run(workdir, which)
   if data_dir is not None:
@@ -156,7 +166,7 @@ def verify_workdir(
     images = experiment.data.source_images("test")
     name = f"the test split of {config.dataset}"
   except errors.UsageError as error:
-    print(f"no data, so random images: {error}")
+    print(f"Random images are compared, because there are no data: {error}")
     shape = (1024, *experiment.info.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     name = "random images"
