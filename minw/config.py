@@ -1,7 +1,7 @@
-"""All fields of a run's config, their defaults and what they may hold.
+"""The config of a run: its fields, their defaults and their validation.
 
 Every config has the same fields. An experiment file starts from `default_config()` and
-changes some; any field can be overridden on the command line (--config.seed=1).
+changes some of them. Any field can be overridden on the command line (--config.seed=1).
 """
 
 import ast
@@ -26,9 +26,12 @@ from minw.data import datasets
 # All configs have the same fields.
 FIELDS = config_fields.FIELDS
 
-_HISTOGRAMS = ((1, 40), (1, 8), (11, 40))  # Fractions of the run, as in Figs 1-4.
+# Times of the histograms as fractions of the run (numerator, denominator), as in Figs 1
+# to 4.
+_HISTOGRAMS = ((1, 40), (1, 8), (11, 40))
 
-# What differs from the fields' defaults, which are for CIFAR, on another data set.
+# Defaults by data set, where they differ from the fields' defaults, which are for
+# CIFAR.
 _RECIPES = {
     "digits": dict(
         crop_size=8, random_flip=False, conv_widths=(32, 32, 64, 64),
@@ -43,7 +46,7 @@ _RECIPES = {
 
 
 class Config(config_dict.ConfigDict):
-  """A config. Once locked, a wrong name or type is an error at the assignment."""
+  """A config. Once it is locked, assigning a wrong name or type raises an error."""
 
   if TYPE_CHECKING:
     def __getattr__(self, name: str) -> Any:
@@ -73,17 +76,17 @@ class Config(config_dict.ConfigDict):
 
 
 def default_config(dataset: str = "cifar10") -> Config:
-  """A config that trains on a data set, for experiments to start from.
+  """Makes a config that trains on a data set, from which experiments start.
 
   Args:
     dataset: One of `datasets.NAMES`. For CIFAR-10 and CIFAR-100 the config is the
       paper's recipe: ConvNet D, W1A1, AQE.
 
   Returns:
-    The config, locked: fields can be changed and none can be added.
+    The locked config. Its fields can be changed, and none can be added.
 
   Raises:
-    errors.UsageError: there is no such data set.
+    errors.UsageError: There is no such data set.
   """
   if dataset not in datasets.NAMES:
     raise errors.unknown_name("data set", dataset, datasets.NAMES)
@@ -100,8 +103,8 @@ def default_config(dataset: str = "cifar10") -> Config:
 def histogram_epochs(c: Config) -> tuple[int, ...]:
   """The epochs after which the layers of `histogram_layers` are counted.
 
-  Where the config names none, they are the first epochs with a validation after fixed
-  fractions of the run.
+  If the config names no epochs, they are the first epochs with a validation at or after
+  fixed fractions of the run.
   """
   if c.histogram_epochs:
     return c.histogram_epochs
@@ -121,7 +124,8 @@ def validate(c: Config) -> None:
   """Checks every field that can be checked without data or devices.
 
   Raises:
-    errors.UsageError: naming the field, its value and what is allowed.
+    errors.UsageError: A field has a wrong value. The message names the field, its value
+      and the allowed values.
   """
   defaults = default_config()
   for name in c:
@@ -197,7 +201,7 @@ def validate(c: Config) -> None:
   for name in ("num_epochs", "eval_every_epochs", "learning_rate_stairs",
                "estimator_noise_steps", "reestimate_batches", "batch_size",
                "eval_batch_size"):
-    at_most(name, 2**31 - 1)  # They meet the number of a step, which is an int32.
+    at_most(name, 2**31 - 1)  # They enter calculations with steps, which are int32.
   at_most("data_workers", _MOST_WORKERS)
   check("batch_size", c.batch_size > 1, "at least 2: after a dense layer, batch norm"
         " of one example sees one value of each channel, which teaches it nothing")
@@ -242,7 +246,7 @@ def validate(c: Config) -> None:
   else:
     check("train_examples", c.train_examples <= info.splits["train"],
           f"at most {info.splits['train']}, the training examples of {c.dataset}")
-    # Whatever the padding: in evaluation there is none.
+    # Padding cannot make up for a small image, because evaluation does not pad.
     check("crop_size", c.crop_size <= min(info.image_shape[:2]),
           f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
   check("crop_padding", c.crop_padding < c.crop_size,
@@ -277,32 +281,38 @@ def validate(c: Config) -> None:
           " keeps weights at 1 and -1: gradients vanish there or are reversed")
 
 
-# What may differ when a run goes on: where things are done, not what.
+# Fields that may change when a run resumes. They affect where work is done, but not its
+# results.
 FREE = ("data_workers", "shard_optimizer")
 
-_TINY, _HUGE = 2.0**-126, 2.0**128  # Less is 0 in float32, and more infinite.
+# Smaller numbers are 0 in float32, and numbers from `_HUGE` on are infinite.
+_TINY, _HUGE = 2.0**-126, 2.0**128
 
-# Bounds beyond which no network or machine goes, so that a slip is found at once.
-_WIDEST = 2**20  # Outputs of a layer.
-_MOST_LAYERS = 100
-_LARGEST_SIDE = 4096  # Pixels of a crop or a resized image.
-_MOST_WORKERS = 1024
+# Bounds that exceed any sensible network or machine, so that typing errors are found at
+# once.
+_WIDEST = 2**20  # Largest number of outputs of a layer.
+_MOST_LAYERS = 100  # Largest number of convolutions or of hidden dense layers.
+_LARGEST_SIDE = 4096  # Largest side of a crop or a resized image, in pixels.
+_MOST_WORKERS = 1024  # Largest number of processes that decode images.
 KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",
                 "lecun_uniform", "lecun_normal")
 
 
 def copy(config: Config, **changes: Any) -> Config:
-  """A copy with some fields changed."""
-  result = copy_lib.deepcopy(config)  # ConfigDict(config) would share the bits.
+  """Copies a config and changes some fields of the copy."""
+  # ConfigDict(config) would share the fields of bits with the original.
+  result = copy_lib.deepcopy(config)
   result.update(changes)
   return result
 
 
 def from_json(text: str) -> Config:
-  """The config that `to_json` or a run wrote; newer fields have their defaults.
+  """Reads a config that `to_json` or a run wrote.
+
+  Fields that the text lacks, because they are newer, have their defaults.
 
   Raises:
-    errors.UsageError: it is damaged, or fields are unknown or of another type.
+    errors.UsageError: The text is damaged, or a field is unknown or of another type.
   """
   config = default_config()
   try:
@@ -311,7 +321,7 @@ def from_json(text: str) -> Config:
     raise errors.UsageError(f"config.json is damaged: {error}") from error
   if not isinstance(values, dict):
     raise errors.UsageError("config.json is damaged: it is not a JSON object")
-  if json_files.SEAL in values:  # As in the workdir of a run.
+  if json_files.SEAL in values:  # A file in the directory of a run is sealed.
     try:
       json_files.check_sealed(values)
     except ValueError as error:
@@ -323,25 +333,28 @@ def from_json(text: str) -> Config:
 
 
 def to_json(config: Config) -> str:
-  """The config as sorted, indented JSON."""
+  """Converts a config to sorted, indented JSON."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def differing_fields(a: config_dict.ConfigDict, b: config_dict.ConfigDict) -> list[str]:
-  """One string "name: value in a, value in b" for each field that differs."""
+  """Lists the fields that differ, as strings "name: value in a, value in b"."""
   return [f"{name}: {a.get(name)!r}, {b.get(name)!r}"
           for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
 
 
 def parse_argument(text: str, **defaults: Any) -> Any:
-  """What follows the colon in --config=NAME:name=value,name=value.
+  """Parses the part after the colon in --config=NAME:name=value,name=value.
 
   Args:
-    text: the part after the colon.
-    **defaults: the names there may be, with their default values.
+    text: The part after the colon.
+    **defaults: Allowed names with their default values.
+
+  Returns:
+    The values by name.
 
   Raises:
-    errors.UsageError: an unknown name, or a part that is not name=value.
+    errors.UsageError: A name is unknown, or a part is not name=value.
   """
   result = config_dict.ConfigDict(defaults, type_safe=False)
   for part in filter(None, text.split(",")):
@@ -365,7 +378,7 @@ def _ascending(values: tuple) -> bool:
 
 
 def _distinct(values: tuple) -> bool:
-  """Whether ascending numbers are finite, positive and different in float32."""
+  """Whether numbers ascend and are finite, positive and different in float32."""
   if not _ascending(values) or not all(_TINY <= v < _HUGE for v in values):
     return False
   return len(set(map(np.float32, values))) == len(values)

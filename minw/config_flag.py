@@ -1,7 +1,8 @@
 """The flag --config=NAME, with --config.FIELD=VALUE for any field.
 
-NAME is an experiment that comes with minw, or the path of a Python file with a
-`get_config`. NAME:ARGUMENT passes it an argument. Sweeps are named in the same way.
+NAME is an experiment that comes with minw, or the path of a Python file that defines
+`get_config`. NAME:ARGUMENT passes an argument to this function. Sweeps are named in the
+same way.
 """
 
 from importlib import machinery
@@ -22,15 +23,14 @@ from minw import config as config_lib
 from minw import errors
 from minw import paths
 
-_HELP = ("Name of an experiment that comes with minw, or a Python file; NAME:ARGUMENT "
-         "passes it an argument. --config.FIELD=VALUE overrides a field of its config; "
-         "the fields are listed below.")
+_HELP = ("Name of an experiment that comes with minw, or a Python file. NAME:ARGUMENT "
+         "passes an argument to it. --config.FIELD=VALUE overrides a field of its "
+         "config. The fields are listed below.")
 
 
 def _table() -> list[str]:
-  """A line or two for each field of a config."""
-  lines = ["Fields of --config, with the values that they have unless the file changes "
-           "them:"]
+  """Lines of help that describe each field of a config."""
+  lines = ["Fields of --config, with their default values, which the file may change:"]
   for section, fields in config_lib.FIELDS.items():
     lines += ["", section]
     for name, (default, text) in fields.items():
@@ -41,24 +41,31 @@ def _table() -> list[str]:
 
 
 def define(default: str | None = None) -> flags.FlagHolder:
-  """Defines the flag for a command; its value is the config.
+  """Defines the flag --config of a command. Its value is the config.
 
   Args:
-    default: NAME or NAME:ARGUMENT where there is no --config, which is required if
-      there is no default.
+    default: NAME or NAME:ARGUMENT that is used without --config. If None, --config is
+      required.
+
+  Returns:
+    The holder of the flag.
   """
-  _check_arguments(sys.argv)  # Now, as a default is overridden when it is defined.
+  # The arguments are checked first, because defining a default already applies the
+  # overrides of its fields.
+  _check_arguments(sys.argv)
   holder = config_flags.DEFINE_config_file(
       "config", None, _HELP + "\n".join(["", *_table()]))
   flags.FLAGS["config"].parser = _ExperimentFile()
   if default is None:
     cli.require("config")
   else:
-    flags.set_default(holder, default)  # Only now, for our parser to read it.
+    # The default is set last, so that the parser above reads it.
+    flags.set_default(holder, default)
   return holder
 
 
 def _check_arguments(argv: list[str]) -> None:
+  """Raises `errors.UsageError` if --config.FIELD names a field that does not exist."""
   fields = config_lib.default_config().keys()
   try:
     arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
@@ -81,7 +88,10 @@ def sweeps() -> dict[str, pathlib.Path]:
 
 
 def _folder() -> pathlib.Path:
-  """Where experiments are: in an installed package, or beside it in a clone."""
+  """The folder of experiments, which is inside an installed package.
+
+  In a clone of the repository it is beside the package.
+  """
   package = pathlib.Path(__file__).parent
   installed = package / "experiments"
   return installed if installed.is_dir() else package.parent / "experiments"
@@ -92,13 +102,16 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def load(argument: str) -> Any:
-  """The config of NAME or NAME:ARGUMENT, locked.
+  """Loads the config of NAME or NAME:ARGUMENT.
 
-  Of what may be wrong with a file, the parser of ml_collections keeps some until the
-  config is used, quotes some with its traceback, and lets the rest through.
+  The parser of ml_collections is not used for this. It reports some errors in a file
+  only when the config is used, reports some with a traceback, and misses the others.
+
+  Returns:
+    The locked config.
 
   Raises:
-    errors.UsageError: there is no such experiment, or it gives no config.
+    errors.UsageError: There is no such experiment, or it does not return a config.
   """
   def locked(config):
     if not isinstance(config, config_dict.ConfigDict):
@@ -117,18 +130,23 @@ def call(
     does: str,
     then: Callable,
 ) -> Any:
-  """Calls a function of a Python file with what the command line says.
+  """Calls a function of a Python file that the command line names.
 
   Args:
-    flag: that says it.
+    flag: Name of the flag, for error messages.
     argument: NAME or NAME:ARGUMENT.
-    known: files by name; any other NAME is the path of a file.
-    name: of the function; it gets ARGUMENT, if there is a colon.
-    does: what it is to do.
-    then: takes what it returns; of this the result is returned.
+    known: Files by name. Any other NAME is the path of a file.
+    name: Name of the function. It gets ARGUMENT if there is a colon.
+    does: Phrase that says what the function does, for error messages: "returns a
+      config".
+    then: Function that is applied to the result of this function.
+
+  Returns:
+    The result of `then`.
 
   Raises:
-    errors.UsageError: by function or file; or whatever else they raise, as one.
+    errors.UsageError: There is no such file, or its code, the function or `then` raised
+      an error.
   """
   path, colon, text = argument.partition(":")
   try:
@@ -139,14 +157,17 @@ def call(
     return then(getattr(module, name)(*([text] if colon else [])))
   except errors.UsageError:
     raise
-  except Exception as error:  # The file's own, of whatever kind.
+  except Exception as error:  # The code of the file may raise any error.
     raise errors.bad_value(
         flag, argument, f"a name or a Python file whose {name} {does} "
         f"({type(error).__name__}: {error})") from error
 
 
 def _find(flag: str, name: str, known: Mapping[str, pathlib.Path]) -> str:
-  """The path of the file that `name` names; a file of this name goes first."""
+  """The path of the file that `name` names.
+
+  A file with the path `name` takes precedence over a known name.
+  """
   name = paths.expand(name)
   if os.path.isfile(name):
     return name
@@ -162,9 +183,9 @@ def _find(flag: str, name: str, known: Mapping[str, pathlib.Path]) -> str:
 
 
 class _ExperimentFile(flags.ArgumentParser):
-  """Makes NAME or NAME:ARGUMENT a config."""
+  """Parser that converts NAME or NAME:ARGUMENT to a config."""
 
-  fields = tuple(config_lib.default_config())  # What may follow --config and a dot.
+  fields = tuple(config_lib.default_config())  # Names that may follow "--config.".
 
   def parse(self, argument: str) -> Any:
     return load(argument)
