@@ -56,7 +56,7 @@ class Config(config_dict.ConfigDict):
       """The value of a field."""
 
     def lock(self) -> Any:
-      """Makes wrong names and types errors from now on; returns the config."""
+      """Locks the config, so that wrong names and types raise errors. Returns it."""
 
   def __setitem__(self, name: str, value: Any) -> None:
     if not self.is_locked:

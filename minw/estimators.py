@@ -497,7 +497,7 @@ def _check_gradient(gradient: str) -> None:
 
 
 def _floats(x: Any) -> jax.Array:
-  """`x` as an array, which must be float; see `quantizers.check_float`."""
+  """Converts `x` to an array and checks that it is float."""
   x = _array("x", x)
   quantizers.check_float("x", x)
   return x

@@ -285,7 +285,7 @@ class NormQuant(nn.Module):
     if mode == "train" and not self.is_initializing():
       _check_group(path, x.shape, self.group_size)
     if self.rprelu and bits is None:
-      raise ValueError(f"{path}: rprelu=True; logits have none")
+      raise ValueError(f"{path}: rprelu=True: must be False for logits")
     if mode == "fold":
       return self._fold(x, bits, shortcut)
     y = self._normalized(x, mode)

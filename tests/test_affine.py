@@ -214,6 +214,6 @@ def test_rprelu_in_a_network_packs():
 
 
 def test_logits_have_no_rprelu():
-  with pytest.raises(ValueError, match="rprelu=True; logits have none"):
+  with pytest.raises(ValueError, match="rprelu=True: must be False for logits"):
     layers.NormQuant(bits=None, rprelu=True).init(
         jax.random.key(0), np.zeros((2, 3), np.float32), mode="train")
