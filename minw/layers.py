@@ -507,6 +507,9 @@ def _max_pool_first(x, window):
 
 
 def _max_pool_first_backward(window, x, g):
+  # `first` is the position of the first maximum in each window, row by row, and `place`
+  # is the position of each pixel in its window. Where they agree, the pixel gets the
+  # gradient of the window. The dropped border gets 0.
   parts = _windows(x, window).transpose(0, 1, 3, 5, 2, 4)
   first = jnp.argmax(parts.reshape(*g.shape, -1), axis=-1)[:, :, None, :, None]
   place = jnp.arange(window**2).reshape(1, 1, window, 1, window, 1)

@@ -108,6 +108,8 @@ def alpha(
     done = jnp.asarray(step, jnp.float32) + float(end == 0)
     progress = done / max(end * num_steps, 1)
     done = progress * layers
+    # `done` counts the layers whose share of the time has passed. Less the position of
+    # a layer, it is the progress of this layer, after clipping to [0, 1].
     if depth is not None:
       order = jnp.arange(depth, dtype=jnp.float32)
       done = done - (order[::-1] if backward else order)
