@@ -28,18 +28,21 @@ void copy_channels(const char* from, const Map& in, int first_in, char* to,
 template <class X, class R, class Merge>
 void pool(const Window& w, const Map& in, const Map& out, const X* x, size_t n, R start,
           const Merge& merge, R* to) {
-  std::vector<R> result(in.c);
+  // Copies that no store can change, so that the innermost loop is vectorized.
+  const int channels = in.c;
+  std::vector<R> results(channels);
+  R* const result = results.data();
   for (size_t image = 0; image < n; image++)
     for (int y = 0; y < out.h; y++)
       for (int k = 0; k < out.w; k++, to += out.stride) {
-        std::fill(result.begin(), result.end(), start);
+        std::fill_n(result, channels, start);
         int top = y * w.stride_h - w.top, left = k * w.stride_w - w.left;
         for (int iy = std::max(top, 0); iy < std::min(top + w.h, in.h); iy++)
           for (int ix = std::max(left, 0); ix < std::min(left + w.w, in.w); ix++) {
             const X* from = x + ((image * in.h + iy) * in.w + ix) * in.stride;
-            for (int c = 0; c < in.c; c++) result[c] = merge(result[c], from[c]);
+            for (int c = 0; c < channels; c++) result[c] = merge(result[c], from[c]);
           }
-        std::copy(result.begin(), result.end(), to);
+        std::copy_n(result, channels, to);
       }
 }
 
