@@ -1,1 +1,1 @@
-"""Packed networks as files that other tools run: see `minw.export.__main__`."""
+"""Exports packed networks to files that other tools run: see `minw.export.__main__`."""

@@ -1,12 +1,17 @@
-"""A trained or packed network as a file that other tools run, to the same answers.
+"""Exports a network to a file that other tools run with the same results.
 
   python -m minw.export --workdir=DIR --format=FORMAT --out=FILE
   python -m minw.export --model=net.minw --golden=DIR [--images=FILES_OR_FOLDERS]
 
-The formats: c, a C99 and C++11 file with its header beside it; stablehlo, for
-`jax.export` on CPU, GPU and TPU; onnx, for ONNX Runtime; qonnx, for FINN and other
-compilers of quantized networks. --golden writes all values of a few images, which
---images names; else they are random.
+There are four formats:
+
+  c          a C99 and C++11 file, with a header beside it
+  stablehlo  for `jax.export` on CPU, GPU and TPU
+  onnx       for ONNX Runtime
+  qonnx      for FINN and other compilers of quantized networks
+
+--golden writes every intermediate value of the network for a few images. --images names
+the images; without it they are random.
 """
 
 import importlib
@@ -37,17 +42,17 @@ def content(
     batch: int | None = None,
     prefix: str = "minw",
 ) -> bytes:
-  """The file of a format.
+  """Returns the content of an exported file.
 
   Args:
-    program: the network.
-    form: one of the formats.
-    images: for the test in the C file.
+    program: The network.
+    form: Name of the format: "c", "onnx", "qonnx" or "stablehlo".
+    images: Images for the test in a C file, uint8 (batch, *program.source_shape).
     batch: Number of images that the network takes at once; see `--batch`.
     prefix: Beginning of the public names in the C file; see `--prefix`.
 
   Raises:
-    errors.UsageError: the network cannot be exported exactly, or a package is missing.
+    errors.UsageError: The network cannot be exported exactly, or a package is missing.
   """
   try:
     if form == "c":
@@ -69,9 +74,16 @@ def content(
 def test_images(
     paths: list[str] | None, program: packed.Program, background: str = "black"
 ) -> np.ndarray:
-  """The images that files hold, as `minw.infer` takes them, or random ones.
+  """Returns images for a test of the exported network.
 
-  Without files there are four random images, or fewer where they are large.
+  Args:
+    paths: Image files and folders of them, read as `minw.infer` reads them. Without
+      paths the images are random: four of them, or fewer if they are large.
+    program: The network.
+    background: Color behind transparent parts of images.
+
+  Returns:
+    uint8 (batch, *program.source_shape).
   """
   shape = program.source_shape
   if not paths:
@@ -89,17 +101,18 @@ def _program(workdir: str | None, model: str | None, which: str) -> packed.Progr
     errors.check(not flags.FLAGS["checkpoint"].present, "checkpoint", which,
                  "left out with --model, which is of one checkpoint")
     return infer.load_for_command(model, backend="reference").program
-  from minw import pack  # It needs what training needs.
+  from minw import pack  # It needs the dependencies of training.
   return pack.pack_workdir(workdir, which)
 
 
 def _check_options(
     form: str | None, out: str | None, batch: int | None, prefix: str | None
 ) -> None:
-  """Refuses what does not go with the format.
+  """Checks that the other flags fit the format.
 
   Raises:
-    errors.UsageError: names the flag, its value and what is allowed.
+    errors.UsageError: A flag does not fit. The message names the flag, its value and
+      what is allowed.
   """
   errors.check(batch is None or form in ("onnx", "qonnx", "stablehlo"), "batch", batch,
                "left out unless --format is onnx, qonnx or stablehlo")
@@ -112,7 +125,7 @@ def _check_options(
 
 
 def _name(workdir: str | None, model: str | None) -> str:
-  """The name of the network: of the run's folder, or of the file without its ending."""
+  """The network's name: that of the run's folder, or of the file without its ending."""
   if workdir:
     return pathlib.Path(workdir).resolve().name
   return pathlib.Path(model or "").stem
@@ -128,7 +141,7 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  cli.DEFINE_path("workdir", None, "Workdir of a run.")
+  cli.DEFINE_path("workdir", None, "Directory of a run.")
   cli.DEFINE_path(
       "model", None,
       "Packed network instead of a run: a file, or the name of a network "
@@ -155,7 +168,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-  """Exports a network, as the flags say."""
+  """Exports a network as the flags say."""
   f = flags.FLAGS
   if (f.format is None) != (f.out is None) or not (f.format or f.golden):
     raise errors.UsageError("--format and --out, or --golden, must be given")

@@ -1,21 +1,24 @@
-"""A packed network as one C99 or C++11 file: no heap, no libm, and no library.
+"""Exports a packed network as one C99 or C++11 file without heap, libm or libraries.
 
-Each value has a function that computes one element of it. A value is
+Each value of the network has a C function that computes one element of it. There are
+three ways to keep a value:
 
-    stored      whole, in a static arena: codes, and sums that several operations or a
-                convolution read
-    a plane     kept one channel at a time, in the arena as well: sums that overlapping
-                windows of a pool would compute again, and sums of so many steps that
-                their functions would nest too deep for a small stack
-    computed    where it is read, and never in memory: other sums
+    stored      The whole value is in a static arena. Codes are stored, and so are sums
+                that several operations or a convolution read.
+    plane       One channel at a time is in the arena. Overlapping windows of a pool
+                would otherwise compute the same sums again, and long chains of sums
+                would nest too many function calls for a small stack.
+    computed    Each element is computed where it is read, and never kept in memory.
+                This holds for all other sums.
 
-so that a convolution, its pooling and its thresholds usually become one loop. Buffers
-in the arena share memory where they are not needed at the same time. Codes and weights
-are planes of bits, in words of 32 along channels:
+Therefore a convolution, its pooling and its thresholds usually become one loop. Buffers
+in the arena share memory if they are not needed at the same time. Codes and weights are
+stored as bit-planes, in words of 32 bits along the channels:
 
-    1 bit   the sign (1 is minus)
-    2 bits  where it is not 0; the sign
-    3 bits  the two bits of its size, 1, 2 and 3 for levels 1, 2 and 4; the sign
+    1 bit   a plane of signs (1 is minus)
+    2 bits  a plane that marks values other than 0, then the signs
+    3 bits  two planes with the bits of the magnitude code, which is 1, 2 or 3 for the
+            levels 1, 2 and 4, then the signs
 """
 
 import json
@@ -30,12 +33,13 @@ from minw.export import c_text
 from minw.export import common
 from minw.kernels import reference
 
-# Bytes of stack, for what every network needs and for each function of a value. They
-# are about 1.5 times what gcc and clang take on x86-64, without or with optimization.
+# The stack that a call takes at most is _STACK bytes, and _STACK_OF_FUNCTION bytes for
+# each level of nested calls. Both are about 1.5 times what gcc and clang use on x86-64,
+# with or without optimization.
 _STACK = 256
 _STACK_OF_FUNCTION = 128
 
-# Functions that some networks need: each with what its text calls before it.
+# C functions that are written if a network needs them. Each one follows those it calls.
 _HELPERS = {
     "ones": """\
 static int32_t ones(uint32_t v) {
@@ -95,8 +99,9 @@ static void put3(uint32_t *p, int c, int32_t code) {
 }
 
 _SCORE = """\
-/* Its float32 steps are rounded one by one, whatever the compiler may fuse; the bits of
-   a float order as integers do, but for those of negative ones. */
+/* The volatile y rounds each float32 step by itself, so that the compiler fuses none.
+   The bits of floats order as integers do, if all but the sign of negative ones are
+   inverted. */
 static int32_t score(int32_t sum, int c) {
   union { float f; int32_t i; } bits;
   volatile float y = (float)sum;
@@ -160,28 +165,35 @@ int main(void) {{
 
 
 def scores(logits: np.ndarray) -> np.ndarray:
-  """What the C function gives for float32 logits: int32 of the same order."""
+  """Returns the scores that the C function writes for logits.
+
+  Args:
+    logits: float32 of any shape.
+
+  Returns:
+    int32 of the same shape. They are ordered as the logits are.
+  """
   bits = (np.asarray(logits, np.float32) + np.float32(0)).view(np.int32)
   return np.where(bits < 0, bits ^ 0x7fffffff, bits)
 
 
 def source(program: packed.Program, images: np.ndarray, prefix: str = "minw") -> str:
-  """The C file.
+  """Returns the text of the C file.
 
   Args:
-    program: the network.
-    images: uint8 (batch, *program.source_shape), for the test in its `main`.
-    prefix: Begins all names that other files of a C program can see.
+    program: The network.
+    images: Images for the test in its `main`, uint8 (batch, *program.source_shape).
+    prefix: Beginning of all names that other files of a C program can see.
 
   Raises:
-    ValueError: The network cannot be exported exactly; names the layer. Or the prefix
-      does not make a C name.
+    ValueError: The network cannot be exported exactly, in which case the message names
+      the layer, or the prefix does not make a C name.
   """
   return _Writer(program, prefix).text(images)
 
 
 def header(program: packed.Program, prefix: str = "minw") -> str:
-  """The header that declares what `source` defines."""
+  """Returns the text of the header that declares the names defined by `source`."""
   writer = _Writer(program, prefix)
   return f"""\
 /* {writer.title()} */
@@ -211,21 +223,22 @@ class _Writer:
     self.flash = 0  # Bytes of constants.
 
   def title(self) -> str:
-    """The first line of both files."""
+    """Returns the first line of both files."""
     return "A network with 1-3 bit weights and activations, made by minw."
 
   def stack(self) -> int:
-    """Bytes of stack that a call takes at most."""
+    """Returns the largest number of bytes of stack that a call takes."""
     return _STACK + self.memory.depth * _STACK_OF_FUNCTION
 
   def declarations(self) -> str:
-    """The header, which programs that call the network include."""
+    """Returns the declarations for programs that call the network."""
     h, w, c = self.program.source_shape
     return _DECLARATIONS.format(
         name=self.prefix, NAME=self.prefix.upper(), height=h, width=w, channels=c,
         classes=self.program.num_classes, stack=self.stack())
 
   def text(self, images: np.ndarray) -> str:
+    """Returns the text of the C file."""
     values = [self._function(i) for i in range(1, len(self.kinds))
               if not self.memory.is_term(i)]
     run = self._run()
@@ -234,13 +247,13 @@ class _Writer:
     for name, helper in reversed(_HELPERS.items()):
       if any(f"{name}(" in text for text in (body, run, *helpers)):
         helpers.insert(0, helper)
-    # The head says how large the constants of the functions are.
+    # The head comes last, because it states the size of the functions' constants.
     head = self._head(len(images))
     return "\n".join(
         [head, "\n\n".join([*helpers, body]), "", run, self._main(images)])
 
   def _head(self, count):
-    """The text before the functions."""
+    """Returns the text before the functions."""
     meta = common.metadata(self.program)
     words = self.memory.words
     labels = "\n".join(f"  {c_text.string(str(label))}," for label in meta["labels"])
@@ -282,7 +295,7 @@ static const uint8_t offset[] = {{{offset}}};
 """
 
   def _run(self):
-    """The function that runs the network."""
+    """Returns the C function that runs the network."""
     logits = self.program.ops[-1]
     assert isinstance(logits, packed.Logits)
     last = logits.input
@@ -307,7 +320,7 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
 """
 
   def _main(self, images):
-    """The test in the file."""
+    """Returns the test at the end of the file."""
     wanted = scores(reference.logits(self.program, images))
     return _MAIN.format(
         images=self.array("uint8_t", "images", images),
@@ -316,11 +329,11 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
         NAME=self.prefix.upper())
 
   def at(self, i, y, x):
-    """The address of a kept value's pixel."""
+    """Returns the C address of pixel (y, x) of a value that is kept in the arena."""
     return f"v{i} + ({y} * {self.kinds[i].shape[1]} + {x}) * {self.memory.pixel(i)}"
 
   def get(self, i, y, x, c):
-    """An element: an integer, or a code."""
+    """Returns the C expression of an element of value i: an integer or a code."""
     if i == 0:
       (h, w, channels), crop = self.program.source_shape, self.program.crop
       top, left = (h - crop[0]) // 2, (w - crop[1]) // 2
@@ -335,28 +348,29 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
     return f"code{self.memory.bits(i)}({self.at(i, y, x)}, {c})"
 
   def level(self, i, *where):
-    """An element as an integer."""
+    """Returns the C expression of an element of value i as an integer level."""
     return f"level3({self.get(i, *where)})" if self.kinds[i].bits == 3 else (
         self.get(i, *where))
 
   def array(self, dtype, name, values):
+    """Returns the C definition of a constant array, and counts its bytes."""
     values = np.asarray(values, np.float32 if dtype == "float" else None).reshape(-1)
     if dtype == "float":
-      text = "{:.8e}f".format  # 9 digits hold any float32.
+      text = "{:.8e}f".format  # 9 digits determine any float32.
     elif dtype == "uint32_t":
       text = "0x{:x}u".format
     else:
       text = lambda v: "INT32_MIN" if v == -2**31 else str(v)
     bits = {"uint8_t": 8, "int8_t": 8, "int16_t": 16}.get(dtype, 32)
     self.flash += len(values) * bits // 8
-    # Images may have millions of numbers: their texts are joined a line at a time.
+    # Images may have millions of numbers, so that their texts are joined line by line.
     lines = [", ".join(map(text, values[k:k + 12].tolist()))
              for k in range(0, len(values), 12)]
     return (f"static const {dtype} {name}[{len(values)}] = {{\n  "
             + ",\n  ".join(lines) + "\n};\n")
 
   def _function(self, i):
-    """The function of value i, with its constants."""
+    """Returns the C function that computes an element of value i, and its constants."""
     op = self.program.ops[i - 1]
     if isinstance(op, packed.Logits):
       return self.array("float", "unit", op.unit) + "".join(
@@ -374,7 +388,7 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
     return f"{text}\n{self._make(i)}" if i in self.memory.stored else text
 
   def _make_plane(self, i):
-    """The function that makes a channel of a plane."""
+    """Returns the C function that computes one channel of a plane."""
     h, w, _ = self.kinds[i].shape
     return f"""
 static int32_t *const v{i} = (int32_t *)arena + {self.memory.offsets[i]};
@@ -387,7 +401,7 @@ APART static void plane{i}(int c) {{
 }}"""
 
   def _make_planes(self, i):
-    """Lines that make the planes that channel c of a value needs."""
+    """Returns C lines that compute the planes for channel c of value i."""
     lines = []
     for plane in self.memory.planes[i]:
       first, end = plane.first, plane.first + self.kinds[plane.value].shape[2]
@@ -399,14 +413,15 @@ APART static void plane{i}(int c) {{
     return lines
 
   def _make(self, i):
-    """The function that makes a stored value."""
+    """Returns the C function that computes a stored value."""
     kind, planes = self.kinds[i], self._make_planes(i)
     if kind.kind == "INT":
       dtype, keep = "int32_t", f"({self.at(i, 'y', 'x')})[c] = f{i}(y, x, c);"
     else:
       dtype = "uint32_t"
       keep = f"put{self.memory.bits(i)}({self.at(i, 'y', 'x')}, c, f{i}(y, x, c));"
-    # Planes have the channels outermost, each of which they are made for.
+    # If there are planes, the loop over channels is the outermost one, because the
+    # planes are computed once for each channel.
     loops = [(f"for ({v} = 0; {v} < {n}; {v}++) {{", [])
              for v, n in zip("yxc", kind.shape)]
     if planes:
@@ -425,25 +440,31 @@ APART static void make{i}(void) {{
 }}"""
 
 
-# Each rule gives a value's constants, and the body of the function of its elements.
+# Each rule takes (writer, index of the value, operation). It returns the C constants of
+# the value, and the lines in the body of the function that computes an element.
 
 
 def _window(writer, op, window, row, pixel=(), border=False, dilation=(1, 1)):
-  """Lines that go through a window, but for its border, which may be asked for, too.
+  """Returns C lines that loop over the pixels of a window.
 
   Args:
-    row: what is done for each row i of it, that is r of the input, whose pixels in the
-      window are left + j * dilation, j0 <= j < j1.
-    pixel: what is done then for each of these pixels, s.
-    border: whether those outside of the input are among them.
-    dilation: vertical and horizontal distance of neighbors in the window.
+    writer: The `_Writer`.
+    op: The operation, a convolution or a pool.
+    window: (height, width) of the window.
+    row: C lines for each row i of the window, which is row r of the input. The pixels
+      of the row that are in the window are in columns left + j * dilation of the input,
+      for j0 <= j < j1.
+    pixel: C lines for each of these pixels, which is in column s of the input.
+    border: Whether the loops include pixels outside the input.
+    dilation: Vertical and horizontal distance of neighbors in the window.
   """
   lines, (h, w, _) = [], writer.kinds[op.input].shape
   (sh, sw), (top, bottom, left, right) = op.strides, op.pads
   for k, at, size, n, step, before, after in (
       ("i", "top", h, window[0], dilation[0], top, bottom),
       ("j", "left", w, window[1], dilation[1], left, right)):
-    # The first of at, at + step, ... that is not negative, and the first beyond size.
+    # The input is read at at, at + step, at + 2 * step, ... Index `first` is the first
+    # one that is not negative, and index `last` is the first one beyond the input.
     first = f"{at} < 0 ? {_steps(f'-{at}', step)} : 0"
     last = (f"{at} > {size - 1 - (n - 1) * step} ?"
             f" {_steps(f'{size} - {at}', step)} : {n}")
@@ -460,7 +481,7 @@ def _window(writer, op, window, row, pixel=(), border=False, dilation=(1, 1)):
 
 
 def _steps(distance, step):
-  """How many steps reach a distance, rounded up."""
+  """Returns the C expression of a distance divided by a step, rounded up."""
   return distance if step == 1 else f"({distance} + {step - 1}) / {step}"
 
 
@@ -476,19 +497,22 @@ def _conv(writer, i, op):
 
 
 def _start(op, j):
-  """The number of the pixel of weights for output channel c, row i and column j."""
+  """Returns the C index of the weights for output channel c, row i and column j."""
   _, h, w, _ = op.kernel.shape
   return f"((c * {h} + i) * {w} + {j})"
 
 
 def _inside(writer, op):
-  """The condition that pixel (r, s) is inside the input of a convolution."""
+  """Returns the C condition that pixel (r, s) is inside the input of a convolution."""
   h, w, _ = writer.kinds[op.input].shape
   return f"r >= 0 && r < {h} && s >= 0 && s < {w}"
 
 
 def _conv_of_elements(writer, i, op):
-  """Products one by one: of integers, and where groups do not consist of words."""
+  """The rule of convolutions that multiply one pair of elements at a time.
+
+  It serves inputs that are integers, and groups whose channels do not fill whole words.
+  """
   out, *window, channels = op.kernel.shape
   kind = writer.kinds[op.input]
   weights = writer.array("int8_t", f"w{i}", packed.levels(op.kernel, op.bits))
@@ -505,16 +529,21 @@ def _conv_of_elements(writer, i, op):
 
 
 def _conv_of_words(writer, i, op):
-  """Products of codes, a word of channels at a time."""
+  """The rule of convolutions of codes, which multiply 32 channels at a time.
+
+  A sum of W1A1 has the terms +1 and -1. It is the number of channels minus twice the
+  number of differing signs, so that each pixel first adds its number of channels. For
+  other bits see `_products`.
+  """
   out, *window, channels = op.kernel.shape
   planes, words = writer.memory.bits(op.input), -(-channels // 32)
   arrays = [writer.array("uint32_t", f"w{i}", _planes(op.kernel, op.bits))]
-  ones = channels if planes == op.bits == 1 else 0  # A sum of signs counts from it.
+  ones = channels if planes == op.bits == 1 else 0
   border = bool(op.pad and any(op.pads))
   group = "" if op.groups == 1 else f" + c / {out // op.groups} * {words * planes}"
 
   def run(p, j, count):
-    """Goes through words side by side."""
+    """Returns C lines that add the products of `count` pixels from address p on."""
     lines = [f"const uint32_t *p = {p};",
              f"const uint32_t *w = w{i} + {_start(op, j)} * {words * op.bits};"]
     if ones:
@@ -530,7 +559,7 @@ def _conv_of_words(writer, i, op):
     pixel = f"{_inside(writer, op)} ? {pixel} : pad{i}"
   if border or group or op.dilation[1] > 1:
     loops = _window(writer, op, window, [], run(pixel, "j", "1"), border, op.dilation)
-  else:  # The words of a row of pixels follow one another.
+  else:  # The words of a row of pixels are contiguous: one loop handles the whole row.
     row = run(writer.at(op.input, "r", "(left + j0)"), "j0", "(j1 - j0)")
     if max(op.pads[2:]) >= window[1]:
       row.insert(0, "if (j1 <= j0) continue;")
@@ -539,7 +568,11 @@ def _conv_of_words(writer, i, op):
 
 
 def _planes(codes, bits):
-  """Codes (..., channels) as planes: uint32 (..., words, bits)."""
+  """Converts codes, int8 (n, h, w, channels), to bit-planes.
+
+  Returns:
+    uint32 (n, h, w, words, bits): the planes of the module's docstring.
+  """
   channels = codes.shape[-1]
   codes = np.pad(codes, [(0, 0)] * 3 + [(0, -channels % 32)])
   size = np.abs(codes)
@@ -549,11 +582,22 @@ def _planes(codes, bits):
 
 
 def _products(x_bits, w_bits):
-  """Lines that add the products of a word of codes p and one of weights w."""
+  """Returns C lines that add the products of a word of codes p and of weights w.
+
+  A level is a sign times a size of 1, 2 or 4, or it is 0. For each pair of sizes, a
+  mask marks the channels in which the code has the first size and the weight has the
+  second one. All masks whose pairs have the same product of sizes are united. They do
+  not overlap, because each level has one size. A mask M and the signs S of the products
+  (1 is minus) contribute size * (popcount(M) - 2 * popcount(M & S)), which the C
+  function `dot` computes.
+
+  In W1A1 every channel is marked. The caller has added popcount(M), which is the number
+  of channels, and -2 * popcount(S) remains.
+  """
   sizes = lambda bits, v: [
       {1: None}, {1: f"{v}[0]"},
       {1: f"{v}[0] & ~{v}[1]", 2: f"{v}[1] & ~{v}[0]", 4: f"{v}[0] & {v}[1]"}][bits - 1]
-  masks = {}  # Sizes exclude each other: products of one size are united.
+  masks = {}  # Terms of the mask of each product of sizes.
   for a, x in sizes(x_bits, "p").items():
     for b, w in sizes(w_bits, "w").items():
       masks.setdefault(a * b, []).append(" & ".join(filter(None, (x, w))))
@@ -579,7 +623,9 @@ def _pool(writer, i, op):
 
 def _threshold(writer, i, op):
   tables, count, channels = op.thresholds.shape
-  # sum <= t is ~sum >= ~t.
+  # Channels that fall compare sum <= t, which is the same as ~sum >= ~t. Therefore
+  # their thresholds are stored inverted, and their sums are inverted before the
+  # comparison.
   thresholds = op.thresholds ^ -op.falling.astype(np.int32)
   small = (thresholds.astype(np.int16) == thresholds).all()
   arrays = [writer.array("int16_t" if small else "int32_t", f"t{i}",

@@ -1,20 +1,21 @@
-"""Where generated C keeps the values of a network: see `minw.export.c`."""
+"""Memory planning for generated C: decides where `minw.export.c` keeps each value."""
 
 import math
 from typing import Any, NamedTuple, Sequence
 
 from minw import packed
 
-_MAX_DEPTH = 4  # Functions of values that call one another.
+_MAX_DEPTH = 4  # Largest allowed depth of nested calls between functions of values.
 
 
 class Plane(NamedTuple):
-  """A value that is kept one channel at a time while another one is made.
+  """A value that is kept one channel at a time while another value is computed.
 
   Attributes:
-    value: the value.
-    first: Channel of the value that is made in which channel 0 of the plane is needed.
-    reader: the plane, or the value that is made, for which it is needed.
+    value: Index of the value.
+    first: Channel of the computed value that needs channel 0 of the plane.
+    reader: Index of the value that reads the plane: the computed value itself, or
+      another plane.
   """
 
   value: int
@@ -23,16 +24,19 @@ class Plane(NamedTuple):
 
 
 class Memory:
-  """Which values are kept, and where.
+  """The memory plan of a program: which values are kept, and at which offsets.
+
+  Values are named by their index: 0 is the image, and i is the result of the i-th
+  operation, counted from 1.
 
   Attributes:
-    kinds: what is known of each value.
-    stored: the values that are kept whole, in order.
-    planes: by the value that is made, stored or the last, the planes that each of its
-      channels needs, in the order in which they are made.
-    depth: how many functions of values call one another at most.
-    offsets: where stored values and planes begin, in words of 32 bits.
-    words: size of the arena.
+    kinds: Shape, kind, bits and bound of each value.
+    stored: Values that are kept whole, in order.
+    planes: Planes that each channel of a value needs, in the order in which they are
+      computed. The keys are the stored values and the last value.
+    depth: Largest depth of nested calls between the functions of values.
+    offsets: Offsets of stored values and planes in the arena, in words of 32 bits.
+    words: Size of the arena, in words of 32 bits.
   """
 
   def __init__(self, program: packed.Program, kinds: Sequence[packed.Value]):
@@ -52,11 +56,14 @@ class Memory:
     self.offsets, self.words = self._place(reads)
 
   def bits(self, i: int) -> int:
-    """Bits of a code; one more than its grid has where there is a 0 among signs."""
+    """Bits that a code is stored in.
+
+    A value of signs needs a second bit if there are zeros among them.
+    """
     return 2 if self.kinds[i].bits == 1 and not self._signs[i] else self.kinds[i].bits
 
   def pixel(self, i: int) -> int:
-    """Words that a pixel of a stored value or of a plane takes."""
+    """Number of words that a pixel of a stored value or of a plane takes."""
     if i in self._planes:
       return 1
     c = self.kinds[i].shape[2]
@@ -67,12 +74,15 @@ class Memory:
     return i in self._planes
 
   def is_apart(self, i: int) -> bool:
-    """Whether a value is computed beside others for one element of its reader."""
+    """Whether the only reader of a value is a sum or a concatenation.
+
+    Such a reader calls the functions of several values for one element.
+    """
     return len(self._readers[i]) == 1 and isinstance(
         self._ops[self._readers[i][0] - 1], packed.Add | packed.Concat)
 
   def is_term(self, i: int) -> bool:
-    """Whether a value is a sum whose terms its only reader, a sum, adds itself."""
+    """Whether a value is a sum that is inlined into its only reader, another sum."""
     if i in self.stored or i in self._planes or not i < len(self._ops):
       return False
     reader, = self._readers[i]
@@ -85,7 +95,7 @@ class Memory:
     return op
 
   def terms(self, i: int) -> list[tuple[int, int]]:
-    """The values that a sum adds, each with its shift; sums of sums are one."""
+    """The values that a sum adds, each with its shift; nested sums are flattened."""
     op, found = self._sum(i), []
     rest = [(op.b, op.shift_b), (op.a, op.shift_a)]
     while rest:
@@ -103,7 +113,7 @@ class Memory:
         self._ops[readers[0] - 1], packed.Conv)
 
   def _find_planes(self):
-    """Finds the values that are planes; returns the greatest depth of functions."""
+    """Finds the values that are planes; returns the largest depth of nested calls."""
     depth = [0] * len(self.kinds)
     for i in range(1, len(self.kinds)):
       for j in packed.inputs(self._ops[i - 1]):
@@ -116,17 +126,19 @@ class Memory:
     return max(depth)
 
   def _overlaps(self, i):
-    """Whether a value is of a pool whose windows share pixels."""
+    """Whether a value is the result of a pool whose windows overlap."""
     op = self._ops[i - 1]
     return isinstance(op, packed.Pool) and any(
         n > step and size > 1
         for n, step, size in zip(op.window, op.strides, self.kinds[i].shape))
 
   def _find_sources(self):
-    """By value, the stored values and the planes that it is computed from.
+    """Returns the stored values and the planes that each value is computed from.
 
-    A plane's `first` counts from channel 0 of the value, and its `reader` is 0 until
-    the value is the plane or stored value that reads it.
+    The walk goes from the image to the last value. A value that is not kept passes its
+    own sources on to its readers. On the way, the `first` of a plane counts from
+    channel 0 of the current value. Its `reader` is 0 until the walk meets a value that
+    is kept or the last value, which then is the reader.
     """
     reads, planes = [set() for _ in self.kinds], [[] for _ in self.kinds]
     for i, op in enumerate(self._ops, start=1):
@@ -146,11 +158,13 @@ class Memory:
     return reads, planes
 
   def _place(self, reads):
-    """Offsets in an arena, and its size: each buffer in the first gap of its lifetime.
+    """Returns the offsets of all buffers in the arena, and its size.
 
-    Times are (the value that is made, how many planes were made for it). All that the
-    making of a stored value reads and writes lives until it is made, because its planes
-    are made anew for each channel.
+    Each buffer goes to the first gap that is free during its lifetime. A time is a pair
+    (stored value being computed, number of its planes that have been computed). The
+    planes of a stored value are computed again for each of its channels. Therefore
+    every stored value that it reads, and the value itself, lives until all of it is
+    computed.
     """
     last = {i: i for i in self.stored}
     for i in self.planes:

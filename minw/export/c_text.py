@@ -1,4 +1,4 @@
-"""Foreign text in generated C: names and labels, as any compiler reads them alike."""
+"""Escapes names and labels for generated C, so that all compilers read them alike."""
 
 import re
 import unicodedata
@@ -8,17 +8,18 @@ ALLOWED_PREFIX = "letters, digits and single underscores, a letter first"
 
 
 def prefix(name: str) -> str:
-  """The prefix of C names that a network's name gives.
+  """Makes a prefix for C names from the name of a network.
 
-  It is only ever used with something behind it, `NAME_run` or `NAME_CLASSES`, so that
-  keywords need no care.
+  The prefix is always followed by more, as in `NAME_run` or `NAME_CLASSES`. Therefore
+  it may be a keyword of C.
 
   Args:
     name: Any text, such as a file's name without its ending.
 
   Returns:
-    Lower-case letters, digits and single underscores. "minw" stands for a name without
-    any Latin letter or digit, and before one that begins with a digit.
+    Lower-case letters, digits and single underscores. The prefix is "minw" if the name
+    holds no Latin letter and no digit, and begins with "minw_" if the name begins with
+    a digit.
   """
   plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
   words = re.findall("[a-z0-9]+", plain)
@@ -28,9 +29,10 @@ def prefix(name: str) -> str:
 
 
 def string(text: str) -> str:
-  """A string literal that holds the text as UTF-8.
+  """Returns a string literal that holds the text as UTF-8.
 
-  All bytes that could be misread, such as those of trigraphs, are octal escapes.
+  Every byte that a compiler could misread, such as those of trigraphs, becomes an octal
+  escape.
   """
   return '"' + "".join(
       chr(b) if chr(b).isalnum() and b < 128 or b in b" _-.,:/()+"
@@ -38,10 +40,13 @@ def string(text: str) -> str:
 
 
 def comment(text: str) -> str:
-  """The text inside a comment, with "_" for characters that could be misread in it."""
+  """Returns the text for a comment, with "_" for characters that could be misread."""
   return re.sub(r"[^\w .,:()+/-]", "_", text, flags=re.ASCII)
 
 
 def json_comment(text: str) -> str:
-  """JSON inside a comment: the same JSON without what ends or begins comments."""
+  """Returns the same JSON with escapes for "/" and "?".
+
+  The result can neither begin nor end a comment, and it holds no trigraphs.
+  """
   return text.replace("/", r"\u002f").replace("?", r"\u003f")

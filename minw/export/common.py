@@ -1,4 +1,4 @@
-"""What all exports share: names, metadata, and the refusal of what is not exact."""
+"""Helpers that all exports share: checks of exactness, names of values, metadata."""
 
 import re
 from typing import Any
@@ -7,14 +7,15 @@ import numpy as np
 
 from minw import packed
 
-_LONGEST = 100  # Characters of a layer's name that are kept.
+_LONGEST = 100  # Largest number of characters kept of a layer's name.
 
 
 def values(program: packed.Program) -> list[packed.Value]:
-  """What is known of all values, of a program that can be exported exactly.
+  """Returns shape, kind, bits and bound of each value of a program.
 
   Raises:
-    ValueError: a sum is of floats, and so depends on its order; names the layer.
+    ValueError: The program cannot be exported exactly, because a sum of floats depends
+      on the order of its terms. The message names the layer.
   """
   kinds = packed.infer_values(program)
   for op, kind in zip(program.ops, kinds[1:]):
@@ -26,10 +27,11 @@ def values(program: packed.Program) -> list[packed.Value]:
 
 
 def names(program: packed.Program) -> list[str]:
-  """A name for each value, the same in all exports: "00_image", "01_conv1", ...
+  """Returns a name for each value: "00_image", "01_conv1", ...
 
-  Names of layers come from a file, and these names become names of files and tensors:
-  they are made of letters, digits and `_`, they are short, and no two are equal.
+  All exports use the same names, for files and tensors. Names of layers come from a
+  file that may not be trusted. Therefore these names consist of letters, digits and
+  "_", are short, and differ from one another.
   """
   titles = ["image", *(op.name for op in program.ops)]
   return [f"{i:02d}_{re.sub('[^0-9A-Za-z]+', '_', title)[:_LONGEST]}"
@@ -37,7 +39,7 @@ def names(program: packed.Program) -> list[str]:
 
 
 def metadata(program: packed.Program) -> dict[str, Any]:
-  """The metadata of an exported file, as JSON text."""
+  """Returns the metadata of an exported file, as values that JSON can hold."""
   known = {key: program.metadata[key] for key in ("config_hash", "step")
            if key in program.metadata}
   return {

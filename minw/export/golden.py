@@ -1,9 +1,14 @@
-"""All values of a packed network for a few images, to check other implementations by.
+"""Writes every value of a packed network for a few images.
 
-A folder holds an array for each value, NAME.npy, batch first, then height, width and
-channels: the uint8 images as "input", the pixels less their offset, accumulators
-(int32), codes (int8), logits (float32), and index.json, which says of each operation
-what it reads and makes, and of codes which integer levels they stand for.
+Other implementations can be checked against these files. The folder holds one array
+NAME.npy for each value, with axes (batch, height, width, channels):
+
+  input        the images, uint8
+  NN_image     the pixels minus their offset, int32
+  NN_layer     accumulators (int32), codes (int8) or logits (float32)
+
+The file index.json lists the inputs and the result of each operation. For codes it also
+lists the integer level that each code stands for.
 """
 
 import io
@@ -23,9 +28,9 @@ def write(path: str | os.PathLike, program: packed.Program, images: np.ndarray) 
   """Writes the folder.
 
   Args:
-    path: of the folder; made if it is not there.
-    program: the network.
-    images: uint8 (batch, *program.source_shape).
+    path: Path of the folder, which is created if it does not exist.
+    program: The network.
+    images: Images, uint8 (batch, *program.source_shape).
   """
   kinds, names = common.values(program), common.names(program)
   folder = pathlib.Path(path)

@@ -1,17 +1,23 @@
-"""A packed network as ONNX: plain, or QONNX for compilers of quantized networks.
+"""Exports a packed network as plain ONNX, or as QONNX for compilers of such networks.
 
-All numbers are integers that float32 holds exactly, up to the logits. Values keep the
-names of `common.names`; their layout is (batch, channels, height, width), or (batch,
-channels) where height and width are 1. Thresholds are as they are packed:
+All numbers before the logits are integers that float32 holds exactly. Values have the
+names of `common.names`. Their layout is (batch, channels, height, width), or (batch,
+channels) if height and width are 1. An activation is computed from the thresholds of
+the packed network:
 
-    level = sum of step over the thresholds that the sum of products has reached, - bias
+    level = bias + the sum of `step` over all thresholds t with t <= accumulator
 
-where falling channels are multiplied by -1 before, and a shortcut is added to the sum
-times more than any sum, so that each of its levels has thresholds of its own.
+The lowest level is the bias, and each `step` is the distance to the next level.
+Accumulators and thresholds of falling channels are multiplied by -1 before that. If
+there is a shortcut, the compared number is accumulator + apart * shortcut, where
+`apart` is larger than the range of the accumulator. The results for two levels of the
+shortcut therefore lie in disjoint intervals, and each interval has thresholds of its
+own.
 
-QONNX says all this by MultiThreshold, and by BipolarQuant and Quant of weights; plain
-ONNX by comparisons, and int8 weights. Every tensor has its shape in the file, and in
-QONNX every tensor of integers its type, which are those that qonnx itself infers.
+QONNX expresses activations by MultiThreshold, and weights by BipolarQuant and Quant.
+Plain ONNX uses comparisons and int8 weights. The file states the shape of every tensor.
+In QONNX it also states the type of every tensor of integers, which is the type that
+qonnx itself infers.
 """
 
 import json
@@ -26,11 +32,12 @@ from minw.export import common
 
 OPSET = 13
 QONNX_DOMAIN = "qonnx.custom_op.general"
-_EXACT = 2 ** 24  # float32 holds the integers up to it.
-_STEPS = {1: [2], 2: [1, 1], 3: [2, 1, 1, 1, 1, 2]}  # From level to level.
-# 0, +-1, +-2, +-4 need 4 bits: Quant's levels of 3 bits end at +-3.
+_EXACT = 2 ** 24  # float32 holds every integer up to this one.
+_STEPS = {1: [2], 2: [1, 1], 3: [2, 1, 1, 1, 1, 2]}  # Distances of adjacent levels.
+# The levels 0, +-1, +-2, +-4 need 4 bits, because Quant's 3-bit levels end at +-3.
 _TYPES = {1: ("BIPOLAR", 1), 2: ("INT2", 2), 3: ("INT4", 4)}
-# The types that qonnx infers: INT32 from integers, and that of the first input.
+# For nodes of the first set qonnx infers INT32 if all inputs are integers. For nodes of
+# the second set it infers the type of the first input.
 _SUMS = {"Add", "Sub", "Mul", "MatMul", "Conv"}
 _SAME_TYPE = {"Concat", "Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice"}
 
@@ -38,13 +45,13 @@ _SAME_TYPE = {"Concat", "Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Sli
 def model(
     program: packed.Program, *, qonnx: bool = False, batch: int | None = None
 ) -> onnx.ModelProto:
-  """The model.
+  """Returns the ONNX model of a network.
 
   Args:
-    program: the network.
-    qonnx: QONNX, of float images (batch, channels, height, width), 0 to 255, to
-      "logits"; else plain ONNX, of uint8 images (batch, height, width, channels), to
-      "logits" and "label".
+    program: The network.
+    qonnx: Whether to return QONNX, which maps "image", float32 (batch, channels,
+      height, width) from 0 to 255, to "logits". Plain ONNX maps "image", uint8 (batch,
+      height, width, channels), to "logits" and "label".
     batch: Number of images that the model takes. By default QONNX takes one, because
       its tools need a fixed number, and plain ONNX takes any number.
 
@@ -70,6 +77,7 @@ class _Graph:
     self.nodes, self.made, self.initializers, self.types = [], set(), {}, {}
 
   def model(self, batch) -> onnx.ModelProto:
+    """Returns the model that holds the nodes; `batch` is a number or a symbol."""
     h, w, c = self.program.source_shape
     shape, dtype = [batch, c, h, w], onnx.TensorProto.FLOAT
     if not self.qonnx:
@@ -97,7 +105,7 @@ class _Graph:
     return made
 
   def all_types(self) -> dict[str, str]:
-    """The QONNX type of every tensor that holds integers."""
+    """Returns the QONNX type of every tensor that holds integers, by its name."""
     types = {"image": "UINT8", **self.types}
     for node in self.nodes:
       given, made = [types.get(name) for name in node.input], node.output[0]
@@ -108,10 +116,10 @@ class _Graph:
     return types
 
   def node(self, kind, name, *inputs, **attributes) -> str:
-    """Adds a node that makes `name`, once."""
+    """Adds a node whose result is `name`, unless there is one; returns `name`."""
     if name not in self.made:
       self.made.add(name)
-      # qonnx's cleanup renames a tensor only where a node reads it first.
+      # If a node reads a tensor twice, qonnx's cleanup renames only the first input.
       inputs = [
           self.node("Identity", f"{name}_again{k}", x) if x in inputs[:k] else x
           for k, x in enumerate(inputs)]
@@ -120,27 +128,28 @@ class _Graph:
     return name
 
   def constant(self, name, values, datatype=None) -> str:
-    """Adds a constant."""
+    """Adds a constant; returns its name."""
     self.initializers[name] = numpy_helper.from_array(np.asarray(values), name)
     if datatype:
       self.types[name] = datatype
     return name
 
   def channels(self, i, name, values, datatype=None) -> str:
-    """Adds a constant of a number for each channel of value i."""
+    """Adds a constant with one number for each channel of value i; returns its name."""
     values = np.asarray(values, np.float32).reshape(-1)
     shape = (1, -1) if self.flat(i) else (1, -1, 1, 1)
     return self.constant(name, values.reshape(shape), datatype)
 
   def flat(self, i) -> bool:
+    """Whether value i has the layout (batch, channels)."""
     return self.kinds[i].shape[:2] == (1, 1)
 
   def code_bits(self, i) -> int:
-    """The type of a code. Among signs, a border of 0 is a third level."""
+    """Returns the bits of value i, a code: 2 if there are zeros among signs."""
     return 2 if self.kinds[i].bits == 1 and self.has_zeros(i) else self.kinds[i].bits
 
   def has_zeros(self, i) -> bool:
-    """Whether a code gets zeros around it, or beside it in a concatenation."""
+    """Whether a reader puts zeros around a code (padding) or beside it (channels)."""
     for k, op in enumerate(self.program.ops, start=1):
       if i in packed.inputs(op):
         if isinstance(op, packed.Conv) and any(op.pads) and not op.pad:
@@ -154,7 +163,7 @@ class _Graph:
     return False
 
   def typed(self, name, source, bits) -> str:
-    """What QONNX knows the type of numbers by, which are levels already."""
+    """Adds a quantizer that declares the type of `source` and keeps its levels."""
     one = self.constant("one", np.float32(1))
     self.types[name] = _TYPES[bits][0]
     if bits == 1:
@@ -165,14 +174,16 @@ class _Graph:
         domain=QONNX_DOMAIN, signed=1, narrow=1, rounding_mode="ROUND")
 
   def weights(self, name, levels, bits) -> str:
+    """Adds the weights of a layer as integer levels; returns their name."""
     if self.qonnx:
       return self.typed(f"{name}_weight", self.constant(
           f"{name}_levels", levels.astype(np.float32)), bits)
-    # Not by DequantizeLinear, with which ONNX Runtime may quantize inputs, too.
+    # DequantizeLinear is avoided: with it, ONNX Runtime may also quantize the inputs.
     return self.node("Cast", f"{name}_weight", self.constant(
         f"{name}_levels", levels.astype(np.int8)), to=onnx.TensorProto.FLOAT)
 
   def times(self, name, source, factor) -> str:
+    """Adds a product with a constant factor; returns its name."""
     if factor == 1:
       return source
     whole = float(factor).is_integer()
@@ -180,13 +191,14 @@ class _Graph:
         f"{name}_factor", np.float32(factor), _integer(abs(factor)) if whole else None))
 
   def slice(self, name, source, starts, ends, steps) -> str:
-    """Takes a part of height and width."""
+    """Adds a slice of height and width; returns its name."""
     fields = dict(starts=starts, ends=ends, axes=(2, 3), steps=steps)
     arrays = (self.constant(f"{name}_{field}", np.array(numbers, np.int64))
               for field, numbers in fields.items())
     return self.node("Slice", name, source, *arrays)
 
   def pad(self, name, source, before, after, level) -> str:
+    """Adds a padding of every axis with `level`; returns its name."""
     return self.node(
         "Pad", name, source,
         self.constant(f"{name}_pads", np.array([*before, *after], np.int64)),
@@ -201,20 +213,24 @@ class _Graph:
     _RULES[type(op)](self, i, op, name)
 
   def map_of(self, i) -> str:
-    """A value as a map, of any size."""
+    """Returns the name of value i in the layout (batch, channels, height, width)."""
     if not self.flat(i):
       return self.names[i]
     return self.node("Reshape", f"{self.names[i]}_as_map", self.names[i],
                      self.constant("map", np.array([0, -1, 1, 1])))
 
   def map(self, i, kind, name, *inputs, **attributes) -> None:
-    """Adds a node that makes a map, of any size."""
+    """Adds a node whose result, value i, is (batch, channels, height, width).
+
+    A `Flatten` follows if height and width are 1.
+    """
     made = f"{name}_map" if self.flat(i) else name
     self.node(kind, made, *inputs, **attributes)
     if self.flat(i):
       self.node("Flatten", name, made)
 
   def image(self):
+    """Adds the nodes of the image: layout, crop, and subtraction of the offset."""
     p, name, x = self.program, self.names[0], "image"
     if not self.qonnx:
       x = self.node("Cast", "image_float", x, to=onnx.TensorProto.FLOAT)
@@ -269,10 +285,30 @@ def _pool(graph, i, op, name):
 
 
 def _threshold(graph, i, op, name):
+  """Adds the nodes of an activation, as the module's docstring describes them.
+
+  All accumulators are in [-bound, bound]. Thresholds are clipped to
+  [-bound, bound + 1]: every accumulator reaches -bound, and none reaches bound + 1.
+
+  With a shortcut of levels s_0 < s_1 < ..., the compared number is
+
+      v = accumulator + apart * s,  where  apart = 2 * bound + 2.
+
+  The numbers v of level s_k are in [apart * s_k - bound, apart * s_k + bound], and they
+  have the thresholds t + apart * s_k. These intervals are disjoint, so that a number in
+  one of them has reached all thresholds of the lower ones. The steps of an interval
+  sum to `span` (all steps are counted in units of `scale`). Where two levels differ by
+  more than 1, an additional threshold counts as the intervals of the integers that are
+  missing between them. Therefore the steps that v has reached sum to
+
+      span * (s_k - s_0) + the steps reached within its own interval.
+
+  The bias adds span * s_0, and the node NAME_less adds -span * s_k. The result is the
+  number of steps reached within the interval, and the bias of the grid.
+  """
   kind, x = graph.kinds[op.input], graph.names[op.input]
   bound, steps = int(kind.bound.max()), _STEPS[op.bits]
   mirror = np.where(op.falling, -1, 1)
-  # From -bound, which all sums reach, to bound + 1, which none does.
   thresholds = np.clip(op.thresholds.astype(np.int64) * mirror, -bound, bound + 1)
   thresholds = np.sort(thresholds, 1)
   if op.falling.any():
@@ -292,7 +328,7 @@ def _threshold(graph, i, op, name):
   rows = []
   for level, following, table in zip(levels, (*levels[1:], levels[-1] + 1), thresholds):
     rows += [(t + apart * level, step // scale) for t, step in zip(table, steps)]
-    if following - level > 1:  # As many as levels between would have.
+    if following - level > 1:  # The steps of the missing integers in between.
       rows.append((np.full_like(table[0], bound + 1 + apart * level),
                    span * (following - level - 1)))
   shortcut = graph.names[op.shortcut]
@@ -309,10 +345,20 @@ def _threshold(graph, i, op, name):
 
 
 def _reached(graph, i, name, x, rows, scale, bias, datatype):
-  """Adds scale * (the sum of `times` of reached thresholds) + bias.
+  """Adds nodes for scale * (sum of `times` over all reached thresholds) + bias.
 
   Args:
-    rows: of (thresholds, a number for each channel; times).
+    graph: The `_Graph`.
+    i: Index of the value.
+    name: Name of the result.
+    x: Name of the numbers that are compared with the thresholds.
+    rows: Pairs (thresholds, times). The thresholds are (channels,).
+    scale: Factor of the sum.
+    bias: Summand of the result.
+    datatype: QONNX type of the result.
+
+  Returns:
+    The name of the result.
   """
   if graph.qonnx:
     graph.types[name] = datatype
@@ -358,7 +404,7 @@ def _shortcut(graph, i, op, name):
   if not op.before + op.after:
     graph.node("Identity", name, x)
     return
-  if graph.qonnx:  # Typed before the Pad, whose type is that of its input.
+  if graph.qonnx:  # A Pad has the type of its input, so that this type must hold 0.
     x = graph.typed(f"{name}_levels", x, max(bits, 2))
   rest = () if graph.flat(i) else (0, 0)
   graph.pad(name, x, (0, op.before, *rest), (0, op.after, *rest), 0)
@@ -371,14 +417,15 @@ def _add(graph, i, op, name):
 
 
 def _integer(bound: int) -> str:
-  """The narrowest signed type of QONNX that holds -bound to bound."""
+  """Returns the narrowest signed QONNX type that holds all of -bound to bound."""
   return f"INT{max(2, int(bound).bit_length() + 1)}"
 
 
 def _shapes(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-  """Type and shape of every tensor between the nodes.
+  """Returns type and shape of every tensor between the nodes.
 
-  QONNX's nodes, which ONNX's inference does not know, keep their first input's shape.
+  ONNX's shape inference does not know the nodes of QONNX. Their results have the shape
+  of their first input, so that they are replaced by `Identity` for the inference.
   """
   standard = onnx.ModelProto()
   standard.CopyFrom(model)

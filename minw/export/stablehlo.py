@@ -1,8 +1,8 @@
-"""A packed network as serialized StableHLO, for `jax.export.deserialize`.
+"""Exports a packed network as serialized StableHLO, for `jax.export.deserialize`.
 
-It takes uint8 (batch, height, width, channels), by default of any batch, and returns
-the int32 labels and float32 logits. Weights are in it packed. `fun_name` is JSON: its
-metadata.
+The exported function takes images, uint8 (batch, height, width, channels), by default
+of any batch size. It returns int32 labels (batch,) and float32 logits (batch, classes).
+The file holds the weights packed. Its `fun_name` holds the metadata as JSON.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def serialize(program: packed.Program, batch: int | None = None) -> bytes:
-  """The file's content.
+  """Returns the content of the file.
 
   Args:
-    program: the network.
-    batch: Number of images that it takes; any number by default.
+    program: The network.
+    batch: Number of images that the function takes; any number by default.
 
   Raises:
     ImportError: flatbuffers is not installed.
@@ -50,10 +50,10 @@ def serialize(program: packed.Program, batch: int | None = None) -> bytes:
 
 @contextlib.contextmanager
 def _no_locations() -> Iterator[None]:
-  """Exports inside this context hold no paths of source files.
+  """Keeps paths of source files out of exports made inside this context.
 
-  JAX would note for each operation the file and the line that it comes from, and so
-  tell whoever gets the file where minw and the caller's program are installed.
+  By default JAX stores the source file and line of each operation. These would reveal
+  to readers of the exported file where minw and the caller's program are installed.
   """
   config: Any = jax.config  # It has an attribute for each option.
   limit = config.jax_traceback_in_locations_limit
