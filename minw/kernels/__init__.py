@@ -1,1 +1,1 @@
-"""The packed network's kernels: what computes, not what it is (`minw.packed`)."""
+"""Kernels that run packed networks; the networks themselves are in `minw.packed`."""

@@ -1,11 +1,12 @@
-"""The native path: packed networks on the CPU, by the C library beside this file.
+"""The native backend: the C library beside this file runs packed networks on the CPU.
 
   network = native.load(data)
   network.logits(images, threads=2)  # NumPy
   native.ffi_logits(data)(images)  # JAX, under jit
 
-The library is optional: `available()` says whether it was built. JAX is imported only
-by `ffi_logits`, which compiles XLA's call when it is first used.
+The library is optional: `available()` says whether it was built. Only `ffi_logits`
+imports JAX. On its first use it compiles the function through which XLA calls the
+library.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ from minw.packed import metadata
 
 LIBRARY = pathlib.Path(__file__).with_name("libminw.so")
 
-_KINDS = (np.int32, np.int8, np.float32)  # INT, CODE, FLOAT.
+_KINDS = (np.int32, np.int8, np.float32)  # Dtypes of INT, CODE and FLOAT values.
 
 
 class _Shape(ctypes.Structure):
@@ -72,24 +73,24 @@ def available() -> bool:
 
 
 def isas() -> list[str]:
-  """The instruction sets that run here, best first; MINW_ISA forces one."""
+  """The instruction sets of this CPU, best first; MINW_ISA forces one of them."""
   return _need().minw_isas().decode().split()
 
 
 class Network:
-  """A packed network in the library. May be used by several threads at once.
+  """A packed network in the library. Several threads may use it at once.
 
   A copy or a pickle is made from the file's bytes, so that each object owns its own
   network in the library.
 
   Attributes:
-    isa: the instruction set of its kernels.
+    isa: Instruction set of the kernels.
     shape: (height, width, channels) of the images.
-    classes: their number.
+    classes: Number of classes.
   """
 
   def __init__(self, data: bytes, limits: packed.Limits = packed.Limits()):
-    """See `load`, whose arguments these are."""
+    """Loads a network. The arguments are those of `load`."""
     self._data, self._limits = data, limits
     self._lib = _need()
     message = ctypes.create_string_buffer(256)
@@ -114,14 +115,38 @@ class Network:
       self._lib.minw_free(network)
 
   def logits(self, images: np.ndarray, threads: int = 1) -> np.ndarray:
-    """uint8 (batch, *shape) -> float32 (batch, classes)."""
+    """Computes the logits of a batch.
+
+    Args:
+      images: uint8 (batch, *shape).
+      threads: Number of threads.
+
+    Returns:
+      float32 (batch, classes).
+
+    Raises:
+      ValueError: The images have another shape or dtype.
+      MemoryError: There is not enough memory for the values of the network.
+    """
     images = self._checked(images)
     logits = np.empty((len(images), self.classes), np.float32)
     self._call(self._lib.minw_logits, images, logits.ctypes.data, threads)
     return logits
 
   def values(self, images: np.ndarray) -> list[np.ndarray]:
-    """The image's value and each operation's, unfused: (batch, h, w, channels)."""
+    """Computes every value of the network, with unfused kernels.
+
+    Args:
+      images: uint8 (batch, *shape).
+
+    Returns:
+      For the image and each operation int32 (INT), int8 (CODE) or float32 (FLOAT)
+      (batch, height, width, channels).
+
+    Raises:
+      ValueError: The images have another shape or dtype.
+      MemoryError: There is not enough memory for the values of the network.
+    """
     images = self._checked(images)
     results = [np.empty((len(images), s.height, s.width, s.channels),
                         np.float32 if s.kind == 2 else np.int32)
@@ -132,16 +157,19 @@ class Network:
             for r, s in zip(results, self._shapes())]
 
   def layers(self) -> list[tuple[str, str]]:
-    """Each operation's name, and the kernel that runs it."""
+    """Returns each operation's name and the name of the kernel that runs it."""
     return [tuple(f(self._network, i).decode(errors="replace")
                   for f in (self._lib.minw_op_name, self._lib.minw_op_kernel))
             for i in range(self._lib.minw_num_ops(self._network))]
 
   def peak(self, steps: int) -> int:
-    """Does steps of the W1A1 kernel on registers alone, for benchmarks.
+    """Runs steps of the W1A1 kernel on registers alone, for benchmarks.
+
+    Args:
+      steps: Number of steps.
 
     Returns:
-      How many products were summed.
+      The number of products that were summed.
     """
     return self._lib.minw_peak(self._network, steps)
 
@@ -167,13 +195,13 @@ def load(data: bytes, limits: packed.Limits = packed.Limits()) -> Network:
   """Loads the content of a .minw file.
 
   Args:
-    data: the content.
-    limits: the most that loading and running the network may cost.
+    data: Content of the file.
+    limits: Largest memory and work that loading and running the network may take.
 
   Raises:
-    ValueError: it is not one, is damaged, is beyond `limits`, or MINW_ISA does not run
-      here.
-    RuntimeError: the library was not built.
+    ValueError: The data are not a packed network, are damaged or exceed `limits`, or
+      MINW_ISA names an instruction set that does not run here.
+    RuntimeError: The library was not built.
   """
   return Network(data, limits)
 
@@ -181,19 +209,19 @@ def load(data: bytes, limits: packed.Limits = packed.Limits()) -> Network:
 def ffi_logits(
     data: bytes, threads: int = 1, limits: packed.Limits = packed.Limits()
 ) -> Callable[[Any], Any]:
-  """The network as a JAX function on CPUs, for jit and vmap.
+  """Returns a network as a JAX function on CPUs, for jit and vmap.
 
   Args:
-    data: the content of a .minw file.
-    threads: how many a call uses.
-    limits: the most that loading and running the network may cost.
+    data: Content of a .minw file.
+    threads: Number of threads of a call.
+    limits: Largest memory and work that loading and running the network may take.
 
   Returns:
-    A function uint8 (..., *shape) -> float32 (..., classes).
+    A function from images, uint8 (..., *shape), to logits, float32 (..., classes).
 
   Raises:
-    ValueError: see `load`.
-    RuntimeError: the library was not built, or there is no C++ compiler now.
+    ValueError: The network cannot be loaded; see `load`.
+    RuntimeError: The library was not built, or no C++ compiler is installed.
   """
   import jax  # Only this function needs it.
 
@@ -215,10 +243,10 @@ def ffi_logits(
 
 @functools.cache
 def _register():
-  """Compiles XLA's call of the library, and registers it.
+  """Compiles the function through which XLA calls the library, and registers it.
 
-  That is done here rather than at installation, so that minw builds without jaxlib and
-  the headers are those of the jaxlib that makes the call.
+  The function is compiled on first use and not at installation. Therefore minw builds
+  without jaxlib, and the headers are those of the jaxlib that makes the call.
   """
   import jax
 
@@ -234,7 +262,7 @@ def _register():
       raise RuntimeError(f"XLA's call needs a C++ compiler ({error})") from error
     except subprocess.CalledProcessError as error:
       raise RuntimeError(f"XLA's call does not compile: {error.stderr}") from error
-    handler = ctypes.CDLL(path).MinwLogits  # Stays loaded when the file is gone.
+    handler = ctypes.CDLL(path).MinwLogits  # It stays loaded without the file.
   jax.ffi.register_ffi_target(
       "minw_logits", jax.ffi.pycapsule(handler), platform="cpu")
 

@@ -1,20 +1,20 @@
-"""The packed network in NumPy: slow, plain, and what the kernels are held against.
+"""A plain and slow NumPy implementation of packed networks, the reference for kernels.
 
-Products are of float64, which holds every sum that a file may ask for exactly.
+Products are computed in float64, which holds every sum of a valid file exactly.
 """
 
 import numpy as np
 
 from minw import packed
 
-_PATCHES = 2 ** 24  # Inputs of products that are kept at a time.
+_PATCHES = 2 ** 24  # Largest number of inputs of products kept in memory at a time.
 
 
 def run(program: packed.Program, images: np.ndarray) -> list[np.ndarray]:
-  """All values of a batch.
+  """Computes every value of the network for a batch.
 
   Args:
-    program: the network.
+    program: The network.
     images: uint8 (batch, *program.source_shape).
 
   Returns:
@@ -25,13 +25,21 @@ def run(program: packed.Program, images: np.ndarray) -> list[np.ndarray]:
 
 
 def logits(program: packed.Program, images: np.ndarray) -> np.ndarray:
-  """float32 (batch, classes)."""
+  """Computes the logits of a batch.
+
+  Args:
+    program: The network.
+    images: uint8 (batch, *program.source_shape).
+
+  Returns:
+    float32 (batch, classes).
+  """
   values = _run(program, images, packed.last_uses(program))
   return values[-1].reshape(len(images), program.num_classes)
 
 
 def _run(program, images, dropped):
-  """All values but those that are `dropped` after each operation."""
+  """Computes all values; those in `dropped[i]` become None after operation i."""
   kinds = packed.infer_values(program)
   image = packed.crop(program, images).astype(np.int32)
   values = [image - np.asarray(program.offset, np.int32)]
@@ -49,7 +57,17 @@ def run_op(
     kinds: list[packed.Value],
     result: packed.Value,
 ) -> np.ndarray:
-  """One operation: on values of `kinds`, to one of the kind `result`."""
+  """Runs one operation.
+
+  Args:
+    op: The operation.
+    given: Its inputs, each (batch, height, width, channels).
+    kinds: Kinds of its inputs.
+    result: Kind of its result.
+
+  Returns:
+    int32 (INT), int8 (CODE) or float32 (FLOAT) (batch, *result.shape).
+  """
   dtype = {"INT": np.int32, "CODE": np.int8, "FLOAT": np.float32}[result.kind]
   value = _run_op(op, given, kinds)
   assert value.shape[1:] == result.shape, (op.name, value.shape, result.shape)
@@ -88,12 +106,12 @@ def _run_op(op, given, kinds):
 
 
 def _level(x, kind):
-  """Integer levels of a CODE; other values as they are."""
+  """Returns the integer levels of a CODE, and any other value unchanged."""
   return packed.levels(x, kind.bits) if kind.kind == "CODE" else x
 
 
 def _windows(x, window, strides, pads, fill):
-  """Windows at every stride: float64 (batch, h, w, channels, *window)."""
+  """Returns the windows of a padded map: float64 (batch, h, w, channels, *window)."""
   top, bottom, left, right = pads
   x = np.pad(x.astype(np.float64), [(0, 0), (top, bottom), (left, right), (0, 0)],
              constant_values=fill)
@@ -120,7 +138,7 @@ def _conv(op, x, kind):
   terms = kernel[0].size
   matrix = kernel.transpose(0, 3, 1, 2).reshape(op.groups, -1, terms).transpose(0, 2, 1)
   sums = np.empty((n, h, w, len(kernel)))
-  # As many positions at a time as bound the memory.
+  # The memory is bounded by computing only some of the output positions at a time.
   step = max(1, _PATCHES // (n * op.groups * terms))
   rows, columns = max(1, step // w), min(step, w)
   for top in range(0, h, rows):

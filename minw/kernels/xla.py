@@ -1,14 +1,19 @@
-"""The packed network in XLA: portable, for any backend.
+"""The XLA backend: packed networks as JAX functions, for any platform.
 
-Weights stay packed in memory, as operands of the computation. What multiplies them is
+Weights stay packed in memory, as operands of the computation. There are three ways to
+compute the products of a convolution:
 
-    "popcount"  words of 32 bits along a sum, exclusive or and population count, output
-                channels in the vector lanes: for CPUs
-    "dot"       weights unpacked inside the computation and multiplied as int8, or as
-                float32 on CPUs, where that is the faster: for accelerators
-    "portable"  "dot" as it is on accelerators, wherever it runs: for `jax.export`
+    "popcount"  The channels of a sum are packed into words of 32 bits, which exclusive
+                or and population count multiply. The vector lanes hold output channels.
+                This is the way for CPUs.
+    "dot"       Weights are unpacked inside the computation. They are multiplied as
+                int8, or on CPUs as float32 where that is faster. This is the way for
+                accelerators.
+    "portable"  The computation is that of "dot" on accelerators, on every platform.
+                This is the way for `jax.export`.
 
-Either way integers are exact, so logits are those of `kernels.reference` bit for bit.
+Integer arithmetic is exact in all of them, so that the logits equal those of
+`kernels.reference` bit for bit.
 """
 
 import functools
@@ -24,27 +29,35 @@ from minw import packed
 
 Operands = Any  # A pytree of arrays.
 
-_WORD = 32
-_TERMS = 36  # Words that one fused loop takes at a time,
-_LANES = 128  # and output channels: their weights then stay in the L1 cache.
-_IMAGES = 4  # Images at a time: their sums stay in the cache.
-_PIXELS = 2 ** 10  # Most pixels of a window whose bits are counted.
-_FLOAT_EXACT = 2 ** 24  # float32 holds the integers up to it.
+_WORD = 32  # Bits of a word.
+# A fused loop handles at most this many words of a sum (counted once for each mask) and
+# this many output channels, whose weights stay in the L1 cache. Grouped convolutions
+# have a loop of their own if their sums have at most _TERMS terms.
+_TERMS = 36
+_LANES = 128
+_IMAGES = 4  # Images of a batch that run at a time; their sums stay in the cache.
+# Largest window, in pixels, for which "popcount" is used. A window that covers the
+# whole map may be larger.
+_PIXELS = 2 ** 10
+_FLOAT_EXACT = 2 ** 24  # float32 holds every integer up to this one.
 
 
 def logits(
     program: packed.Program, products: str | None = None
 ) -> tuple[Operands, Callable[[Operands, jax.Array], jax.Array]]:
-  """The packed network as a function.
+  """Returns a packed network as a function that computes logits.
 
   Args:
-    program: the network.
-    products: "popcount", "dot" or "portable"; the one of the first two for JAX's
-      default backend if None.
+    program: The network.
+    products: "popcount", "dot" or "portable". None stands for "popcount" if JAX's
+      default backend is the CPU, and for "dot" otherwise.
 
   Returns:
-    Its operands, and a pure function (operands, uint8 (batch, *program.source_shape))
-    -> float32 (batch, classes), for `jax.jit`.
+    The operands, and a pure function for `jax.jit` that maps the operands and images,
+    uint8 (batch, *program.source_shape), to logits, float32 (batch, classes).
+
+  Raises:
+    ValueError: `products` is none of these.
   """
   products = _products(products)
   operands, run = values(program, products)
@@ -64,7 +77,19 @@ def logits(
 def values(
     program: packed.Program, products: str | None = None
 ) -> tuple[Operands, Callable[[Operands, jax.Array], list[jax.Array]]]:
-  """As `logits`, but the function returns all values, as `reference.run` does."""
+  """Returns a packed network as a function that computes all of its values.
+
+  Args:
+    program: The network.
+    products: As for `logits`.
+
+  Returns:
+    The operands, and a pure function for `jax.jit` that maps the operands and images,
+    uint8 (batch, *program.source_shape), to the values that `reference.run` returns.
+
+  Raises:
+    ValueError: `products` is not allowed; see `logits`.
+  """
   products = _products(products)
   kinds = packed.infer_values(program)
   signs = packed.only_signs(program)
@@ -82,7 +107,7 @@ def values(
 
   def run(operands, images):
     image = packed.crop(program, images).astype(np.int32)
-    # Operations have constants for each channel, which are broadcast to all pixels.
+    # Constants of operations are (channels,), and are broadcast to all pixels.
     with jax.numpy_rank_promotion("allow"):
       found = [image - operands[0]]
       for function, arrays, given in zip(functions, operands[1:], inputs):
@@ -93,7 +118,7 @@ def values(
 
 
 def _products(products):
-  """Which products there will be."""
+  """Returns the way to compute products, which depends on the platform if None."""
   if products not in ("popcount", "dot", "portable", None):
     raise ValueError(
         f"products={products!r}: must be 'popcount', 'dot' or 'portable'")
@@ -101,13 +126,17 @@ def _products(products):
 
 
 def _pad(x: Any, pads: Sequence[int], fill: Any = 0) -> Any:
+  """Pads height and width of maps (batch, height, width, channels)."""
   top, bottom, left, right = pads
   return jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)),
                  constant_values=fill)
 
 
 def _windows(x, window, strides, dilation=(1, 1)):
-  """For each pixel of a window its value in every window, (batch, h, w, channels)."""
+  """Returns one array (batch, h, w, channels) for each pixel of a window.
+
+  The array holds the value of that pixel in every window of the padded map.
+  """
   h, w = ((size - (n - 1) * step - 1) // stride * stride + 1
           for size, n, step, stride in zip(x.shape[1:3], window, dilation, strides))
   return [x[:, i:i + h:strides[0], j:j + w:strides[1]]
@@ -116,8 +145,11 @@ def _windows(x, window, strides, dilation=(1, 1)):
 
 
 def _patches(x, op):
-  """(batch, h, w, window * channels), ordered (height, width, channels)."""
-  if x.shape[1:3] == op.window:  # One window, which may have very many pixels.
+  """Returns the windows of a convolution, (batch, h, w, window * channels).
+
+  The last axis is ordered (window height, window width, channels).
+  """
+  if x.shape[1:3] == op.window:  # There is one window, perhaps of very many pixels.
     x = x[:, ::op.dilation[0], ::op.dilation[1]]
     return x.reshape(x.shape[0], 1, 1, math.prod(x.shape[1:]))
   return jnp.concatenate(
@@ -125,31 +157,50 @@ def _patches(x, op):
 
 
 def _level(x, kind):
-  """The integer levels of a CODE; other values as they are."""
+  """Returns the integer levels of a CODE, and any other value unchanged."""
   if kind.kind != "CODE" or kind.bits < 3:
     return x
   return jnp.sign(x) * (jnp.int8(1) << jnp.abs(x) >> jnp.int8(1))
 
 
 def _apart(yes, function, *operands):
-  """function(*operands) for a `yes` that is true, which XLA does not know.
+  """Computes function(*operands) in a computation that XLA does not fuse with others.
 
-  A branch is compiled by itself. On CPUs XLA ignores barriers, and loops that it fuses
-  with what makes their operands, or with each of their uses, are not vectorized.
+  On CPUs XLA fuses a loop with the loops that compute its operands, or with each of its
+  uses, and such fused loops are not vectorized. XLA ignores optimization barriers on
+  CPUs, but it compiles each branch of a conditional by itself. Therefore `function`
+  becomes the branch for a true condition.
+
+  Args:
+    yes: The value True, as an operand of the program: XLA must not know the value, or
+      it would remove the conditional.
+    function: Function that returns one array.
+    *operands: Its operands.
   """
   result = jax.eval_shape(function, *operands)
   return lax.cond(yes, function, lambda *_: jnp.zeros(result.shape, result.dtype),
                   *operands)
 
 
+# A rule returns the arrays of an operation, and a function of these and the inputs.
+
+
 def _conv(op, kind, result, signs, products):
-  """A convolution: its arrays, and the function of these and the input."""
+  """The rule of convolutions, which chooses how to compute the products.
+
+  Args:
+    op: The convolution.
+    kind: Kind of its input.
+    result: Kind of its result.
+    signs: Whether the input is a code of 1 bit that holds no zeros.
+    products: "popcount", "dot" or "portable".
+  """
   on_cpu = products != "portable" and jax.default_backend() == "cpu"
   if op.groups > 1:
     if math.prod(op.kernel.shape[1:]) <= _TERMS:
       return _shifted(op, kind, result, on_cpu)
     return _split(op, kind, result, signs, products)
-  # Windows are put together pixel by pixel, which takes long for very large ones.
+  # Windows are assembled pixel by pixel, which is slow for very large ones.
   large = math.prod(op.kernel.shape[1:3]) > _PIXELS and kind.shape[:2] != op.window
   if products == "popcount" and _counts(op, kind) and not large:
     return _popcount(op, kind, result, signs)
@@ -157,7 +208,7 @@ def _conv(op, kind, result, signs, products):
 
 
 def _split(op, kind, result, signs, products):
-  """A convolution in groups, as one of a single group that is mapped over them."""
+  """The rule of grouped convolutions: an ungrouped one is mapped over the groups."""
   kind = kind._replace(shape=(*kind.shape[:2], op.kernel.shape[-1]))
   result = result._replace(shape=(*result.shape[:2], len(op.kernel) // op.groups))
   made = [_conv(op._replace(kernel=kernel, groups=1), kind, result, signs, products)
@@ -175,10 +226,11 @@ def _split(op, kind, result, signs, products):
 
 
 def _shifted(op, kind, result, on_cpu):
-  """A convolution in groups of few terms.
+  """The rule of grouped convolutions whose sums have few terms, such as depthwise ones.
 
-  For each weight of a kernel, inputs that are shifted to its place are multiplied by
-  that weight of every output channel.
+  For each position in the kernel, the input is shifted by that position. The shifted
+  input is multiplied by the weights of all output channels at this position, and the
+  products are added up.
   """
   out, *window, channels = op.kernel.shape
   floats = result.kind == "FLOAT"
@@ -201,36 +253,59 @@ def _shifted(op, kind, result, on_cpu):
   return [np.True_, _weights(op)], function
 
 
-# Products by population count. An operand consists of planes of bits: signs (1 is
-# minus; integers have none) and masks, each with a size that it marks. For the masks M
-# and the signs s of products, a sum of products is
+# Products by population count.
 #
-#   sum of size * (popcount(M) - 2 popcount(M & s)),
+# An operand is a set of bit-planes: a plane of signs (1 is minus), and masks. Mask i
+# marks the channels in which the operand has the size `sizes[i]`. A code of n bits has
+# these masks:
 #
-# where the first part is known beforehand unless both operands have masks. Without
-# any, M is all ones.
+#   1 bit   none; every channel has size 1
+#   2 bits  size 1
+#   3 bits  sizes 1, 2 and 4
+#
+# A code of 1 bit that also holds zeros has the mask of 2 bits. An accumulator is an
+# integer in two's complement. It has no plane of signs. Its masks are its bits, with
+# sizes 1, 2, 4, ... and a negative last size.
+#
+# A channel with sizes a and b and signs s_x and s_w in the two operands has a product
+# of size a * b and sign s = s_x ^ s_w. Let M be the mask of all channels whose product
+# has a certain size. Of these products, popcount(M & s) are negative and the others are
+# positive. The sum of all products therefore is
+#
+#   sum over all sizes of  size * (popcount(M) - 2 * popcount(M & s)).
+#
+# The second popcount depends on both operands and is computed for each output. The
+# first one depends on both operands only if both have masks. If the input has no masks,
+# the terms size * popcount(M) add up to the sum of the sizes of the weights, which is a
+# constant of each output channel. If the weights have none, they add up to the sum of
+# the sizes of the input, which is the same for all output channels.
 
 
 def _counts(op, kind):
-  """Whether popcounts are a way; of integers times 3 bits they would be too many."""
+  """Whether "popcount" suits a convolution.
+
+  Products of integers and weights of 3 bits would take too many population counts.
+  """
   return not isinstance(op.bits, str) and (
       kind.kind == "CODE" or kind.kind == "INT" and op.bits < 3)
 
 
 def _sizes(bits):
+  """Returns the sizes that the masks of a code mark."""
   return ([], [1], [1, 2, 4])[bits - 1]
 
 
 def _code_planes(xp, codes, sizes):
-  """Bits (..., planes) of codes: signs, then where codes are of each size."""
+  """Returns the planes of codes as bits, (..., planes): the signs, then the masks."""
   masks = [abs(codes) == i + 1 for i in range(len(sizes))]
   return xp.stack([codes < 0, *masks], -1)
 
 
 def _words(xp, bits):
-  """Bits (..., channels, planes) -> uint32 (..., words * planes).
+  """Packs bits (..., channels, planes) to words, uint32 (..., words * planes).
 
-  Channel c is bit c // words of word c % words: vectors need no shuffles for it.
+  Channel c becomes bit c // words of word c % words. Vector instructions need no
+  shuffles for this order.
   """
   *rest, channels, planes = bits.shape
   words = -(-channels // _WORD)
@@ -241,11 +316,14 @@ def _words(xp, bits):
 
 
 def _popcount(op, kind, result, signs):
-  """A convolution of integers: its arrays, and the function of these and the input."""
+  """The rule of convolutions by population count.
+
+  The weights are split into blocks of output channels and chunks of words, see `_sums`.
+  """
   out, *window, channels = op.kernel.shape
-  narrow = channels < _WORD  # Then words go across the window's pixels.
+  narrow = channels < _WORD  # If so, a word holds channels of several pixels.
   integer = kind.kind == "INT"
-  planes = int(kind.bound.max()).bit_length() + 1  # Bits of two's complement.
+  planes = int(kind.bound.max()).bit_length() + 1  # Bits of an integer with its sign.
   if integer:
     x_sizes = [*(1 << i for i in range(planes - 1)), -1 << planes - 1]
   else:
@@ -259,7 +337,7 @@ def _popcount(op, kind, result, signs):
   chunks = -(-count * max(1, len(w_sizes), len(x_sizes)) // _TERMS)
   step = -(-count // chunks)
   chunks = -(-count // step)
-  # Weights that are used for one pixel gain nothing from the cache.
+  # Weights that are used for one pixel only gain nothing from the cache.
   blocks = -(-out // _LANES) if chunks > 1 and result.shape[:2] != (1, 1) else 1
   lanes = -(-out // blocks)
   words = np.pad(words, [(0, blocks * lanes - out), (0, chunks * step - count), (0, 0)])
@@ -311,12 +389,16 @@ def _ones(x):
 
 
 def _sums(yes, x, w, x_sizes, w_sizes):
-  """Sums of products, but for what is known beforehand.
+  """Computes the part of all sums of products that depends on both operands.
 
   Args:
-    x: uint32 (pixels, words, planes).
-    w: uint32 (blocks, chunks, words of a chunk, planes, lanes).
-    x_sizes, w_sizes: of their last planes; one more before these is of signs.
+    yes: As for `_apart`.
+    x: Planes of the input, uint32 (pixels, words, planes).
+    w: Planes of the weights, uint32 (blocks, chunks, words of a chunk, planes, lanes).
+    x_sizes: Sizes that the masks of the input mark. The masks are its last planes; a
+      plane of signs may precede them.
+    w_sizes: Sizes that the masks of the weights mark. The masks are their last planes,
+      and a plane of signs precedes them.
 
   Returns:
     int32 (pixels, blocks * lanes).
@@ -344,7 +426,17 @@ def _sums(yes, x, w, x_sizes, w_sizes):
 
 
 def _product(x, w, x_sizes, w_sizes):
-  """The part of a sum that planes (pixels, 1) and (lanes,) of a word make."""
+  """Computes the contribution of one word of channels to `_sums`.
+
+  Args:
+    x: Planes of the input, each uint32 (pixels, 1).
+    w: Planes of the weights, each uint32 (lanes,).
+    x_sizes: As for `_sums`.
+    w_sizes: As for `_sums`.
+
+  Returns:
+    int32 (pixels, lanes).
+  """
   signs = x[0] ^ w[0] if len(x) > len(x_sizes) else w[0]
   x_masks = zip(x_sizes, x[-len(x_sizes):]) if x_sizes else [(1, None)]
   w_masks = list(zip(w_sizes, w[1:])) if w_sizes else [(1, None)]
@@ -355,7 +447,8 @@ def _product(x, w, x_sizes, w_sizes):
         mask = w_mask if x_mask is None else x_mask
       else:
         mask = x_mask & w_mask
-      # A code is marked in one size only. Hence a mask may hold several products.
+      # A channel of a code has one size at most. Therefore the masks of two pairs of
+      # sizes do not overlap, and pairs with the same product share one mask.
       masks[a * b] = masks[a * b] | mask if a * b in masks else mask
   total = 0
   for size, mask in masks.items():
@@ -367,10 +460,21 @@ def _product(x, w, x_sizes, w_sizes):
 
 
 def _border(op, levels, size, result):
-  """What the border would add to sums if it held 1, by kind of row and of column.
+  """Computes what the border would add to the sums if all of it held the level 1.
+
+  The window of an output pixel is outside the input in some of its rows and columns.
+  Output rows whose windows agree in this share an entry of the table, and so do output
+  columns. An entry is the sum of all weights minus the sum of the weights inside.
+
+  Args:
+    op: The convolution.
+    levels: Integer levels of its weights, (out, height, width, channels).
+    size: Shape of its input; height and width come first.
+    result: Shape of its result; height and width come first.
 
   Returns:
-    int32 (rows, columns, out), and each row's and column's index into it.
+    The table, int32 (rows, columns, out), and the index into it of each output row and
+    of each output column.
   """
   inside, indices = [], []
   for axis in range(2):
@@ -386,11 +490,18 @@ def _border(op, levels, size, result):
   return sums.sum((1, 2), dtype=np.int32) - within, *indices
 
 
-# Products of numbers.
+# Products by multiplication.
 
 
 def _dot(op, kind, result, cpu):
-  """As `_popcount`; of floats, too. `cpu`: whether to choose what is fast on CPUs."""
+  """The rule of convolutions by multiplication, of integers, codes or floats.
+
+  Args:
+    op: The convolution.
+    kind: Kind of its input.
+    result: Kind of its result.
+    cpu: Whether to choose the operations that are fast on CPUs.
+  """
   out = len(op.kernel)
   floats = result.kind == "FLOAT"
   if floats or (cpu or kind.kind == "INT") and result.bound.max() <= _FLOAT_EXACT:
@@ -407,7 +518,7 @@ def _dot(op, kind, result, cpu):
       acc = lax.conv_general_dilated(
           x, kernel, op.strides, "VALID", rhs_dilation=op.dilation,
           dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
-    else:  # There algorithms of convolutions may round, and not know int8.
+    else:  # Convolutions of accelerators may round, and may not support int8.
       acc = lax.dot_general(_patches(x, op), kernel.reshape(-1, out),
                             (((3,), (0,)), ((), ())), **options)
     return acc.astype(np.float32 if floats else np.int32)
@@ -420,17 +531,29 @@ def _dot(op, kind, result, cpu):
 
 
 def _weights(op):
-  """The kernel as an operand: packed, or of a float format (height, width, in, out)."""
+  """Returns the kernel as an operand.
+
+  A kernel of levels is packed by `_pack`. One in a float format is an array of that
+  dtype, (height, width, in, out).
+  """
   if isinstance(op.bits, str):
     return op.kernel.transpose(1, 2, 3, 0).astype(packed.float_dtype(op.bits))
   return _pack(op.kernel, op.bits)
 
 
 def _numbers(op, kind, floats, kernel, x, dtype):
-  """The factors of a convolution: its kernel and its input with the border.
+  """Returns the two factors of a convolution.
 
-  The kernel (height, width, in, out) is unpacked from what `_weights` packed. `floats`
-  says whether the sums are FLOAT.
+  Args:
+    op: The convolution.
+    kind: Kind of its input.
+    floats: Whether its sums are FLOAT.
+    kernel: Kernel as `_weights` returns it.
+    x: Input without its border.
+    dtype: Dtype of the factors.
+
+  Returns:
+    The kernel (height, width, in, out), and the padded input.
   """
   out, *shape = op.kernel.shape
   if not isinstance(op.bits, str):
@@ -446,7 +569,11 @@ def _numbers(op, kind, floats, kernel, x, dtype):
 
 
 def _pack(codes: Any, bits: int) -> list[np.ndarray]:
-  """Planes of bits, of uint8 (sums / 8, out): vectors unpack them without shuffles."""
+  """Packs codes (out, ...) to bit-planes, each uint8 (terms of a sum / 8, out).
+
+  Bit i of the bytes holds the i-th of eight equal ranges of terms. Vector instructions
+  unpack this order without shuffles.
+  """
   codes = codes.reshape(len(codes), -1).T
   codes = np.pad(codes, [(0, -len(codes) % 8), (0, 0)]).reshape(8, -1, len(codes.T))
   size = abs(codes)
@@ -455,7 +582,7 @@ def _pack(codes: Any, bits: int) -> list[np.ndarray]:
 
 
 def _unpack(planes, shape):
-  """The other way: the levels, int8 of a shape (height, width, in, out)."""
+  """Unpacks the planes of `_pack` to levels, int8 (height, width, in, out)."""
   shifts = np.arange(8, dtype=np.uint8)[:, None, None]
   sign, *size = ((plane >> shifts & 1).astype(np.int8) for plane in planes)
   level = 2 * sign - 1
@@ -464,7 +591,7 @@ def _unpack(planes, shape):
   return level.reshape(-1, shape[-1])[:math.prod(shape[:-1])].reshape(shape)
 
 
-# What stands between convolutions.
+# Operations between convolutions.
 
 
 def _pool(op, kinds):
@@ -478,7 +605,7 @@ def _pool(op, kinds):
     else:
       combine = lax.max
       fill = -np.inf if kind.kind == "FLOAT" else jnp.iinfo(x.dtype).min
-    if math.prod(op.window) <= 9:  # Faster on CPUs.
+    if math.prod(op.window) <= 9:  # For small windows this is faster on CPUs.
       return functools.reduce(combine, _windows(
           _pad(x, op.pads, fill), op.window, op.strides))
     top, bottom, left, right = op.pads
@@ -490,7 +617,7 @@ def _pool(op, kinds):
 
 
 def _threshold(op, kinds):
-  # acc <= t is ~acc >= ~t.
+  # Falling channels compare acc <= t, which is the same as ~acc >= ~t.
   flip = -op.falling.astype(np.int32)
 
   def function(arrays: Any, x: Any, shortcut: Any = None) -> Any:
@@ -506,14 +633,14 @@ def _threshold(op, kinds):
 
 
 def _affine(op, arrays, x):
-  """Batch norm, rounded as in NumPy."""
+  """Computes batch norm with the rounding of NumPy."""
   center, scale, constant = arrays
   y = _rounded(x.astype(np.float32) * np.float32(op.unit))
   return _rounded((y - center) * scale) + constant
 
 
 def _rounded(product):
-  """Keeps LLVM from fusing a product into the next sum; barriers do not."""
+  """Keeps LLVM from fusing a product into the next sum, which barriers do not."""
   largest = np.finfo(np.float32).max
   return jnp.clip(product, -largest, largest)
 
