@@ -1,4 +1,4 @@
-"""Everything that the commands share: flags, help, and one-line errors with code 2."""
+"""Runs the commands: parses flags, prints help, and reports errors in one line."""
 
 import contextlib
 import difflib
@@ -25,25 +25,28 @@ from minw import paths
 from minw import text
 from minw import usage
 
-_FLUSH_SECONDS = 5.0  # How long an error's last output may take.
+_FLUSH_SECONDS = 5.0  # Time limit for the last output of a process that ends.
 _COMMON = ("help", "version", "quiet", "verbosity")  # Flags of all commands.
 
 
-# Names of flags that must be given, see `require`.
+# Names of required flags, see `require`.
 _required: set[str] = set()
 
 
 def require(*names: str) -> None:
-  """Makes flags of the command required; positional arguments count as their flag."""
+  """Makes flags of the command required.
+
+  A positional argument counts as a value of the flag that takes such arguments.
+  """
   _required.update(names)
 
 
 def DEFINE_path(name: str, default: str | None, help: str) -> None:
-  """Defines a flag whose value is a path; every path on a command line is one.
+  """Defines a flag whose value is a path, in which `~` and variables are expanded.
 
   Args:
     name: Name of the flag.
-    default: Its default.
+    default: Default value.
     help: One sentence on what the path is.
   """
   flags.DEFINE(_Path(), name, default, help)
@@ -58,13 +61,13 @@ def DEFINE_paths(name: str, help: str, positional: bool = False) -> None:
   Args:
     name: Name of the flag.
     help: One sentence on what the paths are.
-    positional: Whether arguments that are not flags are such paths, too.
+    positional: Whether arguments that are not flags are added to the list.
   """
   flags.DEFINE_flag(_Paths(name, help, positional))
 
 
 class _Path(flags.ArgumentParser):
-  """Expands `~` and variables."""
+  """Parser of a path that expands `~` and variables."""
 
   def parse(self, argument: str) -> str:
     return paths.expand(argument)
@@ -74,24 +77,28 @@ class _Path(flags.ArgumentParser):
 
 
 class _Paths(flags.MultiFlag):
-  """A list of paths that flags and, if it is positional, other arguments add to."""
+  """A flag whose value is a list of paths.
+
+  Each use of the flag adds to the list. If the flag is positional, so does each
+  argument that is not a flag.
+  """
 
   def __init__(self, name: str, help: str, positional: bool):
     self.positional = positional
     super().__init__(flags.ArgumentParser(), None, name, [], help)
-    self.help = help  # MultiFlag has added a line.
+    self.help = help  # Removes the line that MultiFlag appends.
 
   def flag_type(self) -> str:
     return "paths"
 
   def parse(self, arguments: str | Iterable[str]) -> None:
-    """Adds the paths of one or more values of the flag, each perhaps a list."""
+    """Adds the paths of one or more values of the flag, each of which may be a list."""
     values = [arguments] if isinstance(arguments, str) else arguments
     for value in values:
       self._add(value, paths.several)
 
   def take(self, argument: str) -> None:
-    """Adds the paths of a positional argument, in which commas have no meaning."""
+    """Adds the paths of a positional argument, in which commas are not special."""
     self._add(argument, paths.matching)
 
   def _add(self, value: str, read: Callable[[str], list[str]]) -> None:
@@ -103,7 +110,7 @@ class _Paths(flags.MultiFlag):
 
 
 def show_progress() -> None:
-  """Lets minw's own messages of progress through, unless the user wants less."""
+  """Shows minw's own messages of progress unless --quiet or --verbosity was given."""
   if not (flags.FLAGS.quiet or flags.FLAGS["verbosity"].present):
     std_logging.getLogger("minw").setLevel(std_logging.INFO)
 
@@ -115,18 +122,29 @@ def note(line: str) -> None:
 
 
 def print_error(message: str) -> None:
-  """Prints an error to stderr, as one line in which nothing foreign is as it was."""
+  """Prints an error to stderr, as one line with escapes for unprintable characters."""
   print(f"error: {text.printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def guarded(function: Callable, *arguments: Any) -> Any:
-  """Calls `function`, and ends the process at once if that raises an error.
+  """Calls `function`; if it raises an error, the process ends at once.
 
-  An `errors.UsageError` is printed as one line and exits with its code, which is 2 for
-  bad input. An error of the file system is one line, too, and exits with 74. An
-  interrupt (SIGINT) exits with 130. Output to a pipe that no one reads any more, as
-  after `| head`, exits with 141 and says nothing. Any other exception is a bug, whose
-  traceback is printed; the code is 1. `--verbosity=1` shows all tracebacks.
+  The error determines the output and the exit code:
+
+    errors.UsageError   one line, and the error's code, which is 2 for bad input
+    OSError of a file   one line, and code 74
+    SIGINT              one line, and code 130
+    closed pipe         no output, and code 141; an example is output to `| head`
+    any other error     the traceback, and code 1: this is a bug
+
+  With `--verbosity=1` all tracebacks are printed.
+
+  Args:
+    function: Function to call.
+    *arguments: Its arguments.
+
+  Returns:
+    The result of the function.
   """
   try:
     try:
@@ -140,7 +158,7 @@ def guarded(function: Callable, *arguments: Any) -> Any:
     _end(exit_codes.INTERRUPTED, _one_line("interrupted", error))
   except BrokenPipeError as error:
     if _output_is_closed():
-      os._exit(exit_codes.BROKEN_PIPE)  # There is nothing left to flush.
+      os._exit(exit_codes.BROKEN_PIPE)  # No output is left to flush.
     _end_with_traceback(error)
   except Exception as error:
     if logging.get_verbosity() >= logging.DEBUG:
@@ -154,7 +172,7 @@ def guarded(function: Callable, *arguments: Any) -> Any:
 
 
 def _one_line(message: str, error: BaseException) -> str:
-  """A message and the notes of an error, as one line without control characters."""
+  """Joins a message and the notes of an error to a line without control characters."""
   message = "; ".join([message, *getattr(error, "__notes__", ())])
   return text.printable(" ".join(message.split()))
 
@@ -164,15 +182,16 @@ def _end_with_traceback(error: BaseException) -> NoReturn:
 
 
 def _end(code: int, message: str) -> NoReturn:
-  """Prints a message and ends the process now.
+  """Prints a message and ends the process at once.
 
-  The ordinary end of a Python process waits for its threads, and those of a library
-  whose work has failed may wait for minutes: Orbax's for a checkpoint that could not be
-  written, JAX's for other processes. Everything else that ends with a process, such as
-  locks and data workers, does not need that.
+  A Python process usually waits for its threads before it ends. After a failure,
+  threads of libraries may take minutes: those of Orbax for a checkpoint that could not
+  be written, those of JAX for other processes. Locks and data workers need no such wait
+  to be cleaned up.
   """
   with contextlib.suppress(OSError, ValueError, RuntimeError):
-    timer = threading.Timer(_FLUSH_SECONDS, os._exit, [code])  # Who reads may be stuck.
+    # The reader of the output may be stuck, and so would be the flush below.
+    timer = threading.Timer(_FLUSH_SECONDS, os._exit, [code])
     timer.daemon = True
     timer.start()
   steps: list[Callable[[], Any]] = [std_logging.shutdown]
@@ -187,7 +206,7 @@ def _end(code: int, message: str) -> NoReturn:
 
 
 def _output_is_closed() -> bool:
-  """Whether standard output or error is a pipe that has lost its reader."""
+  """Whether standard output or standard error is a pipe without a reader."""
   pipes = select.poll()
   for number in (1, 2):
     pipes.register(number, 0)
@@ -201,30 +220,32 @@ def run(
 ) -> NoReturn:
   """Runs a command: defines its flags, parses `sys.argv` and calls its `main`.
 
-  Errors, from the flags or from `main`, end the process as `guarded` says. `--help`
-  prints the docstring of the module that `define_flags` is in, and the flags.
+  Errors in the flags or in `main` end the process as `guarded` describes. `--help`
+  prints the docstring of the module that defines `define_flags`, and the flags.
 
   Args:
-    main: Function that does the work. Its result is the exit code, None being 0. A
+    main: Function that does the work. Its result is the exit code; None stands for 0. A
       command with subcommands has a mapping from their names to such functions.
-    define_flags: Function that defines the command's flags. It is called without
-      arguments, or with the name of the subcommand if there are subcommands. Nothing
-      is defined when a module is imported, because modules share names of flags.
-    program: How the user started the command, if `sys.argv` does not say it.
+    define_flags: Function that defines the flags of the command. It is called without
+      arguments, or with the name of the subcommand if there are subcommands. Importing
+      a module must not define flags, because modules share names of flags.
+    program: Command line that started the program, without its arguments. By default it
+      is derived from `sys.argv`.
   """
   faulthandler.enable()
   logging.use_absl_handler()
-  if isinstance(sys.stdout, io.TextIOWrapper):  # Its encoding may lack characters.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # Without this, characters that the encoding lacks would raise an error.
     sys.stdout.reconfigure(errors="backslashreplace")
   _exchange_interrupt(signal.SIG_DFL, signal.default_int_handler)  # See minw.__init__.
   try:
     sys.exit(guarded(_run, main, define_flags, program or _program()))
-  finally:  # From here on, an interrupt would only be a traceback.
+  finally:  # From here on, an interrupt would only print a traceback.
     _exchange_interrupt(signal.default_int_handler, signal.SIG_DFL)
 
 
 def _exchange_interrupt(old: Any, new: Any) -> None:
-  """Handles SIGINT by `new` where it was handled by `old`; it may also be ignored."""
+  """Replaces the handler `old` of SIGINT by `new`, and keeps any other handler."""
   if signal.getsignal(signal.SIGINT) == old:
     signal.signal(signal.SIGINT, new)
 
@@ -259,11 +280,11 @@ def _define_common_flags() -> list[flags.Flag]:
   flags.DEFINE_bool("help", False, "Print this text and exit.", short_name="h")
   flags.DEFINE_bool("version", False, "Print the version of minw and exit.")
   flags.DEFINE_bool(
-      "quiet", False, "Print results and errors, no progress and no warnings.",
+      "quiet", False, "Print results and errors, but no progress and no warnings.",
       short_name="q")
   flags.FLAGS["verbosity"].help = (
-      "What is logged: -2 errors, -1 warnings, 0 information, also of libraries, and 1 "
-      "details, with the tracebacks of bad input.")
+      "Amount of logging: -2 for errors, -1 for warnings, 0 for information, also from "
+      "libraries, and 1 for details and the tracebacks of bad input.")
   return [flags.FLAGS[name] for name in _COMMON]
 
 
@@ -276,7 +297,7 @@ def _define(define_flags: Callable[[], None]) -> list[flags.Flag]:
 
 @contextlib.contextmanager
 def defined(define_flags: Callable[[], None]) -> Iterator[list[flags.Flag]]:
-  """The flags of a command, which exist inside this context only."""
+  """Defines the flags of a command inside this context, and yields them."""
   others = set(flags.FLAGS)
   try:
     yield _define(define_flags)
@@ -291,12 +312,12 @@ def asks_for_help(arguments: list[str]) -> bool:
 
 
 def _before_dashes(arguments: list[str]) -> list[str]:
-  """The arguments before `--`, after which nothing is a flag."""
+  """Returns the arguments before `--`. The arguments after it are not flags."""
   return arguments[:arguments.index("--")] if "--" in arguments else arguments
 
 
 def _take_subcommand(subcommands: Collection[str], optional: bool) -> str | None:
-  """Removes the first of `sys.argv` that is not a flag, and returns it."""
+  """Removes the first argument in `sys.argv` that is not a flag, and returns it."""
   names = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
   if not names:
     if optional:
@@ -309,7 +330,14 @@ def _take_subcommand(subcommands: Collection[str], optional: bool) -> str | None
 
 
 def _parse(own: list[flags.Flag]) -> None:
-  """Parses `sys.argv`, which may hold the flags of the command, `own`, and others."""
+  """Parses `sys.argv`.
+
+  Args:
+    own: Flags of the command.
+
+  Raises:
+    errors.UsageError: An argument is not allowed, or a required flag is missing.
+  """
   try:
     rest = flags.FLAGS(sys.argv)[1:]
   except flags.UnrecognizedFlagError as error:
@@ -334,10 +362,11 @@ def _parse(own: list[flags.Flag]) -> None:
 
 
 def _unknown_flag(name: str, own: list[flags.Flag]) -> errors.UsageError:
-  """The error for a flag that does not exist, with the nearest one of the command."""
+  """Returns the error for an unknown flag, with the most similar flag as a hint."""
   known = {}
   for full in [*_COMMON, *names(own)]:
-    known.setdefault(full.rpartition(".")[2], full)  # --seed is near --config.seed.
+    # A field also counts by its last name: --seed is a typo of --config.seed.
+    known.setdefault(full.rpartition(".")[2], full)
     known[full] = full
   near = difflib.get_close_matches(name, known, n=1)
   hint = f"did you mean --{known[near[0]]}?" if near else "see --help"
@@ -345,12 +374,12 @@ def _unknown_flag(name: str, own: list[flags.Flag]) -> errors.UsageError:
 
 
 def _illegal_value(message: str) -> errors.UsageError:
-  """The error for a value that a flag refuses, in one form for most kinds of flags."""
+  """Converts absl's error for the value of a flag to the form of `errors.bad_value`."""
   match = re.match(r"flag --([\w.]+)=(.*?): ", message, re.DOTALL)
   if match is None or match[1] not in flags.FLAGS:
     return errors.UsageError(message)
   name, value = match.groups()
-  if "." in name:  # For a field of --config absl quotes what Python says.
+  if "." in name:  # For a field of --config, absl's message quotes an error of Python.
     return errors.bad_value(
         name, value, f"of type {flags.FLAGS[name].parser.flag_type()}")
   allowed = flags.FLAGS[name].parser.syntactic_help
@@ -361,14 +390,14 @@ def _illegal_value(message: str) -> errors.UsageError:
 
 def _set_verbosity() -> None:
   if not flags.FLAGS["verbosity"].present:
-    # Libraries log much at INFO.
+    # Libraries log many messages at INFO.
     logging.set_verbosity(logging.ERROR if flags.FLAGS.quiet else logging.WARNING)
-  # A level of its own tells `display.shown` that a command has chosen it.
+  # `display.shown` takes a level set on this logger as the choice of a command.
   std_logging.getLogger("minw").setLevel(std_logging.root.level)
 
 
 def names(own: Iterable[flags.Flag]) -> Iterator[str]:
-  """Names of flags, and of the fields that may follow them: config, config.seed, ..."""
+  """Yields the names of flags and of their fields, such as config and config.seed."""
   for flag in own:
     yield flag.name
     for field in getattr(flag.parser, "fields", ()):
@@ -376,7 +405,7 @@ def names(own: Iterable[flags.Flag]) -> Iterator[str]:
 
 
 def _program() -> str:
-  """How the running command was started."""
+  """Returns the command line that started this process, without its arguments."""
   spec = getattr(sys.modules["__main__"], "__spec__", None)
   if spec:
     return f"python -m {spec.name.removesuffix('.__main__')}"

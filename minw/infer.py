@@ -1,14 +1,15 @@
-"""Inference of packed networks: `python -m minw.infer --model=FILE --images=FILES`.
+"""Runs packed networks on images: `python -m minw.infer --model=FILE --images=FILES`.
 
-FILE is what `minw.pack` wrote, or the name of a network that comes with minw:
-`shipped`.
+FILE is a file that `minw.pack` wrote, or the name of a network that comes with minw;
+see `shipped`.
 
   network = infer.load("net.minw")
   network.predict(["a.png", "b.jpg"])  # Labels and scores.
   logits = network.logits(images)      # uint8 (batch, height, width, channels)
 
-needs NumPy, Pillow and the native library. Where that was not built, JAX runs the
-network, or slowly NumPy; nothing that training needs is imported.
+Inference needs NumPy, Pillow and the native library. If the library was not built, JAX
+runs the network, or NumPy if JAX is not installed, which is slow. None of the
+dependencies of training is imported.
 """
 
 import functools
@@ -37,8 +38,9 @@ from minw.kernels import reference
 _log = logging.getLogger(__name__)
 
 BACKENDS = ("native", "xla", "reference")
-_BATCH = 256  # Most images that are read and run at a time, ...
-_BATCH_BYTES = 2**26  # ... and most bytes of them.
+# Image files are read and run in batches of at most this many images and bytes.
+_BATCH = 256
+_BATCH_BYTES = 2**26
 
 
 class Prediction(NamedTuple):
@@ -69,11 +71,11 @@ class Network:
   Copies and pickles are made from the content of the file.
 
   Attributes:
-    program: What the network computes, see `minw.packed`.
-    labels: A name for each class; its number where the file has none.
-    name: The file's name without its ending; None where the network is from no file.
-    backend: One of `BACKENDS`.
-    threads: How many threads the native path uses.
+    program: The network's operations, see `minw.packed`.
+    labels: Names of the classes; their numbers if the file holds no names.
+    name: Name of the file without its ending; None if the network is not from a file.
+    backend: Inference backend, one of `BACKENDS`.
+    threads: Number of threads of the native backend.
   """
 
   def __init__(
@@ -83,14 +85,14 @@ class Network:
       threads: int | None = None,
       limits: packed.Limits = packed.Limits(),
   ):
-    """See `load`, whose arguments these are.
+    """Loads a network, as `load` does.
 
     Args:
       source: Path of a file, name of a network that comes with minw, content of a file,
         or a program.
-      backend: One of `BACKENDS`; the first available one if None.
-      threads: Threads of the native path; as many as there are cores if None.
-      limits: The most that loading and running the network may cost.
+      backend: Inference backend, one of `BACKENDS`; the first available one if None.
+      threads: Number of threads of the native backend; one for each core if None.
+      limits: Largest memory and work that loading and running the network may take.
     """
     errors.check(backend in (None, *BACKENDS), "backend", backend,
                  f"one of {', '.join(BACKENDS)}")
@@ -109,7 +111,7 @@ class Network:
     self.backend = backend or default_backend()
     if self.backend == "native":
       self._native = native.load(self._data, limits)
-    elif self.backend == "xla":  # The only one that needs JAX.
+    elif self.backend == "xla":  # Only this backend needs JAX.
       try:
         import jax
       except ImportError as error:
@@ -132,10 +134,10 @@ class Network:
             f" backend={self.backend}{isa})")
 
   def logits(self, images: np.ndarray) -> np.ndarray:
-    """The logits of a batch.
+    """Computes the logits of a batch.
 
     Args:
-      images: uint8 (batch, *program.source_shape); the batch may be of any size.
+      images: uint8 (batch, *program.source_shape), of any batch size.
 
     Returns:
       float32 (batch, classes).
@@ -153,7 +155,13 @@ class Network:
     return reference.logits(self.program, images)
 
   def values(self, images: np.ndarray) -> list[np.ndarray]:
-    """All values, of the image and of each operation; see `reference.run`.
+    """Computes every value of the network for a batch.
+
+    Args:
+      images: uint8 (batch, *program.source_shape), of at least one image.
+
+    Returns:
+      The values of the image and of each operation; see `reference.run`.
 
     Raises:
       ValueError: The images have another shape or dtype, or there are none.
@@ -168,7 +176,7 @@ class Network:
       return [np.asarray(value) for value in self._xla_values(images)]
     return reference.run(self.program, images)
 
-  @functools.cached_property  # Few ask for values, which need operands of their own.
+  @functools.cached_property  # Values are rarely needed and have their own operands.
   def _xla_values(self):
     import jax
 
@@ -183,12 +191,12 @@ class Network:
       *,
       background: str = "black",
   ) -> list[Prediction]:
-    """The most probable classes of images.
+    """Predicts the most probable classes of images.
 
     Args:
       images: Path of an image file, several such paths, or uint8 (batch,
         *program.source_shape).
-      top: How many classes of each image.
+      top: Number of classes for each image.
       background: Color behind transparent parts of files: a name, #rrggbb or R,G,B.
 
     Returns:
@@ -215,13 +223,17 @@ class Network:
             for row, score in zip(order, scores)]
 
   def check_top(self, top: int) -> None:
-    """Raises `errors.UsageError` where there are not so many classes to predict."""
+    """Checks that the network has at least `top` classes.
+
+    Raises:
+      errors.UsageError: It has fewer, or `top` is less than 1.
+    """
     classes = self.program.num_classes
     errors.check(1 <= top <= classes, "top", top,
                  f"1 to {classes}, the number of classes")
 
   def kernels(self) -> list[tuple[str, str]]:
-    """Which kernel runs each operation: (name, kernel)."""
+    """Returns the name of each operation and of the kernel that runs it."""
     if self.backend == "native":
       return self._native.layers()
     return [(op.name, self.backend) for op in self.program.ops]
@@ -246,7 +258,7 @@ class Network:
 
 
 def _bits(program: packed.Program) -> str:
-  """Bits of weights and activations, such as W1A2."""
+  """Returns the bits of weights and activations, such as W1A2."""
   weights = {op.bits for op in program.ops if isinstance(op, packed.Conv)}
   activations = {op.bits for op in program.ops
                  if isinstance(op, (packed.Threshold, packed.FloatNorm))} - {None}
@@ -254,9 +266,9 @@ def _bits(program: packed.Program) -> str:
                  for letter, bits in (("W", weights), ("A", activations)) if bits)
 
 
-@functools.cache  # The warning is given once.
+@functools.cache  # The warning appears only once.
 def default_backend() -> str:
-  """The name of the fastest backend that is installed."""
+  """Returns the name of the fastest backend that is installed."""
   if native.available():
     return "native"
   backend, name = "reference", "NumPy"
@@ -274,22 +286,22 @@ def load(
   """Loads a packed network.
 
   Args:
-    path: of a file that `minw.pack` wrote; where there is none, the name of one of
-      the networks that come with minw.
-    backend: "native", "xla" or "reference"; the first that is there if None.
-    threads: of the native path; as many as there are cores if None.
-    limits: The most that loading and running the network may cost. A file that is
-      trusted may be loaded with higher ones, or with `packed.UNLIMITED`.
+    path: Path of a file that `minw.pack` wrote. If there is no such file, it is the
+      name of a network that comes with minw.
+    backend: "native", "xla" or "reference"; the first available one if None.
+    threads: Number of threads of the native backend; one for each core if None.
+    limits: Largest memory and work that loading and running the network may take. A
+      trusted file may be loaded with higher limits, or with `packed.UNLIMITED`.
 
   Raises:
     OSError: There is no such file or network, or it cannot be read.
-    ValueError: The file is not a packed network, is damaged, or is beyond `limits`.
+    ValueError: The file is not a packed network, is damaged, or exceeds `limits`.
   """
   return Network(path, backend, threads, limits)
 
 
 def _existing(path: str | os.PathLike) -> pathlib.Path:
-  """The path of a file or of a network that comes with minw."""
+  """Returns the path of a file, or of a network that comes with minw."""
   known = shipped()
   if not os.path.exists(path):
     if str(path) not in known:
@@ -300,13 +312,23 @@ def _existing(path: str | os.PathLike) -> pathlib.Path:
 
 
 def shipped() -> dict[str, pathlib.Path]:
-  """The networks that come with minw, by name; beside each is its card, NAME.md."""
+  """Returns the paths of the networks that come with minw, by name.
+
+  The card of each network, NAME.md, is beside its file.
+  """
   folder = pathlib.Path(__file__).parent / "networks"
   return {path.stem: path for path in sorted(folder.glob("*.minw"))}
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-  """Softmax over the classes: float32 (batch, classes) -> the same."""
+  """Computes the softmax over the classes.
+
+  Args:
+    logits: float32 (batch, classes).
+
+  Returns:
+    float32 (batch, classes).
+  """
   powers = np.exp(logits - logits.max(-1, keepdims=True))
   return powers / powers.sum(-1, keepdims=True)
 
@@ -315,19 +337,19 @@ def read_image(
     path: str | os.PathLike, shape: Sequence[int], shrink: bool = True,
     background: str = "black",
 ) -> np.ndarray:
-  """Reads an image file: upright, opaque, and of the shape that is asked for.
+  """Reads an image file as an upright and opaque image of the given shape.
 
-  An image of another size is scaled until its shorter side fits (unless it is larger
-  and `shrink` is false), and its centre is taken; see `images.centre`.
+  An image of another size is scaled until its shorter side fits, and its center is
+  cropped. A larger image is not scaled if `shrink` is false. See `images.centre`.
 
   Args:
     path: Path of the file.
     shape: (height, width, channels) of the result.
-    shrink: Whether a larger image is made smaller first.
+    shrink: Whether a larger image is scaled down before it is cropped.
     background: Color behind transparent parts: a name, #rrggbb or R,G,B.
 
   Returns:
-    uint8, of that shape.
+    uint8 (height, width, channels).
 
   Raises:
     ValueError: The file cannot be read as an image; the message names the file.
@@ -340,12 +362,12 @@ def read_image(
 
 
 def shrinks(program: packed.Program) -> bool:
-  """Whether larger images are made smaller for it, as they were in its evaluation."""
+  """Whether larger images are scaled down for a network, as in its evaluation."""
   return (program.metadata.get("config") or {}).get("eval_resize") != 0
 
 
 def image_files(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
-  """The image files among `paths` and in folders among them; see `image_files.find`."""
+  """Yields the image files in `paths` and in their folders; see `image_files.find`."""
   return image_files_lib.find(paths)
 
 
@@ -353,7 +375,10 @@ def read_images(
     files: Iterable[str | os.PathLike], shape: Sequence[int], shrink: bool = True,
     background: str = "black",
 ) -> np.ndarray:
-  """Image files as uint8 (files, height, width, channels); see `read_image`.
+  """Reads image files as one array; see `read_image` for the arguments.
+
+  Returns:
+    uint8 (files, height, width, channels).
 
   Raises:
     errors.UsageError: A file cannot be read as an image.
@@ -368,16 +393,18 @@ def predict_files(
     network: Network, files: Iterable[str | os.PathLike], top: int = 1, *,
     background: str = "black",
 ) -> Iterator[tuple[str | os.PathLike, Prediction | ValueError]]:
-  """Predicts image files a batch at a time; one that cannot be read stops no other.
+  """Predicts the classes of image files, in batches.
+
+  A file that cannot be read does not stop the others.
 
   Args:
     network: The network.
-    files: Paths, taken from the iterator only as they are read.
-    top: How many classes of each image.
+    files: Paths of the files. The iterator is advanced only as files are read.
+    top: Number of classes for each image.
     background: Color behind transparent parts: a name, #rrggbb or R,G,B.
 
   Yields:
-    Each path with its prediction, or with the error that says why there is none.
+    Each path with its prediction, or with the error that prevented one.
   """
   network.check_top(top)
   shape = network.program.source_shape
@@ -407,7 +434,11 @@ def _successful(
 
 
 def load_for_command(path: str, **options) -> Network:
-  """`load`, with errors for the user of a command."""
+  """Loads a packed network for a command; see `load`.
+
+  Raises:
+    errors.UsageError: The network cannot be loaded.
+  """
   try:
     return load(path, **options)
   except (OSError, ValueError) as error:
@@ -417,13 +448,22 @@ def load_for_command(path: str, **options) -> Network:
 def print_predictions(
     network: Network, files: Iterable[str | os.PathLike], top: int, background: str
 ) -> int:
-  """Prints a line for each image, and on standard error one for each that is bad.
+  """Prints the prediction of each image on a line.
+
+  An image that cannot be read gets a line on standard error instead.
+
+  Args:
+    network: The network.
+    files: Paths of the images.
+    top: Number of classes for each image.
+    background: Color behind transparent parts: a name, #rrggbb or R,G,B.
 
   Returns:
-    The exit code: 0; 1 where images are bad; 2 where that is the only one.
+    The exit code: 0 if all images were read, 2 if there was one image and it was not,
+    and 1 if any of several images was not.
   """
-  # Pillow warns of damaged metadata, which do not matter, and of large images, which
-  # are refused.
+  # Pillow warns about damaged metadata and about large images. Metadata do not matter
+  # here. A large image becomes an error.
   warnings.filterwarnings("ignore", module="PIL")
   warnings.simplefilter("error", Image.DecompressionBombWarning)
   hidden = sys.stderr.isatty() and not sys.stdout.isatty()
@@ -435,13 +475,13 @@ def print_predictions(
     else:
       bad += 1
       cli.print_error(f"images={os.fspath(file)!r}: {result}")
-    if hidden and count % 1000 == 0:  # Else the lines show the progress.
+    if hidden and count % 1000 == 0:  # The lines above do not show the progress.
       print(f"{count:,} images", file=sys.stderr)
   return 2 if bad == count == 1 else int(bad > 0)
 
 
 def _line(file: str | os.PathLike, prediction: Prediction) -> str:
-  """FILE, LABEL, SCORE and further labels and scores, with tabs between them."""
+  """Returns the file, then each label and its score, separated by tabs."""
   pairs = zip(prediction.labels, prediction.scores)
   fields = [os.fspath(file)]
   for label, score in pairs:
@@ -457,18 +497,19 @@ def define_flags() -> None:
   cli.DEFINE_paths("images", "Image files, or folders of them.", positional=True)
   flags.DEFINE_enum(
       "backend", None, BACKENDS,
-      "Engine that runs the network; the first of these that is available by default.")
+      "Inference backend; the first available one by default.")
   flags.DEFINE_integer(
-      "threads", None, "Threads of the native backend; one for each core by default.",
+      "threads", None,
+      "Number of threads of the native backend; one for each core by default.",
       lower_bound=1)
   flags.DEFINE_bool(
       "limits", True,
       "Whether to refuse a network that takes much memory or time for its"
-      " size. Leave it on for files that you do not trust.")
-  flags.DEFINE_bool("kernels", False, "Whether to list what ran each operation.")
+      " size. Leave this on for files that you do not trust.")
+  flags.DEFINE_bool(
+      "kernels", False, "Whether to list the kernel that ran each operation.")
   flags.DEFINE_integer(
-      "top", 1, "How many of the most probable classes are listed for each image.",
-      lower_bound=1)
+      "top", 1, "Number of classes that are listed for each image.", lower_bound=1)
   flags.DEFINE_string(
       "background", "black",
       "Color behind transparent parts of images: a name, #rrggbb or R,G,B.")
@@ -476,7 +517,7 @@ def define_flags() -> None:
 
 
 def main() -> int:
-  """Predicts the labels of images, as the flags say."""
+  """Predicts the labels of images as the flags say; returns the exit code."""
   f = flags.FLAGS
   network = load_for_command(
       f.model, backend=f.backend, threads=f.threads,
