@@ -1,21 +1,25 @@
-"""Trained variables -> the hard network's, the one that is evaluated and deployed.
+"""Folds trained variables to the hard network, which is evaluated and deployed.
 
 Batch norm in float32 is not one function: eager, jit and NumPy contract and fuse it
-differently, and codes next to a threshold flip. The hard network therefore computes
+differently, and codes next to a threshold flip. Therefore the hard network computes
 
     y = (acc - center) * scale + constant                       (`apply_norm`)
 
-with variables made here, once, on the host in float64, such that the product is the
-only rounding: accumulators are integer multiples of a power of two, `center` is rounded
-to the finest multiple for which `acc - center` is exact (so that y has the sign of
-batch norm, or is 0 where batch norm is that near to it), and `constant` is 0 unless
-`scale` is. Eager, jit and NumPy then give the same bits on every backend. Weights are
-put on their grid here too, as the mean magnitude in their thresholds also depends on
-the order of its sum.
+with variables that are computed here once, on the host, in float64. They are chosen
+such that only the product rounds:
 
-The hard network has levels only. Scales, of weights or of learned steps, are folded
-into the batch norm that follows, as are parameters that a network itself adds to sums
-or multiplies them with (`minw.affine`); where that cannot be, `fold` refuses.
+- Accumulators are integer multiples of a power of two. `center` is rounded to a
+  multiple of the finest power of two for which `acc - center` is exact. Therefore y has
+  the sign of batch norm, or is 0 if batch norm is close to 0.
+- `constant` is 0 unless `scale` is 0.
+
+Eager, jit and NumPy then give the same bits on every backend. Weights are quantized
+here for the same reason: their thresholds depend on a mean magnitude, which in float32
+depends on the order of summation.
+
+The hard network has levels only. Scales of weights and learned steps are folded into
+the batch norm that follows. So are parameters that the network itself adds to sums or
+multiplies sums by (`minw.affine`). `fold` raises an error if that is not possible.
 """
 
 from typing import Any, NamedTuple, Sequence
@@ -32,11 +36,12 @@ from minw import quantizers
 from minw import structure
 from minw.fold_probe import Probe as Probe
 
-LEAST_CENTER = 2.0 ** -40  # By the rules of docs/format.md.
+# Smallest magnitude of a center other than 0, by the rules of docs/format.md.
+LEAST_CENTER = 2.0 ** -40
 
 
 class Norm(NamedTuple):
-  """Batch norm of the hard network: float32 (channels,) each."""
+  """Batch norm of the hard network. Each field is float32 (channels,)."""
 
   center: Any
   scale: Any
@@ -44,7 +49,7 @@ class Norm(NamedTuple):
 
 
 class Rprelu(NamedTuple):
-  """The activation of ReActNet, see `layers.NormQuant`: float32 (channels,) each."""
+  """The activation of ReActNet, see `layers.NormQuant`. Each field is (channels,)."""
 
   gamma: Any
   beta: Any
@@ -52,27 +57,43 @@ class Rprelu(NamedTuple):
 
 
 def apply_norm(acc: jax.Array, norm: Norm) -> jax.Array:
-  """The hard network's batch norm: float32 (..., channels) -> the same."""
-  # Where XLA sees a constant of 0 it may fuse the product into the next addition.
+  """Computes the batch norm of the hard network.
+
+  Args:
+    acc: Accumulators, float32 (..., channels).
+    norm: Variables of the batch norm.
+
+  Returns:
+    float32 (..., channels).
+  """
+  # If XLA knew that a constant is 0, it might fuse the product into the next addition.
   norm = Norm(*(lax.broadcast_to_rank(value, acc.ndim)
                 for value in lax.optimization_barrier(tuple(norm))))
   return (acc - norm.center) * norm.scale + norm.constant
 
 
 def apply_rprelu(y: jax.Array, rprelu: Rprelu) -> jax.Array:
-  """ReActNet's activation, float32 (..., channels) -> the same; beta is at least 0."""
+  """Computes ReActNet's activation.
+
+  Args:
+    y: float32 (..., channels).
+    rprelu: Parameters, whose `beta` is at least 0.
+
+  Returns:
+    float32 (..., channels).
+  """
   below = y - rprelu.gamma
-  # A product that feeds a sum directly may be fused with it, and rounded once.
+  # XLA may fuse a product into the sum that follows, and round only once.
   product = lax.optimization_barrier(below * rprelu.beta)
   return jnp.where(below > 0, below, product) + rprelu.zeta
 
 
 def fold_rprelu(rprelu: Rprelu, output_scale: float = 1.0) -> Rprelu:
-  """The hard network's activation.
+  """Folds ReActNet's activation to that of the hard network.
 
   Args:
-    rprelu: The trained parameters.
-    output_scale: As for `fold_norm`: input and output are divided by that.
+    rprelu: Trained parameters.
+    output_scale: Divisor of the input and the output, as for `fold_norm`.
   """
   gamma, beta, zeta = (np.asarray(field, np.float64) for field in rprelu)
   return Rprelu(*(
@@ -88,13 +109,15 @@ def fold_kernel(
     thresholds: Sequence[float] = (),
     step: float | None = None,
 ) -> np.ndarray:
-  """Weights on their grid, with the thresholds of `quantizers.weight_grid` in float64.
+  """Quantizes weights with the thresholds of `quantizers.weight_grid`, in float64.
 
   Args:
-    kernel: float (..., output channels).
-    bits: a grid's bits or a float format.
-    rule, thresholds: see `quantizers.weight_grid`.
-    step: if it is learned; thresholds are in units of it then, and there is no rule.
+    kernel: Weights, float (..., output channels).
+    bits: Bits of a grid, or name of a float format.
+    rule: Rule of the thresholds; see `quantizers.weight_grid`.
+    thresholds: Factors of the thresholds; see `quantizers.weight_grid`.
+    step: Learned step, or None. With a learned step, the thresholds are multiples of it
+      and `rule` is ignored.
 
   Returns:
     float32 of the shape of `kernel`.
@@ -114,24 +137,27 @@ def fold_kernel(
   unit = 1.0 if rule == "fixed" else np.abs(kernel).mean(axes)
   code = sum((np.abs(kernel) > factor * unit).astype(np.int8) for factor in factors)
   levels = np.concatenate([np.zeros(1, np.float32), magnitudes])[code]
-  return np.where(kernel < 0, -levels, levels) + np.float32(0)  # no -0
+  return np.where(kernel < 0, -levels, levels) + np.float32(0)  # Turns -0 into 0.
 
 
 def _without_denormals(x):
-  """`x` with 0, never -0, in place of magnitudes below `quantizers.SMALLEST`."""
+  """Returns `x` with 0, never -0, for magnitudes below `quantizers.SMALLEST`."""
   return np.where(np.abs(x) < quantizers.SMALLEST, 0.0, x)
 
 
 def kernel_scale(
     kernel: np.ndarray, bits: int | str, weight_scale: str, step: float | None = None
 ) -> np.ndarray:
-  """What levels of a kernel are multiplied by in training: float64 () or (channels,).
+  """Returns the scale that multiplies the levels of a kernel in training.
 
   Args:
-    kernel: float (..., output channels).
-    bits: a grid's bits, or a float format, which has no scale.
-    weight_scale: see `estimators.WEIGHT_SCALES`.
-    step: if it is learned.
+    kernel: Weights, float (..., output channels).
+    bits: Bits of a grid, or name of a float format, which has no scale.
+    weight_scale: Kind of scale; see `estimators.WEIGHT_SCALES`.
+    step: Learned step, or None.
+
+  Returns:
+    float64 () or (channels,).
   """
   scale: Any = np.float64(1.0 if step is None else step)
   if quantizers.is_grid(bits) and weight_scale != "none":
@@ -152,31 +178,61 @@ def fold_norm(
     input_scale: np.ndarray | float = 1.0,
     output_scale: float = 1.0,
 ) -> Norm:
-  """Batch norm as center, scale and constant.
+  """Folds batch norm to center, scale and constant.
+
+  In training, batch norm computes
+
+      (input_scale * acc - mean) * scale / sqrt(var + epsilon) + bias,
+
+  and the result is divided by output_scale. That is (acc - center) * slope with
+
+      slope = scale / sqrt(var + epsilon) * input_scale / output_scale
+      center = mean / input_scale - bias / output_scale / slope.
+
+  `center` is rounded to a multiple of `tick`, the smallest power of two for which
+  |acc - center| is at most 2^23 ticks. If tick <= unit, every accumulator is a multiple
+  of `tick`, too. Therefore acc - center is an integer of at most 24 bits times `tick`,
+  and float32 holds it exactly.
+
+  Where this is not possible or has no effect, the result is flat: the scale is 0, and
+  the constant is the bias. This is so if
+
+  - the slope is 0, or slope * tick, the smallest y other than 0, is below
+    `quantizers.SMALLEST`
+  - the center is too large for float32, or so large that tick > unit
+  - accumulators are floats, and slope * acc is lost when it is added to the bias.
+
+  If input_scale is 0, the result does not depend on the accumulator and is flat, too.
 
   Args:
-    mean, var, scale, bias: (channels,), batch norm's.
-    epsilon: batch norm's.
-    bound: (channels,) the largest magnitude of an accumulator.
-    unit: (channels,) the power of two of which accumulators are multiples, or 0 where
-      they are floats (then no rounding of `center` is needed, or exactness claimed).
-      A bound over 2^22 units, which 4 and 5 bits can reach, counts as floats too.
-    input_scale: () or (channels,): batch norm's input in training is that times the
-      accumulator.
-    output_scale: positive: its output is to be divided by that.
+    mean: Mean of batch norm, (channels,).
+    var: Variance of batch norm, (channels,).
+    scale: Scale of batch norm, (channels,).
+    bias: Bias of batch norm, (channels,).
+    epsilon: Summand of the variance.
+    bound: Largest magnitude of an accumulator, (channels,).
+    unit: Power of two of which accumulators are multiples, (channels,), or 0 for
+      accumulators that are floats. For floats `center` is not rounded to ticks, and
+      acc - center need not be exact. Accumulators with a bound of more than 2^22 units,
+      which 4 and 5 bits can reach, are treated as floats.
+    input_scale: Factor of the accumulator in training, () or (channels,).
+    output_scale: Divisor of the output, positive.
+
+  Returns:
+    The folded batch norm, float32 (channels,) each.
   """
   mean, var, scale, bias, bound, unit = (
       np.asarray(a, np.float64) for a in (mean, var, scale, bias, bound, unit))
   slope = scale / np.sqrt(var + epsilon)
-  known = input_scale == 0  # Then the input is 0, whatever the accumulator.
+  known = input_scale == 0  # The input of batch norm is 0 for every accumulator.
   bias = np.where(known, bias - slope * mean, bias) / output_scale
   mean = np.where(known, 0.0, mean / np.where(known, 1.0, input_scale))
   slope = slope * input_scale / output_scale
-  # With more units no center in the range leaves acc - center exact: floats.
+  # With a larger bound, acc - center is not exact for every center within the range.
   unit = np.where(bound > 2.0 ** 22 * unit, 0.0, unit)
   with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
     center = np.where(slope == 0, 0.0, mean - bias / slope)
-    # acc - center needs 24 bits at most if both are multiples of `tick`.
+    # If both are multiples of `tick`, acc - center needs 24 bits at most.
     tick = np.exp2(np.ceil(np.log2(np.maximum(np.abs(center) + bound, unit))) - 23)
     rounded = np.where(unit > 0, np.round(center / tick) * tick, center)
     smallest = np.where(unit > 0, np.abs(slope) * tick, np.abs(slope))
@@ -184,11 +240,11 @@ def fold_norm(
         (slope == 0) | (smallest < quantizers.SMALLEST)
         | ~(np.abs(rounded) <= np.finfo(np.float32).max)
         | ((unit > 0) & (tick > unit))
-        # Floats: what the accumulator adds is lost in the rounding of the bias.
+        # For floats: the accumulator's share is lost when the bias is rounded.
         | ((unit == 0) & (
             np.abs(slope) * (bound + np.abs(mean)) * 2.0 ** 24 <= np.abs(bias))))
-    # A packed network holds no smaller one. Its sign counts: an accumulator of 0 is
-    # common.
+    # A packed network cannot hold a smaller center. The sign is kept, because it
+    # decides the sign of y for an accumulator of 0, which is common.
     rounded = np.where((unit == 0) & (np.abs(rounded) < LEAST_CENTER),
                        np.sign(rounded) * LEAST_CENTER, rounded)
   return Norm(
@@ -198,13 +254,14 @@ def fold_norm(
 
 
 class FoldedLayer(NamedTuple):
-  """A layer as `fold_layers` met it.
+  """A layer that `fold_layers` has folded.
 
   Attributes:
-    call: Its call.
-    name: Its path, with the iterations of loops around it: "block/conv[2]".
-    variables: Its trained variables, {"params", "batch_stats"}.
-    rows, output_rows: The probe before and after it.
+    call: Call of the layer in the traced network.
+    name: Path of the layer, with the iterations of enclosing loops: "block/conv[2]".
+    variables: Trained variables of the layer, {"params", "batch_stats"}.
+    rows: Rows of the probe at the input.
+    output_rows: Rows of the probe at the output.
   """
 
   call: structure.Call
@@ -215,11 +272,11 @@ class FoldedLayer(NamedTuple):
 
 
 class Folded(NamedTuple):
-  """What `fold_layers` returns.
+  """The result of `fold_layers`.
 
   Attributes:
-    hard: The hard network's variables, see `fold`.
-    layers: Its layers, in the order of their calls.
+    hard: Variables of the hard network, see `fold`.
+    layers: Layers in the order of their calls.
   """
 
   hard: dict[str, Any]
@@ -227,14 +284,14 @@ class Folded(NamedTuple):
 
 
 def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
-  """The hard network's variables, to be applied with mode="hard".
+  """Returns the variables of the hard network, for model.apply with mode="hard".
 
   Args:
-    model: a Flax module made of minw's layers. Around these it may use nn.jit, nn.remat
-      and nn.scan (with "hard" among its variable_axes), and parameters of its own as
-      `minw.affine` describes.
-    variables: {"params": ..., "batch_stats": ...}, on any device.
-    probe: of the input images, each field (height, width, channels).
+    model: Flax module made of minw's layers. Around them it may use nn.jit, nn.remat
+      and nn.scan (with "hard" among its variable_axes). It may have parameters of its
+      own, as `minw.affine` describes.
+    variables: Trained variables {"params": ..., "batch_stats": ...}, on any device.
+    probe: Probe of the input images, each field (height, width, channels).
 
   Returns:
     {"hard": tree of float32 NumPy arrays}: for each layer its `kernel`, or the fields
@@ -242,15 +299,24 @@ def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
     with their neutral values.
 
   Raises:
-    ValueError: a variable is not finite, which a grid would hide; a scale does not
-      fold; a layer is called twice and would need two hard versions; a parameter of the
-      network's own does not fold. The message names the layer or variable.
+    ValueError: A variable is not finite, which a grid would hide. Or a scale or a
+      parameter of the network itself does not fold, or a layer is called twice and
+      would need two hard versions. The message names the layer or variable.
   """
   return fold_layers(model, variables, probe).hard
 
 
 def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
-  """`fold`, with what is known of each layer."""
+  """Folds a network like `fold`, and also describes each of its layers.
+
+  Args:
+    model: As for `fold`.
+    variables: As for `fold`.
+    probe: As for `fold`.
+
+  Raises:
+    ValueError: The network does not fold; see `fold`.
+  """
   variables = jax.device_get(
       {name: variables.get(name, {}) for name in ("params", "batch_stats")})
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
@@ -280,9 +346,10 @@ def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
 
 
 def _check_cast(eqn, x, layers):
-  """Raises `ValueError` for a cast of numbers whose scale the hard network leaves out.
+  """Raises `ValueError` for a narrowing cast of numbers that have a scale.
 
-  It would round the trained network's numbers, and not the hard network's levels.
+  The hard network leaves out the scale. Such a cast would round the numbers of the
+  trained network differently from the levels of the hard network.
   """
   dtype = eqn.outvars[0].aval.dtype
   wide = dtype in (np.float32, np.float64) and eqn.primitive.name != "reduce_precision"
@@ -293,17 +360,23 @@ def _check_cast(eqn, x, layers):
 
 
 class _Folding:
-  """Folds the layers of a traced network, one after the other."""
+  """Folds the layers of a traced network, one after the other.
+
+  Attributes:
+    layers: Layers that have been folded.
+    used: Paths of the parameters that belong to layers.
+    neutral: Neutral values of the network's own parameters, by path.
+  """
 
   def __init__(self, calls: list[structure.Call]):
     self.layers: list[FoldedLayer] = []
-    self.used: set[str] = set()  # Paths of parameters that are a layer's.
+    self.used: set[str] = set()
     self.neutral: dict[str, float] = {}
     self._calls = calls
-    self._made: dict[str, list[np.ndarray]] = {}  # By the layer's name.
+    self._made: dict[str, list[np.ndarray]] = {}  # Hard variables, by layer's name.
 
   def apply(self, eqn: Any, given: list[Any], where: str) -> list[Any]:
-    """An equation's results, see `structure.evaluate`."""
+    """Returns the results of an equation; see `structure.evaluate`."""
     if eqn.primitive is not structure.layer_p:
       if eqn.primitive.name in affine.CASTS:
         _check_cast(eqn, given[0], self.layers)
@@ -313,7 +386,7 @@ class _Folding:
     x, shortcut, variables = call.split(given)
     for operand in (x, shortcut):
       if not isinstance(operand, affine.Activation | None):
-        raise structure.refusal(f"{name}: gets what does not depend on the image")
+        raise structure.refusal(f"{name}: its input does not depend on the image")
     affine.check_folded(shortcut, f"the shortcut of {name}")
     if "batch_stats" not in variables or not variables["batch_stats"]:
       affine.check_folded(x, name)
@@ -335,16 +408,16 @@ class _Folding:
     return [affine.Activation(rows), *leaves]
 
   def _check_again(self, name, leaves):
-    """A layer that is called again must come to the same variables, bit for bit."""
+    """Checks that further calls of a layer give the same variables, bit for bit."""
     before = self._made.setdefault(name, leaves)
     if any(a.tobytes() != b.tobytes() for a, b in zip(before, leaves)):
       raise structure.refusal(
           f"{name}: is called more than once, with inputs that need different hard"
-          " networks (another bound, unit or scale); give each call a layer of its own")
+          " networks (another bound, unit or scale); use one layer for each call")
 
 
 def _without_unit_scales(tree):
-  """A tree of hard variables without the shortcuts' scales that are 1."""
+  """Returns a tree of hard variables without shortcut scales that are all 1."""
   return {
       key: _without_unit_scales(value) if isinstance(value, dict) else value
       for key, value in tree.items()
@@ -352,7 +425,7 @@ def _without_unit_scales(tree):
 
 
 def _nested(leaves):
-  """The tree of leaves by path: "params/block/shift"."""
+  """Returns the tree of leaves that are given by path, such as "params/block/shift"."""
   tree = {}
   for path, leaf in leaves.items():
     *parents, name = path.split("/")
