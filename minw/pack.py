@@ -1,9 +1,10 @@
-"""Trained network -> packed network: `python -m minw.pack --workdir=DIR --out=FILE`.
+"""Packs a trained network: `python -m minw.pack --workdir=DIR --out=FILE`.
 
-The structure is read from the jaxpr of the hard mode, see `minw.structure`: layers are
-equations in it, and between them may stand what `_RULES` names. Nothing is registered,
-and what is not understood is refused. The thresholds are found
-by bisecting the hard layers themselves over all sums that there can be.
+The structure of the network is read from the jaxpr of its hard mode, see
+`minw.structure`. Each layer is one equation of the jaxpr. Between the layers, the
+equations that `_RULES` names are allowed, and all others are an error. Networks need
+not be registered. The thresholds of an activation are found by bisection: the hard
+layer itself is evaluated at integer accumulators between the bounds.
 """
 
 import collections
@@ -32,14 +33,14 @@ from minw.workdir import checkpoint
 
 
 def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
-  """The packed network of a run.
+  """Packs the network of a run.
 
   Args:
-    workdir: of the run.
-    which: "last" or "best" (validation accuracy) checkpoint.
+    workdir: Directory of the run.
+    which: Checkpoint: "last", or "best" for the one with the best validation accuracy.
 
   Raises:
-    errors.UsageError: there is no run or checkpoint, or its network does not pack.
+    errors.UsageError: There is no run or checkpoint, or its network does not pack.
   """
   config, saved = checkpoint.read_run(workdir, which)
   experiment = Experiment(config)
@@ -70,20 +71,21 @@ def pack(
   """Packs any network that is made of minw's layers.
 
   Args:
-    model: called as model(images, mode="hard"). Between minw's layers it may reshape
-      to (batch, height * width * channels), take maxima, sums, or means of 2^n
-      numbers, over windows or whole maps, add, concatenate channels, take every n-th
-      pixel and pad channels with zeros.
-    variables: the trained ones, {"params", "batch_stats"}.
-    pixels: their normalization; `minw.data.pixels.pixels("integer", ...)`.
-    source_shape: (height, width, channels) of the images that it will get.
-    crop: (height, width) that the network sees, from the centre; all if None.
-    labels: a name for each class.
-    metadata: What else the file says; see `minw.packed.metadata`.
+    model: Flax module that is called as model(images, mode="hard"). Between minw's
+      layers it may reshape to (batch, height * width * channels), add, concatenate
+      channels, take every n-th pixel, and pad channels with zeros. Over windows or
+      whole maps it may take maxima, sums, and means of 2^n numbers.
+    variables: Trained variables, {"params", "batch_stats"}.
+    pixels: Normalization of pixels, `minw.data.pixels.pixels("integer", ...)`.
+    source_shape: (height, width, channels) of the images.
+    crop: (height, width) of the center of the images, which is the network's input. If
+      None, the whole image is.
+    labels: Names of the classes.
+    metadata: Other metadata of the file; see `minw.packed.metadata`.
 
   Raises:
-    ValueError: Something in the network cannot be packed; the message names the layer.
-      Or the labels or the metadata are not as `minw.packed.metadata` says.
+    ValueError: A part of the network cannot be packed, and the message names the layer.
+      Or the labels or the metadata break the rules of `minw.packed.metadata`.
   """
   crop_height, crop_width = crop or source_shape[:2]
   crop = crop_height, crop_width
@@ -101,7 +103,7 @@ def pack(
   result = walk.logits(results)
   num_classes = math.prod(result.shape)
   metadata = {"labels": tuple(labels), **(metadata or {})}
-  metadata_lib.encode(metadata, num_classes)  # An error here is better than at the end.
+  metadata_lib.encode(metadata, num_classes)  # Reports bad metadata before writing.
   height, width, channels = source_shape
   program = packed.Program(
       (height, width, channels), crop, offset.astype(np.uint8), num_classes,
@@ -111,9 +113,15 @@ def pack(
 
 
 class _Call(NamedTuple):
-  """A call of one of minw's layers."""
+  """A call of one of minw's layers.
 
-  layer: Any  # A layer of `minw.layers`, unbound.
+  Attributes:
+    layer: The unbound module, of `minw.layers`.
+    path: Path of the layer.
+    hard: Hard variables of the layer.
+  """
+
+  layer: Any
   path: str
   hard: dict[str, np.ndarray]
 
@@ -122,13 +130,13 @@ class _Array(NamedTuple):
   """An array of the jaxpr that depends on the image.
 
   Attributes:
-    value: of the program, that holds its numbers.
-    unit: what an integer of it is worth; 1 for FLOAT.
-    shape: (height, width, channels) of the map; less than the value's where borders
-      that fill no window are cut off.
-    form: "map" (batch, height, width, channels), "flat" (batch, all of these), or
-      "windows" (batch, height / h, h, width / w, w, channels).
-    window: (h, w) of these.
+    value: Index of the program's value that holds the numbers of the array.
+    unit: Number that the integer 1 stands for; 1 for FLOAT.
+    shape: (height, width, channels) of the map. It is smaller than that of the value if
+      borders that do not fill a window are cut off.
+    form: Layout: "map" (batch, height, width, channels), "flat" (batch, height * width
+      * channels), or "windows" (batch, height / h, h, width / w, w, channels).
+    window: (h, w) of the layout "windows".
   """
 
   value: int
@@ -139,7 +147,7 @@ class _Array(NamedTuple):
 
   @property
   def dims(self) -> tuple[int, ...]:
-    """The shape of the array, for a batch of two."""
+    """Shape of the array, for a batch of two."""
     h, w, c = self.shape
     if self.form == "map":
       return (2, h, w, c)
@@ -150,7 +158,13 @@ class _Array(NamedTuple):
 
 
 class _Walk:
-  """Walks a jaxpr and writes the program."""
+  """Walks a jaxpr and writes the program.
+
+  Attributes:
+    values: Kinds of the program's values: the image, then the result of each operation.
+    ops: Operations of the program.
+    image: The array of images.
+  """
 
   def __init__(self, image_shape, offset, calls):
     bound = np.maximum(offset, 255 - offset).astype(np.int64)
@@ -161,7 +175,10 @@ class _Walk:
     self._names: collections.Counter[str] = collections.Counter()
 
   def apply(self, eqn, given, where):
-    """An equation's results, `_Array`s or NumPy arrays: see `structure.evaluate`."""
+    """Returns the results of an equation, which are `_Array`s or NumPy arrays.
+
+    See `structure.evaluate` for the arguments.
+    """
     if eqn.primitive is structure.layer_p:
       return [self._layer(self._calls[eqn.params["index"]], given, where)]
     if not any(isinstance(x, _Array) for x in given):
@@ -187,7 +204,7 @@ class _Walk:
     return results
 
   def _check_survival(self, name, given, x, dtype):
-    """Refuses a result whose dtype does not hold every value that there can be."""
+    """Checks that the dtype of a result holds every possible value exactly."""
     value = self.values[x.value]
     if value.kind == "FLOAT":
       fits = dtype in (np.float32, np.float64) or (
@@ -205,19 +222,26 @@ class _Walk:
     if not fits:
       raise self.refuse(
           f"{name} of {self.after(given)} gives {np.dtype(dtype).name}, which does not"
-          " hold all values that there can be (up to"
+          " hold all possible values (up to"
           f" {value.bound.max(initial=0) * x.unit:g} in steps of {x.unit:g}); cast to"
           " float32, or not at all")
 
   def logits(self, results: Sequence[Any]) -> "_Array":
-    """What the network returns, if that is what its last operation makes."""
+    """Returns the array of logits, which the last operation must compute.
+
+    Args:
+      results: Everything that the network returns.
+
+    Raises:
+      ValueError: The network returns something else.
+    """
     name = self.ops[-1].name if self.ops else "the network"
     if len(results) != 1:
       raise self.refuse(f"{name}: the network returns {len(results)} arrays; it must"
                         " return the logits alone")
     result, = results
     if not isinstance(result, _Array) or not self.ops or result.value != len(self.ops):
-      raise self.refuse(f"{name}: is not what the network returns")
+      raise self.refuse(f"{name}: its result is not the one that the network returns")
     if result.shape[:2] != (1, 1):
       raise self.refuse(f"{name}: gives logits of shape {result.shape}, for each place"
                         " of a map; sum over it or flatten it first")
@@ -232,12 +256,15 @@ class _Walk:
     return result
 
   def after(self, given) -> str:
-    """Says where arrays come from."""
+    """Returns text that names the layers or operations which computed the arrays."""
     return " and ".join(
         self._described(x.value) for x in given if isinstance(x, _Array))
 
   def _described(self, value: int) -> str:
-    """The name of a layer; between layers, also the names of the layers before."""
+    """Returns the name of a value's layer.
+
+    For an operation between layers, the names of the layers before it are added.
+    """
     if not value:
       return "the image"
     between = (packed.Pool, packed.Concat, packed.Shortcut, packed.Add)
@@ -256,6 +283,7 @@ class _Walk:
     return f"{op.name} (of {', '.join(names[:3])}{more})"
 
   def refuse(self, problem: str) -> ValueError:
+    """Returns the error for a network that cannot be packed."""
     return structure.refusal(problem)
 
   def emit(self, op: packed.Op, unit: float, form: str = "map") -> _Array:
@@ -270,9 +298,9 @@ class _Walk:
     return _Array(len(self.ops), unit, value.shape, form)
 
   def whole(self, x: _Array) -> _Array:
-    """`x`, if it is all of its value."""
+    """Checks that an array holds all of its value, and returns it."""
     if x.form == "windows" or x.shape != self.values[x.value].shape:
-      raise self.refuse(f"a part of {self.after([x])}, other than for pooling")
+      raise self.refuse(f"a part of {self.after([x])} is used other than for pooling")
     return x
 
   def _layer(self, call, given, where):
@@ -280,11 +308,11 @@ class _Walk:
     x, shortcut, variables = call.split(given)
     name = call.name(where)
     self._names[name] += 1
-    if self._names[name] > 1:  # A second call of the same layer.
+    if self._names[name] > 1:  # The layer has been called before.
       name += f"[{self._names[name] - 1}]"
     given = [x] if shortcut is None else [x, shortcut]
     if not all(isinstance(operand, _Array) for operand in given):
-      raise self.refuse(f"{name}: gets a constant")
+      raise self.refuse(f"{name}: its input is a constant")
     given = [self.whole(operand) for operand in given]
     call = _Call(call.layer, name, variables["hard"])
     if isinstance(call.layer, layers.NormQuant):
@@ -297,7 +325,7 @@ class _Walk:
     options: dict[str, Any] = {}
     if isinstance(layer, layers.QuantConv):
       if x.form != "map":
-        raise self.refuse(f"{call.path}: a convolution of flat inputs")
+        raise self.refuse(f"{call.path}: a convolution cannot take a flattened map")
       form = "map"
       options = dict(strides=tuple(layer.strides),
                      groups=layer.feature_group_count,
@@ -312,7 +340,8 @@ class _Walk:
     kernel = np.ascontiguousarray(kernel.transpose(3, 0, 1, 2), np.float32)
     if quantizers.is_grid(layer.bits):
       if layer.bits not in packed.LEVELS:
-        raise self.refuse(f"{call.path}: weights of {layer.bits} bits; 1 to 3 do")
+        raise self.refuse(f"{call.path}: weights of {layer.bits} bits do not pack; they"
+                          " must have 1, 2 or 3 bits")
       step = quantizers.step_size(layer.bits)
       kernel = _codes(kernel, layer.bits)
       options.update(weight_unit=step)
@@ -322,29 +351,30 @@ class _Walk:
     return self.emit(op, step * x.unit if integer else 1.0, form)
 
   def _pad_code(self, call, x, kind):
-    """The code of the border: 0, or of the levels -1 and 1."""
+    """Returns the code of the border, which is that of level 0, -1 or 1."""
     pad = call.layer.pad_value
     codes = {0: 0}
     if kind.kind == "CODE":
       q = packed.max_code(kind.bits)
       codes.update({-1: -q, 1: q})
     if pad not in codes:
-      raise self.refuse(f"{call.path}: pad_value={pad}; it may be"
+      raise self.refuse(f"{call.path}: pad_value={pad}: must be one of"
                         f" {', '.join(map(str, sorted(codes)))} here")
     return codes[pad]
 
   def _norm(self, call, x, shortcut=None):
     layer, kind = call.layer, self.values[x.value]
     if kind.kind == "CODE":
-      raise self.refuse(f"{call.path}: batch norm of what has just been quantized")
+      raise self.refuse(f"{call.path}: its input is quantized already")
     if x.form == "flat" and x.shape[:2] != (1, 1):
-      raise self.refuse(f"{call.path}: batch norm of a flattened map")
+      raise self.refuse(f"{call.path}: batch norm cannot take a flattened map")
     grid = layer.bits is not None and quantizers.is_grid(layer.bits)
     if grid and layer.bits not in packed.LEVELS:
-      raise self.refuse(f"{call.path}: activations of {layer.bits} bits; 1 to 3 do")
+      raise self.refuse(f"{call.path}: activations of {layer.bits} bits do not pack;"
+                        " they must have 1, 2 or 3 bits")
     side = self.values[shortcut.value] if shortcut else None
     if side and side.kind == "INT":
-      raise self.refuse(f"{call.path}: a shortcut that is not quantized")
+      raise self.refuse(f"{call.path}: its shortcut is not quantized")
     source: dict[str, Any] = dict(
         name=call.path, input=x.value, shortcut=shortcut.value if shortcut else None)
     norm = fold.Norm(*(np.asarray(call.hard[field]) for field in fold.Norm._fields))
@@ -352,8 +382,8 @@ class _Walk:
     integer = kind.kind == "INT" and not (side and side.kind == "FLOAT")
     if integer and grid and layer.bits:
       if kind.bound.max() > 2 ** 24:
-        raise self.refuse(f"{call.path}: gets sums of {self.after([x])} up to"
-                          f" {kind.bound.max()}; float32 holds 2^24 exactly")
+        raise self.refuse(f"{call.path}: its inputs are sums of {self.after([x])} up to"
+                          f" {kind.bound.max()}, but float32 holds integers up to 2^24")
       falling, thresholds = channel_thresholds(
           layer, call.hard, kind.bound, x.unit,
           [level * shortcut.unit for level in packed.LEVELS[side.bits]]
@@ -366,20 +396,21 @@ class _Walk:
       return self.emit(packed.Logits(unit=x.unit, **source, **norm._asdict()),
                        unit, x.form)
     if layer.rprelu:
-      raise self.refuse(f"{call.path}: rprelu, where an operand is in a float format")
+      raise self.refuse(f"{call.path}: rprelu is not supported with an operand in a"
+                        " float format")
     if grid:
       source["grid"] = np.asarray(layers.input_grid(layer).thresholds, np.float32)
     if shortcut:
       scales = np.unique(call.hard.get("shortcut_scale", 1.0))
       if len(scales) > 1:
-        raise self.refuse(f"{call.path}: a shortcut of several scales")
+        raise self.refuse(f"{call.path}: its shortcut has several scales")
       source["shortcut_unit"] = shortcut.unit * float(scales[0])
     return self.emit(packed.FloatNorm(
         bits=layer.bits, unit=x.unit, **source, **norm._asdict()), unit, x.form)
 
 
 def _fits(values, dtype):
-  """Whether `dtype`, other than bool, holds these numbers (float64) exactly."""
+  """Whether `dtype` holds these numbers (float64) exactly; false for bool."""
   if dtype == np.bool_ or not (jnp.issubdtype(dtype, jnp.floating)
                                or jnp.issubdtype(dtype, jnp.integer)):
     return False
@@ -391,7 +422,7 @@ def _fits(values, dtype):
 
 
 def _codes(values, bits):
-  """int8 codes of levels that are on a grid already."""
+  """Encodes levels of a grid as int8 codes."""
   if bits == 1:
     return np.where(values > 0, 1, -1).astype(np.int8)
   magnitudes = quantizers.level_magnitudes(bits)
@@ -400,17 +431,28 @@ def _codes(values, bits):
 
 
 def channel_thresholds(layer, hard, bound, unit, shortcuts):
-  """Where the codes of a hard NormQuant change, over integer accumulators.
+  """Finds the integer accumulators at which the codes of a hard NormQuant change.
+
+  In a channel of positive scale, the code does not decrease as the accumulator grows.
+  In a channel of negative scale it does not increase; such a channel is called falling,
+  and -accumulator is used in its place. For the j-th code and each channel, the
+  threshold is the smallest accumulator that reaches this code or a higher one. It is
+  found by bisection over -bound to bound: `above` is always an accumulator that reaches
+  the code, or bound + 1, and `below` is always one that does not, or -bound - 1. Once
+  they are neighbors, `above` is the threshold. It is bound + 1 if no accumulator
+  reaches the code. All channels, codes and shortcuts are bisected at once, by calling
+  the layer itself.
 
   Args:
-    layer: the NormQuant, unbound.
-    hard: its variables.
-    bound: (channels,) the largest accumulator.
-    unit: what it counts in.
-    shortcuts: the levels that may be added.
+    layer: The unbound NormQuant.
+    hard: Hard variables of the layer.
+    bound: Largest magnitude of an accumulator, (channels,).
+    unit: Number that the accumulator 1 stands for.
+    shortcuts: Numbers that a shortcut may add; one number if there is no shortcut.
 
   Returns:
-    See `packed.Threshold`: falling (channels,), thresholds (shortcuts, j, channels).
+    The fields `falling` (channels,) and `thresholds` (shortcuts, j, channels) of
+    `packed.Threshold`.
   """
   q, t = packed.max_code(layer.bits), packed.num_thresholds(layer.bits)
   falling = np.asarray(hard["scale"]) < 0
@@ -421,15 +463,13 @@ def channel_thresholds(layer, hard, bound, unit, shortcuts):
                        shortcut=shortcut if len(shortcuts) > 1 else None)
 
   def reached(acc):
-    """Whether the j-th code is reached: acc int (s, j, channels)."""
+    """Whether each accumulator, int (s, j, channels), reaches the j-th code."""
     acc = np.where(falling, -acc, acc).astype(np.float32)
     s = np.asarray(shortcuts, np.float32)[:, None, None] + np.zeros_like(acc)
     codes = _codes(np.asarray(level(acc, s)), layer.bits)
     count = codes > 0 if layer.bits == 1 else codes + q
     return count >= np.arange(1, t + 1)[:, None]
 
-  # The first acc that reaches the code; bound + 1 where none does. Falling channels
-  # are mirrored. At -bound - 1 nothing counts as reached.
   below = np.broadcast_to(-bound - 1, (len(shortcuts), t, len(bound))).copy()
   above = -below
   while (above - below > 1).any():
@@ -439,10 +479,10 @@ def channel_thresholds(layer, hard, bound, unit, shortcuts):
   return falling, np.where(falling, -above, above).astype(np.int32)
 
 
-# What may stand between layers. Each rule gives the array that its equation makes;
-# that it is of the shape that JAX says is checked after it.
+# Operations between layers. Each rule takes (walk, equation, inputs) and returns the
+# array that the equation computes. `_Walk` then compares its shape with that of JAX.
 
-# Whether a cast keeps all values is checked by the dtype of its result.
+# `_Walk` checks casts by the dtype of their result, which must hold all values.
 _IDENTITIES = ("convert_element_type", "copy", "copy_p", "name", "stop_gradient",
                "optimization_barrier")
 
@@ -459,8 +499,8 @@ def _reshape(walk, eqn, given):
   if len(dims) == 6 and x.form == "map":
     return x._replace(form="windows", window=(dims[2], dims[4]))
   raise walk.refuse(
-      f"reshaping {walk.after(given)} from {x.dims} to {dims}; height, width and"
-      " channels may be flattened together")
+      f"reshaping {walk.after(given)} from {x.dims} to {dims} is not supported; height,"
+      " width and channels may be flattened together")
 
 
 def _slice(walk, eqn, given):
@@ -470,18 +510,20 @@ def _slice(walk, eqn, given):
   h, w, c = x.shape
   if (x.form != "map" or any(starts) or limits[0] != 2 or limits[3] != c
       or strides[0] != 1 or strides[3] != 1):
-    raise walk.refuse(f"a slice of {walk.after(given)} that is not of its pixels")
+    raise walk.refuse(f"a slice of {walk.after(given)} must be one of its pixels")
   if strides[1:3] == (1, 1):
     return x._replace(shape=(limits[1], limits[2], c))
   if limits[1:3] != (h, w):
-    raise walk.refuse(f"a slice with strides of a part of {walk.after(given)}")
+    raise walk.refuse(f"a slice of {walk.after(given)} with strides must be one of all"
+                      " its pixels")
   return _emit_shortcut(walk, x, strides[1:3], 0, 0)
 
 
 def _emit_shortcut(walk, x, strides, before, after):
   walk.whole(x)
   if walk.values[x.value].kind != "CODE":
-    raise walk.refuse(f"a shortcut of {walk.after([x])}, which is not quantized")
+    raise walk.refuse(
+        f"a shortcut of {walk.after([x])}, which is not quantized, is not supported")
   name = f"shortcut{len(walk.ops)}"
   return walk.emit(
       packed.Shortcut(name, x.value, tuple(strides), before, after), x.unit)
@@ -494,11 +536,13 @@ def _pad(walk, eqn, given):
       or x.form != "map" or any(any(part) for part in config[:3]) or config[3][2]
       or min(config[3]) < 0):
     raise walk.refuse(
-        f"padding {walk.after(given)} other than its channels with zeros")
+        f"padding {walk.after(given)} other than its channels with zeros is not"
+        " supported")
   return _emit_shortcut(walk, x, (1, 1), *map(int, config[3][:2]))
 
 
 def _pool(kind):
+  """Makes the rule of a reduction over windows or over a whole map."""
   def pool(walk, eqn, given):
     x = given[0]
     axes = eqn.params["axes"]
@@ -508,13 +552,15 @@ def _pool(kind):
       walk.whole(x)
       window, form = x.shape[:2], "flat"
     else:
-      raise walk.refuse(f"a {kind} of {walk.after(given)} over axes {axes}")
+      raise walk.refuse(
+          f"a {kind} of {walk.after(given)} over axes {axes} is not supported")
     name = f"{kind}_pool{len(walk.ops)}"
     return walk.emit(packed.Pool(name, x.value, kind, window, window), x.unit, form)
   return pool
 
 
 def _window_pool(kind):
+  """Makes the rule of a pool that JAX expresses as reduce_window."""
   def pool(walk, eqn, given):
     x, p = walk.whole(given[0]), eqn.params
     sides = (p["window_dimensions"], p["window_strides"], p["base_dilation"],
@@ -522,8 +568,8 @@ def _window_pool(kind):
     pads: Any = tuple(int(n) for pair in p["padding"] for n in pair)
     if (x.form != "map" or any(side[0] != 1 or side[3] != 1 for side in sides)
         or set(sides[2] + sides[3]) != {1} or any(pads[:2] + pads[6:])):
-      raise walk.refuse(f"a {kind} over windows of {walk.after(given)} that are not"
-                        " of its pixels")
+      raise walk.refuse(f"a {kind} of {walk.after(given)} must be over windows of its"
+                        " pixels")
     name = f"{kind}_pool{len(walk.ops)}"
     return walk.emit(
         packed.Pool(name, x.value, kind, sides[0][1:3], sides[1][1:3], pads[2:6]),
@@ -535,16 +581,17 @@ def _concatenate(walk, eqn, given):
   first = given[0]
   for x in given:
     if not isinstance(x, _Array):
-      raise walk.refuse(f"a constant beside {walk.after(given)}")
+      raise walk.refuse(f"a constant cannot be concatenated to {walk.after(given)}")
     if x.form == "flat" and x.shape[:2] != (1, 1):
-      raise walk.refuse(f"flattened {walk.after([x])} beside others")
+      raise walk.refuse(f"{walk.after([x])}: a flattened map cannot be concatenated")
     walk.whole(x)
   if eqn.params["dimension"] != len(first.dims) - 1:
-    raise walk.refuse(f"{walk.after(given)} side by side other than in channels")
+    raise walk.refuse(f"{walk.after(given)} must be concatenated in channels")
   kinds = [walk.values[x.value] for x in given]
   if len({(kind.kind, kind.bits) for kind in kinds}) > 1:
     texts = [f"{walk.after([x])} ({_describe(kind)})" for x, kind in zip(given, kinds)]
-    raise walk.refuse(f"{', '.join(texts)}: side by side")
+    raise walk.refuse(f"{', '.join(texts)}: numbers of different kinds cannot be"
+                      " concatenated")
   unit = min(x.unit for x in given)
   shifts = tuple(_shift(walk, x, unit) for x in given)
   name = f"concat{len(walk.ops)}"
@@ -558,7 +605,10 @@ def _describe(kind):
 
 
 def _neutral(given, value):
-  """The `_Array` among two operands if the other is an array of `value` alone."""
+  """Returns the `_Array` of two operands if all elements of the other are `value`.
+
+  Returns None otherwise, and for two `_Array`s.
+  """
   a, b = given
   if isinstance(a, _Array) and isinstance(b, _Array):
     return None
@@ -569,7 +619,7 @@ def _neutral(given, value):
 def _subtract(walk, eqn, given):
   if isinstance(given[0], _Array) and _neutral(given, 0):
     return given[0]
-  raise walk.refuse(f"subtracting from {walk.after(given)}, or from a constant")
+  raise walk.refuse(f"a subtraction with {walk.after(given)} is not supported")
 
 
 def _add(walk, eqn, given):
@@ -577,7 +627,7 @@ def _add(walk, eqn, given):
     return _neutral(given, 0)
   a, b = given
   if not (isinstance(a, _Array) and isinstance(b, _Array) and a.dims == b.dims):
-    raise walk.refuse(f"adding a constant to {walk.after(given)}")
+    raise walk.refuse(f"adding a constant to {walk.after(given)} is not supported")
   walk.whole(a)
   walk.whole(b)
   unit = min(a.unit, b.unit)
@@ -587,11 +637,15 @@ def _add(walk, eqn, given):
 
 
 def _shift(walk, x, unit):
-  """By how many bits numbers move to count in `unit`; both are powers of two."""
+  """Returns the left shift that converts the integers of `x` to multiples of `unit`.
+
+  Both units are powers of two.
+  """
   return int(math.log2(x.unit / unit))
 
 
 def _scale(sign):
+  """Makes the rule of a product (sign 1) or a quotient (sign -1)."""
   def scale(walk, eqn, given):
     if _neutral(given, 1) and (isinstance(given[0], _Array) or sign > 0):
       return _neutral(given, 1)
@@ -601,8 +655,8 @@ def _scale(sign):
     if (mantissa != 0.5 or not isinstance(given[0], _Array) and sign < 0
         or walk.values[x.value].kind != "INT"):
       raise walk.refuse(
-          f"scaling {walk.after(given)}: only sums may be, by powers of two (instead of"
-          " the mean over a window of another size, take the sum)")
+          f"scaling {walk.after(given)}: only sums can be scaled, and only by powers of"
+          " two (instead of the mean over a window of another size, take the sum)")
     return x._replace(unit=x.unit * float(factor) ** sign)
   return scale
 
@@ -618,7 +672,7 @@ def _reduce_precision(walk, eqn, given):
       or not 2.0 ** -edge <= x.unit <= 2.0 ** edge / max(largest, 1)):
     raise walk.refuse(
         f"reduce_precision of {walk.after(given)} to {exponent} exponent and {mantissa}"
-        " mantissa bits does not keep all values that there can be")
+        " mantissa bits does not keep all possible values")
   return x
 
 
@@ -651,7 +705,7 @@ _RULES = {
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  cli.DEFINE_path("workdir", None, "Workdir of the run.")
+  cli.DEFINE_path("workdir", None, "Directory of the run.")
   cli.DEFINE_path("out", None, "File to write.")
   flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"],
@@ -659,15 +713,15 @@ def define_flags() -> None:
   flags.DEFINE_bool(
       "verify", False,
       "Whether to compare every layer with the trained network, on its "
-      "test split, or on random images where there are no data.")
+      "test split, or on random images if there are no data.")
   cli.DEFINE_path(
       "data_dir", None,
-      "Directory of the prepared data sets, if not where the run's config says.")
+      "Directory of the prepared data sets; that of the run's config by default.")
   cli.require("workdir", "out")
 
 
 def main() -> int:
-  """Packs a run, as the flags say; returns the exit code."""
+  """Packs a run as the flags say; returns the exit code."""
   f = flags.FLAGS
   program = pack_workdir(f.workdir, f.checkpoint)
   try:

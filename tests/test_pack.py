@@ -339,13 +339,13 @@ def test_what_may_stand_between_layers(body):
     (lambda x, *a: layers.QuantConv(3, bits=5, name="conv2")(quantized(x, *a), *a),
      "conv2: weights of 5 bits"),
     (lambda x, *a: layers.QuantConv(3, pad_value=0.5, name="conv2")(
-        quantized(x, *a), *a), "conv2: pad_value=0.5; it may be -1, 0, 1 here"),
+        quantized(x, *a), *a), "conv2: pad_value=0.5: must be one of -1, 0, 1 here"),
     (lambda x, *a: layers.NormQuant(name="again")(quantized(x, *a), *a),
-     "again: batch norm of what has just been quantized"),
+     "again: its input is quantized already"),
     (lambda x, *a: jnp.pad(quantized(x, *a), ((0, 0), (1, 1), (0, 0), (0, 0))),
      "padding norm1 other than its channels"),
     (lambda x, *a: x[:, ::2, ::2], "a shortcut of conv1, which is not quantized"),
-    (lambda x, *a: jnp.concatenate([x, x], 1), "side by side other than in channels"),
+    (lambda x, *a: jnp.concatenate([x, x], 1), "must be concatenated in channels"),
     (lambda x, *a: jnp.sin(x), "sin of conv1 does not pack"),
     # Casts that round away what there can be.
     (lambda x, *a: quantized(x.astype(jnp.bfloat16), *a), "conv1 gives bfloat16"),
