@@ -1,4 +1,4 @@
-"""The networks that come with minw: their cards say what they are."""
+"""The networks that come with minw agree with their cards."""
 
 import pathlib
 import re
@@ -30,7 +30,7 @@ def test_cards_are_of_their_networks(name):
   program = infer.load(name, backend="reference").program
   rows = card(name)
   assert {"test accuracy", "network", "trained with", "config, seed", "commit",
-          "made on", "data", "licence of the data"} <= rows.keys()
+          "made on", "data", "license of the data"} <= rows.keys()
   config = program.metadata["config"]
   assert rows["config, seed"].endswith(f", {config['seed']}")
   assert not {"data_dir", "data_workers", "init_from"} & config.keys()
