@@ -1,8 +1,9 @@
 """Builds the native library, minw/kernels/libminw.so, if there is a C++ compiler.
 
-It is no Python module: ctypes and C programs load it. Its kernels are compiled for
-several instruction sets, of which it chooses when it runs. Without a compiler that has
-GCC's vectors, minw is installed all the same, and runs packed networks by XLA.
+The library is not a Python module: ctypes and C programs load it. Its kernels are
+compiled for several instruction sets, and the library chooses one of them at run time.
+The compiler must support GCC's vector extensions. Without such a compiler minw is
+installed without the library, and runs packed networks with XLA.
 """
 
 import glob
@@ -14,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 _SOURCES = "minw/kernels/csrc"
 _FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi",
-          "-ffp-contract=off"]  # Float results must not depend on the CPU.
+          "-ffp-contract=off"]  # Without fused products, results are equal on all CPUs.
 _X86_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mpopcnt"],
     "kernels_avx512": [
@@ -24,7 +25,7 @@ _X86_FLAGS = {
 
 
 class BuildLibrary(build_ext):
-  """Compiles each source with flags of its own."""
+  """Compiles each source file with its own flags."""
 
   def get_ext_filename(self, fullname: str) -> str:
     return os.path.join(*fullname.split(".")) + ".so"

@@ -1,14 +1,15 @@
 """Low-bit networks in JAX: estimators, quantizers, MINW-Nets.
 
-`import minw` is fast and imports no JAX: submodules are imported when they are first
-used, as in `minw.infer.load("digits_convnet")`.
+`import minw` is fast and does not import JAX. Submodules are imported on first use, as
+in `minw.infer.load("digits_convnet")`.
 """
 
 import signal
 import sys
 
-# `python -m minw.NAME` imports this first, then for seconds all that the command needs.
-# Meanwhile an interrupt ends it without a traceback; later, `cli.run` handles it.
+# `python -m minw.NAME` imports this module first. The imports of the command then take
+# seconds. During that time an interrupt ends the process without a traceback. Later,
+# `cli.run` handles interrupts.
 if (sys.argv[:1] == ["-m"]
     and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "minw"
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
@@ -25,7 +26,7 @@ __version__ = "0.1.0"
 dependencies.guard_imports()
 
 
-# Modules by the names that `from minw import NAME` knew them by in version 0.1.
+# Current modules, by their names in version 0.1: `from minw import NAME` still works.
 _EARLIER = {"datasets": "data.datasets", "metadata": "packed.metadata",
             "pipeline": "data.pixels"}
 

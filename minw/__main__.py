@@ -1,7 +1,7 @@
-"""minw: networks of 1 to 3 bits, trained, packed and run.
+"""Trains, packs and runs networks with weights and activations of 1 to 3 bits.
 
-`minw COMMAND` and `python -m minw COMMAND` run a command, and with --help they say what
-it does and which flags it has.
+`minw COMMAND` and `python -m minw COMMAND` run a command. With --help they describe the
+command and its flags.
 """
 
 import ast
@@ -49,7 +49,7 @@ def _run(arguments: list[str]) -> None:
     raise errors.unknown_name("command", name, [*COMMANDS, "completion"])
   else:
     if name == "train":
-      stopping.watch()  # Now, as the import takes seconds.
+      stopping.watch()  # Before the import, which takes seconds.
     module = importlib.import_module(COMMANDS[name])
     sys.argv[1:] = arguments[1:]
     cli.run(getattr(module, "SUBCOMMANDS", None) or module.main, module.define_flags,
@@ -57,7 +57,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _list() -> str:
-  """The text of --help."""
+  """Returns the text of --help."""
   commands = COMMANDS | {"completion": "minw.completion"}
   lines = [f"  {name:12}{_summary(module)}" for name, module in commands.items()]
   return "\n".join(["usage: minw COMMAND [ARGUMENT ...]", "", (__doc__ or "").strip(),
@@ -65,7 +65,7 @@ def _list() -> str:
 
 
 def _summary(module: str) -> str:
-  """The first sentence of a module's docstring, read without importing the module."""
+  """Returns the first sentence of a module's docstring without importing the module."""
   path = pathlib.Path(__file__).parent.joinpath(*module.split(".")[1:])
   text = ast.get_docstring(ast.parse(path.with_suffix(".py").read_text())) or ""
   return text.splitlines()[0].partition(": `")[0].rstrip(":.") + "."

@@ -1,4 +1,4 @@
-"""Compiler flags for C and C++ programs that run packed networks.
+"""Prints compiler flags for C and C++ programs that run packed networks.
 
   cc program.c $(minw-config --cflags --libs)
 
@@ -17,15 +17,15 @@ _HEADERS = native.LIBRARY.parent / "csrc"
 
 
 def cflags() -> str:
-  """The flags with which the compiler finds minw.h."""
+  """Returns the flags with which a compiler finds minw.h."""
   return f"-I{shlex.quote(str(_HEADERS))}"
 
 
 def libs() -> str:
-  """The flags with which the linker, and later the program, finds the library.
+  """Returns the flags with which the linker, and later the program, finds the library.
 
   Raises:
-    errors.UsageError: the library was not built when minw was installed.
+    errors.UsageError: The library was not built when minw was installed.
   """
   if not native.available():
     raise errors.UsageError(
@@ -36,7 +36,7 @@ def libs() -> str:
 
 
 def main() -> None:
-  """Prints the flags that are asked for."""
+  """Prints the compiler flags, the linker flags or both, as the flags say."""
   given = flags.FLAGS
   wanted = [given.cflags and cflags(), given.libs and libs()]
   if not any(wanted):

@@ -32,10 +32,10 @@ complete -o default -F _minw minw
 
 
 def script(arguments: Sequence[str], commands: Mapping[str, str]) -> str:
-  """The script for a shell.
+  """Returns the completion script for a shell.
 
   Args:
-    arguments: The name of the shell, one of `SHELLS`.
+    arguments: Arguments of the command: the name of the shell, one of `SHELLS`.
     commands: Modules of the commands by name.
 
   Raises:
@@ -52,11 +52,14 @@ def script(arguments: Sequence[str], commands: Mapping[str, str]) -> str:
 
 
 def words(module: str) -> list[str]:
-  """What may follow the name of a command: its subcommands and flags.
+  """Returns the words that may follow the name of a command.
 
   Args:
-    module: Full name of the command's module. If its dependencies are not installed,
-      nothing may follow.
+    module: Full name of the command's module.
+
+  Returns:
+    The subcommands and flags. The list is empty if the dependencies of the module are
+    not installed.
   """
   try:
     command = importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""The two layers of dependencies, and a one-line error where the second is missing.
+"""Separates the core's dependencies from those of training, and reports missing ones.
 
 `pip install minw` installs the core, which runs packed networks and exports them as C.
 `pip install 'minw[train]'` installs JAX, Flax and what else training needs. Without
@@ -13,20 +13,20 @@ from typing import Any
 
 from minw import exit_codes
 
-# Modules of minw that work with the core alone, and packages in which all modules do.
+# Modules that need only the core's dependencies, and packages of such modules.
 CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "data",
         "data.image_files", "data.images", "dependencies", "errors", "exit_codes",
         "files", "infer", "paths", "places", "progress", "stopping", "text", "usage")
 CORE_PACKAGES = ("export", "kernels", "packed")
 
-# Packages that stand for the whole layer: nearly all modules for training need them.
+# If one of these packages is missing, the dependencies of training count as missing.
 _TRAINING = ("flax", "jax", "ml_collections", "optax")
 
 NEED = "needs minw's training dependencies: pip install 'minw[train]'"
 
 
 class MissingDependencies(ImportError):
-  """A module for training was imported where only the core is installed."""
+  """A module for training was imported, but only the core is installed."""
 
 
 def guard_imports() -> None:
@@ -36,7 +36,7 @@ def guard_imports() -> None:
 
 
 def installed(package: str) -> bool:
-  """Whether `package` can be imported, found out without importing it."""
+  """Whether `package` can be imported; it is not imported to find out."""
   try:
     return importlib.util.find_spec(package) is not None
   except ImportError:
@@ -44,7 +44,10 @@ def installed(package: str) -> bool:
 
 
 class _CoreOnly:
-  """An import finder that refuses minw's modules for training and finds nothing."""
+  """An import finder that raises an error for minw's modules for training.
+
+  It finds no module. For all other modules, Python asks the next finder.
+  """
 
   def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
     package, _, module = name.partition(".")
@@ -52,7 +55,7 @@ class _CoreOnly:
         or module.partition(".")[0] in CORE_PACKAGES
         or machinery.PathFinder.find_spec(name, path) is None):
       return
-    if sys.argv[:1] == ["-m"]:  # Python is looking for the module that it is to run.
+    if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m`.
       print(f"error: this command {NEED}", file=sys.stderr)
       sys.exit(exit_codes.BAD_INPUT)
     raise MissingDependencies(f"{name} {NEED}", name=name)

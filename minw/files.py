@@ -1,7 +1,8 @@
-"""Writing of files: whole or not at all, and on the disk when it returns.
+"""Writes files atomically and durably.
 
-Every file that minw leaves is written here, except those that grow by being appended
-to. This module needs the standard library alone.
+A file is replaced as a whole or stays as it was, and it is on the disk when a function
+returns. This module writes all files of minw except those that are appended to. It
+needs only the standard library.
 """
 
 import contextlib
@@ -12,27 +13,28 @@ import secrets
 import stat
 from typing import Iterator
 
-# Errors of file systems that cannot sync folders, and of folders that may not be read.
+# Error numbers of file systems that cannot sync folders, and of unreadable folders.
 _CANNOT_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
-  """Writes or replaces a file in one move.
+  """Writes or replaces a file atomically.
 
-  The content is written to a file beside it of a name that no other process uses,
-  synced to the disk, and renamed. No reader sees half of it, and a full disk, an
-  interrupt or a power failure leaves the file as it was. A process that is killed may
-  leave the other file, whose name ends in ".part".
+  The content is first written to a temporary file in the same folder, whose name no
+  other process uses. That file is synced to the disk and then renamed. No reader sees
+  half of the content, and a full disk, an interrupt or a power failure leaves the file
+  as it was. A process that is killed may leave the temporary file, whose name ends in
+  ".part".
 
-  A symbolic link to a file is followed; one that leads nowhere is replaced. What is
-  neither file nor link, such as /dev/stdout or a pipe, is written to as it is.
+  A symbolic link to a file is followed, and a broken link is replaced. Content for a
+  device or a pipe, such as /dev/stdout, is written directly into it.
 
   Args:
-    path: Path of the file. Its folder exists.
+    path: Path of the file. Its folder must exist.
     content: Text, which is written in UTF-8, or bytes.
 
   Raises:
-    OSError: The file cannot be written. The error names it.
+    OSError: The file cannot be written. The error names the file.
   """
   path = pathlib.Path(path)
   data = content.encode() if isinstance(content, str) else content
@@ -63,7 +65,7 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def _mode(path: pathlib.Path) -> int | None:
-  """The kind and permissions of what is at `path`; None if there is nothing."""
+  """Returns the mode (type and permissions) of `path`, or None if it does not exist."""
   try:
     return path.stat().st_mode
   except FileNotFoundError:
@@ -71,7 +73,7 @@ def _mode(path: pathlib.Path) -> int | None:
 
 
 def _write_into(path: pathlib.Path, data: bytes) -> None:
-  """Writes to a device or pipe; a pipe that no process reads is an error."""
+  """Writes to a device or a pipe. Raises OSError for a pipe that no process reads."""
   try:
     number = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
   except OSError as error:
@@ -86,7 +88,7 @@ def _write_into(path: pathlib.Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Inside this context, an OSError that names no file gets the name of `path`."""
+  """Adds the name of `path` to an OSError in this context that names no file."""
   try:
     yield
   except OSError as error:
@@ -95,7 +97,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
-  """Brings the names in a folder to the disk, where the file system can do that.
+  """Syncs the names in a folder to the disk, if the file system can do that.
 
   Raises:
     OSError: The disk failed.
@@ -112,11 +114,11 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def move_folder(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-  """Gives a finished folder its name, after all that is in it is on the disk.
+  """Syncs the files of a complete folder to the disk, and then renames the folder.
 
   Args:
-    source: Folder that is complete and that nothing writes to any more.
-    target: Its new path, on the same file system, where nothing is yet.
+    source: Path of the folder. No process may write to it.
+    target: New path of the folder, on the same file system. It must not exist.
 
   Raises:
     OSError: A file cannot be synced, or the folder cannot be moved.
@@ -131,7 +133,10 @@ def move_folder(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
 
 
 def remove_parts(folder: str | os.PathLike[str]) -> None:
-  """Removes what killed processes left of `write`; no process may be writing there."""
+  """Removes temporary files that killed processes have left in a folder.
+
+  No process may write to the folder at the same time.
+  """
   for part in pathlib.Path(folder).glob("*.????????????????.part"):
     with contextlib.suppress(OSError):
       part.unlink()

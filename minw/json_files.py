@@ -1,8 +1,8 @@
-"""JSON files that are read back: what is damaged in them is named in one line.
+"""Reads JSON files that minw has written, and reports damage in one line.
 
-A file may have been cut off, overwritten or replaced since it was written, by a disk,
-another program or a hand. Nothing that a file holds leads to another error than
-`Damaged`, and no file that never ends is read.
+A disk, another program or a person may have truncated, overwritten or replaced a file
+since it was written. Whatever a file holds, reading it raises no error other than
+`Damaged`. Devices and pipes, which may never end, are not read.
 """
 
 import json
@@ -17,10 +17,10 @@ from minw import errors
 
 
 class Damaged(errors.UsageError):
-  """A file that minw has written does not hold any more what it must.
+  """A file that minw has written is damaged.
 
   Attributes:
-    why: A clause that says what it holds instead.
+    why: A clause that describes the damage.
   """
 
   def __init__(self, path: str | os.PathLike[str], why: str):
@@ -28,7 +28,7 @@ class Damaged(errors.UsageError):
     self.why = why
 
   def add(self, remedy: str) -> None:
-    """Adds to the message what can be done."""
+    """Adds a remedy to the message."""
     self.args = (f"{self}; {remedy}",)
 
 
@@ -39,13 +39,14 @@ def read_object(
 
   Args:
     path: Path of the file.
-    check: Raises ValueError, saying why, for an object that cannot be the right one.
+    check: Function that raises ValueError with a reason if an object is not valid.
 
   Returns:
-    The object; None if there is no file.
+    The object, or None if there is no file.
 
   Raises:
-    Damaged: The file is not a file, or holds something else.
+    Damaged: The path is not that of a regular file, or the file does not hold a valid
+      object.
   """
   text = read_text(path)
   if text is None:
@@ -61,18 +62,19 @@ def read_lines(
 ) -> list[dict[str, Any]]:
   """Reads a file with a JSON object on each line.
 
-  A last line that does not end was being written when its process was killed. It is
-  left out.
+  A last line without a line break is ignored: the process that wrote it was killed.
 
   Args:
     path: Path of the file.
-    check: As `read_object` takes it, for each line.
+    check: Function that raises ValueError with a reason if the object of a line is not
+      valid.
 
   Returns:
-    The objects; none if there is no file.
+    The objects. The list is empty if there is no file.
 
   Raises:
-    Damaged: The file is not a file, or a line holds something else.
+    Damaged: The path is not that of a regular file, or a line does not hold a valid
+      object.
   """
   lines = []
   for number, line in enumerate((read_text(path) or "").split("\n")[:-1], start=1):
@@ -87,10 +89,10 @@ def read_text(path: str | os.PathLike[str]) -> str | None:
   """Reads a text file in UTF-8.
 
   Returns:
-    The text; None if there is no file, or a link that leads nowhere.
+    The text, or None if there is no file or a broken link.
 
   Raises:
-    Damaged: The path is that of a folder or a device, or what is there cannot be read.
+    Damaged: The path is that of a folder or a device, or the file cannot be read.
   """
   try:
     mode = os.stat(path).st_mode
@@ -122,11 +124,11 @@ def _checked(
   return value
 
 
-SEAL = "crc32"  # The name of the checksum in a sealed object.
+SEAL = "crc32"  # Key of the checksum in a sealed object.
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-  """An object with a checksum of the rest of it, which `check_sealed` checks."""
+  """Returns the object with an added checksum of it, which `check_sealed` checks."""
   return {**value, SEAL: _crc32(value)}
 
 
@@ -134,7 +136,7 @@ def check_sealed(value: dict[str, Any]) -> None:
   """Checks that an object is as `sealed` made it.
 
   Raises:
-    ValueError: The checksum is missing or another.
+    ValueError: The checksum is missing or does not match.
   """
   rest = {name: part for name, part in value.items() if name != SEAL}
   if value.get(SEAL) != _crc32(rest):

@@ -1,8 +1,8 @@
 """Trains a network: `python -m minw.main --config=NAME --workdir=DIR`.
 
-With --distributed it is one process of several, each of which is started so. The exit
-code is 3 if the loss became infinite or NaN, and 75 if the run was interrupted and
-saved: the same command resumes it.
+With --distributed, this is one of several processes that train together. Each of them
+is started in this way. The exit code is 3 if the loss became infinite or NaN. It is 75
+if the run was interrupted and saved; the same command then resumes it.
 """
 
 import json
@@ -10,7 +10,7 @@ import signal
 
 from minw import stopping
 
-if __name__ == "__main__":  # Importing all the others takes seconds.
+if __name__ == "__main__":  # The imports below take seconds.
   stopping.watch()
 
 from absl import flags
@@ -25,26 +25,26 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   config_flag.define()
   cli.DEFINE_path(
-      "workdir", None, "Directory of the run, the same one for all processes.")
+      "workdir", None, "Directory of the run, which all processes share.")
   flags.DEFINE_bool(
       "distributed", False,
       "Whether this is one process of several. On TPU pods, under "
       "Slurm and under Open MPI no other flag is needed.")
-  flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens.")
+  flags.DEFINE_string("coordinator", None, "Address of process 0, as HOST:PORT.")
   flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
   flags.DEFINE_integer(
       "process_id", None, "Number of this process, from 0.", lower_bound=0)
   flags.DEFINE_integer(
-      "heartbeat_timeout", 100, "Seconds after which a silent process counts as dead, "
-      "which ends the others.", lower_bound=1)
+      "heartbeat_timeout", 100, "Seconds without a sign of life after which a process "
+      "counts as dead and the others end.", lower_bound=1)
   cli.require("workdir")
 
 
 def check_flags() -> None:
-  """Checks the flags that place this process among others.
+  """Checks the flags of distributed training.
 
   Raises:
-    errors.UsageError: flags that do not go together.
+    errors.UsageError: The flags do not fit together, or a value is not allowed.
   """
   f = flags.FLAGS
   place = [f[name] for name in ("coordinator", "num_processes", "process_id")]
@@ -64,9 +64,9 @@ def check_flags() -> None:
 
 
 def main() -> int:
-  """Trains, as the flags say; returns the exit code."""
+  """Trains as the flags say; returns the exit code."""
   check_flags()
-  from minw import distributed  # Takes seconds: bad flags are reported before.
+  from minw import distributed  # It takes seconds. Bad flags are reported before it.
   from minw import train
 
   f = flags.FLAGS
@@ -82,7 +82,7 @@ def main() -> int:
       status = interrupted.status
   if status["state"] == "preempted":
     for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, signal.SIG_IGN)  # Once more changes nothing.
+      signal.signal(number, signal.SIG_IGN)  # Further signals have no effect.
   print(json.dumps({"workdir": f.workdir, **status}))
   return {"done": 0, "diverged": exit_codes.DIVERGED,
           "preempted": exit_codes.PREEMPTED}[status["state"]]

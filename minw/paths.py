@@ -1,4 +1,4 @@
-"""Paths as users write them: `~`, environment variables, wildcards and lists."""
+"""Expands paths that users write: `~`, environment variables, wildcards and lists."""
 
 import errno
 import glob
@@ -13,11 +13,12 @@ def expand(path: str | os.PathLike) -> str:
     path: Path as a user wrote it.
 
   Returns:
-    The path with the home directory and the variables' values.
+    The path in which they are replaced by the home directory and the variables' values.
 
   Raises:
-    ValueError: The user or a variable does not exist, and no file has this very name;
-      or no file can have such a name, which is too long or holds a null character.
+    ValueError: The user or a variable does not exist, and no file has exactly this
+      name. Or no file can have this name, because it is too long or holds a null
+      character.
   """
   result = os.path.expandvars(os.path.expanduser(path))
   try:
@@ -45,8 +46,9 @@ def matching(pattern: str) -> list[str]:
     pattern: Path as a user wrote it.
 
   Returns:
-    The existing paths that match, sorted. A path that exists is taken as it is, even if
-    it contains wildcards, and so is one that nothing matches.
+    The existing paths that match, sorted. If the path itself exists, its wildcards are
+    ordinary characters, and it is the only result. If nothing matches, the result is
+    the path as it is.
 
   Raises:
     ValueError: See `expand`.
@@ -61,8 +63,8 @@ def several(text: str) -> list[str]:
   """Splits a list with commas, and expands each part as `matching` does.
 
   Args:
-    text: Paths separated by commas. If `text` as a whole is an existing path, it is
-      that path, commas included.
+    text: Paths separated by commas. If the whole text is an existing path, its commas
+      are ordinary characters, and it is the only result.
 
   Raises:
     ValueError: See `expand`.

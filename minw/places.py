@@ -1,4 +1,4 @@
-"""What each of several processes on one machine gets of its cores and GPUs."""
+"""Divides the cores and GPUs of a machine among several processes."""
 
 import contextlib
 import os
@@ -6,16 +6,17 @@ import shutil
 import subprocess
 from typing import Any, NamedTuple, Sequence
 
-# A setting of the GNU C library that spares training on CPUs most of its page faults.
+# This setting of the GNU C library avoids most page faults of training on CPUs.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Place(NamedTuple):
-  """Where one of the processes runs.
+  """The part of the machine that one process uses.
 
   Attributes:
-    cores: it is pinned to; empty where the system does not pin.
-    environment: variables that it gets besides.
+    cores: Cores that the process is pinned to; empty if the system cannot pin
+      processes.
+    environment: Additional environment variables of the process.
   """
 
   cores: Sequence[int]
@@ -23,10 +24,11 @@ class Place(NamedTuple):
 
 
 def split(count: int) -> list[Place]:
-  """Places for `count` processes, which share nothing where there is enough.
+  """Returns places for `count` processes.
 
-  XLA makes as many threads as its process may use cores, so pinned processes do not
-  get into each other's way. A single process gets the machine as it is.
+  The places share no cores if there are enough of them, and no GPUs if there are
+  enough. XLA starts as many threads as its process may use cores, so that pinned
+  processes do not slow each other down. A single process gets the whole machine.
   """
   cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
   gpus = _gpus()
@@ -44,19 +46,25 @@ def split(count: int) -> list[Place]:
 
 
 def start(command: Sequence[str], place: Place, **options: Any) -> subprocess.Popen:
-  """Starts `command` in its place; signals of a terminal do not reach it."""
+  """Starts `command` in its place. Signals of a terminal do not reach the process.
+
+  Args:
+    command: Program and arguments.
+    place: Cores and environment variables of the process.
+    **options: Other arguments of `subprocess.Popen`.
+  """
   environment = _HUGE_PAGES | os.environ | place.environment
   process = subprocess.Popen(
       command, env=environment, start_new_session=True, **options)
   if place.cores:
-    # Before it has threads: Python alone takes longer to start than this.
+    # The process has no threads yet, because starting Python takes longer than this.
     with contextlib.suppress(ProcessLookupError):
       os.sched_setaffinity(process.pid, place.cores)
   return process
 
 
 def _gpus() -> list[str]:
-  """The NVIDIA GPUs of the machine, as CUDA_VISIBLE_DEVICES names them."""
+  """Returns the NVIDIA GPUs of the machine, by their names in CUDA_VISIBLE_DEVICES."""
   visible = os.environ.get("CUDA_VISIBLE_DEVICES")
   if visible is not None:
     return [name for name in visible.split(",") if name]
@@ -68,7 +76,7 @@ def _gpus() -> list[str]:
 
 
 def _share(items: Sequence, count: int, i: int) -> Sequence:
-  """The i-th of `count` nearly equal parts; with too few items, one of them."""
+  """Returns the i-th of `count` nearly equal parts; one item if there are too few."""
   if count > len(items):
     return items[i % len(items):][:1] if items else []
   return items[len(items) * i // count:len(items) * (i + 1) // count]

@@ -1,38 +1,40 @@
-"""Foreign text as people read it: on one line, and without control characters.
+"""Makes text from untrusted files printable: on one line, without control characters.
 
-Labels, names of layers and names of files come from others. Printed as they are, they
-could move the cursor of a terminal, hide text or add lines that nobody wrote.
+Labels, names of layers and names of files may come from anyone. Printed as they are,
+they could move the cursor of a terminal, hide text or forge lines of output.
 """
 
 from typing import Any
 
-_LONGEST = 80  # Characters of a value that an error message quotes.
+_LONGEST = 80  # Largest number of characters of a value in an error message.
 
 
 def printable(text: str) -> str:
-  r"""The text with an escape for each character that is not printable.
+  r"""Returns the text with an escape for each character that is not printable.
+
+  Line breaks, tabs, control characters, marks that reverse the direction of writing,
+  and lone surrogates become escapes such as `\n`, `\x1b` and `\ud800`. A space stays a
+  space.
 
   Args:
     text: Any text.
 
   Returns:
-    The text on one line, with escapes such as `\n`, `\x1b` and `\ud800`. Line breaks,
-    tabs, control characters, marks that reverse the direction of writing and what no
-    encoding can hold are escaped. A space is not.
+    The text on one line.
   """
   return "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
                  for c in text)
 
 
 def shortened(text: str) -> str:
-  """The text for an error message: printable, and cut if it is long."""
+  """Returns the text for an error message: printable, and truncated if it is long."""
   return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
 
 
 def quoted(value: Any) -> str:
-  """A value for an error message, as Python writes it: printable, and cut if long."""
+  """Returns `repr(value)` for an error message: printable, truncated if long."""
   if isinstance(value, (str, bytes)):
-    value = value[:_LONGEST + 1]  # Files hold up to megabytes of it.
+    value = value[:_LONGEST + 1]  # Texts in files may have megabytes.
   try:
     return shortened(repr(value))
   except (ValueError, RecursionError):  # It has too many digits or is nested too deep.

@@ -1,4 +1,4 @@
-"""The text that --help prints."""
+"""Composes the text that --help prints."""
 
 import re
 import textwrap
@@ -11,8 +11,8 @@ _PATHS = ("In a PATH, ~ is the home directory, and $NAME or ${NAME} is an enviro
           "variable. PATHS are separated by commas or given by repeated flags, and may "
           "contain the wildcards *, ? and **; a path that exists is taken as it is.")
 _CODES = ("Exit codes: 0, success; 1, failure, which a message explains; 2, bad input, "
-          "which is found before the work starts; 130, interrupted by Ctrl-C; 141, the "
-          "reader of a pipe has gone.")
+          "which is found before the work starts; 130, interrupted by Ctrl-C; 141, "
+          "output to a closed pipe.")
 _KINDS = {"path": "PATH", "paths": "PATHS", "int": "N", "float": "NUMBER",
           "comma separated list of strings": "A,B,...", "config": "FILE",
           "multi string": "TEXT"}
@@ -25,16 +25,17 @@ def text(
     common: Iterable[flags.Flag],
     required: Collection[str],
 ) -> str:
-  """The help of a command.
+  """Returns the help of a command.
 
   Args:
-    program: How the command is started, without its flags.
+    program: Command line that starts the command, without its flags.
     about: Description of the command.
-    own: Its flags. The first line of a flag's help describes the flag. If the flag has
-      fields, the other lines are their table, which follows all flags. A flag whose
-      attribute `positional` is true takes arguments that are not flags, too.
+    own: Flags of the command. The first line of a flag's help describes the flag. If
+      the flag has fields, the other lines are a table of the fields, which is printed
+      after all flags. A flag whose attribute `positional` is true also takes arguments
+      that are not flags.
     common: Flags that all commands have.
-    required: Names of the flags that must be given.
+    required: Names of the required flags.
   """
   usage = [program, *(f"--{flag.name}={_kind(flag)}" for flag in own
                       if flag.name in required and not _positional(flag))]
@@ -52,10 +53,11 @@ def text(
 
 
 def sentence(flag: flags.Flag) -> str:
-  """The description of a flag, without what absl adds to it and without its table."""
-  # Enumerations begin so.
+  """Returns the description of a flag without absl's additions and its table."""
+  # absl lists the values of an enumeration before the description, and says after the
+  # description of some flags that they may be repeated.
   text = re.sub("^<[^>]*>: ", "", flag.help.partition("\n")[0])
-  return text.removesuffix(";")  # absl goes on to say that the flag may be repeated.
+  return text.removesuffix(";")
 
 
 def _positional(flag: flags.Flag) -> bool:
@@ -63,7 +65,7 @@ def _positional(flag: flags.Flag) -> bool:
 
 
 def _entries(shown: Iterable[flags.Flag], required: Collection[str]) -> list[str]:
-  """Name, kind, help and default of flags, in lines."""
+  """Returns lines with the name, kind, help and default of each flag."""
   lines = []
   for flag in shown:
     short = f"-{flag.short_name}, " if flag.short_name else ""
@@ -84,6 +86,6 @@ def _default(flag: flags.Flag) -> str:
 
 
 def _kind(flag: flags.Flag) -> str:
-  """Placeholder for the value of a flag."""
+  """Returns the placeholder for the value of a flag."""
   values = getattr(flag.parser, "enum_values", None)
   return "|".join(values) if values else _KINDS.get(flag.flag_type(), "TEXT")
