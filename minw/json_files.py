@@ -128,7 +128,7 @@ SEAL = "crc32"  # Key of the checksum in a sealed object.
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-  """Returns the object with an added checksum of it, which `check_sealed` checks."""
+  """Returns the object with a checksum of its fields, which `check_sealed` checks."""
   return {**value, SEAL: _crc32(value)}
 
 

@@ -248,7 +248,7 @@ def _conv(graph, i, op, name):
   kind, x = graph.kinds[op.input], graph.names[op.input]
   levels = packed.levels(op.kernel, op.bits).transpose(0, 3, 1, 2)
   whole = tuple(window) == kind.shape[:2] and not any(op.pads)
-  if whole and op.groups == 1:  # A dense layer.
+  if whole and op.groups == 1:  # This is a dense layer.
     if not graph.flat(op.input):
       x = graph.node("Flatten", f"{name}_flat", x)
     graph.node("MatMul", name, x, graph.weights(
