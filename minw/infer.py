@@ -7,8 +7,8 @@ see `shipped`.
   network.predict(["a.png", "b.jpg"])  # Labels and scores.
   logits = network.logits(images)      # uint8 (batch, height, width, channels)
 
-Inference needs NumPy, Pillow and the native library. If the library was not built, JAX
-runs the network, or NumPy if JAX is not installed, which is slow. None of the
+Inference needs NumPy and Pillow. The native library runs the network. If the library
+was not built, JAX does so, or NumPy if JAX is not installed, which is slow. None of the
 dependencies of training is imported.
 """
 
@@ -340,7 +340,7 @@ def read_image(
   """Reads an image file as an upright and opaque image of the given shape.
 
   An image of another size is scaled until its shorter side fits, and its center is
-  cropped. A larger image is not scaled if `shrink` is false. See `images.centre`.
+  taken. A larger image is not scaled if `shrink` is false. See `images.centre`.
 
   Args:
     path: Path of the file.
@@ -475,7 +475,7 @@ def print_predictions(
     else:
       bad += 1
       cli.print_error(f"images={os.fspath(file)!r}: {result}")
-    if hidden and count % 1000 == 0:  # The lines above do not show the progress.
+    if hidden and count % 1000 == 0:  # The predictions do not go to the terminal.
       print(f"{count:,} images", file=sys.stderr)
   return 2 if bad == count == 1 else int(bad > 0)
 

@@ -464,7 +464,7 @@ def _window(writer, op, window, row, pixel=(), border=False, dilation=(1, 1)):
       ("i", "top", h, window[0], dilation[0], top, bottom),
       ("j", "left", w, window[1], dilation[1], left, right)):
     # Index i of the window reads the input at `at` + i * `step`. `first` is the first
-    # index whose position is not negative, and `last` is the first one beyond the input.
+    # index whose position is not negative, and `last` is the first one past the input.
     first = f"{at} < 0 ? {_steps(f'-{at}', step)} : 0"
     last = (f"{at} > {size - 1 - (n - 1) * step} ?"
             f" {_steps(f'{size} - {at}', step)} : {n}")

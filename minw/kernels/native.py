@@ -104,7 +104,7 @@ class Network:
     self.classes = self._lib.minw_classes(self._network)
     size = ctypes.c_size_t()
     said = self._lib.minw_metadata(self._network, size)
-    metadata.decode(ctypes.string_at(said, size.value), self.classes)  # This checks them.
+    metadata.decode(ctypes.string_at(said, size.value), self.classes)  # A check.
 
   def __reduce__(self):
     return type(self), (self._data, self._limits)
