@@ -702,7 +702,7 @@ def _test(run: _Run) -> dict[str, Any]:
   target = checkpoint_target(experiment)
   last = checkpoint.restore(manager, experiment.num_steps, target)
   best = checkpoint.restore_best(manager, target)
-  assert best is not None  # The last one is there.
+  assert best is not None  # The last checkpoint was read above.
   status = {"best_step": best.step}
   for which, prefix, saved in (("last", "test", last), ("best", "best_test", best)):
     result = run.programs.evaluator.hard(

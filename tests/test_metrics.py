@@ -158,7 +158,7 @@ def test_what_is_lost_comes_from_the_checkpoint(name, damage, record, caplog):
   assert {path.name: path.read_bytes() for path in record.glob("*.jsonl")} == whole
   warning, = caplog.records
   assert f"{record}/{name}: " in warning.getMessage()
-  assert "written anew as the checkpoint of step 20 has it" in warning.getMessage()
+  assert "replaced by the copy in the checkpoint of step 20" in warning.getMessage()
 
 
 def test_a_damaged_record_without_a_copy_is_refused_and_left_as_it_is(record):
@@ -173,7 +173,7 @@ def test_nothing_is_missed_of_a_run_that_begins_again(record, caplog):
   (record / "metrics.jsonl").write_text("damaged\n")
   metrics.Writer(str(record), 0).close()
   assert written(record) == []
-  assert "it is begun anew" in caplog.text
+  assert "it starts again empty" in caplog.text
 
 
 # Records of runs that are done.

@@ -78,7 +78,7 @@ def table(result: dict[str, Any]) -> str:
       f"CPU: {m['cores']} x {m['cpu']}; "
       + ", ".join(f"{name} {version}" for name, version in m["versions"].items()) + ".",
       "",
-      "| config | network | crop | weights | of bits | inputs | packed, MiB | batch | "
+      "| config | network | crop | weights | by bits | inputs | packed, MiB | batch | "
       "step, ms | quartiles | images/s |",
       "|---|---|---|---|---|---|---|---|---|---|---|"]
   for name, c in result["configs"].items():

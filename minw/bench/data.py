@@ -117,7 +117,7 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
     loaders = {_MINW: lambda: _minw(config, _Repeated(records, len(images)))}
     left_out = {}
     try:
-      import torch  # noqa: F401 (found out here, used in the workers)
+      import torch  # noqa: F401 (checked here and used in the workers)
     except ImportError:
       left_out = dict.fromkeys(_TORCH, "PyTorch is not installed")
     else:

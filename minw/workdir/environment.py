@@ -182,7 +182,7 @@ def _before(workdir: str, saved: dict[str, Any] | None, step: int) -> dict[str, 
     found["environments"] = [UNKNOWN]
   if distributed.is_main():
     _log.warning(
-        "%s: %s; it is %s", os.path.join(workdir, "run.json"), fault,
-        "written anew as the checkpoint has it" if saved is not None else
-        "begun anew, without the time and place of earlier starts")
+        "%s: %s; it %s", os.path.join(workdir, "run.json"), fault,
+        "is replaced by the copy in the checkpoint" if saved is not None else
+        "starts again without the time and place of earlier starts")
   return found

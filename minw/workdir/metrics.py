@@ -136,8 +136,8 @@ def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
   measured = [line for line in lines if line["split"] != "test"]
   for name, here in (("metrics", measured), ("histograms", counted)):
     if [line for line in here if line["step"] <= step] != saved[name]:
-      found.append(f"{name}.jsonl is not what the checkpoint of step {step} holds of"
-                   " it")
+      found.append(
+          f"{name}.jsonl differs from its copy in the checkpoint of step {step}")
   return found
 
 
@@ -314,9 +314,9 @@ class _Log:
         raise
       found, fault = [], error.why
     if fault:
-      _log.warning("%s: %s; it is %s", self._path, fault,
-                   "written anew as the checkpoint"
-                   f" of step {step} has it" if step else "begun anew")
+      _log.warning("%s: %s; it %s", self._path, fault,
+                   f"is replaced by the copy in the checkpoint of step {step}" if step
+                   else "starts again empty")
     self.lines = found if saved is None else saved
     if self.lines or os.path.lexists(self._path):
       self.begin()

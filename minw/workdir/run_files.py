@@ -169,7 +169,7 @@ def read_config(workdir: str) -> Any:
 
 
 # Advice in messages about a damaged config.json.
-REMEDY = "move it away, and the next start of the run writes it anew"
+REMEDY = "move it away, and the next start of the run writes it again"
 
 STATES = ("running", "done", "diverged", "preempted", "stopped")
 # Further fields in the status of a run that is done.
@@ -210,7 +210,7 @@ def read_status(workdir: str) -> dict[str, Any] | None:
     status = json_files.read_object(pathlib.Path(workdir) / "status.json",
                                     _check_status)
   except json_files.Damaged as error:
-    error.add("the next start of the run writes it anew")
+    error.add("the next start of the run writes it again")
     raise
   if status is not None and status["state"] == "running":
     with contextlib.suppress(OSError):
