@@ -99,7 +99,7 @@ def _program(workdir: str | None, model: str | None, which: str) -> packed.Progr
   if workdir is None:
     assert model is not None
     errors.check(not flags.FLAGS["checkpoint"].present, "checkpoint", which,
-                 "left out with --model, which is of one checkpoint")
+                 "left out with --model, which holds one checkpoint")
     return infer.load_for_command(model, backend="reference").program
   from minw import pack  # It needs the dependencies of training.
   return pack.pack_workdir(workdir, which)

@@ -61,7 +61,7 @@ def model(
   kinds = common.values(program)
   for op, kind in zip(program.ops, kinds[1:]):
     if kind.kind == "INT" and kind.bound.max() > _EXACT:
-      raise ValueError(f"{op.name}: sums beyond what float32 holds exactly")
+      raise ValueError(f"{op.name}: its sums exceed 2^24, up to which float32 is exact")
   graph = _Graph(program, kinds, qonnx)
   for i in range(len(kinds)):
     graph.value(i)
@@ -323,7 +323,7 @@ def _threshold(graph, i, op, name):
     return
   apart, levels = 2 * bound + 2, packed.LEVELS[graph.kinds[op.shortcut].bits]
   if apart * levels[-1] + bound + 1 > _EXACT:
-    raise ValueError(f"{op.name}: sums beyond what float32 holds exactly")
+    raise ValueError(f"{op.name}: its sums exceed 2^24, up to which float32 is exact")
   span = sum(steps) // scale
   rows = []
   for level, following, table in zip(levels, (*levels[1:], levels[-1] + 1), thresholds):
