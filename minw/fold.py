@@ -331,8 +331,8 @@ def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
   results = structure.evaluate(
       network.jaxpr, [*parameters, affine.Activation(rows)], folding.apply)
   output, made = jax.tree.unflatten(network.output, results)
-  for leaf in jax.tree.leaves(output,
-                              is_leaf=lambda x: isinstance(x, affine.Activation)):
+  for leaf in jax.tree.leaves(
+      output, is_leaf=lambda x: isinstance(x, affine.Activation)):
     affine.check_folded(leaf, "the output")
     leaf = affine.value_of(leaf)
     if (jnp.shape(leaf)[:1] == (fold_probe.NUM_ROWS,)

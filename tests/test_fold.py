@@ -213,8 +213,8 @@ def test_where_batch_norm_is_constant():
   assert one_channel(gamma=1 / (far + 1), beta=-1, unit=1 / 64) == (0, 0, -1)
   # Floats, too, where slope times bound is less than half of the last bit of beta.
   assert one_channel(gamma=2.0**-28, beta=1, bound=16, unit=0) == (0, 0, 1)
-  assert one_channel(gamma=2.0**-27, beta=1, bound=16, unit=0) == (-2.0**27, 2.0**-27,
-                                                                   0)
+  assert one_channel(gamma=2.0**-27, beta=1, bound=16, unit=0) == (
+      -2.0**27, 2.0**-27, 0)
   assert one_channel(gamma=1e-30, mean=5, beta=-0.5, unit=0) == (0, 0, -0.5)
   # Then y is beta within bound / |center|, so no code of one bit depends on acc.
   # Without a variance, epsilon decides: slope 0.01 / sqrt(1e-4).
@@ -551,8 +551,8 @@ def test_scales_in_batch_norm():
   rng = np.random.default_rng(1)
   n, step = 6, 0.37
   mean, bias, scale = rng.normal(0, 2, n), rng.normal(0, 1, n), rng.normal(0, 1, n)
-  var, of_input = rng.uniform(0.1, 5,
-                              n), fold_probe.round_scale(rng.uniform(0.01, 3, n))
+  var = rng.uniform(0.1, 5, n)
+  of_input = fold_probe.round_scale(rng.uniform(0.01, 3, n))
   of_input[2] = 0.0
   norm = fold.fold_norm(mean, var, scale, bias, 1e-4, np.full(n, 300), np.ones(n),
                         input_scale=of_input, output_scale=step)
