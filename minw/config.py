@@ -8,7 +8,7 @@ import ast
 import copy as copy_lib
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Collection
 
 from ml_collections import config_dict
 import numpy as np
@@ -127,6 +127,77 @@ def validate(c: Config) -> None:
     errors.UsageError: A field has a wrong value. The message names the field, its value
       and the allowed values.
   """
+  _check_types(c)
+  checker = _Checker(c)
+  for check_part in (_check_choices, _check_numbers, _check_records, _check_data,
+                     _check_network, _check_bits, _check_methods):
+    check_part(c, checker)
+
+
+class _Checker:
+  """Checks fields of a config.
+
+  Each method raises `errors.UsageError`, with the name of the field, its value and
+  what is allowed, unless the value is allowed.
+  """
+
+  def __init__(self, c: Config):
+    self._c = c
+
+  def check(self, name: str, ok: bool, allowed: str) -> None:
+    errors.check(ok, f"config.{name}", self._c[name], allowed)
+
+  def one_of(self, name: str, allowed: Collection[Any]) -> None:
+    self.check(name, self._c[name] in allowed,
+               "one of " + ", ".join(map(str, allowed)))
+
+  def at_least(self, low: int, *names: str) -> None:
+    for name in names:
+      self.check(name, self._c[name] >= low, f"at least {low}")
+
+  def at_most(self, high: int, *names: str) -> None:
+    for name in names:
+      self.check(name, self._c[name] <= high, f"at most {high}")
+
+  def fraction(self, *names: str) -> None:
+    for name in names:
+      self.check(name, 0 <= self._c[name] <= 1, "in [0, 1]")
+
+  def positive(self, *names: str) -> None:
+    for name in names:
+      self.check(
+          name, _TINY <= self._c[name] < _HUGE, "positive and finite, in float32")
+
+  def not_negative(self, *names: str) -> None:
+    for name in names:
+      self.check(name, 0 <= self._c[name] < _HUGE, "at least 0 and finite, in float32")
+
+  def widths(self, *names: str) -> None:
+    for name in names:
+      values = self._c[name]
+      self.check(name, len(values) <= _MOST_LAYERS and all(
+          type(value) is int and 0 < value <= _WIDEST for value in values),
+                 f"a tuple of positive integers, at most {_MOST_LAYERS} and each at"
+                 f" most {_WIDEST}")
+
+  def path(self, *names: str) -> None:
+    for name in names:
+      try:
+        paths.expand(self._c[name])
+      except ValueError as error:
+        raise errors.UsageError(
+            f"config.{name}={errors.shown(self._c[name])}: {error}") from error
+
+  def bits(self, name: str, value: Any) -> None:
+    try:
+      quantizers.is_grid(value)
+    except (ValueError, RecursionError) as error:
+      raise errors.UsageError(f"config.{name}: bits={errors.shown(value)}: must be"
+                              f" {quantizers.ALLOWED_BITS}") from error
+
+
+def _check_types(c: Config) -> None:
+  """Checks that the config has all fields and no others, each of the right type."""
   defaults = default_config()
   for name in c:
     if name not in defaults:
@@ -138,40 +209,10 @@ def validate(c: Config) -> None:
       errors.check(type(c[name]) is type(default), f"config.{name}", c[name],
                    f"of type {type(default).__name__}")
 
-  def check(name, ok, allowed):
-    errors.check(ok, f"config.{name}", c[name], allowed)
 
-  def one_of(name, allowed):
-    check(name, c[name] in allowed, "one of " + ", ".join(map(str, allowed)))
-
-  def at_least(name, low):
-    check(name, c[name] >= low, f"at least {low}")
-
-  def at_most(name, high):
-    check(name, c[name] <= high, f"at most {high}")
-
-  def fraction(name):
-    check(name, 0 <= c[name] <= 1, "in [0, 1]")
-
-  def positive(name):
-    check(name, _TINY <= c[name] < _HUGE, "positive and finite, in float32")
-
-  def not_negative(name):
-    check(name, 0 <= c[name] < _HUGE, "at least 0 and finite, in float32")
-
-  def widths(name):
-    check(name, len(c[name]) <= _MOST_LAYERS and all(
-        type(w) is int and 0 < w <= _WIDEST for w in c[name]),
-          f"a tuple of positive integers, at most {_MOST_LAYERS} and each at most"
-          f" {_WIDEST}")
-
-  def bits(name, value):
-    try:
-      quantizers.is_grid(value)
-    except (ValueError, RecursionError) as error:
-      raise errors.UsageError(f"config.{name}: bits={errors.shown(value)}: must be"
-                              f" {quantizers.ALLOWED_BITS}") from error
-
+def _check_choices(c: Config, checker: _Checker) -> None:
+  """Checks the fields that name one of several choices, or a path."""
+  one_of = checker.one_of
   one_of("dataset", datasets.NAMES)
   one_of("pixels", ("integer", "standardized"))
   one_of("network", ("convnet", *models.NETWORKS))
@@ -186,37 +227,29 @@ def validate(c: Config) -> None:
   one_of("alpha_shape", schedules.ALPHA_SHAPES)
   one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
+  checker.path("data_dir", "init_from")
 
-  for name in ("data_dir", "init_from"):
-    try:
-      paths.expand(c[name])
-    except ValueError as error:
-      raise errors.UsageError(
-          f"config.{name}={errors.shown(c[name])}: {error}") from error
 
+def _check_numbers(c: Config, checker: _Checker) -> None:
+  """Checks the fields that hold numbers."""
+  check = checker.check
   check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
-  for name in ("num_epochs", "eval_every_epochs", "eval_batch_size",
-               "learning_rate_stairs", "crop_size", "estimator_noise_steps"):
-    at_least(name, 1)
-  for name in ("num_epochs", "eval_every_epochs", "learning_rate_stairs",
-               "estimator_noise_steps", "reestimate_batches", "batch_size",
-               "eval_batch_size"):
-    at_most(name, 2**31 - 1)  # They enter calculations with steps, which are int32.
-  at_most("data_workers", _MOST_WORKERS)
+  checker.at_least(1, "num_epochs", "eval_every_epochs", "eval_batch_size",
+                   "learning_rate_stairs", "crop_size", "estimator_noise_steps")
+  # These enter calculations with steps, which are int32.
+  checker.at_most(2**31 - 1, "num_epochs", "eval_every_epochs", "learning_rate_stairs",
+                  "estimator_noise_steps", "reestimate_batches", "batch_size",
+                  "eval_batch_size")
+  checker.at_most(_MOST_WORKERS, "data_workers")
   check("batch_size", c.batch_size > 1, "at least 2: after a dense layer, batch norm"
         " of one example sees one value of each channel, which teaches it nothing")
-  for name in ("crop_padding", "reestimate_batches", "eval_resize", "data_workers",
-               "train_examples", "norm_group_size"):
-    at_least(name, 0)
-  for name in ("norm_epsilon", "learning_rate", "learning_rate_decay"):
-    positive(name)
-  for name in ("adam_epsilon", "weight_decay", "bop_threshold"):
-    not_negative(name)
-  for name in ("alpha_start", "alpha_final", "alpha_end", "norm_momentum", "momentum",
-               "max_damaged", "bop_adaptivity_rate"):
-    fraction(name)
-  for name in ("conv_widths", "dense_widths"):
-    widths(name)
+  checker.at_least(0, "crop_padding", "reestimate_batches", "eval_resize",
+                   "data_workers", "train_examples", "norm_group_size")
+  checker.positive("norm_epsilon", "learning_rate", "learning_rate_decay")
+  checker.not_negative("adam_epsilon", "weight_decay", "bop_threshold")
+  checker.fraction("alpha_start", "alpha_final", "alpha_end", "norm_momentum",
+                   "momentum", "max_damaged", "bop_adaptivity_rate")
+  checker.widths("conv_widths", "dense_widths")
   size = c.norm_group_size
   check("norm_group_size", size != 1 and (size == 0 or c.batch_size % size == 0),
         f"0, or at least 2 and a divisor of batch_size={c.batch_size}")
@@ -224,22 +257,28 @@ def validate(c: Config) -> None:
         _ascending(c.learning_rate_steps) and max(c.learning_rate_steps, default=0) < 1,
         "ascending fractions of the run between 0 and 1")
 
-  if c.histogram_layers:
-    for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
-      check(name, all(type(value) is kind for value in c[name]),
-            f"a tuple of {kind.__name__}")
-    check("histogram_epochs", all(is_validated(c, e) for e in c.histogram_epochs),
-          f"epochs up to num_epochs={c.num_epochs} that end with a validation, as "
-          f"every eval_every_epochs={c.eval_every_epochs} do")
 
+def _check_records(c: Config, checker: _Checker) -> None:
+  """Checks which layers are counted, and after which epochs."""
+  if not c.histogram_layers:
+    return
+  for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
+    checker.check(name, all(type(value) is kind for value in c[name]),
+                  f"a tuple of {kind.__name__}")
+  checker.check(
+      "histogram_epochs", all(is_validated(c, e) for e in c.histogram_epochs),
+      f"epochs up to num_epochs={c.num_epochs} that end with a validation, as "
+      f"every eval_every_epochs={c.eval_every_epochs} do")
+
+
+def _check_data(c: Config, checker: _Checker) -> None:
+  """Checks what is cut from the images of the data set."""
+  check, info = checker.check, datasets.info(c.dataset)
   check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
         and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,
         "two ascending fractions of the image's area, (0.08, 1.0) for example")
-
-  info = datasets.info(c.dataset)
   if info.streamed:
-    for name in ("crop_size", "eval_resize"):
-      at_most(name, _LARGEST_SIDE)
+    checker.at_most(_LARGEST_SIDE, "crop_size", "eval_resize")
     check("train_examples", not c.train_examples, f"0: {c.dataset} is not in memory")
     check("eval_resize", c.eval_resize == 0 or c.eval_resize >= c.crop_size,
           f"0 or at least crop_size={c.crop_size}")
@@ -251,21 +290,34 @@ def validate(c: Config) -> None:
           f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
   check("crop_padding", c.crop_padding < c.crop_size,
         f"less than crop_size={c.crop_size}: every crop holds part of the image")
-  if c.network == "convnet":
-    check("conv_widths", _final_size(c) > 0,
-          f"few enough: crop_size={c.crop_size} leaves nothing to the last pooling")
-  else:
-    at_least("crop_size", models.SMALLEST_IMAGE.get(c.network, 1))
 
-  bits("input_bits", c.input_bits)
-  bits("weight_bits", c.weight_bits)
+
+def _check_network(c: Config, checker: _Checker) -> None:
+  """Checks that the network's layers leave something of a crop."""
+  if c.network == "convnet":
+    checker.check(
+        "conv_widths", _final_size(c) > 0,
+        f"few enough: crop_size={c.crop_size} leaves nothing to the last pooling")
+  else:
+    checker.at_least(models.SMALLEST_IMAGE.get(c.network, 1), "crop_size")
+
+
+def _check_bits(c: Config, checker: _Checker) -> None:
+  """Checks bits, and the thresholds that belong to them."""
+  checker.bits("input_bits", c.input_bits)
+  checker.bits("weight_bits", c.weight_bits)
   for rule in c.bits_rules:
-    check("bits_rules", isinstance(rule, tuple) and len(rule) == 2
-          and isinstance(rule[0], str),
-          "pairs of a layer name pattern and bits: (('conv1', 'bfloat16'),)")
-    bits("bits_rules", rule[1])
+    checker.check("bits_rules", isinstance(rule, tuple) and len(rule) == 2
+                  and isinstance(rule[0], str),
+                  "pairs of a layer name pattern and bits: (('conv1', 'bfloat16'),)")
+    checker.bits("bits_rules", rule[1])
   _check_thresholds(c, "input_thresholds", c.input_bits)
   _check_thresholds(c, "weight_thresholds", c.weight_bits)
+
+
+def _check_methods(c: Config, checker: _Checker) -> None:
+  """Checks that estimator and optimizer suit the other fields."""
+  check = checker.check
   if c.estimator in estimators.ONE_BIT:
     for value in (c.input_bits, c.weight_bits, *(b for _, b in c.bits_rules)):
       check("estimator", not (quantizers.is_grid(value) and value > 1),
