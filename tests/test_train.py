@@ -822,7 +822,8 @@ def test_noise_is_kept_for_so_many_steps():
 
 
 def test_bop_needs_weights_of_one_bit():
-  with pytest.raises(errors.UsageError, match="bop.: must be another optimizer: it flips"):
+  with pytest.raises(
+      errors.UsageError, match="bop.: must be another optimizer: it flips"):
     Experiment(tiny_config(optimizer="bop", weight_bits=2))
 
 
