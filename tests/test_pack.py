@@ -21,6 +21,7 @@ from minw import quantizers
 from minw import verify
 from minw.data import pixels as pixels_lib
 from minw.kernels import native
+from minw.packing import layer_rules
 
 PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 
@@ -111,7 +112,7 @@ def test_thresholds_give_every_code(case):
   norm = fold.fold_norm(mean, var, scale, bias, 1e-4, bounds * unit, np.full(n, unit))
   layer = layers.NormQuant(bits=bits)
   shortcuts = [-1.0, 0.0, 1.0] if with_shortcut else [0.0]
-  falling, table = pack.channel_thresholds(
+  falling, table = layer_rules.channel_thresholds(
       layer, norm._asdict(), bounds, unit, shortcuts)
   assert falling.tolist() == (norm.scale < 0).tolist()
   assert table.shape == (len(shortcuts), (1, 2, 6)[bits - 1], n)
