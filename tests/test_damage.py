@@ -360,6 +360,13 @@ def test_readers_of_a_damaged_record(trials, caplog):
   trial.check_readers("metrics.jsonl", caplog)
 
 
+def test_a_lost_checkpoint_is_missed(trials, caplog):
+  trial = trials["done"]
+  trial.damage("checkpoints/57", remove)
+  assert _evaluate(trial.workdir)["step"] == 38
+  assert "the checkpoint of step 57 is missing; that of step 38 is used" in caplog.text
+
+
 def test_a_lost_config_lets_no_other_run_go_on(workdirs, tmp_path):
   """The checkpoint knows whose it is."""
   shutil.copytree(workdirs["killed"], tmp_path / "run")

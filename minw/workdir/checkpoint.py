@@ -369,7 +369,22 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
       saved = (restore_best if which == "best" else restore_newest)(manager)
   if saved is None:
     raise errors.bad_value("workdir", workdir, "a run that has a checkpoint")
+  expected = _recorded_step(workdir, which)
+  if expected not in (None, saved.step):
+    _log.warning("%s: the checkpoint of step %d is missing; that of step %d is used",
+                 workdir, expected, saved.step)
   return config, saved
+
+
+def _recorded_step(workdir: str, which: str) -> int | None:
+  """Returns the step that a finished run records of a checkpoint, if it is known."""
+  try:
+    status = run_files.read_status(workdir)
+  except json_files.Damaged:
+    return None
+  if not status or status["state"] != "done":
+    return None
+  return status.get("best_step") if which == "best" else status["step"]
 
 
 def newest_step(workdir: str) -> int:
