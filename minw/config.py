@@ -389,6 +389,11 @@ def to_json(config: Config) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
+def to_fields(config: Config) -> dict[str, Any]:
+  """Returns the fields as JSON has them: sorted by name, with lists for tuples."""
+  return json.loads(to_json(config))
+
+
 def differing_fields(a: config_dict.ConfigDict, b: config_dict.ConfigDict) -> list[str]:
   """Lists the fields that differ, as strings "name: value in a, value in b"."""
   return [f"{name}: {a.get(name)!r}, {b.get(name)!r}"

@@ -675,7 +675,7 @@ def _save(
   if run.writer:
     run.writer.sync()  # The records must reach the disk before the checkpoint does.
   checkpoint.save(run.manager, step, tree, accuracy, {
-      "config": json.loads(config_lib.to_json(run.experiment.config)),
+      "config": config_lib.to_fields(run.experiment.config),
       "journal": run.journal.content,
       **(run.writer.lines if run.writer else {})})
   run.journal.note()

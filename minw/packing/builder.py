@@ -73,15 +73,11 @@ class Builder:
     try:
       value = packed.infer_value(op, self.values)
     except ValueError as error:
-      sources = self.describe([self.array(i) for i in packed.inputs(op)])
+      sources = " and ".join(map(self._describe, packed.inputs(op)))
       raise refusal(f"{op.name}, of {sources}: {error}") from error
     self.values.append(value)
     self.ops.append(op)
     return Array(len(self.ops), unit, value.shape, form)
-
-  def array(self, value: int) -> Array:
-    """Returns a value as an array with a unit of 1."""
-    return Array(value, 1.0, self.values[value].shape)
 
   def kind(self, x: Array) -> packed.Value:
     """Returns what is known of the value that holds an array."""

@@ -84,7 +84,7 @@ def record(workdir: str) -> Record:
   run = environment.read(workdir)
   *earlier, last = run["environments"] or [
       {"commit": None, "hardware": None, "versions": None}]
-  fields = json.loads(config_lib.to_json(config))
+  fields = config_lib.to_fields(config)
   fields["init_from"] = _source(config.init_from)
   file = lambda name: (lambda path: str(path) if path.exists() else None)(
       pathlib.Path(workdir) / name)
@@ -113,7 +113,7 @@ def _source(init_from: str) -> str:
     config = run_files.read_config(paths_lib.expand(init_from))
   except (errors.UsageError, ValueError):
     return init_from
-  return as_source(json.loads(config_lib.to_json(config)))
+  return as_source(config_lib.to_fields(config))
 
 
 def as_source(config: dict[str, Any]) -> str:
@@ -147,7 +147,7 @@ def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, A
 
   The fields in `without` and in `NO_MATTER` are left out.
   """
-  default = json.loads(config_lib.to_json(config_lib.default_config()))
+  default = config_lib.to_fields(config_lib.default_config())
   return {name: value for name, value in acting(config).items()
           if name not in {*without, *NO_MATTER}
           and value not in (default[name], titles.NO_ESTIMATOR)}
@@ -201,7 +201,7 @@ def _scan(
     except (errors.UsageError, OSError, ValueError, KeyError, TypeError) as error:
       left_out.append(LeftOut(name, " ".join(str(error).split())))
       continue
-    run = {**run, "name": name, "config": json.loads(config_lib.to_json(filled))}
+    run = {**run, "name": name, "config": config_lib.to_fields(filled)}
     first = seen.setdefault((key(run["config"]), run["seed"]), run)
     if first is run:
       found.append(run)

@@ -85,7 +85,7 @@ def claim(workdir: str, config: Any) -> None:
     path.mkdir(parents=True, exist_ok=True)
     check_free(workdir, config)
     files.remove_parts(path)
-    fields = json_files.sealed(json.loads(config_lib.to_json(config)))
+    fields = json_files.sealed(config_lib.to_fields(config))
     files.write(path / "config.json",
                 json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
