@@ -94,18 +94,6 @@ def small_tables():
   return originals, infos
 
 
-def tar_of(members: dict[str, bytes | int]) -> bytes:
-  """An archive of files; those given by a size are empty but claim to have it."""
-  content = b""
-  for name, data in members.items():
-    member = tarfile.TarInfo(name)
-    member.size = data if isinstance(data, int) else len(data)
-    content += member.tobuf()
-    if not isinstance(data, int):
-      content += data + bytes(-len(data) % 512)
-  return content + bytes(1024)
-
-
 def refusal(*arguments) -> str:
   """The message of the error that `prepare` must raise."""
   with pytest.raises(errors.UsageError) as error:

@@ -87,3 +87,16 @@ def small(monkeypatch):
   for name in cifar_files.COUNTS:
     monkeypatch.setitem(cifar.ORIGINALS, name, originals[name])
     monkeypatch.setitem(datasets._INFOS, name, infos[name])
+
+
+@pytest.fixture(scope="module")
+def imagenet_data(tmp_path_factory):
+  """The data_dir where the small ImageNet of `imagenet_files` was prepared."""
+  import imagenet_files
+  from minw import prepare
+
+  folder = tmp_path_factory.mktemp("imagenet")
+  path = prepare.prepare("imagenet2012", folder / "data",
+                         imagenet_files.write_archives(folder / "source"), partial=True)
+  assert path == folder / "data/imagenet2012/5.1.0"
+  return folder / "data"

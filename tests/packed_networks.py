@@ -1,8 +1,13 @@
-"""Random packed networks, operation by operation."""
+"""Packed networks that tests build operation by operation, most of them random."""
 
+from hypothesis import strategies as st
 import numpy as np
 
 from minw import packed
+from minw.data import datasets
+
+# Arguments of `groups_and_dilation`: all bits, and the codes that may pad.
+GROUPS = [(1, 0), (1, -1), (2, 0), (2, -1), (3, 0), (3, -1), (3, 2)]
 
 
 class Builder:
@@ -114,3 +119,167 @@ def seeds() -> list[bytes]:
   programs = [floats(1 + i % 3, form) for i, form in enumerate(forms)]
   programs += [integers(bits, seed) for bits in (1, 2, 3) for seed in range(3)]
   return [packed.to_bytes(program) for program in programs]
+
+
+def small(bits=1) -> packed.Program:
+  """A 2x2 image of one channel, one dense layer of two classes."""
+  kernel = np.array([[[[1], [-1]], [[-1], [-1]]], [[[1], [1]], [[1], [-1]]]], np.int8)
+  ops = (
+      packed.Conv("fc", 0, bits, kernel),
+      packed.Logits("norm", 1, 0.5, np.float32([1, 2]), np.float32([3, -4]),
+                    np.float32([0, 0])))
+  return packed.Program((4, 3, 1), (2, 2), np.array([7], np.uint8), 2, ops,
+                        {"labels": ["no", "yes"]})
+
+
+def digits_network(metadata=None) -> packed.Program:
+  """A linear classifier of the digits, of ternary weights: templates' signs."""
+  images, labels = datasets.load("digits", "train", None)
+  means = np.stack([images[labels == k].mean(0) for k in range(10)])
+  kernel = np.sign(np.round((means - means.mean(0)) / 40)).astype(np.int8)
+  ops = (packed.Conv("fc", 0, 2, kernel),
+         packed.Logits("norm", 1, 2.0**-6, np.zeros(10, np.float32),
+                       np.full(10, 0.25, np.float32), np.zeros(10, np.float32)))
+  return packed.Program((8, 8, 1), (8, 8), np.array([78], np.uint8), 10, ops,
+                        metadata or {})
+
+
+def digits_logits(images):
+  """The logits of `digits_network`, in float64."""
+  kernel = digits_network().ops[0].kernel.reshape(10, -1).astype(np.float64)
+  return (images.reshape(len(images), -1) - 78.0) @ kernel.T / 64 * 0.25
+
+
+def residual_and_dense(bits):
+  """Every operation, also with level 0 among signs."""
+  b = Builder(np.random.default_rng(bits), (9, 8, 3), (8, 8))
+  x = b.threshold(b.conv(0, bits, 20), bits)
+  b.ops[-1].thresholds[:, :, :4] = [10**5, -10**5, 2**31 - 1, -2**31]
+  short = b.add(packed.Shortcut("short", x, (2, 2), 7, 6))
+  y = b.threshold(b.conv(x, bits, 33, strides=(2, 2)), bits, short)
+  y = b.add(packed.Concat("cat", (y, short, y), (0, 0, 0)))
+  z = b.conv(y, bits, 18)
+  wide = b.add(packed.Concat("cat", (z, z), (0, 3)))
+  both = b.add(packed.Add("add", wide, wide, 0, 1))
+  level = b.add(packed.Add("add", y, y, 1, 0))
+  level = b.add(packed.Pool("sum", level, "sum", (3, 2), (1, 2), (1, 2, 1, 0)))
+  pool = b.add(packed.Pool("max", both, "max", (3, 3), (2, 1), (1, 1, 2, 0)))
+  codes = b.add(packed.Pool("max", b.threshold(pool, bits), "max", (2, 2), (1, 1)))
+  codes = b.add(packed.Pool("sum", codes, "sum", b.shape(codes)[:2], (1, 1)))
+  b.threshold(level, 3)
+  return b.end(codes, bits)
+
+
+def sum_of_many(bits=2, count=32):
+  """A network with a sum of `count` convolutions."""
+  b = Builder(np.random.default_rng(0), (8, 8, 3))
+  x = b.threshold(b.conv(0, 1, 16), bits)
+  y = b.conv(x, 1, 16)
+  for k in range(count - 1):
+    y = b.add(packed.Add("add", y, b.conv(x, bits, 16), 0, k % 2))
+  return b.end(b.threshold(y, bits))
+
+
+def chained_pools(kind, count):
+  """A network with a chain of pools whose windows overlap, over a convolution."""
+  b = Builder(np.random.default_rng(1), (10, 11, 2))
+  x = b.threshold(b.conv(0, 1, 33), 2)
+  y = b.conv(x, 1, 12)
+  for _ in range(count):
+    y = b.add(packed.Pool(f"{kind} pool", y, kind, (3, 2), (1, 1), (1, 1, 0, 1)))
+  return b.end(b.threshold(y, 1))
+
+
+def tree(bits=3):
+  """A network that pools, concatenates and adds in turns, before any threshold."""
+  b = Builder(np.random.default_rng(2), (9, 9, 3))
+  x = b.threshold(b.conv(0, bits, 16), bits)
+
+  def grow(height):
+    if not height:
+      return b.conv(x, bits, 5)
+    left, right = grow(height - 1), grow(height - 1)
+    y = b.add(packed.Concat("both", (left, right), (0, 1)))
+    y = b.add(packed.Add("add", y, b.conv(x, 2, b.shape(y)[2])))
+    return b.add(packed.Pool("pool", y, "max", (3, 3), (1, 1), (1, 1, 1, 1)))
+
+  return b.end(b.threshold(grow(2), bits), bits)
+
+
+def groups_and_dilation(bits, pad=0):
+  """Depthwise and grouped convolutions of odd sizes, dilated ones among them."""
+  b = Builder(np.random.default_rng(bits), (11, 9, 3))
+  x = b.threshold(b.conv(0, bits, 9, groups=3, dilation=(2, 1)), bits)  # The image.
+  x = b.threshold(b.conv(x, bits, 9, groups=9, pad=pad), bits)  # Depthwise.
+  x = b.threshold(b.conv(x, bits, 35, (1, 1), pads=(0,) * 4), bits)
+  short = x
+  y = b.conv(x, bits, 35, (3, 3), (1, 1), (2, 2, 2, 2), pad, 35, (2, 2))
+  x = b.threshold(y, bits, short)
+  x = b.threshold(b.conv(x, bits, 70, (3, 2), (2, 1), (3, 3, 2, 1), pad, 7, (3, 3)),
+                  bits)
+  x = b.threshold(b.conv(x, bits, 96, (2, 3), (1, 2), (9, 1, 0, 7), pad, 1, (1, 3)),
+                  bits)
+  x = b.threshold(b.conv(x, bits, 64, (3, 3), (1, 1), (1, 1, 1, 1), pad, 1, (2, 1)),
+                  bits)
+  x = b.conv(x, bits, 66, (3, 3), (1, 1), (2, 0, 1, 3), pad, 2, (1, 2))  # Whole words.
+  x = b.threshold(b.add(packed.Pool("sum", x, "sum", (2, 2), (1, 1))), bits)
+  x = b.threshold(b.conv(x, bits, 33, b.shape(x)[:2], pads=(0,) * 4, groups=33), bits)
+  return b.end(x, bits)
+
+
+def assert_same(a: packed.Program, b: packed.Program) -> None:
+  assert a._replace(ops=(), offset=0, metadata=0) == b._replace(
+      ops=(), offset=0, metadata=0)
+  np.testing.assert_array_equal(a.offset, b.offset)
+  for x, y in zip(a.ops, b.ops, strict=True):
+    assert type(x) is type(y)
+    for field in x._fields:
+      np.testing.assert_array_equal(getattr(x, field), getattr(y, field), strict=True)
+
+
+# Networks of random structure.
+
+
+def _apart(draw, channels, out, h, w):
+  """Groups, and a number of output channels near `out`, and dilation for 1x1 to 3x3."""
+  divisors = [n for n in range(1, channels + 1) if channels % n == 0]
+  groups = draw(st.sampled_from(divisors))
+  size = tuple(draw(st.integers(1, 3)) for _ in range(2))
+  dilation = tuple(draw(st.integers(1, 4)) for _ in range(2))
+  pads = tuple(draw(st.integers(0, 3)) for _ in range(4))
+  spans = [(n - 1) * step + 1 for n, step in zip(size, dilation)]
+  if spans[0] > h + pads[0] + pads[1] or spans[1] > w + pads[2] + pads[3]:
+    size = (1, 1)
+  return max(out // groups, 1) * groups, size, pads, groups, dilation
+
+
+def _windows(draw, h, w, largest):
+  size = tuple(draw(st.integers(1, min(n + 2, largest))) for n in (h, w))
+  pads = tuple(draw(st.integers(0, size[i // 2] - 1)) for i in range(4))
+  if size[0] > h + pads[0] + pads[1] or size[1] > w + pads[2] + pads[3]:
+    size, pads = (1, 1), (0,) * 4
+  return size, (draw(st.integers(1, 3)), draw(st.integers(1, 3))), pads
+
+
+@st.composite
+def programs(draw):
+  """Networks of a few random operations."""
+  shape = tuple(draw(st.integers(1, n)) for n in (9, 9, 4))
+  b = Builder(np.random.default_rng(draw(st.integers(0, 2**32))), shape)
+  bits = st.integers(1, 3)
+  x = b.conv(0, draw(bits), draw(st.integers(1, 70)), *_windows(draw, *b.crop, 11))
+  for _ in range(draw(st.integers(0, 3))):
+    if draw(st.booleans()):
+      x = b.add(packed.Pool("pool", x, draw(st.sampled_from(("max", "sum"))),
+                            *_windows(draw, *b.shape(x)[:2], 3)))
+    x = b.threshold(x, draw(bits))
+    pad = draw(st.integers(-1, 1)) * packed.max_code(b.values[x].bits)
+    x = b.conv(x, draw(bits), draw(st.integers(1, 140)),
+               *_windows(draw, *b.shape(x)[:2], 5), pad)
+    if draw(st.booleans()):
+      h, w, channels = b.shape(x)
+      out, size, pads, groups, dilation = _apart(
+          draw, channels, draw(st.integers(1, 140)), h, w)
+      x = b.conv(b.threshold(x, draw(bits)), draw(bits), out, size,
+                 (draw(st.integers(1, 2)), 1), pads, 0, groups, dilation)
+  return b.end(b.threshold(x, draw(bits)), draw(bits))

@@ -272,3 +272,13 @@ def ended(process):
   with process:
     out, err = process.communicate(timeout=600)
   return process.returncode, out, err
+
+
+def array_file(folder):
+  """The file that holds most of the arrays."""
+  return max((path for path in (folder / "tree").rglob("*") if path.is_file()),
+             key=lambda path: path.stat().st_size)
+
+
+def halve(path):
+  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])

@@ -15,14 +15,15 @@ import tarfile
 import numpy as np
 import pytest
 
+from archives import tar
 import cifar_files
+import imagenet_files
 from minw import errors
 from minw.data import cifar
 from minw.data import imagenet
 from minw.data import unpickle
 from python2_pickles import dump
 from python2_pickles import pickled
-import test_imagenet
 
 COUNT = int(os.environ.get("MINW_ARCHIVE_MUTANTS", "1000"))
 HANG = 300  # Seconds of a mutant, after which all tests end with a traceback.
@@ -121,7 +122,7 @@ def test_mutants_of_cifar(small, bounded, version, tmp_path):
   folder = cifar_files.write_directory(tmp_path / "original", "cifar10", version)
   members = {f"{folder.name}/{path.name}": path.read_bytes()
              for path in sorted(folder.iterdir())}
-  original, outcomes = cifar_files.tar_of(members), Outcomes()
+  original, outcomes = tar(members), Outcomes()
   source = tmp_path / "source.tar"
   for number in range(COUNT):
     rng = random.Random(number)
@@ -137,19 +138,19 @@ def test_mutants_of_cifar(small, bounded, version, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [test_imagenet.TRAIN, test_imagenet.VAL])
+@pytest.mark.parametrize("name", [imagenet_files.TRAIN, imagenet_files.VAL])
 def test_mutants_of_imagenet(bounded, name, tmp_path):
-  files = {"n01440764_1.JPEG": test_imagenet.encode(test_imagenet.picture(0, 8, 8)),
+  files = {"n01440764_1.JPEG": imagenet_files.encode(imagenet_files.picture(0, 8, 8)),
            "n01440764_2.JPEG": b"no image"}
   validation = {f"ILSVRC2012_val_{i:08}.JPEG": b"no image" for i in (1, 2, 3)}
-  source = test_imagenet.write_archives(
+  source = imagenet_files.write_archives(
       tmp_path, {"n01440764": files, "n01443537": {"n01443537_1.JPEG": b"1"}},
       validation)
   original, outcomes = (source / name).read_bytes(), Outcomes()
 
   def read():
     imagenet.check_source(source, partial=True)
-    split = "train" if name == test_imagenet.TRAIN else "validation"
+    split = "train" if name == imagenet_files.TRAIN else "validation"
     for key, record in imagenet.examples(source, split, []):
       assert key.isascii() and key.isprintable() and "/" not in key
       assert len(record["image"]) < 10_000

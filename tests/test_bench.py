@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from imagenet_files import write_archives
 from minw import config as config_lib
 from minw import errors
 from minw import prepare
@@ -24,7 +25,6 @@ from minw.data import pixels as pixels_lib
 from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import reference
-from test_imagenet import write_archives
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "digits_convnet.py"
 OURS = ["float32", "ste", "aqe", "aqe with data"]

@@ -16,8 +16,10 @@ from minw import train
 from minw.workdir import checkpoint
 from short_runs import EPOCH
 from short_runs import Stop
+from short_runs import array_file
 from short_runs import contents
 from short_runs import experiment_of
+from short_runs import halve
 from short_runs import outcome
 from short_runs import run
 from short_runs import run_with
@@ -70,12 +72,6 @@ def newest_of(workdir):
   return step, arrays_of(tree)
 
 
-def array_file(folder):
-  """The file that holds most of the arrays."""
-  return max((path for path in (folder / "tree").rglob("*") if path.is_file()),
-             key=lambda path: path.stat().st_size)
-
-
 def flip(path, at, bit=4):
   data = bytearray(path.read_bytes())
   data[at] ^= 1 << bit
@@ -85,10 +81,6 @@ def flip(path, at, bit=4):
 def change_record(folder, **changes):
   path = folder / "record" / "metadata"
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def halve(path):
-  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
 def empty(folder):

@@ -9,9 +9,10 @@ import tracemalloc
 import pytest
 from tensorflow_datasets.image_classification import cifar as tfds_cifar
 
+from archives import header
+from archives import tar
 from cifar_files import COUNTS
 from cifar_files import refusal
-from cifar_files import tar_of
 from cifar_files import write_archive
 from cifar_files import write_directory
 from minw.data import cifar
@@ -94,7 +95,7 @@ def test_members_of_an_archive_can_not_point_elsewhere(small, tmp_path):
 def write_bomb(path: pathlib.Path, size: int) -> None:
   """An archive whose one file expands to `size` bytes, by a factor of 1000."""
   with gzip.open(path, "wb") as file:
-    file.write(tar_of({"cifar-10-batches-bin/data_batch_1.bin": size})[:512])
+    file.write(header("cifar-10-batches-bin/data_batch_1.bin", size))
     for _ in range(size >> 20):
       file.write(bytes(1 << 20))
 
@@ -113,7 +114,7 @@ def write_bomb(path: pathlib.Path, size: int) -> None:
 def test_hostile_archives_are_refused(small, members, wanted, tmp_path):
   for compress in (bytes, gzip.compress):
     source = tmp_path / "source.tar"
-    source.write_bytes(compress(tar_of(members)))
+    source.write_bytes(compress(tar(members)))
     message = refusal("cifar10", tmp_path / "data", source)
     assert message.startswith(f"source='{source}': ") and wanted in message
     assert not os.listdir(tmp_path / "data/cifar10")

@@ -4,29 +4,18 @@ The two tools come with `pip install minw[lint]`, which the gate installs before
 the slow tests.
 """
 
-import pathlib
 import platform
 import re
-import shutil
 import subprocess
-import sys
 
 import pytest
 
-from test_native import setup_flags
+from c_programs import CSRC
+from c_programs import ROOT
+from c_programs import setup_flags
+from c_programs import tool
 
-ROOT = pathlib.Path(__file__).parents[1]
-CSRC = ROOT / "minw" / "kernels" / "csrc"
 SOURCES = sorted([*CSRC.iterdir(), *(ROOT / "tests" / "native").iterdir()])
-
-
-def tool(name):
-  """The path of a tool, beside the interpreter or in PATH."""
-  path = (shutil.which(name, path=str(pathlib.Path(sys.executable).parent))
-          or shutil.which(name))
-  if not path:
-    pytest.skip(f"needs {name}")
-  return path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)

@@ -14,6 +14,8 @@ import time
 import numpy as np
 import pytest
 
+from imagenet_files import outcome as streamed_outcome
+from imagenet_files import tiny_config as streamed_config
 from minw import config as config_lib
 from minw import distributed
 from minw import errors
@@ -25,15 +27,12 @@ from minw.workdir import locks
 from minw.workdir import run_files
 from short_runs import EPOCH
 from short_runs import ROOT
+from short_runs import array_file
+from short_runs import halve
 from short_runs import lines_of
 from short_runs import outcome
 from short_runs import run
 from short_runs import tiny_config
-from test_checkpoint import array_file
-from test_checkpoint import halve
-from test_imagenet import outcome as streamed_outcome
-from test_imagenet import prepared  # A fixture. pylint: disable=unused-import
-from test_imagenet import tiny_config as streamed_config
 
 # What runs instead of `python -m minw.main`; {} is done before step `step` of process
 # `process`.
@@ -449,7 +448,7 @@ DAMAGED = """
 import sys
 from minw import distributed
 from minw.data import streamed
-from test_streamed import CENTRES, TRAINING, records
+from image_records import CENTRES, records
 coordinator, count, process = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 distributed.initialize(coordinator, count, process)
 split = streamed.Split(records(20, damaged=(1, 2)), "cats", max_damaged=0.1)
@@ -480,9 +479,9 @@ def test_damaged_images_of_all_count():
 
 
 @pytest.mark.slow
-def test_streamed_run(prepared, tmp_path):
+def test_streamed_run(imagenet_data, tmp_path):
   """Two processes read what one does; a few images remain to evaluate."""
-  config = streamed_config(prepared)
+  config = streamed_config(imagenet_data)
   train_on(1, config, tmp_path / "whole", devices=2)
   workdir = tmp_path / "run"
   codes, said = ended(start(2, config, workdir, before_step=(

@@ -4,13 +4,11 @@ C is compiled with all warnings as errors; StableHLO runs in processes without m
 """
 
 import ctypes
-import functools
 import json
 import os
 import pathlib
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import types
@@ -22,24 +20,30 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from c_programs import order
+from c_programs import tool
 from minw import errors
-from minw import layers
-from minw import models
-from minw import pack
 from minw import packed
 from minw.data import datasets
-from minw.data import pixels as pixels_lib
 from minw.export import __main__ as export_command
 from minw.export import c
 from minw.export import c_text
 from minw.export import golden
 from minw.kernels import reference
+from packed_models import WHOLE
+from packed_models import convnet
+from packed_models import digits_convnet
+from packed_networks import GROUPS
 from packed_networks import Builder
+from packed_networks import chained_pools
+from packed_networks import digits_network
+from packed_networks import groups_and_dilation
 from packed_networks import images
-from test_infer import digits_network
-from test_native import programs
-from test_pack import randomized
-from test_packed import small
+from packed_networks import programs
+from packed_networks import residual_and_dense
+from packed_networks import small
+from packed_networks import sum_of_many
+from packed_networks import tree
 
 ROOT = pathlib.Path(__file__).parents[1]
 GCC = shutil.which("gcc")
@@ -48,131 +52,12 @@ FLAGS = ("-std=c99", *WARNINGS)
 needs_gcc = pytest.mark.skipif(GCC is None, reason="gcc is not installed")
 
 
-@functools.cache
-def convnet(weights=1, inputs=1, *, name=None, shape=(32, 32, 3), crop=(24, 24)):
-  """A packed ConvNet, of random variables; a narrow one without a name."""
-  widths = models.CONVNETS[name] if name else ((6, 40, 8), (33,))
-  model = models.ConvNet(
-      10, *widths, conv=functools.partial(layers.QuantConv, bits=weights),
-      dense=functools.partial(layers.QuantDense, bits=weights),
-      norm=functools.partial(layers.NormQuant, bits=inputs))
-  return packed_model(model, shape, crop)
-
-
-def packed_model(model, shape, crop):
-  pixels = pixels_lib.pixels(
-      "integer", (0.49, 0.48, 0.45)[:shape[2]], (0.2,) * shape[2])
-  return pack.pack(
-      model, randomized(model, (*crop, shape[2])), pixels=pixels, source_shape=shape,
-      crop=crop, labels=[f"number {i}" for i in range(10)],
-      metadata={"config_hash": "a1b2", "step": 7, "config": {}})
-
-
-def digits_convnet():
-  return convnet(shape=(8, 8, 1), crop=(8, 8))
-
-
-def resnet18():
-  """At full size."""
-  shape = (224, 224, 3)
-  return packed_model(models.NETWORKS["resnet18"](10), shape, shape[:2])
-
-
-def residual_and_dense(bits):
-  """Every operation, also with level 0 among signs."""
-  b = Builder(np.random.default_rng(bits), (9, 8, 3), (8, 8))
-  x = b.threshold(b.conv(0, bits, 20), bits)
-  b.ops[-1].thresholds[:, :, :4] = [10**5, -10**5, 2**31 - 1, -2**31]
-  short = b.add(packed.Shortcut("short", x, (2, 2), 7, 6))
-  y = b.threshold(b.conv(x, bits, 33, strides=(2, 2)), bits, short)
-  y = b.add(packed.Concat("cat", (y, short, y), (0, 0, 0)))
-  z = b.conv(y, bits, 18)
-  wide = b.add(packed.Concat("cat", (z, z), (0, 3)))
-  both = b.add(packed.Add("add", wide, wide, 0, 1))
-  level = b.add(packed.Add("add", y, y, 1, 0))
-  level = b.add(packed.Pool("sum", level, "sum", (3, 2), (1, 2), (1, 1, 1, 0)))
-  pool = b.add(packed.Pool("max", both, "max", (3, 3), (2, 1), (1, 1, 2, 0)))
-  codes = b.add(packed.Pool("max", b.threshold(pool, bits), "max", (2, 2), (1, 1)))
-  codes = b.add(packed.Pool("sum", codes, "sum", b.shape(codes)[:2], (1, 1)))
-  b.threshold(level, 3)
-  return b.end(codes, bits)
-
-
-def sum_of_many(bits=2, count=32):
-  """A network with a sum of `count` convolutions."""
-  b = Builder(np.random.default_rng(0), (8, 8, 3))
-  x = b.threshold(b.conv(0, 1, 16), bits)
-  y = b.conv(x, 1, 16)
-  for k in range(count - 1):
-    y = b.add(packed.Add("add", y, b.conv(x, bits, 16), 0, k % 2))
-  return b.end(b.threshold(y, bits))
-
-
-def chained_pools(kind, count):
-  """A network with a chain of pools whose windows overlap, over a convolution."""
-  b = Builder(np.random.default_rng(1), (10, 11, 2))
-  x = b.threshold(b.conv(0, 1, 33), 2)
-  y = b.conv(x, 1, 12)
-  for _ in range(count):
-    y = b.add(packed.Pool(f"{kind} pool", y, kind, (3, 2), (1, 1), (1, 1, 0, 1)))
-  return b.end(b.threshold(y, 1))
-
-
-def tree(bits=3):
-  """A network that pools, concatenates and adds in turns, before any threshold."""
-  b = Builder(np.random.default_rng(2), (9, 9, 3))
-  x = b.threshold(b.conv(0, bits, 16), bits)
-
-  def grow(height):
-    if not height:
-      return b.conv(x, bits, 5)
-    left, right = grow(height - 1), grow(height - 1)
-    y = b.add(packed.Concat("both", (left, right), (0, 1)))
-    y = b.add(packed.Add("add", y, b.conv(x, 2, b.shape(y)[2])))
-    return b.add(packed.Pool("pool", y, "max", (3, 3), (1, 1), (1, 1, 1, 1)))
-
-  return b.end(b.threshold(grow(2), bits), bits)
-
-
 STACKS = {
     "sum": sum_of_many, "sums": lambda: chained_pools("sum", 5),
     "maxima": lambda: chained_pools("max", 3), "tree": tree,
     "digits": digits_convnet, "every1": lambda: residual_and_dense(1),
     "every3": lambda: residual_and_dense(3), "dense": small,
     "groups": lambda: groups_and_dilation(3, -1)}
-
-
-def groups_and_dilation(bits, pad=0):
-  """Depthwise and grouped convolutions of odd sizes, dilated ones among them."""
-  b = Builder(np.random.default_rng(bits), (11, 9, 3))
-  x = b.threshold(b.conv(0, bits, 9, groups=3, dilation=(2, 1)), bits)  # The image.
-  x = b.threshold(b.conv(x, bits, 9, groups=9, pad=pad), bits)  # Depthwise.
-  x = b.threshold(b.conv(x, bits, 35, (1, 1), pads=(0,) * 4), bits)
-  short = x
-  y = b.conv(x, bits, 35, (3, 3), (1, 1), (2, 2, 2, 2), pad, 35, (2, 2))
-  x = b.threshold(y, bits, short)
-  x = b.threshold(b.conv(x, bits, 70, (3, 2), (2, 1), (3, 3, 2, 1), pad, 7, (3, 3)),
-                  bits)
-  x = b.threshold(b.conv(x, bits, 96, (2, 3), (1, 2), (9, 1, 0, 7), pad, 1, (1, 3)),
-                  bits)
-  x = b.threshold(b.conv(x, bits, 64, (3, 3), (1, 1), (1, 1, 1, 1), pad, 1, (2, 1)),
-                  bits)
-  x = b.conv(x, bits, 66, (3, 3), (1, 1), (2, 0, 1, 3), pad, 2, (1, 2))  # Whole words.
-  x = b.threshold(b.add(packed.Pool("sum", x, "sum", (2, 2), (1, 1))), bits)
-  x = b.threshold(b.conv(x, bits, 33, b.shape(x)[:2], pads=(0,) * 4, groups=33), bits)
-  return b.end(x, bits)
-
-
-GROUPS = pytest.mark.parametrize(
-    "bits, pad", [(1, 0), (1, -1), (2, 0), (2, -1), (3, 0), (3, -1), (3, 2)])
-
-
-def order(logits):
-  """What C is to return for logits, from their bytes."""
-  bits = [struct.unpack("<i", struct.pack("<f", v + 0.0))[0]
-          for v in np.ravel(logits).tolist()]
-  return np.reshape([v if v >= 0 else -(v & 0x7fffffff) - 1 for v in bits],
-                    np.shape(logits))
 
 
 def compiled(program, folder, *flags):
@@ -332,7 +217,7 @@ def test_c_every_operation(tmp_path, bits):
 
 
 @needs_gcc
-@GROUPS
+@pytest.mark.parametrize("bits, pad", GROUPS)
 def test_c_groups_and_dilation(tmp_path, bits, pad):
   program = groups_and_dilation(bits, pad)
   assert_c_equal(program, tmp_path, images(program, 10), "-fsanitize=undefined",
@@ -396,11 +281,6 @@ def test_c_checks_itself(tmp_path):
   assert result.returncode == 1 and "1 scores are wrong" in result.stdout
 
 
-def compiler(name):
-  """A compiler's path; the test is skipped without it."""
-  return shutil.which(name) or pytest.skip(f"{name} is not installed")
-
-
 def longest_sum():
   """More terms than functions may recurse."""
   b = Builder(np.random.default_rng(3), (3, 3, 1))
@@ -414,7 +294,7 @@ def longest_sum():
     sum_of_many, tree, longest_sum, lambda: chained_pools("sum", 5),
     lambda: chained_pools("max", 2)], ids=["sum", "tree", "longest", "sums", "maxima"])
 def test_c_of_long_sums_and_pools(tmp_path, make):
-  compiler("gcc")
+  tool("gcc")
   program = make()
   assert_c_equal(program, tmp_path, images(program, 5))
 
@@ -430,7 +310,7 @@ def test_c_takes_less_stack_than_it_says(tmp_path, make, name, flag):
   (tmp_path / "net.c").write_text(text)
   (tmp_path / "net.h").write_text(c.header(program))
   subprocess.run(
-      [compiler(name), "-std=c99", flag, "-I", tmp_path, "-o", tmp_path / "stack",
+      [tool(name), "-std=c99", flag, "-I", tmp_path, "-o", tmp_path / "stack",
        ROOT / "tests" / "export" / "stack.c", tmp_path / "net.c"], check=True)
   used = int(subprocess.run([tmp_path / "stack"], check=True,
                             capture_output=True).stdout)
@@ -482,7 +362,7 @@ def test_c_holds_any_text(tmp_path, name, flags):
       ops=tuple(op._replace(name=next(names, "layer")) for op in program.ops),
       num_classes=7, metadata={"labels": NASTY[:7], "config_hash": "*/??/\n\\"})
   (tmp_path / "net.c").write_text(c.source(program, images(program, 2)), "ascii")
-  subprocess.run([compiler(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
+  subprocess.run([tool(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
                   tmp_path / "net", tmp_path / "net.c"], check=True)
   said = subprocess.run([tmp_path / "net"], check=True, capture_output=True).stdout
   found = reference.logits(program, images(program, 2)).argmax(-1)
@@ -498,7 +378,7 @@ def test_c_holds_any_text(tmp_path, name, flags):
 def test_c_compiles_without_warnings(tmp_path, make, name, flags):
   program = make()
   (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
-  subprocess.run([compiler(name), *flags, *WARNINGS, "-O1", "-c", "net.c"], check=True,
+  subprocess.run([tool(name), *flags, *WARNINGS, "-O1", "-c", "net.c"], check=True,
                  cwd=tmp_path)
 
 
@@ -540,7 +420,7 @@ def test_c_networks_link_into_one_program(tmp_path, cc, cxx):
     # The header agrees with the file.
     (tmp_path / f"{prefix}.c").write_text(
         f'#include "{prefix}.h"\n' + c.source(program, images(program, 1), prefix))
-    subprocess.run([compiler(cc), *FLAGS, "-Wmissing-prototypes", "-c", f"{prefix}.c"],
+    subprocess.run([tool(cc), *FLAGS, "-Wmissing-prototypes", "-c", f"{prefix}.c"],
                    cwd=tmp_path, check=True)
     zeros = np.zeros((1, *program.source_shape), np.uint8)
     wanted.append(int(reference.logits(program, zeros).argmax()))
@@ -555,7 +435,7 @@ int main() {
   std::printf("%d %d %s\\n", first_run(a, scores), int_run(b, nullptr), int_labels[9]);
 }
 """.replace("\\\\", "\\"))
-  subprocess.run([compiler(cxx), "-std=c++11", *WARNINGS, "-o", "app", "app.cc",
+  subprocess.run([tool(cxx), "-std=c++11", *WARNINGS, "-o", "app", "app.cc",
                   "first.o", "int.o"], cwd=tmp_path, check=True)
   said = subprocess.run([tmp_path / "app"], check=True, capture_output=True, text=True)
   assert said.stdout == f"{wanted[0]} {wanted[1]} number 9\n"
@@ -638,7 +518,7 @@ def test_c_of_the_extreme_constants(tmp_path, name, flags):
         unit=float(unit), scale=np.float32([scale, 0.1]), center=np.float32([1 / 3, 0]),
         constant=np.float32([2.0**-100, -2.0**40]))
     (tmp_path / "net.c").write_text(c.source(program, images(program, 3)))
-    subprocess.run([compiler(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
+    subprocess.run([tool(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
                     tmp_path / "net", tmp_path / "net.c"], check=True)
     subprocess.run([tmp_path / "net"], check=True, capture_output=True)
 
@@ -707,9 +587,6 @@ def test_stablehlo_groups_and_dilation(bits, pad):
   wanted = reference.logits(program, batch)
   np.testing.assert_array_equal(logits, wanted)
   np.testing.assert_array_equal(labels, wanted.argmax(-1))
-
-
-WHOLE = [*(functools.partial(convnet, name=name) for name in "ABCD"), resnet18]
 
 
 @needs_gcc

@@ -8,17 +8,17 @@ import subprocess
 import numpy as np
 import pytest
 
+from c_programs import order
 from minw.export import c
 from minw.kernels import reference
+from packed_models import convnet
+from packed_models import digits_convnet
+from packed_models import resnet18
+from packed_networks import groups_and_dilation
 from packed_networks import images
-from test_export import convnet
-from test_export import digits_convnet
-from test_export import groups_and_dilation
-from test_export import order
-from test_export import residual_and_dense
-from test_export import resnet18
-from test_export import sum_of_many
-from test_export import tree
+from packed_networks import residual_and_dense
+from packed_networks import sum_of_many
+from packed_networks import tree
 
 HERE = pathlib.Path(__file__).parent / "export"
 GCC = shutil.which("arm-none-eabi-gcc")

@@ -8,16 +8,16 @@ from minw import packed
 from minw.data import datasets
 from minw.export import common
 from minw.kernels import reference
+from packed_models import WHOLE
+from packed_models import convnet
+from packed_models import digits_convnet
+from packed_networks import GROUPS
 from packed_networks import Builder
+from packed_networks import groups_and_dilation
 from packed_networks import images
-from test_export import GROUPS
-from test_export import WHOLE
-from test_export import convnet
-from test_export import digits_convnet
-from test_export import groups_and_dilation
-from test_export import residual_and_dense
-from test_native import programs
-from test_packed import small
+from packed_networks import programs
+from packed_networks import residual_and_dense
+from packed_networks import small
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip(
@@ -93,7 +93,7 @@ def test_every_operation(bits, equal):
 
 
 @pytest.mark.parametrize("equal", [assert_onnx_equal, assert_qonnx_equal])
-@GROUPS
+@pytest.mark.parametrize("bits, pad", GROUPS)
 def test_groups_and_dilation(bits, pad, equal):
   program = groups_and_dilation(bits, pad)
   equal(program, images(program, 4))

@@ -22,7 +22,6 @@ from minw.kernels import reference
 from minw.packed import limits
 from minw.packed import rules
 import packed_networks
-import test_packed
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "format.md").read_text()
@@ -266,7 +265,7 @@ def test_a_network_of_floats_by_the_document():
 def check(data: bytes, program: packed.Program) -> None:
   """Checks that a file holds a program, for both parsers, and gives its logits."""
   assert packed.to_bytes(program) == data
-  test_packed.assert_same(packed.from_bytes(data), program)
+  packed_networks.assert_same(packed.from_bytes(data), program)
   if native.available():
     images = packed_networks.images(program, 50)
     want = reference.logits(program, images)
@@ -327,7 +326,7 @@ def test_files_are_read_by_the_document(data):
 def test_the_example():
   lines = re.search("```text\n(.*?)```", section("Example"), re.S).group(1).split("\n")
   data = bytes.fromhex("".join(line[:24] for line in lines))
-  assert data == packed.to_bytes(test_packed.small())
+  assert data == packed.to_bytes(packed_networks.small())
 
 
 def test_codes_and_formats():

@@ -6,7 +6,6 @@ The variable MINW_TEST_IMAGENET names a folder with archives of real images.
 import contextlib
 import hashlib
 import io
-import json
 import os
 import pathlib
 import resource
@@ -20,7 +19,17 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import shuffle
 
-from minw import config as config_lib
+from archives import header
+from archives import tar
+from imagenet_files import LABELS
+from imagenet_files import TRAIN
+from imagenet_files import VAL
+from imagenet_files import outcome
+from imagenet_files import picture
+from imagenet_files import tiny_config
+from imagenet_files import train_files
+from imagenet_files import validation_files
+from imagenet_files import write_archives
 from minw import errors
 from minw import evaluate
 from minw import infer
@@ -34,59 +43,9 @@ from minw.data import imagenet
 from minw.experiment import Experiment
 from short_runs import trees_of
 
-# Tench, goldfish and toilet tissue are the first two classes and the last.
-LABELS = {"n01440764": 0, "n01443537": 1, "n15075141": 999}
 # Labels of the first six validation images, from ILSVRC2012's ground truth.
 VALIDATION = ["n01751748", "n09193705", "n02105855", "n04263257", "n03125729",
               "n01735189"]
-
-
-def encode(pixels, kind="jpeg", mode="RGB", **options):
-  file = io.BytesIO()
-  Image.fromarray(pixels).convert(mode).save(file, kind, **options)
-  return file.getvalue()
-
-
-def picture(seed, width=40, height=30):
-  """Smooth, so that JPEG changes little: a ramp in each channel."""
-  corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
-  return np.asarray(Image.fromarray(corners).resize((width, height)))
-
-
-def train_files():
-  """{class: {name: content}}: among them what ImageNet has that is not RGB JPEG."""
-  files = {}
-  for name, label in LABELS.items():
-    files[name] = {f"{name}_{i}.JPEG": encode(picture(10 * label + i), quality=95)
-                   for i in range(7)}
-  first = files["n01440764"]
-  first["n01440764_7.JPEG"] = encode(picture(7), mode="L")
-  first["n01440764_8.JPEG"] = encode(picture(8), mode="CMYK", quality=95)
-  first["n01440764_9.JPEG"] = encode(picture(9), "png")
-  return files
-
-
-def validation_files():
-  return {f"ILSVRC2012_val_{i:08}.JPEG": encode(picture(100 + i)) for i in range(1, 7)}
-
-
-def tar(files):
-  file = io.BytesIO()
-  with tarfile.open(fileobj=file, mode="w") as archive:
-    for name, content in files.items():
-      member = tarfile.TarInfo(name)
-      member.size = len(content)
-      archive.addfile(member, io.BytesIO(content))
-  return file.getvalue()
-
-
-def write_archives(folder, train_=None, validation=None):
-  folder.mkdir(exist_ok=True)
-  classes = {f"{name}.tar": tar(files)
-             for name, files in (train_ or train_files()).items()}
-  (folder / "ILSVRC2012_img_train.tar").write_bytes(tar(classes))
-  (folder / "ILSVRC2012_img_val.tar").write_bytes(tar(validation or validation_files()))
-  return folder
 
 
 def records(data_dir, split):
@@ -103,24 +62,14 @@ def refusal(*arguments, **options):
   return str(error.value)
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-  """The directory of prepared data sets."""
-  folder = tmp_path_factory.mktemp("imagenet")
-  path = prepare.prepare(
-      "imagenet2012", folder / "data", write_archives(folder / "source"), partial=True)
-  assert path == folder / "data/imagenet2012/5.1.0"
-  return folder / "data"
-
-
-def test_description_is_that_of_tensorflow_datasets(prepared):
-  builder = tfds.builder_from_directory(prepared / "imagenet2012/5.1.0")
+def test_description_is_that_of_tensorflow_datasets(imagenet_data):
+  builder = tfds.builder_from_directory(imagenet_data / "imagenet2012/5.1.0")
   own = tfds.builder_cls("imagenet2012")(data_dir="/nowhere").info
   assert builder.info.description == own.description
   assert builder.info.citation == own.citation
   assert repr(builder.info.features) == repr(own.features)
   assert builder.info.features["label"].names == own.features["label"].names
-  assert os.listdir(prepared / "imagenet2012") == ["5.1.0"]
+  assert os.listdir(imagenet_data / "imagenet2012") == ["5.1.0"]
 
 
 def check_records(data_dir):
@@ -150,8 +99,8 @@ def check_records(data_dir):
     assert found[name]["image"] == validation_files()[name]
 
 
-def test_records(prepared):
-  check_records(prepared)
+def test_records(imagenet_data):
+  check_records(imagenet_data)
 
 
 def test_records_that_memory_does_not_hold(tmp_path, monkeypatch):
@@ -168,16 +117,16 @@ def test_records_that_memory_does_not_hold(tmp_path, monkeypatch):
   assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_splits(prepared):
-  assert datasets.info("imagenet2012", prepared).splits == {
+def test_splits(imagenet_data):
+  assert datasets.info("imagenet2012", imagenet_data).splits == {
       "train": 21, "validation": 3, "test": 6}
-  datasets.check_available("imagenet2012", prepared)
-  order = list(records(prepared, "train"))
+  datasets.check_available("imagenet2012", imagenet_data)
+  order = list(records(imagenet_data, "train"))
   names = {split: [record["file_name"].decode() for record in
-                   datasets.open_records("imagenet2012", split, prepared)]
+                   datasets.open_records("imagenet2012", split, imagenet_data)]
            for split in ("train", "validation", "test")}
   assert (names["train"], names["validation"]) == (order[:21], order[21:])
-  assert names["test"] == list(records(prepared, "validation"))
+  assert names["test"] == list(records(imagenet_data, "validation"))
 
 
 def test_a_part_is_only_prepared_on_request(tmp_path):
@@ -227,15 +176,7 @@ def test_wrong_sources_are_refused(tmp_path):
   assert not list(data.rglob("*.*"))
 
 
-TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 IMAGE, CLASS = "ILSVRC2012_val_00000001.JPEG", "n01440764.tar"
-
-
-def claim(name, size):
-  """The header of a file that claims a size, and nothing after it."""
-  member = tarfile.TarInfo(name)
-  member.size = size
-  return member.tobuf()
 
 
 @pytest.mark.parametrize("name, content, wanted", [
@@ -243,19 +184,19 @@ def claim(name, size):
     (VAL, b"", "cannot be read (empty file)"),
     (VAL, tar({IMAGE: b"1", f"folder/{IMAGE}": b"2"}),
      f"folder/{IMAGE} is there twice"),
-    (VAL, claim(IMAGE, 2**30), f"{IMAGE} has 1,073,741,824 bytes and may have"),
+    (VAL, header(IMAGE, 2**30), f"{IMAGE} has 1,073,741,824 bytes and may have"),
     (VAL, tar({"../" * 9 + "etc/passwd": b"1"}), "passwd is no validation image"),
     (VAL, tar({"a\x1b[2J": b"1"}), r"a\x1b[2J is no validation image"),
     (VAL, tar({"ILSVRC2012_val_0000000\u0661.JPEG": b"1"}), "is no validation"),
     (TRAIN, bytes(1024), "holds 0 archives of a class and must hold 1,000"),
     (TRAIN, tar({CLASS: tar({}), f"./{CLASS}": tar({})}), f"{CLASS} is there twice"),
-    (TRAIN, claim(CLASS, 2**40), f"{CLASS} has 1,099,511,627,776 bytes and may have"),
+    (TRAIN, header(CLASS, 2**40), f"{CLASS} has 1,099,511,627,776 bytes and may have"),
     (TRAIN, tar({CLASS: b""}), f"({CLASS}: empty file)"),
     (TRAIN, tar({CLASS: tar({})}), "it holds no images"),
     (TRAIN, tar({CLASS: 700 * b"1"}), f"({CLASS}: "),
-    (TRAIN, tar({CLASS: claim("n01440764_1.JPEG", 100)}),
+    (TRAIN, tar({CLASS: header("n01440764_1.JPEG", 100)}),
      f"({CLASS}: n01440764_1.JPEG is cut off)"),
-    (TRAIN, tar({CLASS: claim("n01440764_1.JPEG", 2**30)}),
+    (TRAIN, tar({CLASS: header("n01440764_1.JPEG", 2**30)}),
      f"({CLASS}: n01440764_1.JPEG has 1,073,741,824 bytes and may have"),
     (TRAIN, tar({CLASS: tar({"a/n01440764_1.JPEG": b"1", "b/n01440764_1.JPEG": b"2"})}),
      f"({CLASS}: b/n01440764_1.JPEG is there twice)"),
@@ -325,18 +266,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
       f" --workdir=runs/imagenet2012 --config.data_dir={tmp_path}"]
 
 
-def tiny_config(data_dir, **changes):
-  c = config_lib.default_config()
-  c.update(dataset="imagenet2012", data_dir=str(data_dir), crop_size=8, eval_resize=12,
-           conv_widths=(4, 4), dense_widths=(), batch_size=4, eval_batch_size=4,
-           num_epochs=2, weight_bits=2, reestimate_batches=2)
-  c.update(changes)
-  return c
-
-
-def test_evaluation_is_that_of_single_images(prepared):
+def test_evaluation_is_that_of_single_images(imagenet_data):
   # The rule, written down once more: 40 x 30 to 16 x 12, then the middle 8 x 8.
-  experiment = Experiment(tiny_config(prepared))
+  experiment = Experiment(tiny_config(imagenet_data))
   assert experiment.info.image_shape == (12, 12, 3)
   seen = []
   for data, start in experiment.data.eval_batches(experiment.data.load("test")):
@@ -344,16 +276,18 @@ def test_evaluation_is_that_of_single_images(prepared):
     assert images.shape == (4, 8, 8, 3) and start == 4 * (len(seen) // 4)
     seen += zip(np.asarray(images), np.asarray(labels), np.asarray(mask))
   assert [bool(mask) for *_, mask in seen] == [True] * 6 + [False] * 2
-  for record, (image, label, _) in zip(records(prepared, "validation").values(), seen):
+  stored = records(imagenet_data, "validation").values()
+  for record, (image, label, _) in zip(stored, seen):
     whole = Image.open(io.BytesIO(record["image"])).resize((16, 12), Image.BILINEAR)
     exact = (np.asarray(whole)[2:10, 4:12] - np.array([124.0, 116, 104])) / 64
     np.testing.assert_array_equal(image, exact)
     assert label == record["label"]
 
 
-def test_top5_is_counted(prepared):
-  experiment = Experiment(tiny_config(prepared))
-  labels = [record["label"] for record in records(prepared, "validation").values()]
+def test_top5_is_counted(imagenet_data):
+  experiment = Experiment(tiny_config(imagenet_data))
+  stored = records(imagenet_data, "validation").values()
+  labels = [record["label"] for record in stored]
   evaluator = evaluate.Evaluator(experiment)
   evaluator._experiment = types.SimpleNamespace(
       data=experiment.data, fold=lambda variables: variables,
@@ -389,14 +323,6 @@ def stop_after(monkeypatch, count):
     yield
 
 
-def outcome(workdir):
-  lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
-  for line in lines:
-    for rate in ("examples_per_second", "decode_rate"):
-      line.pop(rate, None)
-  return lines, json.loads((workdir / "status.json").read_text())
-
-
 @pytest.mark.parametrize("image, wanted", [
     (Image.fromarray(np.full((16, 16), 0x4DFF, np.uint16)), (0x4D, 0x4D, 0x4D)),
     (Image.new("RGBA", (16, 16), (200, 100, 50, 128)), (100, 50, 25)),
@@ -411,8 +337,8 @@ def test_images_of_other_kinds_are_stored_as_they_look(image, wanted):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_workers(prepared, tmp_path, monkeypatch):
-  plain = train.train_and_evaluate(tiny_config(prepared), str(tmp_path / "plain"))
+def test_a_run_goes_on_with_other_workers(imagenet_data, tmp_path, monkeypatch):
+  plain = train.train_and_evaluate(tiny_config(imagenet_data), str(tmp_path / "plain"))
   assert plain["state"] == "done" and plain["step"] == 10
   lines, _ = outcome(tmp_path / "plain")
   assert [line["damaged"] for line in lines if line["split"] == "train"] == [0, 0]
@@ -420,7 +346,7 @@ def test_a_run_goes_on_with_other_workers(prepared, tmp_path, monkeypatch):
   for step, workers in ((3, 1), (10**6, 2)):
     with stop_after(monkeypatch, step):
       status = train.train_and_evaluate(
-          tiny_config(prepared, data_workers=workers), str(tmp_path / "other"))
+          tiny_config(imagenet_data, data_workers=workers), str(tmp_path / "other"))
   assert status == plain
   assert outcome(tmp_path / "other") == outcome(tmp_path / "plain")
   assert trees_of(tmp_path / "other") == trees_of(tmp_path / "plain")
@@ -430,17 +356,18 @@ def test_a_run_goes_on_with_other_workers(prepared, tmp_path, monkeypatch):
   packed.write(model, pack.pack_workdir(workdir))
   assert verify.verify_workdir(workdir, model) == 0
   evaluated = evaluate.evaluate_workdir(workdir)
-  found = evaluate.evaluate_model(model, data_dir=str(prepared))
+  found = evaluate.evaluate_model(model, data_dir=str(imagenet_data))
   assert found["accuracy"] == evaluated["accuracy"] == plain["test_accuracy"]
   assert found["top5_accuracy"] == plain["test_top5_accuracy"]
   assert found["loss"] == pytest.approx(plain["test_loss"], rel=1e-5)
   image = tmp_path / "image.jpg"
   image.write_bytes(validation_files()["ILSVRC2012_val_00000003.JPEG"])
-  place = list(records(prepared, "validation")).index("ILSVRC2012_val_00000003.JPEG")
+  names = list(records(imagenet_data, "validation"))
+  place = names.index("ILSVRC2012_val_00000003.JPEG")
   network = infer.load(model)
   np.testing.assert_array_equal(
       infer.read_image(image, network.program.source_shape),
-      Experiment(tiny_config(prepared)).data.source_images("test")[place])
+      Experiment(tiny_config(imagenet_data)).data.source_images("test")[place])
 
 
 @pytest.fixture(scope="session")

@@ -24,30 +24,14 @@ from minw import packed
 from minw.data import datasets
 from minw.data import streamed
 from minw.kernels import native
+from packed_networks import digits_logits
+from packed_networks import digits_network
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(
         name == "native" and not native.available(),
         reason="the native library was not built"))
     for name in infer.BACKENDS]
-
-
-def digits_network(metadata=None) -> packed.Program:
-  """A linear classifier of the digits, of ternary weights: templates' signs."""
-  images, labels = datasets.load("digits", "train", None)
-  means = np.stack([images[labels == k].mean(0) for k in range(10)])
-  kernel = np.sign(np.round((means - means.mean(0)) / 40)).astype(np.int8)
-  ops = (packed.Conv("fc", 0, 2, kernel),
-         packed.Logits("norm", 1, 2.0**-6, np.zeros(10, np.float32),
-                       np.full(10, 0.25, np.float32), np.zeros(10, np.float32)))
-  return packed.Program((8, 8, 1), (8, 8), np.array([78], np.uint8), 10, ops,
-                        metadata or {})
-
-
-def digits_logits(images):
-  """The same in float64."""
-  kernel = digits_network().ops[0].kernel.reshape(10, -1).astype(np.float64)
-  return (images.reshape(len(images), -1) - 78.0) @ kernel.T / 64 * 0.25
 
 
 @pytest.fixture(name="model")

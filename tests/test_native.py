@@ -1,11 +1,9 @@
 """The native library against the NumPy reference: equal integers, equal logits."""
 
-import ast
 import concurrent.futures
 import os
 import pathlib
 import platform
-import shutil
 import struct
 import subprocess
 import sys
@@ -17,12 +15,17 @@ import jax
 import numpy as np
 import pytest
 
+from c_programs import CSRC
+from c_programs import setup_flags
+from c_programs import tool
 from minw import packed
 from minw.kernels import native
 from minw.kernels import reference
 from packed_files import mutants
 from packed_networks import Builder
 from packed_networks import images
+from packed_networks import programs
+from packed_networks import residual_and_dense
 from packed_networks import seeds
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +33,6 @@ pytestmark = pytest.mark.skipif(
 ISAS = native.isas() if native.available() else []
 HERE = pathlib.Path(__file__).parent / "native"
 SANITIZED = int(os.environ.get("MINW_SANITIZED_MUTANTS", 1000))
-CSRC = pathlib.Path(native.__file__).parent / "csrc"
 
 
 def check(program, batch=3):
@@ -175,22 +177,8 @@ def test_more_steps_than_small_counters_hold(isa):
 
 
 @pytest.mark.parametrize("bits", (1, 2, 3))
-def test_residual_and_dense_blocks(isa, bits):
-  b = Builder(np.random.default_rng(bits), (9, 8, 3))
-  x = b.threshold(b.conv(0, bits, 20), bits)
-  short = b.add(packed.Shortcut("short", x, (2, 2), 7, 6))
-  y = b.threshold(b.conv(x, bits, 33, strides=(2, 2)), bits, short)
-  y = b.add(packed.Concat("cat", (y, short, y), (0, 0, 0)))
-  z = b.conv(y, bits, 18)  # Some of its codes are 0.
-  wide = b.add(packed.Concat("cat", (z, z), (0, 3)))
-  both = b.add(packed.Add("add", wide, wide, 0, 1))
-  level = b.add(packed.Add("add", y, y, 1, 0))
-  level = b.add(packed.Pool("sum", level, "sum", (3, 2), (1, 2), (1, 2, 1, 0)))
-  pool = b.add(packed.Pool("max", both, "max", (3, 3), (2, 1), (1, 1, 2, 0)))
-  codes = b.add(packed.Pool("max", b.threshold(pool, bits), "max", (2, 2), (1, 1)))
-  codes = b.add(packed.Pool("sum", codes, "sum", b.shape(codes)[:2], (1, 1)))
-  b.threshold(level, 3)
-  check(b.end(codes, bits))
+def test_every_operation(isa, bits):
+  check(residual_and_dense(bits))
 
 
 def test_image_is_read_by_other_operations(isa):
@@ -199,51 +187,6 @@ def test_image_is_read_by_other_operations(isa):
   x = b.add(packed.Add("add", x, x, 2, 0))
   b.threshold(0, 2)
   check(b.end(x, 2))
-
-
-def apart(draw, channels, out, h, w):
-  """Groups, and a number of output channels near `out`, and dilation for 1x1 to 3x3."""
-  groups = draw(st.sampled_from([n for n in range(1,
-                                                  channels + 1) if not channels % n]))
-  size = tuple(draw(st.integers(1, 3)) for _ in range(2))
-  dilation = tuple(draw(st.integers(1, 4)) for _ in range(2))
-  pads = tuple(draw(st.integers(0, 3)) for _ in range(4))
-  spans = [(n - 1) * step + 1 for n, step in zip(size, dilation)]
-  if spans[0] > h + pads[0] + pads[1] or spans[1] > w + pads[2] + pads[3]:
-    size = (1, 1)
-  return max(out // groups, 1) * groups, size, pads, groups, dilation
-
-
-def windows(draw, h, w, largest):
-  size = tuple(draw(st.integers(1, min(n + 2, largest))) for n in (h, w))
-  pads = tuple(draw(st.integers(0, size[i // 2] - 1)) for i in range(4))
-  if size[0] > h + pads[0] + pads[1] or size[1] > w + pads[2] + pads[3]:
-    size, pads = (1, 1), (0,) * 4
-  return size, (draw(st.integers(1, 3)), draw(st.integers(1, 3))), pads
-
-
-@st.composite
-def programs(draw):
-  """Networks of a few random operations."""
-  shape = tuple(draw(st.integers(1, n)) for n in (9, 9, 4))
-  b = Builder(np.random.default_rng(draw(st.integers(0, 2**32))), shape)
-  bits = st.integers(1, 3)
-  x = b.conv(0, draw(bits), draw(st.integers(1, 70)), *windows(draw, *b.crop, 11))
-  for _ in range(draw(st.integers(0, 3))):
-    if draw(st.booleans()):
-      x = b.add(packed.Pool("pool", x, draw(st.sampled_from(("max", "sum"))),
-                            *windows(draw, *b.shape(x)[:2], 3)))
-    x = b.threshold(x, draw(bits))
-    pad = draw(st.integers(-1, 1)) * packed.max_code(b.values[x].bits)
-    x = b.conv(x, draw(bits), draw(st.integers(1, 140)),
-               *windows(draw, *b.shape(x)[:2], 5), pad)
-    if draw(st.booleans()):
-      h, w, channels = b.shape(x)
-      out, size, pads, groups, dilation = apart(
-          draw, channels, draw(st.integers(1, 140)), h, w)
-      x = b.conv(b.threshold(x, draw(bits)), draw(bits), out, size,
-                 (draw(st.integers(1, 2)), 1), pads, 0, groups, dilation)
-  return b.end(b.threshold(x, draw(bits)), draw(bits))
 
 
 @hypothesis.given(programs(), st.integers(1, 4), st.sampled_from(ISAS or ["none"]))
@@ -512,9 +455,7 @@ def test_xla_calls_of_many_networks():
 
 
 def test_c_program(tmp_path):
-  compiler = shutil.which("cc") or shutil.which("gcc")
-  if not compiler:
-    pytest.skip("no C compiler")
+  compiler = tool("cc", "gcc")
   program = small()
   x = images(program, 5)
   (tmp_path / "net.minw").write_bytes(packed.to_bytes(program))
@@ -534,7 +475,6 @@ def test_c_program(tmp_path):
   assert result.returncode == 1 and "not a packed network" in result.stderr
 
 
-# As setup.py chooses them.
 SOURCES = sorted(set(CSRC.glob("*.cc")) - {CSRC / "ffi.cc"})
 
 
@@ -552,20 +492,11 @@ def build(compiler, folder, flags, program, x86):
   return folder / "run"
 
 
-def setup_flags():
-  """What setup.py compiles files with, by instruction set."""
-  text = (HERE.parent.parent / "setup.py").read_text()
-  start = text.index("_X86_FLAGS = ") + len("_X86_FLAGS = ")
-  return ast.literal_eval(text[start:text.index("\n}\n") + 2])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
 def test_sanitizers(tmp_path, sanitizer):
   """Damaged networks, loaded and run by several threads under sanitizers."""
-  compiler = shutil.which("c++") or shutil.which("g++")
-  if not compiler:
-    pytest.skip("no C++ compiler")
+  compiler = tool("c++", "g++")
   flags = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
   if sanitizer != "thread":  # These two triple the time of compilation.
     flags.append("-fno-sanitize=object-size,pointer-overflow")
@@ -585,10 +516,8 @@ def test_sanitizers(tmp_path, sanitizer):
 @pytest.mark.slow
 def test_arm(tmp_path):
   """The kernels for NEON, cross-compiled and emulated, as the portable ones."""
-  compiler = shutil.which("aarch64-linux-gnu-g++")
-  emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-  if not compiler or not emulator:
-    pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+  compiler = tool("aarch64-linux-gnu-g++")
+  emulator = tool("qemu-aarch64", "qemu-aarch64-static")
   run = build(compiler, tmp_path, ["-static"], "compare.cc", x86=False)
   files = [tmp_path / f"{i}.minw" for i in range(len(seeds()))]
   for path, data in zip(files, seeds()):

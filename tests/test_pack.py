@@ -22,31 +22,9 @@ from minw import verify
 from minw.data import pixels as pixels_lib
 from minw.kernels import native
 from minw.packing import layer_rules
+from packed_models import randomized
 
 PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
-
-
-def randomized(model: nn.Module, shape, seed: int = 0):
-  """Variables with batch norms of any sign, also of scale zero and tiny."""
-  rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: layers.initialize(model, shape))
-
-  def fill(path, leaf):
-    field = path[-1].key
-    n = leaf.shape
-    if field == "mean":
-      return rng.normal(0, 4, n).astype(np.float32)
-    if field == "var":
-      return rng.uniform(0.1, 40, n).astype(np.float32)
-    if field == "bias":
-      return rng.normal(0, 0.5, n).astype(np.float32)
-    if field == "scale":
-      scale = rng.normal(0, 1, n).astype(np.float32)
-      scale[::5], scale[1::7] = 0, 1e-30
-      return scale
-    return rng.normal(0, 1, n).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def assert_packs(model, size=13, seed=0, count=9, variables=None):

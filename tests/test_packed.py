@@ -11,19 +11,10 @@ import pytest
 from minw import infer
 from minw import packed
 from minw.kernels import reference
+from packed_networks import assert_same
+from packed_networks import small
 
 FORMATS = (1, 2, 3, "float8_e4m3fn", "float16", "bfloat16", "float32")
-
-
-def small(bits=1) -> packed.Program:
-  """A 2x2 image of one channel, one dense layer of two classes."""
-  kernel = np.array([[[[1], [-1]], [[-1], [-1]]], [[[1], [1]], [[1], [-1]]]], np.int8)
-  ops = (
-      packed.Conv("fc", 0, bits, kernel),
-      packed.Logits("norm", 1, 0.5, np.float32([1, 2]), np.float32([3, -4]),
-                    np.float32([0, 0])))
-  return packed.Program((4, 3, 1), (2, 2), np.array([7], np.uint8), 2, ops,
-                        {"labels": ["no", "yes"]})
 
 
 def test_bytes_by_hand():
@@ -87,16 +78,6 @@ def test_reference_by_hand():
   values = reference.run(small(), image)
   assert values[1].ravel().tolist() == [3 - 13 - 23 - 40, 3 + 13 + 23 - 40]
   assert values[2].ravel().tolist() == [(-73 * 0.5 - 1) * 3, (-1 * 0.5 - 2) * -4]
-
-
-def assert_same(a: packed.Program, b: packed.Program) -> None:
-  assert a._replace(ops=(), offset=0, metadata=0) == b._replace(
-      ops=(), offset=0, metadata=0)
-  np.testing.assert_array_equal(a.offset, b.offset)
-  for x, y in zip(a.ops, b.ops, strict=True):
-    assert type(x) is type(y)
-    for field in x._fields:
-      np.testing.assert_array_equal(getattr(x, field), getattr(y, field), strict=True)
 
 
 @st.composite

@@ -5,9 +5,10 @@ import os
 
 import matplotlib
 import numpy as np
-from PIL import Image
 import pytest
 
+from drawings import check_picture
+from drawings import drawn
 from minw import config as config_lib
 from minw import plots
 
@@ -35,22 +36,6 @@ TESTS = [{"step": 120, "epoch": 12, "split": "test", "mode": "hard", "loss": 0.3
 
 def write(workdir, lines):
   (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-
-
-def drawn(axes):
-  """The points of a panel's lines, by label."""
-  return {line.get_label(): (line.get_xdata(), line.get_ydata())
-          for line in axes.get_lines()}
-
-
-def check_picture(path, width, height):
-  with Image.open(path) as image:
-    assert image.format == "PNG" and image.size == (width, height)
-    pixels = np.asarray(image.convert("L"))
-  assert pixels[0, 0] == 255  # White paper,
-  assert 0.01 < np.mean(pixels < 200) < 0.3  # some ink,
-  thirds = np.array_split(pixels, 3, axis=1)
-  assert all(np.mean(third < 200) > 0.01 for third in thirds)  # in every panel.
 
 
 def test_curves_hold_the_measurements():

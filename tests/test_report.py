@@ -15,6 +15,7 @@ from matplotlib.backends import backend_agg
 import numpy as np
 import pytest
 
+from drawings import drawn
 from minw import config as config_lib
 from minw import errors
 from minw import evaluate
@@ -35,7 +36,6 @@ from short_runs import run
 from short_runs import run_with
 from short_runs import stop_before
 from short_runs import tiny_config
-from test_plots import drawn
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 EXAMPLES = {"cifar10": 45_000, "cifar100": 45_000, "digits": 1_257,

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from image_records import records
 from minw import config as config_lib
 from minw.data import batches
 from minw.data import datasets
@@ -13,7 +14,6 @@ from minw.data import resident
 from minw.data import sources
 from minw.data import streamed
 from minw.experiment import Experiment
-from test_streamed import records
 
 METHODS = [name for name in vars(batches.Source) if not name.startswith("_")]
 

@@ -1,6 +1,5 @@
 """minw.data.streamed: which images come when, whoever decodes them."""
 
-import io
 import itertools
 import logging
 import multiprocessing
@@ -13,29 +12,14 @@ import sys
 import time
 
 import numpy as np
-from PIL import Image
 import pytest
 
+from image_records import CENTRES
+from image_records import TRAINING
+from image_records import records
 from minw import errors
 from minw.data import streamed
 from minw.data.batches import Examples
-
-
-def records(count, damaged=()):
-  """Image i is of the colour (i, 2i, 255) on its left, (i, 2i, 0) on its right."""
-  result = []
-  for i in range(count):
-    pixels = np.full((16, 20, 3), (i, 2 * i, 0), np.uint8)
-    pixels[:, :10, 2] = 255
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    content = file.getvalue()[:30 if i in damaged else None]
-    result.append({"image": content, "label": 500 + i, "file_name": b"%d.png" % i})
-  return result
-
-
-TRAINING = dict(seed=3, batch_size=5, crop_size=8, crop_scale=(0.5, 1.0), flip=True)
-CENTRES = dict(source=(8, 10), crop=(8, 6), shrink=True)
 
 
 def take(split, start, count, **changes):
@@ -111,13 +95,13 @@ def test_workers_make_the_same_batches(workers):
 _STARTED_AND_KILLED = """
 import multiprocessing, signal, sys, time
 from minw.data import streamed
-import test_streamed
+import image_records
 
 if __name__ == "__main__":
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: None)
-  split = streamed.Split(test_streamed.records(8), "some", workers=1)
-  batches = split.random_crops(0, **test_streamed.TRAINING)
+  split = streamed.Split(image_records.records(8), "some", workers=1)
+  batches = split.random_crops(0, **image_records.TRAINING)
   print("starting", flush=True)
   next(batches)
   print(*[child.pid for child in multiprocessing.active_children()], flush=True)

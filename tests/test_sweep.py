@@ -16,96 +16,24 @@ from ml_collections import config_flags
 import pytest
 
 import emit
+import fake_runs
+from fake_runs import fake_command
+from fake_runs import fakes
+from jobsets import check_jobset
+from launchers import LAUNCH
+from launchers import RECORD
+from launchers import ROOT
+from launchers import calls
+from launchers import make_stub
+from launchers import shellcheck
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
 from minw import places
 from minw import schedules
 import sweep
-from test_launch import LAUNCH
-from test_launch import RECORD
-from test_launch import ROOT
-from test_launch import calls
-from test_launch import check_jobset
-from test_launch import make_stub
-from test_launch import shellcheck
 
-# --- Runs that do not train: what stands in for minw.main.
-
-FAKE = """
-import json, os, pathlib, signal, sys, time
-workdir, behaviour = pathlib.Path(sys.argv[1]), sys.argv[2]
-with (workdir / "starts").open("a") as file:
-  file.write("x")
-starts = (workdir / "starts").stat().st_size
-
-def status(state, step, **more):
-  part = workdir / "status.json.part"
-  part.write_text(json.dumps({"state": state, "step": step, **more}))
-  part.rename(workdir / "status.json")
-
-def spans(kind):
-  with (workdir.parent / "spans").open("a") as file:
-    cores = sorted(os.sched_getaffinity(0))
-    file.write(json.dumps([kind, workdir.name, cores]) + "\\n")
-
-def preempted(*_):
-  status("preempted", 3)
-  sys.exit(75)
-
-signal.signal(
-    signal.SIGTERM, signal.SIG_IGN if behaviour == "deaf" else preempted)
-spans("begin")
-if behaviour == "deaf" or behaviour == "long" and starts == 1:
-  status("running", 3)
-  time.sleep(60)
-if behaviour == "second":
-  status("running", 1)
-  time.sleep(1)
-if behaviour == "fail" or behaviour == "fail-once" and starts == 1:
-  print("first line")
-  print("ValueError: it went wrong\\n", flush=True)
-  sys.exit(1)
-if behaviour == "refuse":
-  print("error: config.data_dir: no data", flush=True)
-  sys.exit(2)
-if behaviour == "diverge":
-  status("diverged", 4)
-  sys.exit(3)
-if behaviour == "killed":
-  os.kill(os.getpid(), signal.SIGKILL)
-if behaviour == "silent":
-  sys.exit(5)
-if behaviour == "stopped-once" and starts == 1:
-  preempted()
-time.sleep(0.1)
-spans("end")
-if behaviour != "lie":
-  status("done", 10, test_accuracy=0.75)
-"""
-
-DRIVER = """
-import pathlib, sys
-import sweep
-import test_sweep
-folder, jobs, *behaviours = sys.argv[1:]
-runs = test_sweep.fakes(pathlib.Path(folder), behaviours)
-ended = sweep.run_all(runs, jobs=int(jobs), retries=1, steps={}, say=lambda line: print(
-    line, flush=True), command=test_sweep.fake_command)
-sys.exit(0 if ended else 75)
-"""
-
-
-def fakes(folder, behaviours):
-  """Runs r0, r1, ..., each of which behaves as it is told."""
-  (folder / "fake.py").write_text(FAKE)
-  return [sweep.Run(f"r{i}", folder / f"r{i}", (behaviour,), None, "")
-          for i, behaviour in enumerate(behaviours)]
-
-
-def fake_command(run):
-  return [sys.executable, "-S", str(run.workdir.parent / "fake.py"), str(run.workdir),
-          *run.arguments]
+# --- Runs that do not train.
 
 
 def run_fakes(runs, jobs=2, retries=1):
@@ -222,9 +150,8 @@ def test_refused_runs_that_start_from_each_other_end(tmp_path):
 
 def drive(folder, jobs, *behaviours):
   return subprocess.Popen(
-      [sys.executable, "-c", DRIVER, folder, str(jobs), *behaviours], text=True,
-      env=os.environ | {"PYTHONPATH": os.pathsep.join(
-          map(str, (ROOT, LAUNCH, ROOT / "tests")))},
+      [sys.executable, fake_runs.__file__, folder, str(jobs), *behaviours], text=True,
+      env=os.environ | {"PYTHONPATH": f"{ROOT}:{LAUNCH}"},
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

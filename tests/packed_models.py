@@ -1,0 +1,69 @@
+"""Models of `minw.models` with random variables, and what they are packed to."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from minw import layers
+from minw import models
+from minw import pack
+from minw.data import pixels as pixels_lib
+
+
+def randomized(model: nn.Module, shape, seed: int = 0):
+  """Variables with batch norms of any sign, also of scale zero and tiny."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(lambda: layers.initialize(model, shape))
+
+  def fill(path, leaf):
+    field = path[-1].key
+    n = leaf.shape
+    if field == "mean":
+      return rng.normal(0, 4, n).astype(np.float32)
+    if field == "var":
+      return rng.uniform(0.1, 40, n).astype(np.float32)
+    if field == "bias":
+      return rng.normal(0, 0.5, n).astype(np.float32)
+    if field == "scale":
+      scale = rng.normal(0, 1, n).astype(np.float32)
+      scale[::5], scale[1::7] = 0, 1e-30
+      return scale
+    return rng.normal(0, 1, n).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@functools.cache
+def convnet(weights=1, inputs=1, *, name=None, shape=(32, 32, 3), crop=(24, 24)):
+  """A packed ConvNet, of random variables; a narrow one without a name."""
+  widths = models.CONVNETS[name] if name else ((6, 40, 8), (33,))
+  model = models.ConvNet(
+      10, *widths, conv=functools.partial(layers.QuantConv, bits=weights),
+      dense=functools.partial(layers.QuantDense, bits=weights),
+      norm=functools.partial(layers.NormQuant, bits=inputs))
+  return packed_model(model, shape, crop)
+
+
+def packed_model(model, shape, crop):
+  pixels = pixels_lib.pixels(
+      "integer", (0.49, 0.48, 0.45)[:shape[2]], (0.2,) * shape[2])
+  return pack.pack(
+      model, randomized(model, (*crop, shape[2])), pixels=pixels, source_shape=shape,
+      crop=crop, labels=[f"number {i}" for i in range(10)],
+      metadata={"config_hash": "a1b2", "step": 7, "config": {}})
+
+
+def digits_convnet():
+  return convnet(shape=(8, 8, 1), crop=(8, 8))
+
+
+def resnet18():
+  """At full size."""
+  shape = (224, 224, 3)
+  return packed_model(models.NETWORKS["resnet18"](10), shape, shape[:2])
+
+
+# Makers of the networks at full size.
+WHOLE = [*(functools.partial(convnet, name=name) for name in "ABCD"), resnet18]
