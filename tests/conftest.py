@@ -76,6 +76,15 @@ def prepared_data(original_data, tmp_path_factory):
   return of
 
 
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+  """command(module, *argv): runs a command of minw; see `forked.commands`."""
+  import forked
+
+  with forked.commands(tmp_path_factory.mktemp("commands")) as run:
+    yield run
+
+
 @pytest.fixture
 def small(monkeypatch):
   """CIFAR data sets are those of `cifar_files`, with a few images each."""

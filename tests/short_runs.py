@@ -254,12 +254,17 @@ def contents(workdir):
           for path in sorted(workdir.rglob("*")) if path.is_file()}
 
 
-def start(config, workdir, *arguments, **environment):
-  """Starts `python -m minw.main` on a config file that holds `config`."""
-  path = pathlib.Path(f"{workdir}.config.py")
+def write_config(path, config):
+  """Writes an experiment file that holds `config`."""
   path.write_text(
       "from minw import config\n"
       f"def get_config(): return config.from_json({config_lib.to_json(config)!r})\n")
+
+
+def start(config, workdir, *arguments, **environment):
+  """Starts `python -m minw.main` on a config file that holds `config`."""
+  path = pathlib.Path(f"{workdir}.config.py")
+  write_config(path, config)
   return subprocess.Popen(
       [sys.executable, "-m", "minw.main", f"--config={path}", f"--workdir={workdir}",
        *arguments],

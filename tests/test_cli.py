@@ -1,7 +1,6 @@
 """Every command with bad input: one line that names it, exit code 2, no traceback.
 
-The commands are run as `python -m` runs them, with their real exit codes and output,
-but forked from one process that has imported everything, which takes 30 ms each.
+The commands run in forks of one process, with their real exit codes and output.
 """
 
 import collections
@@ -16,11 +15,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from typing import NamedTuple
 
 from PIL import Image
 import pytest
 
+from forked import ROOT
+from forked import TRAINING
 import minw
 from minw import __main__ as minw_command
 from minw import cli
@@ -29,52 +29,8 @@ from minw import errors
 from minw import train
 from minw import usage
 
-ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = str(ROOT / "experiments" / "digits_convnet.py")
 CIFAR = str(ROOT / "experiments" / "cifar_convnet.py")
-TRAINING = 99  # Exit code of a run that would have started.
-
-_SERVER = """
-import json, os, runpy, sys, tempfile, traceback
-import ml_collections.config_flags
-from minw import evaluate, prepare, train; from minw.data import datasets
-
-train.make_train_step = lambda _: os._exit(99)
-
-def child(case):
-  os.environ.update(case["env"])
-  sys.argv = [case["module"], *case["argv"]]
-  try:
-    if "code" in case:
-      exec(case["code"], {"__name__": "__main__"})
-    else:
-      sys.modules.pop(case["module"], None)  # runpy warns of it.
-      runpy.run_module(case["module"], run_name="__main__", alter_sys=True)
-    return 0
-  except SystemExit as error:
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
-  except BaseException:
-    traceback.print_exc()
-    return 1
-
-print("ready", flush=True)
-for line in sys.stdin:
-  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-    pid = os.fork()
-    if not pid:
-      os.dup2(out.fileno(), 1)
-      os.dup2(err.fileno(), 2)
-      code = child(json.loads(line))
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = []
-    for file in (out, err):
-      file.seek(0)
-      texts.append(file.read().decode())
-    print(json.dumps([code, *texts]), flush=True)
-"""
 
 # Experiment files, most of them broken.
 _CHANGED = """
@@ -108,12 +64,6 @@ FILES = {
 }
 
 
-class Result(NamedTuple):
-  code: int
-  out: str
-  err: str
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("cli")
@@ -134,25 +84,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(folder):
-  """run(module, *argv, env={}, code=None): the `Result` of a command in `folder`."""
-  environment = os.environ | {
-      "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-      "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"}
-  with subprocess.Popen(
-      [sys.executable, "-c", _SERVER], cwd=folder, env=environment, text=True,
-      encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-    assert server.stdout.readline() == "ready\n"
-
-    def run(module, *argv, env={}, code=None):
-      case = {"module": module, "argv": argv, "env": env}
-      case |= {} if code is None else {"code": code}
-      server.stdin.write(json.dumps(case) + "\n")
-      server.stdin.flush()
-      return Result(*json.loads(server.stdout.readline()))
-
-    yield run
-    server.stdin.close()
+def run(command, folder):
+  """run(module, *argv): how a command ended in `folder`, where no run trains."""
+  return functools.partial(command, folder=folder, trains=False)
 
 
 @pytest.fixture
@@ -343,14 +277,11 @@ def test_hostile_values_end_in_a_line(run, tmp_path):
   count = os.environ.get("MINW_CONFIG_VALUES", "60")
   if count != "all":
     pairs = random.Random(0).sample(pairs, int(count))
-  program = ("import runpy, signal, sys; signal.alarm(60);"
-             " sys.modules.pop('minw.main', 0);"
-             " runpy.run_module('minw.main', run_name='__main__', alter_sys=True)")
   bad, codes = [], collections.Counter()
   for i, (name, value) in enumerate(pairs):
     code, out, err = run(
         "minw.main", f"--config={DIGITS}", f"--workdir={tmp_path / str(i)}",
-        f"--config.{name}={value}", code=program)
+        f"--config.{name}={value}", seconds=60)
     codes[code] += 1
     lines = err.splitlines()
     if not (code == TRAINING or (

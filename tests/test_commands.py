@@ -5,6 +5,7 @@ Those that are cheap are run whole.
 """
 
 import ast
+import functools
 import itertools
 import re
 import shlex
@@ -13,13 +14,11 @@ from typing import NamedTuple
 from PIL import Image
 import pytest
 
+from forked import ROOT
 from minw import __main__ as minw_command
 from minw import config_flag
 from minw import prepare
 from minw.data import datasets
-from test_cli import ROOT
-from test_cli import folder  # pylint: disable=unused-import
-from test_cli import run  # pylint: disable=unused-import
 
 # What stands for something in a documented command, and an example of it.
 _PLACEHOLDERS = {
@@ -135,19 +134,27 @@ ALL = sorted({(c.module, c.argv): c for c in commands()}.values())
 
 
 def accepted(run, module, argv):
-  """The `Result` of a command that ends where its work would begin."""
+  """How a command ended that ends where its work would begin."""
   path = ROOT / "minw" / module.removeprefix("minw.") / "__main__.py"
   module += ".__main__" * (module.startswith("minw.") and path.exists())
   return run("command", *argv, code=_CHECK.format(
       launch=str(ROOT / "launch"), module=module))
 
 
-@pytest.fixture
-def here(run, folder):
-  """The folder in which the commands run, with what the clone holds beside minw."""
-  for name in ("experiments", "launch"):
-    if not (folder / name).exists():
-      (folder / name).symlink_to(ROOT / name)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A folder with what the clone holds beside minw, and an image."""
+  path = tmp_path_factory.mktemp("clone")
+  for name in ("experiments", "launch", "results"):
+    (path / name).symlink_to(ROOT / name)
+  Image.new("L", (8, 8)).save(path / "image.png")
+  return path
+
+
+@pytest.fixture(scope="module")
+def run(command, folder):
+  """run(module, *argv): how a command ended in `folder`."""
+  return functools.partial(command, folder=folder)
 
 
 def test_commands_are_found():
@@ -165,9 +172,9 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize(
-    "command", ALL, ids=lambda c: f"{c.where}: {c.module} {' '.join(c.argv)}"[:90])
-def test_documented_commands_are_accepted(run, here, command):
-  result = accepted(run, command.module, command.argv)
+    "documented", ALL, ids=lambda c: f"{c.where}: {c.module} {' '.join(c.argv)}"[:90])
+def test_documented_commands_are_accepted(run, documented):
+  result = accepted(run, documented.module, documented.argv)
   assert result.code == 0 and result.err == "", result
 
 
@@ -182,7 +189,7 @@ def test_commands_that_are_named_exist(run):
     assert run(module, *argv, "--help").code == 0, (module, subcommand)
 
 
-def test_documented_overrides_are_accepted_by_the_first_config(run, here):
+def test_documented_overrides_are_accepted_by_the_first_config(run):
   """`--config.FIELD=VALUE`, alone in the text of a document."""
   text = "\n".join(text for where, text in texts() if where.endswith(".md"))
   found = set(re.findall(r"`(--config\.\w+=[^`]+)`", text))
@@ -193,7 +200,7 @@ def test_documented_overrides_are_accepted_by_the_first_config(run, here):
     assert result.code == 0, (flag, result.err)
 
 
-def test_documented_sweeps_are_accepted(run, here):
+def test_documented_sweeps_are_accepted(run):
   """`name:arguments` in the documents' tables of sweeps."""
   text = "\n".join(text for where, text in texts() if where.endswith(".md"))
   found = {name for name in re.findall(r"`(?:--sweep=)?(\w+:[^`]+)`", text)
@@ -205,7 +212,7 @@ def test_documented_sweeps_are_accepted(run, here):
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenet2012"])
-def test_printed_commands_are_accepted(run, here, dataset):
+def test_printed_commands_are_accepted(run, dataset):
   printed = [prepare.training_command(dataset, "/data/a b"),
              datasets.prepare_command(dataset, "/data/a b"),
              datasets.prepare_command(dataset, None)]
@@ -218,17 +225,14 @@ def test_printed_commands_are_accepted(run, here, dataset):
         "data_dir=DIR" in text)
 
 
-@pytest.mark.parametrize("command", [
+@pytest.mark.parametrize("text", [
     "minw.report tables --runs=results", "minw.plots --out=aqe.png",
     "minw.summary --config=experiments/digits_convnet.py",
     "minw.infer --model=digits_convnet --images=image.png",
     "minw.evaluate --model=digits_convnet",
     "minw.export --model=digits_convnet --format=c --out=digits.c"])
-def test_cheap_commands_run(run, here, folder, command):
-  Image.new("L", (8, 8)).save(folder / "image.png")
-  if not (folder / "results").exists():
-    (folder / "results").symlink_to(ROOT / "results")
-  module, *argv = command.split()
+def test_cheap_commands_run(run, text):
+  module, *argv = text.split()
   assert run(module, *argv).code == 0
 
 

@@ -427,7 +427,7 @@ def test_every_damage(workdirs, trials, caplog):
       trial.check_readers(name, caplog)
       ended = trial.start(name, caplog)
       ends["same" if ended == "same" else "refused"] += 1
-    except Exception as error:  # pylint: disable=broad-exception-caught
+    except Exception as error:
       wrong.append(f"{state} {name} {what}: {type(error).__name__}: {error}"[:600])
   print(f"{len(chosen)} of {len(cases)} damages: {ends}, {len(wrong)} wrong")
   assert not wrong, "\n".join(wrong)

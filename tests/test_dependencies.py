@@ -160,4 +160,4 @@ def test_submodules():
       assert minw.infer is __import__("minw.infer").infer"""
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
   with pytest.raises(AttributeError, match="'minw' has no attribute 'laiers'"):
-    minw.laiers  # pylint: disable=pointless-statement
+    minw.laiers

@@ -33,6 +33,7 @@ from short_runs import lines_of
 from short_runs import outcome
 from short_runs import run
 from short_runs import tiny_config
+from short_runs import write_config
 
 # What runs instead of `python -m minw.main`; {} is done before step `step` of process
 # `process`.
@@ -82,9 +83,7 @@ def start(count, config, workdir, *flags, before_step="pass", devices=1, configs
   processes, port = [], free_port()
   for i, own in enumerate(configs or [config] * count):
     path = workdir.with_name(f"{workdir.name}_{i}.config.py")
-    path.write_text(
-        "from minw import config\n"
-        f"def get_config(): return config.from_json({config_lib.to_json(own)!r})\n")
+    write_config(path, own)
     processes.append(subprocess.Popen(
         [sys.executable, "-c", COMMAND.format(before_step), f"--config={path}",
          f"--workdir={workdir}", "--distributed", f"--coordinator=localhost:{port}",

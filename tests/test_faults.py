@@ -6,11 +6,11 @@ of a run that nothing happened to. By default some operations are tried with som
 faults; MINW_FAULTS=N tries N pairs of them, and MINW_FAULTS=all tries all.
 """
 
-import contextlib
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,15 +18,17 @@ from typing import NamedTuple
 
 import pytest
 
-from minw import config as config_lib
+from c_programs import tool
+import forked
 from short_runs import ROOT
 from short_runs import lines_of
 from short_runs import tiny_config
 from short_runs import trees_of
+from short_runs import write_config
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 150.0  # Longest time that a run may take, also on a busy machine.
+SECONDS = 150  # Longest time that a run may take, also on a busy machine.
 
 # Exit codes that a run may end with, by fault. It ends with 0 if the fault did no harm
 # or came at the very end, and with 2 if the workdir could not be claimed.
@@ -35,60 +37,11 @@ CODES = {
     "kill": {-9}, "torn": {-9}, "term": {0, 75}, "int": {0, 75, 130}, "past": {0},
     **dict.fromkeys(("full", "full1", "bad", "bad1", "locked", "locked1"), DISK)}
 
-# Runs `minw.main` in processes that are forked from this one when it has imported
-# everything, which saves most of their time. A line names the workdir and the fault.
-_SERVER = """
-import ctypes, json, os, runpy, signal, sys, time, traceback
-from minw import train, stopping
-from minw.data import datasets
-import PIL.PngImagePlugin, matplotlib.backends.backend_agg, sklearn.datasets
 
-faults = ctypes.CDLL(None)
-seconds = float(sys.argv[1])
+class Run(NamedTuple):
+  """How a run ended: its exit code, and its output in the time that it took."""
 
-def child(workdir, fault, at, count):
-  faults.faults_arm(workdir.encode(), fault.encode(), ctypes.c_long(at))
-  sys.argv = ["minw.main", "--config=config.py", f"--workdir={workdir}"]
-  sys.modules.pop("minw.main", None)
-  try:
-    runpy.run_module("minw.main", run_name="__main__", alter_sys=True)
-  except SystemExit as error:
-    code = error.code
-  except BaseException:
-    traceback.print_exc()
-    code = 1
-  with open(count, "w") as file:
-    file.write(str(faults.faults_count()))
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code or 0)
-
-print("ready", flush=True)
-for line in sys.stdin:
-  case = json.loads(line)
-  pid = os.fork()
-  if not pid:
-    log = os.open(case["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    child(case["workdir"], case["fault"], case["at"], case["count"])
-  deadline, status = time.monotonic() + seconds, (0, 0)
-  while status[0] == 0 and time.monotonic() < deadline:
-    time.sleep(0.01)
-    status = os.waitpid(pid, os.WNOHANG)
-  if status[0] == 0:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    print("hangs", flush=True)
-  else:
-    print(os.waitstatus_to_exitcode(status[1]), flush=True)
-"""
-
-
-class Ended(NamedTuple):
-  """How a run ended: its exit code, None if it did not end in time, and its output."""
-
-  code: int | None
+  code: int
   output: str
   seconds: float
 
@@ -98,51 +51,35 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory):
-  with trainer(tmp_path_factory.mktemp("faults")) as train:
-    yield train
+def count(tmp_path_factory):
+  """The file with the number of operations of the last run that ended by itself."""
+  return tmp_path_factory.mktemp("count") / "count"
 
 
-@contextlib.contextmanager
-def trainer(folder):
-  """train(workdir, fault="count", at=0): runs `minw.main`, and returns `Ended`."""
-  compiler = shutil.which("cc") or shutil.which("gcc")
-  if not compiler or not sys.platform.startswith("linux"):
-    pytest.skip("needs Linux and a C compiler")
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, count):
+  """train(workdir, fault="count", at=0): runs `minw.main`, and returns a `Run`."""
+  if not sys.platform.startswith("linux"):
+    pytest.skip("needs Linux")
+  folder = tmp_path_factory.mktemp("faults")
   library = folder / "faults.so"
-  subprocess.run([compiler, "-shared", "-fPIC", "-O1", ROOT / "tests" / "faults.c",
-                  "-o",
-                  library, "-ldl"], check=True)
-  config = tiny_config(conv_widths=(), dense_widths=(8,), num_epochs=3,
-                       train_examples=256, histogram_layers=("*",),
-                       histogram_epochs=(1, 2))
-  (folder / "config.py").write_text(
-      "from minw import config\n"
-      f"def get_config(): return config.from_json({config_lib.to_json(config)!r})\n")
-  environment = os.environ | {
-      "PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library), "MPLBACKEND": "agg",
-      "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-  with subprocess.Popen(
-      [sys.executable, "-c", _SERVER, str(SECONDS)], cwd=folder, env=environment,
-      text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-    assert server.stdout.readline() == "ready\n"
+  subprocess.run([tool("cc", "gcc"), "-shared", "-fPIC", "-O1",
+                  ROOT / "tests" / "faults.c", "-o", library, "-ldl"], check=True)
+  write_config(folder / "config.py", tiny_config(
+      conv_widths=(), dense_widths=(8,), num_epochs=3, train_examples=256,
+      histogram_layers=("*",), histogram_epochs=(1, 2)))
+  with forked.commands(
+      folder, LD_PRELOAD=str(library), MPLBACKEND="agg",
+      JAX_COMPILATION_CACHE_DIR=str(folder / "cache"),
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+      JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1") as command:
 
     def train(workdir, fault="count", at=0):
-      log = folder / "log"
-      case = {"workdir": str(workdir), "fault": fault, "at": at, "log": str(log),
-              "count": str(folder / "count")}
       began = time.monotonic()
-      server.stdin.write(json.dumps(case) + "\n")
-      server.stdin.flush()
-      code = server.stdout.readline().strip()
-      return Ended(None if code == "hangs" else int(code),
-                   log.read_text(errors="replace"), time.monotonic() - began)
+      code, out, err = command("faulty_run", fault, at, workdir, count, seconds=SECONDS)
+      return Run(code, out + err, time.monotonic() - began)
 
-    train.count = folder / "count"
     yield train
-    server.stdin.close()
 
 
 def outcome(workdir):
@@ -153,7 +90,7 @@ def outcome(workdir):
 
 def faults_of(ended, fault):
   """What is wrong with how a run ended that had this fault."""
-  if ended.code is None:
+  if ended.code == -signal.SIGALRM:
     yield "it did not end"
   elif ended.code not in CODES[fault]:
     yield f"exit code {ended.code}"
@@ -176,17 +113,17 @@ def pairs(count, wanted):
           for i, (begin, end) in enumerate(parts)]
 
 
-def test_runs_resume_after_every_fault(train, tmp_path):
+def test_runs_resume_after_every_fault(train, count, tmp_path):
   whole = tmp_path / "whole"
   undisturbed = train(whole)
   assert undisturbed.code == 0, undisturbed.output
   expected = outcome(whole)
   assert expected["status"]["state"] == "done"
-  count = int(train.count.read_text())
-  assert count > 100  # Otherwise the operations are not seen.
+  operations = int(count.read_text())
+  assert operations > 100  # Otherwise the operations are not seen.
 
   bad, codes, slowest = [], {}, 0.0
-  tried = pairs(count, os.environ.get("MINW_FAULTS", "8"))
+  tried = pairs(operations, os.environ.get("MINW_FAULTS", "8"))
   for fault, at in tried:
     workdir = tmp_path / "run"
     shutil.rmtree(workdir, ignore_errors=True)
@@ -206,7 +143,7 @@ def test_runs_resume_after_every_fault(train, tmp_path):
     if wrong:
       bad.append((fault, at, wrong, ended.output[-500:]))
       print(*bad[-1], sep="\n  ", flush=True)
-  print(f"{len(tried)} faults at {count} operations; slowest end {slowest:.1f} s;"
+  print(f"{len(tried)} faults at {operations} operations; slowest end {slowest:.1f} s;"
         " codes",
         {fault: {code: found.count(code) for code in set(found)}
          for fault, found in codes.items()})

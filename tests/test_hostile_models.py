@@ -9,16 +9,17 @@ MINW_HOSTILE_SEED the first of their seeds.
 """
 
 import collections
+import functools
 import json
 import os
 import pathlib
 import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
-import sys
-from typing import NamedTuple, Sequence
+from typing import Sequence
 import zlib
 
 import numpy as np
@@ -143,85 +144,15 @@ def hostile_file(seed: int) -> bytes:
   return file_of(names, metadata, bytes(body))
 
 
-# Runs commands in forks of a process that has imported what they need, because starting
-# each anew would take seconds.
-_SERVER = """
-import importlib, json, os, resource, signal, sys, tempfile, traceback
-import minw.evaluate, minw.infer, minw.export.__main__
-from minw import cli
-from minw.data import datasets
-
-datasets.load("digits", "test", None)  # Imports scikit-learn.
-
-for name in ("onnx_graph", "stablehlo"):
-  try:
-    importlib.import_module("minw.export." + name)
-  except ImportError:
-    pass
-
-def run(module, argv):
-  signal.alarm(SECONDS)
-  with open("/proc/self/statm") as file:
-    size = int(file.read().split()[0]) * resource.getpagesize()
-  resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
-  sys.argv = [module, *argv]
-  module = sys.modules[module]
-  try:
-    cli.run(module.main, module.define_flags)
-  except SystemExit as error:
-    return error.code or 0
-  except BaseException:
-    traceback.print_exc()
-    return 1
-
-for line in sys.stdin:
-  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-    pid = os.fork()
-    if not pid:
-      os.dup2(out.fileno(), 1)
-      os.dup2(err.fileno(), 2)
-      code = run(*json.loads(line))
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = []
-    for file in (out, err):
-      file.seek(0)
-      texts.append(file.read().decode())
-    print(json.dumps([code, *texts]), flush=True)
-"""
-
-
-class Result(NamedTuple):
-  """How a command ended; minus the signal's number if a signal has ended it."""
-
-  code: int
-  out: str
-  err: str
-
-
-@pytest.fixture(scope="module", name="execute")
-def runner(tmp_path_factory):
-  """execute(module, *argv): the `Result` of a command, within its time and memory."""
-  text = _SERVER.replace("SECONDS", str(SECONDS)).replace("MEMORY", str(MEMORY))
-  with subprocess.Popen(
-      [sys.executable, "-c", text], cwd=tmp_path_factory.mktemp("commands"), text=True,
-      env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-
-    def execute(module, *argv):
-      server.stdin.write(json.dumps([module, argv]) + "\n")
-      server.stdin.flush()
-      return Result(*json.loads(server.stdout.readline()))
-
-    yield execute
-    server.stdin.close()
+@pytest.fixture(scope="module")
+def execute(command):
+  """execute(module, *argv): how a command ended, within its time and memory."""
+  return functools.partial(command, seconds=SECONDS, memory=MEMORY)
 
 
 def fault(result) -> str:
   """What is wrong with how a command ended; nothing if it is empty."""
-  if result.code == -14:
+  if result.code == -signal.SIGALRM:
     return "hang"
   if result.code < 0:
     return f"signal {-result.code}"
@@ -262,7 +193,7 @@ def faults(execute, model: pathlib.Path, image: pathlib.Path, out: pathlib.Path,
     yield "infer", "forged lines" if forged else ""
   yield "evaluate", fault(execute("minw.evaluate", f"--model={model}"))
   for form in forms:
-    made = execute("minw.export.__main__", f"--model={model}", f"--format={form}",
+    made = execute("minw.export", f"--model={model}", f"--format={form}",
                    f"--out={out}.{form}", f"--golden={out}.golden", f"--images={image}")
     yield form, fault(made)
     if (made.code == 0) != (shown.code == 0):
@@ -312,7 +243,7 @@ def test_what_is_no_file_of_a_network(execute, tmp_path, what):
   Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
   images = f"--images={tmp_path}/image.png"
   for module, *more in (("minw.infer", images), ("minw.evaluate",), (
-      "minw.export.__main__", "--format=c", f"--out={tmp_path}/a.c", images)):
+      "minw.export", "--format=c", f"--out={tmp_path}/a.c", images)):
     result = execute(module, f"--model={path}", *more)
     assert fault(result) == "" and result.code == 2, result
     assert result.err.startswith(f"error: model='{path}': ")

@@ -278,7 +278,7 @@ def test_published_widths():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_published_sizes(name, geometry):
+def test_published_sizes_of_convnets(name, geometry):
   size, padding, sizes = GEOMETRIES[geometry]
   convs, denses = models.convnet_widths(name)
   net = models.ConvNet(10, convs, denses, first_padding=padding)
