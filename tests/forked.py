@@ -1,7 +1,7 @@
 """Runs commands as `python -m` does, in forks of one process that has imported them.
 
 Most of the seconds that a command takes go to imports; a fork takes 30 ms. Exit codes
-and output are those of real processes.
+and output are those of real processes. Warnings are errors.
 
 As a program, this file is the process that forks. Each line of its input is a request,
 and each line of its output says how that command ended.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import traceback
 from typing import Callable, Iterator, NamedTuple
+import warnings
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINING = 99  # Exit code of a run that would have started to train.
@@ -116,6 +117,7 @@ def _run(module: str, argv: list[str], folder: str, env: dict[str, str],
   os.chdir(folder)
   os.environ.update(env)
   signal.alarm(seconds)
+  warnings.simplefilter("error")
   if memory is not None:
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(

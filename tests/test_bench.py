@@ -12,10 +12,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from imagenet_files import write_archives
 from minw import config as config_lib
 from minw import errors
-from minw import prepare
 from minw import train
 from minw.bench import data
 from minw.bench import inference
@@ -32,12 +30,14 @@ PYTORCH = ["torch eager", "torch compiled"]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
-def command(*arguments) -> subprocess.Popen:
-  return subprocess.Popen(
+def completed(*arguments) -> subprocess.CompletedProcess:
+  """`minw.bench` in a process of its own, whose times and memory are measured."""
+  ended = subprocess.run(
       [sys.executable, "-m", "minw.bench", *arguments], text=True,
       # PyTorch's compiler takes a minute; without it the step runs as it is.
-      env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, capture_output=True)
+  assert ended.returncode == 0, ended.stderr
+  return ended
 
 
 def float_experiment(**changes) -> Experiment:
@@ -52,12 +52,10 @@ def float_experiment(**changes) -> Experiment:
 @pytest.mark.slow
 def test_train_command(tmp_path):
   path = tmp_path / "result.json"
-  process = command(
+  output = completed(
       "train", f"--config={EXPERIMENT}", "--config.conv_widths=(4,4)",
       "--config.dense_widths=()", "--config.batch_size=16", "--rounds=3",
-      f"--json={path}")
-  output, stderr = process.communicate()
-  assert process.returncode == 0, stderr
+      f"--json={path}").stdout
   result = json.loads(path.read_text())
 
   steps = result["steps"]
@@ -88,7 +86,7 @@ def test_train_command(tmp_path):
     assert word in output
 
 
-def test_refuses_in_one_line():
+def test_refuses_in_one_line(command):
   wrong = {
       (): "a subcommand is missing; known: train, inference",
       ("trian",): "subcommand 'trian' does not exist; did you mean 'train'?",
@@ -99,24 +97,20 @@ def test_refuses_in_one_line():
       ("inference", "--batches=1,x"): "batches='1,x': must be positive integers",
       ("data", "--config.dataset=cifar10", "--config.crop_size=24"):
           "config.dataset='cifar10': must be a data set that is streamed: imagenet2012",
+      ("throughput", "--seeds=0"): "seeds='0': must be positive integers",
   }
-  processes = [command(*arguments) for arguments in wrong]
-  for process, message in zip(processes, wrong.values()):
-    output, stderr = process.communicate()
-    assert (process.returncode, output) == (2, "")
-    assert stderr.startswith(f"error: {message}") and stderr.count("\n") == 1
+  for arguments, message in wrong.items():
+    code, out, err = command("minw.bench", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_data_command(tmp_path):
-  data_dir, path = tmp_path / "data", tmp_path / "result.json"
-  prepare.prepare("imagenet2012", data_dir, write_archives(tmp_path / "source"),
-                  partial=True)
-  process = command(
-      "data", f"--config.data_dir={data_dir}", "--config.crop_size=8",
-      "--config.batch_size=4", "--rounds=2", f"--json={path}")
-  output, stderr = process.communicate()
-  assert process.returncode == 0, stderr
+def test_data_command(imagenet_data, tmp_path):
+  path = tmp_path / "result.json"
+  output = completed(
+      "data", f"--config.data_dir={imagenet_data}", "--config.crop_size=8",
+      "--config.batch_size=4", "--rounds=2", f"--json={path}").stdout
   result = json.loads(path.read_text())
   pytorch = ["torch, normalized floats", "torch, bytes"]
   assert list(result["images_per_second"]) == ["minw"] + pytorch * HAS_TORCH
@@ -133,10 +127,8 @@ def test_data_command(tmp_path):
 @pytest.mark.slow
 def test_configs_command(tmp_path):
   path = tmp_path / "result.json"
-  process = command("configs", f"--configs={EXPERIMENT}", "--batch_size=16",
-                    "--rounds=3", f"--json={path}")
-  output, stderr = process.communicate()
-  assert process.returncode == 0, stderr
+  output = completed("configs", f"--configs={EXPERIMENT}", "--batch_size=16",
+                     "--rounds=3", f"--json={path}").stdout
   (name, found), = json.loads(path.read_text())["configs"].items()
   weights = 9 * (1 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + 2 * 2 * 64 * 128 + 128 * 10
   assert name == str(EXPERIMENT) and found["weights"] == weights
@@ -249,12 +241,10 @@ def tiny_config(**changes):
 @pytest.mark.parametrize("layers", [False, True])
 def test_inference_command(tmp_path, layers):
   path = tmp_path / "result.json"
-  process = command(
+  output = completed(
       "inference", *(f"--config.{name}={value}" for name, value in TINY.items()),
       "--batches=1" if layers else "--batches=1,3", "--rounds=2", f"--json={path}",
-      *["--layers"] * layers)
-  output, stderr = process.communicate()
-  assert process.returncode == 0, stderr
+      *["--layers"] * layers).stdout
   result = json.loads(path.read_text())
   threads = {1} if layers else {1, len(os.sched_getaffinity(0))}
   batches = {1} if layers else {1, 3}
@@ -385,19 +375,10 @@ def test_throughput_measures(tmp_path):
   arguments = ("throughput", "--seeds=1,2", "--rounds=1", "--seconds=0.1",
                f"--json={path}", f"--config={EXPERIMENT}",
                "--config.conv_widths=(2,2)", "--config.dense_widths=(3,)")
-  process = command(*arguments)
-  _, stderr = process.communicate()
-  assert (process.returncode, stderr) == (0, "")
+  assert completed(*arguments).stderr == ""
   result = json.loads(path.read_text())
   assert result["config"]["conv_widths"] == [2, 2]
   for way in ("processes", "program"):
     assert {*result["steps_per_second"][way]} == {"1", "2"}
     assert all(rate > 0 for rates in result["steps_per_second"][way].values()
                for rate in rates)
-
-
-def test_throughput_needs_seeds():
-  process = command("throughput", "--seeds=0")
-  output, stderr = process.communicate()
-  assert (process.returncode, output) == (2, "")
-  assert stderr.startswith("error: seeds='0': must be positive integers")

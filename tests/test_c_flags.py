@@ -3,7 +3,6 @@
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -39,21 +38,16 @@ int main(void) {
 """
 
 
-def config(*arguments):
-  return subprocess.run([sys.executable, "-m", "minw.c_flags", *arguments], cwd=ROOT,
-                        capture_output=True, text=True)
-
-
 @pytest.mark.skipif(not native.available(), reason="the library was not built")
 @pytest.mark.parametrize("compiler, name", [("cc", "program.c"), ("c++", "program.cc")])
-def test_compiles_and_runs(tmp_path, compiler, name):
+def test_compiles_and_runs(command, tmp_path, compiler, name):
   if not shutil.which(compiler):
     pytest.skip(f"no {compiler}")
   (tmp_path / name).write_text(_PROGRAM)
-  flags = config("--cflags", "--libs")
-  assert (flags.returncode, flags.stderr) == (0, "")
+  flags = command("minw.c_flags", "--cflags", "--libs")
+  assert (flags.code, flags.err) == (0, "")
   subprocess.run(
-      f"{compiler} -Wall -Werror {name} -o program {flags.stdout}", shell=True,
+      f"{compiler} -Wall -Werror {name} -o program {flags.out}", shell=True,
       check=True, cwd=tmp_path)
   with infer.shipped()["digits_convnet"].open("rb") as file:
     done = subprocess.run([tmp_path / "program"], stdin=file, check=True,
@@ -63,15 +57,15 @@ def test_compiles_and_runs(tmp_path, compiler, name):
   np.testing.assert_array_equal(np.float32(done.stdout.split()), want)
 
 
-def test_each_by_itself():
-  assert config("--cflags").stdout == c_flags.cflags() + "\n"
+def test_each_by_itself(command):
+  assert command("minw.c_flags", "--cflags").out == c_flags.cflags() + "\n"
   assert c_flags.cflags().startswith("-I") and "-l" not in c_flags.cflags()
 
 
-def test_refuses(monkeypatch):
-  done = config()
-  assert done.returncode == 2
-  assert done.stderr == "error: --cflags or --libs, or both, must be given\n"
+def test_refuses(command, monkeypatch):
+  done = command("minw.c_flags")
+  assert done.code == 2
+  assert done.err == "error: --cflags or --libs, or both, must be given\n"
   monkeypatch.setattr(native, "available", lambda: False)
   with pytest.raises(errors.UsageError, match="the native library was not built"):
     c_flags.libs()

@@ -430,6 +430,7 @@ def test_good_input_is_not_refused(run, folder):
     (("--workdir=misspelt",), "...config field 'sed' does not exist; did you mean"),
     (("--workdir=no_run",), "workdir='no_run': must be a run that has a checkpoint"),
     (("--workdir=no_run", "--split=tset"), "flag --split=tset: value should be one "),
+    (("--workdir=nowhere", "--split=all"), "flag --split=all: value should be one of"),
     (("--workdir=no_run", "--checkpoint="), "flag --checkpoint=: value should be one "),
     (("--workdir=no_run", "--data_dir="), "data_dir='': must be not empty"),
     (("--workdir=no_run", "--config.seed=1"), "there is no flag --config.seed"),

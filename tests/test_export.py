@@ -624,11 +624,6 @@ def test_few_random_images_where_they_are_large():
   assert export_command.test_images(None, shape(1024, 1024)).shape == (1, 1024, 1024, 3)
 
 
-def command(*arguments):
-  return subprocess.run([sys.executable, "-m", "minw.export", *arguments],
-                        capture_output=True, text=True, cwd=ROOT)
-
-
 @pytest.fixture(name="model", scope="module")
 def model_file(tmp_path_factory):
   path = tmp_path_factory.mktemp("model") / "net.minw"
@@ -638,15 +633,15 @@ def model_file(tmp_path_factory):
 
 @pytest.mark.parametrize("form, needs", [
     ("c", []), ("stablehlo", ["flatbuffers"]), ("onnx", ["onnx"]), ("qonnx", ["onnx"])])
-def test_command(tmp_path, model, form, needs):
+def test_command(command, tmp_path, model, form, needs):
   for name in needs:
     pytest.importorskip(name, reason=f"{name} is not installed")
   out = tmp_path / "net"
-  run = command(f"--model={model}", f"--format={form}", f"--out={out}",
+  run = command("minw.export", f"--model={model}", f"--format={form}", f"--out={out}",
                 f"--golden={tmp_path / 'golden'}")
-  assert run.returncode == 0, run.stderr
+  assert run.code == 0, run.err
   written = [out, tmp_path / "net.h"] if form == "c" else [out]
-  assert run.stdout == ("".join(f"{p}: {p.stat().st_size} bytes\n" for p in written) +
+  assert run.out == ("".join(f"{p}: {p.stat().st_size} bytes\n" for p in written) +
                         f"{tmp_path / 'golden'}: 3 values of 4 images\n")
   assert b'"abcdefghij"' in out.read_bytes().replace(b'", "', b"")
   assert np.load(tmp_path / "golden" / "input.npy").shape == (4, 8, 8, 1)
@@ -708,7 +703,7 @@ def test_images_on_a_background(tmp_path):
     (("--model={model}", "--golden=x", "--images=/nowhere"),
      "images='/nowhere': must be a file or folder that exists"),
 ])
-def test_bad_commands(model, arguments, message):
-  run = command(*(argument.format(model=model) for argument in arguments))
-  assert run.returncode == 2 and message in run.stderr
-  assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+def test_bad_commands(command, model, arguments, message):
+  run = command("minw.export", *(a.format(model=model) for a in arguments))
+  assert run.code == 2 and message in run.err
+  assert run.err.startswith("error: ") and run.err.count("\n") == 1

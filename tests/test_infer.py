@@ -296,12 +296,6 @@ def test_image_of_another_size(tmp_path):
   assert gray.shape == (16, 16, 1) and abs(int(gray[8, 8, 0]) - 124) <= 1
 
 
-def run(module, *arguments, **environment):
-  return subprocess.run(
-      [sys.executable, "-W", "error", "-m", module, *arguments],
-      env=os.environ | environment, capture_output=True, text=True, check=False)
-
-
 def test_images_may_be_taken_as_they_are(tmp_path):
   pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
   Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -314,7 +308,7 @@ def test_images_may_be_taken_as_they_are(tmp_path):
     assert infer.shrinks(program) == (size > 0)
 
 
-def test_command(model, tmp_path):
+def test_command(command, model, tmp_path):
   images, _ = datasets.load("digits", "test", None)
   folder = tmp_path / "images" / "more"
   folder.mkdir(parents=True)
@@ -327,16 +321,16 @@ def test_command(model, tmp_path):
     label = infer.load(model).labels[logits.argmax()]
     wanted.append(f"{file}\t{label}\t{powers.max() / powers.sum():.4f}")
   Image.fromarray(images[5][..., 0]).convert("RGB").save(tmp_path / "b.JPG", quality=95)
-  done = run("minw.infer", f"--model={model}", "--backend=reference",
+  done = command("minw.infer", f"--model={model}", "--backend=reference",
              f"--images={tmp_path / 'images'},{tmp_path / 'b.JPG'}", "--kernels")
-  assert done.returncode == 0, done.stderr
-  lines = done.stdout.splitlines()
+  assert done.code == 0, done.err
+  lines = done.out.splitlines()
   assert lines[:4] == wanted
   assert lines[4].startswith(f"{tmp_path / 'b.JPG'}\t")
   assert lines[5:] == ["fc\treference", "norm\treference"]
 
 
-def test_command_predicts_in_spite_of_bad_images(model, tmp_path):
+def test_command_predicts_in_spite_of_bad_images(command, model, tmp_path):
   folder = tmp_path / "images"
   folder.mkdir()
   for i in range(5):
@@ -349,10 +343,10 @@ def test_command_predicts_in_spite_of_bad_images(model, tmp_path):
   Image.new("F", (8, 8)).save(folder / "5 tab\t.tif")
   Image.new("L", (8, 8)).save(folder / "6\n.png")
   (folder / "notes.txt").write_text("hello")
-  done = run("minw.infer", f"--model={model}", "--backend=reference",
+  done = command("minw.infer", f"--model={model}", "--backend=reference",
              f"--images={folder}", "--top=2", "--kernels")
-  assert done.returncode == 1
-  lines = [line.split("\t") for line in done.stdout.splitlines()]
+  assert done.code == 1
+  lines = [line.split("\t") for line in done.out.splitlines()]
   assert [line[0] for line in lines] == [
       f"{folder}/{name}" for name in ("0.png", "2.png", "4.png", "6\\n.png")
   ] + ["fc", "norm"]
@@ -364,7 +358,7 @@ def test_command_predicts_in_spite_of_bad_images(model, tmp_path):
     names = infer.load(model, backend="reference").labels
     assert pairs == [text for k in order for text in
                      (names[k], f"{powers[k] / powers.sum():.4f}")]
-  told = done.stderr.splitlines()
+  told = done.err.splitlines()
   for line, (name, reason) in zip(told[1:], (
       ("1.png", "truncated"), ("3.png", "cannot identify image file"),
       ("4_pipe.png", "not a regular file"), ("5 tab\\t.tif", "range"))):
@@ -432,14 +426,14 @@ def test_limits_of_calls_from_jax(costly):
   assert function(np.full((1, 128, 512, 1), 5, np.uint8)) == 5
 
 
-def test_limits_of_the_command(costly, tmp_path):
+def test_limits_of_the_command(command, costly, tmp_path):
   np.save(tmp_path / "a.npy", np.zeros((128, 512, 1), np.uint8))
-  refused = run("minw.infer", f"--model={costly}", f"--images={tmp_path / 'a.npy'}")
-  assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-  assert "its padding, " in refused.stderr
-  taken = run("minw.infer", f"--model={costly}", "--nolimits",
+  refused = command("minw.infer", f"--model={costly}", f"--images={tmp_path / 'a.npy'}")
+  assert refused.code == 2 and refused.err.count("\n") == 1
+  assert "its padding, " in refused.err
+  taken = command("minw.infer", f"--model={costly}", "--nolimits",
               f"--images={tmp_path / 'a.npy'}")
-  assert taken.stdout == f"{tmp_path / 'a.npy'}\t0\t1.0000\n"
+  assert taken.out == f"{tmp_path / 'a.npy'}\t0\t1.0000\n"
 
 
 def test_no_more_of_a_model_is_read_than_its_head_says(model, tmp_path):
@@ -463,9 +457,9 @@ def test_no_more_of_a_model_is_read_than_its_head_says(model, tmp_path):
       packed.read(tmp_path / "bad.minw")
 
 
-def test_command_on_a_background(model, tmp_path):
+def test_command_on_a_background(command, model, tmp_path):
   Image.new("LA", (8, 8), (255, 0)).save(tmp_path / "a.png")
-  lines = [run("minw.infer", f"--model={model}", f"--images={tmp_path}", *more).stdout
+  lines = [command("minw.infer", f"--model={model}", f"--images={tmp_path}", *more).out
            for more in ((), ("--background=black",), ("--background=255,255,255",))]
   assert lines[0] == lines[1] != lines[2]
   network = infer.load(model)
@@ -474,7 +468,7 @@ def test_command_on_a_background(model, tmp_path):
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5])
-def test_command_with_other_channels(tmp_path, channels):
+def test_command_with_other_channels(command, tmp_path, channels):
   """Files that have exactly these channels; others are refused in a line."""
   rng = np.random.default_rng(0)
   kernel = rng.choice([-1, 1], (3, 4, 4, channels)).astype(np.int8)
@@ -492,13 +486,13 @@ def test_command_with_other_channels(tmp_path, channels):
     Image.fromarray(image).save(tmp_path / "a.png")
     good.append("a.png")
   for name in good:
-    done = run("minw.infer", f"--model={model}", f"--images={tmp_path / name}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\t")[1] == str(wanted)
+    done = command("minw.infer", f"--model={model}", f"--images={tmp_path / name}")
+    assert done.code == 0, done.err
+    assert done.out.split("\t")[1] == str(wanted)
   Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
-  done = run("minw.infer", f"--model={model}", f"--images={tmp_path}/b.png")
-  assert done.returncode == 2 and done.stderr.count("\n") == 1
-  assert f"Pillow mode RGB; the network takes {channels}" in done.stderr
+  done = command("minw.infer", f"--model={model}", f"--images={tmp_path}/b.png")
+  assert done.code == 2 and done.err.count("\n") == 1
+  assert f"Pillow mode RGB; the network takes {channels}" in done.err
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -514,15 +508,15 @@ def test_command_with_other_channels(tmp_path, channels):
     ("--model={model} --images={tmp}/whole.png --top=11", "top=11: must be 1 to 10"),
     ("--model={model} --images={tmp}/bad.minw --top=11", "top=11: must be 1 to 10"),
 ])
-def test_command_refuses_in_one_line(model, tmp_path, arguments, message):
+def test_command_refuses_in_one_line(command, model, tmp_path, arguments, message):
   (tmp_path / "empty").mkdir()
   (tmp_path / "bad.minw").write_bytes(b"no network, and no image")
   Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "whole.png")
   data = (tmp_path / "whole.png").read_bytes()
   (tmp_path / "cut.png").write_bytes(data[:len(data) // 2])
-  done = run("minw.infer", *arguments.format(model=model, tmp=tmp_path).split())
-  assert done.returncode == 2
-  assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+  done = command("minw.infer", *arguments.format(model=model, tmp=tmp_path).split())
+  assert done.code == 2
+  assert message in done.err and done.err.count("\n") == 1, done.err
 
 
 def forged_network(path):
@@ -533,27 +527,34 @@ def forged_network(path):
       op._replace(name=name) for op, name in zip(program.ops, names))))
 
 
-def test_command_prints_foreign_text_escaped(tmp_path):
+def test_command_prints_foreign_text_escaped(command, tmp_path):
   forged_network(tmp_path / "net.minw")
   image = tmp_path / "a\n\t\x1b.png"
   Image.new("L", (8, 8)).save(image)
   arguments = ["minw.infer", f"--model={tmp_path}/net.minw", "--kernels",
                "--backend=reference", str(image), str(tmp_path / "net.minw")]
-  done = run(*arguments)
-  first, *kernels = done.stdout.split("\n")
+  done = command(*arguments)
+  first, *kernels = done.out.split("\n")
   assert first.split("\t")[:2] == [f"{tmp_path}/a\\n\\t\\x1b.png", "a b é"]
   assert kernels == ["fc\\tnative\\nnorm\treference",
                      "\\x1b[2J\\x9b\\u202e??/\\\treference", ""]
-  # Not every encoding has all characters.
-  done = run(*arguments, PYTHONIOENCODING="ascii")
-  assert done.returncode == 1 and done.stdout.split("\t")[1] == r"a b \xe9"
-  assert done.stderr.count("\n") == 1
 
 
-def test_evaluate_command(model):
-  done = run("minw.evaluate", f"--model={model}", "--split=validation")
-  assert done.returncode == 0, done.stderr
-  result = json.loads(done.stdout)
+def test_output_in_an_encoding_that_lacks_characters(tmp_path):
+  forged_network(tmp_path / "net.minw")
+  Image.new("L", (8, 8)).save(tmp_path / "a.png")
+  done = subprocess.run(
+      [sys.executable, "-W", "error", "-m", "minw.infer", "--backend=reference",
+       f"--model={tmp_path}/net.minw", f"--images={tmp_path}/a.png"],
+      env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout.split("\t")[1] == r"a b \xe9"
+
+
+def test_evaluate_command(command, model):
+  done = command("minw.evaluate", f"--model={model}", "--split=validation")
+  assert done.code == 0, done.err
+  result = json.loads(done.out)
   images, labels = datasets.load("digits", "validation", None)
   logits = digits_logits(images)
   shifted = logits - logits.max(-1, keepdims=True)
@@ -579,10 +580,10 @@ def test_evaluate_refuses(model, changes, message):
     (("--workdir=x", "--dataset=digits"), "dataset='digits': must be left out"),
     (("--model={model}", "--checkpoint=best"), "checkpoint='best': must be left out"),
 ])
-def test_evaluate_takes_a_run_or_a_file(model, arguments, message):
-  done = run("minw.evaluate", *(a.format(model=model) for a in arguments))
-  assert done.returncode == 2 and message in done.stderr
-  assert done.stderr.count("\n") == 1
+def test_evaluate_takes_a_run_or_a_file(command, model, arguments, message):
+  done = command("minw.evaluate", *(a.format(model=model) for a in arguments))
+  assert done.code == 2 and message in done.err
+  assert done.err.count("\n") == 1
 
 
 def test_evaluate_takes_no_paths_and_workers_of_a_file(tmp_path, monkeypatch):

@@ -111,13 +111,10 @@ def wait_for_lines(process, text, count):
     (["--processes=0", "--", "--config=x"], "processes"),
     (["--process=2", "--", "--config=x"], "process"),
 ])
-def test_local_bad_input(arguments, message):
-  done = subprocess.run(
-      [sys.executable, LAUNCH / "local_multiprocess.py", *arguments], text=True,
-      env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: ") and message in done.stderr
-  assert done.stderr.count("\n") == 1
+def test_local_bad_input(command, arguments, message):
+  code, _, err = command("local_multiprocess", *arguments)
+  assert code == 2 and err.startswith("error: ") and message in err
+  assert err.count("\n") == 1
 
 
 # --- Shell.

@@ -235,13 +235,10 @@ def test_the_command_says_what_to_do_next(
     (["--dataset=cifar10", "--data_dir=x", "--source=x"], "source='x'"),
     (["--dataset=cifar10", "--datadir=x"], "datadir"),
 ])
-def test_the_command_reports_errors_in_one_line(arguments, expected, tmp_path):
-  ended = subprocess.run(
-      [sys.executable, "-m", "minw.prepare", *arguments], cwd=tmp_path,
-      capture_output=True, text=True, check=False)
-  assert ended.returncode == 2
-  assert expected in ended.stderr and ended.stderr.startswith("error: ")
-  assert len(ended.stderr.splitlines()) == 1 and not ended.stdout
+def test_the_command_reports_errors_in_one_line(command, arguments, expected, tmp_path):
+  code, out, err = command("minw.prepare", *arguments, folder=tmp_path)
+  assert (code, out) == (2, "")
+  assert expected in err and err.startswith("error: ") and err.count("\n") == 1
 
 
 # The classes of eight superclasses, among the hundred.

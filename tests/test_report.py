@@ -7,7 +7,6 @@ import math
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from minw.report import tables
 from minw.workdir import environment
 from minw.workdir import metrics
 from short_runs import EPOCH
+from short_runs import ROOT
 from short_runs import Stop
 from short_runs import lines_of
 from short_runs import run
@@ -37,7 +37,7 @@ from short_runs import run_with
 from short_runs import stop_before
 from short_runs import tiny_config
 
-FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
+FOLDER = ROOT / "experiments"
 EXAMPLES = {"cifar10": 45_000, "cifar100": 45_000, "digits": 1_257,
             "imagenet2012": 1_271_167}
 
@@ -1058,14 +1058,8 @@ def test_draw(runs, tmp_path):
 # Commands.
 
 
-def command(*arguments):
-  return subprocess.Popen(
-      [sys.executable, "-m", "minw.report", *arguments], text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 @pytest.mark.slow
-def test_commands(runs, tmp_path):
+def test_commands(command, runs, tmp_path):
   copied(runs / "aqe", tmp_path / "half", status=dict(state="running", step=1), seed=9)
   study, out = tmp_path / "study.jsonl", tmp_path / "out"
   both = f"--runs={runs},{tmp_path}"
@@ -1075,9 +1069,8 @@ def test_commands(runs, tmp_path):
       ("tables", f"--runs={study}", f"--out={out}"),
       ("compare", f"--runs={runs}", f"--runs={study}", "--by=estimator",
        f"--out={out}"), ("figures", f"--runs={study}", f"--out={out}")):
-    process = command(*arguments)
-    outputs[arguments[0]], stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    code, outputs[arguments[0]], err = command("minw.report", *arguments)
+    assert code == 0, err
   assert "3 added" in outputs["collect"]
   assert "not copied of any run: checkpoints, " in outputs["collect"]
   assert f"left out: {tmp_path / 'half'}: " in outputs["collect"]
@@ -1094,7 +1087,7 @@ def test_commands(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_commands_refuse_in_one_line(tmp_path):
+def test_commands_refuse_in_one_line(command, tmp_path):
   runs = f"--runs={tmp_path}"
   wrong = {
       (runs,): "a subcommand is missing; known: tables, figures, compare, collect",
@@ -1110,8 +1103,7 @@ def test_commands_refuse_in_one_line(tmp_path):
       ("results", runs, "--out=minw"): "must be a folder in out='minw'",
   }
   for arguments, message in wrong.items():
-    process = command(*arguments)
-    output, stderr = process.communicate()
-    assert (process.returncode, output) == (2, "")
-    assert stderr.startswith("error: ") and message in stderr, stderr
-    assert stderr.count("\n") == 1
+    code, out, err = command("minw.report", *arguments, folder=ROOT)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and message in err, err
+    assert err.count("\n") == 1

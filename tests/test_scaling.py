@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -53,11 +51,17 @@ def test_times_of_a_step_by_hand():
   assert eight["efficiency"] == pytest.approx(0.2 / 2.324)
 
 
-def bench(path, *arguments):
-  subprocess.run(
-      [sys.executable, "-m", "minw.bench", "scaling", f"--json={path}", *arguments],
-      cwd=ROOT, check=True, capture_output=True, timeout=300)
-  return json.loads(path.read_text())
+@pytest.fixture
+def bench(command, tmp_path):
+  """bench(*arguments): the result of `minw.bench scaling`."""
+  path = tmp_path / "result.json"
+
+  def bench(*arguments):
+    ended = command("minw.bench", "scaling", f"--json={path}", *arguments, seconds=300)
+    assert ended.code == 0, ended.err
+    return json.loads(path.read_text())
+
+  return bench
 
 
 def check_step(result, kernels, positions, products):
@@ -78,9 +82,9 @@ def taps(size):
   return (3 * size - 2) ** 2
 
 
-def test_command_on_digits(tmp_path):
+def test_command_on_digits(bench):
   result = bench(
-      tmp_path / "result.json", f"--config={ROOT}/experiments/digits_convnet.py",
+      f"--config={ROOT}/experiments/digits_convnet.py",
       "--config.conv_widths=(32,32)", "--config.eval_batch_size=64", "--chips=1,8,512",
       "--teraflops=1", "--microseconds=0")
   kernels = [9 * 32, 9 * 32 * 32, 16 * 32 * 128, 128 * 10]
@@ -96,8 +100,8 @@ def test_command_on_digits(tmp_path):
 
 
 @pytest.mark.slow
-def test_convnet_a_sends_all_gradients_at_once(tmp_path):
-  result = bench(tmp_path / "result.json")
+def test_convnet_a_sends_all_gradients_at_once(bench):
+  result = bench()
   convs = [(24, 3, 128), (24, 128, 128), (12, 128, 256), (12, 256, 256),
            (6, 256, 512), (6, 512, 512)]
   dense = [4608 * 1024, 1024 * 1024, 1024 * 10]
@@ -109,9 +113,9 @@ def test_convnet_a_sends_all_gradients_at_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_resnet_18_sends_no_activations(tmp_path):
+def test_resnet_18_sends_no_activations(bench):
   result = bench(
-      tmp_path / "result.json", f"--config={ROOT}/experiments/imagenet_resnet18.py",
+      f"--config={ROOT}/experiments/imagenet_resnet18.py",
       "--config.eval_batch_size=256")
   assert result["parameters"] == pytest.approx(11.69e6, rel=1e-3)
   found = [scaling.Collective(**each) for each in result["collectives"]]
@@ -122,9 +126,6 @@ def test_resnet_18_sends_no_activations(tmp_path):
   assert sizes == result["parameters"] - norms
 
 
-def test_bad_flags(tmp_path):
-  process = subprocess.run(
-      [sys.executable, "-m", "minw.bench", "scaling", "--chips=1,0"], cwd=ROOT,
-      capture_output=True, text=True)
-  assert process.returncode == 2
-  assert process.stderr.count("\n") == 1 and "chips='1,0'" in process.stderr
+def test_bad_flags(command):
+  code, _, err = command("minw.bench", "scaling", "--chips=1,0")
+  assert code == 2 and err.count("\n") == 1 and "chips='1,0'" in err

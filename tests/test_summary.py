@@ -3,8 +3,6 @@
 import functools
 import pathlib
 import re
-import subprocess
-import sys
 
 import flax.linen as nn
 import pytest
@@ -194,20 +192,15 @@ batch norm      66  float32, beside
 """
 
 
-def command(*arguments):
-  return subprocess.run([sys.executable, "-m", "minw.summary", *arguments], cwd=ROOT,
-                        capture_output=True, text=True, check=False)
+def test_command(command):
+  ended = command("minw.summary", CONFIG + ":network=D")
+  assert ended.code == 0 and not ended.err
+  assert re.search(r"^total +1,802,432  225,304 +32\.0x", ended.out, re.M)
+  assert re.search(r"^packed +0\.215  MiB$", ended.out, re.M)
 
 
-def test_command():
-  ended = command(CONFIG + ":network=D")
-  assert ended.returncode == 0 and not ended.stderr
-  assert re.search(r"^total +1,802,432  225,304 +32\.0x", ended.stdout, re.M)
-  assert re.search(r"^packed +0\.215  MiB$", ended.stdout, re.M)
-
-
-def test_command_with_a_bad_value():
-  ended = command(CONFIG, "--config.weight_bits=7")
-  assert ended.returncode == 2 and not ended.stdout
-  assert ended.stderr.startswith("error: config.weight_bits: bits=7")
-  assert len(ended.stderr.splitlines()) == 1
+def test_command_with_a_bad_value(command):
+  ended = command("minw.summary", CONFIG, "--config.weight_bits=7")
+  assert ended.code == 2 and not ended.out
+  assert ended.err.startswith("error: config.weight_bits: bits=7")
+  assert len(ended.err.splitlines()) == 1

@@ -558,27 +558,20 @@ def test_controls_have_the_rates_of_one_run(read_sweep, argument, epochs):
 # --- The command.
 
 
-def run_sweep(*arguments, **options):
-  return subprocess.run(
-      [sys.executable, LAUNCH / "sweep.py", *arguments], text=True, cwd=ROOT,
-      env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, **options)
-
-
 @pytest.mark.parametrize("argument, message", [
     ("--emit=slurm", "out="), ("--dir=/proc/none", "dir=")])
-def test_command_with_bad_input(argument, message):
-  done = run_sweep("--sweep=experiments/sweeps/tables.py", "--dir=x", argument)
-  assert done.returncode == 2
-  assert done.stderr.startswith("error: ") and message in done.stderr
-  assert done.stderr.count("\n") == 1 and not done.stdout
+def test_command_with_bad_input(command, argument, message):
+  code, out, err = command("sweep", "--sweep=experiments/sweeps/tables.py", "--dir=x",
+                           argument, folder=ROOT)
+  assert (code, out) == (2, "")
+  assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_status_starts_nothing(tmp_path):
-  done = run_sweep("--sweep=alpha_schedules:seeds=1",
-                   f"--dir={tmp_path}/runs", "--status")
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith(f"{tmp_path}/runs: 17 waiting\n")
-  assert done.stdout.count("\n") == 18
+def test_status_starts_nothing(command, tmp_path):
+  code, out, err = command("sweep", "--sweep=alpha_schedules:seeds=1",
+                           f"--dir={tmp_path}/runs", "--status")
+  assert code == 0, err
+  assert out.startswith(f"{tmp_path}/runs: 17 waiting\n") and out.count("\n") == 18
   assert not (tmp_path / "runs").exists()
 
 
@@ -617,12 +610,12 @@ def test_jobset(tmp_path):
   assert calls(tmp_path) == [[*COMMAND[1:], "--only=c"]]
 
 
-def test_emitted_file_names_all_runs(tmp_path):
-  out = tmp_path / "out.sbatch"
-  done = run_sweep("--sweep=tables:seeds=1", "--dir=runs/t",
-                   "--jobs=8", "--data_dir=/data", "--emit=slurm", f"--out={out}")
-  assert done.returncode == 0, done.stderr
-  text = out.read_text()
+def test_emitted_file_names_all_runs(command, tmp_path):
+  path = tmp_path / "out.sbatch"
+  code, _, err = command("sweep", "--sweep=tables:seeds=1", "--dir=runs/t", "--jobs=8",
+                         "--data_dir=/data", "--emit=slurm", f"--out={path}")
+  assert code == 0, err
+  text = path.read_text()
   assert "--array=0-63%8" in text and "\n  cifar10-D-32-32-seed0\n" in text
   (line,) = (line for line in text.splitlines() if line.startswith("srun"))
   assert shlex.split(line)[1:-1] == [

@@ -1,8 +1,6 @@
 """A run's packed network against the run, and what is found where it is changed."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from minw import verify
 from minw.data import datasets
 from minw.kernels import native
 from minw.workdir import checkpoint
-from short_runs import ROOT
 from short_runs import run
 from short_runs import tiny_config
 
@@ -133,19 +130,13 @@ def test_a_changed_logit_is_found(workdir, program, tmp_path, capsys):
   assert f"{op.name} differs" in capsys.readouterr().out
 
 
-def command(*arguments):
-  return subprocess.run(
-      [sys.executable, "-m", "minw.pack", *arguments], capture_output=True, text=True,
-      check=False, cwd=ROOT)
-
-
-def test_command(workdir, program, tmp_path):
+def test_command(command, workdir, program, tmp_path):
   out = tmp_path / "net.minw"
-  done = command(f"--workdir={workdir}", f"--out={out}", "--verify")
-  assert done.returncode == 0, done.stderr
+  done = command("minw.pack", f"--workdir={workdir}", f"--out={out}", "--verify")
+  assert done.code == 0, done.err
   assert out.read_bytes() == packed.to_bytes(program)
-  assert f"{out}: {out.stat().st_size / 2**20:.3f} MiB" in done.stdout
-  assert "equal, layer by layer, on 360 images" in done.stdout
+  assert f"{out}: {out.stat().st_size / 2**20:.3f} MiB" in done.out
+  assert "equal, layer by layer, on 360 images" in done.out
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -153,7 +144,8 @@ def test_command(workdir, program, tmp_path):
     (("--workdir={workdir}", "--out={tmp}/none/x.minw"), "cannot be written"),
     (("--workdir={workdir}",), "out"),
 ])
-def test_command_refuses_in_one_line(workdir, tmp_path, arguments, message):
-  done = command(*(a.format(workdir=workdir, tmp=tmp_path) for a in arguments))
-  assert done.returncode == 2 and message in done.stderr
-  assert "Traceback" not in done.stderr
+def test_command_refuses_in_one_line(command, workdir, tmp_path, arguments, message):
+  arguments = [a.format(workdir=workdir, tmp=tmp_path) for a in arguments]
+  done = command("minw.pack", *arguments)
+  assert done.code == 2 and message in done.err
+  assert "Traceback" not in done.err
