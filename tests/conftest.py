@@ -109,3 +109,12 @@ def imagenet_data(tmp_path_factory):
                          imagenet_files.write_archives(folder / "source"), partial=True)
   assert path == folder / "data/imagenet2012/5.1.0"
   return folder / "data"
+
+
+@pytest.fixture
+def record(tmp_path):
+  """A workdir with lines at steps 10, 20, 30 and of the test split."""
+  import short_runs
+
+  short_runs.write_record(tmp_path)
+  return tmp_path

@@ -1,4 +1,4 @@
-"""A ConvNet in float64, from the paper's words: what its training should compute."""
+"""What ConvNets compute, in float64 and from the paper's words."""
 
 import numpy as np
 
@@ -8,6 +8,14 @@ def sign(a):
   return np.where(a > 0, 1.0, -1.0)
 
 
+def h(x, thresholds, levels) -> np.ndarray:
+  """Eq 4, 21, 22: the level whose number is that of thresholds passed."""
+  if not len(thresholds):
+    return np.where(x > 0, 1.0, -1.0)
+  passed = sum((np.abs(x) > t).astype(int) for t in thresholds)
+  return np.sign(x) * np.array([0.0, *levels])[passed]
+
+
 def max_pool(x):
   """2x2, in NumPy."""
   n, h, w, c = x.shape
@@ -15,7 +23,7 @@ def max_pool(x):
 
 
 def network(params, images, quantize, stats=None, epsilon=1e-4, pool=max_pool, xp=np):
-  """A 1/1 ConvNet in float64, from the paper's words.
+  """A W1A1 ConvNet in float64, from the paper's words.
 
   Args:
     params: of a checkpoint.

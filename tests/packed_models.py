@@ -3,36 +3,28 @@
 import functools
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from minw import layers
 from minw import models
 from minw import pack
 from minw.data import pixels as pixels_lib
+from network_variables import variables_of
+
+
+def _scales(rng, n):
+  scale = rng.normal(0, 1, n).astype(np.float32)
+  scale[::5], scale[1::7] = 0, 1e-30
+  return scale
 
 
 def randomized(model: nn.Module, shape, seed: int = 0):
   """Variables with batch norms of any sign, also of scale zero and tiny."""
-  rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(lambda: layers.initialize(model, shape))
-
-  def fill(path, leaf):
-    field = path[-1].key
-    n = leaf.shape
-    if field == "mean":
-      return rng.normal(0, 4, n).astype(np.float32)
-    if field == "var":
-      return rng.uniform(0.1, 40, n).astype(np.float32)
-    if field == "bias":
-      return rng.normal(0, 0.5, n).astype(np.float32)
-    if field == "scale":
-      scale = rng.normal(0, 1, n).astype(np.float32)
-      scale[::5], scale[1::7] = 0, 1e-30
-      return scale
-    return rng.normal(0, 1, n).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(fill, shapes)
+  normal = lambda rng, n: rng.normal(0, 1, n)
+  return variables_of(
+      model, shape, seed, kernel=normal, other=normal, scale=_scales,
+      mean=lambda rng, n: rng.normal(0, 4, n),
+      var=lambda rng, n: rng.uniform(0.1, 40, n))
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Parameters of a network's own: folded against float64, or refused by name."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from minw import pack
 from minw import packed
 from minw import trained
 from minw.data import pixels as pixels_lib
+import network_variables
 
 PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (6, 6, 3)
@@ -38,19 +41,11 @@ class Net(nn.Module):
     return layers.NormQuant(bits=None, name="norm_last")(x, mode=mode)
 
 
-def variables_of(model, seed=0):
-  rng = np.random.default_rng(seed)
-  draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
-          "mean": lambda n: rng.normal(0, 2, n),
-          "var": lambda n: rng.uniform(1, 40, n),
-          "scale": lambda n: rng.normal(0, 1, n),
-          "bias": lambda n: rng.normal(0, 0.5, n),
-          "shift": lambda n: rng.normal(0, 3, n),
-          "gain": lambda n: rng.choice([-1.5, 0.3, 2, 0.7], n),
-          "positive": lambda n: rng.uniform(0.2, 2, n)}
-  shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.asarray(draw[path[-1].key](leaf.shape), np.float32), shapes)
+variables_of = functools.partial(
+    network_variables.variables_of, shape=SHAPE,
+    shift=lambda rng, n: rng.normal(0, 3, n),
+    gain=lambda rng, n: rng.choice([-1.5, 0.3, 2, 0.7], n),
+    positive=lambda rng, n: rng.uniform(0.2, 2, n))
 
 
 def probe():

@@ -18,19 +18,11 @@ from short_runs import events_of
 from short_runs import line_at
 from short_runs import numbers_of
 from short_runs import values_of
-from short_runs import write_record
 
 
 def histograms_of(workdir):
   return [value.histo for path in sorted((workdir / "tensorboard").iterdir())[-1:]
           for _, value in values_of(path) if value and value.HasField("histo")]
-
-
-@pytest.fixture
-def record(tmp_path):
-  """A workdir with lines at steps 10, 20, 30 and of the test split."""
-  write_record(tmp_path)
-  return tmp_path
 
 
 def test_tensorboard(record):

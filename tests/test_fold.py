@@ -17,12 +17,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from float64_convnet import h
 from minw import estimators
 from minw import fold
 from minw import fold_probe
 from minw import layers
 from minw import models
 from minw.data import pixels as pixels_lib
+from network_variables import variables_of
 
 property_test = hypothesis.settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -35,14 +37,6 @@ FACTORS = {1: [], 2: [0.7], 3: [0.3125, 0.9375, 1.875]}
 STEP = {1: 1.0, 2: 1.0, 3: 0.25}
 
 apply_norm = jax.jit(fold.apply_norm)
-
-
-def h(x, thresholds, levels) -> np.ndarray:
-  """Eq 4, 21, 22: the level whose number is that of thresholds passed."""
-  if not len(thresholds):
-    return np.where(x > 0, 1.0, -1.0)
-  passed = sum((np.abs(x) > t).astype(int) for t in thresholds)
-  return np.sign(x) * np.array([0.0, *levels])[passed]
 
 
 def same_pads(size, kernel, stride) -> tuple[int, int]:
@@ -767,15 +761,10 @@ def test_bounds_and_units_hold_in_networks(name):
 
 def ordinary_variables(net, seed):
   """Variables such that batch norm's outputs are about normal."""
-  rng = np.random.default_rng(seed)
-  draw = {"scale": lambda n: rng.choice([-1, 1], n) * rng.uniform(0.5, 1, n),
-          "var": lambda n: 20 * rng.uniform(0.5, 2, n),
-          "kernel": lambda n: rng.normal(0, 0.3, n),
-          "bias": lambda n: rng.normal(0, 0.5, n),
-          "mean": lambda n: rng.normal(0, 2, n)}
-  shapes = jax.eval_shape(lambda: layers.initialize(net, SHAPE))
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.float32(draw[path[-1].key](leaf.shape)), shapes)
+  return variables_of(
+      net, SHAPE, seed, kernel=lambda rng, n: rng.normal(0, 0.3, n),
+      scale=lambda rng, n: rng.choice([-1, 1], n) * rng.uniform(0.5, 1, n),
+      var=lambda rng, n: 20 * rng.uniform(0.5, 2, n))
 
 
 def batch_norm(acc, mean, var, scale, bias, epsilon) -> np.ndarray:

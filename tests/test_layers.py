@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from float64_convnet import h
 from minw import estimators
 from minw import layers
 from minw import models
@@ -21,14 +22,6 @@ from minw import models
 LEVELS = {1: [1.0], 2: [1.0], 3: [0.25, 0.5, 1.0]}
 THRESHOLDS = {1: [], 2: [0.1], 3: [0.125, 0.375, 0.75]}
 FACTORS = {1: [], 2: [0.7], 3: [0.3125, 0.9375, 1.875]}
-
-
-def h(x, thresholds, levels) -> np.ndarray:
-  """Eq 4, 21, 22: the level whose number is that of thresholds passed."""
-  if not len(thresholds):
-    return np.where(x > 0, 1.0, -1.0)
-  passed = sum((np.abs(x) > t).astype(int) for t in thresholds)
-  return np.sign(x) * np.array([0.0, *levels])[passed]
 
 
 def mixed_kernel(kernel, bits, alpha) -> np.ndarray:

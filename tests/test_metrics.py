@@ -13,19 +13,11 @@ from minw import json_files
 from minw.workdir import metrics
 from short_runs import line_at
 from short_runs import numbers_of
-from short_runs import write_record
 
 
 def written(workdir):
   return [json.loads(line) for line in
           (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def record(tmp_path):
-  """A workdir with lines at steps 10, 20, 30 and of the test split."""
-  write_record(tmp_path)
-  return tmp_path
 
 
 def test_lines_are_appended_at_once(tmp_path):

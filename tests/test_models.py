@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from float64_convnet import h
 from minw import errors
 from minw import fold
 from minw import layers
 from minw import models
+from network_variables import variables_of
 
 # By bits: the ascending positive levels, thresholds of activations, and factors on the
 # mean magnitude for weights.
@@ -38,15 +40,11 @@ def small(net):
 
 
 def random_variables(net, seed=0, shape=SHAPE):
-  rng = np.random.default_rng(seed)
-  draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
-          "scale": lambda n: rng.choice([-1, 1], n) * rng.uniform(0.5, 1, n),
-          "bias": lambda n: rng.normal(0, 0.3, n),
-          "mean": lambda n: rng.normal(0, 1, n),
-          "var": lambda n: rng.uniform(1, 4, n)}
-  shapes = jax.eval_shape(lambda: layers.initialize(net, shape))
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.float32(draw[path[-1].key](leaf.shape)), shapes)
+  return variables_of(
+      net, shape, seed, mean=lambda rng, n: rng.normal(0, 1, n),
+      scale=lambda rng, n: rng.choice([-1, 1], n) * rng.uniform(0.5, 1, n),
+      bias=lambda rng, n: rng.normal(0, 0.3, n),
+      var=lambda rng, n: rng.uniform(1, 4, n))
 
 
 def random_images(count, seed=1):
@@ -61,14 +59,6 @@ def captured(net, mode, variables, x, alpha=1.0):
       mutable=["intermediates", "distance", "batch_stats"])
   return {path[0]: value[0] for path, value in
           traverse_util.flatten_dict(state["intermediates"]).items() if len(path) == 2}
-
-
-def h(x, thresholds, levels) -> np.ndarray:
-  """Eq 4, 21, 22: the level whose number is that of thresholds passed."""
-  if not len(thresholds):
-    return np.where(x > 0, 1.0, -1.0)
-  passed = sum((np.abs(x) > t).astype(int) for t in thresholds)
-  return np.sign(x) * np.array([0.0, *levels])[passed]
 
 
 def convolve(x, kernel, same, pad) -> np.ndarray:

@@ -7,7 +7,6 @@ import platform
 import struct
 import subprocess
 import sys
-import zlib
 
 import hypothesis
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from minw import packed
 from minw.kernels import native
 from minw.kernels import reference
 from packed_files import mutants
+from packed_files import with_checksum
 from packed_networks import Builder
 from packed_networks import images
 from packed_networks import programs
@@ -348,15 +348,15 @@ def test_images_of_another_shape():
       network.logits(wrong)
 
 
-def with_checksum(data):
-  data = data[:16] + struct.pack("<Q", len(data)) + data[24:]
-  return data[:12] + struct.pack("<I", zlib.crc32(data[16:])) + data[16:]
+def repaired(data):
+  """A damaged file with the size and the checksum that fit."""
+  return with_checksum(data[:16] + struct.pack("<Q", len(data)) + data[24:])
 
 
 @pytest.mark.parametrize("size", (0, 7, 31, 32, 33, 100, -1))
 def test_truncated(size):
   data = packed.to_bytes(small())[:size]
-  for damaged in (data, with_checksum(data) if len(data) >= 32 else data):
+  for damaged in (data, repaired(data) if len(data) >= 32 else data):
     with pytest.raises(ValueError, match="packed network"):
       native.load(damaged)
 
@@ -383,7 +383,7 @@ def test_groups_and_dilation_that_do_not_fit(fields, message):
   native.load(data)
   valid = struct.pack("<3I", 6, 5, 3)
   assert data.count(valid) == 1
-  bad = with_checksum(data.replace(valid, struct.pack("<3I", *fields)))
+  bad = repaired(data.replace(valid, struct.pack("<3I", *fields)))
   with pytest.raises(ValueError, match=message):
     native.load(bad)
   with pytest.raises(ValueError, match="packed network"):
@@ -395,7 +395,7 @@ def test_outputs_that_are_no_groups():
   data = packed.to_bytes(b.end(b.conv(0, 1, 6, (1, 1), pads=(0,) * 4, groups=2), 1))
   sizes = struct.pack("<4I", 1, 1, 1, 6)
   assert data.count(sizes) == 1
-  bad = with_checksum(data.replace(sizes, struct.pack("<4I", 1, 1, 1, 5)))
+  bad = repaired(data.replace(sizes, struct.pack("<4I", 1, 1, 1, 5)))
   with pytest.raises(ValueError, match="5 output channels in 2 groups"):
     native.load(bad)
   with pytest.raises(ValueError, match="5 output channels in 2 groups"):
@@ -409,7 +409,7 @@ def test_damaged_files_are_refused_as_the_reader_does(program, data):
   for _ in range(data.draw(st.integers(1, 3))):
     at = data.draw(st.integers(24, len(bad) - 1))
     bad[at] = data.draw(st.sampled_from((0, 1, 127, 128, 255, bad[at] ^ 1)))
-  bad = with_checksum(bytes(bad))
+  bad = repaired(bytes(bad))
   try:
     network = native.load(bad)
   except ValueError:

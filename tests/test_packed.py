@@ -11,6 +11,7 @@ import pytest
 from minw import infer
 from minw import packed
 from minw.kernels import reference
+from packed_files import with_checksum
 from packed_networks import assert_same
 from packed_networks import small
 
@@ -157,10 +158,6 @@ def test_networks_without_groups_keep_their_bytes():
 def test_round_trip(program):
   data = packed.to_bytes(program)
   assert_same(packed.from_bytes(data), program)
-
-
-def with_checksum(data: bytes) -> bytes:
-  return data[:12] + struct.pack("<I", zlib.crc32(data[16:])) + data[16:]
 
 
 @hypothesis.given(programs(), st.data())

@@ -10,10 +10,10 @@ import pytest
 
 from minw import fold
 from minw import infer
-from minw import layers
 from minw import pack
 from minw import packed
 from minw.data import pixels as pixels_lib
+from network_variables import variables_of
 from random_networks import RandomNetwork
 
 SHAPE = (7, 6, 2)
@@ -26,18 +26,10 @@ FIRST = int(os.environ.get("MINW_RANDOM_SEED", "0"))
 
 def trained(model: RandomNetwork):
   """Variables as after training: batch norms of both signs among them."""
-  random = np.random.default_rng(model.seed)
-  ranges = {
-      "kernel": lambda n: random.normal(0, 0.5, n),
-      "scale": lambda n: random.normal(0, 1, n),
-      "bias": lambda n: random.normal(0, 0.5, n),
-      "mean": lambda n: random.normal(0, 2, n),
-      "var": lambda n: random.uniform(0.5, 30, n),
-      "step": lambda n: random.uniform(0.4, 1.5, n)}
-  shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: ranges.get(path[-1].key, ranges["scale"])(leaf.shape).astype(
-          np.float32), {name: shapes[name] for name in ("params", "batch_stats")})
+  return variables_of(
+      model, SHAPE, model.seed, var=lambda rng, n: rng.uniform(0.5, 30, n),
+      step=lambda rng, n: rng.uniform(0.4, 1.5, n),
+      other=lambda rng, n: rng.normal(0, 1, n))
 
 
 def outcome(seed: int, backends=("reference", "native")) -> str:

@@ -1,5 +1,7 @@
 """Networks as Flax users write them: transforms, layers called twice, subclasses."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from minw import pack
 from minw import packed
 from minw import structure
 from minw.data import pixels as pixels_lib
+import network_variables
 
 PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (6, 6, 3)
@@ -70,17 +73,7 @@ class Net(nn.Module):
     return layers.NormQuant(bits=None, name="norm_last")(x, mode=mode)
 
 
-def variables_of(model, seed=0):
-  rng = np.random.default_rng(seed)
-  draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
-          "mean": lambda n: rng.normal(0, 2, n),
-          "var": lambda n: rng.uniform(1, 40, n),
-          "scale": lambda n: rng.normal(0, 1, n),
-          "bias": lambda n: rng.normal(0, 0.5, n)}
-  shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
-  shapes = {kind: shapes[kind] for kind in ("params", "batch_stats")}
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: draw[path[-1].key](leaf.shape).astype(np.float32), shapes)
+variables_of = functools.partial(network_variables.variables_of, shape=SHAPE)
 
 
 IMAGES = np.random.default_rng(1).integers(0, 256, (9, *SHAPE), np.uint8)

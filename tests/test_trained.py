@@ -4,7 +4,6 @@ import functools
 import re
 
 import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 
@@ -13,23 +12,16 @@ from minw import layers
 from minw import models
 from minw import trained
 from minw.data import pixels as pixels_lib
+import network_variables
 
 PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
 SHAPE = (8, 8, 3)
 IMAGES = np.random.default_rng(1).integers(0, 256, (70, *SHAPE), np.uint8)
 
 
-def variables_of(model, seed=0):
-  rng = np.random.default_rng(seed)
-  draw = {"kernel": lambda n: rng.normal(0, 0.5, n),
-          "mean": lambda n: rng.normal(0, 2, n),
-          "var": lambda n: rng.uniform(1, 40, n),
-          "scale": lambda n: rng.normal(0, 1, n),
-          "bias": lambda n: rng.normal(0, 0.5, n),
-          "step": lambda n: rng.uniform(0.3, 1, n)}
-  shapes = jax.eval_shape(lambda: layers.initialize(model, SHAPE))
-  return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: np.asarray(draw[path[-1].key](leaf.shape), np.float32), shapes)
+variables_of = functools.partial(
+    network_variables.variables_of, shape=SHAPE,
+    step=lambda rng, n: rng.uniform(0.3, 1, n))
 
 
 class Branching(nn.Module):
