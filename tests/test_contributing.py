@@ -43,6 +43,20 @@ def test_files_and_names():
       assert name.removeprefix("def ").rstrip("(") in TEXT
 
 
+def test_helpers_are_listed():
+  helpers = {path.stem for path in (ROOT / "tests").glob("*.py")
+             if not path.stem.startswith("test_")} - {"conftest"}
+  table = TEXT.split("| modules in `tests` |")[1].split("\n\n")[0].splitlines()[2:]
+  assert helpers == {name for line in table
+                     for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+
+
+def test_no_test_file_is_imported():
+  """Helpers are in modules of their own; programs in strings count, too."""
+  for path in (ROOT / "tests").glob("*.py"):
+    assert not re.search(r"\b(?:from|import) +test_", path.read_text()), path
+
+
 def test_extras_exist():
   config = configparser.ConfigParser()
   config.read(ROOT / "setup.cfg")
