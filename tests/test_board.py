@@ -14,6 +14,7 @@ from tensorboardX.proto import layout_pb2
 
 from minw.workdir import board
 from minw.workdir import metrics
+from resource_limits import limited
 from short_runs import events_of
 from short_runs import line_at
 from short_runs import numbers_of
@@ -130,15 +131,11 @@ def warnings_in(caplog):
 def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path, caplog):
   """tensorboardX's own writer would wait forever for a thread that has ended."""
   writer = metrics.Writer(str(tmp_path), 0)
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-  try:
+  with limited(resource.RLIMIT_FSIZE, 2000):
     for step in range(14):  # In metrics.jsonl they take 1,600 bytes.
       writer.write(line_at(step, weights=step))
       writer.sync()
     writer.close()
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert metrics.read(str(tmp_path)) == [line_at(step, weights=step)
                                          for step in range(14)]
   warning, = warnings_in(caplog)

@@ -17,6 +17,7 @@ from cifar_files import write_archive
 from minw import prepare
 from minw.data import cifar
 from minw.data import download
+from resource_limits import limited
 
 
 class Server:
@@ -172,10 +173,6 @@ def test_no_network_is_reported(small, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_reported_in_a_download(server, tmp_path):
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-  try:
+  with limited(resource.RLIMIT_FSIZE, 10_000):
     message = refusal("cifar10", tmp_path / "data")
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert message.startswith(f"data_dir='{tmp_path}/data'")

@@ -14,6 +14,7 @@ import threading
 import pytest
 
 from minw import files
+from resource_limits import limited
 
 ROOT = pathlib.Path(files.__file__).parents[1]
 
@@ -103,13 +104,9 @@ def test_where_there_is_no_folder(tmp_path):
 
 def test_a_disk_that_gets_full_leaves_what_was_there(tmp_path):
   files.write(tmp_path / "a", "before")
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-  try:
+  with limited(resource.RLIMIT_FSIZE, 100):
     with pytest.raises(OSError) as error:
       files.write(tmp_path / "a", "x" * 101)
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert (error.value.errno, error.value.filename) == (
       errno.EFBIG, str(tmp_path / "a"))
   assert (tmp_path / "a").read_text() == "before" and os.listdir(tmp_path) == ["a"]

@@ -41,6 +41,7 @@ from minw import verify
 from minw.data import datasets
 from minw.data import imagenet
 from minw.experiment import Experiment
+from resource_limits import limited
 from short_runs import trees_of
 
 # Labels of the first six validation images, from ILSVRC2012's ground truth.
@@ -106,13 +107,9 @@ def test_records(imagenet_data):
 def test_records_that_memory_does_not_hold(tmp_path, monkeypatch):
   monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 3000)
   source = write_archives(tmp_path / "source")
-  before = resource.getrlimit(resource.RLIMIT_NOFILE)
   few = len(os.listdir("/proc/self/fd")) + 10  # A file for nearly every record is open.
-  resource.setrlimit(resource.RLIMIT_NOFILE, (few, before[1]))
-  try:
+  with limited(resource.RLIMIT_NOFILE, few):
     prepare.prepare("imagenet2012", tmp_path / "data", source, partial=True)
-  finally:
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
   check_records(tmp_path / "data")
   assert not list(tmp_path.rglob("*.tmp"))
 

@@ -11,6 +11,7 @@ from minw import config as config_lib
 from minw import errors
 from minw import json_files
 from minw.workdir import metrics
+from resource_limits import limited
 from short_runs import line_at
 from short_runs import numbers_of
 
@@ -95,14 +96,10 @@ def test_what_is_not_finite_becomes_null(tmp_path):
 
 def test_records_that_cannot_be_written_are_named(tmp_path):
   writer = metrics.Writer(str(tmp_path), 0)
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-  try:
+  with limited(resource.RLIMIT_FSIZE, 2000):
     with pytest.raises(OSError) as error:
       for step in range(100):
         writer.write(line_at(step, alpha=[0.5] * 10))
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert (error.value.errno, error.value.filename) == (
       errno.EFBIG, str(tmp_path / "metrics.jsonl"))
   writer.close()

@@ -28,6 +28,7 @@ from minw import errors
 from minw import prepare
 from minw.data import cifar
 from minw.data import datasets
+from resource_limits import limited
 
 REAL_FILES = {name: cifar.ORIGINALS[name].files for name in COUNTS}
 
@@ -109,12 +110,8 @@ def test_too_little_space_is_noticed_before_writing(small, tmp_path, monkeypatch
 
 def test_a_full_disk_is_reported(small, tmp_path):
   source = write_directory(tmp_path / "source", "cifar10", "binary")
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # Like a disk of 10 kB.
-  try:
+  with limited(resource.RLIMIT_FSIZE, 10_000):  # Like a disk of 10 kB.
     message = refusal("cifar10", tmp_path / "data", source)
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert "must be a directory that can be written to" in message
   assert "File too large" in message
   assert not os.listdir(tmp_path / "data/cifar10")

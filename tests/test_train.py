@@ -37,6 +37,7 @@ from minw.experiment import Experiment
 from minw.workdir import checkpoint
 from minw.workdir import locks
 from minw.workdir import run_files
+from resource_limits import limited
 from short_runs import EPOCH
 from short_runs import ROOT
 from short_runs import Stop
@@ -392,12 +393,8 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
 @contextlib.contextmanager
 def files_no_larger_than(size):
   """As on a full disk, what is written beyond that fails, and what fits is written."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-  try:
+  with limited(resource.RLIMIT_FSIZE, size):
     yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_cut_line_of_metrics_is_written_again(plain, tmp_path):

@@ -20,6 +20,7 @@ from minw import packed
 from minw.data import pixels as pixels_lib
 from minw.kernels import reference
 from minw.kernels import xla
+from packed_models import randomized
 
 PRODUCTS = ["popcount", "dot"]
 LEVELS = {1: [-1, 1], 2: [-1, 0, 1], 3: [-4, -2, -1, 0, 1, 2, 4]}
@@ -275,20 +276,6 @@ def test_batches_and_crops():
       np.testing.assert_array_equal(got, want[:batch])
 
 
-def randomized(net, shape, rng):
-  """Variables whose batch norms fall, are constant and cut in the middle."""
-  variables = jax.tree.map(np.array, layers.initialize(net, shape))
-  for name, layer in variables["batch_stats"].items():
-    statistics = layer["batch_norm"]
-    c = len(statistics["mean"])
-    draw = lambda low, high: rng.uniform(low, high, c).astype(np.float32)
-    statistics.update(mean=draw(-5, 5), var=draw(0.1, 30))
-    scale = draw(-1, 1)
-    scale[::7] = 0
-    variables["params"][name]["batch_norm"].update(scale=scale, bias=draw(-1, 1))
-  return variables
-
-
 @pytest.mark.parametrize("weights, inputs, pad", [
     (1, 1, 0.0), (2, 2, 1.0), (3, 3, -1.0)])
 def test_trained_networks(weights, inputs, pad):
@@ -299,7 +286,7 @@ def test_trained_networks(weights, inputs, pad):
       norm=functools.partial(layers.NormQuant, bits=inputs))
   rng = np.random.default_rng(0)
   shape = (13, 13, 3)
-  variables = randomized(net, shape, rng)
+  variables = randomized(net, shape)
   pixels = pixels_lib.pixels("integer", (0.49, 0.48, 0.44), (0.2, 0.2, 0.2))
   program = packed.from_bytes(packed.to_bytes(pack.pack(
       net, variables, pixels=pixels, source_shape=(16, 16, 3), crop=shape[:2])))
