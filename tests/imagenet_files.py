@@ -8,6 +8,7 @@ from PIL import Image
 
 from archives import tar
 from minw import config as config_lib
+from short_runs import lines_of
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 # Tench, goldfish and toilet tissue are the first two classes and the last.
@@ -64,8 +65,4 @@ def tiny_config(data_dir, **changes):
 
 def outcome(workdir):
   """All lines of metrics.jsonl, without rates, and the status."""
-  lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
-  for line in lines:
-    for rate in ("examples_per_second", "decode_rate"):
-      line.pop(rate, None)
-  return lines, json.loads((workdir / "status.json").read_text())
+  return lines_of(workdir), json.loads((workdir / "status.json").read_text())

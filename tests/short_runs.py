@@ -25,6 +25,7 @@ from minw.workdir import checkpoint
 from minw.workdir import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
+RATES = ("examples_per_second", "decode_rate")  # They are of the machine.
 EPOCH = 19  # Steps of 64 in the 1,257 digits to train on.
 
 
@@ -136,7 +137,8 @@ def lines_of(workdir, **fields):
   """The lines of metrics.jsonl that have these fields, without their rates."""
   lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
   for line in lines:
-    line.pop("examples_per_second", None)
+    for rate in RATES:
+      line.pop(rate, None)
   return [line for line in lines if fields.items() <= line.items()]
 
 
@@ -189,7 +191,7 @@ def events_of(workdir):
           tuple(value.histo.bucket) if kind == "histo" else
           value.tensor.string_val[0] if kind == "tensor" else value.simple_value)
   return {key: value for key, value in shown.items()
-          if key[0] not in ("examples_per_second", "decode_rate")}
+          if key[0] not in RATES}
 
 
 def numbers_of(workdir):

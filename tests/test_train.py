@@ -390,13 +390,6 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
   assert raised.value is error
 
 
-@contextlib.contextmanager
-def files_no_larger_than(size):
-  """As on a full disk, what is written beyond that fails, and what fits is written."""
-  with limited(resource.RLIMIT_FSIZE, size):
-    yield
-
-
 def test_cut_line_of_metrics_is_written_again(plain, tmp_path):
   path = tmp_path / "metrics.jsonl"
   with contextlib.ExitStack() as stack:
@@ -405,7 +398,9 @@ def test_cut_line_of_metrics_is_written_again(plain, tmp_path):
       if step == EPOCH + 3:
         while list((tmp_path / "checkpoints").glob("*tmp")):
           time.sleep(0.01)
-        stack.enter_context(files_no_larger_than(path.stat().st_size + 100))
+        # As on a full disk, what fits is written, and the rest fails.
+        size = path.stat().st_size + 100
+        stack.enter_context(limited(resource.RLIMIT_FSIZE, size))
 
     with pytest.raises(train.StorageError, match=f"^{path}: File too large"):
       run_with(action, tiny_config(), tmp_path)
