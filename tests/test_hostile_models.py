@@ -20,13 +20,13 @@ import signal
 import struct
 import subprocess
 from typing import Sequence
-import zlib
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from minw import packed
+import packed_files
 
 COUNT = int(os.environ.get("MINW_HOSTILE_MODELS", "200"))
 FIRST = int(os.environ.get("MINW_HOSTILE_SEED", "0"))
@@ -80,9 +80,7 @@ def file_of(names: Sequence[bytes] = (), metadata: bytes = b"{}", body=BODY) -> 
     old = b"layer%d" % i
     assert body.count(old) == 1
     body = body.replace(bytes([len(old)]) + old, bytes([len(name)]) + name)
-  rest = struct.pack("<Q2I", 32 + len(body) + len(metadata), len(body), len(metadata))
-  rest += body + metadata
-  return packed.MAGIC + struct.pack("<2I", 1, zlib.crc32(rest)) + rest
+  return packed_files.packed_file(1, body, metadata)
 
 
 def text_of(rng: random.Random) -> str:

@@ -545,10 +545,10 @@ def test_output_in_an_encoding_that_lacks_characters(tmp_path):
   Image.new("L", (8, 8)).save(tmp_path / "a.png")
   done = subprocess.run(
       [sys.executable, "-W", "error", "-m", "minw.infer", "--backend=reference",
-       f"--model={tmp_path}/net.minw", f"--images={tmp_path}/a.png"],
+       f"--model={tmp_path}/net.minw", tmp_path / "a.png", tmp_path / "net.minw"],
       env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
-  assert (done.returncode, done.stderr) == (0, "")
-  assert done.stdout.split("\t")[1] == r"a b \xe9"
+  assert done.returncode == 1 and done.stdout.split("\t")[1] == r"a b \xe9"
+  assert done.stderr.count("\n") == 1  # The network is no image.
 
 
 def test_evaluate_command(command, model):
