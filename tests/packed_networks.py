@@ -132,6 +132,13 @@ def small(bits=1) -> packed.Program:
                         {"labels": ["no", "yes"]})
 
 
+def small_image():
+  """An image for `small`; its crop is 10 20 / 30 47."""
+  image = np.zeros((1, 4, 3, 1), np.uint8)
+  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  return image
+
+
 def digits_network(metadata=None) -> packed.Program:
   """A linear classifier of the digits, of ternary weights: templates' signs."""
   images, labels = datasets.load("digits", "train", None)

@@ -42,6 +42,7 @@ from packed_networks import images
 from packed_networks import programs
 from packed_networks import residual_and_dense
 from packed_networks import small
+from packed_networks import small_image
 from packed_networks import sum_of_many
 from packed_networks import tree
 
@@ -60,13 +61,26 @@ STACKS = {
     "groups": lambda: groups_and_dilation(3, -1)}
 
 
+def library_of(text, folder, *flags):
+  """The library that GCC makes of a C file."""
+  (folder / "net.c").write_text(text, "ascii")
+  subprocess.run([GCC, *flags, "-shared", "-fPIC", "-o", folder / "net.so",
+                  folder / "net.c"], check=True)
+  return ctypes.CDLL(str(folder / "net.so"))
+
+
+def self_test(text, folder, compiler, *flags):
+  """How the program ended that a compiler makes of a C file with its own test."""
+  (folder / "net.c").write_text(text, "ascii")
+  subprocess.run([compiler, *flags, *WARNINGS, "-DMINW_MAIN", "-o", folder / "net",
+                  folder / "net.c"], check=True)
+  return subprocess.run([folder / "net"], capture_output=True)
+
+
 def compiled(program, folder, *flags):
   """The function of images that a compiler makes of the C file."""
-  source, library = folder / "net.c", folder / "net.so"
-  source.write_text(c.source(program, images(program, 1)))
-  subprocess.run([GCC, *FLAGS, "-O1", *flags, "-shared", "-fPIC", "-o", library,
-                  source], check=True)
-  function = ctypes.CDLL(str(library)).minw_run
+  text = c.source(program, images(program, 1))
+  function = library_of(text, folder, *FLAGS, "-O1", *flags).minw_run
 
   def run(batch):
     labels, scores = [], np.zeros((len(batch), program.num_classes), np.int32)
@@ -86,8 +100,7 @@ def assert_c_equal(program, folder, batch, *flags):
 
 
 def test_golden_by_hand(tmp_path):
-  image = np.zeros((1, 4, 3, 1), np.uint8)
-  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  image = small_image()
   golden.write(tmp_path / "new" / "folder", small(), image)
   folder = tmp_path / "new" / "folder"
   index = json.loads((folder / "index.json").read_text())
@@ -144,8 +157,7 @@ def test_golden_of_groups_and_dilation(tmp_path, bits):
 
 @needs_gcc
 def test_c_by_hand(tmp_path):
-  image = np.zeros((1, 4, 3, 1), np.uint8)
-  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  image = small_image()
   labels, scores = compiled(small(), tmp_path)(image)
   # 10.0 is 0x41200000 and -112.5 is 0xc2e10000 in float32.
   assert labels == [1]
@@ -155,8 +167,7 @@ def test_c_by_hand(tmp_path):
 @needs_gcc
 def test_c_zeros_are_equal(tmp_path):
   """The first of equal scores is the label, also where one is -0."""
-  image = np.zeros((1, 4, 3, 1), np.uint8)
-  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  image = small_image()
   program = small()
   zeros = program.ops[1]._replace(
       center=np.float32([-36.5, -0.5]), scale=np.float32([-3, 4]),
@@ -183,10 +194,8 @@ def test_c_rounds_every_step(tmp_path):
 @needs_gcc
 def test_c_gives_labels_alone(tmp_path):
   program = digits_network()
-  (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
-  subprocess.run([GCC, *FLAGS, "-shared", "-fPIC", "-o", tmp_path / "net.so",
-                  tmp_path / "net.c"], check=True)
-  function = ctypes.CDLL(str(tmp_path / "net.so")).minw_run
+  text = c.source(program, images(program, 1))
+  function = library_of(text, tmp_path, *FLAGS).minw_run
   image, = batch = datasets.load("digits", "test", None)[0][:1]
   label = function(ctypes.c_void_p(np.ascontiguousarray(image).ctypes.data), None)
   assert label == reference.logits(program, batch).argmax()
@@ -262,23 +271,17 @@ def test_c_checks_itself(tmp_path):
   program, batch = digits_network({"labels": ['"\\?*/é%d', *"bcdefghij"]}), (
       datasets.load("digits", "test", None)[0][:3])
   text = c.source(program, batch)
-
-  def run(text):
-    (tmp_path / "net.c").write_text(text)
-    subprocess.run([GCC, *FLAGS, "-DMINW_MAIN", "-o", tmp_path / "net",
-                    tmp_path / "net.c"], check=True)
-    return subprocess.run([tmp_path / "net"], capture_output=True, text=True)
-
+  run = lambda text: self_test(text, tmp_path, GCC, "-std=c99")
   labels = program.metadata["labels"]
   found = reference.logits(program, batch).argmax(-1)
   result = run(text)
   assert result.returncode == 0
-  assert result.stdout == "".join(
+  assert result.stdout.decode() == "".join(
       f"image {i}: {k} {labels[k]}\n" for i, k in enumerate(found)
   ) + "all scores are right\n"
   score = order(reference.logits(program, batch))[0, 0]
   result = run(text.replace(f"{score},", f"{score - 1},", 1))
-  assert result.returncode == 1 and "1 scores are wrong" in result.stdout
+  assert result.returncode == 1 and b"1 scores are wrong" in result.stdout
 
 
 def longest_sum():
@@ -330,10 +333,7 @@ def test_c_computes_every_element_once(tmp_path, make):
       r"(static int32_t f(\d+)\(int y, int x, int c\) {\n)", r"\1  calls[\2]++;\n",
       text)
   sizes = [np.prod(kind.shape) for kind in packed.infer_values(program)[:-1]]
-  (tmp_path / "net.c").write_text(f"long calls[{len(sizes)}];\n{text}")
-  subprocess.run([GCC, "-shared", "-fPIC", "-o", tmp_path / "net.so",
-                  tmp_path / "net.c"], check=True)
-  library = ctypes.CDLL(str(tmp_path / "net.so"))
+  library = library_of(f"long calls[{len(sizes)}];\n{text}", tmp_path)
   image, = images(program, 1)
   library.minw_run(ctypes.c_void_p(np.ascontiguousarray(image).ctypes.data), None)
   calls = (ctypes.c_long * len(sizes)).in_dll(library, "calls")
@@ -361,12 +361,11 @@ def test_c_holds_any_text(tmp_path, name, flags):
   program = program._replace(
       ops=tuple(op._replace(name=next(names, "layer")) for op in program.ops),
       num_classes=7, metadata={"labels": NASTY[:7], "config_hash": "*/??/\n\\"})
-  (tmp_path / "net.c").write_text(c.source(program, images(program, 2)), "ascii")
-  subprocess.run([tool(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
-                  tmp_path / "net", tmp_path / "net.c"], check=True)
-  said = subprocess.run([tmp_path / "net"], check=True, capture_output=True).stdout
+  text = c.source(program, images(program, 2))
+  done = self_test(text, tmp_path, tool(name), *flags)
+  assert done.returncode == 0
   found = reference.logits(program, images(program, 2)).argmax(-1)
-  assert said.decode() == "".join(
+  assert done.stdout.decode() == "".join(
       f"image {i}: {k} {NASTY[k]}\n" for i, k in enumerate(found)
   ) + "all scores are right\n"
 
@@ -385,10 +384,7 @@ def test_c_compiles_without_warnings(tmp_path, make, name, flags):
 @needs_gcc
 def test_c_labels_are_bytes_of_utf8(tmp_path):
   program = digits_network({"labels": (NASTY + list("abcdefghij"))[4:14]})
-  (tmp_path / "net.c").write_text(c.source(program, images(program, 1)))
-  subprocess.run([GCC, *FLAGS, "-shared", "-fPIC", "-o", tmp_path / "net.so",
-                  tmp_path / "net.c"], check=True)
-  library = ctypes.CDLL(str(tmp_path / "net.so"))
+  library = library_of(c.source(program, images(program, 1)), tmp_path, *FLAGS)
   labels = (ctypes.c_char_p * 10).in_dll(library, "minw_labels")
   # A C string ends at its first NUL.
   assert [label.decode() for label in labels] == [
@@ -517,10 +513,8 @@ def test_c_of_the_extreme_constants(tmp_path, name, flags):
     program = with_logits(
         unit=float(unit), scale=np.float32([scale, 0.1]), center=np.float32([1 / 3, 0]),
         constant=np.float32([2.0**-100, -2.0**40]))
-    (tmp_path / "net.c").write_text(c.source(program, images(program, 3)))
-    subprocess.run([tool(name), *flags, *WARNINGS, "-DMINW_MAIN", "-o",
-                    tmp_path / "net", tmp_path / "net.c"], check=True)
-    subprocess.run([tmp_path / "net"], check=True, capture_output=True)
+    text = c.source(program, images(program, 3))
+    assert self_test(text, tmp_path, tool(name), *flags).returncode == 0
 
 
 _RUN_STABLEHLO = """

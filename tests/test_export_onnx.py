@@ -18,6 +18,7 @@ from packed_networks import images
 from packed_networks import programs
 from packed_networks import residual_and_dense
 from packed_networks import small
+from packed_networks import small_image
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip(
@@ -70,8 +71,7 @@ def assert_qonnx_equal(program, batch):
 
 
 def test_by_hand():
-  image = np.zeros((1, 4, 3, 1), np.uint8)
-  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]
+  image = small_image()
   session = onnxruntime.InferenceSession(
       onnx_graph.model(small()).SerializeToString())
   logits, labels = session.run(None, {"image": image})

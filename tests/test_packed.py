@@ -14,6 +14,7 @@ from minw.kernels import reference
 from packed_files import with_checksum
 from packed_networks import assert_same
 from packed_networks import small
+from packed_networks import small_image
 
 FORMATS = (1, 2, 3, "float8_e4m3fn", "float16", "bfloat16", "float32")
 
@@ -74,8 +75,7 @@ def test_reference_of_groups_and_dilation_by_hand():
 
 
 def test_reference_by_hand():
-  image = np.zeros((1, 4, 3, 1), np.uint8)
-  image[0, 1:3, :2, 0] = [[10, 20], [30, 47]]  # The crop; less 7: 3 13 / 23 40.
+  image = small_image()  # The crop less 7 is 3 13 / 23 40.
   values = reference.run(small(), image)
   assert values[1].ravel().tolist() == [3 - 13 - 23 - 40, 3 + 13 + 23 - 40]
   assert values[2].ravel().tolist() == [(-73 * 0.5 - 1) * 3, (-1 * 0.5 - 2) * -4]
