@@ -449,6 +449,7 @@ def test_evaluate(refuses, argv, message):
     (("--dataset=digits", "--data_dir=x"), "dataset='digits': must be one of cifar"),
     (("--dataset=cifar10", "--data_dir=file"), "data_dir='file': must be a directory "),
     (("--dataset=cifar10", "--data_dir=x", "--source="), "source='': must be not "),
+    (("--dataset=cifar10", "--datadir=x"), "there is no flag --datadir; did you mean "),
     (("--dataset=cifar10", "--config.seed=1"), "there is no flag --config.seed"),
     (("--dataset=cifar10", "--data_dir=x", "y"), "argument 'y' is not a flag"),
 ])

@@ -575,7 +575,6 @@ def test_evaluate_refuses(model, changes, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ((), "one of --workdir and --model"),
     (("--model={model}", "--workdir=x"), "one of --workdir and --model"),
     (("--workdir=x", "--dataset=digits"), "dataset='digits': must be left out"),
     (("--model={model}", "--checkpoint=best"), "checkpoint='best': must be left out"),

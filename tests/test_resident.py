@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -272,13 +270,13 @@ print(json.dumps(result))
 """
 
 
-def test_batches_are_the_same_on_any_number_of_devices():
+def test_batches_are_the_same_on_any_number_of_devices(command):
   flags = " ".join([
       os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4",
       "--xla_backend_optimization_level=0"])  # It takes less time to compile.
-  out = subprocess.run(
-      [sys.executable, "-c", _ON_DEVICES], check=True, capture_output=True, text=True,
-      env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}).stdout
+  code, out, err = command(
+      "on_devices", code=_ON_DEVICES, env={"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+  assert code == 0, err
   by_count = json.loads(out)
   data = on_device(*datasets.load("digits", "train", None))
   order = resident.epoch_order(3, 2, 1_257)
