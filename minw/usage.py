@@ -6,13 +6,14 @@ from typing import Collection, Iterable
 
 from absl import flags
 
+from minw import exit_codes
+
 _WIDTH = 88
 _PATHS = ("In a PATH, ~ is the home directory, and $NAME or ${NAME} is an environment "
           "variable. PATHS are separated by commas or given by repeated flags, and may "
           "contain the wildcards *, ? and **; a path that exists is taken as it is.")
-_CODES = ("Exit codes: 0, success; 1, failure, which a message explains; 2, bad input, "
-          "which is found before the work starts; 130, interrupted by Ctrl-C; 141, "
-          "output to a closed pipe.")
+_CODES = "Exit codes: {}.".format("; ".join(
+    f"{code}, {exit_codes.MEANINGS[code]}" for code in exit_codes.COMMON))
 _KINDS = {"path": "PATH", "paths": "PATHS", "int": "N", "float": "NUMBER",
           "comma separated list of strings": "A,B,...", "config": "FILE",
           "multi string": "TEXT"}

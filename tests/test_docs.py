@@ -20,7 +20,6 @@ import pytest
 from minw import c_flags
 from minw import config
 from minw import estimators
-from minw import exit_codes
 from minw import infer
 from minw import models
 from minw import pack
@@ -345,12 +344,6 @@ def test_table_of_estimators():
     assert (bits == "1") == (name in estimators.ONE_BIT), name
     takes = getattr(estimators, name).__code__.co_varnames[:3]
     assert (annealed == "no") == ("alpha" not in takes), name
-
-
-def test_exit_codes():
-  text = (ROOT / "docs" / "reference" / "commands.md").read_text()
-  codes = {int(value) for name, value in vars(exit_codes).items() if name.isupper()}
-  assert {*map(int, re.findall(r"^\| (\d+) \|", text, re.MULTILINE))} == {0, *codes}
 
 
 def test_files_in_the_drawing_of_the_flows_exist():

@@ -1,4 +1,4 @@
-"""minw.exit_codes: the documented codes, which no other file restates."""
+"""minw.exit_codes: the codes and their meanings, which no other file contradicts."""
 
 import ast
 import pathlib
@@ -15,9 +15,18 @@ SOURCES = sorted([*ROOT.glob("minw/**/*.py"), *ROOT.glob("launch/*.py")])
 def test_values():
   """Scripts of users and schedulers compare with these numbers."""
   assert {name: int(value) for name, value in vars(exit_codes).items()
-          if name.isupper()} == {
+          if isinstance(value, int)} == {
       "FAILURE": 1, "BAD_INPUT": 2, "DIVERGED": 3, "IO_ERROR": 74, "PREEMPTED": 75,
       "INTERRUPTED": 130, "BROKEN_PIPE": 141}
+
+
+def test_documented_meanings():
+  text = (ROOT / "docs" / "reference" / "commands.md").read_text()
+  rows = re.findall(r"^\| (\d+) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+  assert [int(code) for code, _, _ in rows] == [*exit_codes.MEANINGS]
+  for code, commands, meaning in rows:
+    assert meaning.startswith(exit_codes.MEANINGS[int(code)])
+    assert (commands == "all") == (int(code) in exit_codes.COMMON)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
