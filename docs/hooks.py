@@ -162,8 +162,8 @@ def commands() -> str:
   lines = [["minw"], ["minw-config"]]
   for name, module in minw_command.COMMANDS.items():
     module = importlib.import_module(module)  # It takes seconds, but only once.
-    lines += [["minw", name, *subcommand] for subcommand in (
-        [[name] for name in getattr(module, "SUBCOMMANDS", ())] or [[]])]
+    lines += [["minw", name], *(["minw", name, subcommand] for subcommand
+                                in getattr(module, "SUBCOMMANDS", ()))]
   lines += [["python", f"launch/{name}.py"]
             for name in ("sweep", "local_multiprocess")]
   return "\n".join(f"### {' '.join(line)}\n\n```text\n{help_of(line)}\n```\n"

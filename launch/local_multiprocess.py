@@ -1,4 +1,4 @@
-"""One training run on N processes of this machine.
+"""Train one network with several processes on this machine.
 
   python launch/local_multiprocess.py --processes=2 -- --config=FILE --workdir=DIR
 

@@ -1,4 +1,4 @@
-"""Starts, watches, resumes and retries many training runs.
+"""Start, watch, resume and retry many training runs.
 
   python launch/sweep.py --sweep=estimators:seeds=3 --dir=runs/estimators --jobs=2
   python launch/sweep.py --sweep=... --dir=... --status

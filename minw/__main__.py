@@ -1,7 +1,7 @@
-"""Trains, packs and runs networks with weights and activations of 1 to 3 bits.
+"""Train, pack and run networks with weights and activations of 1 to 3 bits.
 
-`minw COMMAND` and `python -m minw COMMAND` run a command. With --help they describe the
-command and its flags.
+`minw COMMAND` and `python -m minw COMMAND` run a command. `minw COMMAND --help`
+describes the command and its flags.
 """
 
 import ast
@@ -14,6 +14,7 @@ from minw import cli
 from minw import completion
 from minw import errors
 from minw import stopping
+from minw import usage
 
 # The module of each command.
 COMMANDS = {
@@ -44,7 +45,10 @@ def _run(arguments: list[str]) -> None:
   elif name == "--version":
     print(f"minw {minw.__version__}")
   elif name == "completion":
-    print(completion.script(arguments[1:], COMMANDS))
+    if cli.asks_for_help(arguments):
+      print(f"usage: minw completion SHELL\n\n{(completion.__doc__ or '').strip()}")
+    else:
+      print(completion.script(arguments[1:], COMMANDS))
   elif name not in COMMANDS:
     raise errors.unknown_name("command", name, [*COMMANDS, "completion"])
   else:
@@ -58,17 +62,17 @@ def _run(arguments: list[str]) -> None:
 
 def _list() -> str:
   """Returns the text of --help."""
-  commands = COMMANDS | {"completion": "minw.completion"}
-  lines = [f"  {name:12}{_summary(module)}" for name, module in commands.items()]
-  return "\n".join(["usage: minw COMMAND [ARGUMENT ...]", "", (__doc__ or "").strip(),
-                    "", "Commands:", *lines])
+  modules = COMMANDS | {"completion": "minw.completion"}
+  return "\n".join([
+      "usage: minw COMMAND [ARGUMENT ...]", "", (__doc__ or "").strip(), "",
+      *usage.commands(
+          "Commands", {name: _docstring(module) for name, module in modules.items()})])
 
 
-def _summary(module: str) -> str:
-  """Returns the first sentence of a module's docstring without importing the module."""
+def _docstring(module: str) -> str:
+  """Returns the docstring of a module without importing the module."""
   path = pathlib.Path(__file__).parent.joinpath(*module.split(".")[1:])
-  text = ast.get_docstring(ast.parse(path.with_suffix(".py").read_text())) or ""
-  return text.splitlines()[0].partition(": `")[0].rstrip(":.") + "."
+  return ast.get_docstring(ast.parse(path.with_suffix(".py").read_text())) or ""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prints compiler flags for C and C++ programs that run packed networks.
+"""Print compiler flags for C and C++ programs that run packed networks.
 
   cc program.c $(minw-config --cflags --libs)
 

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import faulthandler
+import inspect
 import io
 import logging as std_logging
 import os
@@ -221,7 +222,8 @@ def run(
   """Runs a command: defines its flags, parses `sys.argv` and calls its `main`.
 
   Errors in the flags or in `main` end the process as `guarded` describes. `--help`
-  prints the docstring of the module that defines `define_flags`, and the flags.
+  prints the docstring of the module that defines `define_flags`, and the flags. For a
+  subcommand it prints the docstring of its function.
 
   Args:
     main: Function that does the work. Its result is the exit code; None stands for 0. A
@@ -255,11 +257,15 @@ def _run(main, define_flags, program) -> int | None:
   wants_help = asks_for_help(sys.argv[1:])
   common = _define_common_flags()
   if isinstance(main, Mapping):
+    abouts = {name: inspect.getdoc(work) or "" for name, work in main.items()}
     name = _take_subcommand(main, optional=wants_help)
     if name is None:
-      print(usage.text(f"{program} {'|'.join(main)}", about, [], common, _required))
+      listed = usage.commands(
+          f"Subcommands (`{program} SUBCOMMAND --help` describes one)", abouts)
+      print(usage.text(f"{program} SUBCOMMAND", "\n".join([about, *listed]), [],
+                       common, _required))
       return 0
-    program = f"{program} {name}"
+    program, about = f"{program} {name}", abouts[name]
     own = _define(lambda: define_flags(name))
     main = main[name]
   else:

@@ -1,4 +1,4 @@
-"""Prints a script that completes the commands and flags of `minw` in a shell.
+"""Print a script that completes the commands and flags of `minw` in a shell.
 
   minw completion bash >> ~/.bashrc
   minw completion zsh >> ~/.zshrc

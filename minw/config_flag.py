@@ -23,9 +23,9 @@ from minw import config as config_lib
 from minw import errors
 from minw import paths
 
-_HELP = ("Name of an experiment that comes with minw, or a Python file. NAME:ARGUMENT "
-         "passes an argument to it. --config.FIELD=VALUE overrides a field of its "
-         "config. The fields are listed below.")
+_HELP = ("Name of an experiment that comes with minw ({}), or a Python file. "
+         "NAME:ARGUMENT passes an argument to it. --config.FIELD=VALUE overrides a "
+         "field of its config. The fields are listed below.")
 
 
 def _table() -> list[str]:
@@ -54,7 +54,8 @@ def define(default: str | None = None) -> flags.FlagHolder:
   # overrides of its fields.
   _check_arguments(sys.argv)
   holder = config_flags.DEFINE_config_file(
-      "config", None, _HELP + "\n".join(["", *_table()]))
+      "config", None,
+      "\n".join([_HELP.format(", ".join(experiments())), *_table()]))
   flags.FLAGS["config"].parser = _ExperimentFile()
   if default is None:
     cli.require("config")

@@ -1,7 +1,9 @@
-"""Evaluation of a run or of a packed network. The hard network is evaluated.
+"""Evaluate a run or a packed network.
 
   python -m minw.evaluate --workdir=DIR [--split=test]
   python -m minw.evaluate --model=net.minw --dataset=cifar10 --data_dir=DIR
+
+A run is evaluated as its hard network, which has the same logits as the packed network.
 """
 
 import collections

@@ -1,7 +1,7 @@
-"""Runs packed networks on images: `python -m minw.infer --model=FILE --images=FILES`.
+"""Run packed networks on images: `python -m minw.infer --model=FILE --images=FILES`.
 
-FILE is a file that `minw.pack` wrote, or the name of a network that comes with minw;
-see `shipped`.
+FILE is a file that `minw.pack` wrote, or the name of a network that comes with minw,
+digits_convnet for example. In Python:
 
   network = infer.load("net.minw")
   network.predict(["a.png", "b.jpg"])  # Labels and scores.

@@ -1,8 +1,9 @@
-"""Trains a network: `python -m minw.main --config=NAME --workdir=DIR`.
+"""Train a network: `python -m minw.main --config=NAME --workdir=DIR`.
 
-With --distributed, this is one of several processes that train together. Each of them
-is started in this way. The exit code is 3 if the loss became infinite or NaN. It is 75
-if the run was interrupted and saved; the same command then resumes it.
+With --distributed, this is one of several processes that train one network together,
+and each of them is started with this command. The exit code is 3 if the loss or the
+weights became infinite or NaN. It is 75 if the run was preempted; the same command then
+resumes it.
 """
 
 import json
@@ -25,7 +26,8 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   config_flag.define()
   cli.DEFINE_path(
-      "workdir", None, "Directory of the run, which all processes share.")
+      "workdir", None,
+      "Directory to write the run to, or of a run to resume. All processes share it.")
   flags.DEFINE_bool(
       "distributed", False,
       "Whether this is one process of several. On TPU pods, under "

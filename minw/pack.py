@@ -1,8 +1,8 @@
-"""Packs a trained network: `python -m minw.pack --workdir=DIR --out=FILE`.
+"""Pack a trained network: `python -m minw.pack --workdir=DIR --out=FILE`.
 
-The structure is read from the jaxpr of the hard mode, see `minw.structure`: layers are
-equations in it, and `minw.packing` has rules for them and for what may stand between
-them. No layer is registered. A network with an equation that has no rule is refused.
+FILE holds the weights and thresholds as integers. Its logits are those of the trained
+hard network, bit for bit. Packing is refused if a part of the network has no exact
+integer form.
 """
 
 import hashlib
@@ -68,6 +68,11 @@ def pack(
     metadata: dict[str, Any] | None = None,
 ) -> packed.Program:
   """Packs any network that is made of minw's layers.
+
+  The structure is read from the jaxpr of the hard mode, see `minw.structure`: layers
+  are equations in it, and `minw.packing` has rules for them and for what may stand
+  between them. No layer is registered. A network with an equation that has no rule is
+  refused.
 
   Args:
     model: Flax module that is called as model(images, mode="hard"). Between minw's
@@ -159,7 +164,7 @@ def define_flags() -> None:
   cli.DEFINE_path("out", None, "File to write.")
   flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"],
-      "The last checkpoint, or the one with the best validation accuracy.")
+      "Checkpoint to pack: the last one, or the one with the best validation accuracy.")
   flags.DEFINE_bool(
       "verify", False,
       "Whether to compare every layer with the trained network, on its "

@@ -1,6 +1,7 @@
-"""Plots of the curves of a run, and of the estimators.
+"""Draw the forward and backward passes of the estimators.
 
-`python -m minw.plots --out=docs/aqe.png` draws the estimators.
+`python -m minw.plots --out=docs/aqe.png` draws them. The curves of a run need no
+command: training draws them to curves.png in the workdir.
 """
 
 import io

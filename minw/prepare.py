@@ -1,10 +1,11 @@
-"""Prepares a data set for training: download (or take), verify, convert.
+"""Prepare a data set for training: download it, verify it and convert it.
 
   python -m minw.prepare --dataset=cifar10 --data_dir=DIR [--source=PATH]
   python -m minw.prepare --dataset=imagenet2012 --data_dir=DIR --source=DIR_WITH_TARS
 
-The result is a TensorFlow Datasets directory of array_record files, with the
-records, keys and order that TFDS itself would write; TensorFlow is not needed.
+With --source, nothing is downloaded. The result is a TensorFlow Datasets directory of
+array_record files, with the records, keys and order that TFDS itself would write.
+TensorFlow is not needed.
 """
 
 import contextlib
@@ -197,11 +198,11 @@ def define_flags() -> None:
   cli.DEFINE_path("data_dir", None, "Directory of prepared data sets.")
   cli.DEFINE_path(
       "source", None,
-      "Original archive, or the directory it was extracted to, if you have it. For "
-      "imagenet2012, the directory with its two archives.")
+      "Original archive, or the directory that it was extracted to, if you have it. "
+      "For imagenet2012 it is the directory with the two archives.")
   flags.DEFINE_bool(
       "partial", False,
-      "Whether archives with a part of imagenet2012 are enough.")
+      "Whether to accept archives that hold only a part of imagenet2012.")
   cli.require("dataset", "data_dir")
 
 

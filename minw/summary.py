@@ -1,4 +1,7 @@
-"""Storage and operations of a network: `python -m minw.summary --config=FILE`."""
+"""Print the storage and operations of a network, layer by layer.
+
+`python -m minw.summary --config=FILE` counts them without training the network.
+"""
 
 import math
 from typing import Any, NamedTuple, Sequence

@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from typing import Collection, Iterable
+from typing import Collection, Iterable, Mapping
 
 from absl import flags
 
@@ -53,6 +53,18 @@ def text(
   return "\n".join([*lines, *textwrap.wrap(_CODES, _WIDTH)])
 
 
+def commands(title: str, docstrings: Mapping[str, str]) -> list[str]:
+  """Returns lines that list commands, each with the headline of its docstring.
+
+  Args:
+    title: Title of the list.
+    docstrings: Docstrings of the commands by name.
+  """
+  return [f"{title}:", *(
+      f"  {name:12}{text.splitlines()[0].partition(': `')[0].rstrip(':.')}."
+      for name, text in docstrings.items())]
+
+
 def sentence(flag: flags.Flag) -> str:
   """Returns the description of a flag without absl's additions and its table."""
   # absl lists the values of an enumeration before the description, and says after the
@@ -72,9 +84,9 @@ def _entries(shown: Iterable[flags.Flag], required: Collection[str]) -> list[str
     short = f"-{flag.short_name}, " if flag.short_name else ""
     name = f"--[no]{flag.name}" if flag.default is True else f"--{flag.name}"
     lines.append(f"  {short}{name}" + ("" if flag.boolean else f"={_kind(flag)}"))
-    note = ""
+    note = f" The name --{flag.name} may be left out." * _positional(flag)
     if flag.name in required:
-      note = " Required."
+      note += " Required."
     elif flag.default not in (None, False, [], ""):
       note = f" Default: {_default(flag)}."
     lines += textwrap.wrap(sentence(flag) + note, _WIDTH, initial_indent=6 * " ",

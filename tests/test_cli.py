@@ -7,10 +7,12 @@ import collections
 import configparser
 import functools
 import importlib
+import inspect
 import json
 import os
 import pathlib
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -754,8 +756,10 @@ def test_help_lists_all_flags_with_their_defaults(run, launchers):
       for flag in own:
         assert f"  --{flag.name}=" in result.out or flag.boolean and (
             f"  --{flag.name}\n" in result.out or f"--[no]{flag.name}\n" in result.out)
-    first = importlib.import_module(COMMANDS[command]).__doc__.splitlines()[0]
-    assert first in result.out and "usage: minw " in result.out
+    module = importlib.import_module(COMMANDS[command])
+    described = module.SUBCOMMANDS[subcommand] if subcommand else module
+    assert result.out.startswith(f"usage: {' '.join(['minw', *argv[:-1]])} ")
+    assert inspect.getdoc(described) in result.out and str(ROOT) not in result.out
     for common in ("-h, --help", "--version", "-q, --quiet", "Exit codes: 0, success"):
       assert common in result.out
     if f"--config={'FILE'}" in result.out:
@@ -766,11 +770,25 @@ def test_help_lists_all_flags_with_their_defaults(run, launchers):
 @pytest.mark.parametrize("argv", [
     ("minw.main", "-h"), ("minw.main", "--bogus", "--help"), ("minw.report", "-h"),
     ("minw.report", "tables", "-h"), ("minw", "-h"), ("minw", "help", "train"),
-    ("minw",),
+    ("minw",), ("minw", "completion", "--help"), ("minw", "help", "completion"),
     ("minw.infer", "--help", "--model=x")])
 def test_help_needs_nothing_else(run, argv):
   result = run(*argv)
   assert result.code == 0 and result.err == "" and result.out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("argv", [(), ("report",), ("bench",)])
+def test_help_lists_commands_in_the_imperative(run, argv):
+  """The lists of commands and of subcommands read alike."""
+  listed = re.findall(r"^  (\w+) +(\w+) .*\.$", run("minw", *argv, "--help").out,
+                      re.MULTILINE)
+  modules = [minw_command.COMMANDS[name] for name in argv]
+  names = [*importlib.import_module(modules[0]).SUBCOMMANDS] if argv else [
+      *minw_command.COMMANDS, "completion"]
+  assert [name for name, _ in listed] == names
+  assert {verb for _, verb in listed} <= {
+      "Add", "Compare", "Describe", "Draw", "Estimate", "Evaluate", "Export", "Measure",
+      "Pack", "Prepare", "Print", "Run", "Time", "Train", "Write"}
 
 
 def test_all_help_is_sentences(launchers):

@@ -1,54 +1,18 @@
-"""Benchmarks of training, inference and data loading, each with a baseline.
+"""Measure or estimate the speed of training, inference and data loading.
 
-  python -m minw.bench train [--config=NAME] [--config.FIELD=VALUE]
-      [--rounds=N] [--json=FILE]
-
-times a training step of AQE, of the straight-through estimator and of the float32
-network. The steps have a fixed batch; AQE is also timed with its data. If PyTorch is
-installed, the float32 network is also timed there.
-
-  python -m minw.bench inference [--layers] [--batches=1,64] [...]
-
-times the packed network, by default ConvNet A, with the native kernels and in XLA. The
-same network in float32 and in int8 is the baseline (pip install 'minw[bench]'). All are
-timed on one thread and on all cores. With --layers, single convolutions are timed.
-
-  python -m minw.bench data --config.data_dir=DIR [...]
-
-measures how many images per second one core reads, decodes and crops for training on
-ImageNet. If PyTorch is installed, its DataLoader with Pillow is the baseline.
-
-  python -m minw.bench scaling [--chips=1,8,64] [--batch_per_chip=32] [--teraflops=275]
-      [--utilization=0.3] [--gigabytes=300] [--microseconds=1] [...]
-
-estimates how long a step would take on many chips, from its compiled program and these
-rates. The default rates are those published for TPU v4. Nothing is run.
-
-  python -m minw.bench configs [--configs=NAME[:ARGUMENT]]... [--batch_size=N] [...]
-
-describes the network of each experiment and times a step of its training. By default
-these are all experiments that come with minw.
-
-  python -m minw.bench throughput [--seeds=1,2,4,8] [--seconds=5] [...]
-
-measures the training steps per second of several seeds at once on this machine, as
-separate processes and as one vmapped program. This shows the best value of --jobs for a
-sweep.
+Each subcommand prints a table. With --json=FILE, it also writes the result to a file.
 """
 
 import json
 import os
 import sys
-from typing import Any
 
 from absl import flags
 
 from minw import cli
-from minw import config as config_lib
 from minw import config_flag
 from minw import errors
 from minw import files
-from minw import models
 from minw.bench import configs
 from minw.bench import data
 from minw.bench import inference
@@ -57,35 +21,52 @@ from minw.bench import throughput
 from minw.bench import train
 
 
-def get_config(network: str = "D") -> Any:
-  """Returns the default config of a benchmark. The flag --config names this file."""
-  c = config_lib.default_config()
-  if network == "imagenet2012":
-    c.update(dataset=network, network="resnet18", crop_size=224)
-    return c
-  c.conv_widths, c.dense_widths = models.convnet_widths(network)
-  return c
-
-
 def main_train() -> None:
-  """Times steps of training, as the flags say."""
+  """Time training steps of AQE, of the straight-through estimator and in float32.
+
+    python -m minw.bench train [--config=NAME] [--config.FIELD=VALUE]
+        [--rounds=N] [--json=FILE]
+
+  All steps have the same fixed batch. A step of AQE is also timed together with the
+  loading of its data. If PyTorch is installed, the float32 network is also timed there.
+  """
   _report(train, lambda: train.bench_train(flags.FLAGS.config, flags.FLAGS.rounds))
 
 
 def main_inference() -> None:
-  """Times packed networks, as the flags say."""
+  """Time a packed network beside the same network in float32 and in int8.
+
+    python -m minw.bench inference [--layers] [--batches=1,64] [...]
+
+  The packed network, by default ConvNet A, is timed with the native kernels and in XLA.
+  The baselines need `pip install 'minw[bench]'`. All are timed on one thread and on all
+  cores. With --layers, single convolutions are timed instead of networks.
+  """
   batches = _positive("batches")
   _report(inference, lambda: inference.bench_inference(
       flags.FLAGS.config, flags.FLAGS.rounds, batches, flags.FLAGS.layers))
 
 
 def main_data() -> None:
-  """Counts the images that one core prepares, as the flags say."""
+  """Measure how fast one core loads images of ImageNet for training.
+
+    python -m minw.bench data --config.data_dir=DIR [...]
+
+  An image is read, decoded and cropped. If PyTorch is installed, its DataLoader with
+  Pillow is the baseline.
+  """
   _report(data, lambda: data.bench_data(flags.FLAGS.config, flags.FLAGS.rounds))
 
 
 def main_scaling() -> None:
-  """Computes how long a step would take on many chips, as the flags say."""
+  """Estimate how long a training step would take on many chips.
+
+    python -m minw.bench scaling [--chips=1,8,64] [--batch_per_chip=32]
+        [--teraflops=275] [--utilization=0.3] [--gigabytes=300] [--microseconds=1] [...]
+
+  The estimate follows from the compiled program of a step and from these rates. The
+  default rates are those published for TPU v4. No step is run.
+  """
   f = flags.FLAGS
   rates = scaling.Rates(*(getattr(f, name) for name in scaling.Rates._fields))
   chips = _positive("chips")
@@ -101,14 +82,25 @@ def _positive(flag: str) -> list[int]:
 
 
 def main_configs() -> None:
-  """Times a step of each experiment, as the flags say."""
+  """Describe the network of each experiment and time a step of its training.
+
+    python -m minw.bench configs [--configs=NAME[:ARGUMENT]]... [--batch_size=N] [...]
+
+  By default these are all experiments that come with minw.
+  """
   names = flags.FLAGS.configs or [*config_flag.experiments()]
   _report(configs, lambda: configs.bench_configs(
       names, flags.FLAGS.rounds, flags.FLAGS.batch_size))
 
 
 def main_throughput() -> None:
-  """Counts the steps of several seeds, or takes part in that with --work."""
+  """Measure the training steps per second of several seeds at once.
+
+    python -m minw.bench throughput [--seeds=1,2,4,8] [--seconds=5] [...]
+
+  The seeds run on this machine as separate processes and as one vmapped program. The
+  result shows the best value of --jobs for a sweep.
+  """
   f = flags.FLAGS
   if f.work:
     throughput.work(f.config, f.work, f.seconds)
@@ -138,9 +130,13 @@ SUBCOMMANDS = {
     "throughput": main_throughput,
 }
 
-# Argument of `get_config` for the default config of each benchmark.
-_NETWORKS = {"train": "D", "inference": "A", "data": "imagenet2012", "scaling": "A",
-             "throughput": "A"}
+_CONFIGS = {  # Default value of --config.
+    "train": "cifar_convnet:network=D",
+    "inference": "cifar_convnet:network=A",
+    "data": "imagenet_resnet18",
+    "scaling": "cifar_convnet:network=A",
+    "throughput": "cifar_convnet:network=A",
+}
 
 
 def define_flags(subcommand: str) -> None:
@@ -153,14 +149,14 @@ def define_flags(subcommand: str) -> None:
         "batch_size", None, "Batch size of all configs instead of their own.",
         lower_bound=1)
   else:
-    config_flag.define(default=f"{__file__}:{_NETWORKS[subcommand]}")
+    config_flag.define(default=_CONFIGS[subcommand])
   if subcommand != "scaling":
     rounds = 3 if subcommand == "throughput" else 15
     flags.DEFINE_integer("rounds", rounds, "Number of measurements.", lower_bound=1)
   if subcommand == "inference":
     flags.DEFINE_list("batches", ["1", "64"], "Batch sizes.")
     flags.DEFINE_bool(
-        "layers", False, "Whether to time single convolutions and not networks.")
+        "layers", False, "Whether to time single convolutions instead of networks.")
   if subcommand == "scaling":
     flags.DEFINE_list("chips", ["1", "8", "64", "512", "4096"], "Numbers of chips.")
     flags.DEFINE_integer(
@@ -178,7 +174,9 @@ def define_flags(subcommand: str) -> None:
     flags.DEFINE_float(
         "seconds", 5, "Length of a measurement in seconds.", lower_bound=0)
     flags.DEFINE_integer(
-        "work", None, "Number of seeds in a process. Measured processes get this flag.")
+        "work", None,
+        "Number of seeds in a process. The benchmark passes this flag to the processes "
+        "that it measures.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Exports a network to a file that other tools run with the same results.
+"""Export a network to a file that other tools run with the same results.
 
   python -m minw.export --workdir=DIR --format=FORMAT --out=FILE
   python -m minw.export --model=net.minw --golden=DIR [--images=FILES_OR_FOLDERS]
@@ -148,7 +148,8 @@ def define_flags() -> None:
       "that comes with minw.")
   flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"],
-      "The last checkpoint, or the one with the best validation accuracy.")
+      "Checkpoint of --workdir to export: the last one, or the one with the best "
+      "validation accuracy.")
   flags.DEFINE_enum("format", None, _FORMATS, "Format of the file --out.")
   cli.DEFINE_path("out", None, "File to write.")
   flags.DEFINE_integer(

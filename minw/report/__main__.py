@@ -1,35 +1,7 @@
-"""Comparison of runs with the paper's results and with each other.
+"""Compare runs with the paper's results and with each other.
 
-  python -m minw.report tables --runs=DIR_OR_STUDY [--out=DIR]
-
-prints the rows of Tables I to V that have a run: the paper's number, ours, their
-difference, number of seeds and standard deviation. With --out, all rows are written to
-DIR/tables.md, and each table to a CSV file.
-
-  python -m minw.report figures --runs=DIR_OR_STUDY --out=DIR [--layer=conv2]
-
-draws Figs 1 to 5. Figs 1 to 4 are histograms of runs with config.histogram_layers.
-Fig 5 has the curves of runs that differ only in their estimator, AQE or STE. They are
-those of the training split if the runs had config.eval_train.
-
-  python -m minw.report compare --runs=DIR_OR_STUDY --by=estimator[,FIELD] [--out=DIR]
-
-compares runs that differ only in these fields. It prints means, confidence intervals
-and differences to the first row, seed by seed. With --out, the result is also written
-to DIR/compare.md.
-
-  python -m minw.report collect --runs=DIR_OR_STUDY --out=results/STUDY.jsonl
-
-adds the records of runs to a study. Each record is a line of the file, and its curve is
-copied to a folder beside the file. The command names each run that it does not add,
-with the reason.
-
-  python -m minw.report results [--runs=results] [--out=.]
-
-writes RESULTS.md, which has all studies of a folder, the paper's tables and published
-results of others. It also draws the figures of the studies into their folders.
-
-Folders in --runs are searched for workdirs and studies.
+Folders in --runs are searched for the workdirs of runs and for studies. A study is a
+file NAME.jsonl with the records of runs, which `collect` writes.
 """
 
 import pathlib
@@ -75,7 +47,14 @@ def _write(name: str, text: str) -> None:
 
 
 def main_tables() -> None:
-  """Prints and writes the tables of runs, as the flags say."""
+  """Print the rows of Tables I to V that have a run.
+
+    python -m minw.report tables --runs=DIR_OR_STUDY [--out=DIR]
+
+  A row has the paper's number, ours, their difference, the number of seeds and the
+  standard deviation. With --out, all rows are written to DIR/tables.md, and each table
+  to a CSV file.
+  """
   runs, left_out = _read()
   rows, elsewhere = tables.tables(runs)
   nowhere = [*left_out, *elsewhere]
@@ -89,7 +68,14 @@ def main_tables() -> None:
 
 
 def main_figures() -> None:
-  """Draws the figures of runs, as the flags say."""
+  """Draw Figs 1 to 5 of the paper for runs.
+
+    python -m minw.report figures --runs=DIR_OR_STUDY --out=DIR [--layer=conv2]
+
+  Figs 1 to 4 are histograms of runs with config.histogram_layers. Fig 5 has the curves
+  of runs that differ only in their estimator, AQE or STE. They are the curves of the
+  training split if the runs had config.eval_train.
+  """
   out = flags.FLAGS.out
   runs, left_out = _read()
   try:
@@ -101,7 +87,13 @@ def main_figures() -> None:
 
 
 def main_compare() -> None:
-  """Compares runs that differ in some fields, as the flags say."""
+  """Compare runs that differ only in the fields of --by.
+
+    python -m minw.report compare --runs=DIR_OR_STUDY --by=estimator[,FIELD] [--out=DIR]
+
+  The result has means, confidence intervals and differences to the first row, seed by
+  seed. With --out, it is also written to DIR/compare.md.
+  """
   runs, left_out = _read()
   text = comparison.markdown(comparison.compare(runs, flags.FLAGS.by))
   print(text, end="")
@@ -110,7 +102,13 @@ def main_compare() -> None:
 
 
 def main_collect() -> None:
-  """Adds the records of runs to a study, as the flags say."""
+  """Add the records of runs to a study.
+
+    python -m minw.report collect --runs=DIR_OR_STUDY --out=results/STUDY.jsonl
+
+  Each record is a line of the file, and its curve is copied to a folder beside the
+  file. The command names each run that it does not add, with the reason.
+  """
   out = flags.FLAGS.out
   added, left_out = records.collect(flags.FLAGS.runs, out)
   _check_found([*added, *left_out])
@@ -122,7 +120,13 @@ def main_collect() -> None:
 
 
 def main_results() -> None:
-  """Writes RESULTS.md and the pages of the studies, as the flags say."""
+  """Write RESULTS.md and the figures of all studies in a folder.
+
+    python -m minw.report results [--runs=results] [--out=.]
+
+  RESULTS.md has the studies, the paper's tables and published results of others. The
+  figures of a study are drawn into its folder.
+  """
   out = flags.FLAGS.out or "."
   folders = flags.FLAGS.runs or ["results"]
   errors.check(len(folders) == 1, "runs", ",".join(folders), "one folder with studies")
