@@ -128,10 +128,9 @@ def validate(c: Config) -> None:
       and the allowed values.
   """
   _check_types(c)
-  checker = _Checker(c)
   for check_part in (_check_choices, _check_numbers, _check_records, _check_data,
                      _check_network, _check_bits, _check_methods):
-    check_part(c, checker)
+    check_part(_Checker(c))
 
 
 class _Checker:
@@ -139,42 +138,46 @@ class _Checker:
 
   Each method raises `errors.UsageError`, with the name of the field, its value and
   what is allowed, unless the value is allowed.
+
+  Attributes:
+    config: The config.
   """
 
   def __init__(self, c: Config):
-    self._c = c
+    self.config = c
 
   def check(self, name: str, ok: bool, allowed: str) -> None:
-    errors.check(ok, f"config.{name}", self._c[name], allowed)
+    errors.check(ok, f"config.{name}", self.config[name], allowed)
 
   def one_of(self, name: str, allowed: Collection[Any]) -> None:
-    self.check(name, self._c[name] in allowed,
+    self.check(name, self.config[name] in allowed,
                "one of " + ", ".join(map(str, allowed)))
 
   def at_least(self, low: int, *names: str) -> None:
     for name in names:
-      self.check(name, self._c[name] >= low, f"at least {low}")
+      self.check(name, self.config[name] >= low, f"at least {low}")
 
   def at_most(self, high: int, *names: str) -> None:
     for name in names:
-      self.check(name, self._c[name] <= high, f"at most {high}")
+      self.check(name, self.config[name] <= high, f"at most {high}")
 
   def fraction(self, *names: str) -> None:
     for name in names:
-      self.check(name, 0 <= self._c[name] <= 1, "in [0, 1]")
+      self.check(name, 0 <= self.config[name] <= 1, "in [0, 1]")
 
   def positive(self, *names: str) -> None:
     for name in names:
       self.check(
-          name, _TINY <= self._c[name] < _HUGE, "positive and finite, in float32")
+          name, _TINY <= self.config[name] < _HUGE, "positive and finite, in float32")
 
   def not_negative(self, *names: str) -> None:
     for name in names:
-      self.check(name, 0 <= self._c[name] < _HUGE, "at least 0 and finite, in float32")
+      self.check(
+          name, 0 <= self.config[name] < _HUGE, "at least 0 and finite, in float32")
 
   def widths(self, *names: str) -> None:
     for name in names:
-      values = self._c[name]
+      values = self.config[name]
       self.check(name, len(values) <= _MOST_LAYERS and all(
           type(value) is int and 0 < value <= _WIDEST for value in values),
                  f"a tuple of positive integers, at most {_MOST_LAYERS} and each at"
@@ -183,10 +186,10 @@ class _Checker:
   def path(self, *names: str) -> None:
     for name in names:
       try:
-        paths.expand(self._c[name])
+        paths.expand(self.config[name])
       except ValueError as error:
         raise errors.UsageError(
-            f"config.{name}={errors.shown(self._c[name])}: {error}") from error
+            f"config.{name}={errors.shown(self.config[name])}: {error}") from error
 
   def bits(self, name: str, value: Any) -> None:
     try:
@@ -194,6 +197,15 @@ class _Checker:
     except (ValueError, RecursionError) as error:
       raise errors.UsageError(f"config.{name}: bits={errors.shown(value)}: must be"
                               f" {quantizers.ALLOWED_BITS}") from error
+
+  def thresholds(self, name: str, bits: int | str) -> None:
+    q = 0
+    if quantizers.is_grid(bits) and not isinstance(bits, str):
+      q = quantizers.num_thresholds(bits)
+    values = self.config[name]
+    self.check(name, _distinct(values) and len(values) in (0, q),
+               f"() or {q} positive, ascending numbers, for bits={bits!r}" if q
+               else f"(): bits={bits!r} has no thresholds")
 
 
 def _check_types(c: Config) -> None:
@@ -210,7 +222,7 @@ def _check_types(c: Config) -> None:
                    f"of type {type(default).__name__}")
 
 
-def _check_choices(c: Config, checker: _Checker) -> None:
+def _check_choices(checker: _Checker) -> None:
   """Checks the fields that name one of several choices, or a path."""
   one_of = checker.one_of
   one_of("dataset", datasets.NAMES)
@@ -230,9 +242,9 @@ def _check_choices(c: Config, checker: _Checker) -> None:
   checker.path("data_dir", "init_from")
 
 
-def _check_numbers(c: Config, checker: _Checker) -> None:
+def _check_numbers(checker: _Checker) -> None:
   """Checks the fields that hold numbers."""
-  check = checker.check
+  c, check = checker.config, checker.check
   check("seed", 0 <= c.seed < 2**32, "in [0, 2^32)")
   checker.at_least(1, "num_epochs", "eval_every_epochs", "eval_batch_size",
                    "learning_rate_stairs", "crop_size", "estimator_noise_steps")
@@ -258,8 +270,9 @@ def _check_numbers(c: Config, checker: _Checker) -> None:
         "ascending fractions of the run between 0 and 1")
 
 
-def _check_records(c: Config, checker: _Checker) -> None:
+def _check_records(checker: _Checker) -> None:
   """Checks which layers are counted, and after which epochs."""
+  c = checker.config
   if not c.histogram_layers:
     return
   for name, kind in (("histogram_layers", str), ("histogram_epochs", int)):
@@ -271,9 +284,10 @@ def _check_records(c: Config, checker: _Checker) -> None:
       f"every eval_every_epochs={c.eval_every_epochs} do")
 
 
-def _check_data(c: Config, checker: _Checker) -> None:
+def _check_data(checker: _Checker) -> None:
   """Checks what is cut from the images of the data set."""
-  check, info = checker.check, datasets.info(c.dataset)
+  c, check = checker.config, checker.check
+  info = datasets.info(c.dataset)
   check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
         and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,
         "two ascending fractions of the image's area, (0.08, 1.0) for example")
@@ -292,8 +306,9 @@ def _check_data(c: Config, checker: _Checker) -> None:
         f"less than crop_size={c.crop_size}: every crop holds part of the image")
 
 
-def _check_network(c: Config, checker: _Checker) -> None:
+def _check_network(checker: _Checker) -> None:
   """Checks that the network's layers leave something of a crop."""
+  c = checker.config
   if c.network == "convnet":
     checker.check(
         "conv_widths", _final_size(c) > 0,
@@ -302,8 +317,9 @@ def _check_network(c: Config, checker: _Checker) -> None:
     checker.at_least(models.SMALLEST_IMAGE.get(c.network, 1), "crop_size")
 
 
-def _check_bits(c: Config, checker: _Checker) -> None:
+def _check_bits(checker: _Checker) -> None:
   """Checks bits, and the thresholds that belong to them."""
+  c = checker.config
   checker.bits("input_bits", c.input_bits)
   checker.bits("weight_bits", c.weight_bits)
   for rule in c.bits_rules:
@@ -311,13 +327,13 @@ def _check_bits(c: Config, checker: _Checker) -> None:
                   and isinstance(rule[0], str),
                   "pairs of a layer name pattern and bits: (('conv1', 'bfloat16'),)")
     checker.bits("bits_rules", rule[1])
-  _check_thresholds(c, "input_thresholds", c.input_bits)
-  _check_thresholds(c, "weight_thresholds", c.weight_bits)
+  checker.thresholds("input_thresholds", c.input_bits)
+  checker.thresholds("weight_thresholds", c.weight_bits)
 
 
-def _check_methods(c: Config, checker: _Checker) -> None:
+def _check_methods(checker: _Checker) -> None:
   """Checks that estimator and optimizer suit the other fields."""
-  check = checker.check
+  c, check = checker.config, checker.check
   if c.estimator in estimators.ONE_BIT:
     for value in (c.input_bits, c.weight_bits, *(b for _, b in c.bits_rules)):
       check("estimator", not (quantizers.is_grid(value) and value > 1),
@@ -448,12 +464,3 @@ def _numbers(values: tuple) -> bool:
 def _final_size(c: Config) -> int:
   size = c.crop_size - 2 * (c.first_padding == "VALID")
   return size >> (len(c.conv_widths) // 2)
-
-
-def _check_thresholds(c: Config, name: str, bits: int | str) -> None:
-  q = 0
-  if quantizers.is_grid(bits) and not isinstance(bits, str):
-    q = quantizers.num_thresholds(bits)
-  errors.check(_distinct(c[name]) and len(c[name]) in (0, q), f"config.{name}", c[name],
-               f"() or {q} positive, ascending numbers, for bits={bits!r}" if q
-               else f"(): bits={bits!r} has no thresholds")

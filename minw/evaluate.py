@@ -28,7 +28,6 @@ from minw.data.batches import Examples
 from minw.experiment import Experiment
 from minw.workdir import checkpoint
 from minw.workdir import metrics
-from minw.workdir import run_files
 
 _TOP5_CLASSES = 100  # Smallest number of classes with a top-5 accuracy.
 
@@ -133,11 +132,10 @@ def evaluate_workdir(
     `streamed.Split`.
 
   Raises:
-    errors.UsageError: There is no run, no checkpoint or no data, or the record of a
-      completed run is not complete; see `metrics.check_complete`.
+    errors.UsageError: There is no run, no checkpoint or no data, its status is damaged,
+      or the record of a completed run is not complete; see `metrics.check_complete`.
   """
-  config, saved = checkpoint.read_run(workdir, which)
-  status = run_files.read_status(workdir)
+  config, saved, status = checkpoint.read_run(workdir, which)
   if status and status["state"] == "done":
     metrics.check_complete(workdir, config, status)
   if data_dir is not None:

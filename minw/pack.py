@@ -41,7 +41,7 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
   Raises:
     errors.UsageError: There is no run or checkpoint, or its network does not pack.
   """
-  config, saved = checkpoint.read_run(workdir, which)
+  config, saved, _ = checkpoint.read_run(workdir, which)
   experiment = Experiment(config)
   text = config_lib.to_json(config)
   shared = metadata_lib.shared(json.loads(text))

@@ -742,7 +742,7 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   if not workdir:
     return {}
   try:
-    _, saved = checkpoint.read_run(paths.expand(workdir))
+    saved = checkpoint.read_run(paths.expand(workdir)).saved
   except errors.UsageError as error:
     raise errors.UsageError(
         f"config.init_from={errors.shown(workdir)}: {error}") from error

@@ -123,7 +123,7 @@ def test_damaged_newest_is_not_used(damage, cut, caplog):
   DAMAGES[damage](cut / "checkpoints" / str(NEWEST))
   before = contents(cut)
   # A look at it changes nothing.
-  saved = checkpoint.read_run(str(cut))[1]
+  saved = checkpoint.read_run(str(cut)).saved
   assert saved.step == OLDER
   assert contents(cut) == before
   assert f"checkpoint {NEWEST}" in caplog.text and "damaged" in caplog.text

@@ -367,6 +367,15 @@ def test_a_lost_checkpoint_is_missed(trials, caplog):
   assert "the checkpoint of step 57 is missing; that of step 38 is used" in caplog.text
 
 
+@pytest.mark.parametrize("reader", ["evaluate", "pack"])
+def test_readers_refuse_a_damaged_status(trials, reader):
+  """It would tell them whether the run is done, and with which checkpoint."""
+  trial = trials["done"]
+  trial.damage("status.json", content(CONTENTS["zeros"]))
+  _, line = attempt(READERS[reader], trial.workdir)
+  assert "status.json is damaged" in line and "next start of the run" in line
+
+
 def test_a_lost_config_lets_no_other_run_go_on(workdirs, tmp_path):
   """The checkpoint knows whose it is."""
   shutil.copytree(workdirs["killed"], tmp_path / "run")

@@ -39,7 +39,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def variables(plain):
   """What the run trained."""
-  _, saved = checkpoint.read_run(str(plain))
+  saved = checkpoint.read_run(str(plain)).saved
   return jax.device_get(checkpoint.trained_variables(saved.tree))
 
 
@@ -218,7 +218,7 @@ def test_unknown_split(plain):
 
 def test_reading_a_run_changes_nothing(plain):
   before = contents(plain)
-  config, saved = checkpoint.read_run(str(plain), "best")
+  config, saved, _ = checkpoint.read_run(str(plain), "best")
   assert config_lib.to_json(config) == config_lib.to_json(tiny_config())
   assert saved.step == json.loads((plain / "status.json").read_text())["best_step"]
   assert contents(plain) == before

@@ -33,7 +33,7 @@ def program_of(workdir):
 
 
 def test_metadata(workdir, program):
-  config, saved = checkpoint.read_run(workdir)
+  config, saved, _ = checkpoint.read_run(workdir)
   wanted = json.loads(config.to_json())
   # Where the run was computed is nobody else's business.
   for name in ("data_dir", "data_workers", "init_from"):
@@ -45,7 +45,7 @@ def test_metadata(workdir, program):
 
 
 def test_best_checkpoint(workdir):
-  _, saved = checkpoint.read_run(workdir, "best")
+  saved = checkpoint.read_run(workdir, "best").saved
   assert pack.pack_workdir(workdir, "best").metadata["step"] == saved.step
 
 

@@ -345,8 +345,22 @@ def hard_variables(tree: dict[str, Any]) -> dict[str, Any]:
   return {"params": tree["params"], "batch_stats": stats}
 
 
-def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
-  """Reads the config and a checkpoint of a run.
+class Run(NamedTuple):
+  """A run that `read_run` has read.
+
+  Attributes:
+    config: Config of the run.
+    saved: One of its checkpoints.
+    status: Status of the run, or None if it has no status.json.
+  """
+
+  config: config_lib.Config
+  saved: Restored
+  status: dict[str, Any] | None
+
+
+def read_run(workdir: str, which: str = "last") -> Run:
+  """Reads the config, a checkpoint and the status of a run.
 
   Args:
     workdir: Directory of the run.
@@ -354,8 +368,8 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
       validation accuracy.
 
   Raises:
-    errors.UsageError: There is no run, its config cannot be used, or it has no
-      checkpoint.
+    errors.UsageError: There is no run, its config cannot be used, it has no checkpoint,
+      or its status is damaged.
   """
   config = run_files.read_config(workdir)
   try:
@@ -369,22 +383,13 @@ def read_run(workdir: str, which: str = "last") -> tuple[Any, Restored]:
       saved = (restore_best if which == "best" else restore_newest)(manager)
   if saved is None:
     raise errors.bad_value("workdir", workdir, "a run that has a checkpoint")
-  expected = _recorded_step(workdir, which)
-  if expected not in (None, saved.step):
-    _log.warning("%s: the checkpoint of step %d is missing; that of step %d is used",
-                 workdir, expected, saved.step)
-  return config, saved
-
-
-def _recorded_step(workdir: str, which: str) -> int | None:
-  """Returns the step that a finished run records of a checkpoint, if it is known."""
-  try:
-    status = run_files.read_status(workdir)
-  except json_files.Damaged:
-    return None
-  if not status or status["state"] != "done":
-    return None
-  return status.get("best_step") if which == "best" else status["step"]
+  status = run_files.read_status(workdir)
+  if status and status["state"] == "done":
+    expected = status.get("best_step") if which == "best" else status["step"]
+    if expected not in (None, saved.step):
+      _log.warning("%s: the checkpoint of step %d is missing; that of step %d is used",
+                   workdir, expected, saved.step)
+  return Run(config, saved, status)
 
 
 def newest_step(workdir: str) -> int:
