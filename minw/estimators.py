@@ -55,6 +55,13 @@ def ste(x: jax.Array, grid: Grid) -> jax.Array:
 
   Returns:
     Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, grid = jnp.array([-0.5, 0.25, 1.5]), quantizers.grid(1)
+    >>> estimators.ste(x, grid)
+    Array([-1.,  1.,  1.], dtype=float32)
+    >>> jax.grad(lambda x: estimators.ste(x, grid).sum())(x)
+    Array([1., 1., 0.], dtype=float32)
   """
   return _hard(_slope_ste, x, 0.0, grid)
 
@@ -82,6 +89,13 @@ def aqe(
 
   Raises:
     ValueError: `gradient` is not one of these names.
+
+  Examples:
+    >>> x, grid = jnp.array([-0.5, 0.25, 1.5]), quantizers.grid(1)
+    >>> estimators.aqe(x, 0.75, grid)  # 0.75 h(x) + 0.25 x
+    Array([-0.875 ,  0.8125,  1.125 ], dtype=float32)
+    >>> jax.grad(lambda x: estimators.aqe(x, 0.75, grid).sum())(x)
+    Array([1.5, 1.5, 0. ], dtype=float32)
   """
   _check_gradient(gradient)
   return _aqe(_floats(x), _number("alpha", alpha, 0, 1), grid, gradient)
@@ -105,6 +119,11 @@ def stochastic_aqe(
 
   Returns:
     Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x = jnp.array([-2.0, 2.0])  # The random z lies between them.
+    >>> estimators.stochastic_aqe(x, 0.75, jax.random.key(0))
+    Array([-1.25,  1.25], dtype=float32)
   """
   _check_gradient(gradient)
   x = _floats(x)
@@ -131,6 +150,11 @@ def approx_sign(x: jax.Array, grid: Grid) -> jax.Array:
 
   Raises:
     ValueError: The grid has more than one bit.
+
+  Examples:
+    >>> x, grid = jnp.array([-0.5, 0.25, 1.5]), quantizers.grid(1)
+    >>> jax.grad(lambda x: estimators.approx_sign(x, grid).sum())(x)
+    Array([1. , 1.5, 0. ], dtype=float32)
   """
   return _hard(_slope_approx_sign, x, 0.0, _one_bit(grid))
 
@@ -150,6 +174,11 @@ def swish_sign(x: jax.Array, grid: Grid) -> jax.Array:
 
   Raises:
     ValueError: The grid has more than one bit.
+
+  Examples:
+    >>> x, grid = jnp.array([0.0]), quantizers.grid(1)
+    >>> jax.grad(lambda x: estimators.swish_sign(x, grid).sum())(x)  # 5 * 2 / (1 + 1)
+    Array([5.], dtype=float32)
   """
   return _hard(_slope_swish_sign, x, 0.0, _one_bit(grid))
 
@@ -171,6 +200,11 @@ def ede(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
 
   Raises:
     ValueError: The grid has more than one bit.
+
+  Examples:
+    >>> x, grid = jnp.array([0.0]), quantizers.grid(1)
+    >>> jax.grad(lambda x: estimators.ede(x, 1.0, grid).sum())(x)  # t = 10, k = 1
+    Array([10.], dtype=float32)
   """
   return _hard(_slope_ede, x, _number("alpha", alpha, 0, 1), _one_bit(grid))
 
@@ -193,6 +227,11 @@ def reste(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
 
   Raises:
     ValueError: The grid has more than one bit.
+
+  Examples:
+    >>> x, grid = jnp.array([0.25, 2.0]), quantizers.grid(1)
+    >>> jax.grad(lambda x: estimators.reste(x, 0.5, grid).sum())(x)  # o = 2
+    Array([1., 0.], dtype=float32)
   """
   return _hard(_slope_reste, x, _number("alpha", alpha, 0, 1), _one_bit(grid))
 
@@ -218,6 +257,11 @@ def dsq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
 
   Returns:
     Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, grid = jnp.array([0.0, 1.5]), quantizers.grid(1)
+    >>> jax.grad(lambda x: estimators.dsq(x, 0.0, grid).sum())(x)  # s = 2, k = log(3)
+    Array([1.0986123, 0.       ], dtype=float32)
   """
   return _hard(_slope_dsq, x, _number("alpha", alpha, 0, 1), grid)
 
@@ -234,6 +278,11 @@ def ewgs(x: jax.Array, grid: Grid, *, delta: float = 1e-3) -> jax.Array:
 
   Returns:
     Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, grid = jnp.array([-0.5, 0.25, 1.5]), quantizers.grid(1)
+    >>> jax.grad(lambda x: estimators.ewgs(x, grid, delta=0.5).sum())(x)
+    Array([1.25 , 0.625, 0.   ], dtype=float32)
   """
   return _hard(_slope_ewgs, x, _number("delta", delta, 0, _LARGEST), grid)
 
@@ -262,6 +311,11 @@ def lsq(
 
   Returns:
     Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, grid = jnp.array([0.125, 0.375, 1.0]), quantizers.grid(2, [0.5])
+    >>> estimators.lsq(x, 0.5, grid)  # x / s is 0.25, 0.75 and 2.
+    Array([0. , 0.5, 0.5], dtype=float32)
   """
   x, step = _floats(x), _number("step", step, quantizers.SMALLEST, _LARGEST)
   if count is not None and (type(count) is not int or count < 1):
@@ -300,6 +354,11 @@ def stompp(
 
   Returns:
     Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, key, grid = jnp.array([0.5, 1.5]), jax.random.key(0), quantizers.grid(1)
+    >>> estimators.stompp(x, 0.0, key, grid), estimators.stompp(x, 1.0, key, grid)
+    (Array([0.5, 1. ], dtype=float32), Array([1., 1.], dtype=float32))
   """
   return _frozen(x, alpha, key, grid, False)
 
@@ -321,6 +380,11 @@ def stompp_ste(
 
   Returns:
     Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, key, grid = jnp.array([0.5, 1.5]), jax.random.key(0), quantizers.grid(1)
+    >>> jax.grad(lambda x: estimators.stompp_ste(x, 1.0, key, grid).sum())(x)
+    Array([1., 0.], dtype=float32)
   """
   return _frozen(x, alpha, key, grid, True)
 
@@ -341,6 +405,12 @@ def layer_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
 
   Returns:
     Array of the same shape.
+
+  Examples:
+    >>> weights = jnp.array([[1.0, 2.0], [-3.0, -6.0]])  # The mean magnitude is 3.
+    >>> estimators.layer_mean_scale(jnp.sign(weights), weights)
+    Array([[ 3.,  3.],
+           [-3., -3.]], dtype=float32)
   """
   return _scaled_straight(quantized, mean_magnitude(weights, "layer_mean"))
 
@@ -359,6 +429,12 @@ def channel_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:
 
   Returns:
     Array of the same shape.
+
+  Examples:
+    >>> weights = jnp.array([[1.0, 2.0], [-3.0, -6.0]])  # Means of channels: 2 and 4.
+    >>> estimators.channel_mean_scale(jnp.sign(weights), weights)
+    Array([[ 2.,  4.],
+           [-2., -4.]], dtype=float32)
   """
   scale = lax.stop_gradient(mean_magnitude(weights, "channel_mean"))
   scale = scale.reshape((1,) * (weights.ndim - 1) + (-1,))
@@ -383,6 +459,11 @@ def mean_magnitude(weights: jax.Array, rule: str) -> jax.Array:
 
   Raises:
     TypeError: The weights are not a float array.
+
+  Examples:
+    >>> weights = jnp.array([[1.0, 2.0], [-3.0, -6.0]])
+    >>> estimators.mean_magnitude(weights, "channel_mean")
+    Array([2., 4.], dtype=float32)
   """
   quantizers.check_float("weights", weights)
   axes = tuple(range(weights.ndim - 1)) if rule == "channel_mean" else None
@@ -405,6 +486,11 @@ def stochastic_neuron(
 
   Returns:
     h in {0, 1} and log P(h), both of the shape and dtype of `x`. h has no gradient.
+
+  Examples:
+    >>> h, log_prob = estimators.stochastic_neuron(jnp.zeros(1), jax.random.key(0))
+    >>> jnp.exp(log_prob)  # Both values of h are as probable.
+    Array([0.5], dtype=float32)
   """
   quantizers.check_float("x", x)
   z = jax.random.uniform(key, x.shape, quantizers.compute_dtype(x))
@@ -424,6 +510,11 @@ def score_function_surrogate(loss: jax.Array, log_prob: jax.Array) -> jax.Array:
   Returns:
     The values and shape of `loss`. The gradient is that of `loss` plus
     loss * d(sum of log_prob).
+
+  Examples:
+    >>> loss, log_prob = jnp.array(3.0), jnp.array([-0.5, -2.0])  # Two neurons.
+    >>> jax.grad(estimators.score_function_surrogate, argnums=1)(loss, log_prob)
+    Array([3., 3.], dtype=float32)
   """
   total = jnp.sum(log_prob, axis=tuple(range(loss.ndim, log_prob.ndim)))
   return loss + lax.stop_gradient(loss) * (total - lax.stop_gradient(total))
@@ -462,6 +553,11 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
   Raises:
     ValueError: There is no such estimator, or the returned function is called with a
       grid that the estimator is not defined on.
+
+  Examples:
+    >>> x, estimator = jnp.array([0.25]), estimators.by_name("aqe")
+    >>> estimator(x, 0.75, quantizers.grid(1), lambda: jax.random.key(0))
+    Array([0.8125], dtype=float32)
   """
   if name not in _ESTIMATORS:
     raise ValueError(f"estimator={name!r}: must be one of {', '.join(_ESTIMATORS)}")
@@ -487,7 +583,12 @@ def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
 
 
 def network_estimators() -> tuple[str, ...]:
-  """The names that `by_name` takes, in alphabetical order."""
+  """The names that `by_name` takes, in alphabetical order.
+
+  Examples:
+    >>> estimators.network_estimators()[:4]
+    ('approx_sign', 'aqe', 'dsq', 'ede')
+  """
   return tuple(_ESTIMATORS)
 
 

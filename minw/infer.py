@@ -268,7 +268,12 @@ def _bits(program: packed.Program) -> str:
 
 @functools.cache  # The warning appears only once.
 def default_backend() -> str:
-  """Returns the name of the fastest backend that is installed."""
+  """Returns the name of the fastest backend that is installed.
+
+  Examples:
+    >>> infer.default_backend() in infer.BACKENDS
+    True
+  """
   if native.available():
     return "native"
   backend, name = "reference", "NumPy"
@@ -296,6 +301,11 @@ def load(
   Raises:
     OSError: There is no such file or network, or it cannot be read.
     ValueError: The file is not a packed network, is damaged, or exceeds `limits`.
+
+  Examples:
+    >>> network = infer.load("digits_convnet")
+    >>> network.logits(np.zeros((2, 8, 8, 1), np.uint8)).shape
+    (2, 10)
   """
   return Network(path, backend, threads, limits)
 
@@ -315,6 +325,10 @@ def shipped() -> dict[str, pathlib.Path]:
   """Returns the paths of the networks that come with minw, by name.
 
   The card of each network, NAME.md, is beside its file.
+
+  Examples:
+    >>> infer.shipped()["digits_convnet"].name
+    'digits_convnet.minw'
   """
   folder = pathlib.Path(__file__).parent / "networks"
   return {path.stem: path for path in sorted(folder.glob("*.minw"))}
@@ -328,6 +342,10 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
   Returns:
     float32 (batch, classes).
+
+  Examples:
+    >>> infer.probabilities(np.zeros((1, 4), np.float32))
+    array([[0.25, 0.25, 0.25, 0.25]], dtype=float32)
   """
   powers = np.exp(logits - logits.max(-1, keepdims=True))
   return powers / powers.sum(-1, keepdims=True)
@@ -353,6 +371,11 @@ def read_image(
 
   Raises:
     ValueError: The file cannot be read as an image; the message names the file.
+
+  Examples:
+    >>> Image.new("L", (16, 16), 255).save("white.png")
+    >>> infer.read_image("white.png", (2, 2, 1)).tolist()
+    [[[255], [255]], [[255], [255]]]
   """
   try:
     return image_files_lib.read(path, shape, shrink=shrink,
@@ -362,12 +385,23 @@ def read_image(
 
 
 def shrinks(program: packed.Program) -> bool:
-  """Whether larger images are scaled down for a network, as in its evaluation."""
+  """Whether larger images are scaled down for a network, as in its evaluation.
+
+  Examples:
+    >>> infer.shrinks(infer.load("digits_convnet").program)
+    True
+  """
   return (program.metadata.get("config") or {}).get("eval_resize") != 0
 
 
 def image_files(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
-  """Yields the image files in `paths` and in their folders; see `image_files.find`."""
+  """Yields the image files in `paths` and in their folders; see `image_files.find`.
+
+  Examples:
+    >>> Image.new("L", (16, 16), 255).save("white.png")
+    >>> [path.name for path in infer.image_files(["."])]
+    ['white.png']
+  """
   return image_files_lib.find(paths)
 
 
@@ -382,6 +416,11 @@ def read_images(
 
   Raises:
     errors.UsageError: A file cannot be read as an image.
+
+  Examples:
+    >>> Image.new("L", (16, 16), 255).save("white.png")
+    >>> infer.read_images(["white.png", "white.png"], (2, 2, 1)).shape
+    (2, 2, 2, 1)
   """
   try:
     return np.stack([read_image(file, shape, shrink, background) for file in files])
@@ -405,6 +444,13 @@ def predict_files(
 
   Yields:
     Each path with its prediction, or with the error that prevented one.
+
+  Examples:
+    >>> Image.new("L", (16, 16), 255).save("white.png")
+    >>> network = infer.load("digits_convnet")
+    >>> predictions = infer.predict_files(network, ["white.png"], top=3)
+    >>> [(file, len(prediction.labels)) for file, prediction in predictions]
+    [('white.png', 3)]
   """
   network.check_top(top)
   shape = network.program.source_shape

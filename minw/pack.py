@@ -40,6 +40,11 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
 
   Raises:
     errors.UsageError: There is no run or checkpoint, or its network does not pack.
+
+  Examples:
+    >>> program = pack.pack_workdir("runs/digits", which="best")
+    >>> program.source_shape
+    (8, 8, 1)
   """
   config, saved, _ = checkpoint.read_run(workdir, which)
   experiment = Experiment(config)
@@ -90,6 +95,14 @@ def pack(
   Raises:
     ValueError: A part of the network cannot be packed, and the message names the layer.
       Or the labels or the metadata break the rules of `minw.packed.metadata`.
+
+  Examples:
+    >>> net = models.ConvNet(num_classes=10, conv_widths=(32,), dense_widths=())
+    >>> program = pack.pack(
+    ...     net, layers.initialize(net, (8, 8, 1)), source_shape=(8, 8, 1),
+    ...     pixels=pixels.pixels("integer", (0.5,), (0.25,)))
+    >>> [op.name for op in program.ops]
+    ['conv1', 'norm_conv1', 'dense1', 'norm_dense1']
   """
   source_height, source_width, channels = source_shape
   height, width = crop or source_shape[:2]

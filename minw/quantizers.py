@@ -61,6 +61,10 @@ def is_grid(bits: int | str) -> bool:
 
   Raises:
     ValueError: `bits` is neither one of `GRID_BITS` nor one of `FLOAT_FORMATS`.
+
+  Examples:
+    >>> quantizers.is_grid(2), quantizers.is_grid("bfloat16")
+    (True, False)
   """
   if type(bits) is int and bits in GRID_BITS:
     return True
@@ -74,6 +78,10 @@ def num_thresholds(bits: int) -> int:
 
   Raises:
     ValueError: `bits` is not the number of bits of a grid.
+
+  Examples:
+    >>> [quantizers.num_thresholds(bits) for bits in (1, 2, 3)]
+    [0, 1, 3]
   """
   if not is_grid(bits):
     raise ValueError(f"bits={bits!r} is a float format; a grid has 1 to 5 bits")
@@ -89,6 +97,12 @@ def check_float(name: str, x: Any) -> None:
 
   Raises:
     TypeError: `x` is not an array of a real float dtype.
+
+  Examples:
+    >>> quantizers.check_float("x", 1)
+    Traceback (most recent call last):
+      ...
+    TypeError: x=1: must be a float array
   """
   dtype = getattr(x, "dtype", None)
   if dtype is None:
@@ -122,13 +136,23 @@ def _check_thresholds(name: str, thresholds: Any, bits: int) -> None:
 
 
 def level_magnitudes(bits: int) -> np.ndarray:
-  """The ascending positive levels of a grid (Eq 4, 21, 22), float32 (max(q, 1),)."""
+  """The ascending positive levels of a grid (Eq 4, 21, 22), float32 (max(q, 1),).
+
+  Examples:
+    >>> quantizers.level_magnitudes(3)
+    array([0.25, 0.5 , 1.  ], dtype=float32)
+  """
   q = max(num_thresholds(bits), 1)
   return np.exp2(np.arange(1.0 - q, 1.0)).astype(np.float32)
 
 
 def step_size(bits: int | str) -> float:
-  """The largest number that divides all levels of a grid, or 0 for a float format."""
+  """The largest number that divides all levels of a grid, or 0 for a float format.
+
+  Examples:
+    >>> quantizers.step_size(3)
+    0.25
+  """
   if not is_grid(bits) or isinstance(bits, str):
     return 0.0
   return float(level_magnitudes(bits)[0])
@@ -139,6 +163,10 @@ def fixed_thresholds(bits: int) -> np.ndarray:
 
   For two bits the threshold is 0.1. For more bits the thresholds are the midpoints
   between neighboring levels.
+
+  Examples:
+    >>> quantizers.fixed_thresholds(3)  # Levels are 0, 0.25, 0.5 and 1.
+    array([0.125, 0.375, 0.75 ])
   """
   q = num_thresholds(bits)
   if bits <= 2:
@@ -153,6 +181,10 @@ def unit_thresholds(bits: int, thresholds: Sequence[float] = ()) -> np.ndarray:
   The given `thresholds` are used if there are q of them. Otherwise the thresholds are
   the midpoints between levels, which is 0.5 for two bits. They round to the nearest
   level, as in LSQ.
+
+  Examples:
+    >>> quantizers.unit_thresholds(2)
+    array([0.5])
   """
   if len(thresholds) == num_thresholds(bits):
     return np.asarray(thresholds, np.float64)
@@ -160,7 +192,12 @@ def unit_thresholds(bits: int, thresholds: Sequence[float] = ()) -> np.ndarray:
 
 
 def positive_step(step: Any) -> Any:
-  """Converts a parameter of any sign to a positive step, |step| + 2^-20 (float)."""
+  """Converts a parameter of any sign to a positive step, |step| + 2^-20 (float).
+
+  Examples:
+    >>> quantizers.positive_step(-0.5) == 0.5 + 2**-20
+    True
+  """
   return abs(step) + 2.0**-20
 
 
@@ -170,6 +207,10 @@ def mean_factors(bits: int) -> np.ndarray:
   For two bits the factor is 0.7, from Ternary Weight Networks, after which Eq 21 is
   modelled. For powers of two the factors are 2.5 times the midpoints between levels,
   for example (0.31, 0.94, 1.88) for three bits.
+
+  Examples:
+    >>> quantizers.mean_factors(2)
+    array([0.7])
   """
   q = num_thresholds(bits)
   if bits <= 2:
@@ -200,6 +241,11 @@ def mean_thresholds(
   Raises:
     TypeError: The weights are not float, or the factors are not real numbers.
     ValueError: The factors are not q finite, positive and ascending numbers.
+
+  Examples:
+    >>> weights = jnp.array([[1.0, 2.0], [-3.0, -6.0]])  # The mean magnitude is 3.
+    >>> quantizers.mean_thresholds(weights, bits=2, factors=[0.5])
+    Array([1.5], dtype=float32)
   """
   check_float("weights", weights)
   values = mean_factors(bits) if factors is None else np.asarray(factors)
@@ -226,6 +272,10 @@ def grid(bits: int, thresholds: Thresholds | None = None) -> Grid:
     ValueError: There is no such grid, the number of thresholds is wrong, or concrete
       thresholds are not finite, positive and ascending.
     TypeError: The thresholds are not real numbers.
+
+  Examples:
+    >>> quantizers.grid(3).thresholds
+    Array([0.125, 0.375, 0.75 ], dtype=float32)
   """
   if thresholds is None:
     thresholds = fixed_thresholds(bits)
@@ -245,6 +295,10 @@ def weight_factors(
 
   Raises:
     ValueError: `rule` is not one of `THRESHOLD_RULES`.
+
+  Examples:
+    >>> [quantizers.weight_factors(2, rule) for rule in ("layer_mean", "fixed")]
+    [array([0.7]), array([0.1])]
   """
   if rule not in THRESHOLD_RULES:
     raise ValueError(f"rule={rule!r}: must be one of {', '.join(THRESHOLD_RULES)}")
@@ -271,6 +325,11 @@ def weight_grid(
     thresholds: Fixed thresholds or factors on the mean; see `weight_factors`.
     learned: Whether the step of the grid is learned. Then the grid is in units of the
       step, see `unit_thresholds`, and `rule` is ignored.
+
+  Examples:
+    >>> weights = jnp.array([[1.0, 2.0], [-3.0, -6.0]])  # Means of channels: 2 and 4.
+    >>> quantizers.weight_grid(weights, 2, "channel_mean", thresholds=[0.5]).thresholds
+    Array([[1., 2.]], dtype=float32)
   """
   if learned:
     return grid(bits, unit_thresholds(bits, thresholds))
@@ -282,7 +341,12 @@ def weight_grid(
 
 
 def input_grid(bits: int, thresholds: Sequence[float] = ()) -> Grid:
-  """The grid of activations, with fixed thresholds chosen as by `weight_factors`."""
+  """The grid of activations, with fixed thresholds chosen as by `weight_factors`.
+
+  Examples:
+    >>> quantizers.input_grid(2, thresholds=[0.25]).thresholds
+    Array([0.25], dtype=float32)
+  """
   return grid(bits, weight_factors(bits, "fixed", thresholds))
 
 
@@ -301,6 +365,11 @@ def quantize(x: jax.Array, grid: Grid) -> jax.Array:
 
   Raises:
     TypeError: `x` is not float, or `grid` is not a grid.
+
+  Examples:
+    >>> x = jnp.array([-0.6, 0.05, 0.3])
+    >>> quantizers.quantize(x, quantizers.grid(2))  # The threshold is 0.1.
+    Array([-1.,  0.,  1.], dtype=float32)
   """
   check_float("x", x)
   _check_grid(grid)
@@ -321,6 +390,11 @@ def encode(x: jax.Array, grid: Grid) -> jax.Array:
 
   Raises:
     TypeError: `x` is not float, or `grid` is not a grid.
+
+  Examples:
+    >>> x = jnp.array([-0.6, 0.05, 0.3])
+    >>> quantizers.encode(x, quantizers.grid(3))  # The nearest levels: -0.5, 0, 0.25.
+    Array([-2,  0,  1], dtype=int8)
   """
   check_float("x", x)
   _check_grid(grid)
@@ -340,6 +414,11 @@ def decode(codes: jax.Array, grid: Grid) -> jax.Array:
 
   Raises:
     TypeError: `codes` are not integers, or `grid` is not a grid.
+
+  Examples:
+    >>> codes = jnp.array([-2, 0, 1], jnp.int8)
+    >>> quantizers.decode(codes, quantizers.grid(3))
+    Array([-0.5 ,  0.  ,  0.25], dtype=float32)
   """
   _check_grid(grid)
   if not jnp.issubdtype(codes.dtype, jnp.integer):
@@ -365,6 +444,11 @@ def round_to(x: jax.Array, dtype: str) -> jax.Array:
   Raises:
     TypeError: `x` is not float.
     ValueError: `dtype` is not one of `FLOAT_FORMATS`.
+
+  Examples:
+    >>> x = jnp.array([1.1, 500.0])
+    >>> quantizers.round_to(x, "float8_e4m3fn")  # Eighths from 1 to 2; 448 at most.
+    Array([  1.125, 448.   ], dtype=float32)
   """
   check_float("x", x)
   if dtype not in FLOAT_FORMATS:
@@ -373,7 +457,12 @@ def round_to(x: jax.Array, dtype: str) -> jax.Array:
 
 
 def without_denormals(x: jax.Array) -> jax.Array:
-  """Replaces magnitudes below `SMALLEST` by 0, on every device."""
+  """Replaces magnitudes below `SMALLEST` by 0, on every device.
+
+  Examples:
+    >>> quantizers.without_denormals(jnp.array([1e-40, 1.0]))
+    Array([0., 1.], dtype=float32)
+  """
   return jnp.where(jnp.abs(x) < SMALLEST, jnp.zeros_like(x), x)
 
 
@@ -382,6 +471,10 @@ def compute_dtype(x: jax.Array) -> jnp.dtype:
 
   It is float64 for a float64 array and float32 otherwise, so that thresholds are never
   rounded to 16 bits.
+
+  Examples:
+    >>> quantizers.compute_dtype(jnp.ones(1, jnp.bfloat16))
+    dtype('float32')
   """
   return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
