@@ -1,6 +1,6 @@
 // The engine's own header: a loaded network, and the steps that load and run it.
 //
-// Loading takes four steps: program.cc reads and checks the file, isa.cc chooses an
+// Loading takes four steps: parse.cc reads and checks the file, isa.cc chooses an
 // instruction set, layer.cc lays out the weights of each convolution for its kernel,
 // and plan.cc decides which operations share a pass and where values lie in memory.
 // engine.cc calls these steps. run.cc runs a plan, and interface.cc is the C interface.

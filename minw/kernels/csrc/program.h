@@ -90,6 +90,9 @@ struct Limits {
   uint64_t operations = uint64_t{1} << 38;  // Operations for an image.
 };
 
+// Throws Error if a network costs more than the limits allow.
+void check_limits(const Program& program, const Limits& limits);
+
 // Parses a file and checks it. The weights of the result point into the bytes. Throws
 // Error before anything large is allocated.
 Program parse(const uint8_t* bytes, size_t size, const Limits& limits);
