@@ -223,11 +223,8 @@ def fold_norm(
   """
   mean, var, scale, bias, bound, unit = (
       np.asarray(a, np.float64) for a in (mean, var, scale, bias, bound, unit))
-  slope = scale / np.sqrt(var + epsilon)
-  known = input_scale == 0  # The input of batch norm is 0 for every accumulator.
-  bias = np.where(known, bias - slope * mean, bias) / output_scale
-  mean = np.where(known, 0.0, mean / np.where(known, 1.0, input_scale))
-  slope = slope * input_scale / output_scale
+  slope, mean, bias = _rescaled(
+      scale / np.sqrt(var + epsilon), mean, bias, input_scale, output_scale)
   # With a larger bound, acc - center is not exact for every center within the range.
   unit = np.where(bound > 2.0 ** 22 * unit, 0.0, unit)
   with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -235,14 +232,9 @@ def fold_norm(
     # If both are multiples of `tick`, acc - center needs 24 bits at most.
     tick = np.exp2(np.ceil(np.log2(np.maximum(np.abs(center) + bound, unit))) - 23)
     rounded = np.where(unit > 0, np.round(center / tick) * tick, center)
-    smallest = np.where(unit > 0, np.abs(slope) * tick, np.abs(slope))
-    flat = (
-        (slope == 0) | (smallest < quantizers.SMALLEST)
-        | ~(np.abs(rounded) <= np.finfo(np.float32).max)
-        | ((unit > 0) & (tick > unit))
-        # For floats: the accumulator's share is lost when the bias is rounded.
-        | ((unit == 0) & (
-            np.abs(slope) * (bound + np.abs(mean)) * 2.0 ** 24 <= np.abs(bias))))
+    flat = (_vanishes(slope, np.where(unit > 0, tick, 1.0))
+            | _is_too_large(rounded, tick, unit)
+            | (unit == 0) & _is_lost(slope * (bound + np.abs(mean)), bias))
     # A packed network cannot hold a smaller center. The sign is kept, because it
     # decides the sign of y for an accumulator of 0, which is common.
     rounded = np.where((unit == 0) & (np.abs(rounded) < LEAST_CENTER),
@@ -251,6 +243,41 @@ def fold_norm(
       center=np.where(flat, 0.0, _without_denormals(rounded)).astype(np.float32),
       scale=np.where(flat, 0.0, slope).astype(np.float32),
       constant=np.where(flat, _without_denormals(bias), 0.0).astype(np.float32))
+
+
+def _rescaled(
+    slope: np.ndarray,
+    mean: np.ndarray,
+    bias: np.ndarray,
+    input_scale: np.ndarray | float,
+    output_scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Takes the scales of input and output into slope, mean and bias.
+
+  Before, y = ((input_scale * acc - mean) * slope + bias) / output_scale. The results
+  are those for which y = (acc - mean) * slope + bias.
+  """
+  known = input_scale == 0  # The input of batch norm is 0 for every accumulator.
+  return (slope * input_scale / output_scale,
+          np.where(known, 0.0, mean / np.where(known, 1.0, input_scale)),
+          np.where(known, bias - slope * mean, bias) / output_scale)
+
+
+def _vanishes(slope: np.ndarray, tick: np.ndarray) -> np.ndarray:
+  """Whether y is 0 for all accumulators, or would be denormal for some."""
+  return (slope == 0) | (np.abs(slope) * tick < quantizers.SMALLEST)
+
+
+def _is_too_large(
+    center: np.ndarray, tick: np.ndarray, unit: np.ndarray
+) -> np.ndarray:
+  """Whether float32 does not hold the center, or acc - center is not exact."""
+  return ~(np.abs(center) <= np.finfo(np.float32).max) | (unit > 0) & (tick > unit)
+
+
+def _is_lost(product: np.ndarray, bias: np.ndarray) -> np.ndarray:
+  """Whether `bias` in float32 stays the same if `product` or less is added to it."""
+  return np.abs(product) * 2.0 ** 24 <= np.abs(bias)
 
 
 class FoldedLayer(NamedTuple):
