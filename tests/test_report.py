@@ -183,8 +183,8 @@ def test_rows_without_a_run_can_be_left_out():
   assert "## Table III" not in text and "| A |" not in text
   # Two kinds of runs of one cell are one cell.
   assert tables.counts(rows) == (
-      "Cells with runs, by table: I: 1 of 64, II: 1 of 68, III: 0 of 8, IV: 0 of 14, "
-      "V: 0 of 10.")
+      "Cells that have runs: 1 of 64 in Table I, 1 of 68 in Table II, 0 of 8 in Table "
+      "III, 0 of 14 in Table IV, 0 of 10 in Table V.")
   nothing = tables.markdown(tables.with_runs(tables.tables([])[0]), [])
   assert "No run belongs to a cell of these tables.\n" in nothing and "|" not in nothing
 
@@ -198,8 +198,8 @@ def test_shared_settings_are_said_once():
 
 
 @pytest.mark.parametrize("changes, reason", [
-    (dict(conv_widths=(16, 16, 32, 32, 64, 64)), "widths are those of no ConvNet"),
-    (dict(dense_widths=(128, 128)), "widths are those of no ConvNet"),
+    (dict(conv_widths=(16, 16, 32, 32, 64, 64)), "widths differ from those of"),
+    (dict(dense_widths=(128, 128)), "widths differ from those of"),
     (dict(dataset="digits"), "no table has digits"),
     (dict(network="resnet20"), "no table has resnet20 on cifar10"),
     (dict(network="resnet18"), "no table has resnet18 on cifar10"),
@@ -868,9 +868,9 @@ def test_results(tmp_path):
   assert "**All networks on CIFAR-10 together**" in text
   assert f"| aqe | 4 | +0.0275 ± {3.182446305 * math.sqrt(7 / 24e3 / 4):.4f} | " in text
   assert "8 x TPU v4" in text and "unknown hardware" in text
-  assert "No cell of the paper: its widths are those of no ConvNet A to D." in text
+  assert "paper's tables: its widths differ from those of ConvNets A to D." in text
   assert "| D | aqe | W1A1 | 0.844 | 0.8500 | +0.0060 | 1 |" in text
-  assert "I: 1 of 64, II: 0 of 68" in text
+  assert "1 of 64 in Table I, 0 of 68 in Table II" in text
 
 
 def test_networks_without_pairs_have_no_table_together():

@@ -61,7 +61,7 @@ def main_tables() -> None:
   print(tables.markdown(tables.with_runs(rows), nowhere))
   print(tables.counts(rows))
   if flags.FLAGS.out is None:
-    print("All rows, also those without a run: --out=DIR")
+    print("--out=DIR writes all rows, also those without a run.")
   _write("tables.md", tables.markdown(rows, nowhere))
   for name, lines in rows.items():
     _write(f"table_{name}.csv", tables.csv_of(lines))

@@ -193,7 +193,7 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
     network = next((name for name, known in models.CONVNETS.items()
                     if known == widths), None)
     if network is None:
-      return [], "its widths are those of no ConvNet A to D"
+      return [], "its widths differ from those of ConvNets A to D"
   cells = [cell for cell in CELLS
            if (cell.dataset, cell.network) == (c["dataset"], network)]
   if not cells:

@@ -22,10 +22,10 @@ _PROBLEM = ("dataset", "network", "conv_widths", "dense_widths", "input_bits",
 
 _HEAD = """# Results
 
-`python -m minw.report results` makes this file from the studies in `results`. They
-hold config, seed, commit, hardware, versions, wall time and curve of each run. Three
-kinds of numbers have sections of their own: our results by study, the paper's results
-beside ours, and published results of others.
+`python -m minw.report results` makes this file from the studies in `results`. A study
+holds the config, seed, commit, hardware, versions, wall time and curve of each run.
+There are three sections: our results by study, the paper's results beside ours, and
+published results of others.
 """
 
 _COLUMNS = f"""\
@@ -63,7 +63,7 @@ def write(folder: str, out: str) -> list[str]:
              if records.is_study(path)]
   errors.check(bool(studies), "runs", folder,
                "a folder with studies, which `collect` makes")
-  parts, everything, log = [_HEAD, "## Ours, by study\n", _COLUMNS], [], []
+  parts, everything, log = [_HEAD, "## Our results by study\n", _COLUMNS], [], []
   for path in studies:
     runs, left_out = records.read([str(path)])
     log += [f"left out: {name}: {why}" for name, why in left_out]
@@ -107,16 +107,17 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
   names = lambda values: ", ".join(sorted({str(value) for value in values}))
   lines = [
       f"### {title}\n",
-      f"[{path}]({path}), [how it was made]({path.with_suffix('')}/README.md). "
-      f"{len(runs)} runs {times} "
-      f"on {names(_device(run) for run in runs)}; commits "
-      f"{names((run['commit'] or 'unknown')[:7] for run in runs)}.\n"]
+      f"[{path}]({path}) holds {len(runs)} runs {times} "
+      f"on {names(_device(run) for run in runs)}, from commits "
+      f"{names((run['commit'] or 'unknown')[:7] for run in runs)}. Its "
+      f"[README]({path.with_suffix('')}/README.md) says how they were made.\n"]
   for each in compared:
     run = _any_run(each)
     lines.append(f"**{_problem(run['config'])}**; {records.described(_shared(each))}\n")
     _, why = paper.cells_of(run)
     if why:
-      lines.append(f"No cell of the paper: {why}.\n")
+      lines.append(
+          f"This experiment belongs to no cell of the paper's tables: {why}.\n")
     lines.append(_table(each.groups, by))
   lines += [_pooled(dataset, list(several), by) for dataset, several in
             itertools.groupby(sorted(compared, key=_dataset), _dataset)]
@@ -214,7 +215,8 @@ def _device(run: records.Record) -> str:
     return "unknown hardware"
   if hardware["device"] != "cpu":
     return f"{hardware['num_devices']} x {hardware['device']}"
-  return f"{hardware['cores']} of {hardware['cpu']}'s cores"
+  cores = hardware["cores"]
+  return f"{cores} core{'s' * (cores != 1)} of {hardware['cpu']}"
 
 
 def _title(path):
@@ -227,15 +229,16 @@ def _title(path):
 def _paper(runs):
   found, _ = tables.tables(runs)
   return "\n".join([
-      "## The paper's, and ours at full size\n", tables.WHAT,
+      "## The paper's results and ours at full size\n", tables.WHAT,
       tables.sections(tables.with_runs(found)),
-      f"{tables.counts(found)} All of the paper's numbers: `python -m minw.report"
-      " tables --runs=results --out=tables`.\n"])
+      f"{tables.counts(found)} `python -m minw.report tables --runs=results"
+      " --out=tables` writes all of the paper's numbers.\n"])
 
 
 def _published() -> str:
   head = ("## Published by others\n\n"
-          "For orientation. None of these networks was run here.\n\n")
+          "These numbers are for orientation. None of these networks was run here."
+          "\n\n")
   return head + tables.table_of(
       ["network", "data", "test accuracy", "policy", "source"],
       [list(row) for row in paper.PUBLISHED])

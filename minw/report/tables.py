@@ -96,11 +96,11 @@ def with_runs(rows: dict[str, Rows]) -> dict[str, Rows]:
 
 
 def counts(rows: dict[str, Rows]) -> str:
-  """Counts cells that have runs: "Cells with runs, by table: I: 1 of 64"."""
+  """Counts cells that have runs: "Cells that have runs: 1 of 64 in Table I."."""
   cells = {table: {tuple(row.get(name) for name in _PLACE): row["ours"] is not None
                    for row in lines} for table, lines in rows.items()}
-  return "Cells with runs, by table: " + ", ".join(
-      f"{table}: {sum(found.values())} of {len(found)}"
+  return "Cells that have runs: " + ", ".join(
+      f"{sum(found.values())} of {len(found)} in Table {table}"
       for table, found in cells.items()) + "."
 
 
