@@ -1036,10 +1036,9 @@ def test_runs_that_are_in_no_figure_are_named(tmp_path):
   pairs, left_out = figures.pairs([found[0], found[3]])
   assert pairs == [] and left_out == [
       "ste3.jsonl is not drawn: it has no curve",
-      "aqe0.jsonl is not drawn: no run of STE that is equal but for the seed has a "
-      "whole curve"]
+      "aqe0.jsonl is not drawn: no run of STE that matches it has a complete curve"]
   assert figures.pairs(found[:2])[1] == [
-      "no two runs, AQE and STE, are equal but for seed and estimator"]
+      "no runs of AQE and STE differ only in seed and estimator"]
 
 
 def test_draw(runs, tmp_path):

@@ -147,7 +147,7 @@ def pairs(runs: Sequence[records.Record]) -> tuple[list[Pair], list[str]]:
   both = [group for group in groups.values() if group.keys() == _STYLES.keys()]
   found, left_out = [], []
   if not both:
-    left_out.append("no two runs, AQE and STE, are equal but for seed and estimator")
+    left_out.append("no runs of AQE and STE differ only in seed and estimator")
   for group in both:
     curves = {name: [(run, _curve(run)) for run in group[name]] for name in _STYLES}
     left_out += [f"{run['name']} is not drawn: {why}" for some in curves.values()
@@ -157,8 +157,8 @@ def pairs(runs: Sequence[records.Record]) -> tuple[list[Pair], list[str]]:
     if all(whole.values()):
       found.append(_pair(whole))
     else:
-      left_out += [f"{run['name']} is not drawn: no run of {_STYLES[other][0]} that is "
-                   "equal but for the seed has a whole curve" for name, other in
+      left_out += [f"{run['name']} is not drawn: no run of {_STYLES[other][0]} that "
+                   "matches it has a complete curve" for name, other in
                    zip(_STYLES, reversed(_STYLES)) for run, _ in whole[name]]
   return found, left_out
 
