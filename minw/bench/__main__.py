@@ -86,7 +86,7 @@ def main_configs() -> None:
 
     python -m minw.bench configs [--configs=NAME[:ARGUMENT]]... [--batch_size=N] [...]
 
-  By default these are all experiments that come with minw.
+  By default, all experiments that come with minw are timed.
   """
   names = flags.FLAGS.configs or [*config_flag.experiments()]
   _report(configs, lambda: configs.bench_configs(

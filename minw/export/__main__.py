@@ -159,7 +159,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
       "prefix", None, "Beginning of the public names in a C file, such as digits for"
       " digits_run. By default it is made from the name of --model or --workdir.")
-  cli.DEFINE_path("golden", None, "Folder to write all values of --images to.")
+  cli.DEFINE_path(
+      "golden", None,
+      "Folder to write every intermediate value of the network for --images to.")
   cli.DEFINE_paths(
       "images", "Image files, or folders of them, for --golden and for the test in a C "
       "file; random images by default.")

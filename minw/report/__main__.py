@@ -149,8 +149,10 @@ def define_flags(subcommand: str) -> None:
   """Defines the flags of a subcommand."""
   cli.DEFINE_paths(
       "runs", "Studies, and folders with workdirs or studies.", positional=True)
-  cli.DEFINE_path("out", None, "File of the study." if subcommand == "collect"
-                  else "Folder to write to.")
+  cli.DEFINE_path(
+      "out", None,
+      "File of the study, which is created if it is missing."
+      if subcommand == "collect" else "Folder to write to.")
   if subcommand != "results":
     cli.require("runs")
   if subcommand in ("figures", "collect"):
