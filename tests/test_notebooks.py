@@ -53,6 +53,19 @@ def test_style(path):
   assert not re.search(r"\b([1-3])/\1\b", source)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_text_is_sentences(path):
+  """Each paragraph and item ends like a sentence, and none begins like a fragment."""
+  cells = json.loads(path.read_text())["cells"]
+  texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+  parts = [part for text in texts for part in re.split(r"\n\n|\n(?=- )", text)
+           if not part.startswith("#")]
+  assert len(parts) > 4
+  for part in parts:
+    assert re.search(r"[.:]\)?$", part), part
+    assert not re.match(r"(- )?(Of|Whose|Where|What an?|Not|But) ", part), part
+
+
 @pytest.fixture
 def small_runs(monkeypatch):
   """The module beside the notebooks; what it sets for them is taken back."""
