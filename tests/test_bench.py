@@ -14,9 +14,11 @@ import pytest
 
 from minw import config as config_lib
 from minw import errors
+from minw import packed
 from minw import train
 from minw.bench import data
 from minw.bench import inference
+from minw.bench import openvino_networks
 from minw.bench import throughput
 from minw.bench import train as bench
 from minw.data import pixels as pixels_lib
@@ -253,7 +255,11 @@ def test_inference_command(tmp_path, layers):
   for run in result["runs"]:
     engines = run["engines"]
     assert ("native" in engines) == native.available()
-    assert not set(engines) & set(result["left_out"])
+    assert not set(engines) & {*result["left_out"], *run["left_out"]}
+    assert {*result["left_out"]} <= {*run["left_out"]}
+    assert all(why in output for why in run["left_out"].values())
+    binary = importlib.util.find_spec("openvino") and layers and "W1A1" in run["layer"]
+    assert ("OpenVINO binary" in engines) == bool(binary)
     for name, engine in engines.items():
       assert len(engine["values"]) == 2 and min(engine["values"]) > 0
       assert name in output
@@ -342,6 +348,90 @@ def test_stacks_are_packed():
   values = reference.run(program, np.random.default_rng(0).integers(
       0, 256, (2, 4, 4, 32), np.uint8))
   assert [len(np.unique(values[x])) for x in (1, 3, 5)] == [3, 3, 3]
+  # Each code counts in a logit.
+  np.testing.assert_array_equal(
+      values[-1][:, 0, 0], values[5].sum((1, 2), dtype=np.float32))
+
+
+# OpenVINO's binary network.
+
+
+def binary_logits(program, images):
+  pytest.importorskip("openvino", reason="needs minw[bench]")
+  compiled = openvino_networks.compile_model(
+      openvino_networks.binary_model(program, len(images)), threads=1)
+  x = packed.crop(program, images).astype(np.float32) - program.offset
+  call = openvino_networks.prepare(compiled, x.transpose(0, 3, 1, 2))
+  return call().reshape(len(images), -1)
+
+
+def integer_conv(x, kernel, pad):
+  """Sums of a 3x3 convolution over codes (batch, h, w, channels), one by one."""
+  n, h, w, _ = x.shape
+  x = np.pad(x.astype(int), [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=pad)
+  sums = np.zeros((n, h, w, len(kernel)), int)
+  for i in range(3):
+    for j in range(3):
+      sums += np.einsum("nyxc,oc->nyxo", x[:, i:i + h, j:j + w], kernel[:, i, j])
+  return sums
+
+
+@pytest.mark.parametrize("pad", [0, -1, 1])
+@pytest.mark.parametrize("size,width", [(5, 32), (7, 64), (3, 128)])
+def test_binary_convolutions_in_openvino(size, width, pad):
+  """Codes of two convolutions, of which a third falls, are the same."""
+  generator = np.random.default_rng(0)
+  program, _ = inference.stack(2, size, width, 1, 1)
+  falling = generator.random(width) < 0.3
+  program = program._replace(ops=tuple(
+      op._replace(pad=pad) if isinstance(op, packed.Conv) else
+      op._replace(falling=falling) if isinstance(op, packed.Threshold) else op
+      for op in program.ops))
+  images = generator.integers(0, 256, (3, size, size, width), np.uint8)
+  x = images.astype(int) - 128
+  for op in program.ops[:5]:
+    if isinstance(op, packed.Conv):
+      x = integer_conv(x, op.kernel, pad)
+    else:
+      threshold = op.thresholds[0, 0]
+      x = np.where(np.where(falling, x <= threshold, x >= threshold), 1, -1)
+  np.testing.assert_array_equal(binary_logits(program, images), x.sum((1, 2)))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(pad_value=-1.0), dict(conv_widths=(32, 64, 32, 32), first_padding="VALID")])
+def test_binary_network_in_openvino(changes):
+  program, _ = inference.random_network(tiny_config(**{
+      "weight_bits": 1, "conv_widths": (32, 64), "dense_widths": (40,), **changes}))
+  assert any(op.falling.any() for op in program.ops if hasattr(op, "falling"))
+  images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+  got, want = binary_logits(program, images), reference.logits(program, images)
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+  inference.check_sums(program, images, got)
+
+
+def test_engines_that_cannot_run_are_left_out():
+  pytest.importorskip("openvino", reason="needs minw[bench]")
+  for bits, words in (((1, 1), "its sums are not those"),  # OpenVINO is wrong here.
+                      ((2, 1), "weights of 1 bit"), ((1, 2), "activations of 1 bit")):
+    program, linear = inference.stack(1, 3, 33, *bits)
+    runs, left_out = inference.start_engines(
+        program, linear, 2, 1, ["OpenVINO binary", "XLA packed"])
+    assert list(runs) == ["XLA packed"]
+    assert words in left_out["OpenVINO binary"]
+
+
+def test_sums_are_checked():
+  program, _ = inference.random_network(tiny_config())
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+  logits = reference.logits(program, images)
+  inference.check_sums(program, images, logits * (1 + 1e-6))
+  last = program.ops[-1]
+  for image in (0, 3):
+    wrong = logits.copy()
+    wrong[image, 1] += last.unit * last.scale[1]
+    with pytest.raises(inference.LeftOut, match="its sums are not those"):
+      inference.check_sums(program, images, wrong)
 
 
 def test_refuses_networks_that_are_not_convnets():

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
 import jax
 from jax import lax
@@ -28,14 +28,18 @@ from minw import pack
 from minw import packed
 from minw import stopping
 from minw import titles
+from minw.bench import openvino_networks
 from minw.bench import timing
 from minw.experiment import Experiment
 from minw.kernels import native
+from minw.kernels import reference
 from minw.kernels import xla
 
+_PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "torch")  # Recorded versions.
 # Bits of the weights and the activations that --layers times.
 _PAIRS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 3)]
-_SHAPES = [(24, 128), (12, 256)]  # Height and width of their maps, and channels.
+# Height and width of their maps, and channels.
+_SHAPES = [(24, 128), (12, 256), (6, 512)]
 # A layer's time is the difference between networks of so many layers, divided by the
 # difference in layers.
 _DEPTHS = (2, 6)
@@ -59,6 +63,28 @@ class Linear(NamedTuple):
   clip: bool
 
 
+class Case(NamedTuple):
+  """A network and a batch of which an engine is timed.
+
+  Attributes:
+    program: The packed network.
+    images: Its images, uint8 (batch, *program.source_shape).
+    linear: A network of the same shapes in float32.
+    x: Its images, float32 (batch, height, width, channels).
+    threads: Number of threads.
+  """
+
+  program: packed.Program
+  images: np.ndarray
+  linear: Sequence[Linear]
+  x: np.ndarray
+  threads: int
+
+
+class LeftOut(Exception):
+  """An engine is not timed; the message is the reason."""
+
+
 def bench_inference(
     config: Any, rounds: int, batches: Sequence[int], layers: bool = False
 ) -> dict[str, Any]:
@@ -71,8 +97,9 @@ def bench_inference(
     layers: Whether to time single convolutions and not networks.
 
   Returns:
-    The object that --json writes. `runs` has threads, batch, engines and ratios of each
-    run.
+    The object that --json writes. `runs` has threads, batch, engines, ratios and the
+    engines that were left out of each run. `left_out` at the top has the engines that
+    were left out of all runs.
 
   Raises:
     errors.UsageError: The config cannot be run.
@@ -80,23 +107,29 @@ def bench_inference(
   if not layers:
     random_network(config)  # An invalid config raises its error in this process.
   cores = len(os.sched_getaffinity(0))
-  runs, left_out = [], {}
+  runs = []
   for threads in sorted({1, cores}):
     measure = functools.partial(
         _layers if layers else _networks, config.to_dict(), rounds, batches, threads)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         1, context, stopping.end_with_parent) as pool:
-      found, left_out = pool.submit(measure).result()
-    runs += found
+      runs += pool.submit(measure).result()
     if layers:
       break
   return {
       "bench": "inference", "config": config.to_dict(), "rounds": rounds,
-      "layers": layers, "machine": timing.machine(), "isa": _isa(), "runs": runs,
-      "left_out": left_out,
+      "layers": layers, "machine": timing.machine(_PACKAGES), "isa": _isa(),
+      "runs": runs, "left_out": _left_out_of_all(runs),
       "peak_bytes": {} if layers else native_memory(config),
   }
+
+
+def _left_out_of_all(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+  """Returns the engines that no run has, with the reason of the last run."""
+  timed = {name for run in runs for name in run["engines"]}
+  return {name: why for run in runs for name, why in run["left_out"].items()
+          if name not in timed}
 
 
 def random_network(config: Any) -> tuple[packed.Program, list[Linear]]:
@@ -141,7 +174,7 @@ def multiplications(program: packed.Program) -> int:
              if isinstance(op, packed.Conv))
 
 
-# The engines. Each takes a network, a batch and a number of threads, and returns a Run.
+# The engines. Each takes a `Case` and returns a Run, or raises `LeftOut`.
 
 
 def _times(call: Callable[[], Any]) -> timing.Run:
@@ -151,15 +184,55 @@ def _times(call: Callable[[], Any]) -> timing.Run:
   return run
 
 
-def _native(program, images, threads):
-  network = native.load(packed.to_bytes(program))
-  return _times(lambda: network.logits(images, threads=threads))
+def _native(case: Case) -> timing.Run:
+  if not native.available():
+    raise LeftOut("it was not built")
+  network = native.load(packed.to_bytes(case.program))
+  return _times(lambda: network.logits(case.images, threads=case.threads))
 
 
-def _xla(program, images, threads):
-  operands, function = xla.logits(program)
+def _xla(case: Case) -> timing.Run:
+  operands, function = xla.logits(case.program)
   function = jax.jit(function)
-  return _times(lambda: function(operands, images).block_until_ready())
+  return _times(lambda: function(operands, case.images).block_until_ready())
+
+
+def _openvino_binary(case: Case) -> timing.Run:
+  program = case.program
+  pixels = packed.crop(program, case.images).astype(np.float32) - program.offset
+  try:
+    model = openvino_networks.binary_model(program, len(pixels))
+  except ValueError as error:
+    raise LeftOut(str(error)) from error
+  call = openvino_networks.prepare(
+      openvino_networks.compile_model(model, case.threads),
+      pixels.transpose(0, 3, 1, 2))
+  check_sums(program, case.images, call().reshape(len(pixels), -1))
+  return _times(call)
+
+
+def check_sums(
+    program: packed.Program, images: np.ndarray, logits: np.ndarray
+) -> None:
+  """Checks that an engine computes the packed network.
+
+  The sums of the last layer must be equal to those of `minw.kernels.reference`. The
+  engine may round the affine function that makes logits of them in its own way.
+
+  Args:
+    program: The packed network.
+    images: The batch. Its first and its last image are checked.
+    logits: What the engine computed, float32 (batch, classes).
+
+  Raises:
+    LeftOut: The sums differ.
+  """
+  ends = [0, -1]
+  want, last = reference.logits(program, images[ends]), program.ops[-1]
+  assert isinstance(last, packed.Logits)
+  one = np.abs(np.float32(last.unit) * last.scale)  # What a sum of 1 adds.
+  if not (np.abs(logits[ends] - want) < one / 8).all():
+    raise LeftOut("its sums are not those of the packed network")
 
 
 def float_logits(linear: Sequence[Linear], weights: Any, x: jax.Array) -> jax.Array:
@@ -185,10 +258,11 @@ def float_logits(linear: Sequence[Linear], weights: Any, x: jax.Array) -> jax.Ar
   return x.reshape(len(x), -1)
 
 
-def _xla_float(linear, x, threads):
+def _xla_float(case: Case) -> timing.Run:
+  linear = case.linear
   weights = jax.device_put([(layer.kernel, layer.bias) for layer in linear])
   function = jax.jit(functools.partial(float_logits, linear))
-  x = jnp.asarray(x)
+  x = jnp.asarray(case.x)
   return _times(lambda: function(weights, x).block_until_ready())
 
 
@@ -279,14 +353,15 @@ def _onnx_model(nodes, constants, shape, result, *kinds):
   ).SerializeToString()
 
 
-def _onnx(make, dtype, linear, x, threads):
+def _onnx(make, dtype, case: Case) -> timing.Run:
   import onnxruntime
 
   options = onnxruntime.SessionOptions()
-  options.intra_op_num_threads = threads
+  options.intra_op_num_threads = case.threads
   options.inter_op_num_threads = 1
   session = onnxruntime.InferenceSession(
-      make(linear, x.shape[1:]), options, providers=["CPUExecutionProvider"])
+      make(case.linear, case.x.shape[1:]), options, providers=["CPUExecutionProvider"])
+  x = case.x
   x = np.ascontiguousarray((x * 127 + 128 if dtype == np.uint8 else x).astype(
       dtype).transpose(0, 3, 1, 2))
   return _times(lambda: session.run(None, {"x": x}))
@@ -308,12 +383,12 @@ def torch_inference(linear: Sequence[Linear]) -> Any:
   return nn.Sequential(*parts).eval().to(memory_format=torch.channels_last)
 
 
-def _torch(linear, x, threads):
+def _torch(case: Case) -> timing.Run:
   import torch
 
-  torch.set_num_threads(threads)
-  network = torch_inference(linear)
-  x = torch.tensor(x).permute(0, 3, 1, 2)
+  torch.set_num_threads(case.threads)
+  network = torch_inference(case.linear)
+  x = torch.tensor(case.x).permute(0, 3, 1, 2)
 
   def run(count):
     with torch.inference_mode():
@@ -323,22 +398,35 @@ def _torch(linear, x, threads):
   return run
 
 
-# The module that each engine needs, and the engine. Engines without such a module get
-# the packed program, and the others the float network.
-_ENGINES = {
-    "native": (None, _native),
-    "XLA packed": (None, _xla),
-    "XLA float32": ("jax", _xla_float),
+# The engines by name, each with the modules that it needs.
+_ENGINES: dict[str, tuple[Sequence[str], Callable[[Case], timing.Run]]] = {
+    "native": ([], _native),
+    "XLA packed": ([], _xla),
+    "OpenVINO binary": (["openvino"], _openvino_binary),
+    "XLA float32": ([], _xla_float),
     "ONNX Runtime float32": (
-        "onnxruntime", functools.partial(_onnx, onnx_float, np.float32)),
+        ["onnxruntime", "onnx"], functools.partial(_onnx, onnx_float, np.float32)),
     "ONNX Runtime int8": (
-        "onnxruntime", functools.partial(_onnx, onnx_int8, np.uint8)),
-    "PyTorch float32": ("torch", _torch),
+        ["onnxruntime", "onnx"], functools.partial(_onnx, onnx_int8, np.uint8)),
+    "PyTorch float32": (["torch"], _torch),
 }
 
 
-def _runs(program, linear, batch, threads, names=tuple(_ENGINES)):
-  """Starts the available engines.
+def start_engines(
+    program: packed.Program,
+    linear: Sequence[Linear],
+    batch: int,
+    threads: int,
+    names: Iterable[str] = tuple(_ENGINES),
+) -> tuple[dict[str, timing.Run], dict[str, str]]:
+  """Starts the engines that can run a network.
+
+  Args:
+    program: The packed network.
+    linear: A network of the same shapes in float32.
+    batch: Number of images.
+    threads: Number of threads.
+    names: Names of the engines.
 
   Returns:
     The runs by name, and the reasons why other engines are left out.
@@ -347,17 +435,17 @@ def _runs(program, linear, batch, threads, names=tuple(_ENGINES)):
   images = generator.integers(0, 256, (batch, *program.source_shape), np.uint8)
   x = generator.uniform(
       -1, 1, (batch, *program.crop, program.source_shape[2])).astype(np.float32)
+  case = Case(program, images, linear, x, threads)
   runs, left_out = {}, {}
   for name in names:
-    module, engine = _ENGINES[name]
-    if name == "native" and not native.available():
-      left_out[name] = "it was not built"
-    elif module and any(importlib.util.find_spec(part) is None for part in (
-        (module, "onnx") if module == "onnxruntime" else (module,))):
-      left_out[name] = f"{module} is not installed"
-    else:
-      given = (linear, x) if module else (program, images)
-      runs[name] = engine(*given, threads)
+    modules, engine = _ENGINES[name]
+    missing = [part for part in modules if importlib.util.find_spec(part) is None]
+    try:
+      if missing:
+        raise LeftOut(f"{missing[0]} is not installed")
+      runs[name] = engine(case)
+    except LeftOut as error:
+      left_out[name] = str(error)
   return runs, left_out
 
 
@@ -380,6 +468,17 @@ def _peak(program):
   return {_PEAK: _times(lambda: network.peak(steps))}
 
 
+_CALL = "call of OpenVINO"
+
+
+def _call_overhead(threads):
+  """Returns a run of a model of one addition in OpenVINO, by its name."""
+  compiled = openvino_networks.compile_model(
+      openvino_networks.overhead_model(), threads)
+  return {_CALL: _times(openvino_networks.prepare(
+      compiled, np.zeros((1, 1), np.float32)))}
+
+
 def _limit(threads):
   """Restricts this process to that many cores. Call it before JAX starts threads."""
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
@@ -392,44 +491,51 @@ def _networks(fields, rounds, batches, threads):
   config.update(fields)
   program, linear = random_network(config)
   work = multiplications(program)
-  found, left_out = [], {}
+  found = []
   for batch in batches:
-    runs, left_out = _runs(program, linear, batch, threads)
+    runs, left_out = start_engines(program, linear, batch, threads)
     if threads == 1:
       runs.update(_peak(program))
+    if "OpenVINO binary" in runs:
+      runs.update(_call_overhead(threads))
     seconds = timing.measure(runs, rounds)
-    peak = seconds.pop(_PEAK, None)
-    found.append(_result(seconds, work * batch, threads=threads, batch=batch))
+    peak, overhead = seconds.pop(_PEAK, None), seconds.pop(_CALL, None)
+    found.append(_result(
+        seconds, work * batch, threads=threads, batch=batch, left_out=left_out))
     if peak:
       found[-1]["peak_per_second"] = _PEAK_PRODUCTS / np.median(peak)
-  return found, left_out
+    if overhead:
+      found[-1]["openvino_call_seconds"] = np.median(overhead)
+  return found
 
 
 def _layers(fields, rounds, batches, threads):
   """Measures single convolutions with their thresholds, as differences of networks."""
   del fields
   _limit(threads)
-  found, left_out = [], {}
+  found = []
   low, high = _DEPTHS
-  names = "native", "XLA packed", "ONNX Runtime int8"
+  names = "native", "XLA packed", "OpenVINO binary", "ONNX Runtime int8"
   for batch in batches:
     for size, width in _SHAPES:
       for weights, inputs in _PAIRS:
-        runs = {}
+        runs, left_out = {}, {}
         for depth in _DEPTHS:
           program, linear = stack(depth, size, width, weights, inputs)
-          made, left_out = _runs(program, linear, batch, threads, names)
-          runs.update({(name, depth): run for name, run in made.items()})
+          made, without = start_engines(program, linear, batch, threads, names)
+          left_out.update(without)
+          runs.update({(name, depth): run for name, run in made.items()
+                       if name not in left_out})
         whole: Any = timing.measure(runs, rounds)
         seconds = {
             name: [max(b - a, 1e-9) / (high - low)
                    for a, b in zip(whole[name, low], whole[name, high])]
-            for name in made}
+            for name in made if name not in left_out}
         found.append(_result(
             seconds, size * size * 9 * width * width * batch, threads=threads,
-            batch=batch, layer=f"W{weights}A{inputs} {width} -> {width}, 3x3, {size}x"
-            f"{size}"))
-  return found, left_out
+            batch=batch, left_out=left_out, layer=f"W{weights}A{inputs} {width} ->"
+            f" {width}, 3x3, {size}x{size}"))
+  return found
 
 
 def stack(
@@ -464,8 +570,8 @@ def stack(
   for _ in range(depth):
     conv(width, (3, 3), (1, 1, 1, 1))
     threshold((9 * width) ** 0.5)
-  ops.append(packed.Pool("pool", len(ops), "max", (size, size), (size, size)))
-  ops.append(packed.Add("codes", len(ops), len(ops)))
+  # Every code of the last threshold counts in the logits.
+  ops.append(packed.Pool("pool", len(ops), "sum", (size, size), (size, size)))
   ops.append(packed.Logits("logits", len(ops), 1.0, *np.ones((3, width), np.float32)))
   program = packed.Program(
       shape, shape[:2], np.full(width, 128, np.uint8), width, tuple(ops), {})
@@ -544,11 +650,16 @@ def table(result: dict[str, Any]) -> str:
         ratio = run["ratios"].get(f"{name} / {base}")
         line += f"{ratio['median']:{width}.2f}" if ratio else " " * width
       lines.append(line.rstrip())
+    lines += [f"{name:22} left out: {why}" for name, why in run["left_out"].items()
+              if name not in result["left_out"]]
     if "peak_per_second" in run:
       peak = run["peak_per_second"]
       share = run["engines"]["native"]["per_second"] / peak
       lines.append(f"native: {100 * share:.0f} % of the {peak / 1e9:.0f} GMAC/s of its"
                    " W1A1 instructions on registers alone")
+    if "openvino_call_seconds" in run:
+      lines.append(f"A call of OpenVINO takes {1e6 * run['openvino_call_seconds']:.0f}"
+                   " us of its time, whatever the network")
   lines += [f"{name:22} left out: {why}" for name, why in result["left_out"].items()]
   if result["peak_bytes"]:
     sizes = (f"{name} {size / 2**20:.1f} MiB"

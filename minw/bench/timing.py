@@ -1,11 +1,13 @@
 """Timing of several functions side by side, and a description of the machine."""
 
+import contextlib
+from importlib import metadata
 import math
 import platform
 import resource
 import sys
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import jax
 import numpy as np
@@ -51,9 +53,16 @@ def summary(values: list[float]) -> dict[str, Any]:
   return {"low": low, "median": median, "high": high, "values": values}
 
 
-def machine() -> dict[str, Any]:
-  """Returns the names of the processors, and versions of Python and packages."""
+def machine(packages: Iterable[str] = ()) -> dict[str, Any]:
+  """Returns the names of the processors, and versions of Python and packages.
+
+  Args:
+    packages: Packages whose versions are added if they are installed.
+  """
   versions = {"python": platform.python_version(), "jax": jax.__version__}
+  for name in packages:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      versions[name] = metadata.version(name)
   if "torch" in sys.modules:
     versions["torch"] = sys.modules["torch"].__version__
   return {**environment.hardware(), "versions": versions}
