@@ -1,5 +1,6 @@
 """minw.bench: what it says of a tiny network; others' networks compute the same."""
 
+from importlib import metadata
 import importlib.util
 import json
 import os
@@ -17,7 +18,11 @@ from minw import errors
 from minw import packed
 from minw import train
 from minw.bench import data
+from minw.bench import engines
+from minw.bench import float_networks
 from minw.bench import inference
+from minw.bench import networks
+from minw.bench import onnx_networks
 from minw.bench import openvino_networks
 from minw.bench import throughput
 from minw.bench import train as bench
@@ -240,117 +245,235 @@ def tiny_config(**changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [False, True])
-def test_inference_command(tmp_path, layers):
+def test_inference_command(tmp_path):
   path = tmp_path / "result.json"
   output = completed(
       "inference", *(f"--config.{name}={value}" for name, value in TINY.items()),
-      "--batches=1" if layers else "--batches=1,3", "--rounds=2", f"--json={path}",
-      *["--layers"] * layers).stdout
+      "--batches=1,3", "--rounds=2", f"--json={path}").stdout
   result = json.loads(path.read_text())
-  threads = {1} if layers else {1, len(os.sched_getaffinity(0))}
-  batches = {1} if layers else {1, 3}
   assert {(run["threads"], run["batch"]) for run in result["runs"]} == {
-      (t, b) for t in threads for b in batches}
+      (t, b) for t in {1, len(os.sched_getaffinity(0))} for b in (1, 3)}
   for run in result["runs"]:
-    engines = run["engines"]
-    assert ("native" in engines) == native.available()
-    assert not set(engines) & {*result["left_out"], *run["left_out"]}
-    assert {*result["left_out"]} <= {*run["left_out"]}
-    assert all(why in output for why in run["left_out"].values())
-    binary = importlib.util.find_spec("openvino") and layers and "W1A1" in run["layer"]
-    assert ("OpenVINO binary" in engines) == bool(binary)
-    for name, engine in engines.items():
-      assert len(engine["values"]) == 2 and min(engine["values"]) > 0
-      assert name in output
-    for name, ratio in run["ratios"].items():
-      above, below = (np.array(engines[part]["values"]) for part in name.split(" / "))
-      np.testing.assert_allclose(ratio["values"], above / below)
-  for why in result["left_out"].values():
-    assert why in output
-  if native.available() and not layers:
+    check_run(run, result, output)
+    assert {*run["engines"], *run["left_out"]} == {*engines.OF_NETWORKS}
+    assert "OpenVINO binary" in run["left_out"]  # The weights have 2 bits.
+  flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+  assert {*result["core"]["extensions"]} == {*flags} & {
+      "avx2", "avx_vnni", "avx512bw", "avx512_vnni", "avx512_vpopcntdq", "amx_int8",
+      "asimddp", "i8mm"}
+  for name in ("onnxruntime", "openvino"):
+    if importlib.util.find_spec(name):
+      assert result["machine"]["versions"][name] == metadata.version(name)
+  if native.available():
     peak = result["peak_bytes"]
     assert 0 < peak["file"] < peak["process"] < 2**28 and 0 <= peak["network"]
 
 
+def check_run(run, result, output):
+  timed = run["engines"]
+  assert ("native" in timed) == native.available() and "XLA packed" in timed
+  assert not {*timed} & {*run["left_out"]}
+  assert {*result["left_out"]} <= {*run["left_out"]}
+  for name, engine in timed.items():
+    assert len(engine["values"]) == 2 and min(engine["values"]) > 0
+    assert name in output
+  for name, ratio in run["ratios"].items():
+    above, below = (np.array(timed[part]["values"]) for part in name.split(" / "))
+    np.testing.assert_allclose(ratio["values"], above / below)
+  for name, why in run["left_out"].items():
+    assert f"{name:22} left out: {why}" in output
+
+
+@pytest.mark.slow
+def test_layers_are_timed():
+  blocks = networks.Block(3, 32), networks.Block(1, 64, 1)
+  result = inference.bench_inference(tiny_config(), 2, [1], blocks)
+  output = inference.table(result)
+  runs = {run["layer"]: run for run in result["runs"]}
+  assert len(runs) == 12
+  for name, run in runs.items():
+    check_run(run, result, output)
+    assert run["threads"] == run["batch"] == 1 and f"\n{name}, batch 1" in output
+    if importlib.util.find_spec("openvino"):
+      assert ("OpenVINO binary" in run["engines"]) == name.startswith("W1A1")
+    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+      assert ("ONNX Runtime W2A8" in run["engines"]) == (
+          name.endswith("dense") and not name.startswith("W3"))
+  work = {name: run["engines"]["XLA packed"]["per_second"]
+          * run["engines"]["XLA packed"]["median"] for name, run in runs.items()}
+  np.testing.assert_allclose(work["W2A1 32 -> 32, 3x3, 3x3"], 9 * 9 * 32 * 32)
+  np.testing.assert_allclose(work["W2A1 64 -> 64, dense"], 64 * 64)
+
+
+RESNET = dict(network="resnet18", dataset="cifar10", crop_size=32)
+
+
 def test_random_networks_are_not_degenerate():
-  program, linear = inference.random_network(tiny_config())
-  convolutions = [op.kernel for op in program.ops if hasattr(op, "kernel")]
-  assert [layer.kernel.shape for layer in linear] == [
+  program = networks.random_network(tiny_config())
+  layers = networks.float_layers(program)
+  convolutions = [op.kernel for op in program.ops if isinstance(op, packed.Conv)]
+  assert [layer.kernel.shape for layer in layers] == [
       (*kernel.shape[1:], len(kernel)) for kernel in convolutions]
-  assert [layer.pool for layer in linear] == [False, True, False, False]
-  assert [layer.clip for layer in linear] == [True, True, True, False]
-  assert inference.multiplications(program) == (
+  assert [layer.pool is not None for layer in layers] == [False, True, False, False]
+  assert [layer.clip for layer in layers] == [True, True, True, False]
+  assert networks.multiplications(program) == (
       64 * 9 * 4 + 64 * 9 * 4 * 6 + 16 * 6 * 8 + 8 * 10)
-  images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), np.uint8)
+  assert_alive(program, (8, 8, 1))
+
+
+def assert_alive(program, shape):
+  """Every threshold makes both signs, and no map is constant."""
+  images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
   for op, value in zip(program.ops, reference.run(program, images)[1:]):
-    if hasattr(op, "thresholds"):
+    if isinstance(op, (packed.Threshold, packed.FloatNorm)) and op.bits is not None:
       assert 0.1 < (value > 0).mean() < 0.9 and value.std((0, 1, 2)).any()
 
 
+@pytest.mark.parametrize("rules", [(), (("stem", "float32"), ("dense1", "float32"))])
+def test_residual_networks_have_float_layers(rules):
+  program = networks.random_network(
+      tiny_config(**RESNET, input_bits=2, weight_bits=1, bits_rules=rules))
+  assert_alive(program, (32, 32, 3))
+  layers = networks.float_layers(program)
+  # The stem, 4 stages of 2 blocks of 2, 3 projections, the dense layer.
+  assert len(layers) == 1 + 16 + 3 + 1
+  assert sum(layer.kernel.size for layer in layers) == (
+      7 * 7 * 3 * 64 + 4 * 9 * 64 * 64
+      + sum(9 * c * c // 2 + 3 * 9 * c * c + c * c // 2 for c in (128, 256, 512))
+      + 512 * 10)
+  assert [i for i, layer in enumerate(layers) if layer.mean] == [20]
+  assert [(i, layer.pool.window) for i, layer in enumerate(layers) if layer.pool] == [
+      (0, (3, 3))]
+  # Values: the image, the stem, two blocks of a stage, then a projection comes first.
+  assert [(i, layer.input, layer.shortcut) for i, layer in enumerate(layers, 1)
+          if layer.shortcut is not None] == [
+      (3, 2, 1), (5, 4, 3), (8, 7, 6), (10, 9, 8), (13, 12, 11), (15, 14, 13),
+      (18, 17, 16), (20, 19, 18)]
+  assert [layers[i].input for i in (5, 6)] == [5, 5]
+  assert [layer.clip for layer in layers] == [True] * 20 + [False]
+
+
 def float_example(**changes):
-  _, linear = inference.random_network(tiny_config(**changes))
-  x = np.random.default_rng(0).uniform(-1, 1, (5, 8, 8, 1)).astype(np.float32)
-  weights = [(layer.kernel, layer.bias) for layer in linear]
-  want = jax.jit(lambda w, x: inference.float_logits(linear, w, x))(weights, x)
-  return linear, x, np.asarray(want)
+  c = tiny_config(**changes)
+  program = networks.random_network(c)
+  layers = networks.float_layers(program)
+  shape = (*program.crop, program.source_shape[2])
+  x = np.random.default_rng(0).uniform(-1, 1, (5, *shape)).astype(np.float32)
+  return layers, x, float_logits(layers, x)
 
 
-def test_float_network_in_xla():
-  linear, x, got = float_example()
-  for layer in linear:
-    h, w = layer.kernel.shape[:2]
-    if layer.same:
-      x = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    windows = np.lib.stride_tricks.sliding_window_view(x, (h, w), (1, 2))
-    x = np.einsum("nyxchw,hwco->nyxo", windows, layer.kernel) + layer.bias
+def float_logits(layers, x):
+  """The float network in NumPy."""
+  values = [x]
+  for layer in layers:
+    y = values[layer.input]
+    y = y.mean((1, 2), keepdims=True) if layer.mean else y
+    y = np.einsum("nyxchw,hwco->nyxo",
+                  windows(y, layer.kernel.shape[:2], layer.strides, layer.pads, 0),
+                  layer.kernel, optimize=True) + layer.bias
     if layer.pool:
-      x = np.maximum(np.maximum(x[:, ::2, ::2], x[:, 1::2, ::2]),
-                     np.maximum(x[:, ::2, 1::2], x[:, 1::2, 1::2]))
-    x = x.clip(-1, 1) if layer.clip else x
-  np.testing.assert_allclose(got, x.reshape(got.shape), atol=1e-4)
+      y = windows(y, layer.pool.window, layer.pool.strides, layer.pool.pads,
+                  -np.inf).max((-2, -1))
+    if layer.shortcut is not None:
+      y = y + values[layer.shortcut]
+    values.append(y.clip(-1, 1) if layer.clip else y)
+  return values[-1].reshape(len(x), -1)
 
 
-def test_float_network_in_onnx():
+def windows(x, window, strides, pads, fill):
+  x = np.pad(x, [(0, 0), pads[:2], pads[2:], (0, 0)], constant_values=fill)
+  return np.lib.stride_tricks.sliding_window_view(x, window, (1, 2))[
+      :, ::strides[0], ::strides[1]]
+
+
+FLOAT_NETWORKS = pytest.mark.parametrize(
+    "changes", [{}, dict(first_padding="VALID"), {**RESNET, "weight_bits": 1}],
+    ids=["convnet", "valid", "resnet"])
+
+
+@FLOAT_NETWORKS
+def test_float_network_in_xla(changes):
+  layers, x, want = float_example(**changes)
+  weights = [(layer.kernel, layer.bias) for layer in layers]
+  got = jax.jit(lambda w, x: float_networks.logits(layers, w, x))(weights, x)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@FLOAT_NETWORKS
+def test_float_network_in_onnx(changes):
   onnxruntime = pytest.importorskip("onnxruntime", reason="needs minw[bench]")
-  linear, x, want = float_example(first_padding="VALID")
+  layers, x, want = float_example(**changes)
   session = onnxruntime.InferenceSession(
-      inference.onnx_float(linear, x.shape[1:]), providers=["CPUExecutionProvider"])
+      onnx_networks.float_network(layers, x.shape[1:]),
+      providers=["CPUExecutionProvider"])
   got, = session.run(None, {"x": x.transpose(0, 3, 1, 2)})
   np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
 
 
-def test_int8_network_in_onnx():
+def steps(x):
+  """Images as the int8 networks take them."""
+  return np.round(x * 127 + 128).astype(np.uint8).transpose(0, 3, 1, 2)
+
+
+@FLOAT_NETWORKS
+def test_int8_network_in_onnx(changes):
   onnxruntime = pytest.importorskip("onnxruntime", reason="needs minw[bench]")
   onnx = pytest.importorskip("onnx", reason="needs minw[bench]")
-  linear, x, want = float_example()
-  data = inference.onnx_int8(linear, x.shape[1:])
+  layers, x, want = float_example(**changes)
+  data = onnx_networks.int8_network(layers, x.shape[1:])
   kinds = {node.op_type for node in onnx.load_from_string(data).graph.node}
-  assert kinds == {"QLinearConv", "MaxPool"}  # No float kernel is among them.
+  # No float kernel is among them.
+  assert kinds - {"QLinearAdd", "QLinearGlobalAveragePool"} == {
+      "QLinearConv", "MaxPool"}
   session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-  x = np.round(x * 127 + 128).astype(np.uint8).transpose(0, 3, 1, 2)
-  got, = session.run(None, {"x": x})
+  got, = session.run(None, {"x": steps(x)})
   got = (got.reshape(want.shape).astype(np.float32) - 128) / 127
   np.testing.assert_allclose(got, want.clip(-1, 1), atol=0.06)
 
 
-def test_float_network_in_torch():
+@FLOAT_NETWORKS
+def test_int8_network_in_openvino(changes):
+  pytest.importorskip("openvino", reason="needs minw[bench]")
+  layers, x, want = float_example(**changes)
+  compiled = openvino_networks.compile_model(
+      openvino_networks.int8_model(layers, x.shape[1:], len(x)), threads=1)
+  assert openvino_networks.convolution_types(compiled) <= {"i8", "u8"}
+  got = openvino_networks.prepare(compiled, steps(x))().reshape(want.shape)
+  np.testing.assert_allclose(got, want, atol=0.06)
+  assert np.abs(got - want).max() > 1e-4  # It does round.
+
+
+def test_openvino_in_floats_is_noticed():
+  openvino = pytest.importorskip("openvino", reason="needs minw[bench]")
+  opset = openvino.opset13
+  x = opset.parameter([1, 8, 5, 5], np.float32)
+  kernel = np.ones((8, 8, 3, 3), np.float32)
+  y = opset.convolution(x, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+  compiled = openvino_networks.compile_model(openvino.Model([y], [x]), threads=1)
+  assert openvino_networks.convolution_types(compiled) == {"f32"}
+
+
+@FLOAT_NETWORKS
+def test_float_network_in_torch(changes):
   torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-  linear, x, want = float_example()
+  layers, x, want = float_example(**changes)
   with torch.inference_mode():
-    got = inference.torch_inference(linear)(torch.tensor(x).permute(0, 3, 1, 2))
+    got = float_networks.torch_network(layers)(torch.tensor(x).permute(0, 3, 1, 2))
   np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
 
 
 def test_stacks_are_packed():
-  program, linear = inference.stack(2, 4, 32, 3, 2)
-  assert len(linear) == 2 and linear[0].kernel.shape == (3, 3, 32, 32)
+  program = networks.stack(2, networks.Block(4, 32), 3, 2)
+  layers = networks.float_layers(program)
+  assert [layer.kernel.shape for layer in layers] == [(3, 3, 32, 32)] * 2
   values = reference.run(program, np.random.default_rng(0).integers(
       0, 256, (2, 4, 4, 32), np.uint8))
   assert [len(np.unique(values[x])) for x in (1, 3, 5)] == [3, 3, 3]
   # Each code counts in a logit.
   np.testing.assert_array_equal(
       values[-1][:, 0, 0], values[5].sum((1, 2), dtype=np.float32))
+  dense = networks.float_layers(networks.stack(3, networks.Block(1, 16, 1), 2, 2))
+  assert [layer.kernel.shape for layer in dense] == [(1, 1, 16, 16)] * 3
 
 
 # OpenVINO's binary network.
@@ -365,33 +488,26 @@ def binary_logits(program, images):
   return call().reshape(len(images), -1)
 
 
-def integer_conv(x, kernel, pad):
-  """Sums of a 3x3 convolution over codes (batch, h, w, channels), one by one."""
-  n, h, w, _ = x.shape
-  x = np.pad(x.astype(int), [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=pad)
-  sums = np.zeros((n, h, w, len(kernel)), int)
-  for i in range(3):
-    for j in range(3):
-      sums += np.einsum("nyxc,oc->nyxo", x[:, i:i + h, j:j + w], kernel[:, i, j])
-  return sums
-
-
 @pytest.mark.parametrize("pad", [0, -1, 1])
-@pytest.mark.parametrize("size,width", [(5, 32), (7, 64), (3, 128)])
-def test_binary_convolutions_in_openvino(size, width, pad):
-  """Codes of two convolutions, of which a third falls, are the same."""
+@pytest.mark.parametrize("block", [(5, 32), (7, 64), (3, 128), (1, 64, 1)])
+def test_binary_convolutions_in_openvino(block, pad):
+  """Codes of two convolutions, a third of whose channels fall, are the same."""
+  block = networks.Block(*block)
   generator = np.random.default_rng(0)
-  program, _ = inference.stack(2, size, width, 1, 1)
-  falling = generator.random(width) < 0.3
+  program = networks.stack(2, block, 1, 1)
+  falling = generator.random(block.width) < 0.3
   program = program._replace(ops=tuple(
       op._replace(pad=pad) if isinstance(op, packed.Conv) else
       op._replace(falling=falling) if isinstance(op, packed.Threshold) else op
       for op in program.ops))
-  images = generator.integers(0, 256, (3, size, size, width), np.uint8)
+  images = generator.integers(
+      0, 256, (3, block.size, block.size, block.width), np.uint8)
   x = images.astype(int) - 128
   for op in program.ops[:5]:
     if isinstance(op, packed.Conv):
-      x = integer_conv(x, op.kernel, pad)
+      x = np.einsum("nyxchw,ohwc->nyxo",
+                    windows(x, (block.window,) * 2, (1, 1), op.pads, pad),
+                    op.kernel.astype(int), optimize=True)
     else:
       threshold = op.thresholds[0, 0]
       x = np.where(np.where(falling, x <= threshold, x >= threshold), 1, -1)
@@ -399,44 +515,103 @@ def test_binary_convolutions_in_openvino(size, width, pad):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(pad_value=-1.0), dict(conv_widths=(32, 64, 32, 32), first_padding="VALID")])
+    dict(pad_value=-1.0), dict(conv_widths=(32, 64, 32, 32), first_padding="VALID"),
+    RESNET])
 def test_binary_network_in_openvino(changes):
-  program, _ = inference.random_network(tiny_config(**{
+  program = networks.random_network(tiny_config(**{
       "weight_bits": 1, "conv_widths": (32, 64), "dense_widths": (40,), **changes}))
   assert any(op.falling.any() for op in program.ops if hasattr(op, "falling"))
-  images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+  images = np.random.default_rng(0).integers(
+      0, 256, (5, *program.source_shape), np.uint8)
   got, want = binary_logits(program, images), reference.logits(program, images)
-  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
-  inference.check_sums(program, images, got)
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
+  engines.check_sums(program, images, got)
 
 
-def test_engines_that_cannot_run_are_left_out():
+@pytest.mark.parametrize("width,weights,inputs,words", [
+    (33, 1, 1, "its sums are not those"),  # OpenVINO is wrong for 33 channels.
+    (32, 2, 1, "weights of 1 bit"), (32, 1, 2, "activations of 1 bit")])
+def test_engines_that_cannot_run_are_left_out(width, weights, inputs, words):
   pytest.importorskip("openvino", reason="needs minw[bench]")
-  for bits, words in (((1, 1), "its sums are not those"),  # OpenVINO is wrong here.
-                      ((2, 1), "weights of 1 bit"), ((1, 2), "activations of 1 bit")):
-    program, linear = inference.stack(1, 3, 33, *bits)
-    runs, left_out = inference.start_engines(
-        program, linear, 2, 1, ["OpenVINO binary", "XLA packed"])
-    assert list(runs) == ["XLA packed"]
-    assert words in left_out["OpenVINO binary"]
+  program = networks.stack(1, networks.Block(3, width), weights, inputs)
+  runs, left_out = engines.start(
+      program, networks.float_layers(program), 2, 1, ["OpenVINO binary", "XLA packed"])
+  assert list(runs) == ["XLA packed"]
+  assert words in left_out["OpenVINO binary"]
+
+
+def test_engines_that_are_not_installed_are_left_out(monkeypatch):
+  program = networks.stack(1, networks.Block(3, 8), 1, 1)
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  names = ["OpenVINO binary", "ONNX Runtime int8", "PyTorch float32"]
+  assert engines.start(program, [], 1, 1, names) == ({}, {
+      "OpenVINO binary": "openvino is not installed",
+      "ONNX Runtime int8": "onnxruntime is not installed",
+      "PyTorch float32": "torch is not installed"})
 
 
 def test_sums_are_checked():
-  program, _ = inference.random_network(tiny_config())
+  program = networks.random_network(tiny_config())
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
   logits = reference.logits(program, images)
-  inference.check_sums(program, images, logits * (1 + 1e-6))
+  engines.check_sums(program, images, logits * (1 + 1e-6))
   last = program.ops[-1]
   for image in (0, 3):
     wrong = logits.copy()
     wrong[image, 1] += last.unit * last.scale[1]
-    with pytest.raises(inference.LeftOut, match="its sums are not those"):
-      inference.check_sums(program, images, wrong)
+    with pytest.raises(engines.LeftOut, match="its sums are not those"):
+      engines.check_sums(program, images, wrong)
 
 
-def test_refuses_networks_that_are_not_convnets():
+# ONNX Runtime's weights of 2 bits.
+
+
+def test_two_bit_network_in_onnx():
+  onnxruntime = pytest.importorskip("onnxruntime", reason="needs minw[bench]")
+  pytest.importorskip("onnx", reason="needs minw[bench]")
+  generator = np.random.default_rng(0)
+  first, second = (generator.integers(-1, 2, shape, np.int8)
+                   for shape in ((96, 160), (7, 96)))
+  x = generator.integers(-1, 2, (3, 160)).astype(np.float32)
+  session = onnxruntime.InferenceSession(
+      onnx_networks.two_bit_network([first, second]),
+      providers=["CPUExecutionProvider"])
+  hidden = (x.astype(int) @ first.T).clip(-1, 1)
+  np.testing.assert_array_equal(
+      session.run(None, {"x": x})[0], (hidden @ second.T).clip(-1, 1))
+
+
+@pytest.mark.parametrize("width,weights,words", [
+    (64, 3, "its weights have 2 bits"), (33, 2, "blocks of 32")])
+def test_two_bit_networks_that_cannot_run_are_left_out(width, weights, words):
+  pytest.importorskip("onnxruntime", reason="needs minw[bench]")
+  pytest.importorskip("onnx", reason="needs minw[bench]")
+  program = networks.stack(1, networks.Block(1, width, 1), weights, 1)
+  runs, left_out = engines.start(
+      program, networks.float_layers(program), 2, 1, ["ONNX Runtime W2A8"])
+  assert not runs and words in left_out["ONNX Runtime W2A8"]
+
+
+def test_refuses_networks_that_do_not_pack():
   with pytest.raises(errors.UsageError, match="config.weight_bits|does not pack|bits"):
-    inference.random_network(tiny_config(weight_bits=4))
+    networks.random_network(tiny_config(weight_bits=4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["resnet20", "densenet100"])
+def test_refuses_networks_without_a_float_counterpart(network):
+  c = tiny_config(network=network, dataset="cifar10", crop_size=32)
+  with pytest.raises(errors.UsageError, match=f"config.network='{network}': must be"):
+    inference.checked_network(c)
+
+
+@pytest.mark.parametrize("op", [
+    packed.Conv("conv", 0, 1, np.ones((4, 1, 1, 2), np.int8), groups=2),
+    packed.Shortcut("shortcut", 1, (2, 2), 0, 0), packed.Add("add", 1, 1)])
+def test_operations_without_a_float_counterpart(op):
+  program = networks.stack(1, networks.Block(3, 4), 1, 1)
+  with pytest.raises(ValueError, match=f"{op.name} has no counterpart in float32"):
+    networks.float_layers(program._replace(ops=(*program.ops[:1], op)))
 
 
 def test_throughput_takes_turns(monkeypatch):

@@ -44,7 +44,8 @@ def main_inference() -> None:
   """
   batches = _positive("batches")
   _report(inference, lambda: inference.bench_inference(
-      flags.FLAGS.config, flags.FLAGS.rounds, batches, flags.FLAGS.layers))
+      flags.FLAGS.config, flags.FLAGS.rounds, batches,
+      inference.BLOCKS if flags.FLAGS.layers else ()))
 
 
 def main_data() -> None:

@@ -1,4 +1,4 @@
-"""OpenVINO as a peer: the packed network, made of OpenVINO's BinaryConvolutions.
+"""Networks for OpenVINO: the packed network of binary convolutions, and int8.
 
 BinaryConvolution sums products of weights and inputs that are -1 or 1, as the packed
 network's W1A1 convolutions do. A FakeQuantize of two levels before it makes its inputs,
@@ -6,11 +6,13 @@ which are the bits 0 and 1. The kernels of OpenVINO's CPU plugin keep the activa
 bits between layers.
 """
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
 
 from minw import packed
+from minw.bench import onnx_networks
+from minw.bench.networks import Layer
 
 # All threads belong to one stream. Float32 holds the sums exactly, whereas the default
 # is bfloat16 on some CPUs.
@@ -133,18 +135,17 @@ class _Value(NamedTuple):
     edge, falling = _channels(self.edge), _channels(self.falling)
     return opset13.fake_quantize(self.node, edge, edge, falling, 1 - falling, 2)
 
-  def levels(self) -> Any:
-    """Returns the node of the value in numbers, -1 and 1 for a CODE."""
+  def levels(self, scale: np.ndarray | float = 1) -> Any:
+    """Returns the node of the value in numbers, -scale and scale for a CODE."""
     from openvino import opset13
 
     if self.edge is None:
       return self.node
     # Sums are an integer from each other, and at least 0.5 from the edge. Between low
     # and high are none of them.
-    edge, falling = _channels(self.edge), _channels(self.falling)
+    edge, rising = _channels(self.edge), scale * (1 - 2 * _channels(self.falling))
     low, high = edge - np.float32(0.25), edge + np.float32(0.25)
-    return opset13.fake_quantize(
-        self.node, low, high, 2 * falling - 1, 1 - 2 * falling, 2)
+    return opset13.fake_quantize(self.node, low, high, -rising, rising, 2)
 
 
 def _channels(values: Any) -> np.ndarray:
@@ -191,8 +192,11 @@ def _threshold(
   if shortcut:
     # A level s of the shortcut selects one of two thresholds, middle + s * half. Sums
     # less s * half are compared with the middle.
+    # The maximum with a number below all sums changes nothing. Without it, OpenVINO
+    # fuses the addition and the threshold into the convolution, and is wrong.
     half = _channels((last - first) / 2)
-    node = opset13.subtract(node, opset13.multiply(shortcut.levels(), half))
+    node = opset13.maximum(
+        opset13.add(node, shortcut.levels(-half)), np.float32(-2**30))
   edge = (first + last) / 2 + np.where(op.falling, 0.5, -0.5)
   return _Value(node, edge, op.falling)
 
@@ -200,11 +204,8 @@ def _threshold(
 def _pool(op: packed.Pool, x: _Value) -> _Value:
   from openvino import opset13
 
-  top, bottom, left, right = op.pads
   if op.kind == "max":
-    return _Value(opset13.max_pool(
-        x.levels(), list(op.strides), [1, 1], [top, left], [bottom, right],
-        list(op.window)).output(0))
+    return _Value(_max_pool(op, x.levels()))
   if any(op.pads) or tuple(op.window) != tuple(x.node.shape)[2:]:
     raise ValueError(f"{op.name}: it has no counterpart of sums over windows")
   return _Value(opset13.reduce_sum(x.levels(), np.array([2, 3]), keep_dims=True))
@@ -224,3 +225,74 @@ _TRANSLATIONS: dict[type, Callable[..., _Value]] = {
     packed.Pool: _pool,
     packed.Logits: _logits,
 }
+
+
+def int8_model(layers: Sequence[Layer], shape: Sequence[int], batch: int) -> Any:
+  """Returns the network of `onnx_networks.int8_network` with FakeQuantize.
+
+  OpenVINO turns FakeQuantizes of 256 levels and the convolutions between them into
+  integer kernels.
+
+  Args:
+    layers: Layers of the network.
+    shape: Height, width and channels of an image.
+    batch: Number of images.
+
+  Returns:
+    An `openvino.Model` from images, uint8 (batch, channels, height, width), to logits,
+    float32 (batch, classes, 1, 1).
+  """
+  from openvino import opset13
+
+  h, w, c = shape
+  image = opset13.parameter([batch, c, h, w], np.uint8)
+  centered = opset13.subtract(
+      opset13.convert(image, "f32"), np.float32(onnx_networks.INT8_ZERO))
+  values = [opset13.multiply(centered, onnx_networks.INT8_SCALE)]
+  for layer in layers:
+    y = values[layer.input]
+    if layer.mean:
+      y = _fake_int8(opset13.reduce_mean(y, np.array([2, 3]), keep_dims=True))
+    top, bottom, left, right = layer.pads
+    y = opset13.add(opset13.convolution(
+        y, _int8_constant(layer), list(layer.strides), [top, left], [bottom, right],
+        [1, 1]), _channels(layer.bias))
+    if layer.shortcut is not None:
+      y = opset13.add(y, values[layer.shortcut])
+    # Bytes are pooled faster than floats, with the same results.
+    y = _fake_int8(y) if layer.clip else y
+    values.append(_max_pool(layer.pool, y) if layer.pool else y)
+  return _model(image, values[-1])
+
+
+def _int8_constant(layer: Layer) -> Any:
+  """Returns a layer's kernel as int8 weights times a scale."""
+  from openvino import opset13
+
+  kernel, unit = onnx_networks.int8_kernel(layer)
+  constant = opset13.constant(np.ascontiguousarray(kernel))
+  return opset13.multiply(opset13.convert(constant, "f32"), unit)
+
+
+def _fake_int8(x: Any) -> Any:
+  """Returns HardTanh of a node, rounded to the activations of int8 networks."""
+  from openvino import opset13
+
+  low, high = (np.float32(n * onnx_networks.INT8_SCALE) for n in (-128, 127))
+  return opset13.fake_quantize(x, low, high, low, high, 256)
+
+
+def _max_pool(op: packed.Pool, x: Any) -> Any:
+  from openvino import opset13
+
+  top, bottom, left, right = op.pads
+  return opset13.max_pool(
+      x, list(op.strides), [1, 1], [top, left], [bottom, right],
+      list(op.window)).output(0)
+
+
+def convolution_types(compiled: Any) -> set[str]:
+  """Returns the types in which a compiled model's convolutions compute."""
+  return {node.get_rt_info()["runtimePrecision"].value
+          for node in compiled.get_runtime_model().get_ops()
+          if node.get_rt_info()["layerType"].value == "Convolution"}

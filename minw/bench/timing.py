@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ _SECONDS = 0.2  # Shortest duration of a measurement, apart from compilation.
 Run = Callable[[int], None]  # Runs a number of steps and waits for the last.
 
 
-def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+def measure(runs: Mapping[Any, Run], rounds: int) -> dict[Any, list[float]]:
   """Measures the seconds per step of several functions.
 
   The functions take turns, so that other load on the machine affects all of them alike.
