@@ -248,11 +248,12 @@ def table(result: dict[str, Any]) -> str:
   what = "one layer"
   if not result["layers"]:
     what = f"{_describe(c)}, crop {c['crop_size']}, {titles.bits(c)}"
+  versions = (f"{name} {version}" for name, version in m["versions"].items())
   lines = [
       f"Inference: {what}; random weights",
       f"on {m['cores']} x {m['cpu']}{_describe_core(result['core'])}; native kernels:"
       f" {result['isa'] or 'not built'}",
-      "with " + ", ".join(f"{name} {version}" for name, version in m["versions"].items()),
+      f"with {', '.join(versions)}",
       f"Medians and quartiles of {result['rounds']} rounds; ratios of times are"
       " medians of each round's."]
   for run in result["runs"]:
