@@ -466,6 +466,7 @@ def test_stacks_are_packed():
   program = networks.stack(2, networks.Block(4, 32), 3, 2)
   layers = networks.float_layers(program)
   assert [layer.kernel.shape for layer in layers] == [(3, 3, 32, 32)] * 2
+  assert all(layer.clip for layer in layers)
   values = reference.run(program, np.random.default_rng(0).integers(
       0, 256, (2, 4, 4, 32), np.uint8))
   assert [len(np.unique(values[x])) for x in (1, 3, 5)] == [3, 3, 3]
@@ -548,6 +549,42 @@ def test_engines_that_are_not_installed_are_left_out(monkeypatch):
       "OpenVINO binary": "openvino is not installed",
       "ONNX Runtime int8": "onnxruntime is not installed",
       "PyTorch float32": "torch is not installed"})
+
+
+def test_openvino_does_not_report():
+  pytest.importorskip("openvino", reason="needs minw[bench]")
+  code = ("import os; os.register_at_fork(before=lambda: print('fork'))\n"
+          "from minw.bench import openvino_networks\n"
+          "import openvino, sys, time; time.sleep(1)\n"
+          "print([name for name in sys.modules if 'telemetry' in name"
+          " and sys.modules[name] and 'stub' not in name and 'ovc' not in name])")
+  output = subprocess.run(
+      [sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+  assert output == "[]\n"
+
+
+@pytest.mark.slow
+def test_openvino_is_held_to_forced_kernels():
+  """In a process of its own, because OpenVINO reads the variables only once."""
+  pytest.importorskip("openvino", reason="needs minw[bench]")
+  if "avx512" not in native.isas():
+    pytest.skip("needs AVX-512")
+  code = (
+      "from minw.bench import networks, openvino_networks as o\n"
+      "program = networks.stack(2, networks.Block(5, 32), 1, 1)\n"
+      "layers = networks.float_layers(program)\n"
+      "for model in o.binary_model(program, 1), o.int8_model(layers, (5, 5, 32), 1):\n"
+      "  for node in o.compile_model(model, 1).get_runtime_model().get_ops():\n"
+      "    info = node.get_rt_info()\n"
+      "    if 'Convolution' in info['layerType'].value:\n"
+      "      print(info['primitiveType'].value)\n")
+  for forced in (False, True):
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+        env={**os.environ, **(openvino_networks.AVX2 if forced else {})}).stdout
+    kernels = output.split()
+    assert len(kernels) == 4 and any("u1" in kernel for kernel in kernels)
+    assert all(("avx512" in kernel) != forced for kernel in kernels), kernels
 
 
 def test_sums_are_checked():

@@ -39,8 +39,9 @@ def main_inference() -> None:
     python -m minw.bench inference [--layers] [--batches=1,64] [...]
 
   The packed network, by default ConvNet A, is timed with the native kernels and in XLA.
-  The baselines need `pip install 'minw[bench]'`. All are timed on one thread and on all
-  cores. With --layers, single convolutions are timed instead of networks.
+  Networks of the same shapes in float32 and in int8 are the baselines, and for W1A1 the
+  binary convolutions of OpenVINO (pip install 'minw[bench]'). All are timed on one thread
+  and on all cores. With --layers, single convolutions and dense layers are timed.
   """
   batches = _positive("batches")
   _report(inference, lambda: inference.bench_inference(
@@ -157,7 +158,7 @@ def define_flags(subcommand: str) -> None:
   if subcommand == "inference":
     flags.DEFINE_list("batches", ["1", "64"], "Batch sizes.")
     flags.DEFINE_bool(
-        "layers", False, "Whether to time single convolutions instead of networks.")
+        "layers", False, "Whether to time single layers instead of networks.")
   if subcommand == "scaling":
     flags.DEFINE_list("chips", ["1", "8", "64", "512", "4096"], "Numbers of chips.")
     flags.DEFINE_integer(

@@ -69,7 +69,7 @@ def bench_inference(
   return {
       "bench": "inference", "config": config.to_dict(), "rounds": rounds,
       "layers": bool(blocks), "machine": timing.machine(_PACKAGES), "core": _core(),
-      "isa": native.isas()[0] if native.available() else None,
+      "isa": _isa(),
       "runs": runs, "left_out": _left_out_of_all(runs),
       "peak_bytes": native_memory(file) if file else {},
   }
@@ -135,8 +135,13 @@ def _call_overhead(threads):
 
 
 def _limit(threads: int) -> None:
-  """Restricts this process to that many cores. Call it before JAX starts threads."""
+  """Restricts this process to that many cores, and OpenVINO to the forced kernels.
+
+  Call it before JAX starts threads and before OpenVINO is imported.
+  """
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+  if os.environ.get("MINW_ISA") == "avx2":
+    os.environ.update(openvino_networks.AVX2)
 
 
 def _networks(
@@ -221,6 +226,13 @@ def _core() -> dict[str, Any]:
       **{name: fields[name] for name in ("cpu family", "model", "stepping")
          if name in fields},
       "extensions": [name for name in _EXTENSIONS if name in flags]}
+
+
+def _isa() -> str | None:
+  """Returns the instruction set of the native kernels, which MINW_ISA can force."""
+  if not native.available():
+    return None
+  return native.load(packed.to_bytes(networks.stack(1, Block(1, 1, 1), 1, 1))).isa
 
 
 def native_memory(file: bytes) -> dict[str, int]:

@@ -134,7 +134,7 @@ def float_layers(program: packed.Program) -> list[Layer]:
       last = values[op.input]
     elif not isinstance(op, _FOLLOWERS) or op.input != i - 1:
       raise ValueError(f"{op.name} has no counterpart in float32")
-    elif layers:
+    elif layers and op.input not in averaged:  # A stack ends in a sum.
       layers[-1] = _followed(layers[-1], op, values)
     values.append(last)
   return layers

@@ -6,6 +6,7 @@ which are the bits 0 and 1. The kernels of OpenVINO's CPU plugin keep the activa
 bits between layers.
 """
 
+import sys
 from typing import Any, Callable, NamedTuple, Sequence
 
 import numpy as np
@@ -14,10 +15,17 @@ from minw import packed
 from minw.bench import onnx_networks
 from minw.bench.networks import Layer
 
+# Importing OpenVINO would report the import to its makers, from a forked process. It
+# does without this package if the package cannot be imported.
+sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore
+
 # All threads belong to one stream. Float32 holds the sums exactly, whereas the default
 # is bfloat16 on some CPUs.
 _SETTINGS = {"NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
              "ENABLE_CPU_PINNING": False, "INFERENCE_PRECISION_HINT": "f32"}
+
+# Environment variables that keep OpenVINO and its oneDNN from newer extensions.
+AVX2 = {"OV_CPU_MAX_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def compile_model(model: Any, threads: int) -> Any:
