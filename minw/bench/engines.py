@@ -102,7 +102,7 @@ def check_sums(
   ends = [0, -1]
   want, last = reference.logits(program, images[ends]), program.ops[-1]
   assert isinstance(last, packed.Logits)
-  one = np.abs(np.float32(last.unit) * last.scale)  # What a sum of 1 adds.
+  one = np.abs(np.float32(last.unit) * last.scale)  # A sum of 1 adds this much.
   if not (np.abs(logits[ends] - want) < one / 8).all():
     raise LeftOut(_WRONG)
 
