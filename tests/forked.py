@@ -133,7 +133,10 @@ def _run(module: str, argv: list[str], folder: str, env: dict[str, str],
       runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
   except SystemExit as error:
-    return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if error.code is None or isinstance(error.code, int):
+      return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
   except BaseException:
     traceback.print_exc()
     return 1

@@ -70,6 +70,16 @@ def assert_qonnx_equal(program, batch):
   assert types == {name: inferred.get_tensor_datatype(name) for name in found}
 
 
+def assert_logits_equal(model, program):
+  """The logits of one image, of a QONNX model that was transformed."""
+  _, execute = as_qonnx()
+  image = images(program, 1)
+  result, = execute(model, {
+      model.graph.input[0].name: image.transpose(0, 3, 1, 2).astype(np.float32)
+  }).values()
+  np.testing.assert_array_equal(result, reference.logits(program, image))
+
+
 def test_by_hand():
   image = small_image()
   session = onnxruntime.InferenceSession(
@@ -174,17 +184,13 @@ def test_onnx_of_one_image_runs_in_qonnx():
 @pytest.mark.parametrize("bits", (1, 2, 3))
 def test_types_stay_in_a_clean_model(bits):
   """Sums of windows and shortcuts among them; and the model gives equal logits."""
-  wrapper, execute = as_qonnx()
+  wrapper, _ = as_qonnx()
   from qonnx.transformation import infer_datatypes
   from qonnx.util import cleanup
   from qonnx.util import inference_cost
   program = residual_and_dense(bits)
   clean = cleanup.cleanup_model(wrapper(onnx_graph.model(program, qonnx=True)))
-  image = images(program, 1)
-  result, = execute(clean, {
-      clean.graph.input[0].name: image.transpose(0, 3, 1, 2).astype(np.float32)
-  }).values()
-  np.testing.assert_array_equal(result, reference.logits(program, image))
+  assert_logits_equal(clean, program)
   cost = inference_cost.inference_cost(clean)["total_cost"]
   assert not any("FLOAT" in key for key in cost), cost
   inferred = clean.transform(infer_datatypes.InferDataTypes())
@@ -204,17 +210,13 @@ def test_types_hold_the_sums_that_there_can_be():
 
 
 def test_tools_of_qonnx():
-  wrapper, execute = as_qonnx()
+  wrapper, _ = as_qonnx()
   from qonnx.util import cleanup
   from qonnx.util import inference_cost
   program = digits_convnet()
   model = onnx_graph.model(program, qonnx=True)
   clean = cleanup.cleanup_model(wrapper(model))
-  image = images(program, 1)
-  result, = execute(clean, {
-      clean.graph.input[0].name: image.transpose(0, 3, 1, 2).astype(np.float32)
-  }).values()
-  np.testing.assert_array_equal(result, reference.logits(program, image))
+  assert_logits_equal(clean, program)
   kinds = [node.op_type for node in clean.graph.node]
   convs = [op for op in program.ops if isinstance(op, packed.Conv)]
   assert kinds.count("BipolarQuant") == len(convs)
@@ -230,7 +232,7 @@ def test_tools_of_qonnx():
 
 
 def test_convolutions_lower_as_finn_lowers_them():
-  wrapper, execute = as_qonnx()
+  wrapper, _ = as_qonnx()
   from qonnx.transformation import fold_constants
   from qonnx.transformation import infer_datatypes
   from qonnx.transformation import infer_shapes
@@ -246,11 +248,7 @@ def test_convolutions_lower_as_finn_lowers_them():
   assert not model.get_nodes_by_op_type("Conv")
   for node in model.get_nodes_by_op_type("MatMul"):
     assert model.get_tensor_datatype(node.input[1]).name == "BIPOLAR"
-  image = images(program, 1)
-  result, = execute(model, {
-      model.graph.input[0].name: image.transpose(0, 3, 1, 2).astype(np.float32)
-  }).values()
-  np.testing.assert_array_equal(result, reference.logits(program, image))
+  assert_logits_equal(model, program)
 
 
 @pytest.mark.parametrize("bits, container", [(1, "BipolarQuant"), (2, 2), (3, 4)])
