@@ -1,5 +1,6 @@
 """minw.bench: what it says of a tiny network; others' networks compute the same."""
 
+import functools
 from importlib import metadata
 import importlib.util
 import json
@@ -353,9 +354,14 @@ def test_residual_networks_have_float_layers(rules):
   assert [layer.clip for layer in layers] == [True] * 20 + [False]
 
 
+@functools.cache  # Packing a ResNet takes seconds.
+def random_network(**changes):
+  return networks.random_network(tiny_config(**changes))
+
+
+@functools.cache
 def float_example(**changes):
-  c = tiny_config(**changes)
-  program = networks.random_network(c)
+  program = random_network(**changes)
   layers = networks.float_layers(program)
   shape = (*program.crop, program.source_shape[2])
   x = np.random.default_rng(0).uniform(-1, 1, (5, *shape)).astype(np.float32)
@@ -516,11 +522,11 @@ def test_binary_convolutions_in_openvino(block, pad):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(pad_value=-1.0), dict(conv_widths=(32, 64, 32, 32), first_padding="VALID"),
+    dict(pad_value=-1.0, conv_widths=(32, 64), dense_widths=(40,)),
+    dict(first_padding="VALID", conv_widths=(32, 64, 32, 32), dense_widths=()),
     RESNET])
 def test_binary_network_in_openvino(changes):
-  program = networks.random_network(tiny_config(**{
-      "weight_bits": 1, "conv_widths": (32, 64), "dense_widths": (40,), **changes}))
+  program = random_network(weight_bits=1, **changes)
   assert any(op.falling.any() for op in program.ops if hasattr(op, "falling"))
   images = np.random.default_rng(0).integers(
       0, 256, (5, *program.source_shape), np.uint8)
