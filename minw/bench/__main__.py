@@ -40,8 +40,8 @@ def main_inference() -> None:
 
   The packed network, by default ConvNet A, is timed with the native kernels and in XLA.
   Networks of the same shapes in float32 and in int8 are the baselines, and for W1A1 the
-  binary convolutions of OpenVINO. They need `pip install 'minw[bench]'`. All are timed on
-  one thread and on all cores. With --layers, convolutions and dense layers are timed
+  binary convolutions of OpenVINO. They need `pip install 'minw[bench]'`. All are timed
+  on one thread and on all cores. With --layers, convolutions and dense layers are timed
   alone.
   """
   batches = _positive("batches")
