@@ -12,15 +12,18 @@ import platform
 
 import setuptools
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 _SOURCES = "minw/kernels/csrc"
 _FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi",
           "-ffp-contract=off"]  # Without fused products, results are equal on all CPUs.
+_AVX512 = ["-mpopcnt", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+           "-mavx512vpopcntdq", "-mavx512vnni", "-mprefer-vector-width=512"]
+_AMX = ["-mamx-tile", "-mamx-int8"]
 _X86_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mpopcnt"],
-    "kernels_avx512": [
-        "-mpopcnt", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-        "-mavx512vpopcntdq", "-mavx512vnni", "-mprefer-vector-width=512"],
+    "kernels_avx512": _AVX512,
+    "kernels_amx": _AVX512 + _AMX,
 }
 
 
@@ -36,12 +39,22 @@ class BuildLibrary(build_ext):
     for source in ext.sources:
       name = os.path.splitext(os.path.basename(source))[0]
       flags = _FLAGS + (_X86_FLAGS.get(name, []) if x86 else [])
-      objects += self.compiler.compile(
-          [source], output_dir=self.build_temp, extra_postargs=flags,
-          depends=ext.depends)
+      try:
+        objects += self._compile(source, ext, flags)
+      except CompileError:
+        if not set(_AMX) & set(flags):
+          raise
+        # Compilers before GCC 11 and Clang 11 do not know AMX. Without its flags the
+        # file defines no kernels.
+        flags = [flag for flag in flags if flag not in _AMX]
+        objects += self._compile(source, ext, flags)
     self.compiler.link_shared_object(
         objects, self.get_ext_fullpath(ext.name), libraries=["pthread"],
         target_lang="c++")
+
+  def _compile(self, source: str, ext: setuptools.Extension, flags: list) -> list:
+    return self.compiler.compile([source], output_dir=self.build_temp,
+                                 extra_postargs=flags, depends=ext.depends)
 
 
 setuptools.setup(

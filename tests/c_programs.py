@@ -15,9 +15,11 @@ CSRC = ROOT / "minw" / "kernels" / "csrc"
 
 def setup_flags():
   """What setup.py compiles files with, by instruction set."""
-  text = (ROOT / "setup.py").read_text()
-  start = text.index("_X86_FLAGS = ") + len("_X86_FLAGS = ")
-  return ast.literal_eval(text[start:text.index("\n}\n") + 2])
+  names: dict = {}
+  for statement in ast.parse((ROOT / "setup.py").read_text()).body:
+    if isinstance(statement, ast.Assign):
+      exec(ast.unparse(statement), names)
+  return names["_X86_FLAGS"]
 
 
 def tool(*names):

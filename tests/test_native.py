@@ -7,6 +7,7 @@ import platform
 import struct
 import subprocess
 import sys
+import time
 
 import hypothesis
 from hypothesis import strategies as st
@@ -73,11 +74,55 @@ def test_kernel_names(isa, weights, activations):
   b = Builder(np.random.default_rng(0), (6, 7, 3))
   b.conv(b.threshold(b.conv(0, 1, 64), activations), weights, 70)
   (_, kernel), = native.load(packed.to_bytes(b.end(3))).layers()[2:3]
-  if 1 in (weights, activations) or weights == activations == 2:
+  if isa == "amx":
+    assert kernel == f"W{weights}A{activations} int8 tiles"
+  elif 1 in (weights, activations) or weights == activations == 2:
     assert kernel.split()[0] == f"W{weights}A{activations}"
     assert kernel.endswith("table lookup" if isa == "avx2" else "popcount")
   else:
     assert kernel.split()[0] in ("int8", "int16")
+
+
+def test_isas_of_this_cpu():
+  """A file that does not compile must not leave its instruction set out unseen."""
+  if not os.path.exists("/proc/cpuinfo"):
+    pytest.skip("no list of the CPU's instructions")
+  flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
+  avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vpopcntdq",
+            "avx512_vnni"}
+  needs = {"amx": avx512 | {"amx_tile", "amx_int8"}, "avx512": avx512, "avx2": {"avx2"}}
+  assert ISAS == [*(isa for isa, need in needs.items() if need <= flags),
+                  *["neon"] * (platform.machine() == "aarch64"), "portable"]
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="the CPU has no int8 tiles")
+@pytest.mark.parametrize("seed", range(12))
+def test_tiles(monkeypatch, seed):
+  """Strides, dilation, borders, pooling and several images, all by int8 tiles."""
+  monkeypatch.setenv("MINW_ISA", "amx")
+  rng = np.random.default_rng(seed)
+  draw = lambda *choices: int(rng.choice(choices))
+  b = Builder(rng, (draw(29, 36), draw(37, 50), draw(1, 3, 4)))
+  bits, weights = draw(1, 2, 3), draw(1, 2, 3)
+  x = b.conv(0, draw(1, 2, 3), draw(15, 40), (3, 2), pads=(1, 0, 2, 1))
+  if seed % 2:
+    x = b.add(packed.Pool("pool", x, "max", (2, draw(1, 2)), (2, draw(1, 2))))
+  x = b.threshold(x, bits)
+  window = draw(1, 2, 3), draw(1, 3, 5)
+  pads = tuple(rng.integers(0, 3, 4).tolist())
+  pad = draw(-1, 1) if bits == 1 else draw(-1, 0, 1)
+  x = b.conv(x, weights, draw(31, 32, 33, 70), window, (draw(1, 2), draw(1, 2, 3)),
+             pads, pad, dilation=(draw(1, 2), draw(1, 2)))
+  program = b.end(b.threshold(x, bits))
+  network = check(program)
+  kernels = [kernel for _, kernel in network.layers()]
+  assert sum(k.endswith("int8 tiles") for k in kernels) == 2, kernels
+  x = images(program, 17)
+  want = reference.run(program, x)[-1].reshape(17, -1)
+  for batch in (2, 5, 17):
+    for threads in (1, 3):
+      have = network.logits(x[:batch], threads=threads)
+      np.testing.assert_array_equal(have, want[:batch])
 
 
 @pytest.mark.parametrize("size", range(1, 12))
@@ -321,10 +366,74 @@ def test_names_and_kernels(isa):
   assert {kernel for name, kernel in layers if name == "norm"} == {
       "in the pass of its convolution"}
   kernels = [kernel for name, kernel in layers if name == "conv"]
-  assert kernels[0] == "int16 sums"
-  for kernel in kernels[:5]:
+  dots = isa in ("amx", "avx512", "avx2")  # The maps are too small for tiles.
+  assert kernels[0] == ("int8 dot products" if dots else "int16 sums")
+  for kernel in kernels[1:5]:
     assert "product" not in kernel
-  assert "product" in kernels[5]
+  assert kernels[5] == ("int8 dot products" if dots else "int16 products")
+
+
+@pytest.mark.parametrize("size, window, stride, step", (
+    ((9, 8), (3, 3), (1, 1), (1, 1)), ((13, 17), (7, 7), (2, 2), (1, 1)),
+    ((8, 9), (2, 4), (1, 2), (2, 1)), ((11, 9), (3, 2), (2, 1), (1, 3)),
+    ((5, 6), (1, 1), (1, 1), (1, 1)), ((16, 16), (9, 11), (1, 1), (1, 1))))
+@pytest.mark.parametrize("channels", (1, 3, 4, 5))
+def test_images(isa, size, window, stride, step, channels):
+  """Layers that read images, at the extremes of pixels and offsets."""
+  rng = np.random.default_rng(channels)
+  b = Builder(rng, (size[0] + 3, size[1] + 2, channels), size)
+  b.offset = rng.choice((0, 1, 128, 255), channels)
+  b.values = [packed.image_value(b.source, b.crop, b.offset)]
+  x = b.conv(0, 3, 37, window, stride, (2, 3, 1, 4), 0, 1, step)
+  b.ops[0].kernel[:2] = np.reshape((3, -3), (2, 1, 1, 1))
+  program = b.end(b.threshold(x, 2))
+  check(program)
+  network = native.load(packed.to_bytes(program))
+  for fill in (0, 255):
+    x = np.full((2, *network.shape), fill, np.uint8)
+    want = reference.run(program, x)
+    np.testing.assert_array_equal(network.values(x)[1], want[1])
+    np.testing.assert_array_equal(network.logits(x), want[-1].reshape(2, -1))
+
+
+@pytest.mark.skipif(not ISAS or ISAS[0] in ("portable", "neon"),
+                    reason="the CPU has no kernels to choose from")
+@pytest.mark.parametrize("activations", (1, 2, 3))
+@pytest.mark.parametrize("weights", (1, 2, 3))
+def test_choice(monkeypatch, weights, activations):
+  """Without MINW_ISA, the kernel is one of some instruction set; sums are the same."""
+  monkeypatch.delenv("MINW_ISA", raising=False)
+  b = Builder(np.random.default_rng(0), (9, 8, 3))
+  x = b.threshold(b.conv(0, weights, 64), activations)
+  program = b.end(b.threshold(b.conv(x, weights, 70), 1))
+  kernel = lambda: native.load(packed.to_bytes(program)).layers()[2][1]
+  chosen = kernel()
+  assert check(program).layers()[2][1] == chosen  # Measured once in a process.
+  every = set()
+  for isa in ISAS:
+    monkeypatch.setenv("MINW_ISA", isa)
+    every.add(kernel())
+  assert chosen in every
+
+
+def test_profile(isa):
+  """Each pass has a time, at its last operation; together they take no longer."""
+  b = Builder(np.random.default_rng(0), (24, 24, 3))
+  x = b.threshold(b.conv(0, 1, 64), 1)
+  x = b.add(packed.Pool("pool", b.conv(x, 1, 64), "max", (2, 2), (2, 2)))
+  program = b.end(b.threshold(x, 1))
+  network, x = native.load(packed.to_bytes(program)), images(program, 40)
+  for threads in (1, 3):
+    begin = time.perf_counter()
+    seconds = network.profile(x, threads)
+    total = time.perf_counter() - begin
+    passes = [k != "in the pass of its convolution" for _, k in network.layers()]
+    # A fused pass ends with its thresholds.
+    assert [s > 0 for s in seconds] == [False, True, False, False, True, True, True]
+    assert passes[:5] == [True, False, True, False, False]
+    assert sum(seconds) < total
+  with pytest.raises(ValueError, match="must be uint8"):
+    network.profile(x[:, 1:])
 
 
 def test_peak_counts_products(isa):

@@ -53,6 +53,8 @@ def _library() -> ctypes.CDLL | None:
       ("metadata", pointer, [pointer, ctypes.POINTER(size)]),
       ("logits", ctypes.c_int,
        [pointer, pointer, size, pointer, ctypes.c_int, text, size]),
+      ("profile", ctypes.c_int,
+       [pointer, pointer, size, ctypes.c_int, pointer, text, size]),
       ("num_ops", ctypes.c_uint32, [pointer]),
       ("value_shape", _Shape, op),
       ("op_name", text, op),
@@ -155,6 +157,26 @@ class Network:
     self._call(self._lib.minw_values, images, pointers)
     return [r.astype(_KINDS[s.kind], copy=False)
             for r, s in zip(results, self._shapes())]
+
+  def profile(self, images: np.ndarray, threads: int = 1) -> list[float]:
+    """Measures the time of each operation in a run of a batch.
+
+    Args:
+      images: uint8 (batch, *shape).
+      threads: Number of threads, which share each layer.
+
+    Returns:
+      For each operation the seconds of the pass that ends with it, summed over the
+      batch. They are 0 if a later operation ends the pass.
+
+    Raises:
+      ValueError: The images have another shape or dtype.
+      MemoryError: There is not enough memory for the values of the network.
+    """
+    images = self._checked(images)
+    seconds = np.empty(self._lib.minw_num_ops(self._network))
+    self._call(self._lib.minw_profile, images, threads, seconds.ctypes.data)
+    return seconds.tolist()
 
   def layers(self) -> list[tuple[str, str]]:
     """Returns each operation's name and the name of the kernel that runs it."""

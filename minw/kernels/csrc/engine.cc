@@ -3,7 +3,7 @@
 
 minw_network::minw_network(const uint8_t* bytes, size_t size,
                            const minw::Limits& limits)
-    : program(minw::parse(bytes, size, limits)), isa(minw::best_isa()) {
+    : program(minw::parse(bytes, size, limits)), choice(minw::best_isa()) {
   program.source.offset = program.offset.data();
   int n = static_cast<int>(program.ops.size());
   layers.resize(n);
@@ -11,7 +11,7 @@ minw_network::minw_network(const uint8_t* bytes, size_t size,
   for (int i = 0; i < n; i++) {
     minw::Op& op = program.ops[i];
     if (op.kind == minw::kConv) {
-      layers[i] = minw::make_layers(program, i, isa);
+      layers[i] = minw::make_layers(program, i, layer_isa(op));
       op.weights = {};  // They point into the caller's bytes.
     } else if (op.kind == minw::kThreshold) {
       int stride = program.values[i + 1].map.stride;
@@ -19,7 +19,6 @@ minw_network::minw_network(const uint8_t* bytes, size_t size,
                        stride,  op.flip.data(), op.thresholds.data()};
     }
   }
-  needs = minw::scratch_needs(layers);
   plain = minw::make_plan(*this, /*fused=*/false, /*reach=*/0);
   // A pass runs where its last operation was. If that one is far from the convolution,
   // the convolution's input lives longer, and in a network with many such passes the
@@ -27,4 +26,11 @@ minw_network::minw_network(const uint8_t* bytes, size_t size,
   fast = minw::make_plan(*this, /*fused=*/true, /*reach=*/n);
   if (fast.arena > limits.memory)
     fast = minw::make_plan(*this, /*fused=*/true, /*reach=*/1);
+}
+
+const minw::Isa& minw_network::layer_isa(const minw::Op& conv) const {
+  const minw::Map& in = program.values[conv.inputs[0]].map;
+  bool bits = conv.weights.grid() && (in.kind == minw::kCode || !conv.inputs[0]);
+  if (choice.forced || !bits) return choice.isa;
+  return minw::fastest_isa(choice.isa, conv.weights.format, in.bits);
 }

@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "minw.h"
 #include "program.h"
+#include "team.h"
 
 namespace minw {
 
@@ -85,9 +86,15 @@ class Spare {
 
 // ---- Instruction sets (isa.cc).
 
+// An instruction set, and whether MINW_ISA names it.
+struct IsaChoice {
+  const Isa& isa;
+  bool forced;
+};
+
 // The best instruction set that this CPU runs, or the one that MINW_ISA names. Throws
 // Error if MINW_ISA names one that does not run here.
-const Isa& best_isa();
+IsaChoice best_isa();
 
 // Names of the instruction sets that this CPU runs, best first, separated by spaces.
 const char* isa_names();
@@ -102,12 +109,18 @@ struct Layer {
   std::vector<int32_t> offsets, channels;
   std::vector<int> row_class, col_class;
   std::vector<char> border;
+  const Isa* isa = nullptr;
   const char* kernel = "";
 };
 
 // Lays out the convolution of operation `op` for the kernels of `isa`. A convolution
 // whose channels form groups may be split into several layers, one for each group.
 std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
+
+// Measures which instruction set is fastest for weights and activations of these bits:
+// `best`, or one of those that may stand in for it (choice.cc). Activations of 0 bits
+// are images.
+const Isa& fastest_isa(const Isa& best, int w_bits, int a_bits);
 
 // ---- Plans (plan.cc).
 
@@ -119,6 +132,15 @@ struct Step {
   Finish finish = {};
 };
 
+// Bytes of scratch memory that the convolutions of a plan need besides the arena.
+// Those of `image` grow with the number of images.
+struct Needs {
+  struct {
+    size_t padded = 0, magnitudes = 0, part_in = 0, part_out = 0, acc = 0;
+  } image;
+  size_t padded = 0, acc = 0, gathered = 0, counts = 0;
+};
+
 // An order of steps, and the place of each value in memory. Values that do not live at
 // the same time share memory, which is called the arena.
 struct Plan {
@@ -126,23 +148,23 @@ struct Plan {
   std::vector<size_t> offset;  // Begin of each value in the arena, for one image.
   size_t arena = 0;            // Bytes of the arena for one image.
   size_t group = 1;            // Images that run through the steps together.
+  Needs needs;
 };
 
-// Bytes of scratch memory that the convolutions of a network need besides the arena.
-// The first four of them grow with the number of images.
-struct Needs {
-  size_t padded = 0, magnitudes = 0, part_in = 0, part_out = 0;
-  size_t acc = 0, gathered = 0, counts = 0;
-};
-
-// Offsets at which the parts of scratch memory begin, and the end of the last one.
+// Offsets at which the parts of scratch memory begin.
 struct Places {
-  size_t padded, magnitudes, acc, pixels, base, sums, gathered, counts, part_in;
-  size_t part_out, end;
+  size_t padded, magnitudes, part_in, part_out;
+  size_t own, own_bytes;  // The first thread's part, and the size of each one.
+  size_t pixels, base, sums, acc, gathered, counts;  // Within a thread's part.
 };
 
-Needs scratch_needs(const std::vector<std::vector<Layer>>& layers);
-Places scratch_places(const Plan& plan, const Needs& needs, size_t images);
+// The needs of one convolution whose pooling windows have `pool_h` rows.
+Needs needs_of(const Conv& conv, int pool_h);
+
+Places scratch_places(const Plan& plan, size_t images);
+
+// The parts of scratch memory for a thread of a call with so many images.
+Work work_in(char* scratch, const Places& places, int thread, size_t images);
 
 }  // namespace minw
 
@@ -152,16 +174,19 @@ struct minw_network {
   size_t image_bytes() const {
     return static_cast<size_t>(program.source.h) * program.source.w * program.channels;
   }
-  size_t scratch_bytes(const minw::Plan& plan, size_t images) const {
-    return minw::scratch_places(plan, needs, images).end;
+  size_t scratch_bytes(const minw::Plan& plan, size_t images, int threads) const {
+    minw::Places places = minw::scratch_places(plan, images);
+    return places.own + places.own_bytes * threads;
   }
 
+  // The instruction set for a convolution.
+  const minw::Isa& layer_isa(const minw::Op& conv) const;
+
   minw::Program program;
-  const minw::Isa& isa;
+  minw::IsaChoice choice;
   // Layers of each operation: none for other operations than convolutions.
   std::vector<std::vector<minw::Layer>> layers;
   std::vector<minw::Threshold> thresholds;  // Used where the operation is a threshold.
-  minw::Needs needs;
   minw::Plan plain;  // One operation a step; all values stay in the arena.
   minw::Plan fast;   // Fused steps; values share memory.
   mutable minw::Spare spare;
@@ -169,7 +194,7 @@ struct minw_network {
 
 namespace minw {
 
-// Plans a network whose layers, thresholds and needs are complete.
+// Plans a network whose layers and thresholds are complete.
 //
 // Args:
 //   fused: Whether max pooling and thresholds may join the pass of the convolution
@@ -179,9 +204,12 @@ Plan make_plan(const minw_network& net, bool fused, int reach);
 
 // ---- Runs (run.cc).
 
-// Runs a plan for n images in scratch memory of net.scratch_bytes(plan, n).
+// Runs a plan for n images, whose layers are divided among the threads of a team, in
+// scratch memory of net.scratch_bytes(plan, n, team.threads()). If `seconds` is not
+// null, the time of each step is added to the element of its last operation.
 void run(const minw_network& net, const Plan& plan, const uint8_t* images, size_t n,
-         char* scratch, float* logits);
+         char* scratch, float* logits, const Team::Lease& team,
+         double* seconds = nullptr);
 
 // Makes value 0 of n images: crops them and subtracts the offsets of their channels.
 void store_images(const minw_network& net, const uint8_t* images, size_t n, char* out);

@@ -4,9 +4,9 @@
 #include <cstring>
 
 #include "engine.h"
-#include "pool.h"
 
 using minw::Map;
+using minw::Team;
 
 namespace {
 
@@ -89,25 +89,54 @@ const char* minw_metadata(const minw_network* network, size_t* size) {
 int minw_logits(const minw_network* network, const uint8_t* images, size_t batch,
                 float* logits, int threads, char* error, size_t error_size) {
   const minw_network& net = *network;
+  auto pass = [&](size_t first, size_t n, const Team::Lease& team) {
+    auto scratch = net.spare.take(net.scratch_bytes(net.fast, n, team.threads()));
+    minw::run(net, net.fast, images + first * net.image_bytes(), n, scratch->data(),
+              logits + first * net.program.classes, team);
+    net.spare.keep(std::move(scratch));
+  };
   bool done = guarded(error, error_size, [&] {
-    if (!batch) return;
-    // Groups of images are the pieces of work that threads take.
-    size_t workers = std::max(threads, 1);
+    Team::Lease team(threads);
+    size_t workers = team.threads();
+    // With fewer images than threads, the threads share the layers of all images.
+    bool shared = batch < workers;
     size_t group = std::min(net.fast.group, (batch + workers - 1) / workers);
-    size_t bytes = net.scratch_bytes(net.fast, group);
+    if (shared) group = net.fast.group;
+    size_t groups = batch ? (batch + group - 1) / group : 0;
+    auto size = [&](size_t i) { return std::min(group, batch - i * group); };
+    if (shared) {
+      for (size_t i = 0; i < groups; i++) pass(i * group, size(i), team);
+      return;
+    }
+    // Otherwise groups of images are the pieces of work.
+    const Team::Lease alone(1);
     std::atomic<bool> failed{false};
-    minw::Pool::shared().run((batch + group - 1) / group, threads, [&](size_t i) {
-      size_t first = i * group, n = std::min(group, batch - first);
-      try {
-        auto scratch = net.spare.take(bytes);
-        minw::run(net, net.fast, images + first * net.image_bytes(), n, scratch->data(),
-                  logits + first * net.program.classes);
-        net.spare.keep(std::move(scratch));
-      } catch (const std::bad_alloc&) {
-        failed = true;
-      }
-    });
+    for (size_t begin = 0; begin < groups; begin += Team::kMaxPieces)
+      team.loop(std::min(groups - begin, Team::kMaxPieces), [&](size_t i, int) {
+        try {
+          pass((begin + i) * group, size(begin + i), alone);
+        } catch (const std::bad_alloc&) {
+          failed = true;
+        }
+      });
     if (failed) throw std::bad_alloc();
+  });
+  return done ? 0 : -1;
+}
+
+int minw_profile(const minw_network* network, const uint8_t* images, size_t batch,
+                 int threads, double* seconds, char* error, size_t error_size) {
+  const minw_network& net = *network;
+  bool done = guarded(error, error_size, [&] {
+    const Team::Lease team(threads);
+    const size_t group = net.fast.group;
+    minw::Buffer scratch(net.scratch_bytes(net.fast, group, team.threads()));
+    std::vector<float> logits(net.program.classes * group);
+    std::fill_n(seconds, net.program.ops.size(), 0.0);
+    for (size_t i = 0; i < batch; i += group)
+      minw::run(net, net.fast, images + i * net.image_bytes(),
+                std::min(group, batch - i), scratch.data(), logits.data(), team,
+                seconds);
   });
   return done ? 0 : -1;
 }
@@ -138,12 +167,13 @@ int minw_values(const minw_network* network, const uint8_t* images, size_t batch
                 void* const* values, char* error, size_t error_size) {
   const minw_network& net = *network;
   bool done = guarded(error, error_size, [&] {
-    minw::Buffer scratch(net.scratch_bytes(net.plain, 1));
+    const Team::Lease alone(1);
+    minw::Buffer scratch(net.scratch_bytes(net.plain, 1, 1));
     std::vector<float> logits(net.program.classes);
     size_t count = net.program.values.size();
     for (size_t i = 0; i < batch; i++) {
       const uint8_t* image = images + i * net.image_bytes();
-      minw::run(net, net.plain, image, 1, scratch.data(), logits.data());
+      minw::run(net, net.plain, image, 1, scratch.data(), logits.data(), alone);
       if (values[0])
         minw::store_images(net, image, 1, scratch.data() + net.plain.offset[0]);
       for (size_t v = 0; v < count; v++) {
@@ -162,16 +192,16 @@ int minw_values(const minw_network* network, const uint8_t* images, size_t batch
 }
 
 const char* minw_isa(const minw_network* network) {
-  if (network) return network->isa.name;
+  if (network) return network->choice.isa.name;
   const char* name = "";
-  guarded(nullptr, 0, [&] { name = minw::best_isa().name; });
+  guarded(nullptr, 0, [&] { name = minw::best_isa().isa.name; });
   return name;
 }
 
 const char* minw_isas(void) { return minw::isa_names(); }
 
 uint64_t minw_peak(const minw_network* network, uint64_t steps) {
-  return network->isa.peak(steps);
+  return network->choice.isa.peak(steps);
 }
 
 uint64_t minw_hash(const void* bytes, size_t size) {

@@ -5,10 +5,42 @@
 
 #include "engine.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace minw {
 namespace {
 
-const Isa* const kIsas[] = {&kAvx512, &kAvx2, &kNeon, &kPortable};  // Best first.
+// Best first.
+const Isa* const kIsas[] = {&kAmx, &kAvx512, &kAvx2, &kNeon, &kPortable};
+
+#if defined(__x86_64__)
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vpopcntdq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// Whether the CPU has int8 tiles and the system lets this process use them. Linux
+// reserves the registers' memory for processes that have asked for it.
+bool runs_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // Bits of EDX.
+  constexpr long kRequest = 0x1023, kTileData = 18;        // See arch_prctl(2).
+  unsigned a, b, c, d;
+  if (!runs_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & kTiles) && (d & kInt8) && !syscall(SYS_arch_prctl, kRequest, kTileData);
+#else
+  return false;
+#endif
+}
+#endif
 
 // Whether this CPU runs the kernels of an instruction set.
 bool runs(const Isa& isa) {
@@ -16,11 +48,8 @@ bool runs(const Isa& isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (&isa == &kAvx2) return __builtin_cpu_supports("avx2");
-  if (&isa == &kAvx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vpopcntdq") &&
-           __builtin_cpu_supports("avx512vnni");
+  if (&isa == &kAvx512) return runs_avx512();
+  if (&isa == &kAmx) return runs_amx();
 #endif
   return true;
 }
@@ -34,7 +63,7 @@ struct Names {
       std::strcat(text, isa->name);
     }
   }
-  char text[64] = "";  // All names together have 26 characters.
+  char text[64] = "";  // All names together have 30 characters.
 };
 
 // The names are put together when the library is loaded. A fork during a first call
@@ -45,11 +74,11 @@ const Names names;
 
 const char* isa_names() { return names.text; }
 
-const Isa& best_isa() {
+IsaChoice best_isa() {
   const char* forced = std::getenv("MINW_ISA");
   bool any = !forced || !*forced;
   for (const Isa* isa : kIsas)
-    if (runs(*isa) && (any || !std::strcmp(forced, isa->name))) return *isa;
+    if (runs(*isa) && (any || !std::strcmp(forced, isa->name))) return {*isa, !any};
   throw Error(std::string("MINW_ISA=") + (any ? "" : forced) +
               " does not run on this CPU; these do: " + names.text);
 }

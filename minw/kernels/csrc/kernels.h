@@ -43,6 +43,7 @@ enum Form : uint8_t {
   kPlanes,   // Bits, uint64 [word][plane]: signs (1 is positive), masks of 1, 2, 4.
   kLookup,   // Numbers of `fold` channels, which select tables or entries of tables.
   kBytes,    // Levels + 4, as uint8.
+  kTiles,    // Levels as int8, or pixels as uint8: rows of windows (kernels_amx.cc).
   kInt16,    // Levels or pixels.
   kInt32,    // The same, where sums may exceed an int16.
   kFloat32,  // Levels, pixels or floats in their own unit.
@@ -55,24 +56,38 @@ constexpr int kChunk = 192;
 // Rows of a block of table lookups, whose counts stay in the cache.
 constexpr int kRowBlock = 32;
 
+// Tiles of kTiles have at most 16 rows of 64 bytes. A group is two tiles wide, and two
+// tiles of pixels are read at a time.
+constexpr int kTileRows = 16, kTileBytes = 64, kTileWidth = 2 * kTileRows;
+constexpr int kTilePixels = 2 * kTileRows;
+
 constexpr int kRowSlack = 32;      // Bytes that may be written past a gathered row.
 constexpr int kPaddedSlack = 256;  // Bytes that may be read past the last padded pixel.
 
-// Scratch memory of one call. The arrays `pixels`, `base` and `sums` have an element
-// for each output pixel of the chunk that is being convolved.
+// Scratch memory of one thread. The threads of a call share the first two arrays. The
+// arrays `pixels`, `base` and `sums` have an element for each output pixel of the chunk
+// that is being convolved.
 struct Work {
-  char* padded;              // The input in the convolution's form, with its border.
-  int32_t* magnitudes;       // Sum of the magnitudes of each padded pixel.
-  const char** pixels;       // Begin of the window in `padded`.
-  const int32_t** base;      // Initial values of the sums.
-  int32_t* sums;             // Sum of the magnitudes in the window.
-  int32_t* acc;              // The sums of one group, [pixel][width].
-  uint8_t* gathered;         // Lookups: the numbers in the windows.
-  uint16_t* counts;          // Lookups: sums of the entries that were looked up.
-  char *part_in, *part_out;  // Split convolutions: the channels of one group.
+  char* padded;          // The input in the convolution's form, with its border.
+  int32_t* magnitudes;   // Sum of the magnitudes of each padded pixel.
+  const char** pixels;   // Begin of the window in `padded`.
+  const int32_t** base;  // Initial values of the sums.
+  int32_t* sums;         // Sum of the magnitudes in the window.
+  int32_t* acc;          // The sums of one group, [pixel][width].
+  uint8_t* gathered;     // Lookups: numbers in the windows; kTiles: weights.
+  uint16_t* counts;      // Lookups: sums of the entries that were looked up.
+  int images;            // Images of the call.
 };
 
 struct Conv;
+
+// A piece of a convolution's result: `size` pooling windows of all images from window
+// `first` on, or with kTiles as many rows of windows in each image; and the groups
+// [begin, end) of output channels.
+struct Piece {
+  size_t first;
+  int size, begin, end;
+};
 
 // Computes work.acc: the sums of `n` output pixels for the channels of one group.
 using Group = void (*)(const Conv& conv, int group, const Work& work, int n);
@@ -87,6 +102,7 @@ struct Conv {
   Form form;
   int a_bits, w_bits;  // Bits of activations and weights; 0 if they are no codes.
   float unit;          // Unit of the input (kFloat32).
+  size_t products;     // Products of weights and activations for an output pixel.
 
   int words;     // Words of a pixel and plane (kPlanes).
   bool paired;   // W1A1 with two words in a step; the second one holds the XOR of both.
@@ -101,22 +117,25 @@ struct Conv {
   int elements;             // Elements of a pixel (kInt16, kInt32, kFloat32).
   const int32_t* channels;  // Input channel of each element; null if in order.
 
-  int row_bytes;           // Bytes of a pixel's window in work.gathered.
+  int row_bytes;           // Bytes of a pixel's window in work.gathered (kLookup).
+  size_t expanded;         // Bytes of a group's weights in work.gathered (kTiles).
   int pixel_bytes;         // Bytes of a pixel in `form`.
   int padded_h, padded_w;  // Size of the input with its border.
   int steps;               // Steps of a window.
-  const int32_t* offsets;  // Bytes from a window's first pixel to each step.
-  int width;               // Output channels of a group.
-  int groups;              // Groups of output channels.
-  size_t group_bytes;      // Bytes of a group's weights.
-  const char* weights;     // [group][step][plane][channel]
-  const int32_t* base;     // Initial sums, [row class][column class][channel].
-  const int* row_class;    // Class of each output row ...
-  const int* col_class;    // ... and column, by which taps lie in the border.
-  int col_classes;         // Number of classes of columns.
-  const char* border;      // A pixel of padding.
-  int32_t border_sum;      // Its sum of magnitudes.
-  Group group;             // The kernel.
+  // Bytes from a window's first pixel to each step. With kTiles, padded rows from its
+  // first row to each row of the kernel.
+  const int32_t* offsets;
+  int width;             // Output channels of a group.
+  int groups;            // Groups of output channels.
+  size_t group_bytes;    // Bytes of a group's weights.
+  const char* weights;   // [group][step][plane][channel]
+  const int32_t* base;   // Initial sums, [row class][column class][channel].
+  const int* row_class;  // Class of each output row ...
+  const int* col_class;  // ... and column, by which taps lie in the border.
+  int col_classes;       // Number of classes of columns.
+  const char* border;    // A pixel of padding.
+  int32_t border_sum;    // Its sum of magnitudes.
+  Group group;           // The kernel.
 };
 
 // Integer thresholds that turn sums into codes; see finish.inc.
@@ -139,15 +158,20 @@ struct Finish {
 // The kernels of an instruction set.
 struct Isa {
   const char* name;
-  bool dot;     // Has int8 dot products (kBytes).
-  bool lookup;  // Has table lookups (kLookup).
+  const Isa* others;  // Runs the layers that these kernels do not, or null.
+  bool tiles;         // Has int8 tiles (kTiles), and no other form.
+  bool dot;           // Has int8 dot products (kBytes).
+  bool lookup;        // Has table lookups (kLookup).
   // Sets conv->group, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
   // Converts `n` pixels to conv.form. `magnitudes` may be null.
   void (*encode)(const Conv& conv, const void* in, int n, char* out,
                  int32_t* magnitudes);
-  // Convolves and finishes `n` images.
-  void (*conv)(const Conv& conv, const Finish& finish, int n, const void* in,
+  // Converts the rows [begin, end) of all images, with the border around them.
+  void (*pad)(const Conv& conv, const void* in, size_t begin, size_t end,
+              const Work& work);
+  // Convolves and finishes a piece that is not larger than a chunk.
+  void (*conv)(const Conv& conv, const Finish& finish, const Piece& piece,
                const int8_t* shortcut, const Work& work, void* out);
   // Turns the sums of `pixels` pixels into codes.
   void (*threshold)(const Threshold& threshold, const int32_t* in,
@@ -158,7 +182,7 @@ struct Isa {
 
 // The name is null where the library was built for another architecture. These are
 // constants because a function in their files might use what the CPU lacks.
-extern const Isa kPortable, kAvx2, kAvx512, kNeon;
+extern const Isa kPortable, kAvx2, kAvx512, kAmx, kNeon;
 
 }  // namespace minw
 

@@ -9,8 +9,9 @@ namespace {
 
 constexpr int kVector = 32;
 // A step adds at most 8 to a byte's count, and 31 * 8 < 256. It adds at most 2 * 8 * 4
-// to an int16 of a dot product, and 256 * 64 < 2^15.
-constexpr int kCountSteps = 31, kDotSteps = 256;
+// to an int16 of a dot product, and 256 * 64 < 2^15; or with pixels of images at most
+// 2 * 255 * 4, and 16 * 2040 < 2^15.
+constexpr int kCountSteps = 31, kDotSteps = 256, kImageDotSteps = 16;
 
 // Tiles whose sums and operands fit the 16 registers.
 constexpr int kPairPixels = 2, kPlanePixels = 3, kMaskPixels = 2;
@@ -71,7 +72,8 @@ inline Lanes32 dot_total(DotAcc acc) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", true, true, choose, encode, conv, threshold, peak};
+const Isa kAvx2 = {"avx2", nullptr, false, true,      true, choose,
+                   encode, pad,     conv,  threshold, peak};
 
 }  // namespace minw
 

@@ -21,6 +21,9 @@ namespace {
 constexpr int kMaxLookupWidth = 128;
 constexpr int kInt16Width = 64, kInt32Width = 32;
 
+// With fewer output pixels than this, tiles of 16 pixels would be nearly empty.
+constexpr int kMinTilePixels = 24;
+
 // Columns of lookups come in vectors of this many bytes.
 constexpr int kLookupColumns = 32;
 
@@ -135,8 +138,9 @@ class LayerBuilder {
   LayerBuilder(const Program& program, int op, const Isa& isa, int parts, int part)
       : op_(program.ops[op]),
         x_(program.values[op_.inputs[0]]),
-        isa_(isa),
+        source_(program.source),
         inputs_(x_.map.c / op_.groups),
+        isa_(&isa),
         c_(layer_.conv) {
     const Map& out = program.values[op + 1].map;
     c_.in = parts > 1 ? part_of(x_.map, parts) : x_.map;
@@ -144,9 +148,12 @@ class LayerBuilder {
     c_.window = op_.window;
     c_.source = op_.inputs[0] == 0 && parts == 1 ? &program.source : nullptr;
     c_.unit = op_.unit;
+    c_.products = size_t{1} * taps() * inputs_ * c_.out.c;
     first_weight_ = uint64_t{1} * part * c_.out.c * taps() * inputs_;
     c_.own = op_.groups > parts;
     c_.w_bits = op_.weights.grid() ? op_.weights.format : 0;
+    if (isa_->tiles && !fills_tiles()) isa_ = isa_->others;
+    layer_.isa = isa_;
     choose_form();
     choose_elements();
     storage_ = storage();
@@ -154,7 +161,7 @@ class LayerBuilder {
     c_.form == kFloat32 ? store_floats() : store_levels();
     choose_base();
     encode_border();
-    layer_.kernel = isa.choose(&c_);
+    layer_.kernel = isa_->choose(&c_);
   }
 
   Layer take() { return std::move(layer_); }
@@ -182,12 +189,15 @@ class LayerBuilder {
     if (codes && x_.zeros) c_.a_bits = std::max(c_.a_bits, 2);  // Needs a code for 0.
     int a = c_.a_bits, w = c_.w_bits;
     bool planes = a == 1 || w == 1 || (a == 2 && w == 2);
-    if (!w || c_.in.kind == kFloat) {
+    if (isa_->tiles) {
+      c_.form = kTiles;
+      c_.width = kTileWidth;
+    } else if (!w || c_.in.kind == kFloat) {
       c_.form = kFloat32;
       c_.width = kInt32Width;
     } else if (codes && !c_.own && planes) {
       choose_planes();
-    } else if (codes && !c_.own && isa_.dot) {
+    } else if ((codes || c_.source) && !c_.own && isa_->dot) {
       c_.form = kBytes;
       c_.fold = 4;
       c_.width = kInt32Width;
@@ -196,6 +206,12 @@ class LayerBuilder {
       c_.form = narrow ? kInt16 : kInt32;
       c_.width = narrow ? kInt16Width : kInt32Width;
     }
+  }
+
+  // Whether the operands are bytes, and there are enough pixels for tiles.
+  bool fills_tiles() const {
+    return c_.w_bits && !c_.own && (c_.in.kind == kCode || c_.source) &&
+           c_.out.h * c_.out.w >= kMinTilePixels;
   }
 
   // Chooses the form for products that signs and masks decide: table lookups if the
@@ -209,7 +225,7 @@ class LayerBuilder {
     int64_t steps = int64_t{taps()} * (c_.in.c / c_.fold + 1);
     int most = a == 3 || w == 3 ? kMostEntry3 : kMostEntry;
     bool filled = !swapped || c_.out.h * c_.out.w > kMostUnswappedPixels;
-    if (isa_.lookup && steps * most < kCountLimit && filled) {
+    if (isa_->lookup && steps * most < kCountLimit && filled) {
       c_.form = kLookup;
       c_.swapped = swapped;
       c_.width = kRowBlock;
@@ -263,7 +279,13 @@ class LayerBuilder {
       case kLookup:
         return {divided_up(inputs_, c_.fold), three ? 2 : 1,
                 c_.in.stride / (three ? 2 : c_.fold), c_.w_bits == 3 ? 2 : 1, 1};
-      case kBytes: return {divided_up(inputs_, 4), 4, c_.in.stride, 1, 4};
+      case kBytes: {
+        // Pixels of images are rows of windows, since few channels would fill no step.
+        int channels = c_.source ? c_.window.w * inputs_ : inputs_;
+        int steps = divided_up(channels, 4);
+        return {steps, 4, c_.source ? steps * 4 : c_.in.stride, 1, 4};
+      }
+      case kTiles: return {};  // See store_tiles.
       case kInt16: return {inputs_, elements * 2, c_.elements * 2, masks, 2};
       case kInt32: return {inputs_, elements * 4, c_.elements * 4, masks, 4};
       case kFloat32: return {inputs_, elements * 4, c_.elements * 4, 1, 4};
@@ -274,12 +296,13 @@ class LayerBuilder {
   // Lists the steps of a window, in bytes from its first pixel.
   void lay_out_steps() {
     const Window& w = c_.window;
-    c_.pixel_bytes = storage_.pixel_bytes;
     c_.padded_h = c_.in.h + w.top + w.bottom;
     c_.padded_w = c_.in.w + w.left + w.right;
+    if (c_.form == kTiles) return lay_out_tiles();
+    c_.pixel_bytes = storage_.pixel_bytes;
     int words = c_.paired ? 2 : 1;  // Words of a step.
     for (int y = 0; y < w.h; y++)
-      for (int x = 0; x < w.w; x++) {
+      for (int x = 0; x < stored_columns(); x++) {
         int pixel = (y * w.step_h * c_.padded_w + x * w.step_w) * c_.pixel_bytes;
         for (int i = 0; i < storage_.tap_steps; i += words)
           layer_.offsets.push_back(pixel + i * storage_.step_bytes);
@@ -288,8 +311,31 @@ class LayerBuilder {
     c_.offsets = layer_.offsets.data();
     if (c_.form == kLookup) c_.row_bytes = c_.steps * storage_.step_bytes + kRowSlack;
     c_.groups = divided_up(c_.out.c, c_.width);
-    c_.group_bytes = size_t{1} * taps() * storage_.tap_steps * storage_.planes *
-                     c_.width * storage_.size;
+    c_.group_bytes = size_t{1} * w.h * stored_columns() * storage_.tap_steps *
+                     storage_.planes * c_.width * storage_.size;
+  }
+
+  // Columns of the kernel whose steps are apart. If pixels are rows of windows, all
+  // columns are in the steps of the first one.
+  int stored_columns() const {
+    return c_.form == kBytes && c_.source ? 1 : c_.window.w;
+  }
+
+  // The same for tiles, whose pixels are rows of windows; see kernels_amx.cc.
+  void lay_out_tiles() {
+    const Window& w = c_.window;
+    int row_steps = divided_up(w.w * c_.in.c, kTileBytes);
+    int phase_rows = divided_up(c_.padded_h, w.stride_h);
+    for (int y = 0; y < w.h; y++) {
+      int row = y * w.step_h;
+      layer_.offsets.push_back(row % w.stride_h * phase_rows + row / w.stride_h);
+    }
+    c_.offsets = layer_.offsets.data();
+    c_.pixel_bytes = row_steps * kTileBytes;
+    c_.steps = w.h * row_steps;
+    c_.groups = divided_up(c_.out.c, c_.width);
+    c_.expanded = size_t{2} * c_.steps * kTileRows * kTileBytes;
+    c_.group_bytes = c_.w_bits == 3 ? c_.expanded : c_.expanded / 8 * c_.w_bits;
   }
 
   // ---- Weights: [group][tap][step][plane][channel].
@@ -325,7 +371,9 @@ class LayerBuilder {
     allocate_weights();
     for (int o = 0; o < c_.out.c; o++)
       each(o, [&](int tap, int first, const Bits& b) {
-        if (c_.form == kPlanes)
+        if (c_.form == kTiles)
+          store_tiles(o, tap, first, b);
+        else if (c_.form == kPlanes)
           store_planes(weight(o, tap, first / 64), first / 64, b);
         else if (c_.form == kLookup && c_.w_bits == 1)
           store_signs(o, tap, first, b);
@@ -333,6 +381,34 @@ class LayerBuilder {
           for (int i = 0; i < std::min(64, inputs_ - first); i++)
             store_level(o, tap, first + i, level_of(b, i));
       });
+  }
+
+  // Tiles: [group][row of the kernel][64 inputs][tile][4 inputs][channel][input]. Four
+  // inputs of 16 channels are a row of a tile. With 1 and 2 bits it is a word for each
+  // plane: which weights are positive, and which are not 0.
+  void store_tiles(int out, int tap, int first, const Bits& b) {
+    const Window& w = c_.window;
+    char* group = layer_.weights->data() + out / c_.width * c_.group_bytes;
+    int tile = out % c_.width / kTileRows, column = out % kTileRows * 4;
+    const int step = tap / w.w * (c_.pixel_bytes / kTileBytes);
+    for (int i = 0; i < std::min(64, inputs_ - first);) {
+      int input = tap % w.w * inputs_ + first + i;
+      size_t row = size_t{2} * (step + input / kTileBytes) + tile;
+      row = row * kTileRows + input % kTileBytes / 4;
+      // The inputs up to the end of the row's four. Bits past the last channel are 0.
+      int at = input % 4, n = 4 - at;
+      for (int k = 0; c_.w_bits == 3 && k < std::min(n, inputs_ - first - i); k++)
+        group[row * kTileBytes + column + at + k] =
+            static_cast<char>(level_of(b, i + k));
+      if (c_.w_bits < 3) {
+        char* word = group + row * c_.w_bits * sizeof(uint64_t) + column / 8;
+        int shift = column % 8 + at, four = (1 << n) - 1;
+        word[0] |= static_cast<char>((b.positive >> i & four) << shift);
+        if (c_.w_bits == 2)
+          word[8] |= static_cast<char>((b.mask[0] >> i & four) << shift);
+      }
+      i += n;
+    }
   }
 
   static int level_of(const Bits& b, int i) {
@@ -365,6 +441,10 @@ class LayerBuilder {
     switch (c_.form) {
       case kLookup: return add_digit(weight(o, tap, 0), channel, level);
       case kBytes:
+        if (c_.source) {
+          channel += tap % c_.window.w * inputs_;
+          tap /= c_.window.w;
+        }
         weight(o, tap, channel / 4)[channel % 4] = static_cast<char>(level);
         return;
       case kInt16: return store_lane<int16_t>(weight(o, tap, channel), level);
@@ -415,13 +495,27 @@ class LayerBuilder {
         if (c_.a_bits == 1) return all.magnitudes;
         if (c_.sums || c_.form == kPlanes) return 0;
         return int64_t{2} * c_.steps;  // W2A2 lookups count 2 less each step's sum.
-      case kBytes: return -4 * all.levels;  // Pixels are stored as level + 4.
+      case kBytes:                     // Codes are stored as level + 4.
+        return c_.source ? 0 : -4 * all.levels;
+      case kTiles: return 0;
       case kInt16:
       case kInt32:
         return c_.w_bits < 3 ? all.negative : 0;  // -x is computed as ~x = -x - 1.
       case kFloat32: return 0;
     }
     return 0;
+  }
+
+  // The sum of the offsets of an image's pixels for an output channel, if its kernel
+  // does not subtract them.
+  int64_t offsets(int out) const {
+    int64_t sum = 0;
+    if ((c_.form == kTiles || c_.form == kBytes) && c_.source)
+      each(out, [&](int, int first, const Bits& b) {
+        for (int i = 0; i < std::min(64, inputs_ - first); i++)
+          sum += source_.offset[first + i] * level_of(b, i);
+      });
+    return sum;
   }
 
   // Corrects 1-bit codes for zero padding. A pixel of padding counts as 0, but a bit
@@ -463,7 +557,7 @@ class LayerBuilder {
         for (const auto& r : rows.inside)
           for (const auto& k : cols.inside) {
             int64_t border = all.levels - totals.sum(r, k);
-            layer_.base[at] = static_cast<int32_t>(left_out(all) + border);
+            layer_.base[at] = static_cast<int32_t>(left_out(all) + border - offsets(o));
             at += stride;
           }
       }
@@ -481,16 +575,19 @@ class LayerBuilder {
     layer_.border.resize(c_.pixel_bytes);
     if (c_.in.kind == kCode) {
       std::vector<int8_t> codes(c_.in.stride + kAlign, static_cast<int8_t>(op_.pad));
-      isa_.encode(c_, codes.data(), 1, layer_.border.data(),
-                  c_.sums ? &c_.border_sum : nullptr);
+      isa_->encode(c_, codes.data(), 1, layer_.border.data(),
+                   c_.sums ? &c_.border_sum : nullptr);
     }
+    if ((c_.form == kTiles || c_.form == kBytes) && c_.source)
+      std::memcpy(layer_.border.data(), source_.offset, c_.in.c);
     c_.border = layer_.border.data();
   }
 
   const Op& op_;
   const Value& x_;
-  const Isa& isa_;
-  const int inputs_;       // Channels that an output channel reads.
+  const Source& source_;
+  const int inputs_;  // Channels that an output channel reads.
+  const Isa* isa_;
   uint64_t first_weight_;  // The part's first weight in the file.
   Storage storage_ = {};
   Layer layer_;

@@ -5,7 +5,7 @@
  * aborts or throws. Functions that can fail take a buffer of error_size bytes, into
  * which they write a message that ends with 0. Pass NULL and 0 if you do not want it.
  *
- * The environment variable MINW_ISA (portable, avx2, avx512, neon) forces an
+ * The environment variable MINW_ISA (portable, avx2, avx512, amx, neon) forces an
  * instruction set. It is read when a network is loaded. Results do not depend on it.
  */
 #ifndef MINW_H_
@@ -66,6 +66,13 @@ MINW_API const char* minw_metadata(const minw_network* network, size_t* size);
 MINW_API int minw_logits(const minw_network* network, const uint8_t* images,
                          size_t batch, float* logits, int threads, char* error,
                          size_t error_size);
+
+/* Runs the images and measures the time of each operation. seconds[i], of minw_num_ops
+ * elements, is the time of the pass that ends with operation i, summed over the batch.
+ * It is 0 for operations in the pass of a later one. Returns 0, or -1 for an error. */
+MINW_API int minw_profile(const minw_network* network, const uint8_t* images,
+                          size_t batch, int threads, double* seconds, char* error,
+                          size_t error_size);
 
 /* The operations in their order. Names and kernels belong to the network. */
 MINW_API uint32_t minw_num_ops(const minw_network* network);

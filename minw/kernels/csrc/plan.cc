@@ -161,63 +161,109 @@ void place_values(const minw_network& net, bool fused, Plan* plan) {
   plan->arena = arena.size();
 }
 
-// Makes room for a convolution.
-void add(const Conv& c, Needs* needs) {
+size_t rounded_up(size_t x, size_t by) { return (x + by - 1) / by * by; }
+
+// Makes room for a convolution whose pooling windows have `pool_h` rows.
+void add(const Conv& c, int pool_h, Needs* needs) {
+  auto need = [](size_t bytes, size_t* most) { *most = std::max(*most, bytes); };
   size_t pixels = static_cast<size_t>(c.padded_h) * c.padded_w;
-  needs->padded = std::max(needs->padded, pixels * c.pixel_bytes);
-  if (c.sums) needs->magnitudes = std::max(needs->magnitudes, pixels * sizeof(int32_t));
-  needs->acc = std::max(needs->acc, size_t{kChunk} * c.width * sizeof(int32_t));
+  size_t width_bytes = c.width * sizeof(int32_t);
+  need(kChunk * width_bytes, &needs->acc);
+  need(kPaddedSlack, &needs->padded);
+  need(size_t{1} * c.padded_w * c.in.c + kAlign, &needs->acc);  // A padded row.
+  if (c.form == kTiles) {
+    size_t rows = rounded_up(c.padded_h, c.window.stride_h);
+    need(rows * c.out.w * c.pixel_bytes, &needs->image.padded);
+    // The last tiles reach past the last pixel.
+    need(size_t{kTilePixels} * c.pixel_bytes, &needs->padded);
+    need((kChunk + kTilePixels) * width_bytes, &needs->acc);
+    need(size_t{1} * pool_h * c.out.w * width_bytes, &needs->image.acc);
+    need(c.expanded, &needs->gathered);
+    return;
+  }
+  need(pixels * c.pixel_bytes, &needs->image.padded);
+  if (c.sums) need(pixels * sizeof(int32_t), &needs->image.magnitudes);
   if (c.form == kLookup) {
     // With equal bits, one row of bytes serves two pixels.
     size_t rows = c.a_bits == c.w_bits ? kChunk / 2 : kChunk;
-    needs->gathered = std::max(needs->gathered, rows * c.row_bytes);
-    needs->counts = kRowBlock * kChunk * sizeof(uint16_t);
+    need(rows * c.row_bytes, &needs->gathered);
+    need(kRowBlock * kChunk * sizeof(uint16_t), &needs->counts);
   }
 }
 
-}  // namespace
-
-Needs scratch_needs(const std::vector<std::vector<Layer>>& layers) {
+Needs needs_of(const minw_network& net, const std::vector<Step>& steps) {
   Needs needs;
-  for (const auto& parts : layers) {
-    if (parts.size() > 1) {
-      needs.part_in = std::max(needs.part_in, map_bytes(parts[0].conv.in));
-      needs.part_out = std::max(needs.part_out, map_bytes(parts[0].conv.out));
+  for (const Step& step : steps) {
+    if (step.conv >= 0) {
+      add(net.layers[step.conv][0].conv, step.finish.pool_h, &needs);
+      continue;
     }
-    for (const Layer& layer : parts) add(layer.conv, &needs);
+    for (const Layer& part : net.layers[step.op]) {
+      needs.image.part_in = std::max(needs.image.part_in, map_bytes(part.conv.in));
+      needs.image.part_out = std::max(needs.image.part_out, map_bytes(part.conv.out));
+      add(part.conv, 1, &needs);
+    }
   }
   return needs;
 }
 
-Places scratch_places(const Plan& plan, const Needs& needs, size_t images) {
-  // Vectors may read past the last pixel of the arena and of a part's input.
-  size_t end = plan.arena * images + kAlign;
+}  // namespace
+
+Needs needs_of(const Conv& conv, int pool_h) {
+  Needs needs;
+  add(conv, pool_h, &needs);
+  return needs;
+}
+
+Places scratch_places(const Plan& plan, size_t images) {
+  const Needs& needs = plan.needs;
+  size_t end = 0;
   auto part = [&](size_t bytes) {
     size_t begin = end;
     end += aligned(bytes);
     return begin;
   };
   Places p = {};
-  p.padded = part(needs.padded * images + kPaddedSlack);
-  p.magnitudes = part(needs.magnitudes * images);
-  p.acc = part(needs.acc);
+  // Vectors may read past the last pixel of the arena and of a part's input.
+  part(plan.arena * images + kAlign);
+  p.padded = part(needs.image.padded * images + needs.padded);
+  p.magnitudes = part(needs.image.magnitudes * images);
+  p.part_in = part(needs.image.part_in * images + kAlign);
+  p.part_out = part(needs.image.part_out * images);
+  p.own = end;
+  end = 0;
   p.pixels = part(kChunk * sizeof(void*));
   p.base = part(kChunk * sizeof(void*));
   p.sums = part(kChunk * sizeof(int32_t));
+  p.acc = part(needs.image.acc * images + needs.acc);
   p.gathered = part(needs.gathered);
   p.counts = part(needs.counts);
-  p.part_in = part(needs.part_in * images + kAlign);
-  p.part_out = part(needs.part_out * images);
-  p.end = end;
+  p.own_bytes = end;
   return p;
+}
+
+Work work_in(char* scratch, const Places& places, int thread, size_t images) {
+  char* own = scratch + places.own + thread * places.own_bytes;
+  Work work;
+  work.padded = scratch + places.padded;
+  work.magnitudes = reinterpret_cast<int32_t*>(scratch + places.magnitudes);
+  work.acc = reinterpret_cast<int32_t*>(own + places.acc);
+  work.pixels = reinterpret_cast<const char**>(own + places.pixels);
+  work.base = reinterpret_cast<const int32_t**>(own + places.base);
+  work.sums = reinterpret_cast<int32_t*>(own + places.sums);
+  work.gathered = reinterpret_cast<uint8_t*>(own + places.gathered);
+  work.counts = reinterpret_cast<uint16_t*>(own + places.counts);
+  work.images = static_cast<int>(images);
+  return work;
 }
 
 Plan make_plan(const minw_network& net, bool fused, int reach) {
   Plan plan;
   plan.steps = Fuser(net, fused, reach).steps();
   place_values(net, fused, &plan);
+  plan.needs = needs_of(net, plan.steps);
   if (fused) {
-    size_t image = net.scratch_bytes(plan, 2) - net.scratch_bytes(plan, 1) + 1;
+    size_t image = net.scratch_bytes(plan, 2, 1) - net.scratch_bytes(plan, 1, 1) + 1;
     plan.group = std::clamp<size_t>(kGroupBytes / image, 1, kMaxGroup);
   }
   return plan;

@@ -1,6 +1,7 @@
 // Runs a plan: convolutions by the kernels, other operations by plain loops.
 #include <algorithm>
 #include <cfloat>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -46,27 +47,21 @@ void pool(const Window& w, const Map& in, const Map& out, const X* x, size_t n, 
       }
 }
 
-// The parts of scratch memory.
-Work work_in(char* scratch, const Places& at) {
-  Work work;
-  work.padded = scratch + at.padded;
-  work.magnitudes = reinterpret_cast<int32_t*>(scratch + at.magnitudes);
-  work.acc = reinterpret_cast<int32_t*>(scratch + at.acc);
-  work.pixels = reinterpret_cast<const char**>(scratch + at.pixels);
-  work.base = reinterpret_cast<const int32_t**>(scratch + at.base);
-  work.sums = reinterpret_cast<int32_t*>(scratch + at.sums);
-  work.gathered = reinterpret_cast<uint8_t*>(scratch + at.gathered);
-  work.counts = reinterpret_cast<uint16_t*>(scratch + at.counts);
-  work.part_in = scratch + at.part_in;
-  work.part_out = scratch + at.part_out;
-  return work;
-}
+// Pieces of a layer that each thread takes on average. With several of them, threads
+// that begin late or run slowly take fewer.
+constexpr size_t kPiecesOfThread = 3;
+
+// Smallest pieces, since handing one to another thread takes about a microsecond.
+constexpr size_t kMinProducts = size_t{1} << 19;
+constexpr size_t kMinBytes = size_t{1} << 14;
+
+size_t divided_up(size_t x, size_t by) { return (x + by - 1) / by; }
 
 // One run of a plan, for n images.
 class Run {
  public:
   Run(const minw_network& net, const Plan& plan, const uint8_t* images, size_t n,
-      char* scratch, float* logits)
+      char* scratch, float* logits, const Team::Lease& team)
       : net_(net),
         program_(net.program),
         plan_(plan),
@@ -74,25 +69,35 @@ class Run {
         n_(n),
         scratch_(scratch),
         logits_(logits),
-        work_(work_in(scratch, scratch_places(plan, net.needs, n))) {}
+        team_(team),
+        places_(scratch_places(plan, n)) {}
 
-  void all() {
-    bool stored = false;  // Whether value 0 was made.
-    for (const Step& step : plan_.steps) {
-      if (step.conv >= 0) {
-        convolve(step);
+  // Runs all steps. If `seconds` is not null, the time of each step is added to that of
+  // its last operation.
+  void all(double* seconds) {
+    for (const Step& s : plan_.steps) {
+      if (!seconds) {
+        step(s);
         continue;
       }
-      const Op& op = program_.ops[step.op];
-      if (!stored && std::count(op.inputs.begin(), op.inputs.end(), 0)) {
-        store_images(net_, images_, n_, at(0));
-        stored = true;
-      }
-      operation(op, step.op);
+      auto begin = std::chrono::steady_clock::now();
+      step(s);
+      std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
+      seconds[s.op] += time.count();
     }
   }
 
  private:
+  void step(const Step& s) {
+    if (s.conv >= 0) return convolve(s);
+    const Op& op = program_.ops[s.op];
+    if (!stored_ && std::count(op.inputs.begin(), op.inputs.end(), 0)) {
+      store_images(net_, images_, n_, at(0));
+      stored_ = true;
+    }
+    operation(op, s.op);
+  }
+
   char* at(int value) const { return scratch_ + plan_.offset[value] * n_; }
   const Map& map(int value) const { return program_.values[value].map; }
   const int8_t* codes(int value) const {
@@ -106,13 +111,60 @@ class Run {
   }
   size_t pixels(const Map& m) const { return n_ * m.h * m.w; }
 
+  Work work(int thread) const { return work_in(scratch_, places_, thread, n_); }
+
+  // Calls part(begin, end, thread) for ranges that cover 0, ..., count - 1, divided
+  // among the team's threads. Ranges are not shorter than `least`.
+  template <class Part>
+  void divide(size_t count, size_t least, const Part& part) const {
+    size_t most = team_.threads() > 1 ? team_.threads() * kPiecesOfThread : 1;
+    size_t pieces = std::clamp<size_t>(count / least, 1, most);
+    team_.loop(pieces, [&](size_t i, int thread) {
+      part(count * i / pieces, count * (i + 1) / pieces, thread);
+    });
+  }
+
   // A convolution and what follows it, in one pass.
   void convolve(const Step& step) {
     int input = program_.ops[step.conv].inputs[0];
     int shortcut = step.threshold >= 0 ? program_.ops[step.op].shortcut : -1;
     const void* x = input ? static_cast<const void*>(at(input)) : images_;
-    net_.isa.conv(net_.layers[step.conv][0].conv, step.finish, static_cast<int>(n_), x,
-                  shortcut >= 0 ? codes(shortcut) : nullptr, work_, at(step.op + 1));
+    convolve(net_.layers[step.conv][0], step.finish, x,
+             shortcut >= 0 ? codes(shortcut) : nullptr, at(step.op + 1));
+  }
+
+  // Converts the input and convolves it. Pieces of the result are chunks, and where
+  // there are few of them, chunks of some of the channels.
+  void convolve(const Layer& layer, const Finish& f, const void* in,
+                const int8_t* shortcut, void* out) const {
+    const Conv& c = layer.conv;
+    size_t row_bytes = size_t{1} * c.padded_w * c.pixel_bytes;
+    divide(n_ * c.padded_h, kMinBytes / row_bytes + 1,
+           [&](size_t begin, size_t end, int thread) {
+             layer.isa->pad(c, in, begin, end, work(thread));
+           });
+    // Units of a chunk: pooling windows, or rows of them in all images.
+    bool rows = c.form == kTiles;
+    size_t units = rows ? f.out.h : n_ * f.out.h * f.out.w;
+    size_t pixels = rows ? n_ * c.out.w * f.pool_h : size_t{1} * f.pool_h * f.pool_w;
+    size_t chunk = std::max(kChunk / pixels, size_t{1});
+    size_t chunks = divided_up(units, chunk);
+    size_t most = units * pixels * c.products / kMinProducts;
+    size_t wanted = std::min(team_.threads() * kPiecesOfThread, most);
+    size_t splits = 1;
+    if (team_.threads() > 1 && wanted > chunks)
+      splits = std::min<size_t>(divided_up(wanted, chunks), c.groups);
+    auto piece = [&](size_t i, int thread) {
+      size_t first = i / splits * chunk, split = i % splits;
+      Piece p = {first, static_cast<int>(std::min(chunk, units - first)),
+                 static_cast<int>(c.groups * split / splits),
+                 static_cast<int>(c.groups * (split + 1) / splits)};
+      layer.isa->conv(c, f, p, shortcut, work(thread), out);
+    };
+    divide(chunks * splits, wanted ? divided_up(chunks * splits, wanted) : chunks,
+           [&](size_t begin, size_t end, int thread) {
+             for (size_t i = begin; i < end; i++) piece(i, thread);
+           });
   }
 
   void operation(const Op& op, int index) {
@@ -123,10 +175,7 @@ class Run {
       case kConv: return split_conv(index, x, out, to);
       case kMaxPool: return max_pool(op, x, out, to);
       case kSumPool: return sum_pool(op, x, out, to);
-      case kThreshold:
-        return net_.isa.threshold(net_.thresholds[index], ints(x),
-                                  op.shortcut >= 0 ? codes(op.shortcut) : nullptr,
-                                  pixels(out), reinterpret_cast<int8_t*>(to));
+      case kThreshold: return threshold(op, net_.thresholds[index], pixels(out), x, to);
       case kLogits: return make_logits(op, x);
       case kConcat: return concat(op, out, to);
       case kShortcut: return shortcut(op, x, out, to);
@@ -139,13 +188,24 @@ class Run {
   // copied out of the pixels, and its sums are copied into the result.
   void split_conv(int op, int x, const Map& out, char* to) {
     const auto& layers = net_.layers[op];
+    char* part_in = scratch_ + places_.part_in;
+    char* part_out = scratch_ + places_.part_out;
     for (int part = 0; part < static_cast<int>(layers.size()); part++) {
       const Conv& c = layers[part].conv;
-      copy_channels(at(x), map(x), part * c.in.c, work_.part_in, c.in, 0, n_, c.in.c);
-      net_.isa.conv(c, {1, 1, c.out, nullptr}, static_cast<int>(n_), work_.part_in,
-                    nullptr, work_, work_.part_out);
-      copy_channels(work_.part_out, c.out, 0, to, out, part * c.out.c, n_, c.out.c);
+      copy_channels(at(x), map(x), part * c.in.c, part_in, c.in, 0, n_, c.in.c);
+      convolve(layers[part], {1, 1, c.out, nullptr}, part_in, nullptr, part_out);
+      copy_channels(part_out, c.out, 0, to, out, part * c.out.c, n_, c.out.c);
     }
+  }
+
+  void threshold(const Op& op, const Threshold& t, size_t pixels, int x, char* to) {
+    const int8_t* shortcut = op.shortcut >= 0 ? codes(op.shortcut) : nullptr;
+    divide(pixels, kMinBytes / t.stride + 1, [&](size_t begin, size_t end, int) {
+      size_t first = begin * t.stride;
+      net_.choice.isa.threshold(t, ints(x) + first,
+                                shortcut ? shortcut + first : nullptr, end - begin,
+                                reinterpret_cast<int8_t*>(to) + first);
+    });
   }
 
   void max_pool(const Op& op, int x, const Map& out, char* to) {
@@ -285,14 +345,16 @@ class Run {
   const size_t n_;
   char* const scratch_;
   float* const logits_;
-  const Work work_;
+  const Team::Lease& team_;
+  const Places places_;
+  bool stored_ = false;  // Whether value 0 was made.
 };
 
 }  // namespace
 
 void run(const minw_network& net, const Plan& plan, const uint8_t* images, size_t n,
-         char* scratch, float* logits) {
-  Run(net, plan, images, n, scratch, logits).all();
+         char* scratch, float* logits, const Team::Lease& team, double* seconds) {
+  Run(net, plan, images, n, scratch, logits, team).all(seconds);
 }
 
 void store_images(const minw_network& net, const uint8_t* images, size_t n, char* out) {
