@@ -176,6 +176,8 @@ struct Isa {
   // Turns the sums of `pixels` pixels into codes.
   void (*threshold)(const Threshold& threshold, const int32_t* in,
                     const int8_t* shortcut, size_t pixels, int8_t* out);
+  // Replaces `n` integers, a multiple of kLane, by the maximum of both.
+  void (*maximum)(const int32_t* from, size_t n, int32_t* to);
   // Measures the peak rate: W1A1 steps on registers alone. Returns the products summed.
   uint64_t (*peak)(uint64_t steps);
 };

@@ -246,8 +246,8 @@ uint64_t peak(uint64_t steps) {
 
 }  // namespace
 
-const Isa kAmx = {"amx",  &kAvx512, true, true,      false, choose,
-                  encode, pad,      conv, threshold, peak};
+const Isa kAmx = {"amx",  &kAvx512, true, true,      false,   choose,
+                  encode, pad,      conv, threshold, maximum, peak};
 
 }  // namespace minw
 

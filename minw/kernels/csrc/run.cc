@@ -210,6 +210,8 @@ class Run {
 
   void max_pool(const Op& op, int x, const Map& out, char* to) {
     const Map& in = map(x);
+    if (in.kind == kInt)
+      return max_pool(op.window, in, ints(x), out, reinterpret_cast<int32_t*>(to));
     auto run = [&](auto* from) {
       using X = std::decay_t<decltype(*from)>;
       pool(
@@ -218,10 +220,36 @@ class Run {
     };
     if (in.kind == kCode)
       run(codes(x));
-    else if (in.kind == kInt)
-      run(ints(x));
     else
       run(floats(x));
+  }
+
+  // Integers: the maximum of the rows of windows, then that of their pixels.
+  void max_pool(const Window& w, const Map& in, const int32_t* x, const Map& out,
+                int32_t* to) const {
+    const size_t row_size = size_t{1} * in.w * in.stride, pixel = in.stride;
+    std::vector<int32_t> lines(row_size * team_.threads());
+    auto pool_row = [&](size_t row, int32_t* line) {
+      int top = static_cast<int>(row % out.h) * w.stride_h - w.top;
+      const int32_t* image = x + row / out.h * in.h * row_size;
+      const int first = std::max(top, 0), end = std::min(top + w.h, in.h);
+      std::copy_n(image + first * row_size, row_size, line);
+      for (int y = first + 1; y < end; y++)
+        net_.choice.isa.maximum(image + y * row_size, row_size, line);
+      int32_t* result = to + row * out.w * pixel;
+      for (int k = 0; k < out.w; k++, result += pixel) {
+        int left = k * w.stride_w - w.left;
+        const int begin = std::max(left, 0), last = std::min(left + w.w, in.w);
+        std::copy_n(line + begin * pixel, pixel, result);
+        for (int i = begin + 1; i < last; i++)
+          net_.choice.isa.maximum(line + i * pixel, pixel, result);
+      }
+    };
+    divide(n_ * out.h, kMinBytes / (row_size * sizeof(int32_t)) + 1,
+           [&](size_t begin, size_t end, int thread) {
+             for (size_t row = begin; row < end; row++)
+               pool_row(row, lines.data() + thread * row_size);
+           });
   }
 
   // Sums levels of codes, integers or floats.
@@ -299,30 +327,50 @@ class Run {
   // two.
   void float_norm(const Op& op, int x, const Map& out, char* to) {
     const Map& in = map(x);
-    for (size_t i = 0; i < pixels(in); i++)
-      for (int c = 0; c < in.c; c++) {
-        size_t k = i * in.stride + c;
-        float v = in.kind == kInt ? static_cast<float>(ints(x)[k]) : floats(x)[k];
-        float y = (v * op.unit - op.center[c]) * op.scale[c] + op.constant[c];
-        if (op.shortcut >= 0) y = y + shortcut_at(op.shortcut, k) * op.shortcut_unit;
-        if (!op.format) {
-          logits_[i * in.c + c] = y;
-          continue;
-        }
-        y = std::min(std::max(y, -1.0f), 1.0f);
-        if (out.kind == kFloat)
-          reinterpret_cast<float*>(to)[k] = rounded(y, op.format);
-        else
-          reinterpret_cast<int8_t*>(to)[k] = quantized(op, y);
-      }
+    std::vector<float> rows(size_t{1} * in.c * team_.threads());
+    divide(pixels(in), kMinBytes / in.stride + 1,
+           [&](size_t begin, size_t end, int thread) {
+             float* y = rows.data() + size_t{1} * in.c * thread;
+             for (size_t i = begin; i < end; i++) {
+               size_t first = i * in.stride;
+               normalize(op, x, first, in.c, y);
+               if (!op.format) {
+                 std::copy_n(y, in.c, logits_ + i * in.c);
+               } else if (out.kind == kFloat) {
+                 auto* result = reinterpret_cast<float*>(to) + first;
+                 for (int c = 0; c < in.c; c++)
+                   result[c] = rounded(clipped(y[c]), op.format);
+               } else {
+                 quantize(op, y, in.c, reinterpret_cast<int8_t*>(to) + first);
+               }
+             }
+           });
   }
 
-  // The code of a float: the count of thresholds that its magnitude exceeds, with its
+  // Batch norm of the channels of a pixel, whose first element is `first`.
+  void normalize(const Op& op, int x, size_t first, int channels, float* y) const {
+    auto norm = [&](auto* v) {
+      for (int c = 0; c < channels; c++)
+        y[c] = (static_cast<float>(v[c]) * op.unit - op.center[c]) * op.scale[c] +
+               op.constant[c];
+    };
+    map(x).kind == kInt ? norm(ints(x) + first) : norm(floats(x) + first);
+    if (op.shortcut >= 0)
+      for (int c = 0; c < channels; c++)
+        y[c] = y[c] + shortcut_at(op.shortcut, first + c) * op.shortcut_unit;
+  }
+
+  static float clipped(float y) { return std::min(std::max(y, -1.0f), 1.0f); }
+
+  // The codes of floats: the count of thresholds that the magnitude exceeds, with its
   // sign. With 1 bit there is no code 0, and what is not positive becomes -1.
-  static int8_t quantized(const Op& op, float y) {
-    int code = op.bits == 1;
-    for (float t : op.grid) code += std::fabs(y) > t;
-    return static_cast<int8_t>(y >= FLT_MIN ? code : -code);
+  static void quantize(const Op& op, const float* y, int channels, int8_t* to) {
+    for (int c = 0; c < channels; c++) to[c] = op.bits == 1;
+    for (const float t : op.grid)
+      for (int c = 0; c < channels; c++)
+        to[c] = static_cast<int8_t>(to[c] + (std::fabs(clipped(y[c])) > t));
+    for (int c = 0; c < channels; c++)
+      to[c] = static_cast<int8_t>(y[c] >= FLT_MIN ? to[c] : -to[c]);
   }
 
   // Adds two values. Each is shifted, so that both have the unit of the result.
