@@ -29,6 +29,7 @@ from minw import cli
 from minw import dependencies
 from minw import errors
 from minw import packed
+from minw import profiling
 from minw import text
 from minw.data import image_files as image_files_lib
 from minw.data import images as images_lib
@@ -237,6 +238,22 @@ class Network:
     if self.backend == "native":
       return self._native.layers()
     return [(op.name, self.backend) for op in self.program.ops]
+
+  def profile(self, batch: int = 1, runs: int = 20) -> list[profiling.Pass]:
+    """Measures the time of each operation; `profiling.table` formats the result.
+
+    Args:
+      batch: Number of images of a run.
+      runs: Number of runs, of which the medians count.
+
+    Raises:
+      errors.UsageError: The backend is not the native one, or a number is less than 1.
+    """
+    errors.check(self.backend == "native", "backend", self.backend,
+                 "native, whose operations can be timed one by one")
+    errors.check(batch >= 1, "batch", batch, "at least 1")
+    errors.check(runs >= 1, "runs", runs, "at least 1")
+    return profiling.profile(self.program, self._native, batch, self.threads, runs)
 
   def _checked(self, images):
     height, width, channels = self.program.source_shape
@@ -554,6 +571,10 @@ def define_flags() -> None:
       " size. Leave this on for files that you do not trust.")
   flags.DEFINE_bool(
       "kernels", False, "Whether to list the kernel that ran each operation.")
+  flags.DEFINE_bool(
+      "profile", False,
+      "Whether to list the time of each operation for one image: milliseconds, the rate"
+      " of products, and its share of the kernel's largest rate.")
   flags.DEFINE_integer(
       "top", 1, "Number of classes that are listed for each image.", lower_bound=1)
   flags.DEFINE_string(
@@ -568,10 +589,14 @@ def main() -> int:
   network = load_for_command(
       f.model, backend=f.backend, threads=f.threads,
       limits=packed.Limits() if f.limits else packed.UNLIMITED)
+  errors.check(not f.profile or network.backend == "native", "profile", True,
+               f"used with --backend=native; the backend is {network.backend}")
   code = print_predictions(network, image_files(f.images), f.top, f.background)
   if f.kernels:
     for name, kernel in network.kernels():
       print(f"{text.printable(name)}\t{kernel}")
+  if f.profile:
+    print(profiling.table(network.profile()))
   return code
 
 

@@ -417,7 +417,7 @@ def test_choice(monkeypatch, weights, activations):
 
 
 def test_profile(isa):
-  """Each pass has a time, at its last operation; together they take no longer."""
+  """Each pass has a time, at its first operation; together they take no longer."""
   b = Builder(np.random.default_rng(0), (24, 24, 3))
   x = b.threshold(b.conv(0, 1, 64), 1)
   x = b.add(packed.Pool("pool", b.conv(x, 1, 64), "max", (2, 2), (2, 2)))
@@ -427,19 +427,40 @@ def test_profile(isa):
     begin = time.perf_counter()
     seconds = network.profile(x, threads)
     total = time.perf_counter() - begin
-    passes = [k != "in the pass of its convolution" for _, k in network.layers()]
-    # A fused pass ends with its thresholds.
-    assert [s > 0 for s in seconds] == [False, True, False, False, True, True, True]
-    assert passes[:5] == [True, False, True, False, False]
+    # The convolutions' thresholds and the pooling are in their passes.
+    assert [s > 0 for s in seconds] == [True, False, True, False, False, True, True]
+    assert [k != "in the pass of its convolution" for _, k in network.layers()] == [
+        s > 0 for s in seconds]
     assert sum(seconds) < total
   with pytest.raises(ValueError, match="must be uint8"):
     network.profile(x[:, 1:])
 
 
-def test_peak_counts_products(isa):
-  b = Builder(np.random.default_rng(0), (4, 4, 3), (4, 4))
-  network = native.load(packed.to_bytes(b.end(b.threshold(b.conv(0, 1, 5), 1))))
-  assert network.peak(7) == 7 * network.peak(1) > 0
+@pytest.mark.parametrize("activations", (1, 2, 3))
+@pytest.mark.parametrize("weights", (1, 2, 3))
+def test_peak_counts_products(isa, weights, activations):
+  """A step's products are those of a tile: its pixels, channels and inputs."""
+  b = Builder(np.random.default_rng(0), (9, 8, 3))
+  x = b.threshold(b.conv(0, 1, 64), activations)
+  program = b.end(b.threshold(b.conv(x, weights, 70), 1))
+  network = native.load(packed.to_bytes(program))
+  kernel = network.layers()[2][1]
+  vector = {"amx": 64, "avx512": 64, "avx2": 32}.get(isa, 16)  # Bytes.
+  if kernel.endswith("tiles"):
+    step = 2 * 16 * 2 * 16 * 64
+  elif kernel.endswith("dot products"):
+    pixels = {64: 6, 32: 4}[vector]
+    step = pixels * 2 * vector // 4 * 4
+  elif kernel.endswith("popcount"):
+    every = {64: (4, 6, 4), 32: (2, 3, 2)}.get(vector)
+    one = network.peak(2, 1)
+    words = 2 * vector // 8 * 64
+    assert one % words == 0 and (not every or one // words in every)
+    step = one
+  else:
+    step = 0
+  assert network.peak(2, 7) == 7 * step
+  assert network.peak(1, 7) == 0  # Thresholds have no products.
 
 
 

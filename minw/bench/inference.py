@@ -16,6 +16,7 @@ import numpy as np
 from minw import errors
 from minw import files
 from minw import packed
+from minw import profiling
 from minw import stopping
 from minw import titles
 from minw.bench import engines
@@ -104,23 +105,25 @@ def _left_out_of_all(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
           if name not in timed}
 
 
-_PEAK, _PEAK_PRODUCTS = "W1A1 on registers", 10**9
+_PEAK, _PEAK_PRODUCTS = "kernel on registers", 10**9
 
 
 def _peak(program):
-  """Times the native kernels' W1A1 instructions on registers, if the program uses them.
+  """Returns the run of a kernel on registers by its name, and the kernel's name.
 
-  Returns:
-    The run by its name, or an empty dict.
+  It is the kernel of the layer with most products. The dict is empty if there is no
+  such measurement.
   """
   if not native.available():
-    return {}
+    return {}, ""
   network = native.load(packed.to_bytes(program))
-  kernels = [kernel for _, kernel in network.layers()]
-  if not any(k.startswith("W1A1") and k.endswith("popcount") for k in kernels):
-    return {}
-  steps = _PEAK_PRODUCTS // network.peak(1)
-  return {_PEAK: engines.repeat(lambda: network.peak(steps))}
+  op = int(np.argmax(profiling.products(program)))
+  products = network.peak(op, 1)
+  if not products:
+    return {}, ""
+  steps = _PEAK_PRODUCTS // products
+  return ({_PEAK: engines.repeat(lambda: network.peak(op, steps))},
+          network.layers()[op][1])
 
 
 _CALL = "call of OpenVINO"
@@ -156,8 +159,8 @@ def _networks(
   for batch in batches:
     runs, left_out = engines.start(
         program, layers, batch, threads, engines.OF_NETWORKS)
-    if threads == 1:
-      runs.update(_peak(program))
+    peak_run, kernel = _peak(program) if threads == 1 else ({}, "")
+    runs.update(peak_run)
     if "OpenVINO binary" in runs:
       runs.update(_call_overhead(threads))
     seconds = timing.measure(runs, rounds)
@@ -166,6 +169,7 @@ def _networks(
         seconds, work * batch, threads=threads, batch=batch, left_out=left_out))
     if peak:
       found[-1]["peak_per_second"] = _PEAK_PRODUCTS / np.median(peak)
+      found[-1]["peak_kernel"] = kernel
     if overhead:
       found[-1]["openvino_call_seconds"] = np.median(overhead)
   return found
@@ -286,8 +290,8 @@ def table(result: dict[str, Any]) -> str:
     if "peak_per_second" in run:
       peak = run["peak_per_second"]
       share = run["engines"]["native"]["per_second"] / peak
-      lines.append(f"native: {100 * share:.0f} % of the {peak / 1e9:.0f} GMAC/s of its"
-                   " W1A1 instructions on registers alone")
+      lines.append(f"native: {100 * share:.0f} % of the {peak / 1e9:.0f} GMAC/s of"
+                   f" {run['peak_kernel']} on registers alone")
     if "openvino_call_seconds" in run:
       lines.append(f"A call of OpenVINO takes {1e6 * run['openvino_call_seconds']:.0f}"
                    " us of its time, whatever the network")

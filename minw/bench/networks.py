@@ -14,6 +14,7 @@ from minw import errors
 from minw import layers as layers_lib
 from minw import pack
 from minw import packed
+from minw import profiling
 from minw import quantizers
 from minw.experiment import Experiment
 
@@ -103,9 +104,7 @@ def _draw(
 
 def multiplications(program: packed.Program) -> int:
   """Returns the number of multiplications of an image."""
-  return sum(math.prod(value.shape[:2]) * op.kernel.size
-             for op, value in zip(program.ops, packed.infer_values(program)[1:])
-             if isinstance(op, packed.Conv))
+  return sum(profiling.products(program))
 
 
 def float_layers(program: packed.Program) -> list[Layer]:

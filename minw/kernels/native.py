@@ -62,7 +62,7 @@ def _library() -> ctypes.CDLL | None:
       ("values", ctypes.c_int, [pointer, pointer, size, pointer, text, size]),
       ("isa", text, [pointer]),
       ("isas", text, []),
-      ("peak", ctypes.c_uint64, [pointer, ctypes.c_uint64]),
+      ("peak", ctypes.c_uint64, [*op, ctypes.c_uint64]),
       ("hash", ctypes.c_uint64, [pointer, size])):
     function = getattr(library, "minw_" + name)
     function.restype, function.argtypes = result, arguments
@@ -166,8 +166,8 @@ class Network:
       threads: Number of threads, which share each layer.
 
     Returns:
-      For each operation the seconds of the pass that ends with it, summed over the
-      batch. They are 0 if a later operation ends the pass.
+      For each operation the seconds of the pass that begins with it, summed over the
+      batch. They are 0 for operations in the pass of a convolution.
 
     Raises:
       ValueError: The images have another shape or dtype.
@@ -184,16 +184,18 @@ class Network:
                   for f in (self._lib.minw_op_name, self._lib.minw_op_kernel))
             for i in range(self._lib.minw_num_ops(self._network))]
 
-  def peak(self, steps: int) -> int:
-    """Runs steps of the W1A1 kernel on registers alone, for benchmarks.
+  def peak(self, op: int, steps: int) -> int:
+    """Runs steps of an operation's kernel on registers alone.
 
     Args:
+      op: Number of the operation.
       steps: Number of steps.
 
     Returns:
-      The number of products that were summed.
+      The number of products of weights and activations that were summed; 0 if the
+      kernel has no such measurement.
     """
-    return self._lib.minw_peak(self._network, steps)
+    return self._lib.minw_peak(self._network, op, steps)
 
   def _shapes(self):
     return [self._lib.minw_value_shape(self._network, i)

@@ -206,7 +206,7 @@ Plan make_plan(const minw_network& net, bool fused, int reach);
 
 // Runs a plan for n images, whose layers are divided among the threads of a team, in
 // scratch memory of net.scratch_bytes(plan, n, team.threads()). If `seconds` is not
-// null, the time of each step is added to the element of its last operation.
+// null, the time of each step is added to the element of its first operation.
 void run(const minw_network& net, const Plan& plan, const uint8_t* images, size_t n,
          char* scratch, float* logits, const Team::Lease& team,
          double* seconds = nullptr);

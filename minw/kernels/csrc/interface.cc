@@ -202,8 +202,9 @@ const char* minw_isa(const minw_network* network) {
 
 const char* minw_isas(void) { return minw::isa_names(); }
 
-uint64_t minw_peak(const minw_network* network, uint64_t steps) {
-  return network->choice.isa.peak(steps);
+uint64_t minw_peak(const minw_network* network, uint32_t op, uint64_t steps) {
+  const auto& layers = network->layers[op];
+  return layers.empty() || !layers[0].conv.peak ? 0 : layers[0].conv.peak(steps);
 }
 
 uint64_t minw_hash(const void* bytes, size_t size) {

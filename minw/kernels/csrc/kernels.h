@@ -92,6 +92,9 @@ struct Piece {
 // Computes work.acc: the sums of `n` output pixels for the channels of one group.
 using Group = void (*)(const Conv& conv, int group, const Work& work, int n);
 
+// Runs steps of a kernel on registers alone. Returns how many products were summed.
+using Peak = uint64_t (*)(uint64_t steps);
+
 // A convolution laid out for a kernel; see layer.cc. A step is what a kernel processes
 // at a time: a few input channels of one tap. A group is a block of `width` output
 // channels.
@@ -136,6 +139,7 @@ struct Conv {
   const char* border;    // A pixel of padding.
   int32_t border_sum;    // Its sum of magnitudes.
   Group group;           // The kernel.
+  Peak peak;             // Its steps on registers alone, or null.
 };
 
 // Integer thresholds that turn sums into codes; see finish.inc.
@@ -162,7 +166,7 @@ struct Isa {
   bool tiles;         // Has int8 tiles (kTiles), and no other form.
   bool dot;           // Has int8 dot products (kBytes).
   bool lookup;        // Has table lookups (kLookup).
-  // Sets conv->group, and returns the name of the kernel.
+  // Sets conv->group and conv->peak, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
   // Converts `n` pixels to conv.form. `magnitudes` may be null.
   void (*encode)(const Conv& conv, const void* in, int n, char* out,
@@ -178,8 +182,6 @@ struct Isa {
                     const int8_t* shortcut, size_t pixels, int8_t* out);
   // Replaces `n` integers, a multiple of kLane, by the maximum of both.
   void (*maximum)(const int32_t* from, size_t n, int32_t* to);
-  // Measures the peak rate: W1A1 steps on registers alone. Returns the products summed.
-  uint64_t (*peak)(uint64_t steps);
 };
 
 // The name is null where the library was built for another architecture. These are

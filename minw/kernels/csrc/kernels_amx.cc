@@ -50,14 +50,6 @@ struct TileConfig {
 };
 constexpr TileConfig kConfig;
 
-const char* choose(Conv* c) {
-  static const char* const names[3][4] = {
-      {"int8 tiles", "W1A1 int8 tiles", "W1A2 int8 tiles", "W1A3 int8 tiles"},
-      {"int8 tiles", "W2A1 int8 tiles", "W2A2 int8 tiles", "W2A3 int8 tiles"},
-      {"int8 tiles", "W3A1 int8 tiles", "W3A2 int8 tiles", "W3A3 int8 tiles"}};
-  return names[c->w_bits - 1][c->a_bits];
-}
-
 // Levels of one pixel, for the border.
 void encode(const Conv& c, const void* in, int n, char* out, int32_t*) {
   const int8_t* codes = static_cast<const int8_t*>(in);
@@ -244,10 +236,19 @@ uint64_t peak(uint64_t steps) {
   return steps * 4 * kRows * kTile;
 }
 
+const char* choose(Conv* c) {
+  static const char* const names[3][4] = {
+      {"int8 tiles", "W1A1 int8 tiles", "W1A2 int8 tiles", "W1A3 int8 tiles"},
+      {"int8 tiles", "W2A1 int8 tiles", "W2A2 int8 tiles", "W2A3 int8 tiles"},
+      {"int8 tiles", "W3A1 int8 tiles", "W3A2 int8 tiles", "W3A3 int8 tiles"}};
+  c->peak = peak;
+  return names[c->w_bits - 1][c->a_bits];
+}
+
 }  // namespace
 
-const Isa kAmx = {"amx",  &kAvx512, true, true,      false,   choose,
-                  encode, pad,      conv, threshold, maximum, peak};
+const Isa kAmx = {"amx",  &kAvx512, true, true,      false,  choose,
+                  encode, pad,      conv, threshold, maximum};
 
 }  // namespace minw
 

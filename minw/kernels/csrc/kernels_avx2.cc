@@ -72,8 +72,8 @@ inline Lanes32 dot_total(DotAcc acc) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", nullptr, false, true,      true,    choose,
-                   encode, pad,     conv,  threshold, maximum, peak};
+const Isa kAvx2 = {"avx2", nullptr, false, true,      true,   choose,
+                   encode, pad,     conv,  threshold, maximum};
 
 }  // namespace minw
 

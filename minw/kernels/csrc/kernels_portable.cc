@@ -18,7 +18,7 @@ inline Words count(Words x) {
 
 }  // namespace
 
-const Isa kPortable = {"portable", nullptr, false, false,     false,   choose,
-                       encode,     pad,     conv,  threshold, maximum, peak};
+const Isa kPortable = {"portable", nullptr, false, false,     false,  choose,
+                       encode,     pad,     conv,  threshold, maximum};
 
 }  // namespace minw

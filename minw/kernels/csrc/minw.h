@@ -68,8 +68,9 @@ MINW_API int minw_logits(const minw_network* network, const uint8_t* images,
                          size_t error_size);
 
 /* Runs the images and measures the time of each operation. seconds[i], of minw_num_ops
- * elements, is the time of the pass that ends with operation i, summed over the batch.
- * It is 0 for operations in the pass of a later one. Returns 0, or -1 for an error. */
+ * elements, is the time of the pass that begins with operation i, summed over the
+ * batch. It is 0 for operations in the pass of a convolution. Returns 0, or -1 for an
+ * error. */
 MINW_API int minw_profile(const minw_network* network, const uint8_t* images,
                           size_t batch, int threads, double* seconds, char* error,
                           size_t error_size);
@@ -96,9 +97,10 @@ MINW_API const char* minw_isa(const minw_network* network);
 /* Names of the instruction sets that run here, separated by spaces. */
 MINW_API const char* minw_isas(void);
 
-/* For benchmarks: runs steps of the W1A1 kernel on registers alone, without loads and
- * stores. Returns how many products of one bit were summed. */
-MINW_API uint64_t minw_peak(const minw_network* network, uint64_t steps);
+/* Runs steps of the kernel of an operation on registers alone, without loads and
+ * stores. Its time shows the largest rate of the kernel. Returns how many products of
+ * weights and activations were summed, or 0 if the kernel has no such measurement. */
+MINW_API uint64_t minw_peak(const minw_network* network, uint32_t op, uint64_t steps);
 
 /* The FNV-1a hash of 64 bits, by which the XLA handler MinwLogits knows a file. */
 MINW_API uint64_t minw_hash(const void* bytes, size_t size);

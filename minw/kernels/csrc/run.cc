@@ -73,7 +73,7 @@ class Run {
         places_(scratch_places(plan, n)) {}
 
   // Runs all steps. If `seconds` is not null, the time of each step is added to that of
-  // its last operation.
+  // its first operation.
   void all(double* seconds) {
     for (const Step& s : plan_.steps) {
       if (!seconds) {
@@ -83,7 +83,7 @@ class Run {
       auto begin = std::chrono::steady_clock::now();
       step(s);
       std::chrono::duration<double> time = std::chrono::steady_clock::now() - begin;
-      seconds[s.op] += time.count();
+      seconds[s.conv >= 0 ? s.conv : s.op] += time.count();
     }
   }
 
