@@ -354,6 +354,38 @@ def test_forks(tmp_path, forks):
                   check=True)
 
 
+def large():
+  """A network whose layers are large enough to be divided among threads."""
+  b = Builder(np.random.default_rng(0), (16, 16, 3))
+  x = b.threshold(b.conv(0, 1, 64), 1)
+  x = b.add(packed.Pool("max", b.conv(x, 2, 96), "max", (3, 3), (2, 2), (1, 1, 1, 1)))
+  y = b.threshold(x, 2)
+  return b.end(b.threshold(b.conv(y, 1, 96), 2, y))
+
+
+@pytest.mark.parametrize("threads", (2, 3, 8))
+def test_threads_share_layers(isa, threads):
+  program = large()
+  network, x = native.load(packed.to_bytes(program)), images(program, 7)
+  want = reference.run(program, x)[-1].reshape(7, -1)
+  for batch in (1, 2, 7):
+    for _ in range(20):
+      have = network.logits(x[:batch], threads=threads)
+      np.testing.assert_array_equal(have, want[:batch])
+
+
+def test_helpers_sleep_between_calls():
+  """Helpers spin for microseconds, and then cost no time of the CPU."""
+  program = large()
+  network, x = native.load(packed.to_bytes(program)), images(program, 1)
+  for _ in range(10):
+    network.logits(x, threads=4)
+  time.sleep(0.1)
+  begin = time.process_time()
+  time.sleep(1)
+  assert time.process_time() - begin < 0.2
+
+
 def test_names_and_kernels(isa):
   b = Builder(np.random.default_rng(0), (4, 4, 3))
   x = b.conv(0, 1, 128)
@@ -631,7 +663,7 @@ def test_sanitizers(tmp_path, sanitizer):
   if sanitizer != "thread":  # These two triple the time of compilation.
     flags.append("-fno-sanitize=object-size,pointer-overflow")
   run = build(compiler, tmp_path, flags, "fuzz.cc", platform.machine() == "x86_64")
-  good, path = seeds(), tmp_path / "networks"
+  good, path = [*seeds(), packed.to_bytes(large())], tmp_path / "networks"
   count = SANITIZED // 5 if sanitizer == "thread" else SANITIZED
   with open(path, "wb") as file:
     for data in (*good, *mutants(good, 2, count)):

@@ -35,7 +35,10 @@ bool run(const Bytes& bytes, int threads) {
     auto call = [&] {
       std::vector<float> logits(batch * minw_classes(network));
       char message[64];
+      // With more images than threads these take images, else pieces of layers.
       minw_logits(network, images.data(), batch, logits.data(), threads, message,
+                  sizeof message);
+      minw_logits(network, images.data(), 1, logits.data(), threads, message,
                   sizeof message);
     };
     std::vector<std::thread> others;
