@@ -1,9 +1,11 @@
 // The engine's own header: a loaded network, and the steps that load and run it.
 //
-// Loading takes four steps: parse.cc reads and checks the file, isa.cc chooses an
-// instruction set, layer.cc lays out the weights of each convolution for its kernel,
-// and plan.cc decides which operations share a pass and where values lie in memory.
-// engine.cc calls these steps. run.cc runs a plan, and interface.cc is the C interface.
+// Loading takes five steps: parse.cc reads and checks the file, isa.cc lists the
+// instruction sets of the CPU, choice.cc measures which one is fastest for a layer's
+// bits, layer.cc lays out the weights of each convolution for its kernel, and plan.cc
+// decides which operations share a pass and where values lie in memory. engine.cc calls
+// these steps. run.cc runs a plan on the threads of a team (team.cc), and interface.cc
+// is the C interface.
 #ifndef MINW_ENGINE_H_
 #define MINW_ENGINE_H_
 
