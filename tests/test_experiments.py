@@ -326,7 +326,8 @@ def test_init_from_a_run_of_other_shapes(monkeypatch):
   other = Experiment(tiny_config(conv_widths=(4, 7)))
   tree = jax.eval_shape(lambda: train.init_state(other))._asdict()
   saved = type("Saved", (), {"step": 0, "tree": tree})
-  monkeypatch.setattr(train.checkpoint, "read_run", lambda workdir: (None, saved))
+  monkeypatch.setattr(train.checkpoint, "read_run",
+                      lambda workdir: train.checkpoint.Run(None, saved, {}))
   with pytest.raises(errors.UsageError) as error:
     train.read_source("there", tiny_experiment())
   assert str(error.value).startswith(
