@@ -59,7 +59,6 @@ Team::Lease::Lease(int threads) : threads_(std::clamp(threads, 1, kMaxThreads)) 
     bool lent = false;
     if (!teams[i].lent_.compare_exchange_strong(lent, true)) continue;
     team_ = &teams[i];
-    team_->add_helpers(threads_);
     return;
   }
   threads_ = 1;
@@ -84,6 +83,7 @@ void Team::loop(size_t count, int threads, Call call, const void* piece) {
     for (size_t i = 0; i < count; i++) call(piece, i, 0);
     return;
   }
+  add_helpers(static_cast<int>(std::min<size_t>(threads, count)));
   call_ = call;
   piece_ = piece;
   done_.store(0, std::memory_order_relaxed);
@@ -127,10 +127,12 @@ bool Team::work(int thread) {
   }
 }
 
+// Wakes one helper, which wakes the next one. The caller does not wait until the system
+// has woken all of them.
 void Team::wake() {
   std::lock_guard<std::mutex> lock(mutex_);
   sleepers_.store(false);
-  begun_.notify_all();
+  begun_.notify_one();
 }
 
 void Team::help(int thread) {
@@ -164,11 +166,14 @@ bool Team::spin(uint64_t seen, int thread) const {
 // Sleeps until a loop begins.
 void Team::sleep(uint64_t seen, int thread) {
   std::unique_lock<std::mutex> lock(mutex_);
-  for (;;) {
+  for (bool woken = false;; woken = true) {
     // The caller stores the state and then reads `sleepers_`. The order here is the
     // opposite, so that at least one of both sees what the other one wrote.
     sleepers_.store(true);
-    if (begun(seen, thread)) return;
+    if (begun(seen, thread)) {
+      if (woken) begun_.notify_one();
+      return;
+    }
     begun_.wait(lock);
   }
 }
