@@ -32,5 +32,5 @@ const minw::Isa& minw_network::layer_isa(const minw::Op& conv) const {
   const minw::Map& in = program.values[conv.inputs[0]].map;
   bool bits = conv.weights.grid() && (in.kind == minw::kCode || !conv.inputs[0]);
   if (choice.forced || !bits) return choice.isa;
-  return minw::fastest_isa(choice.isa, conv.weights.format, in.bits);
+  return *minw::fastest_isa(&choice.isa, conv.weights.format, in.bits);
 }

@@ -122,7 +122,7 @@ std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
 // Measures which instruction set is fastest for weights and activations of these bits:
 // `best`, or one of those that may stand in for it (choice.cc). Activations of 0 bits
 // are images.
-const Isa& fastest_isa(const Isa& best, int w_bits, int a_bits);
+const Isa* fastest_isa(const Isa* best, int w_bits, int a_bits);
 
 // ---- Plans (plan.cc).
 

@@ -402,10 +402,13 @@ class LayerBuilder {
             static_cast<char>(level_of(b, i + k));
       if (c_.w_bits < 3) {
         char* word = group + row * c_.w_bits * sizeof(uint64_t) + column / 8;
-        int shift = column % 8 + at, four = (1 << n) - 1;
-        word[0] |= static_cast<char>((b.positive >> i & four) << shift);
-        if (c_.w_bits == 2)
-          word[8] |= static_cast<char>((b.mask[0] >> i & four) << shift);
+        const unsigned shift = column % 8 + at, four = (1u << n) - 1;
+        auto set = [&](char* to, uint64_t bits) {
+          unsigned old = static_cast<uint8_t>(*to), all = (bits >> i & four) << shift;
+          *to = static_cast<char>(old | all);
+        };
+        set(word, b.positive);
+        if (c_.w_bits == 2) set(word + sizeof(uint64_t), b.mask[0]);
       }
       i += n;
     }
