@@ -57,11 +57,12 @@ RUNNABLE = ["README.md", "docs/explanation/estimators.md", "docs/howto/export.md
 _SHORT = ("--config.num_epochs=1 '--config.conv_widths=(8, 8)'"
           " '--config.dense_widths=(16,)'")
 
-# How the slow test runs the commands: with this Python, without installing anything.
+# How the slow test runs the commands: with this Python, without installing anything and
+# without benchmarks, which take minutes and have tests of their own.
 _SHELL = """
 set -e
 PATH={scripts}:$PATH
-python() {{ {python} "$@"; }}
+python() {{ case "$2" in minw.bench*) ;; *) {python} "$@";; esac; }}
 minw-config() {{ python -m minw.c_flags "$@"; }}
 pip() {{ :; }}
 pytest() {{ :; }}
@@ -212,6 +213,26 @@ def test_shell_is_understood(page):
         assert extras.has_option("options.extras_require", name), (page, name)
     for path in re.findall(r"launch/\w+\.\w+|(?<=-r )\S+", code):
       assert (ROOT / path).exists(), path
+
+
+# Checks a benchmark's flags and its config, without running it.
+_CHECK = """
+import sys
+from absl import flags
+from minw import config
+from minw.bench import __main__ as bench
+bench.define_flags(sys.argv[1])
+flags.FLAGS(sys.argv[1:])
+config.validate(flags.FLAGS.config)
+"""
+
+
+@pytest.mark.parametrize("flags", [
+    line.split("#")[0].split()[3:] for page in PAGES for code in blocks(page, "sh")
+    for line in code.splitlines() if line.startswith("python -m minw.bench ")],
+    ids=" ".join)
+def test_benchmarks_are_understood(flags):
+  subprocess.run([sys.executable, "-c", _CHECK, *flags], check=True)
 
 
 @pytest.mark.slow
