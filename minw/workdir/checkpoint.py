@@ -67,7 +67,8 @@ class Manager(ocp.CheckpointManager):
 def open_manager(workdir: str, read_only: bool = False) -> Manager:
   """Opens the checkpoints of a run.
 
-  The manager keeps the two newest checkpoints and the one with the best accuracy.
+  The manager keeps the checkpoints of the last two epochs, those that a preemption has
+  saved since then (the two newest), and the one with the best accuracy.
 
   Args:
     workdir: Directory of the run.
@@ -173,13 +174,20 @@ class _NewestAndBest:
 
 
 def _are_kept(ranks: Sequence[tuple[float, int]]) -> list[bool]:
-  """Returns which checkpoints are kept: the two newest and the best.
+  """Returns which checkpoints are kept, as `open_manager` describes it.
+
+  A checkpoint that a preemption saved amid an epoch has no accuracy. It is not kept
+  after that epoch, so that a run which was preempted ends with the same checkpoints as
+  one which was not.
 
   Args:
     ranks: (accuracy, step) of each checkpoint, see `_rank`.
   """
-  newest = sorted(step for _, step in ranks)[-2:]
-  return [rank == max(ranks) or rank[1] in newest for rank in ranks]
+  ends = sorted(step for accuracy, step in ranks if accuracy >= 0)
+  amid = sorted(step for accuracy, step in ranks
+                if accuracy < 0 and step > max(ends, default=0))
+  kept = {*ends[-2:], *amid[-2:], max(ranks)[1]} if ranks else set()
+  return [step in kept for _, step in ranks]
 
 
 def remove_old(manager: Manager) -> None:
