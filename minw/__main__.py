@@ -21,7 +21,7 @@ COMMANDS = {
     "train": "minw.main",
     "evaluate": "minw.evaluate",
     "pack": "minw.pack",
-    "infer": "minw.infer",
+    "infer": "minw.infer.__main__",
     "export": "minw.export.__main__",
     "prepare": "minw.prepare",
     "summary": "minw.summary",

@@ -16,9 +16,9 @@ from minw import exit_codes
 # Modules that need only the core's dependencies, and packages of such modules.
 CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "data",
         "data.image_files", "data.images", "dependencies", "errors", "exit_codes",
-        "files", "infer", "paths", "places", "profiling", "progress", "stopping",
-        "text", "usage")
-CORE_PACKAGES = ("export", "kernels", "packed")
+        "files", "paths", "places", "profiling", "progress", "stopping", "text",
+        "usage")
+CORE_PACKAGES = ("export", "infer", "kernels", "packed")
 
 # If one of these packages is missing, the dependencies of training count as missing.
 _TRAINING = ("flax", "jax", "ml_collections", "optax")

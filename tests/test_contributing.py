@@ -35,7 +35,7 @@ def test_files_and_names():
     assert (ROOT / path).exists(), path
   for path, names in {
       "minw/estimators.py": ("_ESTIMATORS", "ONE_BIT", "PASS_AT_ONE", "def _hard("),
-      "minw/models.py": ("NETWORKS",), "minw/infer.py": ("BACKENDS",),
+      "minw/models.py": ("NETWORKS",), "minw/infer/__init__.py": ("BACKENDS",),
       "tests/test_estimators.py": (
           "def test_slopes_are_of_the_published_functions", "def calls(")}.items():
     for name in names:

@@ -152,6 +152,17 @@ def test_import_minw_is_light():
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_inference_is_light():
+  """Neither commands nor image files are needed to compute logits."""
+  code = """if True:
+      import sys
+      import numpy as np
+      from minw import infer
+      infer.load("digits_convnet").logits(np.zeros((1, 8, 8, 1), np.uint8))
+      assert not {"absl", "jax", "PIL", "subprocess", "tempfile"} & {*sys.modules}"""
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_submodules():
   code = """if True:
       import minw

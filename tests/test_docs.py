@@ -350,7 +350,7 @@ else:
 
 def test_modules(hooks):
   text = hooks.modules()
-  assert "### `minw/kernels/`" in text and "| `infer.py` | Run packed" in text
+  assert "### `minw/kernels/`" in text and "### `minw/infer/`" in text
   assert text.count("| `fold.py` |") == 1
 
 

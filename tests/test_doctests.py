@@ -20,7 +20,7 @@ from short_runs import tiny_config
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "reference" / "python.md"
 MODULES = (estimators, infer, pack, quantizers)
 # Parts of the commands, which are no part of the Python interface.
-COMMANDS = ("define_flags", "load_for_command", "main", "print_predictions")
+COMMANDS = ("define_flags", "load_for_command", "main")
 
 
 def names():

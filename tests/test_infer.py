@@ -23,6 +23,7 @@ from minw import infer
 from minw import packed
 from minw.data import datasets
 from minw.data import streamed
+from minw.infer import __main__ as infer_command
 from minw.kernels import native
 from packed_networks import digits_logits
 from packed_networks import digits_network
@@ -373,7 +374,7 @@ def test_exit_code(model, tmp_path, capsys, bad, good, code):
   for i, file in enumerate(files):
     file.write_bytes(b"") if i < bad else Image.new("L", (8, 8)).save(file)
   network = infer.load(model, backend="reference")
-  assert infer.print_predictions(network, files, 1, "black") == code
+  assert infer_command.print_predictions(network, files, 1, "black") == code
   out, err = capsys.readouterr()
   assert out.count("\n") == good
   assert err.count("error: images=") == err.count("\n") == bad

@@ -299,6 +299,18 @@ def test_batches_and_threads(isa, threads):
     np.testing.assert_array_equal(have, want[:batch])
 
 
+@pytest.mark.parametrize("change", [
+    lambda x: np.frombuffer(x.tobytes(), np.uint8).reshape(x.shape),
+    lambda x: np.repeat(x, 2, axis=2)[:, :, ::2], np.asfortranarray],
+    ids=["read-only", "strided", "Fortran"])
+def test_layouts_of_images(change):
+  program = small()
+  x = images(program, 3)
+  np.testing.assert_array_equal(
+      native.load(packed.to_bytes(program)).logits(change(x)),
+      reference.logits(program, x))
+
+
 def test_many_callers():
   program = small()
   network = native.load(packed.to_bytes(program))

@@ -1,7 +1,4 @@
-"""Run packed networks on images: `python -m minw.infer --model=FILE --images=FILES`.
-
-FILE is a file that `minw.pack` wrote, or the name of a network that comes with minw,
-digits_convnet for example. In Python:
+"""Runs packed networks on images.
 
   network = infer.load("net.minw")
   network.predict(["a.png", "b.jpg"])  # Labels and scores.
@@ -9,7 +6,7 @@ digits_convnet for example. In Python:
 
 Inference needs NumPy and Pillow. The native library runs the network. If the library
 was not built, JAX does so, or NumPy if JAX is not installed, which is slow. None of the
-dependencies of training is imported.
+dependencies of training is imported, and Pillow only to read image files.
 """
 
 import functools
@@ -17,22 +14,14 @@ import itertools
 import logging
 import os
 import pathlib
-import sys
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
-import warnings
 
-from absl import flags
 import numpy as np
-from PIL import Image
 
-from minw import cli
 from minw import dependencies
 from minw import errors
 from minw import packed
 from minw import profiling
-from minw import text
-from minw.data import image_files as image_files_lib
-from minw.data import images as images_lib
 from minw.kernels import native
 from minw.kernels import reference
 
@@ -347,7 +336,7 @@ def shipped() -> dict[str, pathlib.Path]:
     >>> infer.shipped()["digits_convnet"].name
     'digits_convnet.minw'
   """
-  folder = pathlib.Path(__file__).parent / "networks"
+  folder = pathlib.Path(__file__).parents[1] / "networks"
   return {path.stem: path for path in sorted(folder.glob("*.minw"))}
 
 
@@ -394,11 +383,14 @@ def read_image(
     >>> infer.read_image("white.png", (2, 2, 1)).tolist()
     [[[255], [255]], [[255], [255]]]
   """
+  from minw.data import image_files
+  from minw.data import images
+
   try:
-    return image_files_lib.read(path, shape, shrink=shrink,
-                                background=image_files_lib.color(background))
-  except images_lib.ImageError as error:
-    raise images_lib.ImageError(f"{os.fspath(path)!r}: {error}") from error
+    return image_files.read(path, shape, shrink=shrink,
+                            background=image_files.color(background))
+  except images.ImageError as error:
+    raise images.ImageError(f"{os.fspath(path)!r}: {error}") from error
 
 
 def shrinks(program: packed.Program) -> bool:
@@ -419,7 +411,9 @@ def image_files(paths: Iterable[str | os.PathLike]) -> Iterator[pathlib.Path]:
     >>> [path.name for path in infer.image_files(["."])]
     ['white.png']
   """
-  return image_files_lib.find(paths)
+  from minw.data import image_files as files
+
+  return files.find(paths)
 
 
 def read_images(
@@ -439,9 +433,11 @@ def read_images(
     >>> infer.read_images(["white.png", "white.png"], (2, 2, 1)).shape
     (2, 2, 2, 1)
   """
+  from minw.data import images
+
   try:
     return np.stack([read_image(file, shape, shrink, background) for file in files])
-  except images_lib.ImageError as error:
+  except images.ImageError as error:
     raise errors.UsageError(f"images={error}") from error
 
 
@@ -469,17 +465,20 @@ def predict_files(
     >>> [(file, len(prediction.labels)) for file, prediction in predictions]
     [('white.png', 3)]
   """
+  from minw.data import image_files
+  from minw.data import images as images_lib
+
   network.check_top(top)
   shape = network.program.source_shape
   options = {"shrink": shrinks(network.program),
-             "background": image_files_lib.color(background)}
+             "background": image_files.color(background)}
   batch = min(_BATCH, max(1, _BATCH_BYTES // int(np.prod(shape))))
   files = iter(files)
   while part := list(itertools.islice(files, batch)):
     read, failures = [], {}
     for i, file in enumerate(part):
       try:
-        read.append(image_files_lib.read(file, shape, **options))
+        read.append(image_files.read(file, shape, **options))
       except images_lib.ImageError as error:
         failures[i] = error
     images = np.stack(read) if read else np.zeros((0, *shape), np.uint8)
@@ -492,7 +491,9 @@ def _successful(
     path: str | os.PathLike, result: Prediction | ValueError
 ) -> Prediction:
   if isinstance(result, ValueError):
-    raise images_lib.ImageError(f"{os.fspath(path)!r}: {result}") from result
+    from minw.data import images
+
+    raise images.ImageError(f"{os.fspath(path)!r}: {result}") from result
   return result
 
 
@@ -506,99 +507,3 @@ def load_for_command(path: str, **options) -> Network:
     return load(path, **options)
   except (OSError, ValueError) as error:
     raise errors.UsageError(f"model={path!r}: {error}") from error
-
-
-def print_predictions(
-    network: Network, files: Iterable[str | os.PathLike], top: int, background: str
-) -> int:
-  """Prints the prediction of each image on a line.
-
-  An image that cannot be read gets a line on standard error instead.
-
-  Args:
-    network: The network.
-    files: Paths of the images.
-    top: Number of classes for each image.
-    background: Color behind transparent parts: a name, #rrggbb or R,G,B.
-
-  Returns:
-    The exit code: 0 if all images were read, 2 if there was one image and it was not,
-    and 1 if any of several images was not.
-  """
-  # Pillow warns about damaged metadata and about large images. Metadata do not matter
-  # here. A large image becomes an error.
-  warnings.filterwarnings("ignore", module="PIL")
-  warnings.simplefilter("error", Image.DecompressionBombWarning)
-  hidden = sys.stderr.isatty() and not sys.stdout.isatty()
-  count = bad = 0
-  for file, result in predict_files(network, files, top, background=background):
-    count += 1
-    if isinstance(result, Prediction):
-      print(_line(file, result))
-    else:
-      bad += 1
-      cli.print_error(f"images={os.fspath(file)!r}: {result}")
-    if hidden and count % 1000 == 0:  # The predictions do not go to the terminal.
-      print(f"{count:,} images", file=sys.stderr)
-  return 2 if bad == count == 1 else int(bad > 0)
-
-
-def _line(file: str | os.PathLike, prediction: Prediction) -> str:
-  """Returns the file, then each label and its score, separated by tabs."""
-  pairs = zip(prediction.labels, prediction.scores)
-  fields = [os.fspath(file)]
-  for label, score in pairs:
-    fields += [label, f"{score:.4f}"]
-  return "\t".join(map(text.printable, fields))
-
-
-def define_flags() -> None:
-  """Defines the flags of the command."""
-  cli.DEFINE_path(
-      "model", None,
-      "Packed network: a file, or the name of a network that comes with minw.")
-  cli.DEFINE_paths("images", "Image files, or folders of them.", positional=True)
-  flags.DEFINE_enum(
-      "backend", None, BACKENDS,
-      "Inference backend; the first available one by default.")
-  flags.DEFINE_integer(
-      "threads", None,
-      "Number of threads of the native backend; one for each core by default.",
-      lower_bound=1)
-  flags.DEFINE_bool(
-      "limits", True,
-      "Whether to refuse a network that takes much memory or time for its"
-      " size. Leave this on for files that you do not trust.")
-  flags.DEFINE_bool(
-      "kernels", False, "Whether to list the kernel that ran each operation.")
-  flags.DEFINE_bool(
-      "profile", False,
-      "Whether to list the time of each operation for one image: milliseconds, the rate"
-      " of products, and its share of the kernel's largest rate.")
-  flags.DEFINE_integer(
-      "top", 1, "Number of classes that are listed for each image.", lower_bound=1)
-  flags.DEFINE_string(
-      "background", "black",
-      "Color behind transparent parts of images: a name, #rrggbb or R,G,B.")
-  cli.require("model", "images")
-
-
-def main() -> int:
-  """Predicts the labels of images as the flags say; returns the exit code."""
-  f = flags.FLAGS
-  network = load_for_command(
-      f.model, backend=f.backend, threads=f.threads,
-      limits=packed.Limits() if f.limits else packed.UNLIMITED)
-  errors.check(not f.profile or network.backend == "native", "profile", True,
-               f"used with --backend=native; the backend is {network.backend}")
-  code = print_predictions(network, image_files(f.images), f.top, f.background)
-  if f.kernels:
-    for name, kernel in network.kernels():
-      print(f"{text.printable(name)}\t{kernel}")
-  if f.profile:
-    print(profiling.table(network.profile()))
-  return code
-
-
-if __name__ == "__main__":
-  cli.run(main, define_flags)
