@@ -4,11 +4,17 @@ The library is not a Python module: ctypes and C programs load it. Its kernels a
 compiled for several instruction sets, and the library chooses one of them at run time.
 The compiler must support GCC's vector extensions. Without such a compiler minw is
 installed without the library, and runs packed networks with XLA.
+
+`python setup.py build_wasm` compiles the same sources to minw/web/minw.wasm, the engine
+for browsers, with the compiler of the extra `web-build`. The file is committed.
 """
 
 import glob
 import os
 import platform
+import re
+import subprocess
+import sys
 
 import setuptools
 from setuptools.command.build_ext import build_ext
@@ -25,6 +31,16 @@ _X86_FLAGS = {
     "kernels_avx512": _AVX512,
     "kernels_amx": _AVX512 + _AMX,
 }
+# A reactor is a module without a main function. Its stack lies below its data, so that
+# an overflow traps.
+_WASM_FLAGS = ["-target", "wasm32-wasi", "-mexec-model=reactor", "-msimd128",
+               "-Wl,--strip-all", "-Wl,-z,stack-size=131072"]
+
+
+def _sources(*without: str) -> list[str]:
+  """The C++ files of the engine, without some of them."""
+  return sorted(set(glob.glob(f"{_SOURCES}/*.cc"))
+                - {f"{_SOURCES}/{name}" for name in without})
 
 
 class BuildLibrary(build_ext):
@@ -57,17 +73,41 @@ class BuildLibrary(build_ext):
                                  extra_postargs=flags, depends=ext.depends)
 
 
+class BuildWasm(setuptools.Command):
+  """Compiles the engine to WebAssembly, with all functions of minw.h as its exports."""
+
+  description = "compile the engine to WebAssembly (needs the extra web-build)"
+  user_options = [("output=", "o", "file to write [default: minw/web/minw.wasm]")]
+
+  def initialize_options(self) -> None:
+    self.output = "minw/web/minw.wasm"
+
+  def finalize_options(self) -> None:
+    pass
+
+  def run(self) -> None:
+    with open(f"{_SOURCES}/minw.h") as header:
+      names = sorted(set(re.findall(r"\bminw_\w+(?=\()", header.read())))
+    os.makedirs(os.path.dirname(self.output) or ".", exist_ok=True)
+    subprocess.run(
+        [sys.executable, "-m", "ziglang", "c++", *_FLAGS, *_WASM_FLAGS,
+         *(f"-Wl,--export={name}" for name in names),
+         # WebAssembly has no threads here, and ffi.cc is for XLA.
+         *_sources("ffi.cc", "team.cc"), "-o", self.output], check=True)
+    os.chmod(self.output, 0o644)  # It is no program of this system.
+
+
 setuptools.setup(
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build_ext": BuildLibrary, "build_wasm": BuildWasm},
     ext_modules=[setuptools.Extension(
         "minw.kernels.libminw",
         # minw.kernels.native compiles ffi.cc, which needs the headers of jaxlib.
-        sorted(set(glob.glob(f"{_SOURCES}/*.cc")) - {f"{_SOURCES}/ffi.cc"}),
+        _sources("ffi.cc"),
         optional=True,
         depends=sorted(glob.glob(f"{_SOURCES}/*.h") + glob.glob(f"{_SOURCES}/*.inc")))],
     packages=[*setuptools.find_packages(include=["minw*"]),
               "minw.experiments", "minw.experiments.sweeps"],
     package_dir={"minw.experiments": "experiments"},
-    package_data={"minw": ["networks/*", "py.typed"],
+    package_data={"minw": ["networks/*", "py.typed", "web/*"],
                   "minw.kernels": ["csrc/minw.h", "csrc/ffi.cc"]},
 )

@@ -18,7 +18,11 @@
 #include "kernels.h"
 #include "minw.h"
 #include "program.h"
+#ifdef __wasm__
+#include "alone.h"
+#else
 #include "team.h"
+#endif
 
 namespace minw {
 

@@ -70,12 +70,21 @@ struct Names {
 // could otherwise leave the child with names that are half made.
 const Names names;
 
+// The value of MINW_ISA, or null. WebAssembly has no environment.
+const char* forced_isa() {
+#ifdef __wasm__
+  return nullptr;
+#else
+  return std::getenv("MINW_ISA");
+#endif
+}
+
 }  // namespace
 
 const char* isa_names() { return names.text; }
 
 IsaChoice best_isa() {
-  const char* forced = std::getenv("MINW_ISA");
+  const char* forced = forced_isa();
   bool any = !forced || !*forced;
   for (const Isa* isa : kIsas)
     if (runs(*isa) && (any || !std::strcmp(forced, isa->name))) return {*isa, !any};

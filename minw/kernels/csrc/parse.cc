@@ -2,6 +2,7 @@
 // and checks every rule of docs/format.md.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "program.h"
 #include "reader.h"
@@ -82,18 +83,15 @@ class Parser {
     for (int i = 0; i < ops; i++) {
       std::string where = "operation " + str(i);
       if (ended_) throw Error(where + " follows the logits");
-      try {
-        Op op;
-        int kind = in_.get<uint8_t>();
-        op.kind = static_cast<OpKind>(kind);
-        op.name = in_.name();
-        p_.values.push_back(fields(&op, kind));
-        channels_ += p_.values.back().map.c;
-        if (channels_ > kMaxChannels) throw Error("over 2^22 channels in all");
-        p_.ops.push_back(std::move(op));
-      } catch (const Error& error) {
-        throw Error(where + ": " + error.what());
-      }
+      const Subject subject(std::move(where));
+      Op op;
+      int kind = in_.get<uint8_t>();
+      op.kind = static_cast<OpKind>(kind);
+      op.name = in_.name();
+      p_.values.push_back(fields(&op, kind));
+      channels_ += p_.values.back().map.c;
+      if (channels_ > kMaxChannels) throw Error("over 2^22 channels in all");
+      p_.ops.push_back(std::move(op));
     }
     if (!ended_) throw Error("the last operation does not make logits");
     if (!in_.done()) throw Error("data after the last operation");

@@ -1,11 +1,15 @@
-// Decodes the weights of a parsed program and rounds to float formats.
+// Decodes the weights of a parsed program, rounds to float formats, and names the
+// subjects of errors.
 #include "program.h"
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace minw {
 namespace {
+
+thread_local const std::string* subject = nullptr;
 
 // The n <= 64 bits from bit `first` on, of a plane of `bytes` bytes.
 uint64_t bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n) {
@@ -36,6 +40,12 @@ float half(uint16_t x) {
 }
 
 }  // namespace
+
+Error::Error(const std::string& message)
+    : std::runtime_error(subject ? *subject + ": " + message : message) {}
+
+Subject::Subject(std::string name) : name_(std::move(name)) { subject = &name_; }
+Subject::~Subject() { subject = nullptr; }
 
 int64_t Value::most() const {
   return bound.empty() ? 0 : *std::max_element(bound.begin(), bound.end());

@@ -12,8 +12,22 @@
 
 namespace minw {
 
+// An error with a message for users, which begins with the subject if there is one.
 struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit Error(const std::string& message);
+};
+
+// While it lives, errors that this thread throws begin with its name. Errors are not
+// caught to add the name, because WebAssembly cannot catch them (wasm.cc).
+class Subject {
+ public:
+  explicit Subject(std::string name);
+  ~Subject();
+  Subject(const Subject&) = delete;
+  Subject& operator=(const Subject&) = delete;
+
+ private:
+  const std::string name_;
 };
 
 enum OpKind : uint8_t {
