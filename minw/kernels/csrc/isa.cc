@@ -17,7 +17,7 @@ namespace minw {
 namespace {
 
 // Best first.
-const Isa* const kIsas[] = {&kAmx, &kAvx512, &kAvx2, &kNeon, &kPortable};
+const Isa* const kIsas[] = {&kAmx, &kAvx512, &kAvx2, &kNeon, &kWasm, &kPortable};
 
 #if defined(__x86_64__)
 bool runs_avx512() {

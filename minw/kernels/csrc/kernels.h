@@ -186,7 +186,7 @@ struct Isa {
 
 // The name is null where the library was built for another architecture. These are
 // constants because a function in their files might use what the CPU lacks.
-extern const Isa kPortable, kAvx2, kAvx512, kAmx, kNeon;
+extern const Isa kPortable, kAvx2, kAvx512, kAmx, kNeon, kWasm;
 
 }  // namespace minw
 

@@ -3,6 +3,8 @@
 // Bits are counted within words: those of pairs of bits, of half bytes, then of bytes.
 #include "kernels.h"
 
+#if !defined(__wasm_simd128__)  // There is no WebAssembly of minw without vectors.
+
 namespace minw {
 namespace {
 
@@ -22,3 +24,7 @@ const Isa kPortable = {"portable", nullptr, false, false,     false,  choose,
                        encode,     pad,     conv,  threshold, maximum};
 
 }  // namespace minw
+
+#else
+const minw::Isa minw::kPortable = {};
+#endif

@@ -490,7 +490,7 @@ class LayerBuilder {
   // ---- What sums begin with.
 
   // The part of an output channel's sum that its kernel leaves out. The derivations are
-  // at the kernels, in tiles.inc and lookup_avx2.inc.
+  // at the kernels, in tiles.inc and lookup.inc.
   int64_t left_out(const WeightSums& all) const {
     switch (c_.form) {
       case kPlanes:
