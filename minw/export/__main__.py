@@ -1,14 +1,16 @@
 """Export a network to a file that other tools run with the same results.
 
   python -m minw.export --workdir=DIR --format=FORMAT --out=FILE
+  python -m minw.export --model=net.minw --format=web --out=DIR
   python -m minw.export --model=net.minw --golden=DIR [--images=FILES_OR_FOLDERS]
 
-There are four formats:
+There are five formats:
 
   c          a C99 and C++11 file, with a header beside it
   stablehlo  for `jax.export` on CPU, GPU and TPU
   onnx       for ONNX Runtime
   qonnx      for FINN and other compilers of quantized networks
+  web        a folder with a web page and an npm package, for browsers and Node
 
 --golden writes every intermediate value of the network for a few images. --images names
 the images; without it they are random.
@@ -29,9 +31,10 @@ from minw import packed
 from minw.export import c
 from minw.export import c_text
 from minw.export import golden
+from minw.export import web
 
 _TEST_BYTES = 2 ** 22  # Bytes of random images.
-_FORMATS = ("c", "onnx", "qonnx", "stablehlo")
+_FORMATS = ("c", "onnx", "qonnx", "stablehlo", "web")
 
 
 def content(
@@ -122,6 +125,8 @@ def _check_options(
                prefix, f"made of {c_text.ALLOWED_PREFIX}")
   errors.check(form != "c" or not (out or "").endswith(".h"), "out", out,
                "the C file; its header is written beside it")
+  if form == "web":
+    web.check_out(out or "")
 
 
 def _name(workdir: str | None, model: str | None) -> str:
@@ -131,12 +136,44 @@ def _name(workdir: str | None, model: str | None) -> str:
   return pathlib.Path(model or "").stem
 
 
+def _write_files(
+    out: pathlib.Path, program: packed.Program, form: str, images: np.ndarray,
+    batch: int | None, prefix: str
+) -> None:
+  """Writes the file of a format, and the header that belongs to a C file."""
+  files = {out: content(program, form, images, batch=batch, prefix=prefix)}
+  if form == "c":
+    files[out.with_suffix(".h")] = c.header(program, prefix).encode()
+  for path, data in files.items():
+    _write(path, data)
+
+
 def _write(path: pathlib.Path, data: bytes) -> None:
   try:
     files.write(path, data)
   except OSError as error:
     raise errors.UsageError(f"out={str(path)!r} cannot be written: {error}") from error
   print(f"{path}: {len(data)} bytes")
+
+
+def _write_web(
+    out: str, program: packed.Program, name: str, paths: list[str] | None,
+    background: str
+) -> None:
+  """Writes the folder of the format "web"; the images become samples of its page."""
+  samples = web.own_samples(program)
+  if paths:
+    found = list(infer.image_files(paths))
+    web.check_samples(found)
+    samples = web.named_samples(found, infer.read_images(
+        found, program.source_shape, infer.shrinks(program), background))
+  content = web.contents(program, name, samples)
+  try:
+    web.write(out, content)
+  except OSError as error:
+    raise errors.UsageError(f"out={out!r} cannot be written: {error}") from error
+  for file, data in content.items():
+    print(f"{pathlib.Path(out) / file}: {len(data)} bytes")
 
 
 def define_flags() -> None:
@@ -150,8 +187,8 @@ def define_flags() -> None:
       "checkpoint", "last", ["last", "best"],
       "Checkpoint of --workdir to export: the last one, or the one with the best "
       "validation accuracy.")
-  flags.DEFINE_enum("format", None, _FORMATS, "Format of the file --out.")
-  cli.DEFINE_path("out", None, "File to write.")
+  flags.DEFINE_enum("format", None, _FORMATS, "Format of the export.")
+  cli.DEFINE_path("out", None, "File to write; for the format web, the folder.")
   flags.DEFINE_integer(
       "batch", None, "Number of images that the exported network takes at once. By"
       " default qonnx takes one, onnx and stablehlo any number; c always takes one.",
@@ -164,7 +201,7 @@ def define_flags() -> None:
       "Folder to write every intermediate value of the network for --images to.")
   cli.DEFINE_paths(
       "images", "Image files, or folders of them, for --golden and for the test in a C "
-      "file; random images by default.")
+      "file, random images by default; for the format web, samples of the page.")
   flags.DEFINE_string(
       "background", "black",
       "Color behind transparent parts of images: a name, #rrggbb or R,G,B.")
@@ -177,15 +214,15 @@ def main() -> None:
     raise errors.UsageError("--format and --out, or --golden, must be given")
   _check_options(f.format, f.out, f.batch, f.prefix)
   program = _program(f.workdir, f.model, f.checkpoint)
+  name = _name(f.workdir, f.model)
+  if f.format == "web":
+    _write_web(f.out, program, name, f.images, f.background)
+  if f.format == "web" and not f.golden:
+    return
   images = test_images(f.images, program, f.background)
-  if f.format:
-    prefix = f.prefix or c_text.prefix(_name(f.workdir, f.model))
-    out = pathlib.Path(f.out)
-    files = {out: content(program, f.format, images, batch=f.batch, prefix=prefix)}
-    if f.format == "c":
-      files[out.with_suffix(".h")] = c.header(program, prefix).encode()
-    for path, data in files.items():
-      _write(path, data)
+  if f.format not in (None, "web"):
+    prefix = f.prefix or c_text.prefix(name)
+    _write_files(pathlib.Path(f.out), program, f.format, images, f.batch, prefix)
   if f.golden:
     try:
       golden.write(f.golden, program, images)

@@ -117,8 +117,12 @@ export interface PreprocessOptions {
   orientation?: number;
 }
 
-/** The levels that codes of 1, 2 or 3 bits stand for, from the smallest code on. */
-export const levels: { readonly [bits: number]: readonly number[] };
+/**
+ * The levels that codes of 1, 2 or 3 bits stand for, from the smallest code to the
+ * largest: code c of 3 bits stands for `levels[3][c + 3]`. Level 0 occurs among codes of
+ * 1 bit only where a network pads them or fills channels.
+ */
+export const levels: Readonly<Record<1 | 2 | 3, readonly number[]>>;
 
 /**
  * Compiles the engine once. `load` does so by itself if minw.wasm is beside this file.

@@ -158,7 +158,7 @@ export async function unpack(text) {
 // ---- The .minw file, which docs/format.md specifies. The engine has checked it before.
 
 export const levels = {
-  1: [-1, 1],
+  1: [-1, 0, 1],
   2: [-1, 0, 1],
   3: [-4, -2, -1, 0, 1, 2, 4],
 };
@@ -313,21 +313,21 @@ function readMetadata(bytes, classes) {
   try {
     metadata = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
   } catch (error) {
-    throw new Error(`packed network: metadata: must be JSON in UTF-8 (${error.message})`);
+    throw new Error(`metadata: must be JSON in UTF-8 (${error.message})`);
   }
   if (!isObject(metadata)) {
-    throw new Error("packed network: metadata: must be a JSON object");
+    throw new Error("metadata: must be a JSON object");
   }
   const { labels, config } = metadata;
   const isLabel = (label) => typeof label === "string" && PRINTABLE.test(label)
     && [...label].length <= MAX_LABEL;
   if (labels && !(Array.isArray(labels) && labels.every(isLabel)
       && [0, classes].includes(labels.length))) {
-    throw new Error("packed network: metadata.labels: must be null or a list of a"
+    throw new Error("metadata.labels: must be null or a list of a"
       + ` printable string of at most ${MAX_LABEL} characters for each class`);
   }
   if (config && !isObject(config)) {
-    throw new Error("packed network: metadata.config: must be null or an object");
+    throw new Error("metadata.config: must be null or an object");
   }
   return metadata;
 }

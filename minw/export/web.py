@@ -1,0 +1,229 @@
+"""Exports a packed network as a folder that is a web page and an npm package.
+
+The folder holds:
+
+  index.html       a page with all it needs inside, which also works as a file
+  minw.js          the JavaScript library, an ES module
+  minw.classic.js  the same as a classic script, which defines `minw`
+  minw.d.ts        its types
+  minw.wasm        the engine
+  net.minw         the network
+  package.json     what npm needs
+
+The page makes no request. Its Content-Security-Policy allows only its own scripts, which
+the policy names by their hashes.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+from typing import Mapping, Sequence
+
+import numpy as np
+
+import minw
+from minw import errors
+from minw import files
+from minw import packed
+
+_SOURCES = pathlib.Path(minw.__file__).parent / "web"
+_ENGINE = "minw.wasm"
+_MAX_SAMPLES = 100
+
+# A line of minw.js that a classic script cannot hold, and what stands there instead.
+_MODULE_URL = "import.meta.url"
+_SCRIPT_URL = "BASE"
+_BASE = ("const BASE = globalThis.document?.currentScript?.src"
+         " || globalThis.location?.href;\n")
+
+# Marks in the template of the page.
+_POLICY_MARK = "<!-- minw: policy -->"
+_DATA_MARK = "<!-- minw: library and data -->"
+
+_COMMENTS = re.compile(r"^ *(//.*|/\*\*(.|\n)*?\*/)\n", re.MULTILINE)
+_EXPORTS = re.compile(r"^export (?=(?:async )?(?:function|const) (\w+))", re.MULTILINE)
+_SCRIPTS = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+
+
+def check_out(out: str | os.PathLike) -> None:
+  """Checks that a folder can be written to `out`.
+
+  Raises:
+    errors.UsageError: There is something in its place.
+  """
+  path = pathlib.Path(out)
+  free = not os.path.lexists(path) or path.is_dir() and not any(path.iterdir())
+  errors.check(free, "out", str(path), "a folder that does not exist or is empty")
+
+
+def check_samples(paths: Sequence[pathlib.Path]) -> None:
+  """Checks the number of samples, all of which are in the page.
+
+  Raises:
+    errors.UsageError: There are too many.
+  """
+  errors.check(len(paths) <= _MAX_SAMPLES, "images", f"{len(paths)} files",
+               f"at most {_MAX_SAMPLES} for a page, which holds all of them")
+
+
+def contents(
+    program: packed.Program, name: str, samples: Mapping[str, np.ndarray]
+) -> dict[str, bytes]:
+  """Returns the content of each file of the folder.
+
+  Args:
+    program: The network.
+    name: Name of the network, for the title of the page.
+    samples: Images that the page offers, uint8, by their names.
+
+  Raises:
+    errors.UsageError: The engine was not built.
+  """
+  engine_path = _SOURCES / _ENGINE
+  if not engine_path.exists():
+    raise errors.UsageError(f"format='web' needs the engine {str(engine_path)!r}, which"
+                            " does not exist")
+  engine, network = engine_path.read_bytes(), packed.to_bytes(program)
+  library = _source("minw.js")
+  data = {
+      "name": name, "wasm": _packed(engine), "net": _packed(network),
+      "samples": [{"name": title, "pixels": base64.b64encode(pixels).decode()}
+                  for title, pixels in samples.items()]}
+  return {
+      "index.html": page(_source("index.html"), library, data).encode(),
+      "minw.js": without_comments(library).encode(),
+      "minw.classic.js": classic(library).encode(),
+      "minw.d.ts": _source("minw.d.ts").encode(),
+      _ENGINE: engine,
+      "net.minw": network,
+      "package.json": _package().encode(),
+  }
+
+
+def write(path: str | os.PathLike, content: Mapping[str, bytes]) -> None:
+  """Writes the folder: all of it appears at once, or nothing does.
+
+  Args:
+    path: Path of the folder, which must not exist or be empty. Its parent must exist.
+    content: The content of each file.
+
+  Raises:
+    OSError: The folder cannot be written.
+  """
+  path = pathlib.Path(os.path.abspath(path))  # Even "." has a name then.
+  part = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.part")
+  try:
+    part.mkdir()
+    for name, data in content.items():
+      (part / name).write_bytes(data)
+    files.move_folder(part, path)
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
+    raise
+
+
+def classic(library: str) -> str:
+  """Returns minw.js as a classic script that defines the global `minw`.
+
+  Module scripts cannot be loaded from files. The script is the module without the word
+  `export`, in a function that returns what was exported.
+
+  Args:
+    library: The content of minw.js.
+  """
+  names = ", ".join(_EXPORTS.findall(library))
+  body = _EXPORTS.sub("", without_comments(library)).replace(_MODULE_URL, _SCRIPT_URL)
+  return (f'var minw = (() => {{\n"use strict";\n{_BASE}{body}\n'
+          f"return {{ {names} }};\n}})();\n")
+
+
+def without_comments(source: str) -> str:
+  """Removes comments from JavaScript in which they stand on lines of their own."""
+  return re.sub(r"\n\n+", "\n", _COMMENTS.sub("", source)).lstrip("\n")
+
+
+def page(template: str, library: str, data: Mapping[str, object]) -> str:
+  """Returns the page: the template with the library, its data and a policy inside.
+
+  Args:
+    template: The content of index.html, which holds the marks of this module. Its
+      scripts run after the library. They find the data as JSON in an element with the
+      id "minw-data".
+    library: The content of minw.js.
+    data: What JSON can hold.
+  """
+  # The sequence "</script" in a string would end the element.
+  text = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
+  html = template.replace(_DATA_MARK, (
+      f"<script>\n{classic(library)}</script>\n"
+      f'<script type="application/json" id="minw-data">{text}</script>'))
+  hashes = " ".join(f"'sha256-{_hash(script)}'" for script in _SCRIPTS.findall(html))
+  policy = ("default-src 'none'; base-uri 'none'; form-action 'none';"
+            f" script-src 'wasm-unsafe-eval' {hashes}; style-src 'unsafe-inline';"
+            " img-src data: blob:; media-src blob: mediastream:")
+  return html.replace(_POLICY_MARK, (
+      f'<meta http-equiv="Content-Security-Policy" content="{policy}">'))
+
+
+def own_samples(program: packed.Program) -> dict[str, np.ndarray]:
+  """Returns images of the test split, by their labels, for a network of the digits.
+
+  Other networks have no samples of their own.
+  """
+  config = program.metadata.get("config") or {}
+  if config.get("dataset") != "digits":
+    return {}
+  images = json.loads(_source("digits.json"))["samples"]
+  return {label: np.frombuffer(base64.b64decode(pixels), np.uint8)
+          for label, pixels in images.items()}
+
+
+def named_samples(
+    paths: Sequence[pathlib.Path], images: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns images by the names of their files, which get a number if they repeat."""
+  found = {}
+  for path, image in zip(paths, images):
+    name, number = path.stem, 1
+    while name in found:
+      number += 1
+      name = f"{path.stem} ({number})"
+    found[name] = image
+  return found
+
+
+def _package() -> str:
+  """Returns package.json."""
+  return json.dumps({
+      "name": "minw",
+      "version": minw.__version__,
+      "description": "A network with weights of 1 to 3 bits, and its engine",
+      "license": "Apache-2.0",
+      "type": "module",
+      "sideEffects": False,
+      "engines": {"node": ">=20"},
+      "types": "./minw.d.ts",
+      "exports": {
+          ".": {"types": "./minw.d.ts", "default": "./minw.js"},
+          **{f"./{name}": f"./{name}" for name in (
+              "minw.wasm", "net.minw", "minw.classic.js", "package.json")}},
+  }, indent=2) + "\n"
+
+
+def _source(name: str) -> str:
+  return (_SOURCES / name).read_text("utf-8")
+
+
+def _packed(content: bytes) -> str:
+  """Returns base64 of gzip, without a time, so that equal networks give equal pages."""
+  return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
+
+
+def _hash(script: str) -> str:
+  return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
