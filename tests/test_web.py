@@ -10,12 +10,12 @@ import PIL
 from PIL import Image
 import pytest
 
-import node
 from minw import infer
 from minw import packed
 from minw.export import web
 from minw.kernels import native
 from minw.kernels import reference
+import node
 import packed_files
 from packed_networks import floats
 from packed_networks import groups_and_dilation
@@ -38,8 +38,9 @@ PROGRAMS = {
     **{f"integers{bits}": lambda bits=bits: integers(bits, bits) for bits in (1, 2, 3)},
     **{f"every{bits}": lambda bits=bits: residual_and_dense(bits) for bits in (1, 3)},
     **{f"groups{bits}": lambda bits=bits: groups_and_dilation(bits) for bits in (1, 2)},
-    "float8": lambda: floats(1, "float8_e4m3fn"), "float32": lambda: floats(2, "float32"),
-    "bfloat16": lambda: floats(3, "bfloat16")}
+    "float8": lambda: floats(1, "float8_e4m3fn"),
+    "bfloat16": lambda: floats(3, "bfloat16"),
+    "float32": lambda: floats(2, "float32")}
 
 
 def path_of(name):
@@ -268,7 +269,8 @@ def test_engine_that_cannot_be_read(tmp_path):
   good = ["logits", {"net": path_of("digits_convnet"), "length": 64,
                      "type": "Uint8ClampedArray"}]
   missing, bad, loaded = node.calls([
-      ["init", str(tmp_path / "none.wasm")], ["init", str(tmp_path / "bad.wasm")], good])
+      ["init", str(tmp_path / "none.wasm")], ["init", str(tmp_path / "bad.wasm")],
+      good])
   assert "none.wasm" in missing["error"] and bad["type"] == "CompileError"
   assert loaded == {"result": 10}  # `load` compiles the engine beside the library.
 
@@ -351,7 +353,8 @@ def test_preprocess_keeps_all_channels(tmp_path):
   rng = np.random.default_rng(8)
   check_images([
       Case(random_image(rng, mode, *size), (8, 8, channels), orientation=6)
-      for size in ((8, 8), (31, 20), (5, 5)) for mode, channels in (("LA", 2), ("RGBA", 4))
+      for size in ((8, 8), (31, 20), (5, 5))
+      for mode, channels in (("LA", 2), ("RGBA", 4))
   ], tmp_path / "image.png")
 
 
@@ -372,7 +375,7 @@ def test_preprocess_a_photo(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"width": 3}, "pixels must be a Uint8Array of red, green, blue and alpha of width"),
+    ({"width": 3}, "pixels must be a Uint8Array of red, green, blue and alpha"),
     ({"width": 0, "data": ""}, "pixels must be a Uint8Array of red, green, blue and"),
     ({"shape": (8, 8, 5)}, "the network takes 5 channels, which images lack"),
     ({"shape": (8, 8, 2)}, "the image has colors; the network takes gray and alpha"),

@@ -10,8 +10,8 @@ The folder holds:
   net.minw         the network
   package.json     what npm needs
 
-The page makes no request. Its Content-Security-Policy allows only its own scripts, which
-the policy names by their hashes.
+The page makes no request. Its Content-Security-Policy allows only the scripts whose
+hashes it names.
 """
 
 import base64
