@@ -2,16 +2,17 @@
 
 The folder holds:
 
-  index.html       a page with all it needs inside, which also works as a file
-  minw.js          the JavaScript library, an ES module
-  minw.classic.js  the same as a classic script, which defines `minw`
-  minw.d.ts        its types
-  minw.wasm        the engine
-  net.minw         the network
-  package.json     what npm needs
+  index.html    a page with all it needs inside, which also works as a file
+  minw.js       the JavaScript library, an ES module
+  minw.d.ts     its types
+  minw.wasm     the engine
+  net.minw      the network
+  package.json  what npm needs
 
-The page makes no request. Its Content-Security-Policy allows only the scripts whose
-hashes it names.
+A file cannot load modules or anything else. The page therefore holds the library as a
+classic script that is made of the module, and it holds the engine and the network in
+base64 of gzip. It makes no request. Its Content-Security-Policy allows only the scripts
+whose hashes it names.
 """
 
 import base64
@@ -44,11 +45,11 @@ _BASE = ("const BASE = globalThis.document?.currentScript?.src"
 
 # Marks in the template of the page.
 _POLICY_MARK = "<!-- minw: policy -->"
-_DATA_MARK = "<!-- minw: library and data -->"
+_DATA_MARK = "<!-- minw: data and library -->"
 
 _COMMENTS = re.compile(r"^ *(//.*|/\*\*(.|\n)*?\*/)\n", re.MULTILINE)
 _EXPORTS = re.compile(r"^export (?=(?:async )?(?:function|const) (\w+))", re.MULTILINE)
-_SCRIPTS = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+_SCRIPTS = re.compile(r"<script>(.*?)</script>\n?", re.DOTALL)
 
 
 def check_out(out: str | os.PathLike) -> None:
@@ -93,12 +94,12 @@ def contents(
   library = _source("minw.js")
   data = {
       "name": name, "wasm": _packed(engine), "net": _packed(network),
-      "samples": [{"name": title, "pixels": base64.b64encode(pixels).decode()}
+      "samples": [{"name": title, "pixels": base64.b64encode(pixels.tobytes()).decode()}
                   for title, pixels in samples.items()]}
   return {
-      "index.html": page(_source("index.html"), library, data).encode(),
+      "index.html": page(
+          _source("index.html"), library, _source("start.js"), data).encode(),
       "minw.js": without_comments(library).encode(),
-      "minw.classic.js": classic(library).encode(),
       "minw.d.ts": _source("minw.d.ts").encode(),
       _ENGINE: engine,
       "net.minw": network,
@@ -131,8 +132,8 @@ def write(path: str | os.PathLike, content: Mapping[str, bytes]) -> None:
 def classic(library: str) -> str:
   """Returns minw.js as a classic script that defines the global `minw`.
 
-  Module scripts cannot be loaded from files. The script is the module without the word
-  `export`, in a function that returns what was exported.
+  The script is the module without the word `export`, in a function that returns what
+  was exported. Its default place of the engine is beside the script.
 
   Args:
     library: The content of minw.js.
@@ -148,24 +149,27 @@ def without_comments(source: str) -> str:
   return re.sub(r"\n\n+", "\n", _COMMENTS.sub("", source)).lstrip("\n")
 
 
-def page(template: str, library: str, data: Mapping[str, object]) -> str:
-  """Returns the page: the template with the library, its data and a policy inside.
+def page(template: str, library: str, start: str, data: Mapping[str, object]) -> str:
+  """Returns the page: the template with its data and its scripts, packed.
 
   Args:
     template: The content of index.html, which holds the marks of this module. Its
-      scripts run after the library. They find the data as JSON in an element with the
-      id "minw-data".
+      scripts run after the library, when the document is complete. They find the data
+      as JSON in the element with the id "minw-data".
     library: The content of minw.js.
+    start: The content of start.js, which unpacks and runs the scripts.
     data: What JSON can hold.
   """
+  script = classic(library) + without_comments("".join(_SCRIPTS.findall(template)))
+  start = without_comments(start)
   # The sequence "</script" in a string would end the element.
-  text = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
-  html = template.replace(_DATA_MARK, (
-      f"<script>\n{classic(library)}</script>\n"
-      f'<script type="application/json" id="minw-data">{text}</script>'))
-  hashes = " ".join(f"'sha256-{_hash(script)}'" for script in _SCRIPTS.findall(html))
+  text = json.dumps({**data, "script": _packed(script.encode())}, separators=(",", ":"))
+  element = '<script type="application/json" id="minw-data">{}</script>'
+  html = _SCRIPTS.sub("", template).replace(_DATA_MARK, (
+      element.format(text.replace("<", r"\u003c")) + f"\n<script>{start}</script>"))
   policy = ("default-src 'none'; base-uri 'none'; form-action 'none';"
-            f" script-src 'wasm-unsafe-eval' {hashes}; style-src 'unsafe-inline';"
+            f" script-src 'wasm-unsafe-eval' {_source_of(start)}"
+            f" {_source_of(script)}; style-src 'unsafe-inline';"
             " img-src data: blob:; media-src blob: mediastream:")
   return html.replace(_POLICY_MARK, (
       f'<meta http-equiv="Content-Security-Policy" content="{policy}">'))
@@ -212,7 +216,7 @@ def _package() -> str:
       "exports": {
           ".": {"types": "./minw.d.ts", "default": "./minw.js"},
           **{f"./{name}": f"./{name}" for name in (
-              "minw.wasm", "net.minw", "minw.classic.js", "package.json")}},
+              "minw.wasm", "net.minw", "package.json")}},
   }, indent=2) + "\n"
 
 
@@ -225,5 +229,7 @@ def _packed(content: bytes) -> str:
   return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
 
 
-def _hash(script: str) -> str:
-  return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def _source_of(script: str) -> str:
+  """Returns what allows a script in a policy: its hash."""
+  digest = hashlib.sha256(script.encode()).digest()
+  return f"'sha256-{base64.b64encode(digest).decode()}'"
