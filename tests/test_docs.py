@@ -6,6 +6,7 @@ than the digits; tests/test_commands.py parses all of them by the flags that exi
 
 import configparser
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -25,16 +26,18 @@ from minw import models
 from minw import pack
 from minw.data import datasets
 from minw.export import c
+from minw.export import web
 from minw.kernels import native
 from minw.kernels import reference
+import node
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix()
                               for path in (ROOT / "docs").rglob("*.md"))]
-LANGUAGES = ("python", "sh", "c", "text")
+LANGUAGES = ("python", "sh", "c", "js", "text")
 
 # Programs that shell blocks may start.
-PROGRAMS = {"arm-none-eabi-gcc", "cc", "gcc", "jupyter", "minw", "mkdocs", "pip",
+PROGRAMS = {"arm-none-eabi-gcc", "cc", "gcc", "jupyter", "minw", "mkdocs", "npm", "pip",
             "pytest", "python", "qonnx-cleanup", "qonnx-inference-cost", "./digits"}
 
 # Replacements that make the Python of a page fast: (text, text in its place).
@@ -50,7 +53,7 @@ NEEDS = {"docs/howto/export.md": ("flatbuffers", "onnx", "onnxruntime")}
 # Pages whose commands need no other data than the digits.
 RUNNABLE = ["README.md", "docs/explanation/estimators.md", "docs/howto/export.md",
             "docs/howto/finn.md", "docs/howto/inference.md",
-            "docs/howto/microcontroller.md", "docs/reference/c.md",
+            "docs/howto/microcontroller.md", "docs/howto/web.md", "docs/reference/c.md",
             "docs/reference/networks.md", "docs/tutorials/digits.md"]
 
 # Flags for a short training run.
@@ -65,6 +68,7 @@ PATH={scripts}:$PATH
 python() {{ case "$2" in minw.bench*) ;; *) {python} "$@";; esac; }}
 minw-config() {{ python -m minw.c_flags "$@"; }}
 pip() {{ :; }}
+npm() {{ :; }}
 pytest() {{ :; }}
 """
 
@@ -196,6 +200,31 @@ def test_c(page, place):
                             capture_output=True)
       black = np.zeros((1, *program.source_shape), np.uint8)
       assert done.stdout == f"{infer.Network(program).logits(black).argmax()}\n"
+
+
+# Follows the JavaScript of a page, which classifies a file; the decoder is replaced.
+_JS = """
+globalThis.createImageBitmap = async () => ({ ...image, close() {} });
+const again = await classify("a file");
+console.log(JSON.stringify({ label, scores: [...scores], again: [...again] }));
+"""
+
+
+@node.needs_node
+@pytest.mark.parametrize("page", with_blocks("js"))
+def test_javascript(page, tmp_path):
+  """The blocks of a page run in order, as one module in an exported folder."""
+  program = infer.load("digits_convnet").program
+  web.write(tmp_path / "page", web.contents(program, "digits", {}))
+  (tmp_path / "page/main.mjs").write_text("\n".join(blocks(page, "js")) + _JS)
+  said = node.run("node", "main.mjs", cwd=tmp_path / "page").splitlines()
+  assert len(said) == 1 + 2 * len(program.ops) + 1  # Values, operations and the last.
+  last = json.loads(said[-1])
+  Image.fromarray(np.uint8([[0, 9]])).save(tmp_path / "two.png")
+  wanted, = infer.load("digits_convnet").predict([tmp_path / "two.png"])
+  assert last["label"] == wanted.label
+  assert max(last["scores"]) == pytest.approx(wanted.score)
+  assert last["again"] == last["scores"]
 
 
 @pytest.mark.parametrize("page", with_blocks("sh"))

@@ -340,7 +340,7 @@ def test_preprocess(count, largest, tmp_path):
 
 @needs_pillow_13
 def test_preprocess_long_and_narrow_images(tmp_path):
-  """Of these only a part is resized, or rows before columns."""
+  """Pillow resizes only a part of them, or rows before columns."""
   rng = np.random.default_rng(7)
   check_images([
       Case(random_image(rng, "RGB", *size), (8, 9, channels))

@@ -142,7 +142,7 @@ async function fetchUrl(url) {
   const isFile = /^file:/i.test(url) || !/^[a-z][a-z0-9+.-]+:/i.test(url);
   if (isFile && globalThis.process?.versions?.node) {
     const fileSystem = "node:fs/promises"; // Bundlers do not look for a variable.
-    const { readFile } = await import(/* @vite-ignore */ fileSystem);
+    const { readFile } = await import(/* webpackIgnore: true */ fileSystem);
     return readFile(/^file:/i.test(url) ? new URL(url) : url);
   }
   return fetch(url);
