@@ -37,7 +37,9 @@ def test_files(installed):
   assert (package / "kernels" / "csrc" / "minw.h").exists()
   assert (package / "kernels" / "csrc" / "ffi.cc").exists()
   assert (package / "py.typed").exists()  # Type checkers read the annotations.
+  web = ROOT / "minw" / "web"
   for found, ours in (
+      (package / "web", [*web.iterdir()]),
       (package / "experiments", [*config_flag.experiments().values()]),
       (package / "experiments" / "sweeps", [*config_flag.sweeps().values()]),
       (package / "networks", [*infer.shipped().values()])):

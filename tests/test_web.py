@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from packed_networks import images
 from packed_networks import integers
 from packed_networks import residual_and_dense
 from packed_networks import small
+from packed_networks import small_image
 
 pytestmark = node.needs_node
 
@@ -133,6 +135,23 @@ def check_weights(got, op, shape):
   np.testing.assert_array_equal(planes[0], kernel > 0)
   for bit, plane in enumerate(planes[1:]):
     np.testing.assert_array_equal(plane, np.abs(kernel) >> bit & 1)
+
+
+def test_types_declare_what_there_is():
+  """minw.d.ts names the exports of minw.js and the fields of a network."""
+  types = (node.WEB / "minw.d.ts").read_text()
+  declared = re.findall(r"^export (?:function|const) (\w+)", types, re.MULTILINE)
+  library = (node.WEB / "minw.js").read_text()
+  exported = re.findall(r"^export (?:async )?(?:function|const) (\w+)", library,
+                        re.MULTILINE)
+  assert sorted(declared) == sorted(exported)
+  network = re.search(r"^export interface Network {\n(.*?)^}", types, re.M | re.S)[1]
+  fields = re.findall(r"^  (?:readonly )?(\w+)[:(]", network, re.MULTILINE)
+  found = run(small(), small_image())
+  assert sorted(fields) == sorted([*found.keys(), "close"])
+  operation, = re.findall(r"^export interface Operation .*?^}", types, re.M | re.S)
+  fields = re.findall(r"^  readonly (\w+):", operation, re.MULTILINE)
+  assert sorted([*fields, "shape", "kind", "bits"]) == sorted(found["operations"][0])
 
 
 def test_large_batches_run_in_parts():

@@ -45,7 +45,7 @@ _BASE = ("const BASE = globalThis.document?.currentScript?.src"
 
 # Marks in the template of the page.
 _POLICY_MARK = "<!-- minw: policy -->"
-_DATA_MARK = "<!-- minw: data and library -->"
+_DATA_MARK = "<!-- minw: library and data -->"
 
 _COMMENTS = re.compile(r"^ *(//.*|/\*\*(.|\n)*?\*/)\n", re.MULTILINE)
 _EXPORTS = re.compile(r"^export (?=(?:async )?(?:function|const) (\w+))", re.MULTILINE)
@@ -159,8 +159,15 @@ def page(template: str, library: str, start: str, data: Mapping[str, object]) ->
     library: The content of minw.js.
     start: The content of start.js, which unpacks and runs the scripts.
     data: What JSON can hold.
+
+  Raises:
+    ValueError: The template lacks a mark.
   """
-  script = classic(library) + without_comments("".join(_SCRIPTS.findall(template)))
+  for mark in (_POLICY_MARK, _DATA_MARK):
+    if template.count(mark) != 1:
+      raise ValueError(f"the page must hold {mark} once")
+  scripts = "".join(_SCRIPTS.findall(template))
+  script = f'"use strict";\n{classic(library)}{without_comments(scripts)}'
   start = without_comments(start)
   # The sequence "</script" in a string would end the element.
   text = json.dumps({**data, "script": _packed(script.encode())}, separators=(",", ":"))

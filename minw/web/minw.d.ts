@@ -137,13 +137,13 @@ export function init(
 /**
  * Loads a network.
  *
- * @param source URL of a .minw file, a response, or the content of the file. In Node a
- *   URL may begin with "file:".
+ * @param source URL of a .minw file, a response, or the file or its content. In Node a
+ *   URL may begin with "file:", and any other string is a path.
  * @throws Error The file cannot be fetched, or the engine refuses it. The message is the
  *   engine's and names the layer.
  */
 export function load(
-  source: string | URL | Response | Promise<Response> | ArrayBuffer | Uint8Array,
+  source: string | URL | Response | Promise<Response> | Blob | ArrayBuffer | Uint8Array,
 ): Promise<Network>;
 
 /** Decodes base64 of gzip, as which a page of one file holds its engine and network. */
