@@ -19,6 +19,7 @@ from minw.bench import inference
 from minw.bench import scaling
 from minw.bench import throughput
 from minw.bench import train
+from minw.bench import web
 
 
 def main_train() -> None:
@@ -48,6 +49,20 @@ def main_inference() -> None:
   _report(inference, lambda: inference.bench_inference(
       flags.FLAGS.config, flags.FLAGS.rounds, batches,
       inference.BLOCKS if flags.FLAGS.layers else ()))
+
+
+def main_web() -> None:
+  """Time a packed network in WebAssembly beside ONNX Runtime's float32 and int8.
+
+    python -m minw.bench web [--where=node,chromium] [--modules=node_modules] [...]
+
+  One image is computed on one thread, in Node and in a page of headless Chromium. CPU
+  times are measured in turns, and so is the time to the first result. The folder
+  --modules needs `npm install onnxruntime-web playwright-core`, and Python needs
+  `pip install 'minw[bench]'`.
+  """
+  f = flags.FLAGS
+  _report(web, lambda: web.bench_web(f.config, f.rounds, f.where, f.modules))
 
 
 def main_data() -> None:
@@ -127,6 +142,7 @@ def _report(module, measure) -> None:
 SUBCOMMANDS = {
     "train": main_train,
     "inference": main_inference,
+    "web": main_web,
     "data": main_data,
     "scaling": main_scaling,
     "configs": main_configs,
@@ -136,6 +152,7 @@ SUBCOMMANDS = {
 _CONFIGS = {  # Default value of --config.
     "train": "cifar_convnet:network=D",
     "inference": "cifar_convnet:network=A",
+    "web": "cifar_convnet:network=A",
     "data": "imagenet_resnet18",
     "scaling": "cifar_convnet:network=A",
     "throughput": "cifar_convnet:network=A",
@@ -160,6 +177,10 @@ def define_flags(subcommand: str) -> None:
     flags.DEFINE_list("batches", ["1", "64"], "Batch sizes.")
     flags.DEFINE_bool(
         "layers", False, "Whether to time single layers instead of networks.")
+  if subcommand == "web":
+    flags.DEFINE_list("where", list(web.WHERE), "Where to time the engines.")
+    cli.DEFINE_path("modules", "node_modules",
+                    "Folder node_modules with the packages of other engines.")
   if subcommand == "scaling":
     flags.DEFINE_list("chips", ["1", "8", "64", "512", "4096"], "Numbers of chips.")
     flags.DEFINE_integer(

@@ -261,9 +261,7 @@ def native_memory(file: bytes) -> dict[str, int]:
 def table(result: dict[str, Any]) -> str:
   """Formats the result of `bench_inference` as text."""
   c, m = result["config"], result["machine"]
-  what = "one layer"
-  if not result["layers"]:
-    what = f"{_describe(c)}, crop {c['crop_size']}, {titles.bits(c)}"
+  what = "one layer" if result["layers"] else title(c)
   versions = (f"{name} {version}" for name, version in m["versions"].items())
   lines = [
       f"Inference: {what}; random weights",
@@ -310,9 +308,10 @@ def _describe_core(core: dict[str, Any]) -> str:
   return f" ({', '.join(parts)})" if parts else ""
 
 
-def _describe(config: dict[str, Any]) -> str:
-  """Returns the name of a network, and the widths of a ConvNet."""
-  if config["network"] != "convnet":
-    return titles.network(config)
-  widths = (*config["conv_widths"], *config["dense_widths"])
-  return f"ConvNet {'-'.join(map(str, widths))}"
+def title(config: dict[str, Any]) -> str:
+  """Returns the name of a network, the widths of a ConvNet, its crop and its bits."""
+  name = titles.network(config)
+  if config["network"] == "convnet":
+    widths = (*config["conv_widths"], *config["dense_widths"])
+    name = f"ConvNet {'-'.join(map(str, widths))}"
+  return f"{name}, crop {config['crop_size']}, {titles.bits(config)}"

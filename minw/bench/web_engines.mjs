@@ -1,0 +1,61 @@
+// The engines that `minw.bench web` times. This module runs in Node and in web pages.
+
+const node = globalThis.process?.versions?.node;
+const runs = {}; // Functions that compute an image, by the names of their engines.
+
+/** Reads a file beside this module. */
+async function read(name) {
+  const url = new URL(name, import.meta.url);
+  if (node) return new Uint8Array(await (await import("node:fs/promises")).readFile(url));
+  return new Uint8Array(await (await fetch(url)).arrayBuffer());
+}
+
+/** Starts the packed network. Its logits must be those of the native kernels. */
+async function startMinw() {
+  const { load } = await import("./minw.js");
+  const network = await load(await read("network.minw"));
+  const image = await read("image.bin");
+  const logits = network.logits(image);
+  const expected = new Float32Array((await read("logits.bin")).buffer);
+  if (logits.length !== expected.length || logits.some((x, i) => x !== expected[i])) {
+    throw new Error("its logits are not those of the native kernels");
+  }
+  return () => network.logits(image);
+}
+
+/** Starts a network of ONNX Runtime on one thread. */
+async function startOnnx(file, type, toTensor, url, shape) {
+  const ort = await import(url);
+  ort.env.wasm.numThreads = 1;
+  const session = await ort.InferenceSession.create(
+    await read(file), { executionProviders: ["wasm"] });
+  const x = new ort.Tensor(type, toTensor(await read(`${type}.bin`)), shape);
+  await session.run({ x });
+  return () => session.run({ x });
+}
+
+/**
+ * Starts an engine and computes an image.
+ *
+ * @param name "minw", "float32" or "int8".
+ * @param ort URL of ONNX Runtime's module.
+ * @param shape Shape of the images of ONNX Runtime.
+ * @returns Milliseconds that this took, with loading the engine and the network.
+ */
+export async function start(name, ort, shape) {
+  const began = performance.now();
+  runs[name] = await {
+    minw: startMinw,
+    float32: () => startOnnx(
+      "float32.onnx", "float32", (bytes) => new Float32Array(bytes.buffer), ort, shape),
+    int8: () => startOnnx("int8.onnx", "uint8", (bytes) => bytes, ort, shape),
+  }[name]();
+  return performance.now() - began;
+}
+
+/** Computes an image `count` times, and returns the milliseconds that this took. */
+export async function run(name, count) {
+  const began = performance.now();
+  for (let i = 0; i < count; i++) await runs[name]();
+  return performance.now() - began;
+}
