@@ -109,5 +109,6 @@ setuptools.setup(
               "minw.experiments", "minw.experiments.sweeps"],
     package_dir={"minw.experiments": "experiments"},
     package_data={"minw": ["networks/*", "py.typed", "web/*"],
+                  "minw.bench": ["*.mjs"],
                   "minw.kernels": ["csrc/minw.h", "csrc/ffi.cc"]},
 )

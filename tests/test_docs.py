@@ -70,6 +70,7 @@ minw-config() {{ python -m minw.c_flags "$@"; }}
 pip() {{ :; }}
 npm() {{ :; }}
 pytest() {{ :; }}
+npm() {{ :; }}
 """
 
 

@@ -19,18 +19,7 @@ _SECONDS = 0.2  # Shortest duration of a measurement, apart from compilation.
 Run = Callable[[int], None]  # Runs a number of steps and waits for the last.
 
 
-def _elapsed(run: Run, count: int) -> float:
-  """Returns the elapsed seconds of a step, the mean of so many."""
-  start = time.perf_counter()
-  run(count)
-  return (time.perf_counter() - start) / count
-
-
-def measure(
-    runs: Mapping[Any, Run],
-    rounds: int,
-    seconds: Callable[[Run, int], float] = _elapsed,
-) -> dict[Any, list[float]]:
+def measure(runs: Mapping[Any, Run], rounds: int) -> dict[Any, list[float]]:
   """Measures the seconds per step of several functions.
 
   The functions take turns, so that other load on the machine affects all of them alike.
@@ -38,11 +27,15 @@ def measure(
   Args:
     runs: Functions by name.
     rounds: Number of measurements of each function.
-    seconds: Measures the seconds of a step from a function and a number of steps.
 
   Returns:
     Seconds per step by name, one number for each round.
   """
+  def seconds(run, count):
+    start = time.perf_counter()
+    run(count)
+    return (time.perf_counter() - start) / count
+
   counts = {}
   for name, run in runs.items():
     run(2)  # Compile before timing.

@@ -1,4 +1,4 @@
-"""Benchmark of WebAssembly: the packed network beside ONNX Runtime's in float32 and int8.
+"""Benchmark of WebAssembly: the packed network beside ONNX Runtime's float32 and int8.
 
 A program in Node times the engines there and in Chromium; see web_driver.mjs.
 """
@@ -36,7 +36,7 @@ class Timing(NamedTuple):
   Attributes:
     versions: Versions of Node or Chromium, and of ONNX Runtime.
     seconds: CPU time of an image, one number for each round.
-    first: Elapsed time from nothing loaded to the first result, in a new page or process.
+    first: Elapsed time to the first result in a new page or process.
     left_out: Engines that could not be timed, with the reason.
   """
 
@@ -46,7 +46,7 @@ class Timing(NamedTuple):
   left_out: dict[str, str]
 
 
-class _Driver:
+class Driver:
   """The program in Node that runs the engines."""
 
   def __init__(self, process: subprocess.Popen):
@@ -152,13 +152,19 @@ def write_files(program: packed.Program, folder: pathlib.Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def _driver(folder: str, modules: str, executable: str) -> Iterator[_Driver]:
-  """Context with a running driver."""
+def driver(folder: str, modules: str, executable: str) -> Iterator[Driver]:
+  """Context with a running `Driver`.
+
+  Args:
+    folder: Folder of the files of `write_files`.
+    modules: Folder node_modules.
+    executable: Executable of Chromium, or "" for Node.
+  """
   script = os.path.join(os.path.dirname(__file__), "web_driver.mjs")
   with subprocess.Popen(
       ["node", script, folder, os.path.abspath(modules), executable], text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-    yield _Driver(process)
+    yield Driver(process)
     assert process.stdin
     process.stdin.close()  # The driver ends with its input.
 
@@ -167,25 +173,28 @@ def _measure(
     folder: str, modules: str, executable: str, shape: Sequence[int], rounds: int
 ) -> Timing:
   """Measures all engines in one place."""
-  with _driver(folder, modules, executable) as driver:
-    runs, first, left_out = {}, {}, {}
+  with driver(folder, modules, executable) as ask:
+    counts, left_out = {}, {}
     for name, engine in _NAMES.items():
       try:
-        driver("start", engine, shape)
+        ask("start", engine, shape)
+        counts[name] = ask("count", engine)
       except errors.UsageError as error:
         left_out[name] = str(error)
-        continue
-      runs[name] = lambda count, engine=engine: driver("run", engine, count)
-      first[name] = []
+    first = {name: [] for name in counts}
     for _ in range(_FIRST_RESULTS):
       for name, values in first.items():
-        values.append(driver("cold", _NAMES[name], shape) / 1e3)
-    seconds = timing.measure(runs, rounds, lambda run, count: run(count) / count)
-    return Timing(driver("about"), seconds, first, left_out)
+        values.append(ask("cold", _NAMES[name], shape) / 1e3)
+    seconds = {name: [] for name in counts}
+    for i in range(rounds):
+      for name in list(counts)[::(-1) ** i]:  # Every second round is reversed.
+        count = counts[name]
+        seconds[name].append(ask("run", _NAMES[name], count) / count)
+    return Timing(ask("about"), seconds, first, left_out)
 
 
 def _summary(seconds: dict[str, list[float]], work: int = 0) -> dict[str, Any]:
-  """Summarizes the times of engines, and their ratios to those of the packed network."""
+  """Summarizes the times of engines, and their ratios to the packed network's."""
   engines = {name: {**timing.summary(values), "per_second": work / np.median(values)}
              for name, values in seconds.items()}
   return {"engines": engines, "ratios": {
@@ -202,15 +211,17 @@ def table(result: dict[str, Any]) -> str:
       f"Medians and quartiles of {result['rounds']} rounds; ratios of times are"
       " medians of each round's."]
   for run in result["runs"]:
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    lines += ["", versions, f"{'':14}{'ms':>10}{'quartiles':>22}{'GMAC/s':>9}"
-              f"{'/ minw':>9}{'first result':>14}{'/ minw':>9}"]
+    versions = (f"{name} {version}" for name, version in run["versions"].items())
+    lines += ["", ", ".join(versions),
+              f"{'':14}{'ms':>10}{'quartiles':>22}{'GMAC/s':>9}{'/ minw':>9}"
+              f"{'first result':>14}{'/ minw':>9}"]
     for name, e in run["engines"].items():
       spread = f"{1e3 * e['low']:.3f} - {1e3 * e['high']:.3f}"
       first = run["first_result"]["engines"][name]["median"]
-      line = f"{name:14}{1e3 * e['median']:10.3f}{spread:>22}{e['per_second'] / 1e9:9.1f}"
-      line += _ratio(run, name) + f"{1e3 * first:11.0f} ms"
-      lines.append((line + _ratio(run["first_result"], name)).rstrip())
+      lines.append((
+          f"{name:14}{1e3 * e['median']:10.3f}{spread:>22}{e['per_second'] / 1e9:9.1f}"
+          f"{_ratio(run, name)}{1e3 * first:11.0f} ms"
+          f"{_ratio(run['first_result'], name)}").rstrip())
     lines += [f"{name:14} left out: {why}" for name, why in run["left_out"].items()]
   return "\n".join(lines)
 

@@ -10,6 +10,7 @@
 //   ["about"]             versions
 //   ["cold", NAME, SHAPE] milliseconds to the first result, in a new process or page
 //   ["start", NAME, SHAPE]
+//   ["count", NAME]       number of images in about 0.2 seconds
 //   ["run", NAME, COUNT]  seconds of CPU time, or of elapsed time where it is unknown
 
 import { fork } from "node:child_process";
@@ -163,6 +164,7 @@ async function main(folder, modules, executable) {
       }
     },
     start: (name, shape) => main.call("start", name, main.onnx, shape),
+    count: (name) => main.call("count", name),
     run: async (name, count) => {
       const before = await cpuTime(main.ids);
       const elapsed = await main.call("run", name, count);

@@ -53,6 +53,14 @@ export async function start(name, ort, shape) {
   return performance.now() - began;
 }
 
+/** Returns how many times an engine computes an image in about 0.2 seconds. */
+export async function count(name) {
+  for (let n = 1; ; n *= 2) {
+    const milliseconds = await run(name, n);
+    if (milliseconds > 100) return Math.ceil((200 * n) / milliseconds);
+  }
+}
+
 /** Computes an image `count` times, and returns the milliseconds that this took. */
 export async function run(name, count) {
   const began = performance.now();
