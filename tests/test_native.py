@@ -21,6 +21,7 @@ from c_programs import tool
 from minw import packed
 from minw.kernels import native
 from minw.kernels import reference
+import native_cases
 from packed_files import mutants
 from packed_files import with_checksum
 from packed_networks import Builder
@@ -55,16 +56,11 @@ def isa(request, monkeypatch):
   return request.param
 
 
-@pytest.mark.parametrize("activations", (1, 2, 3))
-@pytest.mark.parametrize("weights", (1, 2, 3))
-@pytest.mark.parametrize("channels", (1, 3, 63, 65, 128, 130))
+@pytest.mark.parametrize("activations", native_cases.BITS)
+@pytest.mark.parametrize("weights", native_cases.BITS)
+@pytest.mark.parametrize("channels", native_cases.CHANNELS)
 def test_channels(isa, weights, activations, channels):
-  b = Builder(np.random.default_rng(channels), (6, 7, 3), (6, 5))
-  x = b.threshold(b.conv(0, weights, channels), activations)
-  x = b.add(packed.Pool("pool", b.conv(x, weights, 17), "max", (2, 2), (2, 2)))
-  x = b.threshold(x, activations)
-  network = check(b.end(x, weights))
-  assert network.isa == isa
+  assert check(native_cases.channels(weights, activations, channels)).isa == isa
 
 
 @pytest.mark.parametrize("activations", (1, 2, 3))
@@ -127,111 +123,57 @@ def test_tiles(monkeypatch, seed):
 
 @pytest.mark.parametrize("size", range(1, 12))
 def test_kernel_sizes(isa, size):
-  rng = np.random.default_rng(size)
-  b = Builder(rng, (13, 12, 2))
-  x = b.threshold(b.conv(0, 1, 65, (size, 3), pads=(0, 0, 1, 1)), 1)
-  pads = tuple(rng.integers(0, size + 1, 4).tolist())
-  x = b.conv(x, 1, 20, (min(size, 3), size), (2, 1), pads)
-  check(b.end(b.threshold(x, 1)))
+  check(native_cases.kernel_size(size))
 
 
-@pytest.mark.parametrize("pad", (-3, -1, 0, 1, 3))
-@pytest.mark.parametrize("bits", (1, 2, 3))
+@pytest.mark.parametrize("pad", native_cases.PADS)
+@pytest.mark.parametrize("bits", native_cases.BITS)
 def test_borders(isa, bits, pad):
   if abs(pad) > packed.max_code(bits):
     pytest.skip("no such code")
-  b = Builder(np.random.default_rng(0), (5, 5, 1))
-  x = b.threshold(b.conv(0, 2, 70), bits)
-  for weights in (1, 2, 3):
-    y = b.conv(x, weights, 9, (5, 4), (1, 2), (4, 2, 6, 3), pad)
-  check(b.end(b.threshold(y, bits)))
+  check(native_cases.borders(bits, pad))
 
 
-@pytest.mark.parametrize("activations", (1, 2, 3))
-@pytest.mark.parametrize("weights", (1, 2, 3))
-@pytest.mark.parametrize("groups, inputs, outputs", (
-    (1, 3, 5), (70, 1, 1), (33, 1, 3), (5, 3, 1), (3, 33, 5), (2, 5, 33), (2, 130, 64),
-    (4, 1, 300)))
+@pytest.mark.parametrize("activations", native_cases.BITS)
+@pytest.mark.parametrize("weights", native_cases.BITS)
+@pytest.mark.parametrize("groups, inputs, outputs", native_cases.GROUPS)
 def test_groups(isa, weights, activations, groups, inputs, outputs):
-  b = Builder(np.random.default_rng(groups), (6, 7, groups))
-  x = b.conv(0, weights, groups * inputs, groups=groups)  # Reads the image.
-  x = b.threshold(x, activations)
-  pad = -packed.max_code(activations)
-  x = b.conv(x, weights, groups * outputs, (3, 2), (1, 2), (2, 0, 1, 1), pad, groups)
-  x = b.add(packed.Pool("pool", x, "max", (2, 2), (2, 2)))
-  y = b.threshold(x, activations)
-  x = b.conv(y, weights, groups * outputs, pads=(0, 1, 1, 1), groups=groups)
-  if b.shape(x) == b.shape(y):
-    x = b.add(packed.Add("add", b.threshold(x, activations, y), y))
-  check(b.end(b.threshold(x, activations), weights))
+  check(native_cases.groups(weights, activations, groups, inputs, outputs))
 
 
 @pytest.mark.parametrize("pad", (-1, 0, 1))
-@pytest.mark.parametrize("activations", (1, 2, 3))
-@pytest.mark.parametrize("weights", (1, 2, 3))
+@pytest.mark.parametrize("activations", native_cases.BITS)
+@pytest.mark.parametrize("weights", native_cases.BITS)
 def test_dilation(isa, weights, activations, pad):
-  b = Builder(np.random.default_rng(0), (7, 9, 1))
-  x = b.threshold(b.conv(0, weights, 70, dilation=(2, 3)), activations)
-  pad *= packed.max_code(activations)
-  for groups in (1, 2, 70):
-    b.conv(x, weights, 70, (3, 4), (2, 1), (5, 3, 2, 6), pad, groups, (3, 2))
-    # Only the middle of the kernel meets the map.
-    b.conv(x, weights, 70, (3, 3), (3, 2), (20, 20, 30, 30), pad, groups, (20, 30))
-  check(b.end(b.threshold(len(b.ops), activations), weights))
+  check(native_cases.dilation(weights, activations, pad))
 
 
 def test_large_sums_of_groups(isa):
-  """Depthwise sums beyond 16 bits, of pixels and of integers."""
-  b = Builder(np.random.default_rng(0), (16, 16, 40))
-  x = b.conv(0, 3, 40, (9, 9), pads=(0,) * 4, groups=40)
-  assert b.values[x].bound.max() > 2 ** 15
-  x = b.conv(x, 2, 40, groups=40)
-  x = b.conv(x, 1, 80, groups=20)
-  check(b.end(b.threshold(x, 2), 2))
+  check(native_cases.large_sums_of_groups())
 
 
 def test_large_sums_need_wide_thresholds(isa):
-  b = Builder(np.random.default_rng(0), (16, 16, 40))
-  x = b.conv(0, 3, 70, (9, 9), pads=(0,) * 4)
-  assert b.values[x].bound.max() > 2 ** 17
-  x = b.threshold(x, 3)
-  x = b.conv(x, 3, 70, (5, 5))
-  check(b.end(b.threshold(x, 2), 2))
+  check(native_cases.large_sums())
 
 
-@pytest.mark.parametrize("activations", (1, 2, 3))
-@pytest.mark.parametrize("weights", (1, 2, 3))
+@pytest.mark.parametrize("activations", native_cases.BITS)
+@pytest.mark.parametrize("weights", native_cases.BITS)
 @pytest.mark.parametrize("sign", (-1, 1))
 def test_largest_counts(isa, weights, activations, sign):
-  """All products are as large as can be, and all of one sign."""
-  b = Builder(np.random.default_rng(0), (15, 15, 1))
-  x = b.threshold(b.conv(0, 1, 90), activations)
-  b.ops[-1].thresholds[:] = np.where(b.ops[-1].falling, 1, -1) * 2**20 * sign
-  x = b.conv(x, weights, 37)
-  b.ops[-1].kernel[:] = packed.max_code(weights)
-  y = b.threshold(x, 1)
-  check(b.end(b.conv(y, 1, 3)), 1)
+  check(native_cases.largest_counts(weights, activations, sign), 1)
 
 
 def test_more_steps_than_small_counters_hold(isa):
-  b = Builder(np.random.default_rng(0), (9, 9, 1))
-  for activations, weights in ((1, 3), (3, 1), (2, 2)):
-    x = b.threshold(b.conv(0, 1, 210), activations)
-    b.conv(x, weights, 3, (9, 9), pads=(2,) * 4)
-  check(b.end(0), 1)
+  check(native_cases.many_steps(), 1)
 
 
-@pytest.mark.parametrize("bits", (1, 2, 3))
+@pytest.mark.parametrize("bits", native_cases.BITS)
 def test_every_operation(isa, bits):
   check(residual_and_dense(bits))
 
 
 def test_image_is_read_by_other_operations(isa):
-  b = Builder(np.random.default_rng(0), (7, 9, 3), (6, 5))
-  x = b.add(packed.Pool("sum", 0, "sum", (2, 2), (2, 2)))
-  x = b.add(packed.Add("add", x, x, 2, 0))
-  b.threshold(0, 2)
-  check(b.end(x, 2))
+  check(native_cases.image_operations())
 
 
 @hypothesis.given(programs(), st.integers(1, 4), st.sampled_from(ISAS or ["none"]))
@@ -242,30 +184,17 @@ def test_random_networks(program, batch, isa):
     check(program, batch)
 
 
-@pytest.mark.parametrize("form", ("float8_e4m3fn", "float16", "bfloat16", "float32"))
+@pytest.mark.parametrize("form", native_cases.FLOATS)
 def test_floats(isa, form):
   """Each operation, given what the library gave the one before it."""
-  b = Builder(np.random.default_rng(0), (8, 7, 3), (7, 6))
-  x = b.norm(b.conv(0, form, 20), form)
-  y = b.norm(b.conv(x, 2, 20), form, x)
-  y = b.add(packed.Pool("max", y, "max", (2, 2), (2, 2)))
-  y = b.add(packed.Pool("sum", y, "sum", (2, 2), (1, 1)))
-  codes = [b.norm(y, bits) for bits in (1, 2, 3)]
-  for code in codes:
-    b.norm(b.conv(code, form, 20, pads=(1, 0, 0, 1), pad=1), 3)
-  x = b.norm(b.conv(codes[2], 3, 20, (1, 1), pads=(0,) * 4), form, codes[0])
-  for groups, step in ((20, 2), (4, 1), (2, 2), (1, 2)):
-    apart = dict(pads=(step, step, 1, 1), groups=groups, dilation=(step, 1))
-    b.norm(b.conv(codes[0], form, 60, **apart), 3)
-    x = b.norm(b.conv(x, form, 20, **apart), form, x)
-  program = b.end(x, form)
+  program, values = native_cases.floats(form)
   network = native.load(packed.to_bytes(program))
   x = images(program, 3)
   have = network.values(x)
-  for i, (op, kind) in enumerate(zip(program.ops, b.values[1:])):
+  for i, (op, kind) in enumerate(zip(program.ops, values[1:])):
     given = packed.inputs(op)
     want = reference.run_op(
-        op, [have[j] for j in given], [b.values[j] for j in given], kind)
+        op, [have[j] for j in given], [values[j] for j in given], kind)
     tolerance = 1e-5 * np.abs(want).max() if isinstance(
         op, (packed.Conv, packed.Pool)) and kind.kind == "FLOAT" else 0
     assert np.abs(have[i + 1] - want).max() <= tolerance, op
@@ -283,15 +212,9 @@ def test_floats_are_the_same_on_all_isas(monkeypatch):
     np.testing.assert_array_equal(every[0], other)
 
 
-def small():
-  b = Builder(np.random.default_rng(0), (8, 8, 3))
-  x = b.threshold(b.conv(0, 1, 64), 1)
-  return b.end(b.threshold(b.conv(x, 1, 40), 1))
-
-
 @pytest.mark.parametrize("threads", range(1, 5))
 def test_batches_and_threads(isa, threads):
-  program = small()
+  program = native_cases.small()
   network = native.load(packed.to_bytes(program))
   want = reference.logits(program, images(program, 40))
   for batch in (*range(18), 40):
@@ -312,7 +235,7 @@ def test_layouts_of_images(change):
 
 
 def test_many_callers():
-  program = small()
+  program = native_cases.small()
   network = native.load(packed.to_bytes(program))
   x = images(program, 33)
   want = network.logits(x)
@@ -358,7 +281,7 @@ sys.exit(f"{failed} of {len(codes)} children failed" if failed else 0)
 
 @pytest.mark.parametrize("forks", (100, pytest.param(2000, marks=pytest.mark.slow)))
 def test_forks(tmp_path, forks):
-  program = small()
+  program = native_cases.small()
   (tmp_path / "small.minw").write_bytes(packed.to_bytes(program))
   np.save(tmp_path / "images.npy", images(program, 33))
   subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS,
@@ -366,18 +289,9 @@ def test_forks(tmp_path, forks):
                   check=True)
 
 
-def large():
-  """A network whose layers are large enough to be divided among threads."""
-  b = Builder(np.random.default_rng(0), (16, 16, 3))
-  x = b.threshold(b.conv(0, 1, 64), 1)
-  x = b.add(packed.Pool("max", b.conv(x, 2, 96), "max", (3, 3), (2, 2), (1, 1, 1, 1)))
-  y = b.threshold(x, 2)
-  return b.end(b.threshold(b.conv(y, 1, 96), 2, y))
-
-
 @pytest.mark.parametrize("threads", (2, 3, 8))
 def test_threads_share_layers(isa, threads):
-  program = large()
+  program = native_cases.large()
   network, x = native.load(packed.to_bytes(program)), images(program, 7)
   want = reference.run(program, x)[-1].reshape(7, -1)
   for batch in (1, 2, 7):
@@ -388,7 +302,7 @@ def test_threads_share_layers(isa, threads):
 
 def test_helpers_sleep_between_calls():
   """Helpers spin for microseconds, and then cost no time of the CPU."""
-  program = large()
+  program = native_cases.large()
   network, x = native.load(packed.to_bytes(program)), images(program, 1)
   for _ in range(10):
     network.logits(x, threads=4)
@@ -417,20 +331,11 @@ def test_names_and_kernels(isa):
   assert kernels[5] == ("int8 dot products" if dots else "int16 products")
 
 
-@pytest.mark.parametrize("size, window, stride, step", (
-    ((9, 8), (3, 3), (1, 1), (1, 1)), ((13, 17), (7, 7), (2, 2), (1, 1)),
-    ((8, 9), (2, 4), (1, 2), (2, 1)), ((11, 9), (3, 2), (2, 1), (1, 3)),
-    ((5, 6), (1, 1), (1, 1), (1, 1)), ((16, 16), (9, 11), (1, 1), (1, 1))))
+@pytest.mark.parametrize("size, window, stride, step", native_cases.IMAGES)
 @pytest.mark.parametrize("channels", (1, 3, 4, 5))
 def test_images(isa, size, window, stride, step, channels):
   """Layers that read images, at the extremes of pixels and offsets."""
-  rng = np.random.default_rng(channels)
-  b = Builder(rng, (size[0] + 3, size[1] + 2, channels), size)
-  b.offset = rng.choice((0, 1, 128, 255), channels)
-  b.values = [packed.image_value(b.source, b.crop, b.offset)]
-  x = b.conv(0, 3, 37, window, stride, (2, 3, 1, 4), 0, 1, step)
-  b.ops[0].kernel[:2] = np.reshape((3, -3), (2, 1, 1, 1))
-  program = b.end(b.threshold(x, 2))
+  program = native_cases.image(size, window, stride, step, channels)
   check(program)
   network = native.load(packed.to_bytes(program))
   for fill in (0, 255):
@@ -511,11 +416,11 @@ def test_peak_counts_products(isa, weights, activations):
 def test_unknown_isa(monkeypatch):
   monkeypatch.setenv("MINW_ISA", "mmx")
   with pytest.raises(ValueError, match="MINW_ISA=mmx .*these do: .*portable"):
-    native.load(packed.to_bytes(small()))
+    native.load(packed.to_bytes(native_cases.small()))
 
 
 def test_images_of_another_shape():
-  network = native.load(packed.to_bytes(small()))
+  network = native.load(packed.to_bytes(native_cases.small()))
   for wrong in (np.zeros((1, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8),
                 np.zeros((1, 8, 8, 4), np.uint8)):
     with pytest.raises(ValueError, match="must be uint8"):
@@ -529,14 +434,14 @@ def repaired(data):
 
 @pytest.mark.parametrize("size", (0, 7, 31, 32, 33, 100, -1))
 def test_truncated(size):
-  data = packed.to_bytes(small())[:size]
+  data = packed.to_bytes(native_cases.small())[:size]
   for damaged in (data, repaired(data) if len(data) >= 32 else data):
     with pytest.raises(ValueError, match="packed network"):
       native.load(damaged)
 
 
 def test_wrong_checksum_and_version():
-  data = packed.to_bytes(small())
+  data = packed.to_bytes(native_cases.small())
   with pytest.raises(ValueError, match="checksum"):
     native.load(data[:60] + b"?" + data[61:])
   with pytest.raises(ValueError, match="version 3"):
@@ -605,7 +510,7 @@ def xla_call(program, **options):
 
 
 def test_xla_call():
-  program = small()
+  program = native_cases.small()
   logits = xla_call(program, threads=2)
   x = images(program, 6)
   want = reference.logits(program, x)
@@ -630,7 +535,7 @@ def test_xla_calls_of_many_networks():
 
 def test_c_program(tmp_path):
   compiler = tool("cc", "gcc")
-  program = small()
+  program = native_cases.small()
   x = images(program, 5)
   (tmp_path / "net.minw").write_bytes(packed.to_bytes(program))
   (tmp_path / "images").write_bytes(x.tobytes())
@@ -675,7 +580,7 @@ def test_sanitizers(tmp_path, sanitizer):
   if sanitizer != "thread":  # These two triple the time of compilation.
     flags.append("-fno-sanitize=object-size,pointer-overflow")
   run = build(compiler, tmp_path, flags, "fuzz.cc", platform.machine() == "x86_64")
-  good, path = [*seeds(), packed.to_bytes(large())], tmp_path / "networks"
+  good, path = [*seeds(), packed.to_bytes(native_cases.large())], tmp_path / "networks"
   count = SANITIZED // 5 if sanitizer == "thread" else SANITIZED
   with open(path, "wb") as file:
     for data in (*good, *mutants(good, 2, count)):

@@ -111,6 +111,8 @@ struct Conv {
   bool paired;   // W1A1 with two words in a step; the second one holds the XOR of both.
   bool sums;     // The sum of the window's magnitudes is added (weights of 1 bit).
   int fold;      // Channels of a step (kLookup, kBytes).
+  int numbers;   // Numbers of a step (kLookup).
+  bool joint;    // A byte of a row has the numbers of two pixels (kLookup).
   bool swapped;  // Weights select the tables and pixels the entries, not vice versa.
 
   // Whether each output channel has inputs of its own. A pixel then holds an element
@@ -165,7 +167,7 @@ struct Isa {
   const Isa* others;  // Runs the layers that these kernels do not, or null.
   bool tiles;         // Has int8 tiles (kTiles), and no other form.
   bool dot;           // Has int8 dot products (kBytes).
-  bool lookup;        // Has table lookups (kLookup).
+  bool lookup;        // Has table lookups (kLookup), without `dot` for all bits.
   // Sets conv->group and conv->peak, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
   // Converts `n` pixels to conv.form. `magnitudes` may be null.

@@ -197,6 +197,8 @@ class LayerBuilder {
       c_.width = kInt32Width;
     } else if (codes && !c_.own && planes) {
       choose_planes();
+    } else if (codes && !c_.own && isa_->lookup && !isa_->dot) {
+      choose_products();
     } else if ((codes || c_.source) && !c_.own && isa_->dot) {
       c_.form = kBytes;
       c_.fold = 4;
@@ -226,17 +228,30 @@ class LayerBuilder {
     int most = a == 3 || w == 3 ? kMostEntry3 : kMostEntry;
     bool filled = !swapped || c_.out.h * c_.out.w > kMostUnswappedPixels;
     if (isa_->lookup && steps * most < kCountLimit && filled) {
-      c_.form = kLookup;
       c_.swapped = swapped;
-      c_.width = kRowBlock;
-      if (!swapped)
-        c_.width = std::min(divided_up(c_.out.c, kLookupColumns) * kLookupColumns,
-                            kMaxLookupWidth);
-      return;
+      c_.joint = a == w;
+      c_.numbers = a == 3 || w == 3 ? 2 : 1;
+      return choose_lookups();
     }
     c_.form = kPlanes;
     c_.width = kLane;
     c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
+  }
+
+  // Lookups of products, for W2A3, W3A2 and W3A3. The index of an entry has room for
+  // two weights of 2 bits, or for one of 3 bits.
+  void choose_products() {
+    c_.fold = c_.w_bits == 2 ? 2 : 1;
+    c_.numbers = 1;
+    choose_lookups();
+  }
+
+  void choose_lookups() {
+    c_.form = kLookup;
+    c_.width = kRowBlock;
+    if (!c_.swapped)
+      c_.width = std::min(divided_up(c_.out.c, kLookupColumns) * kLookupColumns,
+                          kMaxLookupWidth);
   }
 
   // Whether pixels, and the largest sum of an output channel, fit an int16. A negative
@@ -276,9 +291,12 @@ class LayerBuilder {
         int bytes = 8 * planes_of(c_.a_bits);
         return {c_.words, bytes, c_.words * bytes, planes_of(c_.w_bits), 8};
       }
-      case kLookup:
-        return {divided_up(inputs_, c_.fold), three ? 2 : 1,
-                c_.in.stride / (three ? 2 : c_.fold), c_.w_bits == 3 ? 2 : 1, 1};
+      case kLookup: {
+        // Signs need one byte of weights a step, and numbers of pixels one each.
+        int numbers = c_.w_bits == 3 ? c_.numbers : 1, pixel = three ? c_.numbers : 1;
+        return {divided_up(inputs_, c_.fold), pixel, c_.in.stride / c_.fold * pixel,
+                numbers, 1};
+      }
       case kBytes: {
         // Pixels of images are rows of windows, since few channels would fill no step.
         int channels = c_.source ? c_.window.w * inputs_ : inputs_;
@@ -459,8 +477,8 @@ class LayerBuilder {
   // selects a table or an entry of one. The first channel is its lowest digit:
   //
   //   bits   digit of a level              base   channels of a number
-  //   2      -1, 0, 1 -> 0, 1, 2           3      4 (3^4 = 81), or 2 for W2A2
-  //   3      -4, -2, -1, 0, 1, 2, 4        7      2 (7^2 = 49)
+  //   2      -1, 0, 1 -> 0, 1, 2           3      4 (3^4 = 81), or 2 as an index
+  //   3      -4, -2, -1, 0, 1, 2, 4        7      2 (7^2 = 49), or 1 as an index
   //          -> 0, 1, 2, 3, 4, 5, 6
   //
   // Numbers are built by adding one channel's digit after another. Where weights select
@@ -470,7 +488,7 @@ class LayerBuilder {
     bool trits = c_.w_bits == 2;
     int base = trits ? 3 : 7;
     int digit = trits ? level + 1 : level - level / 4 + 3;
-    int channels = trits ? c_.fold : 2;
+    int channels = c_.fold / (trits ? 1 : c_.numbers);
     for (int i = channel % channels; i > 0; i--) digit *= base;
     char* number = tap + size_t{1} * (channel / channels) * c_.width;
     *number = static_cast<char>(*number + (c_.swapped ? 2 * digit : digit));
@@ -497,8 +515,8 @@ class LayerBuilder {
       case kLookup:
         if (c_.a_bits == 1) return all.magnitudes;
         if (c_.sums || c_.form == kPlanes) return 0;
-        return int64_t{2} * c_.steps;  // W2A2 lookups count 2 less each step's sum.
-      case kBytes:                     // Codes are stored as level + 4.
+        return most_product() * c_.steps;  // Entries are less the sums of products.
+      case kBytes:                         // Codes are stored as level + 4.
         return c_.source ? 0 : -4 * all.levels;
       case kTiles: return 0;
       case kInt16:
@@ -507,6 +525,11 @@ class LayerBuilder {
       case kFloat32: return 0;
     }
     return 0;
+  }
+
+  // The largest sum of products of a step, for lookups of products.
+  int64_t most_product() const {
+    return int64_t{c_.fold} * (c_.a_bits == 3 ? 4 : 1) * (c_.w_bits == 3 ? 4 : 1);
   }
 
   // The sum of the offsets of an image's pixels for an output channel, if its kernel

@@ -184,8 +184,7 @@ void add(const Conv& c, int pool_h, Needs* needs) {
   need(pixels * c.pixel_bytes, &needs->image.padded);
   if (c.sums) need(pixels * sizeof(int32_t), &needs->image.magnitudes);
   if (c.form == kLookup) {
-    // With equal bits, one row of bytes serves two pixels.
-    size_t rows = c.a_bits == c.w_bits ? kChunk / 2 : kChunk;
+    size_t rows = c.joint ? kChunk / 2 : kChunk;
     need(rows * c.row_bytes, &needs->gathered);
     need(kRowBlock * kChunk * sizeof(uint16_t), &needs->counts);
   }

@@ -9,13 +9,26 @@
 #include <new>
 #include <typeinfo>
 
-#include "minw.h"
+#define MINW_IMPORT(name) __attribute__((import_module("env"), import_name(name)))
+#define MINW_EXPORT(name) __attribute__((export_name(name)))
+
+extern "C" {
 
 // Throws a JavaScript Error with the message, out of the instance. The instance must
 // not be used again, because nothing that it was doing is undone.
-extern "C" [[noreturn]] __attribute__((import_module("env"),
-                                       import_name("minw_throw"))) void
-minw_throw(const char* message, size_t length);
+[[noreturn]] MINW_IMPORT("minw_throw") void minw_throw(const char* message,
+                                                       size_t length);
+
+// Memory for arguments and results. Throws if there is not enough.
+MINW_EXPORT("minw_allocate") void* minw_allocate(size_t bytes) {
+  return ::operator new(bytes);
+}
+
+MINW_EXPORT("minw_release") void minw_release(void* memory) {
+  ::operator delete(memory);
+}
+
+}  // extern "C"
 
 namespace {
 
@@ -45,8 +58,8 @@ void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 
 // ---- Exceptions. Compiled code calls these functions where C++ has `throw`. All
-// exceptions here derive from std::exception. None can be caught: code in `catch` is
-// never run.
+// exceptions here derive from std::exception. None can be caught: code in `catch` never
+// runs.
 
 extern "C" {
 
@@ -67,18 +80,5 @@ _LIBCPP_BEGIN_NAMESPACE_STD
   fail(format);
 }
 _LIBCPP_END_NAMESPACE_STD
-
-// ---- The interface, in addition to minw.h.
-
-// Memory for arguments and results. Throws if there is not enough.
-extern "C" MINW_API __attribute__((export_name("minw_allocate"))) void* minw_allocate(
-    size_t bytes) {
-  return ::operator new(bytes);
-}
-
-extern "C" MINW_API __attribute__((export_name("minw_release"))) void minw_release(
-    void* memory) {
-  ::operator delete(memory);
-}
 
 #endif

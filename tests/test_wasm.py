@@ -1,0 +1,158 @@
+"""The engine in WebAssembly against the native one: equal values, equal refusals."""
+
+import ctypes
+import os
+import re
+
+import numpy as np
+import pytest
+
+from c_programs import CSRC
+from minw import infer
+from minw import packed
+from minw.kernels import native
+import native_cases
+import packed_files
+import packed_networks
+import wasm_engine
+
+pytest.importorskip("wasmtime")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="the native library was not built")
+MUTANTS = int(os.environ.get("MINW_MUTANTS", 2400))
+NAMES = [*infer.shipped()]
+
+
+def assert_equal(
+    data: bytes, images: np.ndarray, where: str
+) -> list[tuple[str, str]]:
+  """All values and the logits of the fused path are equal bit for bit.
+
+  Returns the operations' names and kernels.
+  """
+  network, other = native.load(data, packed.UNLIMITED), wasm_engine.Network(data)
+  assert network.shape == other.shape, where
+  layers = other.layers()
+  assert [name for name, _ in network.layers()] == [name for name, _ in layers], where
+  for i, (want, have) in enumerate(
+      zip(network.values(images), other.values(images), strict=True)):
+    assert want.shape == have.shape, f"{where}, value {i}"
+    if want.dtype == np.int8:
+      want = want.astype(np.int32)
+    same = want.tobytes() == have.tobytes()
+    assert same, f"{where}, value {i}, {layers[i - 1]}"
+  logits = other.logits(images)
+  assert network.logits(images).tobytes() == logits.tobytes(), where
+  return layers
+
+
+def images_of(data: bytes, count: int) -> np.ndarray:
+  """Random images for a network."""
+  shape = native.load(data).shape
+  return np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
+
+
+def test_exports_are_the_functions_of_the_header():
+  import wasmtime
+
+  module = wasmtime.Module.from_file(wasmtime.Engine(), str(wasm_engine.MODULE))
+  header = re.findall(r"\b(minw_\w+)\(", (CSRC / "minw.h").read_text())
+  assert {e.name for e in module.exports} == {
+      *header, "minw_allocate", "minw_release", "memory", "_initialize"}
+  assert {f"{i.module}.{i.name}" for i in module.imports} == {
+      "env.minw_throw", "wasi_snapshot_preview1.clock_time_get"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("count", (4, pytest.param(200, marks=pytest.mark.slow)))
+def test_shipped_networks(name, count):
+  data = infer.shipped()[name].read_bytes()
+  assert_equal(data, images_of(data, count), name)
+
+
+def test_all_kernels():
+  """The networks of the native library's tests, and the kernels that run them."""
+  kernels = set()
+  for name, program in native_cases.every():
+    data = packed.to_bytes(program)
+    layers = assert_equal(data, packed_networks.images(program, 2), name)
+    kernels |= {kernel for _, kernel in layers}
+  bits = {f"W{w}A{a}" for w in (1, 2, 3) for a in (1, 2, 3)}
+  assert {f"{name} table lookup" for name in bits} <= kernels
+  assert {"int16 sums", "int16 products", "int32 sums", "int32 products", "float32",
+          "thresholds", "plain loops"} <= kernels
+
+
+def test_batches():
+  """Images of a batch run in groups."""
+  data = packed.to_bytes(native_cases.small())
+  network, x = wasm_engine.Network(data), images_of(data, 40)
+  want = native.load(data).logits(x)
+  for count in (0, 1, 2, 15, 16, 17, 40):
+    np.testing.assert_array_equal(network.logits(x[:count]), want[:count])
+
+
+# Refusals.
+
+
+def native_message(data: bytes, limits: packed.Limits | None = None) -> str:
+  """What the native library says of a file that it refuses; else ""."""
+  library = ctypes.CDLL(str(native.LIBRARY))
+  library.minw_load_within.restype = ctypes.c_void_p
+  most = (ctypes.c_uint64 * 3)(*limits) if limits else None
+  message = ctypes.create_string_buffer(1000)
+  network = library.minw_load_within(
+      data, ctypes.c_size_t(len(data)), most, message, ctypes.c_size_t(len(message)))
+  library.minw_free(ctypes.c_void_p(network))
+  return "" if network else message.value.decode(errors="replace")
+
+
+def compare(data: bytes) -> bool:
+  """Whether a file is taken; both engines must agree, and run it alike."""
+  message = native_message(data)
+  if message:
+    with pytest.raises(ValueError) as error:
+      wasm_engine.Network(data)
+    assert str(error.value) == message
+    return False
+  network = wasm_engine.Network(data)
+  try:
+    other = native.load(data, packed.Limits()._replace(operations=2**25))
+  except ValueError:
+    return True  # It takes long, or its metadata are damaged.
+  x = np.random.default_rng(0).integers(0, 256, (2, *other.shape), np.uint8)
+  assert other.logits(x).tobytes() == network.logits(x).tobytes()
+  return True
+
+
+def campaign(seed: int, count: int) -> int:
+  """Compares damaged files. Returns how many of them are taken."""
+  taken = 0
+  good = [*packed_networks.seeds(), packed.to_bytes(native_cases.large())]
+  for i, data in enumerate(packed_files.mutants(good, seed, count)):
+    try:
+      taken += compare(data)
+    except Exception as error:
+      error.add_note(f"mutant {i} of seed {seed}")
+      raise
+  return taken
+
+
+def test_damaged_files_are_refused_alike():
+  taken = campaign(2, 300)
+  assert 30 < taken < 150
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_refused_alike():
+  taken = campaign(3, MUTANTS)
+  assert MUTANTS / 10 < taken < MUTANTS / 2
+
+
+def test_messages_name_the_operation():
+  data = packed_files.File(packed.to_bytes(native_cases.small()))
+  data.op(packed_files.THRESHOLD)["bits"] = 4
+  with pytest.raises(ValueError, match="^operation 1: codes of 4 bits$"):
+    wasm_engine.Network(data.to_bytes())
+  for cut in (0, 7, 31, 100):
+    assert not compare(packed.to_bytes(native_cases.small())[:cut])
