@@ -29,44 +29,35 @@ async function compile(wasm) {
 class Engine {
   static async create(module) {
     const engine = new Engine();
-    const { exports } = await WebAssembly.instantiate(module, engine.imports(module));
+    const { exports } = await WebAssembly.instantiate(module, engine.imports());
     engine.exports = exports;
     engine.run(() => exports._initialize());
     return engine;
   }
 
-  /** The functions that the module imports, by the names of their modules. */
-  imports(module) {
-    const known = {
-      minw_throw: (pointer, length) => {
-        throw new Error(this.text(pointer, length));
+  /** What the module imports: the end with an error, and a clock. */
+  imports() {
+    return {
+      env: {
+        minw_throw: (pointer, length) => {
+          throw new Error(this.text(pointer, length));
+        },
       },
-      clock_time_get: (clock, precision, result) => {
-        const time = BigInt(Math.round(performance.now() * 1e6));
-        this.view().setBigUint64(result, time, true);
-        return 0;
-      },
-      environ_get: () => 0,
-      environ_sizes_get: (count, size) => {
-        this.view().setUint32(count, 0, true);
-        this.view().setUint32(size, 0, true);
-        return 0;
-      },
-      proc_exit: (code) => {
-        throw new Error(`the engine ended with code ${code}`);
+      wasi_snapshot_preview1: {
+        clock_time_get: (clock, precision, result) => {
+          const nanoseconds = BigInt(Math.round(performance.now() * 1e6));
+          this.view().setBigUint64(result, nanoseconds, true);
+          return 0;
+        },
       },
     };
-    const imports = {};
-    for (const { module: from, name } of WebAssembly.Module.imports(module)) {
-      imports[from] ??= {};
-      imports[from][name] = known[name] ?? (() => 8); // Files do not exist: EBADF.
-    }
-    return imports;
   }
 
   /** Runs a function. If it ends with an error, the instance cannot be used again. */
   run(action) {
-    if (!this.exports) throw new Error("the network was closed, or ended with an error");
+    if (!this.exports) {
+      throw new Error("the network was closed, or ended with an error");
+    }
     try {
       return action(this.exports);
     } catch (error) {
@@ -155,7 +146,7 @@ export async function unpack(text) {
   return new Uint8Array(await new Response(unpacked).arrayBuffer());
 }
 
-// ---- The .minw file, which docs/format.md specifies. The engine has checked it before.
+// ---- The .minw file, which docs/format.md specifies, and which the engine has checked
 
 export const levels = {
   1: [-1, 0, 1],
@@ -372,7 +363,8 @@ class Network {
     const metadata = c.minw_metadata(pointer, size);
     const length = engine.view().getUint32(size, true);
     engine.release(size);
-    this.metadata = readMetadata(engine.copy(Uint8Array, metadata, length), this.classes);
+    this.metadata = readMetadata(
+      engine.copy(Uint8Array, metadata, length), this.classes);
     const { labels, config } = this.metadata;
     const numbers = Array.from({ length: this.classes }, (_, i) => String(i));
     this.labels = labels?.length ? labels : numbers;
@@ -552,7 +544,8 @@ function splitChannels({ data, width, height }, channels, background) {
       throw new TypeError("the image has colors; the network takes gray and alpha");
     }
     if (gray) {
-      planes[0][i] = (19595 * color[0] + 38470 * color[1] + 7471 * color[2] + 32768) >> 16;
+      const luma = 19595 * color[0] + 38470 * color[1] + 7471 * color[2];
+      planes[0][i] = (luma + 32768) >> 16;
     } else {
       for (let c = 0; c < 3; c++) planes[c][i] = color[c];
     }
@@ -625,7 +618,7 @@ function roundHalfToEven(number) {
   return number % 1 === 0.5 ? 2 * Math.round(number / 2) : Math.round(number);
 }
 
-/** Whether Pillow (13 and newer) resizes columns before rows, which rounds otherwise. */
+/** Whether Pillow, of version 13 or newer, makes the vertical pass first. */
 function isVerticalFirst(plane, width, height) {
   return height < plane.height && plane.height - height > 2 * (plane.width - width);
 }
@@ -663,11 +656,9 @@ function filters(size, from, to, results) {
 
 /** Resizes a plane by filters for its columns and rows, in two passes that round. */
 function resize(plane, across, down, verticalFirst) {
-  const passes = verticalFirst ? [resizeDown, resizeAcross] : [resizeAcross, resizeDown];
-  for (const pass of passes) {
-    plane = pass(plane, pass === resizeAcross ? across : down);
-  }
-  return plane.data;
+  return verticalFirst
+    ? resizeAcross(resizeDown(plane, down), across).data
+    : resizeDown(resizeAcross(plane, across), down).data;
 }
 
 function resizeAcross({ width, height, data }, across) {
