@@ -32,8 +32,8 @@ export interface Weights {
   /** Number of weights, the product of `shape`. */
   readonly count: number;
   /**
-   * The planes of bits, each with a byte, 0 or 1, for every weight. The first plane is 1
-   * where a weight is positive. The others are the bits of its magnitude, the lowest
+   * The planes of bits, each with a byte, 0 or 1, for every weight. The first plane is
+   * 1 where a weight is positive. The others are the bits of its magnitude, the lowest
    * bit first. Weights in a float format have no planes.
    */
   planes(): Uint8Array[];
@@ -103,7 +103,7 @@ export interface Network {
   close(): void;
 }
 
-/** An image as a canvas gives it: bytes of red, green, blue and alpha for each pixel. */
+/** An image as a canvas gives it: red, green, blue and alpha of each pixel. */
 export interface Pixels {
   readonly width: number;
   readonly height: number;
@@ -119,8 +119,8 @@ export interface PreprocessOptions {
 
 /**
  * The levels that codes of 1, 2 or 3 bits stand for, from the smallest code to the
- * largest: code c of 3 bits stands for `levels[3][c + 3]`. Level 0 occurs among codes of
- * 1 bit only where a network pads them or fills channels.
+ * largest: code c of 3 bits stands for `levels[3][c + 3]`. Among codes of 1 bit, level
+ * 0 occurs only where a network pads them or fills channels.
  */
 export const levels: Readonly<Record<1 | 2 | 3, readonly number[]>>;
 
@@ -139,8 +139,8 @@ export function init(
  *
  * @param source URL of a .minw file, a response, or the file or its content. In Node a
  *   URL may begin with "file:", and any other string is a path.
- * @throws Error The file cannot be fetched, or the engine refuses it. The message is the
- *   engine's and names the layer.
+ * @throws Error The file cannot be fetched, or the engine refuses it. The message of
+ *   the engine names the operation.
  */
 export function load(
   source: string | URL | Response | Promise<Response> | Blob | ArrayBuffer | Uint8Array,
@@ -159,13 +159,13 @@ export function probabilities(logits: Float32Array): Float32Array;
 /**
  * Decodes an image file in a browser: upright, with color profiles ignored.
  *
- * A canvas premultiplies alpha. The colors of transparent pixels are therefore not exact.
+ * A canvas premultiplies alpha. Colors of transparent pixels are therefore not exact.
  */
 export function decodeImage(file: Blob): Promise<ImageData>;
 
 /**
- * Brings an image to the pixels that a network takes, as `minw.infer` does: the image is
- * turned, made opaque, scaled until its shorter side fits, and its center is taken.
+ * Brings an image to the pixels that a network takes, as `minw.infer` does. The image
+ * is turned, made opaque, scaled until its shorter side fits, and its center is taken.
  *
  * @param image An image, canvas or video, or its pixels.
  * @param network The network, or the fields of it that are named here.

@@ -1,13 +1,14 @@
 // Calls the JavaScript library as tests ask: node call.mjs LIBRARY < CALLS > RESULTS.
 //
 // LIBRARY is the path of minw.js, or of a classic script. CALLS is a JSON list of
-// [function of this file, argument]. RESULTS holds what each call returns, or its error.
+// [function of this file, argument]. RESULTS holds what each call returns or throws.
 import { readFileSync } from "node:fs";
 import { pathToFileURL } from "node:url";
 import { runInThisContext } from "node:vm";
 
 const [path] = process.argv.slice(2);
-const minw = path.endsWith("classic.js") ? classic() : await import(pathToFileURL(path));
+const isClassic = path.endsWith("classic.js");
+const minw = isClassic ? classic() : await import(pathToFileURL(path));
 
 function classic() {
   runInThisContext(readFileSync(path, "utf8"));
