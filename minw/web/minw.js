@@ -132,8 +132,9 @@ async function readBytes(source) {
 async function fetchUrl(url) {
   const isFile = /^file:/i.test(url) || !/^[a-z][a-z0-9+.-]+:/i.test(url);
   if (isFile && globalThis.process?.versions?.node) {
-    const fileSystem = "node:fs/promises"; // Bundlers do not look for a variable.
-    const { readFile } = await import(/* webpackIgnore: true */ fileSystem);
+    const fileSystem = "node:fs/promises"; // Bundlers must leave it alone.
+    const { readFile } = await import(
+      /* webpackIgnore: true */ /* @vite-ignore */ fileSystem);
     return readFile(/^file:/i.test(url) ? new URL(url) : url);
   }
   return fetch(url);
