@@ -1,0 +1,97 @@
+// Opens pages in Chromium as tests ask: node page.mjs PLAYWRIGHT < VISITS > RESULTS.
+//
+// PLAYWRIGHT is the folder of playwright-core. VISITS is a JSON list of {url, steps} with
+// options of a browser's context and `flags` of the browser. Each visit has a browser of
+// its own. A step is [function of this file, arguments...]. RESULTS holds for each visit
+// what its steps returned, what the page wrote to the console, and its requests.
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+
+const { chromium } = createRequire(import.meta.url)(process.argv[2]);
+
+const steps = {
+  evaluate: (page, expression) => page.evaluate(expression),
+  text: (page, selector) => page.textContent(selector),
+  texts: (page, selector) => page.locator(selector).allTextContents(),
+  isVisible: (page, selector) => page.isVisible(selector),
+  click: (page, selector) => page.click(selector),
+  press: (page, key) => page.keyboard.press(key),
+  choose: (page, selector, path) => page.setInputFiles(selector, path),
+  screenshot: (page, path, options) => page.screenshot({ path, ...options }).then(() => {}),
+  waitFor: (page, expression) => page.waitForFunction(expression).then(() => {}),
+
+  /** Waits until the result belongs to the picture. */
+  settle: (page) => page.waitForSelector("#result[aria-busy=false]").then(() => {}),
+
+  /** Draws lines with the mouse, in units of the pad's width. */
+  async draw(page, strokes) {
+    const pad = page.locator("#pad");
+    await pad.scrollIntoViewIfNeeded();
+    const { x, y, width, height } = await pad.boundingBox();
+    const at = (point) => [x + width * point[0], y + height * point[1]];
+    for (const [first, ...rest] of strokes) {
+      await page.mouse.move(...at(first));
+      await page.mouse.down();
+      for (const point of rest) await page.mouse.move(...at(point), { steps: 3 });
+      await page.mouse.up();
+    }
+  },
+
+  /** Drops or pastes a file. */
+  give(page, event, name, type, content) {
+    return page.evaluate(({ event, name, type, content }) => {
+      const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+      const data = new DataTransfer();
+      data.items.add(new File([bytes], name, { type }));
+      document.body.dispatchEvent(event === "drop"
+        ? new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer: data })
+        : new ClipboardEvent("paste", { bubbles: true, clipboardData: data }));
+    }, { event, name, type, content });
+  },
+
+  /** Presses Tab until the focus is where it was, and describes what had it. */
+  async tabs(page) {
+    const found = [];
+    for (let i = 0; i < 100; i++) {
+      await page.keyboard.press("Tab");
+      const element = await page.evaluate(() => {
+        const { activeElement: focused } = document;
+        const shown = focused.closest("label.button") ?? focused;
+        return {
+          id: focused.id, name: focused.ariaLabel ?? focused.innerText, tag: focused.tagName,
+          outline: parseFloat(getComputedStyle(shown).outlineWidth),
+        };
+      });
+      if (element.tag === "BODY") break;
+      found.push(element);
+    }
+    return found;
+  },
+};
+
+async function visit({ url, steps: wanted, flags = [], ...options }) {
+  const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: flags });
+  try {
+    const context = await browser.newContext(options);
+    const page = await context.newPage();
+    page.setDefaultTimeout(30_000);
+    const [messages, requests] = [[], []];
+    page.on("console", (message) => messages.push(message.text()));
+    page.on("pageerror", (error) => messages.push(String(error)));
+    page.on("request", (request) => requests.push(request.url()));
+    await page.goto(url);
+    const results = [];
+    for (const [name, ...args] of wanted) {
+      results.push(await steps[name](page, ...args) ?? null);
+    }
+    return { results, messages, requests };
+  } finally {
+    await browser.close();
+  }
+}
+
+const results = [];
+for (const wanted of JSON.parse(readFileSync(0, "utf8"))) {
+  results.push(await visit(wanted));
+}
+process.stdout.write(JSON.stringify(results));
