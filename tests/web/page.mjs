@@ -9,6 +9,8 @@ import { createRequire } from "node:module";
 
 const { chromium } = createRequire(import.meta.url)(process.argv[2]);
 
+const CHROMIUM = "/usr/bin/chromium";
+
 const steps = {
   evaluate: (page, expression) => page.evaluate(expression),
   text: (page, selector) => page.textContent(selector),
@@ -16,9 +18,15 @@ const steps = {
   isVisible: (page, selector) => page.isVisible(selector),
   click: (page, selector) => page.click(selector),
   press: (page, key) => page.keyboard.press(key),
+  resize: (page, width, height) => page.setViewportSize({ width, height }),
   choose: (page, selector, path) => page.setInputFiles(selector, path),
-  screenshot: (page, path, options) => page.screenshot({ path, ...options }).then(() => {}),
-  waitFor: (page, expression) => page.waitForFunction(expression).then(() => {}),
+
+  /** Waits for an expression. The page's policy forbids what Playwright would do. */
+  async waitFor(page, expression) {
+    for (let i = 0; i < 300 && !await page.evaluate(`Boolean(${expression})`); i++) {
+      await page.waitForTimeout(100);
+    }
+  },
 
   /** Waits until the result belongs to the picture. */
   settle: (page) => page.waitForSelector("#result[aria-busy=false]").then(() => {}),
@@ -58,7 +66,8 @@ const steps = {
         const { activeElement: focused } = document;
         const shown = focused.closest("label.button") ?? focused;
         return {
-          id: focused.id, name: focused.ariaLabel ?? focused.innerText, tag: focused.tagName,
+          id: focused.id, tag: focused.tagName,
+          name: focused.ariaLabel ?? focused.innerText,
           outline: parseFloat(getComputedStyle(shown).outlineWidth),
         };
       });
@@ -70,7 +79,7 @@ const steps = {
 };
 
 async function visit({ url, steps: wanted, flags = [], ...options }) {
-  const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: flags });
+  const browser = await chromium.launch({ executablePath: CHROMIUM, args: flags });
   try {
     const context = await browser.newContext(options);
     const page = await context.newPage();
