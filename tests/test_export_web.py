@@ -62,7 +62,7 @@ class Page(html.parser.HTMLParser):
       self.policy = {name: sources for name, *sources in directives}
     self.outside += [(tag, name) for name in ("src", "data", "action")
                      if name in values]
-    if tag == "link":
+    if tag == "link" and not values["href"].startswith("data:"):
       self.outside.append((tag, "href"))
 
   def handle_endtag(self, tag):

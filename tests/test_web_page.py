@@ -219,7 +219,9 @@ def test_elements_stand_in_their_places(visit, page):
       ["evaluate", f"({read})('#layers .scroll canvas', 3)"])
   _, _, codes = activations(program, image)[0]
   assert first == codes[:, :, 0].ravel().tolist()
-  assert weights == program.ops[0].kernel[0, :, :, 0].ravel().tolist()
+  layer = program.ops[0]
+  assert isinstance(layer, packed.Conv)
+  assert weights == layer.kernel[0, :, :, 0].ravel().tolist()
 
 
 def slide(count):
@@ -347,13 +349,13 @@ def test_drawings_become_pictures_of_the_data_set(visit, page):
   drawings = []
   for image in test[..., 0]:
     large = Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC)
-    ink = np.asarray(large) > np.quantile(large, 1 - image.mean() / 255)
+    ink = np.asarray(large) > np.quantile(np.asarray(large), 1 - image.mean() / 255)
     lines = np.argwhere(thinned(ink)) / 64
     drawings.append([[(x, y)] for y, x in lines.tolist()])
   found, = visit(page("digits_convnet"), [
       "evaluate",
       f"{json.dumps(drawings)}.map((strokes) => [...digitPixels(strokes)])"])
-  pixels = np.uint8(found).reshape(test.shape)
+  pixels = np.array(found, np.uint8).reshape(test.shape)
   network = infer.load("digits_convnet")
   assert np.mean(network.logits(test).argmax(-1) == labels) > .98
   assert np.mean(network.logits(pixels).argmax(-1) == labels) > .9
@@ -398,7 +400,7 @@ def test_image_files(visit, page, tmp_path, event, name):
   network = infer.load(name)
   wanted = infer.read_images([path], network.program.source_shape,
                              infer.shrinks(network.program))
-  np.testing.assert_array_equal(np.uint8(pixels), wanted.ravel())
+  np.testing.assert_array_equal(np.array(pixels, np.uint8), wanted.ravel())
   prediction, = network.predict(wanted)
   assert label == prediction.label
   assert status.startswith(f"The network says {label}, with a probability of ")
@@ -451,9 +453,10 @@ def test_another_network(visit, page):
 def test_many_classes(visit, page):
   """The bars are those of the ten likeliest labels."""
   rng = np.random.default_rng(0)
-  ops = (packed.Conv("fc", 0, 1, rng.choice(np.int8([-1, 1]), (50, 4, 4, 1))),
-         packed.Logits("norm", 1, 2.0**-8, *np.float32([np.ones(50), np.ones(50),
-                                                        np.zeros(50)])))
+  kernel = rng.integers(0, 2, (50, 4, 4, 1)).astype(np.int8) * 2 - 1
+  ones, zeros = np.ones(50, np.float32), np.zeros(50, np.float32)
+  ops = (packed.Conv("fc", 0, 1, kernel),
+         packed.Logits("norm", 1, 2.0**-8, ones, ones, zeros))
   labels = [f"label {i}" for i in range(50)]
   program = packed.Program((4, 4, 1), (4, 4), np.array([7], np.uint8), 50, ops,
                            {"labels": labels})
