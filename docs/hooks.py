@@ -6,6 +6,8 @@ relative to the file. The hooks turn them into links between pages of the site.
 
 A comment of the form `<!-- NAME -->` in a page is replaced by text that is made from
 the code: the fields of a config, the help of each command, or the list of modules.
+
+The pages of the live demo are exports of networks that come with minw.
 """
 
 import ast
@@ -39,14 +41,20 @@ _ALLOWED = {"data_dir": "a path", "init_from": "a path, or '' for none",
             "histogram_layers": "a tuple of str",
             "histogram_epochs": "a tuple of int, epochs that end with a validation"}
 
+# Networks of the live demo, and their titles.
+DEMOS = {"digits_convnet": "Handwritten digits, 1 bit",
+         "cifar10_convnet_a_quarter_2bit": "CIFAR-10, 2 bits"}
+
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
-  """Adds the files outside docs/ to those of the site."""
+  """Adds the files outside docs/ and the pages of the demo to those of the site."""
   from mkdocs.structure.files import File
   for path in outside():
     files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+  for name in DEMOS:
+    files.append(File.generated(config, f"demo/{name}.html", content=demo(name)))
   return files
 
 
@@ -96,6 +104,25 @@ def relinked(markdown: str, page: str, known: Collection[str]) -> str:
     return text
 
   return _LINK.sub(relink, markdown)
+
+
+def demo(name: str) -> bytes:
+  """The page of a network that comes with minw, as the export makes it."""
+  from minw import infer
+  from minw.export import web
+  program = infer.load(name).program
+  return web.contents(program, name, web.own_samples(program))["index.html"]
+
+
+def live_demos() -> str:
+  """Frames that show the pages of the demo."""
+  frames = []
+  for name, title in DEMOS.items():
+    frames.append(
+        f'## {title}\n\n<iframe class="demo" src="{name}.html" title="{title}"'
+        ' allow="camera" loading="lazy"></iframe>\n\n'
+        f'<a href="{name}.html">Open this page alone</a>\n')
+  return "\n".join(frames)
 
 
 def config_fields() -> str:
@@ -231,4 +258,4 @@ def modules() -> str:
 
 # What replaces a comment of this name.
 GENERATED = {"config fields": config_fields, "config recipes": config_recipes,
-             "commands": commands, "modules": modules}
+             "commands": commands, "live demos": live_demos, "modules": modules}
