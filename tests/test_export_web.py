@@ -171,12 +171,21 @@ def test_equal_networks_give_equal_folders():
 
 def test_own_samples_are_of_the_digits():
   assert web.own_samples(small()) == {}
-  assert web.own_samples(infer.load("cifar10_convnet_a_quarter").program) == {}
   found = web.own_samples(infer.load("digits_convnet").program)
   images = np.stack(list(found.values()))
   test, labels = datasets.load("digits", "test", None)
   first = [int(np.argmax(labels == label)) for label in range(10)]
   np.testing.assert_array_equal(images.reshape(10, 8, 8, 1), test[first])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in sorted(infer.shipped()) if "cifar10" in name])
+def test_own_samples_of_cifar_are_recognized(name):
+  network = infer.load(name)
+  found = web.own_samples(network.program)
+  images = np.stack(list(found.values())).reshape(10, 32, 32, 3)
+  assert tuple(found) == network.labels
+  assert [entry.label for entry in network.predict(images)] == list(found)
 
 
 def test_command(command, tmp_path):

@@ -36,6 +36,7 @@ from minw import packed
 _SOURCES = pathlib.Path(minw.__file__).parent / "web"
 _ENGINE = "minw.wasm"
 _MAX_SAMPLES = 100
+_SAMPLES = {"cifar10": "cifar10.json", "digits": "digits.json"}  # By data set.
 
 # A line of minw.js that a classic script cannot hold, and what stands there instead.
 _MODULE_URL = "import.meta.url"
@@ -183,14 +184,22 @@ def page(template: str, library: str, start: str, data: Mapping[str, object]) ->
 
 
 def own_samples(program: packed.Program) -> dict[str, np.ndarray]:
-  """Returns images of the test split, by their labels, for a network of the digits.
+  """Returns the samples that come with minw for the data set of a network.
 
-  Other networks have no samples of their own.
+  Those of the digits are images of the test split. Those of CIFAR-10 are drawings. Other
+  data sets have none.
+
+  Args:
+    program: The network.
+
+  Returns:
+    Images as uint8 of one dimension, by their labels.
   """
   config = program.metadata.get("config") or {}
-  if config.get("dataset") != "digits":
+  file = _SAMPLES.get(config.get("dataset"))
+  if not file:
     return {}
-  images = json.loads(_source("digits.json"))["samples"]
+  images = json.loads(_source(file))["samples"]
   return {label: np.frombuffer(base64.b64decode(pixels), np.uint8)
           for label, pixels in images.items()}
 
