@@ -123,6 +123,13 @@ def many_steps() -> packed.Program:
   return b.end(0)
 
 
+def many_inputs() -> packed.Program:
+  """A dense layer of more inputs than lookups gather."""
+  b = Builder(np.random.default_rng(0), (33, 32, 1))
+  x = b.threshold(b.conv(0, 1, 64), 3)
+  return b.end(x, 3, 2)
+
+
 def image_operations() -> packed.Program:
   """The image is read by other operations than convolutions."""
   b = Builder(np.random.default_rng(0), (7, 9, 3), (6, 5))
@@ -183,7 +190,7 @@ def large() -> packed.Program:
 def every() -> Iterator[tuple[str, packed.Program]]:
   """All networks of this file, with names for messages."""
   makers = [small, large, large_sums_of_groups, large_sums, many_steps,
-            image_operations]
+            many_inputs, image_operations]
   calls: list[tuple] = [(make,) for make in makers]
   for weights, activations in itertools.product(BITS, BITS):
     both = weights, activations

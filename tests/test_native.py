@@ -167,6 +167,10 @@ def test_more_steps_than_small_counters_hold(isa):
   check(native_cases.many_steps(), 1)
 
 
+def test_more_inputs_than_lookups_gather(isa):
+  check(native_cases.many_inputs(), 1)
+
+
 @pytest.mark.parametrize("bits", native_cases.BITS)
 def test_every_operation(isa, bits):
   check(residual_and_dense(bits))

@@ -156,3 +156,37 @@ def test_messages_name_the_operation():
     wasm_engine.Network(data.to_bytes())
   for cut in (0, 7, 31, 100):
     assert not compare(packed.to_bytes(native_cases.small())[:cut])
+
+
+# Sizes beyond 32 bits. Each of them would wrap to a size that is small.
+
+
+def test_values_beyond_4_gib():
+  """All values together and a padded input have over 2^32 bytes; few live at a time."""
+  b = packed_networks.Builder(np.random.default_rng(0), (64, 64, 1))
+  x = b.conv(0, 1, 4096, (1, 1), pads=(0,) * 4)
+  for _ in range(62):  # Each value has 2^26 bytes, like the input of the convolution.
+    x = b.add(packed.Pool("same", x, "max", (1, 1), (1, 1)))
+  x = b.conv(x, 1, 1, (1, 1), pads=(0,) * 4)
+  data = packed.to_bytes(b.end(b.threshold(x, 1)))
+  network = wasm_engine.Network(data)
+  x = images_of(data, 1)
+  size = network.instance.size()
+  with pytest.raises(ValueError, match="^out of memory$"):
+    network.values(x, wanted=[len(network.layers())])
+  assert network.instance.size() < size + 2**20
+
+
+def test_weights_beyond_4_gib():
+  """A weight takes 2 masks of 64 int16: 2^24 weights need 2^32 bytes."""
+  b = packed_networks.Builder(np.random.default_rng(0), (4096, 4096, 1))
+  kernel = np.zeros((1, 4096, 4096, 1), np.int8)
+  kernel[0, 0, 0] = 1
+  b.add(packed.Conv("dense", 0, 2, kernel))
+  norm = np.ones((3, 1), np.float32)
+  b.add(packed.Logits("logits", 1, 0.25, *norm))
+  program = packed.Program(b.source, b.crop, np.uint8([0]), 1, tuple(b.ops), {})
+  data = packed.to_bytes(program)
+  assert "padding exceeds" in native_message(data)
+  with pytest.raises(ValueError, match="^out of memory$"):
+    wasm_engine.Network(data, packed.UNLIMITED)

@@ -6,7 +6,7 @@ The functions are those of minw.h. Pointers are numbers, and memory is copied.
 import functools
 import pathlib
 import struct
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import pytest
@@ -104,13 +104,19 @@ class Network:
       self.instance.call("minw_release", memory)
     return np.frombuffer(data, np.float32).reshape(batch, self.classes)
 
-  def values(self, images: np.ndarray) -> list[np.ndarray]:
-    """All values; codes and integers are int32."""
+  def values(
+      self, images: np.ndarray, wanted: Sequence[int] | None = None
+  ) -> list[np.ndarray]:
+    """All values, or those wanted; codes and integers are int32."""
     count = self.instance.call("minw_num_ops", self._network) + 1
-    shapes = [self._shape("minw_value_shape", i) for i in range(count)]
+    wanted = range(count) if wanted is None else wanted
+    shapes = [self._shape("minw_value_shape", i) for i in wanted]
     sizes = [4 * len(images) * h * w * c for h, w, c, _, _ in shapes]
     places = [self.instance.put(bytes(size)) for size in sizes]
-    pointers = self.instance.put(struct.pack(f"<{count}i", *places))
+    pointers = [0] * count
+    for i, place in zip(wanted, places):
+      pointers[i] = place
+    pointers = self.instance.put(struct.pack(f"<{count}i", *pointers))
     at = self.instance.put(images.tobytes())
     failed = self.instance.call(
         "minw_values", self._network, at, len(images), pointers, 0, 0)

@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <vector>
@@ -29,28 +30,35 @@ namespace minw {
 // Alignment of buffers and of their parts, in bytes: the size of the longest vector.
 constexpr size_t kAlign = 64;
 
-inline size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+// Sizes that a file asks for are uint64_t until memory is allocated, because their sums
+// and products may exceed a size_t of 32 bits. A Buffer refuses those. What a kernel
+// computes about memory that was allocated fits a size_t.
+inline uint64_t aligned(uint64_t bytes) {
+  return (bytes + kAlign - 1) / kAlign * kAlign;
+}
 
 // Bytes of a value of one image.
-inline size_t map_bytes(const Map& m) {
-  return static_cast<size_t>(m.h) * m.w * m.stride * m.size();
+inline uint64_t map_bytes(const Map& m) {
+  return uint64_t{1} * m.h * m.w * m.stride * m.size();
 }
 
 // Aligned memory of a fixed size.
 class Buffer {
  public:
-  explicit Buffer(size_t bytes) : size_(bytes) {
+  // Throws std::bad_alloc if there is not as much memory.
+  explicit Buffer(uint64_t bytes) : size_(bytes) {
+    if (bytes > PTRDIFF_MAX) throw std::bad_alloc();
     data_ = static_cast<char*>(::operator new(bytes + 1, std::align_val_t(kAlign)));
   }
   ~Buffer() { ::operator delete(data_, std::align_val_t(kAlign)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   char* data() const { return data_; }
-  size_t size() const { return size_; }
+  uint64_t size() const { return size_; }
 
  private:
   char* data_;
-  size_t size_;
+  uint64_t size_;
 };
 
 // Keeps scratch memory between calls, because fresh memory costs page faults. There is
@@ -64,7 +72,7 @@ class Spare {
   }
 
   // A buffer of at least `bytes` bytes.
-  std::unique_ptr<Buffer> take(size_t bytes) {
+  std::unique_ptr<Buffer> take(uint64_t bytes) {
     for (auto& place : places_)
       if (place.load(std::memory_order_relaxed)) {
         std::unique_ptr<Buffer> buffer(place.exchange(nullptr));
@@ -142,26 +150,26 @@ struct Step {
 // Those of `image` grow with the number of images.
 struct Needs {
   struct {
-    size_t padded = 0, magnitudes = 0, part_in = 0, part_out = 0, acc = 0;
+    uint64_t padded = 0, magnitudes = 0, part_in = 0, part_out = 0, acc = 0;
   } image;
-  size_t padded = 0, acc = 0, gathered = 0, counts = 0;
+  uint64_t padded = 0, acc = 0, gathered = 0, counts = 0;
 };
 
 // An order of steps, and the place of each value in memory. Values that do not live at
 // the same time share memory, which is called the arena.
 struct Plan {
   std::vector<Step> steps;
-  std::vector<size_t> offset;  // Begin of each value in the arena, for one image.
-  size_t arena = 0;            // Bytes of the arena for one image.
-  size_t group = 1;            // Images that run through the steps together.
+  std::vector<uint64_t> offset;  // Begin of each value in the arena, for one image.
+  uint64_t arena = 0;            // Bytes of the arena for one image.
+  size_t group = 1;              // Images that run through the steps together.
   Needs needs;
 };
 
 // Offsets at which the parts of scratch memory begin.
 struct Places {
-  size_t padded, magnitudes, part_in, part_out;
-  size_t own, own_bytes;  // The first thread's part, and the size of each one.
-  size_t pixels, base, sums, acc, gathered, counts;  // Within a thread's part.
+  uint64_t padded, magnitudes, part_in, part_out;
+  uint64_t own, own_bytes;  // The first thread's part, and the size of each one.
+  uint64_t pixels, base, sums, acc, gathered, counts;  // Within a thread's part.
 };
 
 // The needs of one convolution whose pooling windows have `pool_h` rows.
@@ -180,7 +188,7 @@ struct minw_network {
   size_t image_bytes() const {
     return static_cast<size_t>(program.source.h) * program.source.w * program.channels;
   }
-  size_t scratch_bytes(const minw::Plan& plan, size_t images, int threads) const {
+  uint64_t scratch_bytes(const minw::Plan& plan, size_t images, int threads) const {
     minw::Places places = minw::scratch_places(plan, images);
     return places.own + places.own_bytes * threads;
   }

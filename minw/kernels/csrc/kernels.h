@@ -105,7 +105,7 @@ struct Conv {
   Form form;
   int a_bits, w_bits;  // Bits of activations and weights; 0 if they are no codes.
   float unit;          // Unit of the input (kFloat32).
-  size_t products;     // Products of weights and activations for an output pixel.
+  uint64_t products;   // Products of weights and activations for an output pixel.
 
   int words;     // Words of a pixel and plane (kPlanes).
   bool paired;   // W1A1 with two words in a step; the second one holds the XOR of both.
@@ -123,7 +123,7 @@ struct Conv {
   const int32_t* channels;  // Input channel of each element; null if in order.
 
   int row_bytes;           // Bytes of a pixel's window in work.gathered (kLookup).
-  size_t expanded;         // Bytes of a group's weights in work.gathered (kTiles).
+  uint64_t expanded;       // Bytes of a group's weights in work.gathered (kTiles).
   int pixel_bytes;         // Bytes of a pixel in `form`.
   int padded_h, padded_w;  // Size of the input with its border.
   int steps;               // Steps of a window.
@@ -132,7 +132,7 @@ struct Conv {
   const int32_t* offsets;
   int width;             // Output channels of a group.
   int groups;            // Groups of output channels.
-  size_t group_bytes;    // Bytes of a group's weights.
+  uint64_t group_bytes;  // Bytes of a group's weights.
   const char* weights;   // [group][step][plane][channel]
   const int32_t* base;   // Initial sums, [row class][column class][channel].
   const int* row_class;  // Class of each output row ...

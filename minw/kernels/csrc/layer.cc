@@ -34,6 +34,10 @@ constexpr int kMostUnswappedPixels = 16;
 // Lookups count in uint16. An entry of a step is at most 4 (signs of 4 channels, or
 // magnitudes of 4 codes of 2 bits), or 16 (magnitudes of 4 codes of 3 bits).
 constexpr int kCountLimit = 65536;
+
+// Inputs of an output pixel below which products are looked up. The numbers of a chunk
+// of pixels are gathered, which takes kChunk bytes for each input.
+constexpr int kMostProductInputs = 65536;
 constexpr int kMostEntry = 4, kMostEntry3 = 16;
 
 // Sums and pixels below this limit fit an int16.
@@ -148,7 +152,7 @@ class LayerBuilder {
     c_.window = op_.window;
     c_.source = op_.inputs[0] == 0 && parts == 1 ? &program.source : nullptr;
     c_.unit = op_.unit;
-    c_.products = size_t{1} * taps() * inputs_ * c_.out.c;
+    c_.products = uint64_t{1} * taps() * inputs_ * c_.out.c;
     first_weight_ = uint64_t{1} * part * c_.out.c * taps() * inputs_;
     c_.own = op_.groups > parts;
     c_.w_bits = op_.weights.grid() ? op_.weights.format : 0;
@@ -197,7 +201,7 @@ class LayerBuilder {
       c_.width = kInt32Width;
     } else if (codes && !c_.own && planes) {
       choose_planes();
-    } else if (codes && !c_.own && isa_->lookup && !isa_->dot) {
+    } else if (codes && !c_.own && looks_up_products()) {
       choose_products();
     } else if ((codes || c_.source) && !c_.own && isa_->dot) {
       c_.form = kBytes;
@@ -236,6 +240,11 @@ class LayerBuilder {
     c_.form = kPlanes;
     c_.width = kLane;
     c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
+  }
+
+  // Whether the instruction set looks up products, and a window's numbers are few.
+  bool looks_up_products() const {
+    return isa_->lookup && !isa_->dot && int64_t{taps()} * inputs_ < kMostProductInputs;
   }
 
   // Lookups of products, for W2A3, W3A2 and W3A3. The index of an entry has room for
@@ -329,7 +338,7 @@ class LayerBuilder {
     c_.offsets = layer_.offsets.data();
     if (c_.form == kLookup) c_.row_bytes = c_.steps * storage_.step_bytes + kRowSlack;
     c_.groups = divided_up(c_.out.c, c_.width);
-    c_.group_bytes = size_t{1} * w.h * stored_columns() * storage_.tap_steps *
+    c_.group_bytes = uint64_t{1} * w.h * stored_columns() * storage_.tap_steps *
                      storage_.planes * c_.width * storage_.size;
   }
 
@@ -352,14 +361,14 @@ class LayerBuilder {
     c_.pixel_bytes = row_steps * kTileBytes;
     c_.steps = w.h * row_steps;
     c_.groups = divided_up(c_.out.c, c_.width);
-    c_.expanded = size_t{2} * c_.steps * kTileRows * kTileBytes;
+    c_.expanded = uint64_t{2} * c_.steps * kTileRows * kTileBytes;
     c_.group_bytes = c_.w_bits == 3 ? c_.expanded : c_.expanded / 8 * c_.w_bits;
   }
 
   // ---- Weights: [group][tap][step][plane][channel].
 
   void allocate_weights() {
-    size_t bytes = c_.group_bytes * c_.groups;
+    uint64_t bytes = c_.group_bytes * c_.groups;
     layer_.weights = std::make_unique<Buffer>(bytes);
     std::memset(layer_.weights->data(), 0, bytes);
     c_.weights = layer_.weights->data();

@@ -108,11 +108,11 @@ class Fuser {
 class Arena {
  public:
   // Places `size` bytes that are written by step `now` and last read by step `last`.
-  size_t place(size_t size, int now, int last) {
+  uint64_t place(uint64_t size, int now, int last) {
     pieces_.erase(std::remove_if(pieces_.begin(), pieces_.end(),
                                  [&](const Piece& x) { return x.last < now; }),
                   pieces_.end());
-    size_t begin = 0;
+    uint64_t begin = 0;
     auto next = pieces_.begin();
     for (; next != pieces_.end() && next->begin < begin + size; ++next)
       begin = next->end;
@@ -121,15 +121,15 @@ class Arena {
     return begin;
   }
 
-  size_t size() const { return size_; }
+  uint64_t size() const { return size_; }
 
  private:
   struct Piece {
-    size_t begin, end;
+    uint64_t begin, end;
     int last;
   };
   std::vector<Piece> pieces_;  // Sorted by begin.
-  size_t size_ = 0;
+  uint64_t size_ = 0;
 };
 
 // Places all values of a plan whose steps are complete.
@@ -153,7 +153,7 @@ void place_values(const minw_network& net, bool fused, Plan* plan) {
   Arena arena;
   plan->offset.resize(ops.size() + 1);
   auto place = [&](int value, int now) {
-    size_t size = aligned(map_bytes(net.program.values[value].map));
+    uint64_t size = aligned(map_bytes(net.program.values[value].map));
     plan->offset[value] = arena.place(size, now, last[value]);
   };
   if (image) place(0, 0);
@@ -161,30 +161,30 @@ void place_values(const minw_network& net, bool fused, Plan* plan) {
   plan->arena = arena.size();
 }
 
-size_t rounded_up(size_t x, size_t by) { return (x + by - 1) / by * by; }
+uint64_t rounded_up(uint64_t x, uint64_t by) { return (x + by - 1) / by * by; }
 
 // Makes room for a convolution whose pooling windows have `pool_h` rows.
 void add(const Conv& c, int pool_h, Needs* needs) {
-  auto need = [](size_t bytes, size_t* most) { *most = std::max(*most, bytes); };
-  size_t pixels = static_cast<size_t>(c.padded_h) * c.padded_w;
-  size_t width_bytes = c.width * sizeof(int32_t);
+  auto need = [](uint64_t bytes, uint64_t* most) { *most = std::max(*most, bytes); };
+  uint64_t pixels = uint64_t{1} * c.padded_h * c.padded_w;
+  uint64_t width_bytes = c.width * sizeof(int32_t);
   need(kChunk * width_bytes, &needs->acc);
   need(kPaddedSlack, &needs->padded);
-  need(size_t{1} * c.padded_w * c.in.c + kAlign, &needs->acc);  // A padded row.
+  need(uint64_t{1} * c.padded_w * c.in.c + kAlign, &needs->acc);  // A padded row.
   if (c.form == kTiles) {
-    size_t rows = rounded_up(c.padded_h, c.window.stride_h);
+    uint64_t rows = rounded_up(c.padded_h, c.window.stride_h);
     need(rows * c.out.w * c.pixel_bytes, &needs->image.padded);
     // The last tiles reach past the last pixel.
-    need(size_t{kTilePixels} * c.pixel_bytes, &needs->padded);
+    need(uint64_t{kTilePixels} * c.pixel_bytes, &needs->padded);
     need((kChunk + kTilePixels) * width_bytes, &needs->acc);
-    need(size_t{1} * pool_h * c.out.w * width_bytes, &needs->image.acc);
+    need(uint64_t{1} * pool_h * c.out.w * width_bytes, &needs->image.acc);
     need(c.expanded, &needs->gathered);
     return;
   }
   need(pixels * c.pixel_bytes, &needs->image.padded);
   if (c.sums) need(pixels * sizeof(int32_t), &needs->image.magnitudes);
   if (c.form == kLookup) {
-    size_t rows = c.joint ? kChunk / 2 : kChunk;
+    uint64_t rows = c.joint ? kChunk / 2 : kChunk;
     need(rows * c.row_bytes, &needs->gathered);
     need(kRowBlock * kChunk * sizeof(uint16_t), &needs->counts);
   }
@@ -216,9 +216,9 @@ Needs needs_of(const Conv& conv, int pool_h) {
 
 Places scratch_places(const Plan& plan, size_t images) {
   const Needs& needs = plan.needs;
-  size_t end = 0;
-  auto part = [&](size_t bytes) {
-    size_t begin = end;
+  uint64_t end = 0;
+  auto part = [&](uint64_t bytes) {
+    uint64_t begin = end;
     end += aligned(bytes);
     return begin;
   };
@@ -262,8 +262,8 @@ Plan make_plan(const minw_network& net, bool fused, int reach) {
   place_values(net, fused, &plan);
   plan.needs = needs_of(net, plan.steps);
   if (fused) {
-    size_t image = net.scratch_bytes(plan, 2, 1) - net.scratch_bytes(plan, 1, 1) + 1;
-    plan.group = std::clamp<size_t>(kGroupBytes / image, 1, kMaxGroup);
+    uint64_t image = net.scratch_bytes(plan, 2, 1) - net.scratch_bytes(plan, 1, 1) + 1;
+    plan.group = std::clamp<uint64_t>(kGroupBytes / image, 1, kMaxGroup);
   }
   return plan;
 }

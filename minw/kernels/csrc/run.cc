@@ -149,8 +149,8 @@ class Run {
     size_t pixels = rows ? n_ * c.out.w * f.pool_h : size_t{1} * f.pool_h * f.pool_w;
     size_t chunk = std::max(kChunk / pixels, size_t{1});
     size_t chunks = divided_up(units, chunk);
-    size_t most = units * pixels * c.products / kMinProducts;
-    size_t wanted = std::min(team_.threads() * kPiecesOfThread, most);
+    uint64_t most = units * pixels * c.products / kMinProducts;
+    size_t wanted = std::min<uint64_t>(team_.threads() * kPiecesOfThread, most);
     size_t splits = 1;
     if (team_.threads() > 1 && wanted > chunks)
       splits = std::min<size_t>(divided_up(wanted, chunks), c.groups);

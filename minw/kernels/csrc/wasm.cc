@@ -32,12 +32,14 @@ MINW_EXPORT("minw_release") void minw_release(void* memory) {
 
 namespace {
 
+constexpr char kOutOfMemory[] = "out of memory";  // The text of interface.cc.
+
 [[noreturn]] void fail(const char* message) {
   minw_throw(message, std::strlen(message));
 }
 
 void* allocated(void* memory) {
-  if (!memory) fail("out of memory");
+  if (!memory) fail(kOutOfMemory);
   return memory;
 }
 
@@ -67,7 +69,8 @@ void* __cxa_allocate_exception(size_t bytes) noexcept { return ::operator new(by
 
 void __cxa_free_exception(void*) noexcept {}
 
-[[noreturn]] void __cxa_throw(void* thrown, std::type_info*, void (*)(void*)) {
+[[noreturn]] void __cxa_throw(void* thrown, std::type_info* type, void (*)(void*)) {
+  if (*type == typeid(std::bad_alloc)) fail(kOutOfMemory);
   fail(static_cast<std::exception*>(thrown)->what());
 }
 
