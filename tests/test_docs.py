@@ -327,6 +327,18 @@ def test_links_of_the_site(hooks):
     assert hooks.relinked(given, page, known) == expected
 
 
+def test_live_demo(hooks):
+  """Its frames show the pages that the export makes of networks of both data sets."""
+  frames = re.findall(r'<iframe class="demo" src="([^"]*)"', hooks.live_demos())
+  assert frames == [f"{name}.html" for name in hooks.DEMOS]
+  programs = [infer.load(name).program for name in hooks.DEMOS]
+  assert [program.metadata["config"]["dataset"] for program in programs] == [
+      "digits", "cifar10"]
+  for name, program in zip(hooks.DEMOS, programs):
+    exported = web.contents(program, name, web.own_samples(program))
+    assert hooks.demo(name) == exported["index.html"]
+
+
 def test_config_fields(hooks):
   """The page has each field once, with its default and what is allowed."""
   rows = [line.strip("| ").split(" | ") for line in hooks.config_fields().splitlines()

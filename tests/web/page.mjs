@@ -1,15 +1,17 @@
-// Opens pages in Chromium as tests ask: node page.mjs PLAYWRIGHT < VISITS > RESULTS.
+// Opens pages in Chromium as tests ask:
 //
-// PLAYWRIGHT is the folder of playwright-core. VISITS is a JSON list of {url, steps} with
-// options of a browser's context and `flags` of the browser. Each visit has a browser of
-// its own. A step is [function of this file, arguments...]. RESULTS holds for each visit
-// what its steps returned, what the page wrote to the console, and its requests.
+//   node page.mjs PLAYWRIGHT CHROMIUM < VISITS > RESULTS
+//
+// PLAYWRIGHT is the folder of playwright-core, and CHROMIUM the browser's executable.
+// VISITS is a JSON list of {url, steps} with options of a browser's context and `flags`
+// of the browser. Each visit has a browser of its own. A step is [function of this file,
+// arguments...]. RESULTS holds for each visit what its steps returned, what the page wrote
+// to the console, and its requests.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
-const { chromium } = createRequire(import.meta.url)(process.argv[2]);
-
-const CHROMIUM = "/usr/bin/chromium";
+const [playwright, executablePath] = process.argv.slice(2);
+const { chromium } = createRequire(import.meta.url)(playwright);
 
 const steps = {
   evaluate: (page, expression) => page.evaluate(expression),
@@ -79,7 +81,7 @@ const steps = {
 };
 
 async function visit({ url, steps: wanted, flags = [], ...options }) {
-  const browser = await chromium.launch({ executablePath: CHROMIUM, args: flags });
+  const browser = await chromium.launch({ executablePath, args: flags });
   try {
     const context = await browser.newContext(options);
     const page = await context.newPage();
