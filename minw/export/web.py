@@ -186,8 +186,8 @@ def page(template: str, library: str, start: str, data: Mapping[str, object]) ->
 def own_samples(program: packed.Program) -> dict[str, np.ndarray]:
   """Returns the samples that come with minw for the data set of a network.
 
-  Those of the digits are images of the test split. Those of CIFAR-10 are drawings. Other
-  data sets have none.
+  Those of the digits are images of the test split. Those of CIFAR-10 are drawings.
+  Other data sets have none.
 
   Args:
     program: The network.

@@ -4,9 +4,9 @@
 //
 // PLAYWRIGHT is the folder of playwright-core, and CHROMIUM the browser's executable.
 // VISITS is a JSON list of {url, steps} with options of a browser's context and `flags`
-// of the browser. Each visit has a browser of its own. A step is [function of this file,
-// arguments...]. RESULTS holds for each visit what its steps returned, what the page wrote
-// to the console, and its requests.
+// of the browser. Each visit has a browser of its own. A step is [function of this
+// file, arguments...]. RESULTS holds for each visit what its steps returned, what the
+// page wrote to the console, and its requests.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
