@@ -196,7 +196,7 @@ def own_samples(program: packed.Program) -> dict[str, np.ndarray]:
     Images as uint8 of one dimension, by their labels.
   """
   config = program.metadata.get("config") or {}
-  file = _SAMPLES.get(config.get("dataset"))
+  file = _SAMPLES.get(str(config.get("dataset")))
   if not file:
     return {}
   images = json.loads(_source(file))["samples"]
