@@ -316,7 +316,7 @@ def test_drawn_digits(visit, page):
               ["draw", placed(strokes, *place)], ["isVisible", "#prompt"], ["settle"],
               ["text", "#label"]]
   found = visit(page("digits_convnet"), *steps)
-  assert found[0::3] == ["Draw here"] * 10
+  assert found[0::3] == ["Draw here. Even nothing gets a label."] * 10
   assert found[1::3] == [False] * 10
   assert found[2::3] == list(DIGITS)
 
