@@ -20,6 +20,7 @@ from minw import packed
 from minw.data import datasets
 from minw.export import web
 import node
+from packed_networks import Builder
 from packed_networks import floats
 from packed_networks import groups_and_dilation
 from packed_networks import images
@@ -270,13 +271,25 @@ def test_cost(visit, page):
   bits = [8, 1, 1, 1, 1, 1, 32]
   weights = [op.kernel.size for op, _ in layers]
   for i, layer in enumerate(found):
-    assert layer["moved"] == (weights[i] + elements[i] * bits[i]
-                              + elements[i + 1] * bits[i + 1])
-    assert layer["float"] == 32 * (weights[i] + elements[i] + elements[i + 1])
+    assert layer["weights"] == weights[i] and layer["floatWeights"] == 32 * weights[i]
+    assert layer["activations"] == elements[i] * bits[i] + elements[i + 1] * bits[i + 1]
+    assert layer["floatActivations"] == 32 * (elements[i] + elements[i + 1])
   xnor = sum(count for _, count in layers[1:])
   held = sum(weights) + 8 * 8 * 8 + 8 * 8 * 32  # The first layer's activations.
   assert facts == [f"{xnor / 1e6:.2f} M", "108 kbit", "15.3 kB",
                    f"{held / 8e3:.1f} kB"]
+
+
+def test_cost_of_a_shortcut(visit, page):
+  """The third layer also reads the activations of the first one, which it adds."""
+  b = Builder(np.random.default_rng(0), (6, 6, 1))
+  x = b.threshold(b.conv(0, 1, 8), 1)
+  y = b.threshold(b.conv(x, 1, 8), 1)
+  z = b.threshold(b.conv(y, 1, 8), 1, x)
+  found, = visit(page(b.end(z)), ["evaluate", "costs(state.net)"])
+  image, codes, logits = 6 * 6 * 8, 6 * 6 * 8, 7 * 32
+  assert [layer["activations"] for layer in found] == [
+      image + codes, 2 * codes, 3 * codes, codes + logits]
 
 
 # The picture.
