@@ -100,7 +100,7 @@ def make_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
   rows = np.empty((NUM_ROWS, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
   for row, field in zip(range(NUM_ROWS), fields):
     rows[row] = field
-  return jnp.asarray(rows)
+  return jax.device_put(rows)  # `jnp.asarray` would compile a program for each shape.
 
 
 def probe_of(x: jax.Array) -> Probe:

@@ -638,8 +638,13 @@ def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> A
   Returns:
     The variables, {"params", "batch_stats"}.
   """
-  keys: Any = dict(zip(("params", "estimator"), jax.random.split(jax.random.key(seed))))
-  return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
+  @jax.jit  # One by one, the operations would take several times as long to compile.
+  def make():
+    keys: Any = dict(
+        zip(("params", "estimator"), jax.random.split(jax.random.key(seed))))
+    return model.init(keys, jnp.zeros((1, *image_shape)), mode="train")
+
+  return make()
 
 
 def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:

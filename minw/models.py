@@ -9,7 +9,8 @@ bits, estimators and thresholds.
 """
 
 import functools
-from typing import Any, Callable, Sequence
+import itertools
+from typing import Any, Callable, Iterator, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -43,6 +44,17 @@ def convnet_widths(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   if name not in CONVNETS:
     raise errors.unknown_name("ConvNet", str(name), CONVNETS)
   return CONVNETS[name]
+
+
+def _alphas(alpha: Any, depth: int) -> Iterator[Any]:
+  """The alphas of `depth` layers, from one number or from a vector of them.
+
+  A number is passed on as it is: parts of a vector would be operations of the network,
+  which `minw.fold` computes one by one.
+  """
+  if jnp.ndim(alpha) == 0:
+    return itertools.repeat(alpha, depth)
+  return iter(jnp.broadcast_to(jnp.asarray(alpha), (depth,)))
 
 
 class ConvNet(nn.Module):
@@ -80,7 +92,7 @@ class ConvNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
-    alphas = iter(jnp.broadcast_to(jnp.asarray(alpha), (self.depth,)))
+    alphas = _alphas(alpha, self.depth)
 
     for i, width in enumerate(self.conv_widths, start=1):
       alpha = next(alphas)
@@ -149,7 +161,7 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
-    alphas = iter(jnp.broadcast_to(jnp.asarray(alpha), (self.depth,)))
+    alphas = _alphas(alpha, self.depth)
 
     def quantized(name, x, width, size, stride=1, shortcut=None):
       alpha = next(alphas)
@@ -232,7 +244,7 @@ class DenseNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
-    alphas = iter(jnp.broadcast_to(jnp.asarray(alpha), (self.depth,)))
+    alphas = _alphas(alpha, self.depth)
 
     def conv(name, x, width, size):
       alpha = next(alphas)
@@ -280,7 +292,7 @@ class AlexNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
-    alphas = iter(jnp.broadcast_to(jnp.asarray(alpha), (self.depth,)))
+    alphas = _alphas(alpha, self.depth)
     sizes, pooled = (11, 5, 3, 3, 3), (1, 2, 5)
     for i, (width, size) in enumerate(zip(self.conv_widths, sizes), start=1):
       alpha = next(alphas)

@@ -83,7 +83,7 @@ def compare(
         model, folded, variables, hard, pixels_lib.normalize(images, pixels))
 
   for start in range(0, len(images), batch_size):
-    batch = jnp.asarray(images[start:start + batch_size])
+    batch = images[start:start + batch_size]
     try:
       counts, differ = run(variables, folded.hard, batch)
     except _Different as error:

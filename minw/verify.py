@@ -67,7 +67,7 @@ def differences(
   for start in range(0, len(images), batch_size):
     batch = images[start:start + batch_size]
     crop = packed.crop(program, batch)
-    outputs = [np.asarray(x) for x in run(hard, jnp.asarray(crop))]
+    outputs = [np.asarray(x) for x in run(hard, crop)]
     wanted = _program_values(program, kinds, crop, outputs)
     if start == 0:
       yield from _against_reference(program, kinds, wanted)

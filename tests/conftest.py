@@ -1,6 +1,7 @@
 """What the tests share: strict numerics, repeatable hypothesis runs, real data."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -23,6 +24,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import hypothesis
 import jax
 import pytest
+
+# Tracing makes so many objects that the collector would take a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 100)
 
 # A shell that starts the tests in the background has them, and all that they start,
 # ignore SIGINT, which some of them send.

@@ -106,19 +106,20 @@ def test_cifar_with_wrong_arguments():
       load("cifar_convnet", argument)
 
 
-@pytest.mark.parametrize("name, first, last", [
-    ("imagenet_resnet18", "stem", "dense1"), ("imagenet_alexnet", "conv1", "dense3")])
-def test_imagenet_first_and_last_layers(name, first, last):
-  for argument, bits in (("", ["float32", 1, "float32"]), ("last=1", ["float32", 1, 1]),
-                         ("first=2,last=2,weight_bits=3", [2, 3, 2])):
-    config = load(name, argument)
-    found = {layer.path: layer.bits for layer in Experiment(config).layers}
-    kernels = [path for path in found if not path.startswith("norm_")]
-    assert (kernels[0], kernels[-1]) == (first, last)
-    assert [found[path] for path in kernels] == (
-        bits[:1] + bits[1:2] * (len(kernels) - 2) + bits[2:])
-    assert {found[path] for path in found if path.startswith("norm_")} == {2, None}
-    assert config.crop_size == 224 and config.eval_resize == 256
+@pytest.mark.parametrize("name, ends, argument, bits", [
+    ("resnet18", ("stem", "dense1"), "", ["float32", 1, "float32"]),
+    ("resnet18", ("stem", "dense1"), "last=1", ["float32", 1, 1]),
+    ("alexnet", ("conv1", "dense3"), "", ["float32", 1, "float32"]),
+    ("alexnet", ("conv1", "dense3"), "first=2,last=2,weight_bits=3", [2, 3, 2])])
+def test_imagenet_first_and_last_layers(name, ends, argument, bits):
+  config = load(f"imagenet_{name}", argument)
+  found = {layer.path: layer.bits for layer in Experiment(config).layers}
+  kernels = [path for path in found if not path.startswith("norm_")]
+  assert (kernels[0], kernels[-1]) == ends
+  assert [found[path] for path in kernels] == (
+      bits[:1] + bits[1:2] * (len(kernels) - 2) + bits[2:])
+  assert {found[path] for path in found if path.startswith("norm_")} == {2, None}
+  assert config.crop_size == 224 and config.eval_resize == 256
 
 
 def test_digits():

@@ -24,6 +24,12 @@ THRESHOLDS = {1: [], 2: [0.1], 3: [0.125, 0.375, 0.75]}
 FACTORS = {1: [], 2: [0.7], 3: [0.3125, 0.9375, 1.875]}
 
 
+def applied(layer, variables, x, alpha=1.0, mode="hard", **options):
+  """`layer.apply` as one program: alone, each of its operations would be compiled."""
+  return jax.jit(lambda variables, x, alpha: layer.apply(
+      variables, x, alpha, mode, **options))(variables, x, alpha)
+
+
 def mixed_kernel(kernel, bits, alpha) -> np.ndarray:
   """alpha h(w) + (1 - alpha) w, thresholds proportional to the layer's mean |w|."""
   kernel = np.float64(kernel)
@@ -135,7 +141,7 @@ def test_groups_and_dilation(groups, channels, features, dilation, strides, padd
         feature_group_count=groups, kernel_dilation=dilation)
     fresh = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, 1.0, "train"))
     assert fresh["params"]["kernel"].shape == kernel.shape
-    got = layer.apply({"params": {"kernel": kernel}}, x, 0.3, "mixed")
+    got = applied(layer, {"params": {"kernel": kernel}}, x, 0.3, "mixed")
     np.testing.assert_allclose(got, convolve(
         x, mixed_kernel(kernel, bits, 0.3), strides, padding, pad, dilation, groups),
                                atol=2e-5)
@@ -153,7 +159,7 @@ def test_scales_and_means_of_channels_in_groups(groups):
   mean = np.abs(kernel.astype(np.float64)).reshape(-1, 8).mean(0)
   levels = np.sign(kernel) * (np.abs(kernel) > 0.7 * mean)
   np.testing.assert_allclose(
-      layer.apply({"params": {"kernel": kernel}}, x, 1.0, "mixed"),
+      applied(layer, {"params": {"kernel": kernel}}, x, 1.0, "mixed"),
       convolve(x, levels * mean, (1, 1), "VALID", 0, groups=groups), atol=2e-5)
 
 
@@ -209,15 +215,15 @@ def test_threshold_rules_of_weights(rule, thresholds, want):
   kernel = np.float32([[0.125, -1.0], [0.475, -0.4]])  # Means 0.3 and 0.7.
   layer = layers.QuantDense(2, bits=2, threshold_rule=rule, thresholds=thresholds)
   variables = {"params": {"kernel": kernel}}
-  got = layer.apply(variables, np.eye(2, dtype="f4"), 1.0, "mixed")
+  got = applied(layer, variables, np.eye(2, dtype="f4"), 1.0, "mixed")
   np.testing.assert_array_equal(got, np.sign(kernel) * want)
   _, folded = layer.apply(variables, np.ones((7, 2), "f4"), mode="fold",
                           mutable=["hard"])
   np.testing.assert_array_equal(folded["hard"]["kernel"], np.sign(kernel) * want)
   wide = layers.QuantConv(2, (1, 2), padding="VALID", bits=2, threshold_rule=rule,
                           thresholds=thresholds)
-  got = wide.apply({"params": {"kernel": kernel[None, :, None]}},
-                   np.float32([1, 0, 0, 1]).reshape(2, 1, 2, 1), 1.0, "mixed")
+  got = applied(wide, {"params": {"kernel": kernel[None, :, None]}},
+                np.float32([1, 0, 0, 1]).reshape(2, 1, 2, 1), 1.0, "mixed")
   np.testing.assert_array_equal(got[:, 0, 0], np.sign(kernel) * want)
 
 
@@ -237,8 +243,8 @@ def test_float32_weights_are_neither_quantized_nor_clipped():
 def test_weights_in_a_float_format_are_rounded_and_not_mixed():
   kernel = np.float32([[1.00390625 + 2**-10, -0.3]])  # bfloat16: 1 + 2^-7, -0.30078125.
   for alpha in (0.0, 1.0):
-    got = layers.QuantDense(2, bits="bfloat16").apply(
-        {"params": {"kernel": kernel}}, np.ones((1, 1), "f4"), alpha, "mixed")
+    got = applied(layers.QuantDense(2, bits="bfloat16"),
+                  {"params": {"kernel": kernel}}, np.ones((1, 1), "f4"), alpha, "mixed")
     np.testing.assert_array_equal(got, [[1.0078125, -0.30078125]])
 
 
@@ -251,12 +257,12 @@ def test_sums_are_float32_whatever_the_operands(mode):
   conv = layers.QuantConv(4, (4, 4), dtype=jnp.bfloat16, bits=1)
   want = convolve(x, np.sign(kernel), (1, 1), "SAME", 0.0)
   assert ((want > 256) & (np.mod(want, 2) == 1)).any()
-  got = conv.apply({"params": {"kernel": kernel}}, x, 1.0, mode)
+  got = applied(conv, {"params": {"kernel": kernel}}, x, 1.0, mode)
   assert got.dtype == jnp.float32
   np.testing.assert_array_equal(got, want)
   x, kernel = x.reshape(2, -1)[:, :719], kernel.reshape(-1, 4)[:719]
-  got = layers.QuantDense(4, dtype=jnp.bfloat16, bits=1).apply(
-      {"params": {"kernel": kernel}}, x, 1.0, mode)
+  got = applied(layers.QuantDense(4, dtype=jnp.bfloat16, bits=1),
+                {"params": {"kernel": kernel}}, x, 1.0, mode)
   assert got.dtype == jnp.float32
   want = x @ np.sign(kernel)
   assert (want > 256).any() and (np.mod(want, 2) == 1).all()
@@ -267,12 +273,12 @@ def test_operands_are_rounded_to_the_compute_type():
   kernel, x = np.full((1, 1), 1 / 3, "f4"), np.full((1, 1), 1.01, "f4")
   third, one = 0.333984375, 1.0078125  # The nearest bfloat16.
   layer = layers.QuantDense(1, dtype=jnp.bfloat16, bits=1)
-  apply = lambda kernel: layer.apply({"params": {"kernel": kernel}}, x, 0.0, "train")
-  assert apply(kernel)[0, 0] == third * one
+  got = applied(layer, {"params": {"kernel": kernel}}, x, 0.0, "train")
+  assert got[0, 0] == third * one
   conv = layers.QuantConv(1, (1, 1), dtype=jnp.bfloat16, bits=1)
   loss = lambda kernel: conv.apply(
       {"params": {"kernel": kernel}}, x[None, None], 0.5, "train").sum()
-  value, gradient = jax.value_and_grad(loss)(kernel[None, None])
+  value, gradient = jax.jit(jax.value_and_grad(loss))(kernel[None, None])
   assert value == 0.66796875 * one  # (1 + 1/3) / 2, rounded.
   assert gradient.dtype == jnp.float32 and gradient[0, 0, 0, 0] == one
 
@@ -318,7 +324,7 @@ def test_activations_in_a_float_format():
   x = np.float32([[0.3, -0.3, 1.5, 2**-12]])
   layer = layers.NormQuant(bits="float8_e4m3fn", epsilon=0.0)
   for alpha in (0.0, 1.0):
-    got = layer.apply(identity_norm(4), x, alpha, "mixed")
+    got = applied(layer, identity_norm(4), x, alpha, "mixed")
     np.testing.assert_array_equal(got, [[0.3125, -0.3125, 1, 0]])
 
 
@@ -326,15 +332,15 @@ def test_settings_of_batch_norm_and_thresholds():
   x = np.float32([[0.3], [-0.3], [0.6], [-0.1]])
   layer = layers.NormQuant(bits=2, thresholds=(0.5,), epsilon=0.0)
   np.testing.assert_array_equal(
-      layer.apply(identity_norm(1), x, 1.0, "mixed"), [[0], [0], [1], [0]])
+      applied(layer, identity_norm(1), x, 1.0, "mixed"), [[0], [0], [1], [0]])
   # Thresholds meant for other bits give way to the defaults.
   layer = layers.NormQuant(bits=2, thresholds=(0.2, 0.5, 0.9), epsilon=0.0)
   np.testing.assert_array_equal(
-      layer.apply(identity_norm(1), x, 1.0, "mixed"), [[1], [-1], [1], [0]])
+      applied(layer, identity_norm(1), x, 1.0, "mixed"), [[1], [-1], [1], [0]])
   unscaled = identity_norm(1)
   del unscaled["params"]["batch_norm"]["scale"]
   layer = layers.NormQuant(bits=None, epsilon=3.0, use_scale=False)
-  np.testing.assert_array_equal(layer.apply(unscaled, x, 1.0, "mixed"), x / 2)
+  np.testing.assert_array_equal(applied(layer, unscaled, x, 1.0, "mixed"), x / 2)
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.25])
@@ -347,7 +353,7 @@ def test_statistics_of_the_batch_and_running_ones(momentum):
   layer = layers.NormQuant(bits="float32", momentum=momentum, epsilon=1e-3)
   batch_mean = x.mean((0, 1, 2), dtype=np.float64)
   batch_var = x.var((0, 1, 2), dtype=np.float64)  # The biased variance of the batch.
-  got, updated = layer.apply(variables, x, 1.0, "train", mutable=["batch_stats"])
+  got, updated = applied(layer, variables, x, 1.0, "train", mutable=["batch_stats"])
   np.testing.assert_allclose(got, np.clip(batch_norm(
       x, batch_mean, batch_var, scale, bias, 1e-3), -1, 1), atol=1e-5)
   stats = updated["batch_stats"]["batch_norm"]
@@ -356,7 +362,7 @@ def test_statistics_of_the_batch_and_running_ones(momentum):
   np.testing.assert_allclose(
       stats["var"], momentum * var + (1 - momentum) * batch_var, rtol=1e-5)
 
-  got, updated = layer.apply(variables, x, 1.0, "mixed", mutable=["batch_stats"])
+  got, updated = applied(layer, variables, x, 1.0, "mixed", mutable=["batch_stats"])
   np.testing.assert_allclose(got, np.clip(
       batch_norm(x, mean, var, scale, bias, 1e-3), -1, 1), atol=1e-5)
   kept = updated["batch_stats"]["batch_norm"]
@@ -376,7 +382,7 @@ def test_statistics_of_groups(shape, use_scale):
     scale = np.ones(3)
     del variables["params"]["batch_norm"]["scale"]
   layer = layers.NormQuant(bits=None, epsilon=1e-3, group_size=4, use_scale=use_scale)
-  got, updated = layer.apply(variables, x, 1.0, "train", mutable=["batch_stats"])
+  got, updated = applied(layer, variables, x, 1.0, "train", mutable=["batch_stats"])
   groups = np.split(x.astype(np.float64), 3)
   axes = tuple(range(x.ndim - 1))
   means, vars_ = ([f(part, axis=axes) for part in groups] for f in (np.mean, np.var))
@@ -391,7 +397,8 @@ def test_statistics_of_groups(shape, use_scale):
   # Elsewhere it is what it is without groups, and so are its variables.
   plain = layers.NormQuant(bits=None, epsilon=1e-3, use_scale=use_scale)
   np.testing.assert_array_equal(
-      layer.apply(variables, x, 1.0, "mixed"), plain.apply(variables, x, 1.0, "mixed"))
+      applied(layer, variables, x, 1.0, "mixed"),
+      applied(plain, variables, x, 1.0, "mixed"))
   made, expected = (jax.eval_shape(
       lambda layer=layer: layer.init(jax.random.key(0), x[:1], mode="train"))
                     for layer in (layer, plain))
@@ -403,7 +410,7 @@ def test_hard_tanh_passes_the_gradient_at_exactly_1(bits):
   x = np.float32([[-1.01], [-1], [-0.5], [0], [0.2], [1], [1.01]])
   layer = layers.NormQuant(bits=bits, epsilon=0.0)
   gradient = jax.grad(
-      lambda x: layer.apply(identity_norm(1), x, 0.75, "mixed").sum())(x)
+      lambda x: applied(layer, identity_norm(1), x, 0.75, "mixed").sum())(x)
   factor = 1.0 if isinstance(bits, str) else 1.5  # Eq 18: 2 alpha.
   np.testing.assert_array_equal(gradient[:, 0],
                                 factor * np.array([0, 1, 1, 1, 1, 1, 0]))
@@ -411,19 +418,20 @@ def test_hard_tanh_passes_the_gradient_at_exactly_1(bits):
 
 def test_gradient_of_clipped_weights():
   kernel = np.float32([[1.0, -1.0, 1.01, -0.2]])
-  gradient = jax.grad(lambda kernel: layers.QuantDense(4).apply(
-      {"params": {"kernel": kernel}}, np.ones((1, 1), "f4"), 0.5, "train").sum())
+  gradient = jax.grad(lambda kernel: applied(
+      layers.QuantDense(4), {"params": {"kernel": kernel}}, np.ones((1, 1), "f4"), 0.5,
+      "train").sum())
   np.testing.assert_array_equal(gradient(kernel), [[1, 1, 0, 1]])
 
 
 def test_distance_from_the_grid():
   x = np.float32([[[0.25], [-0.5]], [[2.0], [1.0]]])
   layer = layers.NormQuant(bits=1, epsilon=0.0)
-  _, sown = layer.apply(identity_norm(1), x, 0.5, "mixed", mutable=["distance"])
+  _, sown = applied(layer, identity_norm(1), x, 0.5, "mixed", mutable=["distance"])
   mean, = sown["distance"]["mean"]
   np.testing.assert_array_equal(mean, [(0.75 + 0.5) / 2, 0])  # One for each example.
-  _, sown = layer.apply(identity_norm(1), x, 0.5, "train",
-                        mutable=["distance", "batch_stats"])
+  _, sown = applied(layer, identity_norm(1), x, 0.5, "train",
+                    mutable=["distance", "batch_stats"])
   assert "distance" not in sown
 
 
@@ -459,8 +467,8 @@ def test_bits_of_nested_layers():
       return Block(name="outer")(x) - Block(name="other")(x)
 
   kernel = {"inner": {"kernel": np.float32([[0.2], [1.0]])}}  # Threshold 0.42.
-  got = Network().apply({"params": {"outer": kernel, "other": kernel}},
-                        np.float32([[1, 0], [0, 1]]))
+  got = jax.jit(Network().apply)({"params": {"outer": kernel, "other": kernel}},
+                                 np.float32([[1, 0], [0, 1]]))
   np.testing.assert_array_equal(got, [[-1], [0]])
 
 
@@ -480,11 +488,12 @@ def test_stochastic_estimator_needs_its_key():
   for layer, variables, inputs in (
       (norm, identity_norm(50), x), (dense, weights, np.ones((1, 1), "f4"))):
     with pytest.raises(flax.errors.InvalidRngError, match="estimator"):
-      layer.apply(variables, inputs, 0.5, "mixed")
+      jax.eval_shape(lambda: layer.apply(variables, inputs, 0.5, "mixed"))
     values = inputs if layer is norm else x[:1]
-    apply = lambda seed, mode="mixed": np.asarray(layer.apply(
+    run = jax.jit(lambda seed, mode: layer.apply(
         variables, inputs, 0.75, mode, rngs={"estimator": key(seed)},
-        mutable=["batch_stats", "distance"])[0])
+        mutable=["batch_stats", "distance"])[0], static_argnums=1)
+    apply = lambda seed, mode="mixed": np.asarray(run(seed, mode))
     got = apply(1)
     signs = (got - 0.25 * values) / 0.75  # alpha sign(x - z) + (1 - alpha) x.
     np.testing.assert_allclose(np.abs(signs), 1, atol=1e-5)
@@ -493,8 +502,8 @@ def test_stochastic_estimator_needs_its_key():
     assert abs((signs - values).mean()) < 0.25  # Its mean is x.
     assert np.isfinite(apply(1, "train")).all()
   with pytest.raises(ValueError, match="one bit"):
-    layers.NormQuant(bits=2, estimator=estimator).apply(
-        identity_norm(50), x, 0.5, "mixed", rngs={"estimator": key(0)})
+    applied(layers.NormQuant(bits=2, estimator=estimator), identity_norm(50), x, 0.5,
+            "mixed", rngs={"estimator": key(0)})
 
 
 def test_stochastic_estimator_in_a_network():
@@ -534,11 +543,11 @@ def test_scales_of_weights(weight_scale):
   kernel = rng.normal(0, 0.5, (3, 3, 3, 4)).astype(np.float32)
   size = np.abs(kernel).mean((0, 1, 2) if weight_scale == "channel_mean" else None)
   conv = layers.QuantConv(4, bits=2, weight_scale=weight_scale)
-  got = conv.apply({"params": {"kernel": kernel}}, x, 0.3, "mixed")
+  got = applied(conv, {"params": {"kernel": kernel}}, x, 0.3, "mixed")
   np.testing.assert_allclose(got, convolve(
       x, mixed_kernel(kernel, 2, 0.3) * size, (1, 1), "SAME", 0.0), atol=2e-5)
   floats = layers.QuantConv(4, bits="float32", weight_scale=weight_scale)
-  got = floats.apply({"params": {"kernel": kernel}}, x, 0.3, "mixed")
+  got = applied(floats, {"params": {"kernel": kernel}}, x, 0.3, "mixed")
   np.testing.assert_allclose(got, convolve(x, kernel, (1, 1), "SAME", 0.0), atol=2e-5)
 
 
@@ -547,24 +556,24 @@ def test_learned_steps(bits, q):
   estimator, rng = estimators.by_name("lsq"), np.random.default_rng(bits)
   x = rng.normal(size=(5, 40)).astype(np.float32)
   dense = layers.QuantDense(7, bits=bits, estimator=estimator)
-  fresh = dense.init(jax.random.key(0), x, 1.0, "train")["params"]
+  fresh = jax.jit(lambda: dense.init(jax.random.key(0), x, 1.0, "train"))()["params"]
   assert sorted(fresh) == ["kernel", "step"] and fresh["step"].shape == ()
   np.testing.assert_allclose(
       fresh["step"], 2 * np.sqrt(q) * np.abs(fresh["kernel"]).mean(), rtol=1e-6)
   unit = THRESHOLDS[bits] if bits != 2 else [0.5]
   kernel = np.float32(fresh["kernel"])
-  got = dense.apply({"params": {"kernel": kernel, "step": np.float32(-0.1)}}, x, 0.2,
-                    "mixed")
+  got = applied(dense, {"params": {"kernel": kernel, "step": np.float32(-0.1)}}, x, 0.2,
+                "mixed")
   np.testing.assert_allclose(
       got, x @ (0.1 * h(kernel / 0.1, unit, LEVELS[bits])), atol=2e-4)
 
   norm = layers.NormQuant(bits=bits, estimator=estimator, epsilon=0.0)
   variables = identity_norm(40)
-  fresh = norm.init(jax.random.key(0), x, 1.0, "train")["params"]
+  fresh = jax.jit(lambda: norm.init(jax.random.key(0), x, 1.0, "train"))()["params"]
   assert fresh["step"].shape == () and fresh["step"] == 1
   variables["params"]["step"] = np.float32(1.7)  # There is no HardTanh before it.
-  run = lambda params: norm.apply(
-      {**variables, "params": params}, x, 0.2, "mixed", mutable=["distance"])
+  run = jax.jit(lambda params: norm.apply(
+      {**variables, "params": params}, x, 0.2, "mixed", mutable=["distance"]))
   got, sown = run(variables["params"])
   want = 1.7 * h(x / 1.7, unit, LEVELS[bits])
   np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -602,8 +611,8 @@ def test_max_pool(shape, window, share):
 def test_gradient_of_max_pool_at_ties():
   x = np.float32([[1, 3, 5, 5, 9], [3, 2, 5, 5, 9], [9, 9, 9, 9, 9]])[None, :, :, None]
   weight = np.float32([4, 8]).reshape(1, 1, 2, 1)
-  gradient = lambda share: jax.grad(lambda x: (
-      weight * layers.max_pool(x, share_gradient=share)).sum())(x)[0, :, :, 0]
+  gradient = lambda share: jax.jit(jax.grad(lambda x: (
+      weight * layers.max_pool(x, share_gradient=share)).sum()))(x)[0, :, :, 0]
   np.testing.assert_array_equal(
       gradient(True), [[0, 2, 2, 2, 0], [2, 0, 2, 2, 0], [0, 0, 0, 0, 0]])
   one = np.asarray(gradient(False))
@@ -713,11 +722,10 @@ print(__debug__, len(first), assert_, sorted(shapes["params"]))
 """
 
 
-@pytest.mark.parametrize("option", ["-O", "-OO"])
-def test_trace_leaves_nothing_behind_without_asserts(option):
+def test_trace_leaves_nothing_behind_without_asserts():
   """Flax removes an interceptor in an assert, which Python skips then."""
   found = subprocess.run(
-      [sys.executable, option, "-c", TRACE_TWICE], capture_output=True, text=True,
+      [sys.executable, "-OO", "-c", TRACE_TWICE], capture_output=True, text=True,
       cwd=pathlib.Path(layers.__file__).parents[1])
   assert found.stdout == (
       "False 6 True ['conv1', 'conv2', 'dense1', 'norm_conv1', 'norm_conv2', "
@@ -744,9 +752,12 @@ def train_deep(shape, group_size=0):
     def __call__(self, x, mode="train"):
       return Deep(group_size, name="block")(x, mode)
 
-  x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-  variables = Network().init(jax.random.key(0), x)
-  return Network().apply(variables, x, mutable=["batch_stats"])[0]
+  @jax.jit
+  def run(x):
+    variables = Network().init(jax.random.key(0), x)
+    return Network().apply(variables, x, mutable=["batch_stats"])[0]
+
+  return run(np.random.default_rng(0).normal(size=shape).astype(np.float32))
 
 
 @pytest.mark.parametrize("shape, group_size", [

@@ -10,12 +10,12 @@ from minw import estimators
 from minw import evaluate
 from minw import histograms
 from minw import infer
-from minw import layers
 from minw import models
 from minw import train
 from minw.experiment import Experiment
 from minw.kernels import reference
 from minw.kernels import xla
+from network_variables import variables_of
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -76,7 +76,7 @@ def test_networks(name):
 def test_batches_and_evaluation():
   experiment = tiny(crop_padding=1, random_flip=True, reestimate_batches=1,
                     histogram_layers=("conv2", "norm_conv1"), num_epochs=4)
-  variables = layers.initialize(experiment.model, experiment.image_shape)
+  variables = variables_of(experiment.model, experiment.image_shape)
   data = experiment.data.load("validation")
   evaluator = evaluate.Evaluator(experiment)
   assert 0 <= evaluator.hard(variables, data)["accuracy"] <= 1

@@ -324,10 +324,10 @@ def test_workdir_in_use_is_refused(plain, tmp_path):
 def test_workdir_is_given_back_however_a_run_ends(tmp_path):
   for _ in range(2):
     with pytest.raises(Stop):
-      run_with(stop_before(1), tiny_config(num_epochs=1), tmp_path)
+      run_with(stop_before(1), tiny_config(), tmp_path)
     assert not locks.is_held(str(tmp_path))
   for _ in range(2):
-    assert run(tiny_config(num_epochs=1), tmp_path)["state"] == "done"
+    assert run(tiny_config(), tmp_path)["state"] == "done"
     assert not locks.is_held(str(tmp_path))
 
 
@@ -336,7 +336,7 @@ def test_without_locks_a_run_is_warned(tmp_path, monkeypatch, caplog):
     raise OSError(errno.ENOLCK, "No locks available")
 
   monkeypatch.setattr(fcntl, "flock", flock)
-  assert run(tiny_config(num_epochs=1), tmp_path)["state"] == "done"
+  assert run(tiny_config(), tmp_path)["state"] == "done"
   assert "this file system has no locks (No locks available)" in caplog.text
 
 
@@ -369,7 +369,7 @@ def test_error_of_a_file_stops_a_run(error, file, reason, tmp_path):
       raise error
 
   with pytest.raises(train.StorageError) as stopped:
-    run_with(action, tiny_config(num_epochs=1), tmp_path)
+    run_with(action, tiny_config(), tmp_path)
   assert re.fullmatch(
       re.escape(file.format(workdir=tmp_path)) + f": {reason}; the run is stopped, and"
       " the same command resumes it from its last checkpoint", str(stopped.value))
@@ -386,7 +386,7 @@ def test_other_errors_stay_what_they_are(error, tmp_path):
     raise error
 
   with pytest.raises(type(error)) as raised:
-    run_with(action, tiny_config(num_epochs=1), tmp_path)
+    run_with(action, tiny_config(), tmp_path)
   assert raised.value is error
 
 
@@ -427,6 +427,12 @@ def steps():
   return {name: (experiment_of(c),
                  jax.jit(functools.partial(train.update, experiment_of(c))))
           for name, c in configs.items()}
+
+
+def state_at(step, experiment):
+  """A fresh state on the devices of an experiment, as if it were at another step."""
+  return jax.device_put(
+      fresh_state()._replace(step=np.int32(step)), experiment.replicated)
 
 
 def tiny_batch(experiment):
@@ -474,7 +480,7 @@ def reference_step():
 def test_one_step_is_that_of_the_paper(name, at, alphas, steps):
   experiment, step = steps[name]
   images, labels = tiny_batch(experiment)
-  state = fresh_state()._replace(step=np.int32(at))
+  state = state_at(at, experiment)
   after, loss = jax.device_get(step(state, images, labels, jax.random.key(0)))
 
   # Eq 4, 5: h and g; Eq 6, 18, 19: the mixture and 2 alpha g.
@@ -522,7 +528,7 @@ def test_alpha_one_trains_as_ste_does(steps):
   losses, last = {}, {}
   for case, name, at in (("one", "aqe", 76), ("ste", "ste", 76), ("less", "aqe", 0)):
     experiment, step = steps[name]
-    state = fresh_state()._replace(step=np.int32(at))
+    state = state_at(at, experiment)
     losses[case] = []
     for _ in range(8):
       state, loss = step(state, images, labels, jax.random.key(0))
@@ -586,9 +592,10 @@ def test_reestimated_statistics_are_the_hard_networks(busy):
   experiment = experiment_of(busy_config())
   data, order = experiment.data.load("train"), resident.epoch_order(0, 0, 1257)
   sums = {}
+  inputs = jax.jit(lambda data, order, i: experiment.data.train_inputs(
+      data, order, i, jax.random.fold_in(jax.random.key(0), i)))
   for i in range(2):
-    images, _ = experiment.data.train_inputs(
-        data, order, i, jax.random.fold_in(jax.random.key(0), i))
+    images, _ = inputs(data, order, i)
     _, received = network(tree["params"], np.asarray(images), busy_sign)
     for norm, x in received.items():
       axes = tuple(range(x.ndim - 1))

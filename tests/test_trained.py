@@ -52,21 +52,26 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("kind, problem", [
     ("none", None), ("border", "norm1: [0-9]+ of "), ("flip", "conv2: [0-9]+ of "),
     ("layer", "conv2: is called by the trained network where the hard one calls other"),
-    ("end", "after norm_last: 210 of 210 values")])
+    ("end", "after norm_last: 192 of 192 values")])
 def test_a_model_that_branches_on_mode_is_found(kind, problem):
   model = Branching(kind)
-  found = trained.compare(model, variables_of(model), PIXELS, IMAGES)
+  count = 70 if problem is None else 64  # A second batch is compiled once more.
+  found = trained.compare(model, variables_of(model), PIXELS, IMAGES[:count])
   if problem is None:
     assert found == (None, 0, 70)
   else:
     assert re.match(problem, found.problem), found.problem
 
 
-@pytest.mark.parametrize("make", [
-    functools.partial(models.ConvNet, 3, (4, 6), (5,)),
-    functools.partial(models.ResNet, 3, (1, 1), (4, 8)),
-    functools.partial(models.DenseNet, 3, (1, 1), 4)], ids=["conv", "res", "dense"])
-@pytest.mark.parametrize("kind", ["plain", "lsq", "channel_mean", "bfloat16"])
+CONVNET = functools.partial(models.ConvNet, 3, (4, 6), (5,))
+RESNET = functools.partial(models.ResNet, 3, (1, 1), (4, 8))
+DENSENET = functools.partial(models.DenseNet, 3, (1, 1), 4)
+
+
+@pytest.mark.parametrize("make, kind", [
+    (CONVNET, "plain"), (CONVNET, "lsq"), (RESNET, "lsq"), (RESNET, "bfloat16"),
+    (RESNET, "channel_mean"), (DENSENET, "channel_mean"), (DENSENET, "bfloat16")],
+    ids=range(7))
 def test_trained_networks_agree(make, kind):
   lsq = dict(estimator=estimators.by_name("lsq")) if kind == "lsq" else {}
   bits = kind if kind == "bfloat16" else 3
@@ -97,5 +102,5 @@ def test_only_codes_beside_a_threshold_may_differ(offset, found, monkeypatch):
     return folded
 
   monkeypatch.setattr(trained.fold, "fold_layers", shifted)
-  problem = trained.compare(model, variables, PIXELS, IMAGES).problem
+  problem = trained.compare(model, variables, PIXELS, IMAGES[:64]).problem
   assert (problem is not None and problem.startswith("norm2: ")) == found
