@@ -1,13 +1,18 @@
 """The engine in WebAssembly against the native one: equal values, equal refusals."""
 
 import ctypes
+import importlib.util
 import os
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from c_programs import CSRC
+from c_programs import ROOT
 from minw import infer
 from minw import packed
 from minw.kernels import native
@@ -90,6 +95,18 @@ def test_batches():
   want = native.load(data).logits(x)
   for count in (0, 1, 2, 15, 16, 17, 40):
     np.testing.assert_array_equal(network.logits(x[:count]), want[:count])
+
+
+@pytest.mark.slow
+def test_module_is_built_from_the_sources(tmp_path):
+  """A build in another folder has the committed bytes; .ci/run builds in this one."""
+  if not importlib.util.find_spec("ziglang"):
+    pytest.skip("the extra web-build is not installed")
+  shutil.copy(ROOT / "setup.py", tmp_path)
+  shutil.copytree(CSRC, tmp_path / CSRC.relative_to(ROOT))
+  subprocess.run([sys.executable, "setup.py", "-q", "build_wasm", "--output=new.wasm"],
+                 cwd=tmp_path, check=True)
+  assert (tmp_path / "new.wasm").read_bytes() == wasm_engine.MODULE.read_bytes()
 
 
 # Refusals.

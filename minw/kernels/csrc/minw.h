@@ -7,6 +7,9 @@
  *
  * The environment variable MINW_ISA (portable, avx2, avx512, amx, neon) forces an
  * instruction set. It is read when a network is loaded. Results do not depend on it.
+ *
+ * In WebAssembly, errors are thrown as a JavaScript Error instead of being returned.
+ * The instance must not be used again (wasm.cc). There is no environment.
  */
 #ifndef MINW_H_
 #define MINW_H_
