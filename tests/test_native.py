@@ -231,7 +231,7 @@ def test_batches_and_threads(isa, threads):
     lambda x: np.repeat(x, 2, axis=2)[:, :, ::2], np.asfortranarray],
     ids=["read-only", "strided", "Fortran"])
 def test_layouts_of_images(change):
-  program = small()
+  program = native_cases.small()
   x = images(program, 3)
   np.testing.assert_array_equal(
       native.load(packed.to_bytes(program)).logits(change(x)),
