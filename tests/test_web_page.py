@@ -419,6 +419,53 @@ def test_image_files(visit, page, tmp_path, event, name):
   assert status.startswith(f"The network says {label}, with a probability of ")
 
 
+def image_files(folder):
+  """Image files of all kinds that a browser decodes, by what they are."""
+  rng = np.random.default_rng(0)
+
+  def random(mode, width, height):
+    return Image.fromarray(
+        rng.integers(0, 256, (height, width, 4), np.uint8)).convert(mode)
+
+  exif = Image.Exif()
+  made = {}
+  for mode, suffix in (("RGB", "png"), ("L", "png"), ("P", "png"), ("RGB", "bmp"),
+                       ("P", "gif"), ("RGBA", "png"), ("LA", "png")):
+    made[f"{mode}.{suffix}"] = random(mode, 100, 70), {}
+  made["16.png"] = Image.fromarray(rng.integers(0, 2**16, (40, 40), np.uint16)), {}
+  made["exact.webp"] = random("RGB", 90, 80), {"lossless": True}
+  for turn in range(1, 9):
+    exif[0x0112] = turn
+    options = {"exif": exif.tobytes()}
+    made[f"{turn}.png"] = random("RGB", 60, 41), options
+    made[f"{turn}.jpg"] = photo(60, 41), {"quality": 95, **options}
+  for name, (image, options) in made.items():
+    image.save(folder / name, **options)
+  return {name: folder / name for name in made}
+
+
+def test_decoded_files(visit, page, tmp_path):
+  """Every file becomes the pixels of `minw.infer`, on black and on white."""
+  files, shape = image_files(tmp_path), (32, 32, 3)
+  contents = {name: node.encoded(path.read_bytes()) for name, path in files.items()}
+  found, = visit(page("digits_convnet"), ["evaluate", f"""(async () => {{
+      const found = {{}};
+      for (const [name, text] of Object.entries({json.dumps(contents)})) {{
+        const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+        const image = await minw.decodeImage(new Blob([bytes]));
+        found[name] = [0, 255].map((gray) => [...minw.preprocess(
+          image, {{ shape: {list(shape)}, shrinks: true }},
+          {{ background: [gray, gray, gray] }})]);
+      }}
+      return found;
+  }})()"""])
+  for name, path in files.items():
+    for pixels, background in zip(found[name], ("black", "white")):
+      np.testing.assert_array_equal(
+          np.uint8(pixels).reshape(shape),
+          infer.read_image(path, shape, background=background), err_msg=name)
+
+
 def test_samples(visit, page):
   found = visit(page("digits_convnet"), *(step for label in "7340" for step in (
       ["click", f"[aria-label='Sample {label}']"], ["settle"], ["text", "#label"])))
