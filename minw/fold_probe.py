@@ -58,7 +58,6 @@ network has no scales at all (`has_scale`).
 from typing import Any, NamedTuple, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from minw import quantizers

@@ -7,7 +7,6 @@ the trained network up to rounding; see `minw.trained`.
 from typing import Any, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from minw import errors

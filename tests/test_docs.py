@@ -245,8 +245,8 @@ def test_shell_is_understood(page):
       assert (ROOT / path).exists(), path
 
 
-# Checks the flags and configs of benchmarks, one a line, without running them. Flags can
-# be defined once in a process, so that each line has a copy of this one.
+# Checks the flags and configs of benchmarks, one a line, without running them. Flags
+# can be defined once in a process, so that each line has a copy of this one.
 _CHECK = """
 import os, sys
 from absl import flags
