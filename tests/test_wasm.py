@@ -2,21 +2,25 @@
 
 import ctypes
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 
 from c_programs import CSRC
 from c_programs import ROOT
+from c_programs import tool
 from minw import infer
 from minw import packed
 from minw.kernels import native
 import native_cases
+import node
 import packed_files
 import packed_networks
 import wasm_engine
@@ -86,6 +90,42 @@ def test_all_kernels():
   assert {f"{name} table lookup" for name in bits} <= kernels
   assert {"int16 sums", "int16 products", "int32 sums", "int32 products", "float32",
           "thresholds", "plain loops"} <= kernels
+
+
+@pytest.fixture(scope="module")
+def checked_cases():
+  """Input of tests/web/kernels.js for all kernels, and native values' checksums."""
+  cases, want = [], []
+  for _, program in native_cases.every():
+    data, image = packed.to_bytes(program), packed_networks.images(program, 1)
+    cases.append([node.encoded(data), node.encoded(image)])
+    network = native.load(data)
+    want.append([zlib.crc32(value if value.dtype == np.float32 else np.int32(value))
+                 for value in network.values(image)] + [
+                     zlib.crc32(network.logits(image))])
+  module = node.encoded(wasm_engine.MODULE.read_bytes())
+  return json.dumps({"module": module, "cases": cases}), want
+
+
+@node.needs_node
+def test_all_kernels_in_node(checked_cases):
+  given, want = checked_cases
+  assert json.loads(node.run("node", node.SCRIPTS / "kernels.js", input=given)) == want
+
+
+@pytest.mark.slow
+def test_all_kernels_in_chromium(checked_cases, tmp_path):
+  browser = tool("chromium", "chromium-browser", "google-chrome")
+  given, want = checked_cases
+  script = (node.SCRIPTS / "kernels.js").read_text()
+  page = tmp_path / "page.html"
+  page.write_text(
+      f"<body></body><script>const input = {given};</script><script>{script}</script>")
+  said = node.run(
+      browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+      f"--user-data-dir={tmp_path / 'profile'}", page.as_uri(), timeout=300)
+  found, = re.findall(r"<body>(.*)</body>", said)
+  assert json.loads(found) == want
 
 
 def test_batches():
