@@ -516,17 +516,22 @@ def slopes(function, h=1e-6):
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_slopes_are_of_the_published_functions(name, alpha):
+def test_slopes_are_of_the_published_functions(name):
   estimator = estimators.by_name(name)
   x = POINTS.astype(np.float32)
   grid = quantizers.grid(1)
-  y, pullback = jax.vjp(
-      lambda x: estimator(x, np.float32(alpha), grid, None), x)
   g = np.linspace(-2, 3, x.size).astype(np.float32)
-  np.testing.assert_array_equal(y, np.where(x > 0, 1, -1))
-  want = g * slopes(lambda x: SMOOTH[name](x, alpha))
-  np.testing.assert_allclose(pullback(g)[0], want, rtol=2e-5, atol=1e-6)
+
+  @jax.jit
+  def run(alpha):
+    y, pullback = jax.vjp(lambda x: estimator(x, alpha, grid, None), x)
+    return y, pullback(g)[0]
+
+  for alpha in (0.0, 0.3, 1.0):
+    y, dx = run(np.float32(alpha))
+    np.testing.assert_array_equal(y, np.where(x > 0, 1, -1))
+    want = g * slopes(lambda x: SMOOTH[name](x, alpha))
+    np.testing.assert_allclose(dx, want, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits, levels, thresholds", [
@@ -535,21 +540,25 @@ def test_slopes_are_of_the_published_functions(name, alpha):
      (-0.75, -0.375, -0.125, 0.125, 0.375, 0.75))])
 def test_soft_staircase_of_more_bits(bits, levels, thresholds):
   x = POINTS.astype(np.float32)
-  for alpha in (0.0, 0.5, 1.0):
+
+  @jax.jit
+  def run(alpha):
     y, pullback = jax.vjp(
         lambda x: estimators.dsq(x, alpha, quantizers.grid(bits)), x)
+    return y, pullback(jnp.ones_like(y))[0]
+
+  for alpha in (0.0, 0.5, 1.0):
+    y, dx = run(np.float32(alpha))
     np.testing.assert_array_equal(y, quantizers.quantize(x, quantizers.grid(bits)))
     want = slopes(lambda x: soft_staircase(x, alpha, levels, thresholds))
     np.testing.assert_allclose(
-        pullback(np.ones_like(x))[0], np.where(np.abs(x) > 1, 0, want), rtol=5e-5,
-        atol=1e-6)
+        dx, np.where(np.abs(x) > 1, 0, want), rtol=5e-5, atol=1e-6)
 
 
 def test_slopes_annealed():
   """Straight at first, a step in the end; reste and ede start as identity, tanh."""
   grid, x = quantizers.grid(1), np.float32([0.05, 0.5])
-  slope = lambda f, alpha: jax.vjp(lambda x: f(x, alpha, grid), x)[1](
-      np.ones(2, np.float32))[0]
+  slope = lambda f, alpha: jax.jit(jax.grad(lambda x: f(x, alpha, grid).sum()))(x)
   np.testing.assert_allclose(slope(estimators.reste, 0.0), [1, 1], rtol=1e-6)
   np.testing.assert_allclose(slope(estimators.ede, 0.0), [1, 1], rtol=3e-3)
   for f in (estimators.reste, estimators.ede, estimators.dsq):
@@ -561,7 +570,8 @@ def test_slopes_annealed():
 def test_ewgs(bits):
   grid = quantizers.grid(bits)
   for delta in (0.0, 1e-3, 0.2):
-    y, (dx, dgrid) = pull(functools.partial(estimators.ewgs, delta=delta), X, grid)
+    y, (dx, dgrid) = jax.jit(functools.partial(
+        pull, functools.partial(estimators.ewgs, delta=delta)))(X, grid)
     np.testing.assert_array_equal(y, HARD[bits])
     want = G * (1 + delta * np.sign(G) * (X - HARD[bits])) * MASK
     np.testing.assert_allclose(dx, want, rtol=1e-6)
@@ -592,9 +602,9 @@ def test_lsq(bits, thresholds, q):
     size = 1 if bits == 1 else sum((np.abs(y) > t).astype(int) for t in thresholds)
     h = np.where(y > 0, 1, -1) * levels[size]
     inside = np.abs(y) <= 1
-    got, (dx, ds, dgrid) = pull(
-        lambda x, step, grid: estimators.lsq(x, step, grid, count=count),
-        X, np.float32(step), quantizers.grid(bits, unit))
+    got, (dx, ds, dgrid) = jax.jit(functools.partial(
+        pull, functools.partial(estimators.lsq, count=count)))(
+            X, np.float32(step), quantizers.grid(bits, unit))
     np.testing.assert_allclose(got, s * h, rtol=1e-6)
     np.testing.assert_array_equal(dx, G * inside)
     slope = np.where(inside, h - y, np.sign(x))  # Eq 3 with q = 1, levels at most 1.
@@ -617,12 +627,15 @@ def test_a_step_of_any_sign_stands_for_a_positive_one():
 def test_stompp(function, passes, bits):
   grid, key = quantizers.grid(bits), jax.random.key(3)
   x = np.tile(X, 400).reshape(400, -1)
-  run = lambda alpha: jax.vjp(
-      lambda x, alpha: function(x, alpha, key, grid), x, np.float32(alpha))
+
+  @jax.jit
+  def run(alpha):
+    y, pullback = jax.vjp(lambda x, alpha: function(x, alpha, key, grid), x, alpha)
+    return y, *pullback(jnp.broadcast_to(G, x.shape))
+
   frozen = {}
   for alpha in (0.0, 0.3, 0.8, 1.0):
-    y, pullback = run(alpha)
-    dx, dalpha = pullback(jnp.broadcast_to(G, x.shape))
+    y, dx, dalpha = run(np.float32(alpha))
     soft, hard = np.clip(x, -1, 1), np.tile(HARD[bits], (400, 1))
     frozen[alpha] = np.asarray(y) != soft
     tells = soft != hard  # Elsewhere both are the same number.

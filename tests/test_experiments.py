@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compiling import quick_jit
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
@@ -128,12 +129,6 @@ def test_digits():
   assert (config.input_bits, config.weight_bits, config.estimator) == (1, 1, "aqe")
   # Every evaluation batch is of 360: half of validation, all of test.
   assert datasets.info("digits").splits["test"] % config.eval_batch_size == 0
-
-
-def quick_jit(function, **options):
-  """`jax.jit` that takes less time to compile than it saves in a test."""
-  return jax.jit(
-      function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 def take_a_step(experiment, data):
@@ -263,7 +258,8 @@ def test_kernels_start_as_told():
     model = build_model(tiny_config(kernel_init=name))
     initialize = model.conv.keywords["kernel_init"]
     assert model.dense.keywords["kernel_init"] is initialize
-    kernel = np.asarray(initialize(jax.random.key(0), (3, 3, 4, 6)))
+    kernel = np.asarray(quick_jit(lambda initialize=initialize: initialize(
+        jax.random.key(0), (3, 3, 4, 6)))())
     assert 0.95 * limit < np.abs(kernel).max() <= limit
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compiling import quick_jit
 from float64_convnet import h
 from minw import errors
 from minw import fold
@@ -185,7 +186,7 @@ def test_one_compilation_serves_all_alphas():
   variables, images = random_variables(net), random_images(2)
   traced = []
 
-  @functools.partial(jax.jit, static_argnames="mode")
+  @functools.partial(quick_jit, static_argnames="mode")
   def run(variables, alpha, mode):
     traced.append(mode)
     return net.apply(variables, images, alpha, mode,
@@ -206,7 +207,7 @@ def test_gradients_reach_every_parameter(weight_bits, input_bits):
   variables, images = random_variables(net), random_images(16)
   weight = np.random.default_rng(0).normal(size=(16, CLASSES)).astype(np.float32)
 
-  @jax.jit
+  @quick_jit
   def gradients(alpha):
     def loss(params):
       logits, _ = net.apply({**variables, "params": params}, images, alpha, "train",
@@ -408,7 +409,7 @@ def test_hard_is_mixed_at_the_end(name):
 def test_a_step_reaches_every_weight(name):
   net, variables, images = shallow_case(name)
 
-  @jax.jit
+  @quick_jit
   def gradient(params, alpha):
     def loss(params):
       logits, _ = net.apply(
