@@ -120,6 +120,7 @@ struct Conv {
   // step.
   bool own;
   int elements;             // Elements of a pixel (kInt16, kInt32, kFloat32).
+  bool multiplied;          // Weights are numbers, not masks (kInt16, kInt32).
   const int32_t* channels;  // Input channel of each element; null if in order.
 
   int row_bytes;           // Bytes of a pixel's window in work.gathered (kLookup).
@@ -167,7 +168,10 @@ struct Isa {
   const Isa* others;  // Runs the layers that these kernels do not, or null.
   bool tiles;         // Has int8 tiles (kTiles), and no other form.
   bool dot;           // Has int8 dot products (kBytes).
-  bool lookup;        // Has table lookups (kLookup), without `dot` for all bits.
+  bool lookup;        // Has table lookups (kLookup).
+  // Has kernels in which weights are signs and masks: bit planes, and lanes without
+  // multiplications. Without them, all bits are looked up or multiplied.
+  bool masks;
   // Sets conv->group and conv->peak, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
   // Converts `n` pixels to conv.form. `magnitudes` may be null.

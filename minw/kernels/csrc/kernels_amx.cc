@@ -247,8 +247,8 @@ const char* choose(Conv* c) {
 
 }  // namespace
 
-const Isa kAmx = {"amx",  &kAvx512, true, true,      false,  choose,
-                  encode, pad,      conv, threshold, maximum};
+const Isa kAmx = {"amx",  &kAvx512, true, true, false,     false,
+                  choose, encode,   pad,  conv, threshold, maximum};
 
 }  // namespace minw
 

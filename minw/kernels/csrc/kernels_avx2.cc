@@ -16,8 +16,8 @@ constexpr int kCountSteps = 31, kDotSteps = 256, kImageDotSteps = 16;
 // Tiles whose sums and operands fit the 16 registers.
 constexpr int kPairPixels = 2, kPlanePixels = 3, kMaskPixels = 2;
 constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2;
-constexpr bool kPeaks = true;
 #define MINW_KEEP(x) asm volatile("" : "+x"(x))
+#define MINW_MASKS 1
 #define MINW_LOOKUP 1
 #define MINW_DOT 1
 
@@ -73,8 +73,8 @@ inline Lanes32 dot_total(DotAcc acc) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", nullptr, false, true,      true,   choose,
-                   encode, pad,     conv,  threshold, maximum};
+const Isa kAvx2 = {"avx2", nullptr, false, true, true,      true,
+                   choose, encode,  pad,   conv, threshold, maximum};
 
 }  // namespace minw
 

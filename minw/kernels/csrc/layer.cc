@@ -191,6 +191,10 @@ class LayerBuilder {
     bool codes = c_.in.kind == kCode;
     c_.a_bits = codes ? c_.in.bits : 0;
     if (codes && x_.zeros) c_.a_bits = std::max(c_.a_bits, 2);  // Needs a code for 0.
+    // Swapped lookups would leave lanes empty, and without bit planes there is no other
+    // kernel for pixels of 1 bit. Codes of 1 bit are codes of 2 bits, too.
+    if (codes && c_.w_bits > 1 && !isa_->masks && few_pixels())
+      c_.a_bits = std::max(c_.a_bits, 2);
     int a = c_.a_bits, w = c_.w_bits;
     bool planes = a == 1 || w == 1 || (a == 2 && w == 2);
     if (isa_->tiles) {
@@ -199,9 +203,9 @@ class LayerBuilder {
     } else if (!w || c_.in.kind == kFloat) {
       c_.form = kFloat32;
       c_.width = kInt32Width;
-    } else if (codes && !c_.own && planes) {
-      choose_planes();
-    } else if (codes && !c_.own && looks_up_products()) {
+    } else if (codes && !c_.own && planes && choose_signs()) {
+      return;
+    } else if (codes && !c_.own && !planes && looks_up_products()) {
       choose_products();
     } else if ((codes || c_.source) && !c_.own && isa_->dot) {
       c_.form = kBytes;
@@ -209,6 +213,7 @@ class LayerBuilder {
       c_.width = kInt32Width;
     } else {
       bool narrow = fits_int16();
+      c_.multiplied = w == 3 || !isa_->masks;
       c_.form = narrow ? kInt16 : kInt32;
       c_.width = narrow ? kInt16Width : kInt32Width;
     }
@@ -221,8 +226,9 @@ class LayerBuilder {
   }
 
   // Chooses the form for products that signs and masks decide: table lookups if the
-  // instruction set has them and their counts fit, else bit planes.
-  void choose_planes() {
+  // instruction set has them and their counts fit, else bit planes. Returns false if it
+  // has neither.
+  bool choose_signs() {
     int a = c_.a_bits, w = c_.w_bits;
     c_.words = divided_up(c_.in.c, 64);
     c_.sums = w == 1 && a > 1;
@@ -230,21 +236,28 @@ class LayerBuilder {
     bool swapped = a == 1 && w > 1;
     int64_t steps = int64_t{taps()} * (c_.in.c / c_.fold + 1);
     int most = a == 3 || w == 3 ? kMostEntry3 : kMostEntry;
-    bool filled = !swapped || c_.out.h * c_.out.w > kMostUnswappedPixels;
+    bool filled = !swapped || !few_pixels();
     if (isa_->lookup && steps * most < kCountLimit && filled) {
       c_.swapped = swapped;
       c_.joint = a == w;
       c_.numbers = a == 3 || w == 3 ? 2 : 1;
-      return choose_lookups();
+      choose_lookups();
+      return true;
     }
+    c_.sums = c_.sums && isa_->masks;
+    if (!isa_->masks) return false;
     c_.form = kPlanes;
     c_.width = kLane;
     c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
+    return true;
   }
+
+  bool few_pixels() const { return c_.out.h * c_.out.w <= kMostUnswappedPixels; }
 
   // Whether the instruction set looks up products, and a window's numbers are few.
   bool looks_up_products() const {
-    return isa_->lookup && !isa_->dot && int64_t{taps()} * inputs_ < kMostProductInputs;
+    return isa_->lookup && !isa_->masks &&
+           int64_t{taps()} * inputs_ < kMostProductInputs;
   }
 
   // Lookups of products, for W2A3, W3A2 and W3A3. The index of an entry has room for
@@ -293,8 +306,8 @@ class LayerBuilder {
 
   Storage storage() const {
     bool three = c_.a_bits == 3;
-    int elements = c_.own ? c_.out.stride : 1;  // Elements of a step.
-    int masks = c_.w_bits == 2 ? 2 : 1;         // Signs, and with 2 bits a mask.
+    int elements = c_.own ? c_.out.stride : 1;             // Elements of a step.
+    int masks = c_.w_bits == 2 && !c_.multiplied ? 2 : 1;  // Signs, and a mask.
     switch (c_.form) {
       case kPlanes: {
         int bytes = 8 * planes_of(c_.a_bits);
@@ -503,15 +516,16 @@ class LayerBuilder {
     *number = static_cast<char>(*number + (c_.swapped ? 2 * digit : digit));
   }
 
-  // Lanes hold a sign mask (0 or -1), with 2 bits also a mask of what is not 0. With 3
-  // bits they hold the level itself, to be multiplied.
+  // Lanes hold a sign mask (0 or -1), with 2 bits also a mask of what is not 0, or else
+  // the level itself, to be multiplied.
   template <class E>
   void store_lane(char* to, int level) {
     E first = static_cast<E>(level < 0 ? -1 : 0);
     E mask = static_cast<E>(level ? -1 : 0);
-    if (c_.w_bits == 3) first = static_cast<E>(level);
+    if (c_.multiplied) first = static_cast<E>(level);
     std::memcpy(to, &first, sizeof(E));
-    if (c_.w_bits == 2) std::memcpy(to + c_.width * sizeof(E), &mask, sizeof(E));
+    if (c_.w_bits == 2 && !c_.multiplied)
+      std::memcpy(to + c_.width * sizeof(E), &mask, sizeof(E));
   }
 
   // ---- What sums begin with.
@@ -530,7 +544,7 @@ class LayerBuilder {
       case kTiles: return 0;
       case kInt16:
       case kInt32:
-        return c_.w_bits < 3 ? all.negative : 0;  // -x is computed as ~x = -x - 1.
+        return c_.multiplied ? 0 : all.negative;  // -x is computed as ~x = -x - 1.
       case kFloat32: return 0;
     }
     return 0;
