@@ -92,8 +92,8 @@ class BuildWasm(setuptools.Command):
     subprocess.run(
         [sys.executable, "-m", "ziglang", "c++", *_FLAGS, *_WASM_FLAGS,
          *(f"-Wl,--export={name}" for name in names),
-         # WebAssembly has no threads here, and ffi.cc is for XLA.
-         *_sources("ffi.cc", "team.cc"), "-o", self.output], check=True)
+         # There are no threads here, and no other instruction sets. ffi.cc is for XLA.
+         *_sources("ffi.cc", "team.cc", "choice.cc"), "-o", self.output], check=True)
     os.chmod(self.output, 0o644)  # It is no program of this system.
 
 

@@ -125,7 +125,7 @@ def test_size(folder):
   """Most of the folder is the engine, which the page holds a second time."""
   sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
   engine = len(Page((folder / "index.html").read_text()).data["wasm"])
-  assert sum(sizes.values()) <= 345_000, sizes
+  assert sum(sizes.values()) <= 300_000, sizes
   assert sum(sizes.values()) - sizes["minw.wasm"] - engine <= 105_000, sizes
   packed_sizes = [len(gzip.compress(path.read_bytes())) for path in folder.iterdir()]
   assert sum(packed_sizes) <= 180_000  # So much is sent where a server packs files.

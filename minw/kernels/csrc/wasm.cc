@@ -1,5 +1,5 @@
 // Gives WebAssembly what it lacks here: exceptions, an allocator that reports errors,
-// and functions through which JavaScript allocates memory.
+// and functions through which JavaScript allocates memory. It replaces choice.cc.
 #ifdef __wasm__
 
 #include <cstddef>
@@ -8,6 +8,8 @@
 #include <exception>
 #include <new>
 #include <typeinfo>
+
+#include "engine.h"
 
 #define MINW_IMPORT(name) __attribute__((import_module("env"), import_name(name)))
 #define MINW_EXPORT(name) __attribute__((export_name(name)))
@@ -58,6 +60,10 @@ void* operator new(size_t bytes, std::align_val_t align) {
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+
+// ---- Instruction sets. There is one, and nothing to measure (choice.cc).
+
+const minw::Isa* minw::fastest_isa(const Isa* best, int, int) { return best; }
 
 // ---- Exceptions. Compiled code calls these functions where C++ has `throw`. All
 // exceptions here derive from std::exception. None can be caught: code in `catch` never
