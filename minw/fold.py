@@ -101,6 +101,9 @@ def fold_rprelu(rprelu: Rprelu, output_scale: float = 1.0) -> Rprelu:
       for field in (gamma / output_scale, np.abs(beta), zeta / output_scale)))
 
 
+_round_to = jax.jit(quantizers.round_to, static_argnums=1)
+
+
 def fold_kernel(
     kernel: np.ndarray,
     bits: int | str,
@@ -123,7 +126,7 @@ def fold_kernel(
     float32 of the shape of `kernel`.
   """
   if not quantizers.is_grid(bits) or isinstance(bits, str):
-    return np.asarray(quantizers.round_to(jnp.asarray(kernel), str(bits)))
+    return np.asarray(_round_to(kernel, str(bits)))
   kernel = _without_denormals(np.asarray(kernel, np.float64))
   if step is not None:
     kernel = _without_denormals(kernel / np.float64(step))

@@ -50,7 +50,7 @@ def busy_config(**changes):
 
 _experiment = functools.cache(lambda text: Experiment(config_lib.from_json(text)))
 programs = {name: functools.cache(getattr(train, name)) for name in (
-    "make_train_step", "make_reestimate", "make_weight_report")}
+    "abstract_state", "make_train_step", "make_reestimate", "make_weight_report")}
 _evaluator = functools.cache(evaluate.Evaluator)
 
 

@@ -29,7 +29,18 @@ def coded_data(count, height, width):
 
 
 def on_device(images, labels):
-  return batches.Examples(jnp.asarray(images), jnp.asarray(labels))
+  return batches.Examples(*jax.device_put((images, labels)))
+
+
+def random_crops(data, order, position, key, **options):
+  """`resident.random_crops` as one program, which compiles faster than its parts."""
+  return jax.jit(lambda *arrays: resident.random_crops(*arrays, **options))(
+      data, order, position, key)
+
+
+def centre_crops(data, start, **options):
+  """`resident.centre_crops` as one program."""
+  return jax.jit(lambda *arrays: resident.centre_crops(*arrays, **options))(data, start)
 
 
 def pixels_of(name, kind="integer"):
@@ -104,7 +115,7 @@ def test_random_crops_are_crops_and_flips_of_the_right_examples(padding, flip):
 def test_crops_and_flips_are_uniform():
   # 7 x 8 corners, flipped or not: 112 outcomes, each 100 times in 11,200.
   data, size, padding, count = coded_data(1, 6, 7), 4, 2, 11_200
-  images, _ = resident.random_crops(
+  images, _ = random_crops(
       data, jnp.zeros(count, jnp.int32), 0, jax.random.key(0), batch_size=count,
       crop_size=size, crop_padding=padding, flip=True,
       pixels=pixels_lib.Pixels((50.0, 50.0, 50.0), (1.0, 1.0, 1.0)))
@@ -140,9 +151,10 @@ def test_padding_is_zero(name):
 
 def test_keys_decide():
   data, order = coded_data(16, 6, 6), jnp.arange(16, dtype=jnp.int32)
-  batch = lambda seed: np.asarray(resident.random_crops(
-      data, order, 0, jax.random.key(seed), batch_size=16, crop_size=4, crop_padding=0,
-      flip=True, pixels=RAW)[0])
+  crops = jax.jit(lambda key: resident.random_crops(
+      data, order, 0, key, batch_size=16, crop_size=4, crop_padding=0, flip=True,
+      pixels=RAW)[0])
+  batch = lambda seed: np.asarray(crops(jax.random.key(seed)))
   np.testing.assert_array_equal(batch(3), batch(3))
   assert not (batch(3) == batch(4)).all()
   # Neither examples nor batches share their corners or flips.
@@ -157,7 +169,7 @@ def test_keys_decide():
     ((9, 6), 4, 2, 1), ((7, 10), 4, 1, 3), ((33, 32), 24, 4, 4)])
 def test_the_centre_is_evaluated(shape, size, top, left):
   data = coded_data(2, *shape)
-  images, labels, mask = resident.centre_crops(
+  images, labels, mask = centre_crops(
       data, 0, batch_size=2, crop_size=size, pixels=RAW)
   assert images.shape == (2, size, size, 3) and images.dtype == jnp.float32
   for i, image in enumerate(np.asarray(images)):
@@ -280,10 +292,10 @@ def test_batches_are_the_same_on_any_number_of_devices(command):
   by_count = json.loads(out)
   data = on_device(*datasets.load("digits", "train", None))
   order = resident.epoch_order(3, 2, 1_257)
-  batches = [resident.random_crops(
+  batches = [random_crops(
       data, order, t, jax.random.key(t), batch_size=64, crop_size=6, crop_padding=1,
       flip=True, pixels=pixels_of("digits")) for t in (0, 7)]
-  batches.append(resident.centre_crops(
+  batches.append(centre_crops(
       data, 1_216, batch_size=64, crop_size=6, pixels=pixels_of("digits")))
   here = [hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
           for batch in batches for part in batch]
