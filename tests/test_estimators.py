@@ -540,19 +540,14 @@ def test_slopes_are_of_the_published_functions(name):
      (-0.75, -0.375, -0.125, 0.125, 0.375, 0.75))])
 def test_soft_staircase_of_more_bits(bits, levels, thresholds):
   x = POINTS.astype(np.float32)
-
-  @jax.jit
-  def run(alpha):
+  for alpha in (0.0, 0.5, 1.0):
     y, pullback = jax.vjp(
         lambda x: estimators.dsq(x, alpha, quantizers.grid(bits)), x)
-    return y, pullback(jnp.ones_like(y))[0]
-
-  for alpha in (0.0, 0.5, 1.0):
-    y, dx = run(np.float32(alpha))
     np.testing.assert_array_equal(y, quantizers.quantize(x, quantizers.grid(bits)))
     want = slopes(lambda x: soft_staircase(x, alpha, levels, thresholds))
     np.testing.assert_allclose(
-        dx, np.where(np.abs(x) > 1, 0, want), rtol=5e-5, atol=1e-6)
+        pullback(np.ones_like(x))[0], np.where(np.abs(x) > 1, 0, want), rtol=5e-5,
+        atol=1e-6)
 
 
 def test_slopes_annealed():
@@ -570,8 +565,7 @@ def test_slopes_annealed():
 def test_ewgs(bits):
   grid = quantizers.grid(bits)
   for delta in (0.0, 1e-3, 0.2):
-    y, (dx, dgrid) = jax.jit(functools.partial(
-        pull, functools.partial(estimators.ewgs, delta=delta)))(X, grid)
+    y, (dx, dgrid) = pull(functools.partial(estimators.ewgs, delta=delta), X, grid)
     np.testing.assert_array_equal(y, HARD[bits])
     want = G * (1 + delta * np.sign(G) * (X - HARD[bits])) * MASK
     np.testing.assert_allclose(dx, want, rtol=1e-6)
@@ -602,9 +596,9 @@ def test_lsq(bits, thresholds, q):
     size = 1 if bits == 1 else sum((np.abs(y) > t).astype(int) for t in thresholds)
     h = np.where(y > 0, 1, -1) * levels[size]
     inside = np.abs(y) <= 1
-    got, (dx, ds, dgrid) = jax.jit(functools.partial(
-        pull, functools.partial(estimators.lsq, count=count)))(
-            X, np.float32(step), quantizers.grid(bits, unit))
+    got, (dx, ds, dgrid) = pull(
+        lambda x, step, grid: estimators.lsq(x, step, grid, count=count),
+        X, np.float32(step), quantizers.grid(bits, unit))
     np.testing.assert_allclose(got, s * h, rtol=1e-6)
     np.testing.assert_array_equal(dx, G * inside)
     slope = np.where(inside, h - y, np.sign(x))  # Eq 3 with q = 1, levels at most 1.
@@ -627,15 +621,12 @@ def test_a_step_of_any_sign_stands_for_a_positive_one():
 def test_stompp(function, passes, bits):
   grid, key = quantizers.grid(bits), jax.random.key(3)
   x = np.tile(X, 400).reshape(400, -1)
-
-  @jax.jit
-  def run(alpha):
-    y, pullback = jax.vjp(lambda x, alpha: function(x, alpha, key, grid), x, alpha)
-    return y, *pullback(jnp.broadcast_to(G, x.shape))
-
+  run = lambda alpha: jax.vjp(
+      lambda x, alpha: function(x, alpha, key, grid), x, np.float32(alpha))
   frozen = {}
   for alpha in (0.0, 0.3, 0.8, 1.0):
-    y, dx, dalpha = run(np.float32(alpha))
+    y, pullback = run(alpha)
+    dx, dalpha = pullback(jnp.broadcast_to(G, x.shape))
     soft, hard = np.clip(x, -1, 1), np.tile(HARD[bits], (400, 1))
     frozen[alpha] = np.asarray(y) != soft
     tells = soft != hard  # Elsewhere both are the same number.
