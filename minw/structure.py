@@ -8,7 +8,6 @@ callers see plain layers and plain operations, in the order of the computation. 
 """
 
 import contextlib
-import functools
 from typing import Any, Callable, NamedTuple, Sequence
 
 from flax import errors
@@ -127,9 +126,6 @@ def layer(cls: type) -> type:
 def trace(model: nn.Module, variables: Any, images: Any, mode: str) -> Network:
   """Traces a network with opaque layers.
 
-  Training folds the same network after every epoch. Therefore the last traces are kept,
-  and a call with an equal model, equal shapes and the same mode returns the kept one.
-
   Args:
     model: Called as model(images, 1.0, mode=mode).
     variables: Variables of the model, as arrays or `jax.ShapeDtypeStruct`s.
@@ -143,18 +139,7 @@ def trace(model: nn.Module, variables: Any, images: Any, mode: str) -> Network:
   Raises:
     ValueError: The network cannot be traced; the message names the layer.
   """
-  shapes, tree = jax.tree.flatten(
-      jax.eval_shape(lambda *given: given, variables, images))
-  try:
-    hash(model)
-  except TypeError:  # A field of the model is an array, for example.
-    return _trace(model, tree, tuple(shapes), mode)
-  return _kept_trace(model, tree, tuple(shapes), mode)
-
-
-def _trace(model, tree, shapes, mode):
   calls = []
-  variables, images = jax.tree.unflatten(tree, shapes)
 
   def bind(module, x, alpha=1.0, mode="hard", shortcut=None):
     if mode != wanted:
@@ -170,7 +155,7 @@ def _trace(model, tree, shapes, mode):
   options: dict[str, Any] = dict(mutable=["hard"]) if mode == "fold" else {}
   try:
     with _intercept(bind), _tracing(object()):
-      closed, results = jax.make_jaxpr(apply, return_shape=True)(variables, images)
+      closed, shapes = jax.make_jaxpr(apply, return_shape=True)(variables, images)
   except ValueError as error:
     if "broadcasted variable" not in str(error):
       raise
@@ -181,10 +166,7 @@ def _trace(model, tree, shapes, mode):
     after = f"{calls[-1].path}: after it, " if calls else ""
     line = str(error).strip().split("\n")[0]
     raise refusal(f"{after}{type(error).__name__}: {line}") from error
-  return Network(closed, calls, jax.tree.structure(results))
-
-
-_kept_trace = functools.lru_cache(maxsize=32)(_trace)
+  return Network(closed, calls, jax.tree.structure(shapes))
 
 
 @contextlib.contextmanager
