@@ -409,6 +409,7 @@ class LayerBuilder {
 
   void store_levels() {
     allocate_weights();
+    if (c_.form == kLookup && c_.w_bits > 1) list_numbers();
     for (int o = 0; o < c_.out.c; o++)
       each(o, [&](int tap, int first, const Bits& b) {
         if (c_.form == kTiles)
@@ -417,6 +418,8 @@ class LayerBuilder {
           store_planes(weight(o, tap, first / 64), first / 64, b);
         else if (c_.form == kLookup && c_.w_bits == 1)
           store_signs(o, tap, first, b);
+        else if (c_.form == kLookup)
+          store_numbers(o, tap, first, b);
         else
           for (int i = 0; i < std::min(64, inputs_ - first); i++)
             store_level(o, tap, first + i, level_of(b, i));
@@ -482,7 +485,6 @@ class LayerBuilder {
 
   void store_level(int o, int tap, int channel, int level) {
     switch (c_.form) {
-      case kLookup: return add_digit(weight(o, tap, 0), channel, level);
       case kBytes:
         if (c_.source) {
           channel += tap % c_.window.w * inputs_;
@@ -503,17 +505,43 @@ class LayerBuilder {
   //   3      -4, -2, -1, 0, 1, 2, 4        7      2 (7^2 = 49), or 1 as an index
   //          -> 0, 1, 2, 3, 4, 5, 6
   //
-  // Numbers are built by adding one channel's digit after another. Where weights select
-  // tables, they are stored doubled, because an x86 address multiplies an index by at
-  // most 8 and tables have 16 bytes.
-  void add_digit(char* tap, int channel, int level) {
-    bool trits = c_.w_bits == 2;
-    int base = trits ? 3 : 7;
-    int digit = trits ? level + 1 : level - level / 4 + 3;
-    int channels = c_.fold / (trits ? 1 : c_.numbers);
-    for (int i = channel % channels; i > 0; i--) digit *= base;
-    char* number = tap + size_t{1} * (channel / channels) * c_.width;
-    *number = static_cast<char>(*number + (c_.swapped ? 2 * digit : digit));
+  // Channels past the last one have the digit 0. If weights select tables, numbers are
+  // stored doubled, because an x86 address multiplies an index by at most 8 and tables
+  // have 16 bytes.
+  int number(const Bits& b, int first, int channels) const {
+    int sum = 0, place = c_.swapped ? 2 : 1;
+    for (int i = first; i < first + channels; i++) {
+      int level = level_of(b, i);
+      sum += place * (c_.w_bits == 2 ? level + 1 : level - level / 4 + 3);
+      place *= c_.w_bits == 2 ? 3 : 7;
+    }
+    return sum;
+  }
+
+  int channels_of_number() const { return c_.fold / (c_.w_bits == 2 ? 1 : c_.numbers); }
+
+  // Lists the numbers by the bits of their channels: first which weights are positive,
+  // then the masks. Loading a file would otherwise take most of its time for digits.
+  void list_numbers() {
+    const int n = channels_of_number(), masks = c_.w_bits == 2 ? 1 : 3;
+    numbers_.resize(size_t{1} << n * (1 + masks));
+    for (uint64_t bits = 0; bits < numbers_.size(); bits++) {
+      Bits b = {bits, {bits >> n, 0, 0}};
+      for (int m = 1; m < masks; m++) b.mask[m] = bits >> n * (1 + m);
+      numbers_[bits] = static_cast<char>(number(b, 0, n));
+    }
+  }
+
+  void store_numbers(int o, int tap, int first, const Bits& b) {
+    const int n = channels_of_number(), end = std::min(64, inputs_ - first);
+    const uint64_t ones = (uint64_t{1} << n) - 1;
+    char* to = weight(o, tap, 0) + size_t{1} * (first / n) * c_.width;
+    for (int i = 0; i < end; i += n, to += c_.width) {
+      uint64_t bits = (b.positive >> i & ones) | (b.mask[0] >> i & ones) << n;
+      if (c_.w_bits == 3)
+        bits |= (b.mask[1] >> i & ones) << 2 * n | (b.mask[2] >> i & ones) << 3 * n;
+      *to = i + n <= end ? numbers_[bits] : static_cast<char>(number(b, i, end - i));
+    }
   }
 
   // Lanes hold a sign mask (0 or -1), with 2 bits also a mask of what is not 0, or else
@@ -639,6 +667,7 @@ class LayerBuilder {
   const Isa* isa_;
   uint64_t first_weight_;  // The part's first weight in the file.
   Storage storage_ = {};
+  std::vector<char> numbers_;  // See list_numbers.
   Layer layer_;
   Conv& c_;
 };
