@@ -15,6 +15,7 @@ up to rounding:
   close to a threshold.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,7 @@ def compare(
     pixels: Normalization of the pixels.
     images: uint8 images (n, height, width, channels), of the size of the network's
       input.
-    batch_size: Number of images that are compared at a time.
+    batch_size: Largest number of images that are compared at a time.
 
   Returns:
     The comparison.
@@ -82,6 +83,7 @@ def compare(
     return _compare_batch(
         model, folded, variables, hard, pixels_lib.normalize(images, pixels))
 
+  batch_size = even_batch_size(len(images), batch_size)
   for start in range(0, len(images), batch_size):
     batch = images[start:start + batch_size]
     try:
@@ -99,6 +101,22 @@ def compare(
           " trained network's on equal inputs, by more than rounding",
           labels, len(images))
   return Comparison(None, labels, len(images))
+
+
+def even_batch_size(count: int, largest: int) -> int:
+  """The size of as few batches as possible, all of which are equally large if they can.
+
+  A last batch of another size would be compiled by itself.
+
+  Args:
+    count: Number of examples.
+    largest: Largest allowed size.
+
+  Returns:
+    The size, for example 60 for 360 examples in batches of at most 64.
+  """
+  batches = max(math.ceil(count / largest), 1)
+  return max(math.ceil(count / batches), 1)
 
 
 class _Different(Exception):

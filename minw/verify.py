@@ -53,7 +53,7 @@ def differences(
     pixels: Normalization of the pixels.
     images: uint8 images (n, *program.source_shape).
     backends: The packed network on each backend to compare.
-    batch_size: Number of images that are compared at a time.
+    batch_size: Largest number of images that are compared at a time.
 
   Yields:
     A line for each difference. For each backend, only the first one is reported.
@@ -63,6 +63,7 @@ def differences(
   run = jax.jit(lambda hard, images: trained.hard_outputs(
       model, hard, pixels_lib.normalize(images, pixels)))
   broken, disagree = set(), {}
+  batch_size = trained.even_batch_size(len(images), batch_size)
   for start in range(0, len(images), batch_size):
     batch = images[start:start + batch_size]
     crop = packed.crop(program, batch)

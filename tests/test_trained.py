@@ -49,14 +49,26 @@ class Branching(nn.Module):
     return -x if self.kind == "end" and trains else x
 
 
+@pytest.mark.parametrize("count, size", [
+    (360, 60), (64, 64), (65, 33), (1, 1), (0, 1), (129, 43), (130, 44)])
+def test_even_batch_size(count, size):
+  """Of 64 at most."""
+  assert trained.even_batch_size(count, 64) == size
+
+
+def test_a_shorter_last_batch_is_compared_too():
+  model = Branching("end")
+  found = trained.compare(model, variables_of(model), PIXELS, IMAGES[:5], batch_size=4)
+  assert found.problem.startswith("after norm_last: 15 of 15 values")
+
+
 @pytest.mark.parametrize("kind, problem", [
     ("none", None), ("border", "norm1: [0-9]+ of "), ("flip", "conv2: [0-9]+ of "),
     ("layer", "conv2: is called by the trained network where the hard one calls other"),
-    ("end", "after norm_last: 192 of 192 values")])
+    ("end", "after norm_last: 210 of 210 values")])
 def test_a_model_that_branches_on_mode_is_found(kind, problem):
   model = Branching(kind)
-  count = 70 if problem is None else 64  # A second batch is compiled once more.
-  found = trained.compare(model, variables_of(model), PIXELS, IMAGES[:count])
+  found = trained.compare(model, variables_of(model), PIXELS, IMAGES)
   if problem is None:
     assert found == (None, 0, 70)
   else:
@@ -102,5 +114,5 @@ def test_only_codes_beside_a_threshold_may_differ(offset, found, monkeypatch):
     return folded
 
   monkeypatch.setattr(trained.fold, "fold_layers", shifted)
-  problem = trained.compare(model, variables, PIXELS, IMAGES[:64]).problem
+  problem = trained.compare(model, variables, PIXELS, IMAGES).problem
   assert (problem is not None and problem.startswith("norm2: ")) == found
