@@ -107,7 +107,7 @@ def test_lines(plain):
       stairs = step // (4 * EPOCH / 35)
       assert line["learning_rate"] == pytest.approx(0.01 * 0.9 ** stairs, rel=1e-5)
       assert line["examples_per_second"] > 0
-  assert raw[-1]["accuracy"] > 0.5  # It does learn: chance is 0.1.
+  assert raw[-1]["accuracy"] > 0.65  # It does learn: chance is 0.1.
   assert [line["checkpoint"] for line in raw[-2:]] == ["last", "best"]
   assert raw[-2]["checkpoint_step"] == 4 * EPOCH
 
@@ -724,6 +724,7 @@ def digits_config(**changes):
   return c
 
 
+@pytest.mark.slow  # Each run compiles for 20 s; test_lines holds that a network learns.
 def test_digits_learn_in_a_short_run(tmp_path):
   status = train.train_and_evaluate(
       digits_config(num_epochs=4, eval_every_epochs=4), str(tmp_path))

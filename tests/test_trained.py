@@ -52,7 +52,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("count, size", [
     (360, 60), (64, 64), (65, 33), (1, 1), (0, 1), (129, 43), (130, 44)])
 def test_even_batch_size(count, size):
-  """Of 64 at most."""
+  """The largest size is 64."""
   assert trained.even_batch_size(count, 64) == size
 
 
