@@ -29,6 +29,7 @@ def tiny_config(**changes):
 
 @pytest.fixture
 def program():
+  pytest.importorskip("onnx")  # The files for the other engines need it.
   return networks.random_network(tiny_config())
 
 
@@ -100,6 +101,7 @@ def test_refuses_networks_without_a_float_counterpart(modules, monkeypatch):
 @pytest.fixture
 def packages(tmp_path):
   """A folder node_modules with the packages of the other engines."""
+  pytest.importorskip("onnx")
   if not shutil.which("npm"):
     pytest.skip("npm is not installed")
   installed = subprocess.run(

@@ -639,7 +639,9 @@ PATHS = sorted({  # (command, subcommand, flag)
     *(("minw report", name, flag) for flag in ("runs", "out")
       for name in ("tables", "figures", "compare", "collect", "results")),
     *(("minw bench", name, "json")
-      for name in ("train", "inference", "data", "scaling", "configs", "throughput")),
+      for name in ("train", "inference", "web", "data", "scaling", "configs",
+                   "throughput")),
+    ("minw bench", "web", "modules"),
     *(("launch/sweep.py", "", flag) for flag in ("sweep", "dir", "data_dir", "out"))})
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 import pytest
 
 from minw import errors
+from minw import files
 from minw import infer
 from minw import packed
 from minw.data import datasets
@@ -239,14 +240,14 @@ def test_command_refuses(command, tmp_path, flags, message):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-  write_bytes = pathlib.Path.write_bytes
+  write = files.write
 
   def fail(path, data):
     if path.name == "net.minw":
       raise OSError(28, "No space left on device")
-    return write_bytes(path, data)
+    write(path, data)
 
-  monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+  monkeypatch.setattr(files, "write", fail)
   with pytest.raises(OSError, match="No space left"):
     web.write(tmp_path / "page", web.contents(small(), "small", {}))
   assert list(tmp_path.iterdir()) == []

@@ -178,7 +178,8 @@ def define_flags(subcommand: str) -> None:
     flags.DEFINE_bool(
         "layers", False, "Whether to time single layers instead of networks.")
   if subcommand == "web":
-    flags.DEFINE_list("where", list(web.WHERE), "Where to time the engines.")
+    flags.DEFINE_list("where", list(web.WHERE),
+                      "Places to time the engines in: node, chromium.")
     cli.DEFINE_path("modules", "node_modules",
                     "Folder node_modules with the packages of other engines.")
   if subcommand == "scaling":

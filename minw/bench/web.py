@@ -138,7 +138,8 @@ def write_files(program: packed.Program, folder: pathlib.Path) -> list[int]:
   x = generator.uniform(-1, 1, (1, shape[2], *shape[:2])).astype(np.float32)
   steps = np.round(x / onnx_networks.INT8_SCALE + onnx_networks.INT8_ZERO)
   for name in _FILES:
-    shutil.copy(pathlib.Path(__file__).parent / name, folder)
+    path = pathlib.Path(__file__).parent / name
+    files.write(folder / path.name, path.read_bytes())
   for name, content in {
       "network.minw": packed.to_bytes(program),
       "image.bin": image.tobytes(),

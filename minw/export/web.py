@@ -123,7 +123,7 @@ def write(path: str | os.PathLike, content: Mapping[str, bytes]) -> None:
   try:
     part.mkdir()
     for name, data in content.items():
-      (part / name).write_bytes(data)
+      files.write(part / name, data)
     files.move_folder(part, path)
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
