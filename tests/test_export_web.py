@@ -6,7 +6,6 @@ import hashlib
 import html.parser
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
