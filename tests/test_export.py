@@ -234,6 +234,56 @@ def test_c_groups_and_dilation(tmp_path, bits, pad):
                  "-fno-sanitize-recover")
 
 
+def sliced(w_bits, x_bits, pad, bias, channels=32, out=40, last_bits=1):
+  """A network whose convolutions, but the last, are computed 32 channels at once.
+
+  The codes of its first layer are mostly 1 or mostly -1, as the sign of `bias` says.
+  """
+  b = Builder(np.random.default_rng(w_bits), (13, 11, 3), (12, 11))
+  x = b.threshold(b.conv(0, w_bits, channels, (3, 2), (1, 2), (2, 1, 0, 1)), x_bits)
+  b.ops[-1].thresholds[:] -= bias
+  b.ops[-1].falling[:] = False
+  x = b.conv(x, w_bits, out, (3, 3), (2, 1), (2, 3, 1, 2), pad, dilation=(2, 1))
+  x = b.add(packed.Pool("pool", x, "max", (2, 3), (2, 3), (1, 0, 0, 1)))
+  b.ops[-2].kernel[:, :, :, ::3] = -1
+  return b.end(b.threshold(x, last_bits), w_bits)
+
+
+@needs_gcc
+@pytest.mark.parametrize("flags", [(), ("-U__GNUC__",)], ids=["gnu", "standard"])
+@pytest.mark.parametrize("w_bits, x_bits", [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("pad, bias", [(0, 900), (-1, -900), (1, 900), (0, -900)])
+def test_c_of_32_channels_at_once(tmp_path, w_bits, x_bits, pad, bias, flags):
+  program = sliced(w_bits, x_bits, pad, bias, last_bits=x_bits)
+  batch = images(program, 3)
+  values = reference.run(program, batch)
+  assert (np.mean(values[2] < 0) > 0.5) == (bias < 0)
+  assert 0.1 < np.mean(values[5] < 0) < 0.9
+  text = c.source(program, batch[:1])
+  assert "sums1(n, y, x, b)" in text and "sums3(n, r, s, b)" in text
+  assert_c_equal(program, tmp_path, batch, "-fsanitize=undefined",
+                 "-fno-sanitize-recover", *flags)
+
+
+@needs_gcc
+@pytest.mark.parametrize("channels, out", [(7, 64), (31, 33), (64, 32), (96, 64)])
+def test_c_of_32_channels_at_once_by_width(tmp_path, channels, out):
+  program = sliced(1, 1, 0, 0, channels, out)
+  assert "sums3(n, r, s, b)" in c.source(program, images(program, 1))
+  assert_c_equal(program, tmp_path, images(program, 3), "-fsanitize=undefined",
+                 "-fno-sanitize-recover")
+
+
+def test_c_weights_in_slices_take_no_more_room():
+  """Widths that would fill words with zeros are computed channel by channel."""
+  for channels, out, found in ((32, 32, True), (32, 16, False), (40, 64, False)):
+    program = sliced(1, 1, 0, 0, channels, out)
+    text = c.source(program, images(program, 1))
+    assert ("sums3(" in text) == found
+    words = int(re.search(r"uint32_t w3\[(\d+)\]", text)[1])
+    assert words <= 9 * out * -(-channels // 32)
+
+
 @needs_gcc
 def test_c_depthwise_and_dilated_by_hand(tmp_path):
   """Weights two pixels apart, of two channels that do not mix."""

@@ -17,11 +17,13 @@ sum.
 
     codes of 1 bit   u is 2 for -1 and 0 for 1, and 1 for a border of zeros.
     codes of 2 bits  u is 2, 1 and 0 for -1, 0 and 1.
-    pixels           u has 8 bits, and is 255 minus the pixel.
+    pixels           u is 255 minus the pixel.
 
 The words are added by carry-save adders, five operations for a word, 16 words before a
-carry leaves the registers. A maximum over a pool takes six operations for a slice of 32
-channels, and a threshold four. The result of a threshold is the word that is stored.
+carry leaves the registers. Sums of pixels are looked up four at a time, in tables of
+all sums of four pixels, and become slices afterwards. A maximum over a pool takes seven
+operations for a slice of 32 channels, and a threshold four. The result of a threshold
+is the word that is stored.
 """
 
 import numpy as np
@@ -31,6 +33,7 @@ from minw import packed
 CONSTANTS = 132  # Bytes of constants in the C functions below.
 
 _LEVELS = {1: (1,), 2: (0, 1)}  # Bits k of v for weights of 1 and 2 bits.
+_MOST_PIXELS = 128  # The sums of more bytes, twice each, do not fit in 16 bits.
 
 # C functions by name. Each one follows those it calls.
 HELPERS = {
@@ -88,7 +91,7 @@ APART static int move(Window *s) {
       s->j = 0;
       s->i++;
     }
-    if (s->i == of->rows) return 0;
+    if (s->i >= of->rows) return 0;
     first = s->j;
     y = s->top + s->i * of->down;
     inside = y >= 0 && y < of->height && first >= s->begin && first < s->end;
@@ -196,14 +199,40 @@ APART static int32_t count(uint32_t *n, Window *s, const uint32_t *w) {
 static void clear(volatile uint32_t *n, int slices) {
   for (; slices > 0; slices--) *n++ = 0;
 }""",
-    "slice": """\
-/* Makes a plane of bit k of bytes, four of which are in a word. */
-static void slice(uint32_t *plane, const uint32_t *bytes, int words, int k) {
-  int i;
-  for (; words > 0; words--, plane++) {
-    *plane = 0;
-    for (i = 0; i < 32; i += 4, bytes++)
-      *plane |= ((*bytes >> k & 0x01010101u) * 0x10204080u >> 28) << i;
+    "look_up": """\
+#define LOOK_UP(shift) \\
+  *sums++ += table[v >> shift & 15] + ((uint32_t)table[v >> (shift + 4) & 15] << 16)
+/* Adds sums over four bytes u, times 2^k, to 32 integers of 16 bits. A word of sums
+   has those of two channels, 16 channels apart. A nibble of the weights says which of
+   the bytes a channel adds. */
+static void look_up(uint32_t *sums, const uint32_t *w, const uint8_t *u, int k) {
+  uint16_t table[16];
+  int i, j;
+  table[0] = 0;
+  for (i = 1; i < 16; i *= 2) {
+    const int term = *u++ << k;
+    for (j = 0; j < i; j++) table[i + j] = (uint16_t)(table[j] + term);
+  }
+  for (i = 0; i < 4; i++) {
+    const uint32_t v = w[i];
+    LOOK_UP(0);
+    LOOK_UP(8);
+    LOOK_UP(16);
+    LOOK_UP(24);
+  }
+}""",
+    "transpose": """\
+/* Turns the integers that look_up makes into slices. Bit 2^k of the number of a word is
+   swapped with bit 2^k of the number of a bit within 16 bits, for each k. */
+static void transpose(uint32_t *n) {
+  uint32_t mask = 0x00ff00ffu;
+  int j, k;
+  for (j = 8; j; j /= 2, mask ^= mask << j) {
+    for (k = 0; k < 16; k = (k + j + 1) & ~j) {
+      const uint32_t differ = ((n[k] >> j) ^ n[k + j]) & mask;
+      n[k + j] ^= differ;
+      n[k] ^= differ << j;
+    }
   }
 }""",
     "increase": """\
@@ -257,13 +286,14 @@ def find(writer) -> dict[int, "Sliced"]:
   return found
 
 
-def _is_sliced(op, kinds, memory):
+def _is_sliced(op, kinds, memory) -> bool:
   """Whether a value is a convolution whose weights do not take more room in slices."""
   if not isinstance(op, packed.Conv) or op.groups > 1 or op.bits not in _LEVELS:
     return False
   blocks, channels = -(-op.kernel.shape[0] // 32), op.kernel.shape[-1]
   if op.input == 0:
-    return 4 * blocks * len(_LEVELS[int(op.bits)]) <= op.kernel.shape[0]
+    return (op.kernel[0].size <= _MOST_PIXELS
+            and 4 * blocks * len(_LEVELS[int(op.bits)]) <= op.kernel.shape[0])
   return (kinds[op.input].kind == "CODE" and memory.bits(op.input) <= 2
           and (channels < 32 or channels % 32 == 0)
           and blocks * min(channels, 32) <= op.kernel.shape[0])
@@ -291,21 +321,17 @@ class Sliced:
     self._op: packed.Conv = writer.program.ops[conv - 1]
     self.inlined, self.input = {conv, pool}, self._op.input
     out, h, w, channels = self._op.kernel.shape
+    self._words = -(-h * w * channels // 4)  # Words of four pixels' bytes in a window.
     self._levels = _LEVELS[int(self._op.bits)]
     self._blocks, terms = -(-out // 32), h * w * channels
-    # A pixel has rows of weights for all its channels, and a word has `size` of them.
-    # The whole window of an image is one pixel.
-    self._pixels, in_pixel = (h * w, channels) if self.input else (1, terms)
-    self._size = min(in_pixel, 32)
-    self._rows = -(-in_pixel // self._size) * self._size
     self._most_u = (2 if self.input else 255) * terms
     # One more than the greatest integer fits, so that a threshold can be above all.
     self._slices = (2 * self._most_u + 1).bit_length()
-    # The last pass of `count` uses four slices from its own on.
-    self._kept = max(self._slices, (1 if self.input else 7) + 1 + 4)
+    # The last pass of `count` uses slices 2 to 5, and `transpose` makes 16 slices.
+    self._kept = max(self._slices, 6 if self.input else 16)
     self.stack = 4 * (self._kept + self._slices * (pool is not None))
     if not self.input:
-      self.stack += 4 * 9 * self._rows // self._size
+      self.stack += 4 * self._words + 32
 
   def text(self, negate: bool) -> str:
     """Returns the C constants and functions, the last of which computes the value.
@@ -327,109 +353,106 @@ class Sliced:
     self._added = self._most_u - (weights * most).sum((1, 2, 3))
     return f"{self._sums()}\n\n{self._threshold()}"
 
-  def _weights(self):
-    """Returns the weights, uint32 (blocks, planes, rows): the bits of 1 - w.
+  def _planes(self) -> np.ndarray:
+    """Returns the bits of 1 - w, int64 (blocks, planes, 32, terms)."""
+    v = 1 - self._op.kernel.reshape(len(self._op.kernel), -1).astype(np.int64)
+    v = np.pad(v, [(0, -len(v) % 32), (0, 0)]).reshape(self._blocks, 32, -1)
+    return np.stack([v >> k & 1 for k in self._levels], 1)
 
-    The channels of a pixel are in groups of at most 32, each in reverse order.
-    """
-    kernel = self._op.kernel.reshape(len(self._op.kernel), self._pixels, -1)
-    v = (1 - kernel.astype(np.int64))
-    v = np.pad(v, [(0, -len(v) % 32), (0, 0), (0, self._rows - v.shape[2])])
-    v = v.reshape(self._blocks, 32, -1, self._size)[..., ::-1]
-    v = v.reshape(self._blocks, 32, -1).transpose(0, 2, 1)
-    return np.stack([_pack(v >> k & 1) for k in self._levels], 1)
-
-  def _sums(self):
+  def _sums(self) -> str:
     """Returns the C function that computes the slices of 32 sums."""
-    writer, op, conv = self._writer, self._op, self._conv
-    arrays = writer.array("uint32_t", f"w{conv}", self._weights())
-    writer.flash += 4 * 9  # The members of a Shape.
-    words, planes = self._rows // self._size, 1
-    shape = (1, 1, words, 1, self._size, 1, 1, 1, 1)
-    if self.input:
-      planes = writer.memory.bits(op.input)
-      shape = (*writer.kinds[op.input].shape[:2], words, planes, self._size,
-               *op.kernel.shape[1:3], *op.dilation)
-    rows = self._pixels * self._rows
-    lines = self._passes_of_codes() if self.input else self._passes_of_pixels(words)
+    constants, lines = self._sums_of_codes() if self.input else self._sums_of_pixels()
     body = "".join(f"  {line}\n" for line in lines)
     return f"""\
-{arrays}static const Shape shape{conv} = {{{', '.join(map(str, shape))}}};
-
-{'' if self.input else self._gather()}\
-APART static void sums{conv}(uint32_t *n, int y, int x, int b) {{
-  const uint32_t *const w = w{conv} + b * {len(self._levels) * rows};
+{constants}
+APART static void sums{self._conv}(uint32_t *n, int y, int x, int b) {{
   int32_t rest = {self._most_u};
-  Window s;
-  clear(n, {self._kept});
 {body}  increase(n, {self._slices}, rest);
 }}"""
 
-  def _counts(self, level, shift):
-    """Returns C lines that add a plane of u, which counts 2^level, to the slices."""
-    lines, rows = [], self._pixels * self._rows
-    for k, bit in enumerate(self._levels):
-      call = f"count(n + {level} + {bit}, &s, w + {k * rows})"
-      lines.append(f"{call};" if k else f"rest -= {call} * {shift};")
-    return lines
-
-  def _passes_of_codes(self):
-    """Returns C lines that add all planes of u of an input of codes."""
+  def _sums_of_codes(self) -> tuple[str, list[str]]:
+    """Returns C constants, and C lines that add up an input of codes."""
     op, writer = self._op, self._writer
-    h = writer.kinds[op.input].shape[0]
-    two = writer.memory.bits(op.input) == 2
+    channels = op.kernel.shape[-1]
+    size, (h, w, _) = min(channels, 32), writer.kinds[op.input].shape
+    planes = writer.memory.bits(op.input)
+    shape = (h, w, channels // size, planes, size, *op.kernel.shape[1:3], *op.dilation)
+    writer.flash += 4 * len(shape)
+    # The highest bit of a word is its first channel.
+    bits = self._planes()
+    bits = bits.reshape(*bits.shape[:3], -1, size)[..., ::-1].reshape(bits.shape)
+    constants = writer.array("uint32_t", f"w{self._conv}", _pack(bits.swapaxes(2, 3)))
+    constants += f"static const Shape shape{self._conv} = {{{str(shape)[1:-1]}}};\n"
+    rows = bits.shape[-1]
+    lines = ["Window s;",
+             f"const uint32_t *const w = w{self._conv}"
+             f" + b * {len(self._levels) * rows};",
+             f"clear(n, {self._kept});",
+             f"place(&s, &shape{self._conv}, y * {op.strides[0]} - {op.pads[0]},"
+             f" x * {op.strides[1]} - {op.pads[2]});", f"s.map = v{op.input};"]
     # Each pass has a level, whether it is inside the input, a plane and its inversion.
-    passes = [(0, 1, 0, "all")] * two + [
-        (1, 1, int(two), "all" if self._negate else "0")]
+    passes = [(0, 1, 0, "all")] * (planes == 2) + [
+        (1, 1, planes - 1, "all" if self._negate else "0")]
     if any(op.pads) and op.pad <= 0:
       passes.append((-op.pad, 0, 0, "0"))
-    lines = [f"place(&s, &shape{self._conv}, y * {op.strides[0]} - {op.pads[0]},"
-             f" x * {op.strides[1]} - {op.pads[2]});", f"s.map = v{op.input};"]
     for level, inside, plane, flip in passes:
-      run = [f"s.inside = {inside};", f"s.plane = {plane};", f"s.flip = {flip};",
-             *self._counts(level, 1 << level)]
+      run = [f"s.inside = {inside};", f"s.plane = {plane};", f"s.flip = {flip};"]
+      for k, bit in enumerate(self._levels):
+        call = f"count(n + {level + bit}, &s, w + {k * rows})"
+        run.append(f"{call};" if k else f"rest -= {call} * {1 << level};")
       if not inside:
         run = [f"if (s.top < 0 || s.top > {h - op.window[0]} || s.begin > 0"
                f" || s.end < {op.kernel.shape[2]}) {{",
                *(f"  {line}" for line in run), "}"]
       lines += run
-    return lines
+    return constants, lines
 
-  def _passes_of_pixels(self, words):
-    """Returns C lines that add all planes of u of the image."""
-    return [
-        f"uint32_t bytes[{8 * words}], plane[{words}];", "int k;",
-        f"clear(bytes, {8 * words});", f"pixels{self._conv}(bytes, y, x);",
-        f"place(&s, &shape{self._conv}, 0, 0);", "s.map = plane;", "s.inside = 1;",
-        "s.plane = 0;", "s.flip = 0;", "for (k = 0; k < 8; k++) {",
-        f"  slice(plane, bytes, {words}, k);",
-        *(f"  {line}" for line in self._counts("k", "(1 << k)")), "}"]
+  def _sums_of_pixels(self) -> tuple[str, list[str]]:
+    """Returns C constants and a function, and C lines that add up the image."""
+    words, bits = self._words, self._planes()
+    bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * words - bits.shape[-1])])
+    # A byte has four terms of a channel, and four of the channel 16 channels on.
+    bits = bits.reshape(self._blocks, -1, 2, 16, words, 4)
+    bits = bits.transpose(0, 1, 4, 3, 2, 5).reshape(self._blocks, -1, words, 4, 32)
+    packed_bits = _pack(bits)
+    constants = self._writer.array("uint32_t", f"w{self._conv}", packed_bits)
+    past = [f"bytes[{k}] = 0;" for k in range(self._op.kernel[0].size, 4 * words)]
+    lines = [f"uint8_t bytes[{4 * words}];",
+             f"const uint32_t *w = w{self._conv} + b * {packed_bits[0].size};",
+             "int k;", f"rest -= pixels{self._conv}(bytes, y, x);", *past,
+             f"clear(n, {self._kept});"]
+    for bit in self._levels:
+      lines.append(f"for (k = 0; k < {words}; k++, w += 4)"
+                   f" look_up(n, w, bytes + 4 * k, {bit});")
+    return f"{constants}\n{self._gather()}", [*lines, "transpose(n);"]
 
-  def _gather(self):
-    """Returns the C function that reads u of the pixels of a window, in bytes."""
+  def _gather(self) -> str:
+    """Returns the C function that reads u of a window in bytes, and returns its sum."""
     op, writer = self._op, self._writer
     _, h, w, channels = op.kernel.shape
     height, width, _ = writer.kinds[0].shape
     return f"""\
-static void pixels{self._conv}(uint32_t *bytes, int y, int x) {{
-  int i, j, k, at = 0;
+static int32_t pixels{self._conv}(uint8_t *bytes, int y, int x) {{
+  int32_t sum = 0;
+  int i, j, k;
   for (i = 0; i < {h}; i++) {{
     for (j = 0; j < {w}; j++) {{
       const int r = y * {op.strides[0]} - {op.pads[0]} + i * {op.dilation[0]};
       const int s = x * {op.strides[1]} - {op.pads[2]} + j * {op.dilation[1]};
       const int inside = r >= 0 && r < {height} && s >= 0 && s < {width};
-      for (k = 0; k < {channels}; k++, at++) {{
+      for (k = 0; k < {channels}; k++) {{
         int32_t u = 255 - offset[k];
         if (inside) u -= {writer.get(0, 'r', 's', 'k')};
-        bytes[at / 4] |= (uint32_t)u << at % 4 * 8;
+        *bytes++ = (uint8_t)u;
+        sum += u;
       }}
     }}
   }}
+  return sum;
 }}
-
 """
 
-  def _threshold(self):
+  def _threshold(self) -> str:
     """Returns the C constants and the function that compute the value."""
     writer, i, slices = self._writer, self._i, self._slices
     op: packed.Threshold = writer.program.ops[i - 1]
@@ -471,7 +494,7 @@ APART static void make{i}(void) {{
   }}
 }}"""
 
-  def _compute(self):
+  def _compute(self) -> tuple[str, list[str]]:
     """Returns the C array of slices to compare, and the lines that compute it."""
     writer, conv = self._writer, self._conv
     if self._pool is None:
@@ -491,7 +514,7 @@ APART static void make{i}(void) {{
         f"      maximum(most, n, {self._slices});", "    }", "  }", "}"]
 
 
-def _pack(bits):
+def _pack(bits: np.ndarray) -> np.ndarray:
   """Packs bits, (..., 32), into uint32 (...): channel c is bit c."""
   octets = np.packbits(bits.astype(bool), -1, "little")
   return np.ascontiguousarray(octets).view("<u4")[..., 0]
