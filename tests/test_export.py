@@ -234,7 +234,7 @@ def test_c_groups_and_dilation(tmp_path, bits, pad):
                  "-fno-sanitize-recover")
 
 
-def sliced(w_bits, x_bits, pad, bias, channels=32, out=40, last_bits=1):
+def sliced(w_bits, x_bits, pad, bias, channels=32, out=64, last_bits=1):
   """A network whose convolutions, but the last, are computed 32 channels at once.
 
   The codes of its first layer are mostly 1 or mostly -1, as the sign of `bias` says.
@@ -266,7 +266,7 @@ def test_c_of_32_channels_at_once(tmp_path, w_bits, x_bits, pad, bias, flags):
 
 
 @needs_gcc
-@pytest.mark.parametrize("channels, out", [(7, 64), (31, 33), (64, 32), (96, 64)])
+@pytest.mark.parametrize("channels, out", [(7, 14), (31, 62), (64, 32), (96, 96)])
 def test_c_of_32_channels_at_once_by_width(tmp_path, channels, out):
   program = sliced(1, 1, 0, 0, channels, out)
   assert "sums3(n, r, s, b)" in c.source(program, images(program, 1))
@@ -276,7 +276,8 @@ def test_c_of_32_channels_at_once_by_width(tmp_path, channels, out):
 
 def test_c_weights_in_slices_take_no_more_room():
   """Widths that would fill words with zeros are computed channel by channel."""
-  for channels, out, found in ((32, 32, True), (32, 16, False), (40, 64, False)):
+  for channels, out, found in (
+      (32, 32, True), (32, 16, False), (40, 64, False), (20, 40, True)):
     program = sliced(1, 1, 0, 0, channels, out)
     text = c.source(program, images(program, 1))
     assert ("sums3(" in text) == found
