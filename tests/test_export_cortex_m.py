@@ -51,9 +51,11 @@ def multiplications(program):
     (digits_convnet, 20), (lambda: residual_and_dense(1), 4),
     (lambda: residual_and_dense(3), 4),
     *[(functools.partial(convnet, name=name), 1) for name in "ABCD"],
+    *[(functools.partial(convnet, bits, 2, name="D"), 1) for bits in (1, 2)],
     (lambda: groups_and_dilation(2, -1), 4), (sum_of_many, 1), (tree, 1),
     (resnet18, 1)], ids=[
-        "digits", "every1", "every3", *"ABCD", "groups", "sum", "tree", "resnet18"])
+        "digits", "every1", "every3", *"ABCD", "W1A2", "W2A2", "groups", "sum", "tree",
+        "resnet18"])
 def test_cortex_m3(tmp_path, capsys, request, make, count):
   program = make()
   batch = images(program, count)

@@ -11,7 +11,8 @@ three ways to keep a value:
     computed    Each element is computed where it is read, and never kept in memory.
                 This holds for all other sums.
 
-Therefore a convolution, its pooling and its thresholds usually become one loop. Buffers
+Therefore a convolution, its pooling and its thresholds usually become one loop. Where
+weights and inputs have one or two bits, `minw.export.c_sliced` writes this loop. Buffers
 in the arena share memory if they are not needed at the same time. Codes and weights are
 stored as bit-planes, in words of 32 bits along the channels:
 
