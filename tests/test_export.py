@@ -246,7 +246,8 @@ def sliced(w_bits, x_bits, pad, bias, channels=32, out=64, last_bits=1):
   x = b.conv(x, w_bits, out, (3, 3), (2, 1), (2, 3, 1, 2), pad, dilation=(2, 1))
   x = b.add(packed.Pool("pool", x, "max", (2, 3), (2, 3), (1, 0, 0, 1)))
   b.ops[-2].kernel[:, :, :, ::3] = -1
-  return b.end(b.threshold(x, last_bits), w_bits)
+  x = b.threshold(x, last_bits)
+  return b.end(b.threshold(b.conv(x, w_bits, out), last_bits, x), w_bits)
 
 
 @needs_gcc
@@ -260,7 +261,8 @@ def test_c_of_32_channels_at_once(tmp_path, w_bits, x_bits, pad, bias, flags):
   assert (np.mean(values[2] < 0) > 0.5) == (bias < 0)
   assert 0.1 < np.mean(values[5] < 0) < 0.9
   text = c.source(program, batch[:1])
-  assert "sums1(n, y, x, b)" in text and "sums3(n, r, s, b)" in text
+  for call in ("sums1(n, y, x, b)", "sums3(n, r, s, b)", "sums6(n, y, x, b)"):
+    assert call in text
   assert_c_equal(program, tmp_path, batch, "-fsanitize=undefined",
                  "-fno-sanitize-recover", *flags)
 

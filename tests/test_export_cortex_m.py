@@ -43,8 +43,9 @@ def vectors(program, batch):
 
 def multiplications(program):
   kinds = packed.infer_values(program)
-  return sum(op.kernel.size * kinds[i].shape[0] * kinds[i].shape[1]
-             for i, op in enumerate(program.ops, start=1) if isinstance(op, packed.Conv))
+  return sum(op.kernel.size * kind.shape[0] * kind.shape[1]
+             for op, kind in zip(program.ops, kinds[1:])
+             if isinstance(op, packed.Conv))
 
 
 @pytest.mark.parametrize("make, count", [

@@ -12,9 +12,9 @@ three ways to keep a value:
                 This holds for all other sums.
 
 Therefore a convolution, its pooling and its thresholds usually become one loop. Where
-weights and inputs have one or two bits, `minw.export.c_sliced` writes this loop. Buffers
-in the arena share memory if they are not needed at the same time. Codes and weights are
-stored as bit-planes, in words of 32 bits along the channels:
+weights and inputs have one or two bits, `minw.export.c_sliced` writes this loop.
+Buffers in the arena share memory if they are not needed at the same time. Codes and
+weights are stored as bit-planes, in words of 32 bits along the channels:
 
     1 bit   a plane of signs (1 is minus)
     2 bits  a plane that marks values other than 0, then the signs

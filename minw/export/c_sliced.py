@@ -273,7 +273,8 @@ def find(writer) -> dict[int, "Sliced"]:
   """
   found, memory, ops = {}, writer.memory, writer.program.ops
   for i, op in enumerate(ops, start=1):
-    if not isinstance(op, packed.Threshold) or op.bits > 2 or op.shortcut is not None:
+    if not isinstance(op, packed.Threshold) or op.bits > 2 or (
+        op.shortcut is not None and memory.bits(op.shortcut) > 2):
       continue
     pool, conv = None, op.input
     inner = ops[conv - 1]
@@ -383,7 +384,7 @@ APART static void sums{self._conv}(uint32_t *n, int y, int x, int b) {{
     bits = bits.reshape(*bits.shape[:3], -1, size)[..., ::-1].reshape(bits.shape)
     constants = writer.array("uint32_t", f"w{self._conv}", _pack(bits.swapaxes(2, 3)))
     constants += f"static const Shape shape{self._conv} = {{{str(shape)[1:-1]}}};\n"
-    rows = bits.shape[-1]
+    rows = op.kernel[0].size
     lines = ["Window s;",
              f"const uint32_t *const w = w{self._conv}"
              f" + b * {len(self._levels) * rows};",
@@ -459,16 +460,22 @@ static int32_t pixels{self._conv}(uint8_t *bytes, int y, int x) {{
     h, w, channels = writer.kinds[i].shape
     bits = writer.memory.bits(i)
     # A channel that falls has sum <= t, which is the opposite of sum >= t + 1.
-    t = op.thresholds[0].astype(np.int64) + op.falling + self._added
-    t = np.pad(t.clip(0, 2**slices - 1), [(0, 0), (0, -channels % 32)])
+    t = op.thresholds.astype(np.int64) + op.falling + self._added
+    t = np.pad(t.clip(0, 2**slices - 1), [(0, 0), (0, 0), (0, -channels % 32)])
     # Channels past the last one have the code 1 in one bit, and 0 in two bits.
-    t[1:, channels:] = 2**slices - 1
-    t = t.reshape(len(t), self._blocks, 32).transpose(1, 0, 2)[:, :, None]
-    planes = _pack(t >> np.arange(slices)[:, None] & 1)
-    arrays = writer.array("uint32_t", f"t{i}", planes)
+    t[:, 1:, channels:] = 2**slices - 1
+    t = t.reshape(*t.shape[:2], self._blocks, 32).transpose(2, 0, 1, 3)[..., None, :]
+    arrays = writer.array(
+        "uint32_t", f"t{i}", _pack(t >> np.arange(slices)[:, None] & 1))
     sums, compute = self._compute()
-    less = [f"below({sums}, t{i} + (b * {bits} + {j}) * {slices}, {slices})"
-            for j in range(bits)]
+    tables = self._tables(op)
+    less = []
+    for j in range(bits):
+      terms = []
+      for k, mask in tables.items():
+        table = f"(b * {len(op.thresholds)} + {k}) * {bits} + {j}"
+        terms.append(f"(below({sums}, t{i} + ({table}) * {slices}, {slices}){mask})")
+      less.append(f"({' | '.join(terms)})")
     if op.falling.any():
       arrays += writer.array("uint32_t", f"falling{i}", _pack(np.pad(
           op.falling, (0, -channels % 32)).reshape(-1, 32)))
@@ -477,6 +484,10 @@ static int32_t pixels{self._conv}(uint8_t *bytes, int y, int x) {{
     if bits == 2:
       keep = [f"const uint32_t low = {less[0]};", f"const uint32_t high = {less[1]};",
               "p[2 * b] = ~(low ^ high);", "p[2 * b + 1] = low & high;"]
+    if op.shortcut is not None:
+      compute.insert(0, "const uint32_t *const q ="
+                     f" {writer.at(op.shortcut, 'y', 'x')}"
+                     f" + b * {writer.memory.bits(op.shortcut)};")
     body = "\n".join(f"        {line}" for line in [*compute, *keep])
     return f"""\
 {arrays}
@@ -493,6 +504,18 @@ APART static void make{i}(void) {{
     }}
   }}
 }}"""
+
+  def _tables(self, op: packed.Threshold) -> dict[int, str]:
+    """Returns the C text that masks the channels of each table of thresholds.
+
+    There is one table for each code of the shortcut, or a single table without one.
+    """
+    if op.shortcut is None:
+      return {0: ""}
+    middle = len(op.thresholds) // 2
+    if self._writer.memory.bits(op.shortcut) == 1:
+      return {middle - 1: " & q[0]", middle + 1: " & ~q[0]"}
+    return {middle - 1: " & q[1]", middle: " & ~q[0]", middle + 1: " & q[0] & ~q[1]"}
 
   def _compute(self) -> tuple[str, list[str]]:
     """Returns the C array of slices to compare, and the lines that compute it."""
