@@ -121,7 +121,7 @@ def is_validated(c: Config, epoch: int) -> bool:
 
 
 def validate(c: Config) -> None:
-  """Checks every field that can be checked without data or devices.
+  """Checks every field that can be checked without images or devices.
 
   Raises:
     errors.UsageError: A field has a wrong value. The message names the field, its value
@@ -225,7 +225,6 @@ def _check_types(c: Config) -> None:
 def _check_choices(checker: _Checker) -> None:
   """Checks the fields that name one of several choices, or a path."""
   one_of = checker.one_of
-  one_of("dataset", datasets.NAMES)
   one_of("pixels", ("integer", "standardized"))
   one_of("network", ("convnet", *models.NETWORKS))
   one_of("first_padding", ("SAME", "VALID"))
@@ -240,6 +239,10 @@ def _check_choices(checker: _Checker) -> None:
   one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
   checker.path("data_dir", "init_from")
+  c = checker.config
+  checker.check("dataset", datasets.exists(c.dataset, c.data_dir),
+                f"one of {', '.join(datasets.NAMES)}, or a data set that `python -m "
+                f"minw.prepare` wrote to config.data_dir={c.data_dir!r}")
 
 
 def _check_numbers(checker: _Checker) -> None:
@@ -287,7 +290,7 @@ def _check_records(checker: _Checker) -> None:
 def _check_data(checker: _Checker) -> None:
   """Checks what is cut from the images of the data set."""
   c, check = checker.config, checker.check
-  info = datasets.info(c.dataset)
+  info = datasets.info(c.dataset, c.data_dir)
   check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
         and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,
         "two ascending fractions of the image's area, (0.08, 1.0) for example")

@@ -8,7 +8,8 @@ FIELDS = {
     "Data": {
         "seed": (0, "Seed of initialization, order and augmentation."),
         "dataset": ("cifar10",
-                    "Name of the data set: digits, cifar10, cifar100 or imagenet2012."),
+                    "Name of the data set: digits, cifar10, cifar100, imagenet2012, or "
+                    "one that `python -m minw.prepare --source=FOLDER` wrote."),
         "data_dir": ("~/tensorflow_datasets",
                      "Directory that `python -m minw.prepare` wrote the data to."),
         "train_examples": (0,

@@ -179,24 +179,26 @@ def evaluate_model(
     errors.UsageError: The file is not a packed network, or there are no data for it.
   """
   network = infer.load_for_command(path)
+  defaults = config_lib.default_config()
+  data_dir = data_dir or defaults.data_dir
   config = network.program.metadata.get("config") or {}
   if dataset is None:
     dataset = config.get("dataset")
     errors.check(dataset is not None, "dataset", dataset,
                  "given: the file does not say what it was trained on")
-    if dataset not in datasets.NAMES:
+    if not (isinstance(dataset, str) and datasets.exists(dataset, data_dir)):
       raise errors.UsageError(
           f"model={os.fspath(path)!r} was trained on {text.quoted(dataset)}: --dataset"
-          f" must be given, one of {', '.join(datasets.NAMES)}")
-  info = datasets.info(dataset)
+          f" must be given, one of {', '.join(datasets.NAMES)}, or --data_dir, which"
+          " holds it")
+  info = datasets.info(dataset, data_dir)
   source_shape = network.program.source_shape
   errors.check(
       info.provides(source_shape) and info.num_classes == network.program.num_classes,
       "dataset", dataset, f"one of images of shape {network.program.source_shape} in"
       f" {network.program.num_classes} classes, as the network has")
-  defaults = config_lib.default_config(dataset)
   batches = sources.source_batches(
-      info, split, data_dir or defaults.data_dir, batch_size, image_shape=source_shape,
+      info, split, data_dir, batch_size, image_shape=source_shape,
       shrink=infer.shrinks(network.program), max_damaged=defaults.max_damaged,
       workers=defaults.data_workers if data_workers is None else data_workers)
   return _means(_packed_sums(network, batches))

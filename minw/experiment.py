@@ -51,7 +51,7 @@ def build_model(config: Any, **changes: Any) -> Any:
       kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
       dtype=jnp.dtype(c.compute_dtype))
   make: dict[str, Any] = dict(
-      num_classes=datasets.info(c.dataset).num_classes,
+      num_classes=datasets.info(c.dataset, c.data_dir).num_classes,
       conv=functools.partial(layers.QuantConv, pad_value=c.pad_value, **weights),
       dense=functools.partial(layers.QuantDense, **weights),
       norm=functools.partial(

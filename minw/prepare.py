@@ -2,21 +2,26 @@
 
   python -m minw.prepare --dataset=cifar10 --data_dir=DIR [--source=PATH]
   python -m minw.prepare --dataset=imagenet2012 --data_dir=DIR --source=DIR_WITH_TARS
+  python -m minw.prepare --dataset=NAME --data_dir=DIR --source=IMAGES
 
-With --source, nothing is downloaded. The result is a TensorFlow Datasets directory of
+With --source, nothing is downloaded. IMAGES are your own: a folder with a folder for
+each class, a .csv or .jsonl file of paths and labels, or an .npz file. The result is a TensorFlow Datasets directory of
 array_record files, with the records, keys and order that TFDS itself would write.
 TensorFlow is not needed.
 """
 
 import contextlib
 import fcntl
+import functools
 import logging
+import math
 import os
 import pathlib
 import posixpath
+import re
 import shlex
 import shutil
-from typing import Iterator
+from typing import Any, Callable, Iterator
 
 from absl import flags
 
@@ -26,14 +31,18 @@ from minw import files
 from minw import paths
 from minw import text
 from minw.data import cifar
+from minw.data import collection
 from minw.data import datasets
 from minw.data import download
 from minw.data import imagenet
+from minw.data import labeled
+from minw.data import tfds_directory
 from minw.data import tfds_writer
 
 _log = logging.getLogger(__name__)
 
 _BUILT = "tfds"  # Folder in the work directory that a data set is written to.
+_NAMED = 10  # Largest number of files of a kind that are printed.
 
 
 def prepare(
@@ -65,15 +74,85 @@ def prepare(
     UsageError: There is no such data set, the source is not what it must be, the
       download failed, or `data_dir` cannot be written or has too little space.
   """
-  datasets.info(dataset)  # Reports an unknown name.
+  if dataset not in datasets.NAMES:
+    raise errors.unknown_name("dataset", dataset, datasets.NAMES)
   if dataset not in tfds_writer.NAMES:
     raise errors.bad_value(
         "dataset", dataset,
         f"one of {', '.join(tfds_writer.NAMES)}; {dataset} needs no preparation")
+  build = _build_cifar
+  if dataset == "imagenet2012":
+    build = functools.partial(_build_imagenet, partial=partial)
+  return _prepare(dataset, tfds_writer.version(dataset), data_dir,
+                  lambda work: build(dataset, source, work))
+
+
+def prepare_images(
+    dataset: str,
+    data_dir: str | os.PathLike,
+    source: str | os.PathLike,
+    *,
+    image_size: tuple[int, int] | None = None,
+    grayscale: bool = False,
+    seed: int = 0,
+    skip_damaged: bool = False,
+) -> pathlib.Path:
+  """Prepares a data set of your own images, unless it is there already.
+
+  Args:
+    dataset: A new name: letters, digits and underscores.
+    data_dir: See `prepare`.
+    source: The images; see `labeled.find`. They are only read.
+    image_size: (height, width) that images are brought to; the commonest one if None.
+    grayscale: Whether images are stored in gray instead of RGB.
+    seed: Seed of the splits that the source does not name.
+    skip_damaged: Whether images that cannot be read are left out.
+
+  Returns:
+    The directory DATA_DIR/DATASET/VERSION, which was written or found. Its
+    metadata.json holds the report of `collection.collect`.
+
+  Raises:
+    UsageError: The name or the source cannot be used, or `data_dir` cannot be written
+      or has too little space.
+  """
+  errors.check(
+      tfds_directory.is_name(dataset) and dataset not in datasets.NAMES, "dataset",
+      dataset, "a new name for these images: letters, digits and underscores")
+  bars = _shows_bars()
+
+  def build(work: pathlib.Path) -> pathlib.Path:
+    examples = labeled.find(pathlib.Path(paths.expand(source)))
+    found = collection.collect(
+        examples, image_size=image_size, channels=1 if grayscale else 3, seed=seed,
+        skip_damaged=skip_damaged, bars=bars)
+    _check_space(work, len(examples) * math.prod(found.image_shape))
+    return tfds_writer.write_images(
+        dataset, found.image_shape, found.label_names,
+        {split: collection.records(found, split) for split in found.splits},
+        {"mean": found.mean, "std": found.std, "report": found.report},
+        work / _BUILT, bars=bars)
+
+  return _prepare(dataset, tfds_writer.IMAGES_VERSION, data_dir, build)
+
+
+def _prepare(
+    dataset: str, version: str, data_dir: str | os.PathLike,
+    build: Callable[[pathlib.Path], pathlib.Path],
+) -> pathlib.Path:
+  """Prepares a data set unless it is there, and returns its directory.
+
+  Args:
+    dataset: Name of the data set.
+    version: Version that is made.
+    data_dir: Directory of prepared data sets.
+    build: A function that writes the data set below the work directory it is given, and
+      returns the directory that holds it.
+  """
   if not data_dir:
     raise errors.bad_value("data_dir", data_dir, "the directory to prepare data in")
   root = pathlib.Path(paths.expand(data_dir))
-  target = root / dataset / tfds_writer.version(dataset)
+  target = root / dataset / version
   work = root / dataset / "incomplete.minw"
   try:
     already = target.exists()
@@ -81,11 +160,7 @@ def prepare(
       with _work_directory(work):
         already = target.exists()  # Another run may have made it meanwhile.
         if not already:
-          if dataset == "imagenet2012":
-            built = _build_imagenet(source, work, partial)
-          else:
-            built = _build_cifar(dataset, source, work)
-          files.move_folder(built, target)
+          files.move_folder(build(work), target)
   except OSError as error:
     raise errors.UsageError(
         f"data_dir={str(root)!r}: must be a directory that can be written to "
@@ -93,7 +168,8 @@ def prepare(
   shutil.rmtree(work, ignore_errors=True)  # The download has served.
   if already:
     datasets.check_available(dataset, root)
-    print(f"{dataset} is already prepared.")
+    print(f"{dataset} is already prepared."
+          + f" To prepare it again, delete {target}." * (dataset not in datasets.NAMES))
   return target
 
 
@@ -155,7 +231,7 @@ def _downloaded(dataset: str, work: pathlib.Path) -> pathlib.Path:
 
 
 def _build_imagenet(
-    source: str | os.PathLike | None, work: pathlib.Path, partial: bool
+    dataset: str, source: str | os.PathLike | None, work: pathlib.Path, partial: bool
 ) -> pathlib.Path:
   """Writes ImageNet below `work` and returns the directory that holds it."""
   folder = imagenet.check_source(source, partial)
@@ -170,13 +246,13 @@ def _build_imagenet(
       yield record
 
   directory = tfds_writer.write(
-      "imagenet2012", {}, {split: counted(split) for split in ("train", "validation")},
+      dataset, {}, {split: counted(split) for split in ("train", "validation")},
       work / _BUILT, bars=_shows_bars())
-  for name in unreadable[:10]:
+  for name in unreadable[:_NAMED]:
     print(f"no image, kept as it is: {text.printable(name)}")
   if unreadable:
     print(f"{len(unreadable):,} files are no images")
-  splits = datasets.info("imagenet2012").splits
+  splits = datasets.info(dataset).splits
   complete = {"train": splits["train"] + splits["validation"],
               "validation": splits["test"]}
   if counts != complete and not partial:
@@ -194,24 +270,47 @@ def _shows_bars() -> bool:
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string(
-      "dataset", None, "Data set to prepare: cifar10, cifar100 or imagenet2012.")
+      "dataset", None, "Data set to prepare: cifar10, cifar100 or imagenet2012, or a "
+      "new name for your own images.")
   cli.DEFINE_path("data_dir", None, "Directory of prepared data sets.")
   cli.DEFINE_path(
       "source", None,
       "Original archive, or the directory that it was extracted to, if you have it. "
-      "For imagenet2012 it is the directory with the two archives.")
+      "For imagenet2012 it is the directory with the two archives. For your own images "
+      "it is a folder with a folder for each class, a .csv or .jsonl file of paths and "
+      "labels, or an .npz file.")
   flags.DEFINE_bool(
       "partial", False,
       "Whether to accept archives that hold only a part of imagenet2012.")
+  flags.DEFINE_string(
+      "image_size", None, "Size that your own images are brought to: SIDE or "
+      "HEIGHTxWIDTH. By default it is the commonest size among them.")
+  flags.DEFINE_bool(
+      "grayscale", False, "Whether to store your own images in gray instead of RGB.")
+  flags.DEFINE_integer(
+      "seed", 0, "Seed of the splits of your own images, where none are given.",
+      lower_bound=0)
+  flags.DEFINE_bool(
+      "skip_damaged", False,
+      "Whether to leave out those of your own images that cannot be read.")
   cli.require("dataset", "data_dir")
 
 
 def main() -> None:
   """Prepares a data set, as the flags say, and prints what to do next."""
-  dataset, data_dir = flags.FLAGS.dataset, flags.FLAGS.data_dir
-  print(prepare(dataset, data_dir, flags.FLAGS.source, flags.FLAGS.partial))
-  for split, count in datasets.info(dataset, data_dir).splits.items():
-    print(f"  {split}: {count:,} images")
+  f = flags.FLAGS
+  dataset, data_dir = f.dataset, f.data_dir
+  if dataset in datasets.NAMES or f.source is None:
+    print(prepare(dataset, data_dir, f.source, f.partial))
+    for split, count in datasets.info(dataset, data_dir).splits.items():
+      print(f"  {split}: {count:,} images")
+  else:
+    directory = prepare_images(
+        dataset, data_dir, f.source, image_size=_image_size(f.image_size),
+        grayscale=f.grayscale, seed=f.seed, skip_damaged=f.skip_damaged)
+    print(directory)
+    for line in _summary(datasets.info(dataset, data_dir), directory):
+      print(f"  {line}")
   print(f"Train with: {training_command(dataset, data_dir)}")
 
 
@@ -222,11 +321,62 @@ def training_command(dataset: str, data_dir: str) -> str:
     dataset: Name of the data set.
     data_dir: Directory that it was prepared in.
   """
-  config = {"cifar10": "cifar_convnet",
-            "cifar100": "cifar_convnet:dataset=cifar100",
-            "imagenet2012": "imagenet_resnet18"}[dataset]
+  known = {"cifar10": "cifar_convnet",
+           "cifar100": "cifar_convnet:dataset=cifar100",
+           "imagenet2012": "imagenet_resnet18"}
+  config, fields = known.get(dataset, "cifar_convnet"), ""
+  if dataset not in known:
+    info = datasets.info(dataset, data_dir)
+    # Powers of two suit any number of devices.
+    most = 2**(info.splits["train"].bit_length() - 1)
+    fields = (f" --config.dataset={dataset}"
+              f" --config.crop_size={min(info.image_shape[:2])}"
+              f" --config.batch_size={min(64, most)}"
+              f" --config.eval_batch_size={min(256, most)}")
   return (f"python -m minw.main --config={config} --workdir=runs/{dataset}"
-          f" --config.data_dir={shlex.quote(data_dir)}")
+          f" --config.data_dir={shlex.quote(data_dir)}{fields}")
+
+
+def _image_size(text: str | None) -> tuple[int, int] | None:
+  """Reads the value of --image_size: a height and a width, or one side."""
+  if text is None:
+    return None
+  match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", text, re.ASCII)
+  size = tuple(int(side) for side in (match[1], match[2] or match[1])) if match else ()
+  errors.check(len(size) == 2 and min(size) > 0, "image_size", text,
+               "SIDE or HEIGHTxWIDTH in pixels, 32 or 24x48 for example")
+  return size[0], size[1]
+
+
+def _summary(info: datasets.Info, directory: pathlib.Path) -> Iterator[str]:
+  """Yields lines on a data set of the user's own images."""
+  report: Any = tfds_directory.read_json(directory / "metadata.json")["report"]
+  height, width, channels = info.image_shape
+  sizes = report["sizes"]
+  yield (f"images of {width}x{height} pixels and {channels} channel"
+         f"{'s' * (channels > 1)}; in the source: "
+         + ", ".join(f"{count:,} of {size}" for size, count in list(sizes.items())[:5])
+         + ", ..." * (len(sizes) > 5))
+  for split, counts in report["images"].items():
+    made = " (made)" if split in report["made_splits"] else ""
+    yield (f"{split}: {sum(counts.values()):,} images{made}, "
+           f"{min(counts.values()):,} to {max(counts.values()):,} of each of "
+           f"{len(counts):,} classes")
+  yield (f"mean {', '.join(f'{m:.4f}' for m in info.mean)}; deviation "
+         f"{', '.join(f'{s:.4f}' for s in info.std)}")
+  if report["gray"] and channels > 1:
+    yield "all images are gray: --grayscale stores one channel"
+  if report["enlarged"]:
+    yield f"{report['enlarged']:,} images are smaller and were enlarged"
+  for name, reason in list(report["damaged"].items())[:_NAMED]:
+    yield f"left out: {name}: {reason}"
+  if report["damaged"]:
+    yield f"{len(report['damaged']):,} damaged images were left out"
+  for first, second in report["across_splits"][:_NAMED]:
+    yield f"equal images in different splits: {first}, {second}"
+  if report["duplicates"]:
+    yield (f"{report['duplicates']:,} images equal another one, "
+           f"{len(report['across_splits']):,} of them in another split")
 
 
 if __name__ == "__main__":

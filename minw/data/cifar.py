@@ -281,7 +281,7 @@ def records(
 
 
 def encode_png(image: np.ndarray) -> bytes:
-  """Encodes an image, uint8 (height, width, 3), as PNG."""
+  """Encodes an image, uint8 (height, width, 3) or gray (height, width), as PNG."""
   file = io.BytesIO()
   Image.fromarray(image).save(file, "png")
   return file.getvalue()

@@ -1,16 +1,18 @@
 """Data sets on disk: their descriptions, and reading them into memory or by record.
 
-The digits come with scikit-learn. CIFAR and ImageNet are read from a TensorFlow
-Datasets directory of array_record files, without TensorFlow. `python -m minw.prepare`
-writes such a directory. Nothing here downloads anything.
+The digits come with scikit-learn. All others are read from a TensorFlow Datasets
+directory of array_record files, without TensorFlow: CIFAR, ImageNet, and any data set
+of images with one label each. `python -m minw.prepare` writes such a directory. Nothing
+here downloads anything.
 """
 
 import contextlib
+import functools
 import importlib.util
-import json
+import logging
+import math
 import os
 import pathlib
-import re
 import shlex
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -18,6 +20,10 @@ import numpy as np
 
 from minw import errors
 from minw import paths
+from minw.data import statistics
+from minw.data import tfds_directory
+
+_log = logging.getLogger(__name__)
 
 
 class Info(NamedTuple):
@@ -25,8 +31,8 @@ class Info(NamedTuple):
 
   Attributes:
     name: Name for `info` and `load`, and of the directory of the prepared data.
-    image_shape: (height, width, channels). ImageNet's images differ in size and are
-      brought to this shape.
+    image_shape: (height, width, channels). Images that differ in size, as those of
+      ImageNet, are brought to this shape.
     label_names: One name per class, in the order of the labels.
     mean: Mean of each channel over the training images, of values in 0..1.
     std: Standard deviation of each channel, likewise.
@@ -135,38 +141,160 @@ _INFOS = {
 
 NAMES = tuple(_INFOS)
 
-# Largest JSON file of a prepared data set that is read, in bytes.
-_DESCRIPTION_BYTES = 2**24
-# Keys under which such files name classes. Old versions of TFDS wrote the last one.
-_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+# Largest data set, in bytes of pixels, that is held in memory.
+_LARGEST_IN_MEMORY = 2**31
+# Side that images of different sizes are brought to, unless a config names another.
+_SIDE = 256
+# Largest number of training images that are measured where nothing says their mean.
+_MEASURED = 10_000
+# Pillow's modes by number of channels.
+_MODES = {1: "L", 3: "RGB"}
+
+
+class _Layout(NamedTuple):
+  """Where the examples of a data set are in its TFDS directory.
+
+  Attributes:
+    parts: TFDS's split, first record and end of 'train', 'validation' and 'test'.
+    image_key: Name of the feature that is the image.
+    label_key: Name of the feature that is the class.
+  """
+
+  parts: dict[str, tuple[str, int, int]]
+  image_key: str = "image"
+  label_key: str = "label"
+
+
+def exists(name: str, data_dir: str | os.PathLike | None) -> bool:
+  """Returns whether a data set comes with minw, or has a directory in `data_dir`."""
+  return name in _INFOS or _newest_version(name, data_dir) is not None
 
 
 def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
-  """Returns the description of a data set, without reading its images.
+  """Returns the description of a data set.
+
+  Images are read only if neither minw nor the directory knows their mean and deviation.
+  Those of at most 10,000 training images, evenly spaced, then stand for all.
 
   Args:
-    name: 'digits', 'cifar10', 'cifar100' or 'imagenet2012'.
+    name: 'digits', 'cifar10', 'cifar100' or 'imagenet2012', or the name of a data set
+      in `data_dir`.
     data_dir: Directory of prepared data sets. If it holds a part of ImageNet, the
       splits have the sizes of that part.
 
   Raises:
-    UsageError: There is no such data set.
+    UsageError: There is no such data set, or its description is damaged or that of
+      other data.
   """
   if name not in _INFOS:
-    raise errors.unknown_name("dataset", name, _INFOS)
+    return _prepared_info(name, data_dir)
   found = _INFOS[name]
   if found.streamed:
     wordnet_ids = tfds_file("datasets/imagenet2012/labels.txt").read_text().split()
     found = found._replace(label_names=tuple(wordnet_ids))
     try:
-      described = _description(_newest_version(name, data_dir) / "dataset_info.json")
-      sizes = {split["name"]: sum(map(int, split["shardLengths"]))
-               for split in described["splits"]}
+      sizes = tfds_directory.sizes(_directory(name, data_dir))
       found = found._replace(
           splits=_imagenet_splits(sizes["train"], sizes["validation"]))
     except Exception:  # The file is not trusted.
       pass  # `check_available` reports what is wrong.
   return found
+
+
+def _prepared_info(name: str, data_dir: str | os.PathLike | None) -> Info:
+  """Returns the description of a data set that minw does not know by name."""
+  contents = _contents(name, data_dir)
+  height, width, channels = contents.image_shape
+  splits = {split: stop - start
+            for split, (_, start, stop) in _parts(contents.sizes).items()}
+  mean, std = contents.mean, contents.std
+  if mean is None or std is None:
+    directory = _directory(name, data_dir)
+    changed = (directory / "dataset_info.json").stat().st_mtime_ns
+    mean, std = _measured(name, str(directory.parent.parent), changed)
+  if height is None or width is None:
+    return Info(name, (_SIDE, _SIDE, channels), contents.label_names, mean, std, splits,
+                streamed=True)
+  shape = (height, width, channels)
+  return Info(name, shape, contents.label_names, mean, std, splits,
+              streamed=math.prod(shape) * sum(splits.values()) > _LARGEST_IN_MEMORY)
+
+
+def _contents(
+    name: str, data_dir: str | os.PathLike | None
+) -> tfds_directory.Contents:
+  """Returns what the directory of a data set says that it holds."""
+  if not exists(name, data_dir):
+    prepared = tfds_directory.names(data_dir and _expanded(data_dir))
+    raise errors.unknown_name("dataset", name, [*_INFOS, *prepared])
+  directory = _directory(name, data_dir)
+  try:
+    found = tfds_directory.contents(directory)
+    for split, (_, start, stop) in _parts(found.sizes).items():
+      if start >= stop:
+        raise ValueError(f"there are no images for {split}: it holds {found.sizes}")
+  except Exception as error:  # The files are not trusted.
+    raise _refusal(directory, f"its description cannot be read ({error})") from error
+  return found
+
+
+def _parts(sizes: dict[str, int]) -> dict[str, tuple[str, int, int]]:
+  """Returns the splits of a data set, given the sizes of those that TFDS has.
+
+  A data set without test images is tested on its validation images. What is missing
+  then is cut off the end of the training images, whose order is random: a tenth, or
+  10,000 images if that is less.
+  """
+  parts, end = {}, sizes["train"]
+  tests = "test" if "test" in sizes else "validation"
+  held_out = min(10_000, -(-end // 10))
+  for split, kept_in in (("test", tests),
+                         ("validation", "validation" if tests == "test" else "")):
+    if kept_in in sizes:
+      parts[split] = kept_in, 0, sizes[kept_in]
+    else:
+      parts[split] = "train", end - held_out, end
+      end -= held_out
+  return {"train": ("train", 0, end), "validation": parts["validation"],
+          "test": parts["test"]}
+
+
+def _layout(name: str, data_dir: str | os.PathLike | None) -> _Layout:
+  """Returns where the examples of a data set are in its TFDS directory."""
+  if name not in _INFOS:
+    contents = _contents(name, data_dir)
+    return _Layout(_parts(contents.sizes), contents.image_key, contents.label_key)
+  sizes = info(name, data_dir).splits
+  train, whole = sizes["train"], sizes["train"] + sizes["validation"]
+  tests = "validation" if _INFOS[name].streamed else "test"
+  return _Layout({"train": ("train", 0, train), "validation": ("train", train, whole),
+                  "test": (tests, 0, sizes["test"])})
+
+
+@functools.lru_cache(maxsize=16)
+def _measured(
+    name: str, data_dir: str, changed: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns the mean and deviation of training images; see `info`.
+
+  Args:
+    name: Name of the data set.
+    data_dir: Directory of prepared data sets.
+    changed: When the data set was written, so that no other result is remembered.
+  """
+  from minw.data import images as decoding
+
+  channels = _contents(name, data_dir).image_shape[-1]
+  records: Any = open_records(name, "train", data_dir)
+  count = min(len(records), _MEASURED)
+  total = np.zeros((3, channels), np.int64)
+  with _reading(records):
+    for i in range(count):
+      with decoding.open_image(records[i * len(records) // count]["image"]) as opened:
+        image = decoding.flatten(opened, _MODES[channels])
+      total += statistics.moments(
+          np.asarray(image).reshape(image.height, image.width, channels))
+  return statistics.mean_and_std(total)
 
 
 def load(
@@ -176,11 +304,12 @@ def load(
 
   The digits are split by their index i: 'test' where i % 5 == 0, 'validation' where
   i % 10 == 1, and 'train' elsewhere. Their values 0..16 are scaled to 0..255 and
-  rounded. CIFAR is read in the order of TensorFlow Datasets, from the newest version
-  that is there; 'validation' is the last 5,000 of the 50,000 training images.
+  rounded. All others are read in the order of TensorFlow Datasets, from the newest
+  version that is there. Of CIFAR, 'validation' is the last 5,000 of the 50,000 training
+  images.
 
   Args:
-    name: 'digits', 'cifar10' or 'cifar100'.
+    name: Name of a data set that is not streamed; see `info`.
     split: 'train', 'validation' or 'test'.
     data_dir: Directory of prepared data sets, with `~` for the home directory. The
       digits do not need it.
@@ -193,7 +322,7 @@ def load(
     UsageError: There is no such data set or split, or its files are not there,
       damaged, or in another format.
   """
-  wanted = info(name)
+  wanted = info(name, data_dir)
   if split not in wanted.splits:
     raise errors.unknown_name("split", split, wanted.splits)
   if name == "digits":
@@ -201,16 +330,20 @@ def load(
   from minw.data import images as decoding
 
   records: Any = open_records(name, split, data_dir)
-  with _reading(records.dataset_info, name, split):
+  mode = _MODES[wanted.image_shape[-1]]
+  with _reading(records):
     encoded = records.__getitems__(range(len(records)))
     images = np.empty((len(records), *wanted.image_shape), np.uint8)
     # More threads would not help: Python takes most of the time of a small image.
     for image, record in zip(images, encoded):
       with decoding.open_image(record["image"]) as opened:
-        if opened.size != image.shape[1::-1] or opened.mode != "RGB":
+        if opened.size != image.shape[1::-1] or opened.mode != mode:
           raise ValueError(f"an image has {opened.size} pixels of mode {opened.mode}")
-        image[...] = np.asarray(opened)
+        image[...] = np.asarray(opened).reshape(image.shape)
     labels = np.array([record["label"] for record in encoded], np.int32)
+    if len(labels) and not 0 <= labels.min() <= labels.max() < wanted.num_classes:
+      raise ValueError(f"it has labels from {labels.min()} to {labels.max()} of "
+                       f"{wanted.num_classes} classes")
   return images, labels
 
 
@@ -229,15 +362,21 @@ def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
   if name != "digits":
     for split, size in splits.items():
       records: Any = open_records(name, split, data_dir)
-      with _reading(records.dataset_info, name, split):
+      with _reading(records):
         if size and records[0]["image"] is None:
           raise ValueError("the file was cut off")
+  if name not in _INFOS:
+    for split, (kept_in, start, stop) in _layout(name, data_dir).parts.items():
+      if split != kept_in:
+        _log.info("%s has no split named %s: records %d to %d of its split %s are used",
+                  name, split, start, stop - 1, kept_in)
 
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
   """Returns the shell command that prepares the data set in `data_dir`."""
   where = shlex.quote(_expanded(data_dir)) if data_dir else "DIR"
-  return f"python -m minw.prepare --dataset={name} --data_dir={where}"
+  source = "" if name in _INFOS else " --source=FOLDER"
+  return f"python -m minw.prepare --dataset={name} --data_dir={where}{source}"
 
 
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -264,32 +403,31 @@ def open_records(
     name: Name of any data set but 'digits'.
     split: 'train', 'validation' or 'test'. For ImageNet, 'validation' is the last
       10,000 of its training records, whose order is random, or the last tenth of a part
-      of ImageNet. 'test' is its 50,000 validation records.
+      of ImageNet. 'test' is its 50,000 validation records. Any other data set that lacks
+      a split is divided in the same way.
     data_dir: Directory of prepared data sets.
 
   Returns:
-    A sequence of {"image": bytes of a file, "label": int, ...}.
+    A sequence of {"image": bytes of a file, "label": int, ...}. Its attribute
+    `dataset_info` is TFDS's.
 
   Raises:
     UsageError: There is no such data set, or its files are not there, or in another
       format.
   """
-  directory = _newest_version(name, data_dir)
+  layout = _layout(name, data_dir)
+  directory = _directory(name, data_dir)
 
   import tensorflow_datasets as tfds
 
-  wanted, tests = info(name, data_dir), _kept_in(name, "test")
-  sizes = wanted.splits
-  expected = {"train": sizes["train"] + sizes["validation"], tests: sizes["test"]}
-  part = {
-      "train": f"train[:{sizes['train']}]",
-      "validation": f"train[{sizes['train']}:]",
-      "test": tests,
-  }[split]
-
+  kept_in, start, stop = layout.parts[split]
+  expected = {}
+  for part, _, end in layout.parts.values():
+    expected[part] = max(end, expected.get(part, 0))
   try:
-    _description(directory / "dataset_info.json")
-    _check_features(_description(directory / "features.json"))
+    tfds_directory.read_json(directory / "dataset_info.json")
+    tfds_directory.check_features(
+        tfds_directory.read_json(directory / "features.json"))
     builder = tfds.builder_from_directory(directory)
     found = {key: value.num_examples for key, value in builder.info.splits.items()}
     formats = {format_.value for format_ in builder.info.available_file_formats()}
@@ -300,57 +438,59 @@ def open_records(
         directory,
         f"its files are {' and '.join(sorted(formats))}, which TensorFlow would have "
         "to read, and must be array_record")
-  if wanted.streamed:
-    found.pop("test", None)  # ImageNet's own test split has no labels.
+  found = {key: count for key, count in found.items() if key in expected}
   if found != expected:
     raise _refusal(directory, f"it holds {found} records and must hold {expected}")
-  with _reading(builder.info, name, split):
-    for file in builder.info.splits[_kept_in(name, split)].filepaths:
+  with _named(builder.info, kept_in):
+    for file in builder.info.splits[kept_in].filepaths:
       if os.path.exists(file) and not os.path.isfile(file):  # A pipe would not end.
         raise OSError(f"{file} is not a regular file")
     as_data_source: Any = builder.as_data_source  # TFDS declares no arguments.
-    return as_data_source(
-        part,
-        decoders={"image": tfds.decode.SkipDecoding()},
+    records = as_data_source(
+        f"{kept_in}[{start}:{stop}]",
+        decoders={layout.image_key: tfds.decode.SkipDecoding()},
         file_format="array_record",
     )
+  if (layout.image_key, layout.label_key) == ("image", "label"):
+    return records
+  return _Renamed(records, layout)
 
 
-def _description(path: pathlib.Path) -> Any:
-  """Reads a JSON file, which must be a regular file that is not too large."""
-  if not path.is_file() or path.stat().st_size > _DESCRIPTION_BYTES:
-    raise ValueError(
-        f"{path.name} is not a file of at most {_DESCRIPTION_BYTES:,} bytes")
-  return json.loads(path.read_text())
+class _Renamed(Sequence):
+  """Records whose features of the image and the class have other names."""
 
+  def __init__(self, records: Any, layout: _Layout):
+    self._records, self._layout = records, layout
+    self.dataset_info, self.split = records.dataset_info, records.split
 
-def _check_features(described: Any) -> None:
-  """Raises ValueError where a class is not TFDS's own: TFDS would import its module."""
-  if isinstance(described, dict):
-    for key, value in described.items():
-      if key in _CLASS_KEYS and isinstance(value, str) and not (
-          re.fullmatch(r"tensorflow_datasets\.core\.features\.\w+\.\w+", value)):
-        raise ValueError(f"it names {value!r}")
-      _check_features(value)
-  elif isinstance(described, list):
-    for value in described:
-      _check_features(value)
+  def __len__(self) -> int:
+    return len(self._records)
 
+  def __getitem__(self, index: Any) -> dict[str, Any]:
+    return self._rename(self._records[index])
 
-def _kept_in(name: str, split: str) -> str:
-  """Returns TFDS's name of the split that holds `split`, as a whole or as a part."""
-  if split == "test":
-    return "validation" if info(name).streamed else "test"
-  return "train"
+  def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    return [self._rename(record) for record in self._records.__getitems__(indices)]
+
+  def _rename(self, record: dict[str, Any]) -> dict[str, Any]:
+    return {"image": record[self._layout.image_key],
+            "label": record[self._layout.label_key]}
 
 
 @contextlib.contextmanager
-def _reading(tfds_info: Any, name: str, split: str) -> Iterator[None]:
-  """Reports errors in this context as damage of the files of a split."""
+def _reading(records: Any) -> Iterator[None]:
+  """Reports errors in this context as damage of the files of opened records."""
+  with _named(records.dataset_info, records.split.partition("[")[0]):
+    yield
+
+
+@contextlib.contextmanager
+def _named(tfds_info: Any, kept_in: str) -> Iterator[None]:
+  """Reports errors in this context as damage of the files of a split of TFDS's."""
   try:
     yield
   except Exception as error:  # array_record, TFDS and Pillow have no common base.
-    files = ", ".join(map(str, tfds_info.splits[_kept_in(name, split)].filepaths))
+    files = ", ".join(map(str, tfds_info.splits[kept_in].filepaths))
     raise _refusal(pathlib.Path(tfds_info.data_dir),
                    f"{files} cannot be read ({error})") from error
 
@@ -373,16 +513,21 @@ def _expanded(data_dir: str | os.PathLike) -> str:
 
 def _newest_version(
     name: str, data_dir: str | os.PathLike | None
-) -> pathlib.Path:
-  """Returns the directory of the newest version of a data set below `data_dir`."""
-  versions = []
-  if data_dir:
-    for path in pathlib.Path(_expanded(data_dir), name).glob("*"):
-      if re.fullmatch(r"\d+\.\d+\.\d+", path.name):
-        versions.append(path)
-  if not versions:
+) -> pathlib.Path | None:
+  """Returns the directory of the newest version of a data set, if there is one."""
+  return tfds_directory.newest_version(name, data_dir and _expanded(data_dir))
+
+
+def _directory(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
+  """Returns the directory of the newest version of a data set below `data_dir`.
+
+  Raises:
+    UsageError: There is none.
+  """
+  found = _newest_version(name, data_dir)
+  if found is None:
     raise errors.bad_value(
         "data_dir", data_dir and os.fspath(data_dir),
         f"a directory that holds {name}, which this command prepares: "
         + prepare_command(name, data_dir))
-  return max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
+  return found

@@ -1,5 +1,6 @@
 """Image files by path: which files a list of paths names, and the pixels of each."""
 
+import contextlib
 import io
 import logging
 import os
@@ -130,8 +131,30 @@ def read(
     images.ImageError: The file cannot be read, is not an image, or is of a kind that is
       not accepted. The message does not name the file.
   """
-  try:
+  with _explained():
     return _read(path, shape, shrink, background)
+
+
+def size(path: str | os.PathLike) -> tuple[int, int]:
+  """Returns the height and width of the image in a file, once it is turned upright.
+
+  Raises:
+    images.ImageError: See `read`. The pixels are not decoded, and may still be damaged.
+  """
+  with _explained():
+    content = _content(path)
+    if os.fspath(path).lower().endswith(".npy"):
+      height, width, _ = _array(content).shape
+      return height, width
+    with images.open_image(content) as image:
+      return images.upright_size(image)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+  """Turns every error of reading an image into an ImageError that says what is wrong."""
+  try:
+    yield
   except images.ImageError:
     raise
   except UnidentifiedImageError as error:
@@ -155,8 +178,7 @@ def _read(
   height, width, channels = shape
   content = _content(path)
   if os.fspath(path).lower().endswith(".npy"):
-    array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-    return images.fit(_planes(array, channels), height, width, shrink)
+    return images.fit(_planes(_array(content), channels), height, width, shrink)
   with images.open_image(content) as image:
     return images.centre(image, height, width, channels, shrink=shrink, upright=True,
                          background=background)
@@ -175,6 +197,11 @@ def _content(path: str | os.PathLike) -> bytes:
         f"it has {status.st_size:,} bytes; {_LARGEST:,} are accepted")
   with open(path, "rb") as file:
     return file.read(status.st_size)
+
+
+def _array(content: bytes) -> np.ndarray:
+  """The array in an .npy file."""
+  return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
 
 def _planes(array: np.ndarray, channels: int) -> list[Image.Image]:

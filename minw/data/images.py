@@ -48,6 +48,7 @@ _UPRIGHT = {
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90}
+_SWAPPED = (5, 6, 7, 8)  # Orientations that exchange height and width.
 _ORIENTATION = 0x0112  # EXIF and TIFF tag.
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags.
@@ -318,6 +319,12 @@ def _channels(image: Image.Image, count: int) -> list[Image.Image]:
   return list(image.split())
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+  """The height and width of an image once it is turned as its EXIF orientation says."""
+  swapped = _orientation(image) in _SWAPPED
+  return (image.width, image.height) if swapped else (image.height, image.width)
+
+
 def _orientation(image: Image.Image) -> int:
   """The EXIF orientation: 1 to 8, of which 1 is upright."""
   try:
@@ -355,6 +362,7 @@ def random_crop(
     scale: tuple[float, float],
     flip: bool,
     rng: np.random.Generator,
+    channels: int = 3,
 ) -> np.ndarray:
   """Returns a random part of an image (`random_box`), resized and maybe flipped.
 
@@ -367,9 +375,10 @@ def random_crop(
     scale: Least and greatest area of the part, as fractions of the image's area.
     flip: Whether to flip left to right, with probability 1/2.
     rng: Generator of all random numbers.
+    channels: Channels of the result: 1 for luma or 3 for RGB.
 
   Returns:
-    uint8 (size, size, 3).
+    uint8 (size, size, channels).
   """
   width, height = image.size
   box = random_box(width, height, scale, rng)
@@ -377,8 +386,8 @@ def random_crop(
                      math.ceil(height * size / (box[3] - box[1]))))
   across, down = image.width / width, image.height / height
   box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-  image = flatten(image, "RGB")
+  image = flatten(image, {1: "L", 3: "RGB"}[channels])
   image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
   if flip and rng.random() < 0.5:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  return np.asarray(image)
+  return np.asarray(image).reshape(size, size, channels)

@@ -61,7 +61,8 @@ def source_batches(
   if info.streamed:
     size = (image_shape[0], image_shape[1])
     opened = streamed.open_split(
-        info.name, split, data_dir, workers=workers, max_damaged=max_damaged)
+        info.name, split, data_dir, workers=workers, max_damaged=max_damaged,
+        channels=image_shape[-1])
     yield from opened.centres(batch_size, source=size, crop=size, shrink=shrink)
   else:
     images, labels = datasets.load(info.name, split, data_dir)

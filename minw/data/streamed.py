@@ -73,7 +73,8 @@ class Streamed:
   def load(self, split: str) -> "Split":
     """Opens a split; see `open_split`."""
     return open_split(self.info.name, split, self._data_dir, workers=self._workers,
-                      max_damaged=self._max_damaged)
+                      max_damaged=self._max_damaged,
+                      channels=self.info.image_shape[-1])
 
   def train_batches(
       self, data: "Split", start: int
@@ -151,6 +152,7 @@ class Split:
       *,
       workers: int = 0,
       max_damaged: float = 0.0,
+      channels: int = 3,
   ):
     """Reads nothing yet.
 
@@ -160,7 +162,9 @@ class Split:
       workers: Number of processes that decode. If 0, threads of this process do.
       max_damaged: Share of the images that may be damaged. If more are, reading raises
         `errors.UsageError`.
+      channels: Channels that images are brought to: 1 for gray or 3 for RGB.
     """
+    self._channels = channels
     self._records, self._name, self._workers = records, name, workers
     self._max_damaged = max_damaged
     self._seen = set()
@@ -209,7 +213,7 @@ class Split:
       flip: See `images.random_crop`.
       share: (i, n) for the i-th of n equal parts of each batch.
     """
-    crop = _RandomCrop(self._records, crop_size, crop_scale, flip)
+    crop = _RandomCrop(self._records, crop_size, crop_scale, flip, self._channels)
     examples = grain.MapDataset.range(len(self)).seed(seed).shuffle().repeat()
     i, n = share
     parts = examples.random_map(crop).batch(batch_size // n)
@@ -236,7 +240,7 @@ class Split:
       share: (i, n) for the i-th of n equal parts of each batch.
     """
     size = -len(self) % batch_size + len(self)
-    centre = _Centre(self._records, source, crop, shrink)
+    centre = _Centre(self._records, source, crop, shrink, self._channels)
     i, n = share
     parts = grain.MapDataset.range(size).map(centre).batch(batch_size // n)
     return self._read(parts[i::n])
@@ -295,6 +299,7 @@ def open_split(
     *,
     workers: int,
     max_damaged: float,
+    channels: int = 3,
 ) -> Split:
   """Opens a split of a prepared data set.
 
@@ -304,12 +309,14 @@ def open_split(
     data_dir: Directory of the prepared data sets.
     workers: See `Split`.
     max_damaged: See `Split`.
+    channels: See `Split`.
 
   Raises:
     errors.UsageError: The files are not there, or in another format.
   """
   records = datasets.open_records(name, split, data_dir)
-  return Split(records, f"{name}, {split}", workers=workers, max_damaged=max_damaged)
+  return Split(records, f"{name}, {split}", workers=workers, max_damaged=max_damaged,
+               channels=channels)
 
 
 @contextlib.contextmanager
@@ -337,6 +344,7 @@ class _RandomCrop(NamedTuple):
   size: int
   scale: tuple[float, float]
   flip: bool
+  channels: int
 
   def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
     start = time.thread_time()
@@ -345,14 +353,15 @@ class _RandomCrop(NamedTuple):
       try:
         record = self.records[index]
         with images.open_image(record["image"]) as image:
-          pixels = images.random_crop(image, self.size, self.scale, self.flip, rng)
+          pixels = images.random_crop(image, self.size, self.scale, self.flip, rng,
+                                      self.channels)
         label = record["label"]
         break
       except Exception:  # Pillow and array_record have many kinds for damage.
         damaged = index
         index = int(rng.integers(len(self.records)))
     else:
-      pixels, label = np.zeros((self.size, self.size, 3), np.uint8), 0
+      pixels, label = np.zeros((self.size, self.size, self.channels), np.uint8), 0
     return _element(pixels, label, damaged, start)
 
 
@@ -363,15 +372,18 @@ class _Centre(NamedTuple):
   source: tuple[int, int]
   crop: tuple[int, int]
   shrink: bool
+  channels: int
 
   def __call__(self, index: int) -> dict[str, Any]:
     start = time.thread_time()
-    pixels, label, damaged = np.zeros((*self.crop, 3), np.uint8), -1, -1
+    pixels = np.zeros((*self.crop, self.channels), np.uint8)
+    label, damaged = -1, -1
     if index < len(self.records):
       try:
         record = self.records[index]
         with images.open_image(record["image"]) as image:
-          pixels = images.centre(image, *self.source, shrink=self.shrink)
+          pixels = images.centre(
+              image, *self.source, self.channels, shrink=self.shrink)
         (h, w), (height, width) = self.source, self.crop
         top, left = (h - height) // 2, (w - width) // 2
         pixels = pixels[top:top + height, left:left + width]

@@ -32,6 +32,7 @@ _BUILDERS = {
 }
 
 NAMES = tuple(_BUILDERS)
+IMAGES_VERSION = "1.0.0"  # Version of the data sets that `write_images` writes.
 
 # The part of TensorFlow that TFDS's shuffler uses.
 _FILES = types.SimpleNamespace(
@@ -83,8 +84,70 @@ def write(
         return tqdm.tqdm(splits[split], desc=f"{dataset} {split}", unit=" records",
                          disable=None if bars else True)
 
+  return _build(Builder, folder)
+
+
+def write_images(
+    dataset: str,
+    image_shape: tuple[int, int, int],
+    label_names: Sequence[str],
+    splits: Mapping[str, Iterator[tuple[int | str, dict[str, Any]]]],
+    metadata: dict[str, Any],
+    folder: pathlib.Path,
+    *,
+    bars: bool,
+) -> pathlib.Path:
+  """Writes a data set of images with one label each, which TFDS does not know.
+
+  Args:
+    dataset: Name of the data set.
+    image_shape: (height, width, channels) of the images.
+    label_names: One name per class.
+    splits: The key and the record of each example, by split. A record has "image", a
+      PNG file, "label", the name of a class, and "file_name".
+    metadata: An object for JSON, which is kept in metadata.json.
+    folder: Folder to write to.
+    bars: Whether bars show the progress, where stderr is a terminal.
+
+  Returns:
+    The directory of the data set, FOLDER/DATASET/`IMAGES_VERSION`.
+
+  Raises:
+    OSError: A file cannot be written.
+  """
+  with registered.skip_registration():
+
+    class Images(tfds.core.GeneratorBasedBuilder):
+      """A builder of the given records."""
+
+      name = dataset
+      VERSION = tfds.core.Version(IMAGES_VERSION)
+
+      def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Images with labels, written by minw.prepare.",
+            features=tfds.features.FeaturesDict({
+                "file_name": tfds.features.Text(),
+                "image": tfds.features.Image(shape=image_shape, encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=list(label_names)),
+            }),
+            metadata=tfds.core.MetadataDict(metadata))
+
+      def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in splits}
+
+      def _generate_examples(self, split):
+        return tqdm.tqdm(splits[split], desc=f"{dataset} {split}", unit=" records",
+                         disable=None if bars else True)
+
+  return _build(Images, folder)
+
+
+def _build(builder_class: Any, folder: pathlib.Path) -> pathlib.Path:
+  """Writes a data set with a builder of TFDS's, and returns its directory."""
   _allow_open_files(shuffle.BUCKETS_NUMBER + 100)
-  builder = Builder(data_dir=folder, file_format="array_record")
+  builder = builder_class(data_dir=folder, file_format="array_record")
   tfds.disable_progress_bar()  # The bars above take its place.
   try:
     with contextlib.redirect_stdout(io.StringIO()), \
