@@ -135,7 +135,7 @@ def evaluate_workdir(
     errors.UsageError: There is no run, no checkpoint or no data, its status is damaged,
       or the record of a completed run is not complete; see `metrics.check_complete`.
   """
-  config, saved, status = checkpoint.read_run(workdir, which)
+  config, saved, status = checkpoint.read_run(workdir, which, data_dir)
   if status and status["state"] == "done":
     metrics.check_complete(workdir, config, status)
   if data_dir is not None:

@@ -31,12 +31,15 @@ from minw.packing.builder import Builder
 from minw.workdir import checkpoint
 
 
-def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
+def pack_workdir(
+    workdir: str, which: str = "last", data_dir: str | None = None) -> packed.Program:
   """Packs the network of a run.
 
   Args:
     workdir: Directory of the run.
     which: Checkpoint: "last", or "best" for the one with the best validation accuracy.
+    data_dir: Directory of the prepared data sets. If None, the run's config names it.
+      Only a data set that minw does not know by name must be there.
 
   Raises:
     errors.UsageError: There is no run or checkpoint, or its network does not pack.
@@ -46,10 +49,12 @@ def pack_workdir(workdir: str, which: str = "last") -> packed.Program:
     >>> program.source_shape
     (8, 8, 1)
   """
-  config, saved, _ = checkpoint.read_run(workdir, which)
-  experiment = Experiment(config)
+  config, saved, _ = checkpoint.read_run(workdir, which, data_dir)
   text = config_lib.to_json(config)
   shared = metadata_lib.shared(json.loads(text))
+  if data_dir is not None:
+    config.data_dir = data_dir
+  experiment = Experiment(config)
   try:
     return pack(
         experiment.model, checkpoint.hard_variables(saved.tree),
@@ -191,7 +196,7 @@ def define_flags() -> None:
 def main() -> int:
   """Packs a run as the flags say; returns the exit code."""
   f = flags.FLAGS
-  program = pack_workdir(f.workdir, f.checkpoint)
+  program = pack_workdir(f.workdir, f.checkpoint, f.data_dir)
   try:
     size = packed.write(f.out, program)
   except OSError as error:

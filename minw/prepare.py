@@ -5,9 +5,9 @@
   python -m minw.prepare --dataset=NAME --data_dir=DIR --source=IMAGES
 
 With --source, nothing is downloaded. IMAGES are your own: a folder with a folder for
-each class, a .csv or .jsonl file of paths and labels, or an .npz file. The result is a TensorFlow Datasets directory of
-array_record files, with the records, keys and order that TFDS itself would write.
-TensorFlow is not needed.
+each class, a .csv or .jsonl file of paths and labels, or an .npz file. The result is a
+TensorFlow Datasets directory of array_record files, with the records, keys and order
+that TFDS itself would write. TensorFlow is not needed.
 """
 
 import contextlib
@@ -337,15 +337,15 @@ def training_command(dataset: str, data_dir: str) -> str:
           f" --config.data_dir={shlex.quote(data_dir)}{fields}")
 
 
-def _image_size(text: str | None) -> tuple[int, int] | None:
+def _image_size(value: str | None) -> tuple[int, int] | None:
   """Reads the value of --image_size: a height and a width, or one side."""
-  if text is None:
+  if value is None:
     return None
-  match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", text, re.ASCII)
-  size = tuple(int(side) for side in (match[1], match[2] or match[1])) if match else ()
-  errors.check(len(size) == 2 and min(size) > 0, "image_size", text,
+  match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", value, re.ASCII)
+  height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+  errors.check(height > 0 and width > 0, "image_size", value,
                "SIDE or HEIGHTxWIDTH in pixels, 32 or 24x48 for example")
-  return size[0], size[1]
+  return height, width
 
 
 def _summary(info: datasets.Info, directory: pathlib.Path) -> Iterator[str]:

@@ -156,7 +156,7 @@ def verify_workdir(
   Returns:
     Exit code: 0 if nothing differs, otherwise 1.
   """
-  config, saved, _ = checkpoint.read_run(workdir, which)
+  config, saved, _ = checkpoint.read_run(workdir, which, data_dir)
   if data_dir is not None:
     config.data_dir = data_dir
   experiment = Experiment(config)

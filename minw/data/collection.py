@@ -99,9 +99,9 @@ def collect(
   height, width = image_size or _commonest(sizes.values())
   shape = (height, width, channels)
   readable = [example for example in examples if example.name in sizes]
-  seen = _each(
-      tqdm.tqdm(readable, desc="images", unit=" images", disable=None if bars else True),
-      lambda example: _look(example, shape), damaged, skip_damaged)
+  shown = tqdm.tqdm(
+      readable, desc="images", unit=" images", disable=None if bars else True)
+  seen = _each(shown, lambda example: _look(example, shape), damaged, skip_damaged)
   readable = [example for example in readable if example.name in seen]
   classes = labeled.class_names(examples)
   for label in sorted({*classes} - {example.label for example in readable}):
@@ -160,8 +160,8 @@ def _each(
   Raises:
     UsageError: There are damaged images, and they are not left out.
   """
-  results, count = {}, 0
-  for count, example in enumerate(examples, start=1):
+  results = {}
+  for example in examples:
     try:
       results[example.name] = function(example)
     except images.ImageError as error:
@@ -169,8 +169,8 @@ def _each(
   if damaged and not (skip_damaged and results):
     some = "; ".join(f"{name}: {why}" for name, why in list(damaged.items())[:_NAMED])
     raise errors.UsageError(
-        f"{len(damaged)} of {count} images cannot be used ({some}); --skip_damaged"
-        " leaves them out")
+        f"{len(damaged)} of {len(damaged) + len(results)} images cannot be used"
+        f" ({some}); --skip_damaged leaves them out")
   return results
 
 

@@ -403,8 +403,8 @@ def open_records(
     name: Name of any data set but 'digits'.
     split: 'train', 'validation' or 'test'. For ImageNet, 'validation' is the last
       10,000 of its training records, whose order is random, or the last tenth of a part
-      of ImageNet. 'test' is its 50,000 validation records. Any other data set that lacks
-      a split is divided in the same way.
+      of ImageNet. 'test' is its 50,000 validation records. Any other data set that
+      lacks a split is divided in the same way.
     data_dir: Directory of prepared data sets.
 
   Returns:

@@ -152,7 +152,7 @@ def size(path: str | os.PathLike) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-  """Turns every error of reading an image into an ImageError that says what is wrong."""
+  """Turns errors in this context into an ImageError that says what is wrong."""
   try:
     yield
   except images.ImageError:

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import pathlib
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def find(source: pathlib.Path) -> list[Example]:
   return examples
 
 
-def class_names(examples: list[Example]) -> tuple[str, ...]:
+def class_names(examples: Iterable[Example]) -> tuple[str, ...]:
   """Returns the names of the classes in order: as numbers if all are numbers."""
   names = {example.label for example in examples}
   if all(name.isascii() and name.isdigit() for name in names):
@@ -80,7 +80,8 @@ def _check(source: pathlib.Path, examples: list[Example]) -> None:
   if len(names) < 2:
     raise _refusal(source, f"has {len(names)} classes and must have at least 2")
   if len(names) > _MOST_CLASSES:
-    raise _refusal(source, f"has {len(names):,} classes; {_MOST_CLASSES:,} are accepted")
+    raise _refusal(
+        source, f"has {len(names):,} classes; {_MOST_CLASSES:,} are accepted")
   for name in names:
     if not (name and name.isprintable() and name == name.strip()
             and len(name) <= _LONGEST_LABEL):
@@ -175,7 +176,8 @@ def _row(source: pathlib.Path, line: int, row: Any) -> Example:
     raise _refusal(source, f"line {line} has split={text.quoted(split)}: must be one of"
                    f" {', '.join(SPLITS)}")
   if not (source.parent / path).is_file():
-    raise _refusal(source, f"line {line} names {text.printable(path)}, which is no file")
+    raise _refusal(
+        source, f"line {line} names {text.printable(path)}, which is not a file")
   return Example(path, label, SPLITS[split] if split else None, source.parent / path)
 
 

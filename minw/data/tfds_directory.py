@@ -1,4 +1,4 @@
-"""What the description files of a TensorFlow Datasets directory say.
+"""Reads the description files of a TensorFlow Datasets directory.
 
 The files are not trusted. They are read without TensorFlow Datasets itself, which takes
 seconds to import.

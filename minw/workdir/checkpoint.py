@@ -367,13 +367,16 @@ class Run(NamedTuple):
   status: dict[str, Any] | None
 
 
-def read_run(workdir: str, which: str = "last") -> Run:
+def read_run(
+    workdir: str, which: str = "last", data_dir: str | None = None) -> Run:
   """Reads the config, a checkpoint and the status of a run.
 
   Args:
     workdir: Directory of the run.
     which: "last" for the newest checkpoint, or "best" for the one with the best
       validation accuracy.
+    data_dir: Directory of the prepared data sets that the config is checked with, if
+      it is another one than the config names.
 
   Raises:
     errors.UsageError: There is no run, its config cannot be used, it has no checkpoint,
@@ -381,7 +384,8 @@ def read_run(workdir: str, which: str = "last") -> Run:
   """
   config = run_files.read_config(workdir)
   try:
-    config_lib.validate(config)
+    config_lib.validate(config if data_dir is None else config_lib.copy(
+        config, data_dir=data_dir))
   except errors.UsageError as error:
     path = pathlib.Path(workdir) / "config.json"
     raise errors.UsageError(f"{path}: {error}") from error
