@@ -235,5 +235,5 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path):
   found = collect(tmp_path)
   example = found.splits["test"][0]
   broken(example.content, "text")
-  with pytest.raises(errors.UsageError, match=f"{example.name} cannot be read any more"):
+  with pytest.raises(errors.UsageError, match=f"{example.name} cannot be read any m"):
     list(collection.records(found, "test"))

@@ -163,8 +163,8 @@ def test_arrays(tmp_path):
 @pytest.mark.parametrize("arrays, message", [
     (dict(x=np.zeros(1)), "has no array 'images'; it has x"),
     (dict(images=np.zeros((2, 3, 3), np.uint8)), "has no array 'labels'"),
-    (dict(images=np.zeros((2, 3, 3)), labels=[0, 1]), "has images of float64 (2, 3, 3)"),
-    (dict(images=np.zeros((2, 3, 3, 4), np.uint8), labels=[0, 1]), "uint8 (2, 3, 3, 4)"),
+    (dict(images=np.zeros((2, 3, 3)), labels=[0, 1]), "images of float64 (2, 3, 3)"),
+    (dict(images=np.zeros((2, 3, 3, 4), np.uint8), labels=[0, 1]), "uint8 (2, 3, 3, "),
     (dict(images=np.zeros((2, 0, 3), np.uint8), labels=[0, 1]), "uint8 (2, 0, 3)"),
     (dict(images=np.zeros((2, 3, 3), np.uint8), labels=[0, 1, 2]), "for 2 images"),
     (dict(images=np.zeros((2, 3, 3), np.uint8), labels=[0., 1.]), "has float64 labels"),

@@ -14,6 +14,7 @@ from minw import prepare
 from minw.data import collection
 from minw.data import datasets
 from own_images import picture
+from own_images import png
 from own_images import write_classes
 
 
@@ -104,7 +105,8 @@ def test_the_command_reports(command, tmp_path):
   assert code == 0, err
   lines = out.splitlines()
   assert lines[0] == f"{tmp_path}/data/mine/1.0.0"
-  assert lines[1] == ("  images of 11x8 pixels and 1 channel; in the source: 21 of 12x10")
+  assert lines[1] == (
+      "  images of 11x8 pixels and 1 channel; in the source: 21 of 12x10")
   assert lines[2] == "  train: 17 images (made), 8 to 9 of each of 2 classes"
   assert lines[3] == "  validation: 2 images (made), 1 to 1 of each of 2 classes"
   assert "  left out: a/bad.png: cannot identify image file; these are read:" in out
@@ -130,7 +132,6 @@ def test_from_a_folder_to_a_packed_network(command, tmp_path):
   write_classes(source, {"dark": 40, "light": 40})
   for i, path in enumerate(sorted(source.glob("*/*.png"))):
     image = picture(i) // 4 + (150 if path.parent.name == "light" else 0)
-    from own_images import png
     path.write_bytes(png(image))
   run = lambda *arguments: command(*arguments, folder=tmp_path)
   done = run("minw.prepare", "--dataset=mine", "--data_dir=data", "--source=source")
@@ -156,7 +157,8 @@ def test_from_a_folder_to_a_packed_network(command, tmp_path):
   # The data may move after training.
   pathlib.Path(tmp_path, "data").rename(tmp_path / "moved")
   done = run("minw.evaluate", "--workdir=run")
-  assert done.code == 2 and "run/config.json: config.dataset='mine': must be" in done.err
+  assert done.code == 2
+  assert "run/config.json: config.dataset='mine': must be one of digits" in done.err
   done = run("minw.evaluate", "--workdir=run", "--data_dir=moved")
   assert done.code == 0 and json.loads(done.out)["accuracy"] == 1.0, done.err
   before = (tmp_path / "mine.minw").read_bytes()

@@ -16,6 +16,7 @@ from minw.data import sources
 from minw.data import streamed
 from minw.data import tfds_directory
 from minw.experiment import Experiment
+import own_images
 from own_images import write_tfds
 
 
@@ -76,6 +77,18 @@ def test_splits_that_are_made_are_said(data_dir, caplog):
       "alone has no split named validation: records 16 to 17 of its split train are"
       " used", "alone has no split named test: records 18 to 19 of its split train are"
       " used"]
+
+
+def test_images_with_alpha_are_put_on_black(tmp_path, monkeypatch):
+  """TFDS keeps the files of some data sets as they are."""
+  pixels = np.full((8, 8, 4), (200, 100, 50, 255), np.uint8)
+  pixels[0, 0, 3] = 0
+  png = own_images.png
+  monkeypatch.setattr(own_images, "png", lambda _: png(pixels))
+  write_tfds(tmp_path, "some", (8, 8, 3), {"train": 9})
+  images, _ = datasets.load("some", "train", tmp_path)
+  assert images[0, 0, 0].tolist() == [0, 0, 0]
+  assert images[6, 5, 4].tolist() == [200, 100, 50]
 
 
 def experiment(data_dir, name, **changes):
@@ -178,7 +191,7 @@ def feature(described, key):
     (lambda d: feature(d, "image")["image"].update(dtype="uint16"), "are uint16"),
     (lambda d: feature(d, "image")["image"]["shape"].update(dimensions=["8", "8", "4"]),
      "have 4 channels"),
-    (lambda d: feature(d, "image").update(pythonClassName="os.path"), "names 'os.path'"),
+    (lambda d: feature(d, "image").update(pythonClassName="os.path"), "'os.path'"),
     (lambda d: feature(d, "label")["classLabel"].update(numClasses="4"),
      "label.labels.txt has 3 names for 4 classes"),
     (lambda d: d.clear(), "cannot be read"),

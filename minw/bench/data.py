@@ -107,7 +107,7 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
   Raises:
     errors.UsageError: The config cannot be run, or there are no data.
   """
-  info = datasets.info(config.dataset)
+  info = datasets.info(config.dataset, config.data_dir)
   errors.check(info.streamed, "config.dataset", config.dataset,
                "a data set that is streamed: imagenet2012")
   config_lib.validate(config)

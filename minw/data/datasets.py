@@ -337,9 +337,10 @@ def load(
     # More threads would not help: Python takes most of the time of a small image.
     for image, record in zip(images, encoded):
       with decoding.open_image(record["image"]) as opened:
-        if opened.size != image.shape[1::-1] or opened.mode != mode:
+        if opened.size != image.shape[1::-1] or (
+            opened.mode != mode and name in _INFOS):
           raise ValueError(f"an image has {opened.size} pixels of mode {opened.mode}")
-        image[...] = np.asarray(opened).reshape(image.shape)
+        image[...] = np.asarray(decoding.flatten(opened, mode)).reshape(image.shape)
     labels = np.array([record["label"] for record in encoded], np.int32)
     if len(labels) and not 0 <= labels.min() <= labels.max() < wanted.num_classes:
       raise ValueError(f"it has labels from {labels.min()} to {labels.max()} of "
