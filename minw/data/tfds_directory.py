@@ -22,7 +22,7 @@ _FEATURES = "tensorflow_datasets.core.features."
 
 
 class Contents(NamedTuple):
-  """What a directory holds, by its description files.
+  """Content of a directory, by its description files.
 
   Attributes:
     image_key: Name of the feature that is the image.
