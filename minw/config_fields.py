@@ -14,23 +14,23 @@ FIELDS = {
                      "Directory that `python -m minw.prepare` wrote the data to."),
         "train_examples": (0,
                            "Number of training examples to use, starting at the first "
-                           "one; 0 for all. imagenet2012 requires 0."),
+                           "one; 0 for all. Streamed data require 0."),
         "crop_size": (24, "Side of crops in pixels. Training takes random crops, and "
                           "evaluation takes the central crop."),
         "crop_padding": (0, "Number of pixels of mean value that are added on each "
-                            "side before random crops. imagenet2012 ignores it."),
+                            "side before random crops. Streamed data ignore it."),
         "random_flip": (True, "Whether training mirrors images at random."),
         "crop_scale": ((0.08, 1.0),
                        "Smallest and largest area of random crops, as fractions of the "
-                       "image (imagenet2012)."),
+                       "image (streamed data)."),
         "eval_resize": (256,
                         "Length of the shorter side before the central crop; 0 for the "
-                        "image's own size (imagenet2012)."),
+                        "image's own size (streamed data)."),
         "data_workers": (0, "Number of processes that decode images; 0 for threads of "
-                            "the training process (imagenet2012)."),
+                            "the training process (streamed data)."),
         "max_damaged": (0.001,
                         "Largest fraction of damaged images in a split. A run with "
-                        "more of them stops (imagenet2012)."),
+                        "more of them stops (streamed data)."),
         "pixels": ("integer", "Normalization of pixels: integer for (pixel - "
                               "round(mean)) / 64, standardized for (pixel - mean) / "
                               "deviation."),

@@ -43,6 +43,11 @@ _log = logging.getLogger(__name__)
 
 _BUILT = "tfds"  # Folder in the work directory that a data set is written to.
 _NAMED = 10  # Largest number of files of a kind that are printed.
+# Smallest side for which the CIFAR experiment is proposed instead of the digits one.
+_CIFAR_SIDE = 16
+# Flags that only the user's own images have, and that they do not have, with defaults.
+_OWN_FLAGS = {"image_size": None, "grayscale": False, "seed": 0, "skip_damaged": False}
+_OTHER_FLAGS = {"partial": False}
 
 
 def prepare(
@@ -119,7 +124,11 @@ def prepare_images(
   errors.check(
       tfds_directory.is_name(dataset) and dataset not in datasets.NAMES, "dataset",
       dataset, "a new name for these images: letters, digits and underscores")
-  bars = _shows_bars()
+  version, bars = tfds_writer.IMAGES_VERSION, _shows_bars()
+  other = tfds_directory.newest_version(dataset, paths.expand(data_dir))
+  errors.check(
+      other is None or other.name == version, "dataset", dataset,
+      f"another name: {other} holds a data set of this name")
 
   def build(work: pathlib.Path) -> pathlib.Path:
     examples = labeled.find(pathlib.Path(paths.expand(source)))
@@ -133,7 +142,7 @@ def prepare_images(
         {"mean": found.mean, "std": found.std, "report": found.report},
         work / _BUILT, bars=bars)
 
-  return _prepare(dataset, tfds_writer.IMAGES_VERSION, data_dir, build)
+  return _prepare(dataset, version, data_dir, build)
 
 
 def _prepare(
@@ -301,10 +310,12 @@ def main() -> None:
   f = flags.FLAGS
   dataset, data_dir = f.dataset, f.data_dir
   if dataset in datasets.NAMES or f.source is None:
+    _check_unused(_OWN_FLAGS, "left out except for your own images")
     print(prepare(dataset, data_dir, f.source, f.partial))
     for split, count in datasets.info(dataset, data_dir).splits.items():
       print(f"  {split}: {count:,} images")
   else:
+    _check_unused(_OTHER_FLAGS, "left out for your own images")
     directory = prepare_images(
         dataset, data_dir, f.source, image_size=_image_size(f.image_size),
         grayscale=f.grayscale, seed=f.seed, skip_damaged=f.skip_damaged)
@@ -312,6 +323,13 @@ def main() -> None:
     for line in _summary(datasets.info(dataset, data_dir), directory):
       print(f"  {line}")
   print(f"Train with: {training_command(dataset, data_dir)}")
+
+
+def _check_unused(defaults: dict[str, Any], allowed: str) -> None:
+  """Raises UsageError for a flag that was given and would have no effect."""
+  for name, default in defaults.items():
+    value = getattr(flags.FLAGS, name)
+    errors.check(value == default, name, value, allowed)
 
 
 def training_command(dataset: str, data_dir: str) -> str:
@@ -324,9 +342,11 @@ def training_command(dataset: str, data_dir: str) -> str:
   known = {"cifar10": "cifar_convnet",
            "cifar100": "cifar_convnet:dataset=cifar100",
            "imagenet2012": "imagenet_resnet18"}
-  config, fields = known.get(dataset, "cifar_convnet"), ""
-  if dataset not in known:
+  config, fields = known.get(dataset, ""), ""
+  if not config:
     info = datasets.info(dataset, data_dir)
+    small = min(info.image_shape[:2]) < _CIFAR_SIDE
+    config = "digits_convnet" if small else "cifar_convnet"
     # Powers of two suit any number of devices.
     most = 2**(info.splits["train"].bit_length() - 1)
     fields = (f" --config.dataset={dataset}"
@@ -359,9 +379,9 @@ def _summary(info: datasets.Info, directory: pathlib.Path) -> Iterator[str]:
          + ", ..." * (len(sizes) > 5))
   for split, counts in report["images"].items():
     made = " (made)" if split in report["made_splits"] else ""
-    yield (f"{split}: {sum(counts.values()):,} images{made}, "
-           f"{min(counts.values()):,} to {max(counts.values()):,} of each of "
-           f"{len(counts):,} classes")
+    each = dict.fromkeys(f"{f(counts.values()):,}" for f in (min, max))
+    yield (f"{split}: {sum(counts.values()):,} images{made}, {' to '.join(each)} of "
+           f"each of {len(counts):,} classes")
   yield (f"mean {', '.join(f'{m:.4f}' for m in info.mean)}; deviation "
          f"{', '.join(f'{s:.4f}' for s in info.std)}")
   if report["gray"] and channels > 1:

@@ -38,7 +38,8 @@ LANGUAGES = ("python", "sh", "c", "js", "text")
 
 # Programs that shell blocks may start.
 PROGRAMS = {"arm-none-eabi-gcc", "cc", "gcc", "jupyter", "minw", "mkdocs", "npm", "pip",
-            "pytest", "python", "qonnx-cleanup", "qonnx-inference-cost", "./digits"}
+            "pytest", "python", "qonnx-cleanup", "qonnx-inference-cost", "tfds",
+            "./digits"}
 
 # Replacements that make the Python of a page fast: (text, text in its place).
 _SMALL = ("num_epochs = 10 ",

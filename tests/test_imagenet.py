@@ -250,7 +250,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
   files["n01443537"]["n01443537_0.JPEG"] = b"no image"
   source = write_archives(tmp_path / "source", files)
   monkeypatch.setattr(prepare.flags, "FLAGS", types.SimpleNamespace(
-      dataset="imagenet2012", data_dir=str(tmp_path), source=str(source), partial=True))
+      dataset="imagenet2012", data_dir=str(tmp_path), source=str(source), partial=True,
+      image_size=None, grayscale=False, seed=0, skip_damaged=False))
   prepare.main()
   assert capsys.readouterr().out.splitlines() == [
       "no image, kept as it is: n01443537_0.JPEG",

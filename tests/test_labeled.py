@@ -86,6 +86,16 @@ def test_images_beside_the_classes(tmp_path):
   assert "holds c.png outside of the folders of the classes" in refusal(tmp_path)
 
 
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+  write_classes(tmp_path, {"a": 1, "b": 1})
+
+  def refused(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(type(tmp_path), "iterdir", refused)
+  assert "cannot be read ([Errno 13] Permission denied" in refusal(tmp_path)
+
+
 def test_70_000_classes_are_too_many(tmp_path):
   (tmp_path / "x.png").touch()
   table = tmp_path / "table.csv"

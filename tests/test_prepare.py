@@ -209,7 +209,7 @@ def test_the_command_says_what_to_do_next(
   source = write_directory(tmp_path / "source", name, "binary")
   flags = types.SimpleNamespace(
       dataset=name, data_dir=str(tmp_path / "data"), source=str(source),
-      partial=False)
+      partial=False, image_size=None, grayscale=False, seed=0, skip_damaged=False)
   monkeypatch.setattr(prepare.flags, "FLAGS", flags)
   assert not prepare.main()
   lines = capsys.readouterr().out.splitlines()

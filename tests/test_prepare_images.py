@@ -1,5 +1,6 @@
 """minw.prepare on a user's own images, and training on them."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from minw.data import datasets
 from own_images import picture
 from own_images import png
 from own_images import write_classes
+from own_images import write_tfds
 
 
 def refusal(*arguments, **options) -> str:
@@ -71,11 +73,39 @@ def test_names_that_cannot_be_used(tmp_path, name):
   assert os.listdir(tmp_path) == ["source"]
 
 
+def test_the_name_of_another_data_set_is_refused(tmp_path):
+  source = write_classes(tmp_path / "source", {"a": 3, "b": 3})
+  other = write_tfds(tmp_path / "data", "mine", (8, 8, 3), {"train": 9})
+  assert f"dataset='mine': must be another name: {other} holds" in refusal(
+      "mine", tmp_path / "data", source)
+
+
+@pytest.mark.parametrize("dataset, argument, allowed", [
+    ("cifar10", "--grayscale", "left out except for your own images"),
+    ("cifar10", "--seed=1", "left out except for your own images"),
+    ("mine", "--partial", "left out for your own images")])
+def test_flags_of_other_data_sets_are_refused(command, tmp_path, dataset, argument,
+                                              allowed):
+  code, out, err = command("minw.prepare", f"--dataset={dataset}", argument,
+                           f"--data_dir={tmp_path}", "--source=x")
+  assert (code, out) == (2, "") and err.endswith(f"must be {allowed}\n")
+
+
 @pytest.mark.parametrize("counts", [{"a": 3}, {"a": 3, "b": 0}, {"a": 3, "b": 2}])
 def test_a_source_that_is_refused_leaves_nothing(tmp_path, counts):
   source = write_classes(tmp_path / "source", counts)
   refusal("mine", tmp_path / "data", source)
   assert os.listdir(tmp_path / "data" / "mine") == []
+
+
+def test_two_at_once_are_refused(tmp_path):
+  source = write_classes(tmp_path / "source", {"a": 3, "b": 3})
+  work = tmp_path / "data" / "mine" / "incomplete.minw"
+  work.mkdir(parents=True)
+  with open(work / "lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    assert "another preparation" in refusal("mine", tmp_path / "data", source)
+  prepare.prepare_images("mine", tmp_path / "data", source)
 
 
 def test_a_file_that_changes_meanwhile_leaves_nothing(tmp_path, monkeypatch):
@@ -108,12 +138,12 @@ def test_the_command_reports(command, tmp_path):
   assert lines[1] == (
       "  images of 11x8 pixels and 1 channel; in the source: 21 of 12x10")
   assert lines[2] == "  train: 17 images (made), 8 to 9 of each of 2 classes"
-  assert lines[3] == "  validation: 2 images (made), 1 to 1 of each of 2 classes"
+  assert lines[3] == "  validation: 2 images (made), 1 of each of 2 classes"
   assert "  left out: a/bad.png: cannot identify image file; these are read:" in out
   assert "  1 damaged images were left out" in lines
   assert "  1 images equal another one, " in out
   assert lines[-1] == (
-      "Train with: python -m minw.main --config=cifar_convnet --workdir=runs/mine "
+      "Train with: python -m minw.main --config=digits_convnet --workdir=runs/mine "
       f"--config.data_dir={tmp_path}/data --config.dataset=mine --config.crop_size=8 "
       "--config.batch_size=16 --config.eval_batch_size=16")
 

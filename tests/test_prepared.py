@@ -194,6 +194,8 @@ def feature(described, key):
     (lambda d: feature(d, "image").update(pythonClassName="os.path"), "'os.path'"),
     (lambda d: feature(d, "label")["classLabel"].update(numClasses="4"),
      "label.labels.txt has 3 names for 4 classes"),
+    (lambda d: feature(d, "label")["classLabel"].update(numClasses=str(10**12)),
+     "it has 1000000000000 classes"),
     (lambda d: d.clear(), "cannot be read"),
 ])
 def test_other_features_are_refused(tmp_path, change, message):

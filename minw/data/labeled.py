@@ -49,19 +49,17 @@ def find(source: pathlib.Path) -> list[Example]:
   Raises:
     UsageError: The source is something else, or its classes are not usable.
   """
-  if source.is_dir():
-    examples = _in_folders(source)
-  elif source.suffix.lower() in _READERS and source.is_file():
-    try:
-      examples = list(_READERS[source.suffix.lower()](source))
-    except errors.UsageError:
-      raise
-    except Exception as error:  # The file is not trusted.
-      raise _refusal(source, f"cannot be read ({error})") from error
-  else:
+  read = _in_folders if source.is_dir() else _READERS.get(source.suffix.lower())
+  if read is None or not (source.is_dir() or source.is_file()):
     raise errors.bad_value(
         "source", str(source), "a folder with a folder of images for each class, or a"
         " .csv, .jsonl or .npz file")
+  try:
+    examples = list(read(source))
+  except errors.UsageError:
+    raise
+  except Exception as error:  # Files are not trusted, and folders may be unreadable.
+    raise _refusal(source, f"cannot be read ({error})") from error
   _check(source, examples)
   return examples
 
@@ -103,24 +101,22 @@ def _check(source: pathlib.Path, examples: list[Example]) -> None:
                      f" {example.split} and none in train")
 
 
-def _in_folders(source: pathlib.Path) -> list[Example]:
-  """Lists FOLDER/CLASS/* or FOLDER/SPLIT/CLASS/*."""
+def _in_folders(source: pathlib.Path) -> Iterator[Example]:
+  """Yields the images in FOLDER/CLASS/* or FOLDER/SPLIT/CLASS/*."""
   names = _folders(source, source)
   splits = [name for name in names if name in SPLITS]
   if not splits:
-    return list(_classes(source, source, names, None))
+    yield from _classes(source, source, names, None)
+    return
   if "train" not in splits or len(splits) < len(names):
     raise _refusal(
         source, f"has the folders {', '.join(map(text.quoted, names[:5]))}: must be"
         " classes, or splits: train, validation and test")
-  if "val" in splits and "valid" in splits or "validation" in splits and (
-      len(splits) > 3 or not {"val", "valid"}.isdisjoint(splits)):
+  if len({SPLITS[split] for split in splits}) < len(splits):
     raise _refusal(source, "has several folders of validation images")
-  examples = []
   for split in splits:
     folder = source / split
-    examples += _classes(source, folder, _folders(source, folder), SPLITS[split])
-  return examples
+    yield from _classes(source, folder, _folders(source, folder), SPLITS[split])
 
 
 def _folders(source: pathlib.Path, folder: pathlib.Path) -> list[str]:

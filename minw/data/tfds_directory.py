@@ -18,6 +18,8 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _DESCRIPTION_BYTES = 2**24
 # Keys under which such files name classes. Old versions of TFDS wrote the last one.
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+# Largest number of classes that is accepted.
+_MOST_CLASSES = 2**20
 _FEATURES = "tensorflow_datasets.core.features."
 
 
@@ -126,6 +128,8 @@ def contents(directory: pathlib.Path) -> Contents:
   label_key = _only(features, "class_label_feature.ClassLabel")
   shape = _image_shape(features[image_key])
   count = int(features[label_key]["classLabel"]["numClasses"])
+  if not 1 <= count <= _MOST_CLASSES:
+    raise ValueError(f"it has {count} classes; 1 to {_MOST_CLASSES:,} are accepted")
   mean, std = _statistics(directory, shape[-1])
   return Contents(
       image_key, label_key, shape, _label_names(directory, label_key, count),
@@ -160,7 +164,7 @@ def _label_names(
 ) -> tuple[str, ...]:
   """Returns the names of the classes, which are numbers where there are no names."""
   path = directory / f"{label_key}.labels.txt"
-  names = _text(path).splitlines() if path.exists() else []
+  names = _text(path).split("\n") if path.exists() else []
   names = [name for name in names if name]
   if not names:
     return tuple(map(str, range(count)))
