@@ -14,7 +14,8 @@ FIELDS = {
                      "Directory that `python -m minw.prepare` wrote the data to."),
         "train_examples": (0,
                            "Number of training examples to use, starting at the first "
-                           "one; 0 for all. Streamed data require 0."),
+                           "one; 0 for all. Streamed data, such as "
+                           "imagenet2012, require 0."),
         "crop_size": (24, "Side of crops in pixels. Training takes random crops, and "
                           "evaluation takes the central crop."),
         "crop_padding": (0, "Number of pixels of mean value that are added on each "
