@@ -598,7 +598,8 @@ def test_evaluate_takes_no_paths_and_workers_of_a_file(tmp_path, monkeypatch):
 
   class Split:
 
-    def __init__(self, records, name, *, workers, max_damaged):
+    def __init__(self, records, name, *, workers, max_damaged, channels):
+      assert channels == 3
       asked.append((records, workers, max_damaged))
 
     def centres(self, *arguments, **options):
