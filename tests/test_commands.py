@@ -11,6 +11,7 @@ import re
 import shlex
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 import pytest
 
@@ -143,11 +144,15 @@ def accepted(run, module, argv):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A folder with what the clone holds beside minw, and an image."""
+  """A folder with what the clone holds beside minw, an image, and a data set."""
   path = tmp_path_factory.mktemp("clone")
   for name in ("experiments", "launch", "results"):
     (path / name).symlink_to(ROOT / name)
   Image.new("L", (8, 8)).save(path / "image.png")
+  # The data set of the page on own images.
+  np.savez(path / "shapes.npz", labels=np.arange(180) % 3, images=np.random.default_rng(
+      0).integers(0, 256, (180, 24, 24, 3), np.uint8))
+  prepare.prepare_images("shapes", path / "data", path / "shapes.npz")
   return path
 
 
