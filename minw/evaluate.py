@@ -197,6 +197,10 @@ def evaluate_model(
       info.provides(source_shape) and info.num_classes == network.program.num_classes,
       "dataset", dataset, f"one of images of shape {network.program.source_shape} in"
       f" {network.program.num_classes} classes, as the network has")
+  labels = network.program.metadata.get("labels")
+  errors.check(dataset in datasets.NAMES or not labels
+               or tuple(labels) == tuple(info.label_names),
+               "dataset", dataset, "one with the labels that the network has")
   batches = sources.source_batches(
       info, split, data_dir, batch_size, image_shape=source_shape,
       shrink=infer.shrinks(network.program), max_damaged=defaults.max_damaged,

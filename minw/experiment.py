@@ -117,6 +117,7 @@ class Experiment:
     config: The config; see `config.default_config`.
     info: Description of the part of the data set that is used. `image_shape` is the
       shape of a packed network's images.
+    data_facts: The facts of the data set that checkpoints record; see `datasets.facts`.
     image_shape: Shape of the network's input.
     pixels: Normalization of the network's input.
     model: The network, a Flax module.
@@ -143,6 +144,7 @@ class Experiment:
     c = self.config = config
     config_lib.validate(c)
     self.info = datasets.info(c.dataset, c.data_dir)
+    self.data_facts = datasets.facts(c.dataset, c.data_dir)
     self.info = self.info.resized(c.eval_resize or c.crop_size)
     examples = c.train_examples or self.info.splits["train"]
     self.info = self.info._replace(splits=self.info.splits | {"train": examples})

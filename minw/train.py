@@ -511,6 +511,7 @@ def _first_state(
   if restored.run:
     before = config_lib.from_json(json.dumps(restored.run["config"]))
     together(run_files.check_same, workdir, before, experiment.config)
+    together(checkpoint.check_same_data, workdir, restored.run, experiment.config)
   state = TrainState(*(restored.tree[name] for name in TrainState._fields))
   return state, restored.run
 
@@ -676,6 +677,7 @@ def _save(
     run.writer.sync()  # The records must reach the disk before the checkpoint does.
   checkpoint.save(run.manager, step, tree, accuracy, {
       "config": config_lib.to_fields(run.experiment.config),
+      "data": run.experiment.data_facts,
       "journal": run.journal.content,
       **(run.writer.lines if run.writer else {})})
   run.journal.note()

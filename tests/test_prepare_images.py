@@ -1,5 +1,6 @@
 """minw.prepare on a user's own images, and training on them."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,13 +12,19 @@ import pytest
 import tensorflow_datasets as tfds
 
 from minw import errors
+from minw import evaluate
+from minw import pack
+from minw import packed
 from minw import prepare
+from minw import train
+from minw import verify
 from minw.data import collection
 from minw.data import datasets
 from own_images import picture
 from own_images import png
 from own_images import write_classes
 from own_images import write_tfds
+from short_runs import tiny_config
 
 
 def refusal(*arguments, **options) -> str:
@@ -194,3 +201,49 @@ def test_from_a_folder_to_a_packed_network(command, tmp_path):
   before = (tmp_path / "mine.minw").read_bytes()
   done = run("minw.pack", "--workdir=run", "--out=mine.minw", "--data_dir=moved")
   assert done.code == 0 and (tmp_path / "mine.minw").read_bytes() == before, done.err
+
+
+CONFIG = tiny_config(  # Its data are in the working directory.
+    dataset="mine", data_dir="data", crop_size=8, batch_size=8, eval_batch_size=4,
+    num_epochs=1, conv_widths=(), dense_widths=(8,))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A folder with data, a run on them, and its packed network."""
+  folder = tmp_path_factory.mktemp("trained")
+  write_classes(folder / "source", {"cat": 20, "dog": 20})
+  prepare.prepare_images("mine", folder / "data", folder / "source")
+  with contextlib.chdir(folder):
+    train.train_and_evaluate(CONFIG, "run")
+    packed.write("mine.minw", pack.pack_workdir("run"))
+  return folder
+
+
+@pytest.mark.parametrize("counts, change, differing", [
+    ({"cat": 20, "dog": 20}, lambda x: x // 2, ["mean", "std"]),
+    ({"cat": 20, "hen": 20}, lambda x: x, ["labels"]),
+    ({"cat": 20, "dog": 30}, lambda x: x, ["mean", "std", "splits"])])
+def test_other_data_in_the_same_place_are_refused(
+    trained, tmp_path, monkeypatch, counts, change, differing):
+  """The mean is folded into a packed network, and labels are only numbers in it."""
+  write_classes(tmp_path / "source", counts)
+  for i, path in enumerate(sorted((tmp_path / "source").glob("*/*.png"))):
+    path.write_bytes(png(change(picture(i))))
+  prepare.prepare_images("mine", tmp_path / "data", tmp_path / "source")
+  shutil.copytree(trained / "run", tmp_path / "run")
+  shutil.copy(trained / "mine.minw", tmp_path)
+  monkeypatch.chdir(tmp_path)
+  os.remove("run/status.json")  # Otherwise the run has nothing to resume.
+  for refused in (lambda: pack.pack_workdir("run"),
+                  lambda: verify.verify_workdir("run", "mine.minw"),
+                  lambda: evaluate.evaluate_workdir("run"),
+                  lambda: train.train_and_evaluate(CONFIG, "run")):
+    with pytest.raises(errors.UsageError, match="is not the data set that") as error:
+      refused()
+    assert all(name in str(error.value) for name in differing)
+  place = str(trained / "data")
+  assert pack.pack_workdir("run", data_dir=place).num_classes == 2
+  if "labels" in differing:
+    with pytest.raises(errors.UsageError, match="labels that the network has"):
+      evaluate.evaluate_model("mine.minw", "test", data_dir="data")

@@ -201,6 +201,21 @@ def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
   return found
 
 
+def facts(name: str, data_dir: str | os.PathLike | None) -> dict[str, Any] | None:
+  """Returns what the networks that are trained on a data set depend on.
+
+  Returns:
+    The shape of the images, the labels, the mean, the deviation and the sizes of the
+    splits, as JSON has them. None for a data set that comes with minw: it is the same
+    everywhere.
+  """
+  if name in _INFOS:
+    return None
+  found = info(name, data_dir)
+  return {"image_shape": list(found.image_shape), "labels": list(found.label_names),
+          "mean": list(found.mean), "std": list(found.std), "splits": found.splits}
+
+
 def _prepared_info(name: str, data_dir: str | os.PathLike | None) -> Info:
   """Returns the description of a data set that minw does not know by name."""
   contents = _contents(name, data_dir)

@@ -26,6 +26,7 @@ from minw import config as config_lib
 from minw import distributed
 from minw import errors
 from minw import json_files
+from minw.data import datasets
 from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
@@ -380,7 +381,7 @@ def read_run(
 
   Raises:
     errors.UsageError: There is no run, its config cannot be used, it has no checkpoint,
-      or its status is damaged.
+      its status is damaged, or its data set has changed.
   """
   config = run_files.read_config(workdir)
   try:
@@ -395,6 +396,7 @@ def read_run(
       saved = (restore_best if which == "best" else restore_newest)(manager)
   if saved is None:
     raise errors.bad_value("workdir", workdir, "a run that has a checkpoint")
+  check_same_data(workdir, saved.run, config, data_dir)
   status = run_files.read_status(workdir)
   if status and status["state"] == "done":
     expected = status.get("best_step") if which == "best" else status["step"]
@@ -402,6 +404,36 @@ def read_run(
       _log.warning("%s: the checkpoint of step %d is missing; that of step %d is used",
                    workdir, expected, saved.step)
   return Run(config, saved, status)
+
+
+def check_same_data(
+    workdir: str, run: dict[str, Any] | None, config: config_lib.Config,
+    data_dir: str | None = None,
+) -> None:
+  """Checks that the data set of a run is still the one that it was trained on.
+
+  A network folds the mean of its training images, and its labels are those of the data
+  set. Other data in the same place would make another network of the same weights.
+
+  Args:
+    workdir: Directory of the run.
+    run: Records of the run in its checkpoint, see `save`.
+    config: Config of the run.
+    data_dir: Directory of the prepared data sets, if the config names another one.
+
+  Raises:
+    errors.UsageError: The data set differs. The message says in what.
+  """
+  recorded = (run or {}).get("data")
+  if recorded is None:
+    return
+  place = config.data_dir if data_dir is None else data_dir
+  found = datasets.facts(config.dataset, place) or {}
+  different = [name for name, value in recorded.items() if found.get(name) != value]
+  if different:
+    raise errors.UsageError(
+        f"workdir={workdir!r}: {config.dataset} in data_dir={place!r} is not the data"
+        f" set that the run was trained on ({', '.join(different)} differ)")
 
 
 def newest_step(workdir: str) -> int:
