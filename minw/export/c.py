@@ -227,6 +227,7 @@ class _Writer:
       raise ValueError(f"the C code would keep {4 * self.memory.words} bytes of"
                        f" values; it may keep at most {most}")
     self.sliced = c_sliced.find(self)
+    self.mostly_minus: set[int] = set()  # Values whose codes are mostly negative.
     self.flash = 0  # Bytes of constants.
 
   def title(self) -> str:
@@ -235,8 +236,8 @@ class _Writer:
 
   def stack(self) -> int:
     """Returns the largest number of bytes of stack that a call takes."""
-    return max(_STACK + self.memory.depth * _STACK_OF_FUNCTION,
-               *(_STACK_OF_SLICED + value.stack for value in self.sliced.values()), 0)
+    return max([_STACK + self.memory.depth * _STACK_OF_FUNCTION,
+                *(_STACK_OF_SLICED + value.stack for value in self.sliced.values())])
 
   def declarations(self) -> str:
     """Returns the declarations for programs that call the network."""
@@ -253,7 +254,7 @@ class _Writer:
     inlined = {j for value in self.sliced.values() for j in value.inlined}
     values = [self._function(i) for i in range(1, len(self.kinds))
               if not self.memory.is_term(i) and i not in inlined]
-    if self.sliced:
+    if any(value.input for value in self.sliced.values()):
       self.flash += c_sliced.CONSTANTS
     run = self._run()
     body = "\n\n".join(values)

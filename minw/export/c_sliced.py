@@ -30,7 +30,7 @@ import numpy as np
 
 from minw import packed
 
-CONSTANTS = 132  # Bytes of constants in the C functions below.
+CONSTANTS = 132  # Bytes of constants of the C function `more`.
 
 _LEVELS = {1: (1,), 2: (0, 1)}  # Bits k of v for weights of 1 and 2 bits.
 _MOST_PIXELS = 128  # The sums of more bytes, twice each, do not fit in 16 bits.
@@ -39,18 +39,18 @@ _MOST_PIXELS = 128  # The sums of more bytes, twice each, do not fit in 16 bits.
 HELPERS = {
     "first": """\
 /* The number of zeros above the first one of a word that is not 0. */
-#ifdef __GNUC__
-#define first(v) __builtin_clz(v)
-#else
 static int first(uint32_t v) {
+#ifdef __GNUC__
+  return __builtin_clz(v);
+#else
   int n = 0;
   if (!(v >> 16)) n += 16, v <<= 16;
   if (!(v >> 24)) n += 8, v <<= 8;
   if (!(v >> 28)) n += 4, v <<= 4;
   if (!(v >> 30)) n += 2, v <<= 2;
   return n + !(v >> 31);
-}
-#endif""",
+#endif
+}""",
     "more": """\
 /* The input of a convolution, with bit-planes for each word of channels, and the window
    that reads it. A word has the weights of `size` channels. */
