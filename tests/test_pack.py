@@ -23,7 +23,6 @@ from minw import verify
 from minw.data import pixels as pixels_lib
 from minw.kernels import native
 from minw.packing import layer_rules
-from network_variables import variables_of
 from packed_models import randomized
 
 PIXELS = pixels_lib.pixels("integer", (0.49, 0.48, 0.45), (0.2, 0.2, 0.2))
@@ -434,12 +433,23 @@ def assert_as_trained(program, model, variables):
     ids=range(6))
 def test_scales_fold(model, weight_scale):
   """Bit for bit, also through shortcuts of codes that have a scale."""
-  network = scaled(model, weight_scale)()
-  variables = variables_of(
-      network, (17, 17, 3), 2, step=lambda rng, n: rng.uniform(0.3, 1, n))
-  program = assert_packs(network, size=17, variables=variables, untraced=False)
+  network, shape = scaled(model, weight_scale)(), (17, 17, 3)
+  rng = np.random.default_rng(2)
+  x = pixels_lib.normalize(rng.integers(0, 256, (8, *shape), np.uint8), PIXELS)
+  variables = jax.jit(lambda: layers.initialize(network, shape))()
+  variables["params"] = jax.tree.map(
+      lambda leaf: leaf * rng.choice([-1, 0.6, 1.4], leaf.shape).astype(np.float32)
+      + np.float32(0.2 * (leaf.ndim == 1)), variables["params"])
+  apply = jax.jit(network.apply, static_argnames=("mode", "mutable"))
+  _, stats = apply(variables, x, 1.0, mode="train", mutable="batch_stats")
+  variables = jax.device_get({**variables, **stats})
+  program = assert_packs(network, size=17, count=3, variables=variables)
   assert not any(isinstance(op, packed.FloatNorm) for op in program.ops)
-  assert_as_trained(program, network, variables)
+  # And the logits are the trained network's, where no code is next to a threshold.
+  hard = fold.fold(network, variables, pixels_lib.probe(PIXELS, shape))
+  trained = apply(variables, x, 1.0, mode="mixed")
+  near = np.isclose(apply(hard, x, 1.0, mode="hard"), trained, rtol=1e-3, atol=1e-3)
+  assert near.all(-1).sum() >= 6 and np.ptp(trained, 0).min() > 0.1
 
 
 def test_scales_of_shortcuts_beside_floats():
