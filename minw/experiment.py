@@ -144,7 +144,7 @@ class Experiment:
     c = self.config = config
     config_lib.validate(c)
     self.info = datasets.info(c.dataset, c.data_dir)
-    self.data_facts = datasets.facts(c.dataset, c.data_dir)
+    self.data_facts = datasets.facts(self.info)
     self.info = self.info.resized(c.eval_resize or c.crop_size)
     examples = c.train_examples or self.info.splits["train"]
     self.info = self.info._replace(splits=self.info.splits | {"train": examples})

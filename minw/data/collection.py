@@ -193,7 +193,7 @@ def _read(example: labeled.Example, shape: tuple[int, int, int]) -> np.ndarray:
     return image_files.read(example.content, shape)
   image = np.squeeze(example.content, axis=tuple(
       axis for axis in (2,) if example.content.shape[2:] == (1,)))
-  part = images.flatten(Image.fromarray(image), {1: "L", 3: "RGB"}[shape[-1]])
+  part = images.flatten(Image.fromarray(image), images.MODES[shape[-1]])
   return images.fit([part], *shape[:2])
 
 

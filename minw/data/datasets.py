@@ -147,8 +147,6 @@ _LARGEST_IN_MEMORY = 2**31
 _SIDE = 256
 # Largest number of training images that are measured where nothing says their mean.
 _MEASURED = 10_000
-# Pillow's modes by number of channels.
-_MODES = {1: "L", 3: "RGB"}
 
 
 class _Layout(NamedTuple):
@@ -201,17 +199,19 @@ def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
   return found
 
 
-def facts(name: str, data_dir: str | os.PathLike | None) -> dict[str, Any] | None:
+def facts(found: Info) -> dict[str, Any] | None:
   """Returns what the networks that are trained on a data set depend on.
+
+  Args:
+    found: Description of the data set, from `info`.
 
   Returns:
     The shape of the images, the labels, the mean, the deviation and the sizes of the
     splits, as JSON has them. None for a data set that comes with minw: it is the same
     everywhere.
   """
-  if name in _INFOS:
+  if found.name in _INFOS:
     return None
-  found = info(name, data_dir)
   return {"image_shape": list(found.image_shape), "labels": list(found.label_names),
           "mean": list(found.mean), "std": list(found.std), "splits": found.splits}
 
@@ -306,7 +306,7 @@ def _measured(
   with _reading(records):
     for i in range(count):
       with decoding.open_image(records[i * len(records) // count]["image"]) as opened:
-        image = decoding.flatten(opened, _MODES[channels])
+        image = decoding.flatten(opened, decoding.MODES[channels])
       total += statistics.moments(
           np.asarray(image).reshape(image.height, image.width, channels))
   return statistics.mean_and_std(total)
@@ -345,7 +345,7 @@ def load(
   from minw.data import images as decoding
 
   records: Any = open_records(name, split, data_dir)
-  mode = _MODES[wanted.image_shape[-1]]
+  mode = decoding.MODES[wanted.image_shape[-1]]
   with _reading(records):
     encoded = records.__getitems__(range(len(records)))
     images = np.empty((len(records), *wanted.image_shape), np.uint8)

@@ -18,6 +18,9 @@ from PIL import JpegImagePlugin
 Color = tuple[int, int, int]
 BLACK: Color = (0, 0, 0)
 
+# Pillow's modes by number of channels.
+MODES = {1: "L", 3: "RGB"}
+
 # Formats that are opened. Others are refused, among them those that run a program (EPS)
 # and those that are recognized by next to nothing (TGA).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -262,7 +265,7 @@ def centre(
     image.draft(None, (side, side))
   check_size(*image.size)
   if channels in (1, 3):
-    parts = [flatten(image, {1: "L", 3: "RGB"}[channels], background)]
+    parts = [flatten(image, MODES[channels], background)]
   else:
     parts = _channels(image, channels)
   turn = _UPRIGHT.get(_orientation(image)) if upright else None
@@ -386,7 +389,7 @@ def random_crop(
                      math.ceil(height * size / (box[3] - box[1]))))
   across, down = image.width / width, image.height / height
   box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-  image = flatten(image, {1: "L", 3: "RGB"}[channels])
+  image = flatten(image, MODES[channels])
   image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
   if flip and rng.random() < 0.5:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

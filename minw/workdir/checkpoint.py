@@ -428,7 +428,7 @@ def check_same_data(
   if recorded is None:
     return
   place = config.data_dir if data_dir is None else data_dir
-  found = datasets.facts(config.dataset, place) or {}
+  found = datasets.facts(datasets.info(config.dataset, place)) or {}
   different = [name for name, value in recorded.items() if found.get(name) != value]
   if different:
     raise errors.UsageError(
