@@ -107,6 +107,11 @@ FIELDS = {
         "bop_adaptivity_rate": (1e-4, "Adaptivity rate of Bop, which updates one-bit "
                                       "weights. Adam updates all others."),
         "bop_threshold": (1e-8, "Threshold of Bop."),
+        "class_weights": ("none",
+                          "Weights of classes in the loss of training: none, or "
+                          "balanced for weights that are inversely proportional to "
+                          "the number of training images of a class, with mean 1 over "
+                          "these images."),
         "weight_decay": (0.0, "L2 penalty on all kernels, which is added to the "
                               "gradient."),
         "learning_rate": (0.01, "Learning rate at the start."),

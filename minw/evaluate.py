@@ -9,7 +9,7 @@ A run is evaluated as its hard network, which has the same logits as the packed 
 import collections
 import json
 import os
-from typing import Any, Iterator
+from typing import Any, Iterable, Sequence
 
 from absl import flags
 import jax
@@ -19,6 +19,7 @@ import optax
 
 from minw import cli
 from minw import config as config_lib
+from minw import confusion
 from minw import errors
 from minw import infer
 from minw import text
@@ -53,8 +54,24 @@ class Evaluator:
     Returns:
       {"loss", "accuracy"}, and "top5_accuracy" with 100 classes or more.
     """
-    sums = self._sums(self._experiment.fold(variables), data, 1.0, mode="hard")
-    return _means(sums)
+    return self.confused(variables, data)[0]
+
+  def confused(
+      self, variables: Any, data: Any
+  ) -> tuple[dict[str, float], np.ndarray]:
+    """Evaluates the hard network and counts which class is taken for which.
+
+    Args:
+      variables: Trained variables, {"params", "batch_stats"}.
+      data: The split, from `Experiment.data.load`.
+
+    Returns:
+      The result of `hard`, and the confusion matrix; see `minw.confusion`.
+    """
+    sums, labels, predicted = self._sums(
+        self._experiment.fold(variables), data, 1.0, mode="hard")
+    return _means(sums), confusion.count(
+        labels, predicted, self._experiment.info.num_classes)
 
   def mixed(
       self, variables: Any, data: Any, alpha: jax.Array
@@ -71,18 +88,25 @@ class Evaluator:
       more. "input_distance" is a dict from layers' paths to the mean distance of
       activations from their grid.
     """
-    sums = self._sums(variables, data, alpha, mode="mixed")
+    sums, _, _ = self._sums(variables, data, alpha, mode="mixed")
     distance = {path: value / sums["count"] for path, value in sums["distance"].items()}
     return {**_means(sums), "input_distance": distance}
 
   def _sums(self, variables, data, alpha, mode):
-    sums = []
+    """Returns sums over a split, its labels and the predicted classes.
+
+    An example that is not counted has the label -1.
+    """
+    sums, classes = [], []
     for part, start in self._experiment.data.eval_batches(data):
-      sums.append(self._step(variables, part, start, alpha, mode=mode))
+      batch = self._step(variables, part, start, alpha, mode=mode)
       # Without this wait, streamed batches would pile up in memory.
-      jax.block_until_ready(sums[-2:-1])
-    return jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
+      jax.block_until_ready(sums[-1:])
+      sums.append(batch[0])
+      classes.append(batch[1])
+    sums = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
                         *jax.device_get(sums))
+    return sums, *np.concatenate(jax.device_get(classes), axis=1)
 
   def _eval_step(self, variables, data, start, alpha, mode):
     images, labels, mask = self._experiment.data.eval_inputs(data, start)
@@ -91,7 +115,8 @@ class Evaluator:
         variables, images, alpha, mode=mode, mutable=["distance"],
         rngs={"estimator": key})
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    predicted = jnp.argmax(logits, axis=-1)
+    correct = (predicted == labels).astype(jnp.float32)
     total = lambda values: jnp.sum(jnp.where(mask, values, 0.0))
     distance = {
         "/".join(str(part.key) for part in path[:-2]): total(values) for path, values
@@ -101,7 +126,11 @@ class Evaluator:
     if logits.shape[-1] >= _TOP5_CLASSES:
       best = jax.lax.top_k(logits, 5)[1]
       sums["top5"] = total((best == labels[:, None]).any(-1).astype(jnp.float32))
-    return sums
+    # Every process needs the classes of all examples.
+    classes = jax.lax.with_sharding_constraint(
+        jnp.stack([jnp.where(mask, labels, -1), predicted]),
+        self._experiment.replicated)
+    return sums, classes
 
 
 def _means(sums: dict[str, Any]) -> dict[str, float]:
@@ -127,9 +156,9 @@ def evaluate_workdir(
       config sets it.
 
   Returns:
-    {"step"} and the result of `Evaluator.hard`. For streamed data there are also
-    "damaged", the number of images that were left out, and "decode_rate"; see
-    `streamed.Split`.
+    {"step"}, the result of `Evaluator.hard` and that of `confusion.results`. For
+    streamed data there are also "damaged", the number of images that were left out, and
+    "decode_rate"; see `streamed.Split`.
 
   Raises:
     errors.UsageError: There is no run, no checkpoint or no data, its status is damaged,
@@ -145,7 +174,9 @@ def evaluate_workdir(
   experiment = Experiment(config)
   variables = checkpoint.hard_variables(saved.tree)
   data = experiment.data.load(split)
-  return {"step": saved.step, **Evaluator(experiment).hard(variables, data),
+  means, matrix = Evaluator(experiment).confused(variables, data)
+  return {"step": saved.step, **means,
+          **confusion.results(matrix, experiment.info.label_names),
           **experiment.data.report(data)}
 
 
@@ -173,7 +204,8 @@ def evaluate_model(
       that of a default config.
 
   Returns:
-    {"loss", "accuracy"}, and "top5_accuracy" with 100 classes or more.
+    {"loss", "accuracy"}, "top5_accuracy" with 100 classes or more, and the result of
+    `confusion.results`.
 
   Raises:
     errors.UsageError: The file is not a packed network, or there are no data for it.
@@ -205,16 +237,26 @@ def evaluate_model(
       info, split, data_dir, batch_size, image_shape=source_shape,
       shrink=infer.shrinks(network.program), max_damaged=defaults.max_damaged,
       workers=defaults.data_workers if data_workers is None else data_workers)
-  return _means(_packed_sums(network, batches))
+  return _packed_results(network, batches, info.label_names)
 
 
-def _packed_sums(
-    network: infer.Network, batches: Iterator[Examples]) -> dict[str, float]:
-  """Returns the sums over examples of a packed network, which `_means` divides."""
+def _packed_results(
+    network: infer.Network, batches: Iterable[Examples], labels: Sequence[str]
+) -> dict[str, Any]:
+  """Evaluates a packed network; see `evaluate_model` for the result.
+
+  Args:
+    network: The network.
+    batches: Batches of its images. Those with the label -1 are not counted.
+    labels: Names of the classes.
+  """
   sums: Any = collections.Counter()
+  matrix = np.zeros((len(labels), len(labels)), np.int64)
   for part, wanted in batches:
     wanted = np.asarray(wanted)
     logits = network.logits(np.asarray(part)).astype(np.float64)[wanted >= 0]
+    matrix += confusion.count(
+        wanted[wanted >= 0], np.argmax(logits, axis=-1), len(labels))
     wanted = wanted[wanted >= 0, None]
     shifted = logits - logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(shifted).sum(-1))
@@ -225,7 +267,7 @@ def _packed_sums(
     sums["correct"] += int((order[:, :1] == wanted).sum())
     if network.program.num_classes >= _TOP5_CLASSES:
       sums["top5"] += int((order[:, :5] == wanted).sum())
-  return sums
+  return {**_means(sums), **confusion.results(matrix, labels)}
 
 
 def define_flags() -> None:
@@ -250,6 +292,10 @@ def define_flags() -> None:
       "data_dir", None,
       "Directory of the prepared data sets. The default is that of the run's config, "
       "or ~/tensorflow_datasets for a packed network.")
+  cli.DEFINE_path(
+      "confusion", None,
+      "JSON file to write the confusion matrix to. A picture of it is drawn beside the "
+      "file, with the suffix .png.")
   flags.DEFINE_integer(
       "data_workers", None,
       "Number of processes that decode images of imagenet2012. The default is that of "
@@ -263,6 +309,9 @@ def main() -> None:
   f = flags.FLAGS
   if (f.workdir is None) == (f.model is None):
     raise errors.UsageError("one of --workdir and --model must be given, not both")
+  errors.check(f.confusion is None or (f.confusion.endswith(".json")
+                                       and not os.path.isdir(f.confusion)),
+               "confusion", f.confusion, "a file whose name ends in .json")
   if f.workdir is not None:
     errors.check(f.dataset is None, "dataset", f.dataset,
                  "left out with --workdir, whose config names it")
@@ -273,7 +322,11 @@ def main() -> None:
                  "left out with --model, which holds a single checkpoint")
     result = evaluate_model(
         f.model, f.split, f.dataset, f.data_dir, data_workers=f.data_workers)
-  print(json.dumps({"split": f.split, "mode": "hard", **result}))
+  result = {"split": f.split, "mode": "hard", **result}
+  if f.confusion:
+    confusion.write(f.confusion, result)
+  del result["confusion"]
+  print(json.dumps(result))
 
 
 if __name__ == "__main__":

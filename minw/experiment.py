@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import numpy as np
 import optax
 
 from minw import config as config_lib
@@ -106,6 +107,21 @@ def _check_memory(
   errors.check(needed <= available, f"config.{widest}", c[widest],
                f"narrower: training takes at least {needed / 1e9:.1f} GB, and"
                f" {available / 1e9:.1f} GB are available")
+
+
+def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:
+  """Returns weights of classes that are inversely proportional to their counts.
+
+  Args:
+    counts: Number of images of each class, integers (classes,).
+
+  Returns:
+    A weight for each class. Their mean over the images is 1. A class without images has
+    the weight 0.
+  """
+  present = counts > 0
+  scale = counts.sum() / present.sum()
+  return tuple(np.where(present, scale / np.maximum(counts, 1), 0.0).tolist())
 
 
 class Experiment:
@@ -224,6 +240,18 @@ class Experiment:
   def one_bit_layers(self) -> set[str]:
     """The paths of the layers whose weights have one bit."""
     return {path for path, layer in self.grid_layers.items() if layer.bits == 1}
+
+  @functools.cached_property
+  def class_weights(self) -> tuple[float, ...] | None:
+    """The weight of each class in the loss of training; None if none has any.
+
+    The weight is inversely proportional to the number of training images of the class,
+    and its mean over these images is 1. It is 0 for a class without training images.
+    Counting them takes one pass over the files of the training images.
+    """
+    if self.config.class_weights == "none":
+      return None
+    return balanced_weights(datasets.class_counts(self.info, self.config.data_dir))
 
   def jit(self, function: Callable, **options: Any) -> Callable:
     """Calls `jax.jit` with the compiler options that the config requires."""

@@ -39,6 +39,9 @@ ALPHAS = {alpha: {"label": rf"$\alpha$ = {name}", "color": color, "linewidth": 2
           for alpha, name, color in ((0.0, "0, identity", "#BBBBBB"),
                                      (0.5, "0.5", "#6DBBEA"), (0.8, "0.8", BLUE),
                                      (1.0, "1, quantizer", "#10284B"))}
+# Largest numbers of classes for which a confusion matrix has its counts and labels.
+_COUNTED_CLASSES, _LABELED_CLASSES = 20, 100
+
 STE = {"label": "straight-through estimator", "color": VERMILION,
        "linestyle": (0, (3, 2)), "linewidth": 1.5}
 
@@ -127,6 +130,45 @@ def curves_figure(lines: Sequence[dict[str, Any]], title: str = "") -> Any:
   fig.suptitle("\n".join(filter(None, [
       title, "test accuracy " + ", ".join(tests) if tests else ""])),
       fontsize=11, parse_math=False)  # A path may contain dollar signs.
+  return fig
+
+
+def confusion_figure(
+    matrix: np.ndarray, labels: Sequence[str], title: str = ""
+) -> Any:
+  """Draws a confusion matrix; darker cells have a larger share of their row's images.
+
+  Up to 20 classes, cells also have their counts. Up to 100 classes, rows and columns
+  have their labels.
+
+  Args:
+    matrix: Number of images of each label (row) that are taken for each class (column).
+    labels: Names of the classes.
+    title: Title of the figure.
+
+  Returns:
+    The matplotlib Figure. Its axes are the matrix.
+  """
+  from matplotlib import figure
+
+  size = len(labels)
+  side = min(max(4.0, 0.45 * size), 14.0)
+  fig = figure.Figure(figsize=(side + 1, side), dpi=120, layout="constrained")
+  axes = fig.subplots()
+  share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+  axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+  if size <= _COUNTED_CLASSES:
+    for (i, j), number in np.ndenumerate(matrix):
+      axes.text(j, i, f"{number}" if number else "", ha="center", va="center",
+                fontsize=8, color="white" if share[i, j] > 0.5 else "black")
+  if size <= _LABELED_CLASSES:
+    font = min(9.0, 600 / (8 * size))
+    shown = [_shortened(label, 20) for label in labels]
+    axes.set_xticks(range(size), shown, rotation=90, fontsize=font, parse_math=False)
+    axes.set_yticks(range(size), shown, fontsize=font, parse_math=False)
+  axes.set_xlabel("predicted class")
+  axes.set_ylabel("label")
+  axes.set_title(title, fontsize=10, parse_math=False)
   return fig
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from typing import Any, Callable, Iterator, NamedTuple, cast
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from minw import config as config_lib
+from minw import confusion
 from minw import display
 from minw import distributed
 from minw import errors
@@ -126,7 +127,8 @@ def update(
     key: Random key for the noise of the estimator. Estimators without noise ignore it.
 
   Returns:
-    The state after the step, and the mean loss of the batch, float32 ().
+    The state after the step, and the mean loss of the batch, float32 (). Losses are
+    multiplied with the weights of their classes; see `Experiment.class_weights`.
   """
   alpha = experiment.alpha(state.step)
 
@@ -134,7 +136,7 @@ def update(
     logits, changed = experiment.model.apply(
         {"params": params, "batch_stats": state.batch_stats}, images, alpha,
         mode="train", mutable=["batch_stats"], rngs={"estimator": key})
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = _losses(logits, labels, experiment.class_weights)
     return losses.mean(), (logits, changed["batch_stats"])
 
   (loss, (logits, batch_stats)), gradients = jax.value_and_grad(
@@ -157,6 +159,17 @@ def update(
       diverged_at=jnp.where(
           finite | (totals.diverged_at >= 0), totals.diverged_at, state.step))
   return TrainState(state.step + 1, params, batch_stats, opt_state, totals), loss
+
+
+def _losses(
+    logits: jax.Array, labels: jax.Array | np.ndarray,
+    class_weights: Sequence[float] | None,
+) -> jax.Array:
+  """Returns the cross-entropy of each example, times the weight of its class."""
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  if class_weights is None:
+    return losses
+  return losses * jnp.asarray(class_weights, losses.dtype)[labels]
 
 
 def make_init_state(experiment: Experiment) -> Callable[[], TrainState]:
@@ -281,9 +294,9 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   Args:
     config: Config of the run, see `config.default_config`.
     workdir: Directory of the run. It is created if it is missing. It receives
-      config.json, run.json, metrics.jsonl, status.json, curves.png, tensorboard/ and
-      checkpoints/, and histograms.jsonl if the config asks for it. Its lock is held
-      until this function returns.
+      config.json, run.json, metrics.jsonl, status.json, confusion.json, confusion.png,
+      curves.png, tensorboard/ and checkpoints/, and histograms.jsonl if the config asks
+      for it. Its lock is held until this function returns.
 
   Returns:
     The final content of status.json: `state` ("done", "diverged" or "preempted"),
@@ -456,6 +469,9 @@ def _train(
   begun = time.monotonic()
   splits = _Splits(*(distributed.together(experiment.data.load, split)
                      for split in _Splits._fields))
+  # The weights are constants of the training step, which all processes compile alike.
+  weights = distributed.together(lambda: experiment.class_weights)
+  distributed.check_same(np.array(weights or ()), "the weights of the classes")
   programs = _Programs(
       train_step=make_train_step(experiment),
       reestimate=make_reestimate(experiment),
@@ -692,7 +708,8 @@ def _save(
 def _test(run: _Run) -> dict[str, Any]:
   """Evaluates the last and the best checkpoint on the test split.
 
-  The results are recorded in metrics.jsonl.
+  The results are recorded in metrics.jsonl. The confusion matrix of the last
+  checkpoint, which `minw.pack` takes, is written to confusion.json.
 
   Returns:
     The results for status.json.
@@ -707,7 +724,7 @@ def _test(run: _Run) -> dict[str, Any]:
   assert best is not None  # The last checkpoint was read above.
   status = {"best_step": best.step}
   for which, prefix, saved in (("last", "test", last), ("best", "best_test", best)):
-    result = run.programs.evaluator.hard(
+    result, matrix = run.programs.evaluator.confused(
         checkpoint.hard_variables(saved.tree), run.splits.test)
     status |= {f"{prefix}_{name}": value for name, value in result.items()}
     if run.writer:
@@ -715,6 +732,11 @@ def _test(run: _Run) -> dict[str, Any]:
           "step": experiment.num_steps, "epoch": experiment.config.num_epochs,
           "split": "test", "mode": "hard", "checkpoint": which,
           "checkpoint_step": saved.step, **result})
+      if which == "last":
+        confusion.write(
+            os.path.join(run.workdir, "confusion.json"),
+            {"split": "test", "mode": "hard", "step": saved.step, **result,
+             **confusion.results(matrix, experiment.info.label_names)})
   return status
 
 

@@ -185,6 +185,7 @@ NAN, INF = math.nan, math.inf
     ("alpha_shape", ["square"], "one of linear, cosine, cubic"),
     ("weight_scale", ["mean", ""], "one of none, layer_mean, channel_mean"),
     ("optimizer", ["adamw"], "one of adam, sgd, bop"),
+    ("class_weights", ["", "inverse"], "one of none, balanced"),
     ("estimator_noise_steps", [0], "at least 1"),
     ("bop_adaptivity_rate", [-0.1, 1.1, NAN], "in [0, 1]"),
     ("bop_threshold", [-1e-9, NAN, INF], "at least 0 and finite, in float32"),

@@ -59,6 +59,21 @@ def measures(logits, labels):
           "accuracy": np.mean(logits.argmax(-1) == labels)}
 
 
+def classes(logits, labels):
+  """What is measured of each digit."""
+  matrix = np.zeros((10, 10), int)
+  for label, predicted in zip(labels, logits.argmax(-1)):
+    matrix[label, predicted] += 1
+  return {"confusion": matrix.tolist(), "class_accuracy": {
+      str(i): pytest.approx(matrix[i, i] / (labels == i).sum()) for i in range(10)}}
+
+
+def without_classes(result):
+  """A result without what is measured of each class."""
+  return {name: value for name, value in result.items()
+          if name not in ("class_accuracy", "confusion")}
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_hard_is_the_paper_network(split, variables, plain):
   logits, _, labels = reference(variables, split)
@@ -67,7 +82,8 @@ def test_hard_is_the_paper_network(split, variables, plain):
     found = evaluate.evaluate_workdir(str(plain), split)
   expected = measures(logits, labels)
   assert found == {"step": 4 * EPOCH, "accuracy": expected["accuracy"],
-                   "loss": pytest.approx(expected["loss"], rel=1e-6)}
+                   "loss": pytest.approx(expected["loss"], rel=1e-6),
+                   **classes(logits, labels)}
 
 
 def test_every_image_gets_the_label_of_the_paper_network(variables):
@@ -160,11 +176,13 @@ def test_same_numbers_again(which, plain, tmp_path):
   expected = {"step": line["checkpoint_step"], "loss": line["loss"],
               "accuracy": line["accuracy"]}
   with shared_programs():
-    assert evaluate.evaluate_workdir(str(plain), which=which) == expected
+    found = evaluate.evaluate_workdir(str(plain), which=which)
+  assert without_classes(found) == expected
   line, = lines_of(plain, split="validation", mode="hard", step=line["checkpoint_step"])
   with shared_programs():
     found = evaluate.evaluate_workdir(str(plain), "validation", which)
-  assert found == {name: line[name] for name in ("step", "loss", "accuracy")}
+  assert without_classes(found) == {
+      name: line[name] for name in ("step", "loss", "accuracy")}
 
 
 def test_command(command, plain, tmp_path):
@@ -181,12 +199,18 @@ def test_command(command, plain, tmp_path):
     checkpoint.save(manager, 4 * EPOCH, tree, 0.8)
   before = contents(workdir)
   done = command("minw.evaluate", f"--workdir={workdir}", "--split=validation",
-                 "--checkpoint=best")
+                 "--checkpoint=best", f"--confusion={tmp_path}/classes.json")
   assert done.code == 0, done.err
   line, = lines_of(plain, split="validation", mode="hard", step=other)
-  assert json.loads(done.out) == {
+  printed = json.loads(done.out)
+  assert without_classes(printed) == {
       "split": "validation", "mode": "hard", "step": other, "loss": line["loss"],
       "accuracy": line["accuracy"]}
+  written = json.loads((tmp_path / "classes.json").read_text())
+  matrix = np.array(written.pop("confusion"))
+  assert written == printed and matrix.sum() == 180
+  assert np.trace(matrix) == round(180 * line["accuracy"])
+  assert (tmp_path / "classes.png").read_bytes().startswith(b"\x89PNG")
   assert "damaged" not in done.err
   assert contents(workdir) == before
 
@@ -196,7 +220,7 @@ def test_command_by_default(command, plain):
   done = command("minw.evaluate", f"--workdir={plain}")
   assert done.code == 0, done.err
   line, = lines_of(plain, split="test", checkpoint="last")
-  assert json.loads(done.out) == {
+  assert without_classes(json.loads(done.out)) == {
       "split": "test", "mode": "hard", "step": line["step"], "loss": line["loss"],
       "accuracy": line["accuracy"]}
 

@@ -20,6 +20,7 @@ from minw.data import datasets
 from minw.data import pixels as pixels_lib
 from minw.data import resident
 from minw.experiment import Experiment
+from minw.experiment import balanced_weights
 from minw.experiment import build_model
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -51,6 +52,13 @@ def refusal(**changes):
   with pytest.raises(errors.UsageError) as error:
     Experiment(tiny_config(**changes))
   return str(error.value)
+
+
+def test_weights_of_classes():
+  # 8 images of 3 classes, and a class without any.
+  weights = balanced_weights(np.array([1, 3, 0, 4]))
+  assert weights == pytest.approx((8 / 3, 8 / 9, 0, 2 / 3))
+  assert balanced_weights(np.array([7, 7])) == (1, 1)
 
 
 def test_there_are_experiments():

@@ -289,6 +289,7 @@ def test_top5_is_counted(imagenet_data):
   evaluator = evaluate.Evaluator(experiment)
   evaluator._experiment = types.SimpleNamespace(
       data=experiment.data, fold=lambda variables: variables,
+      info=experiment.info, replicated=experiment.replicated,
       model=types.SimpleNamespace(apply=fixed_logits))
   logits = np.zeros(1000, np.float32)
   logits[[labels[0], 5, 6, 7, labels[1], labels[2]]] = [9, 8, 7, 6, 5, 4]

@@ -141,6 +141,23 @@ def test_a_batch_in_memory_is_normalized_by_the_mean(data_dir):
   np.testing.assert_array_equal(found // 10 % 3, labels)
 
 
+def test_classes_are_counted(data_dir, monkeypatch):
+  """In memory and streamed, in parts, and up to the training images that are used."""
+  monkeypatch.setattr(datasets, "_COUNTED", 4)
+  assert experiment(data_dir, "mnist").class_weights is None
+  for name in ("mnist", "svhn_cropped", "sizes"):
+    info = datasets.info(name, data_dir)
+    records = datasets.open_records(name, "train", data_dir)
+    labels = [records[i]["label"] for i in range(len(records))]
+    for size in (5, info.splits["train"]):
+      part = info._replace(splits=info.splits | {"train": size})
+      expected = [labels[:size].count(i) for i in range(3)]
+      assert datasets.class_counts(part, data_dir).tolist() == expected
+  found = experiment(data_dir, "mnist", train_examples=5, class_weights="balanced")
+  labels = datasets.load("mnist", "train", data_dir)[1][:5]
+  assert np.mean([found.class_weights[label] for label in labels]) == pytest.approx(1)
+
+
 def test_records_travel_to_workers(data_dir):
   records = datasets.open_records("svhn_cropped", "test", data_dir)
   copy = pickle.loads(pickle.dumps(records))

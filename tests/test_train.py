@@ -81,8 +81,23 @@ def test_workdir_is_complete(plain):
       "best_test_accuracy": best["accuracy"], "best_test_loss": best["loss"]}
   assert (plain / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
   assert sorted(path.name for path in plain.iterdir()) == [
-      "checkpoints", "config.json", "curves.png", "lock", "metrics.jsonl", "run.json",
-      "status.json", "tensorboard"]
+      "checkpoints", "config.json", "confusion.json", "confusion.png", "curves.png",
+      "lock", "metrics.jsonl", "run.json", "status.json", "tensorboard"]
+
+
+def test_confusion_matrix_is_of_the_last_checkpoint(plain):
+  found = json.loads((plain / "confusion.json").read_text())
+  last = lines_of(plain, split="test", checkpoint="last")[0]
+  assert {name: found[name] for name in ("split", "mode", "step", "loss", "accuracy")
+          } == {name: last[name] for name in ("split", "mode", "step", "loss",
+                                              "accuracy")}
+  matrix = np.array(found["confusion"])
+  _, labels = datasets.load("digits", "test", None)
+  np.testing.assert_array_equal(matrix.sum(1), np.bincount(labels))
+  assert np.trace(matrix) == round(360 * last["accuracy"])
+  assert list(found["class_accuracy"].values()) == pytest.approx(
+      np.diag(matrix) / matrix.sum(1))
+  assert (plain / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_lines(plain):
@@ -803,6 +818,30 @@ def test_methods_that_came_after(changes):
       variables, pixels_lib.normalize(images, experiment.pixels), 1.0, mode="mixed",
       rngs={"estimator": jax.random.key(0)})
   np.testing.assert_array_equal(network.logits(images).argmax(-1), logits.argmax(-1))
+
+
+def test_classes_have_weights_in_the_loss():
+  experiment = Experiment(tiny_config(
+      conv_widths=(), dense_widths=(), train_examples=100, class_weights="balanced"))
+  labels = datasets.load("digits", "train", None)[1][:100]
+  counts = np.bincount(labels, minlength=10)
+  weights = 100 / (10 * counts)
+  assert weights[labels].mean() == pytest.approx(1) and weights.std() > 0.1
+  assert experiment.class_weights == pytest.approx(weights)
+
+  state = train.init_state(experiment)
+  data, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
+  images, labels = experiment.data.train_inputs(data, order, 0, jax.random.key(0))
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  logits, _ = experiment.model.apply(
+      variables, images, 0.5, mode="train", mutable=["batch_stats"],
+      rngs={"estimator": jax.random.key(0)})
+  losses = cross_entropy(np.asarray(logits, np.float64), np.asarray(labels))
+  after, loss = train.update(experiment, state, images, labels, jax.random.key(0))
+  assert float(loss) == pytest.approx((weights[labels] * losses).mean(), rel=1e-5)
+  assert float(loss) != pytest.approx(losses.mean(), rel=1e-3)
+  # The accuracy in the record has no weights.
+  assert after.totals.correct == (np.argmax(logits, -1) == labels).sum()
 
 
 def test_noise_is_kept_for_so_many_steps():

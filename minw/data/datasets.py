@@ -147,6 +147,8 @@ _LARGEST_IN_MEMORY = 2**31
 _SIDE = 256
 # Largest number of training images that are measured where nothing says their mean.
 _MEASURED = 10_000
+# Number of records whose labels are counted at a time.
+_COUNTED = 1_000
 
 
 class _Layout(NamedTuple):
@@ -358,9 +360,41 @@ def load(
         image[...] = np.asarray(decoding.flatten(opened, mode)).reshape(image.shape)
     labels = np.array([record["label"] for record in encoded], np.int32)
     if len(labels) and not 0 <= labels.min() <= labels.max() < wanted.num_classes:
-      raise ValueError(f"it has labels from {labels.min()} to {labels.max()} of "
-                       f"{wanted.num_classes} classes")
+      raise ValueError(_wrong_labels(labels, wanted))
   return images, labels
+
+
+def class_counts(found: Info, data_dir: str | os.PathLike | None) -> np.ndarray:
+  """Counts the training images of each class, without decoding them.
+
+  Args:
+    found: Description of the data set. The first `found.splits["train"]` images count.
+    data_dir: Directory of prepared data sets.
+
+  Returns:
+    int64 (classes,).
+
+  Raises:
+    UsageError: See `load`.
+  """
+  size = found.splits["train"]
+  if found.name == "digits":
+    labels = _digits("train")[1][:size]
+  else:
+    records: Any = open_records(found.name, "train", data_dir)
+    with _reading(records):
+      labels = np.concatenate([
+          [record["label"] for record in records.__getitems__(
+              range(start, min(start + _COUNTED, size)))]
+          for start in range(0, size, _COUNTED)])
+      if not 0 <= labels.min() <= labels.max() < found.num_classes:
+        raise ValueError(_wrong_labels(labels, found))
+  return np.bincount(labels, minlength=found.num_classes)
+
+
+def _wrong_labels(labels: np.ndarray, found: Info) -> str:
+  return (f"it has labels from {labels.min()} to {labels.max()} of "
+          f"{found.num_classes} classes")
 
 
 def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
