@@ -357,7 +357,10 @@ def _parse(own: list[flags.Flag]) -> None:
     if not takers:
       raise errors.UsageError(
           f"argument {argument!r} is not a flag (flags are --name=value)")
-    takers[0].take(argument)
+    try:
+      takers[0].take(argument)
+    except flags.IllegalFlagValueError as error:
+      raise errors.UsageError(str(error)) from error
   missing = sorted(f"--{flag.name}" for flag in own
                    if flag.name in _required and flag.value in (None, []))
   if missing:

@@ -5,6 +5,18 @@ import glob
 import os
 import re
 
+# Begins with a scheme, or with what remains of one if slashes were merged.
+_URL = re.compile(r"[A-Za-z][A-Za-z\d+.-]*://|(gs|s3):/")
+
+
+def is_url(path: str | os.PathLike) -> bool:
+  """Returns whether a path is a URL such as gs://bucket/name.
+
+  Such a path must not reach functions for local files, because they would take it for a
+  folder named "gs:".
+  """
+  return _URL.match(os.fspath(path)) is not None
+
 
 def expand(path: str | os.PathLike) -> str:
   """Replaces a leading `~` or `~user`, and `$NAME` or `${NAME}` anywhere.
@@ -18,9 +30,11 @@ def expand(path: str | os.PathLike) -> str:
   Raises:
     ValueError: The user or a variable does not exist, and no file has exactly this
       name. Or no file can have this name, because it is too long or holds a null
-      character.
+      character. Or the path is a URL.
   """
   result = os.path.expandvars(os.path.expanduser(path))
+  if is_url(result):
+    raise ValueError("a URL is not a path on this machine")
   try:
     os.lstat(result)
   except OSError as error:

@@ -311,6 +311,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       KeyboardInterrupt at once. Then the steps since the last checkpoint are lost.
   """
   workdir = os.fspath(workdir)
+  errors.check(not paths.is_url(workdir), "workdir", workdir, "a path on this machine")
   together = distributed.together
   experiment = together(Experiment, config)
   together(datasets.check_available, config.dataset, config.data_dir)

@@ -722,6 +722,22 @@ def test_home_and_variables_in_real_commands(run, folder, tmp_path):
   assert sorted(folder.rglob("*")) == before  # And no folder named ~.
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_url_makes_no_folder(run, folder, tmp_path, monkeypatch, url):
+  monkeypatch.chdir(tmp_path)
+  before = sorted(folder.rglob("*"))
+  for argv in (("minw.main", f"--config={DIGITS}", *FAST, f"--workdir={url}"),
+               ("minw.main", f"--config={DIGITS}", *FAST, "--workdir=x",
+                f"--config.init_from={url}"),
+               ("minw.pack", "--workdir=x", f"--out={url}"),
+               ("minw.evaluate", f"--workdir={url}"), ("minw.report", "tables", url)):
+    result = run(*argv)
+    assert result.code == 2 and result.err.count("\n") == 1 and url in result.err
+  with pytest.raises(errors.UsageError, match="workdir='(gs|s3)://bucket/run'"):
+    train.train_and_evaluate(config_lib.default_config(), url)
+  assert not list(tmp_path.iterdir()) and sorted(folder.rglob("*")) == before
+
+
 def test_images_by_name_position_and_wildcard(run, tmp_path):
   names = ["a.png", "b,c.png", "größe 1.png", "-x.png"]
   for name in names:

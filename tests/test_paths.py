@@ -50,6 +50,16 @@ def test_what_cannot_be_expanded_is_refused_unless_it_exists(text, message):
   assert paths.expand(text) == text
 
 
+@pytest.mark.parametrize("text", [
+    "gs://bucket/run", "gs:/bucket/run", "s3://bucket", "https://host/x", "$URL/run"])
+def test_a_url_is_not_a_path(text, monkeypatch):
+  monkeypatch.setenv("URL", "gs://bucket")
+  os.makedirs("gs:/bucket/run")  # Nor if earlier versions of minw have made a folder.
+  for read in (paths.expand, paths.matching, paths.several):
+    with pytest.raises(ValueError, match="a URL is not a path on this machine"):
+      read(text)
+
+
 def test_matching():
   for name in ("b.png", "a.png", "a.jpg", "c[1].png", "d/e/f.png"):
     path = pathlib.Path(name)
