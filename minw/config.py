@@ -315,6 +315,10 @@ def _check_network(checker: _Checker) -> None:
   c = checker.config
   if c.network == "convnet":
     checker.check(
+        "pool_layers", all(type(i) is int for i in c.pool_layers)
+        and _ascending((*c.pool_layers, len(c.conv_widths) + 1)),
+        f"ascending numbers of convolutions, from 1 to {len(c.conv_widths)}")
+    checker.check(
         "conv_widths", _final_size(c) > 0,
         f"few enough: crop_size={c.crop_size} leaves nothing to the last pooling")
   else:
@@ -467,4 +471,4 @@ def _numbers(values: tuple) -> bool:
 
 def _final_size(c: Config) -> int:
   size = c.crop_size - 2 * (c.first_padding == "VALID")
-  return size >> (len(c.conv_widths) // 2)
+  return size >> len(models.pooled_convs(len(c.conv_widths), c.pool_layers))

@@ -70,6 +70,8 @@ def build_model(config: Any, **changes: Any) -> Any:
       conv_widths=c.conv_widths,
       dense_widths=c.dense_widths,
       first_padding=c.first_padding,
+      pool_layers=c.pool_layers,
+      global_pool=c.global_pool,
       pool=functools.partial(
           layers.max_pool, share_gradient=c.share_pool_gradient),
       **make)
@@ -89,12 +91,13 @@ def _check_memory(
   """
   side, _, channels = image_shape
   side -= 2 * (c.first_padding == "VALID")
+  pooled = models.pooled_convs(len(c.conv_widths), c.pool_layers)
   sizes, outputs = {"conv_widths": 0, "dense_widths": 0}, [0]
   for i, width in enumerate(c.conv_widths):
     sizes["conv_widths"] += 9 * channels * width
-    outputs.append((side >> (i // 2))**2 * width)
+    outputs.append((side >> sum(number <= i for number in pooled))**2 * width)
     channels = width
-  features = channels * (side >> (len(c.conv_widths) // 2))**2
+  features = channels * (1 if c.global_pool else (side >> len(pooled))**2)
   for width in c.dense_widths:
     sizes["dense_widths"] += features * width
     features = width

@@ -46,6 +46,16 @@ def convnet_widths(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
   return CONVNETS[name]
 
 
+def pooled_convs(num_convs: int, pool_layers: Sequence[int]) -> tuple[int, ...]:
+  """The convolutions of a ConvNet that max pooling follows, counted from 1.
+
+  Args:
+    num_convs: Number of convolutions.
+    pool_layers: The convolutions, or () for every second one.
+  """
+  return tuple(pool_layers) or tuple(range(2, num_convs + 1, 2))
+
+
 def _alphas(alpha: Any, depth: int) -> Iterator[Any]:
   """The alphas of `depth` layers, from one number or from a vector of them.
 
@@ -60,15 +70,20 @@ def _alphas(alpha: Any, depth: int) -> Iterator[Any]:
 class ConvNet(nn.Module):
   """A convolutional network with max pooling, followed by dense layers.
 
-  Every second convolution is followed by 2x2 max pooling. The layers are named conv1,
-  norm_conv1, ..., dense1, norm_dense1, .... The output of norm_conv1 is the input of
-  conv2.
+  Every second convolution, or those of `pool_layers`, are followed by 2x2 max pooling.
+  The layers are named conv1, norm_conv1, ..., dense1, norm_dense1, .... The output of
+  norm_conv1 is the input of conv2.
 
   Attributes:
     num_classes: Number of classes.
     conv_widths: Output channels of the 3x3 convolutions.
     dense_widths: Widths of the hidden dense layers.
     first_padding: Padding of the first convolution, "SAME" or "VALID".
+    pool_layers: Convolutions that max pooling follows, counted from 1; () for every
+      second one.
+    global_pool: Whether the input of the dense layers is the sum over the pixels of the
+      last feature map, of any size, instead of all its pixels. Batch norm absorbs the
+      missing division.
     conv: Factory for convolutions, such as `layers.QuantConv`.
     dense: Factory for dense layers, such as `layers.QuantDense`.
     norm: Factory for batch norms, such as `layers.NormQuant`.
@@ -80,6 +95,8 @@ class ConvNet(nn.Module):
   conv_widths: Sequence[int]
   dense_widths: Sequence[int]
   first_padding: str = "SAME"
+  pool_layers: Sequence[int] = ()
+  global_pool: bool = False
   conv: Callable = layers.QuantConv
   dense: Callable = layers.QuantDense
   norm: Callable = layers.NormQuant
@@ -93,6 +110,7 @@ class ConvNet(nn.Module):
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
     alphas = _alphas(alpha, self.depth)
+    pooled = pooled_convs(len(self.conv_widths), self.pool_layers)
 
     for i, width in enumerate(self.conv_widths, start=1):
       alpha = next(alphas)
@@ -100,11 +118,11 @@ class ConvNet(nn.Module):
       # chosen for codes.
       border = {"padding": self.first_padding, "pad_value": 0.0} if i == 1 else {}
       x = self.conv(width, name=f"conv{i}", **border)(x, alpha, mode)
-      if i % 2 == 0:
+      if i in pooled:
         x = self.pool(x)
       x = self.norm(name=f"norm_conv{i}")(x, alpha, mode)
 
-    x = x.reshape(x.shape[0], -1)
+    x = x.sum((1, 2)) if self.global_pool else x.reshape(x.shape[0], -1)
 
     for i, width in enumerate(self.dense_widths, start=1):
       alpha = next(alphas)

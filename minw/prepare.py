@@ -43,8 +43,8 @@ _log = logging.getLogger(__name__)
 
 _BUILT = "tfds"  # Folder in the work directory that a data set is written to.
 _NAMED = 10  # Largest number of files of a kind that are printed.
-# Smallest side for which the CIFAR experiment is proposed instead of the digits one.
-_CIFAR_SIDE = 16
+# Smallest side for which folder_convnet is proposed instead of digits_convnet.
+_FOLDER_SIDE = 16
 # Flags that only the user's own images have, and that they do not have, with defaults.
 _OWN_FLAGS = {"image_size": None, "grayscale": False, "seed": 0, "skip_damaged": False}
 _OTHER_FLAGS = {"partial": False}
@@ -345,8 +345,8 @@ def training_command(dataset: str, data_dir: str) -> str:
   config, fields = known.get(dataset, ""), ""
   if not config:
     info = datasets.info(dataset, data_dir)
-    small = min(info.image_shape[:2]) < _CIFAR_SIDE
-    config = "digits_convnet" if small else "cifar_convnet"
+    small = min(info.image_shape[:2]) < _FOLDER_SIDE
+    config = "digits_convnet" if small else "folder_convnet"
     # Powers of two suit any number of devices.
     most = 2**(info.splits["train"].bit_length() - 1)
     fields = (f" --config.dataset={dataset}"

@@ -26,7 +26,7 @@ def network(config: Mapping[str, Any]) -> str:
     for part, suffix in ((1, ""), (4, " at a quarter of its widths")):
       if widths == [tuple(width // part for width in some) for some in known]:
         return f"ConvNet {name}{suffix}"
-  return "ConvNet " + " + ".join("-".join(map(str, some)) for some in widths)
+  return "ConvNet " + " + ".join("-".join(map(str, some)) for some in widths if some)
 
 
 def dataset(config: Mapping[str, Any]) -> str:

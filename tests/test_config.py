@@ -112,6 +112,7 @@ def test_each_call_makes_another_config():
     {"dataset": "digits", "crop_size": 8},
     {"crop_size": 32, "crop_padding": 4},
     {"crop_size": 10, "first_padding": "VALID"},
+    {"pool_layers": (1, 2, 6), "global_pool": True},
     {"crop_size": 8, "crop_padding": 7},
     {"network": "densenet100", "crop_size": 4, "conv_widths": ()},
     {"network": "resnet110", "crop_size": 32, "crop_padding": 4},
@@ -230,6 +231,8 @@ NAN, INF = math.nan, math.inf
      "a tuple of positive integers"),
     ("dense_widths", [(0,), (2.5,), ("a",)], "a tuple of positive integers"),
     ("conv_widths", [(4,) * 10], "few enough: crop_size=24 leaves nothing to the last"),
+    ("pool_layers", [(0,), (7,), (2, 2), (2, 1), (1.0,), (True,), ("1",)],
+     "ascending numbers of convolutions, from 1 to 6"),
     ("learning_rate_steps", [(0.75, 0.5), (0.5, 0.5), (0.0,), (1.0,), (0.5, NAN),
                              ("0.5",), (True,), ((0.5,),), (-0.5,), (0.5, None)],
      "ascending fractions of the run between 0 and 1"),
@@ -370,6 +373,13 @@ def test_layers_that_fit_a_crop(crop_size, first_padding, widths, fits):
     config_lib.validate(changed(**fields))
   else:
     assert refusal(**fields).startswith("config.conv_widths=(4,")
+
+
+def test_pooling_after_each_convolution():
+  """Four poolings leave one of 16 pixels, and nothing of 15."""
+  fields = dict(conv_widths=(4, 4, 4, 4), pool_layers=(1, 2, 3, 4))
+  config_lib.validate(changed(crop_size=16, **fields))
+  assert refusal(crop_size=15, **fields).startswith("config.conv_widths=(4,")
 
 
 def test_the_image_bounds_the_crop():

@@ -185,6 +185,7 @@ def test_a_step_on_images_like_cifars(monkeypatch):
 
 # Whole networks on small, made-up images.
 SMALL = {
+    "folder_convnet": dict(crop_size=16),
     "cifar_densenet100": dict(crop_size=8),
     "cifar_resnet110": dict(crop_size=8),
     "imagenet_alexnet": dict(crop_size=57, eval_resize=64),
@@ -233,6 +234,30 @@ def test_alpha_by_layer():
   assert experiment.num_steps == 4 * 19  # Two convolutions, two dense layers.
   assert experiment.alpha(19).tolist() == [1.0, 0.25, 0.25, 0.25]
   assert experiment.alpha(0).shape == (4,) and tiny_experiment().alpha(0).shape == ()
+
+
+@pytest.mark.parametrize("size, weights", [
+    ("tiny", 9 * (32 * 32 + 32 * 64 + 64 * 64)),
+    ("small", 9 * (32 * 64 + 64 * 64 + 64 * 96 + 96 * 128 + 128 * 128)),
+    ("medium", 9 * (64 * 128 + 128 * 192 + 192 * 256 + 2 * 256 * 256))])
+def test_sizes_of_folder_convnets(size, weights):
+  """Beside conv2 and so on there are conv1 and dense1. No weight depends on a size."""
+  first, last = {"tiny": (32, 64), "small": (32, 128), "medium": (64, 256)}[size]
+  weights += 9 * 3 * first + 10 * last
+  budget = {"tiny": 10_000, "small": 50_000, "medium": 250_000}[size]
+  assert 0.8 * budget < weights / 8 < budget  # Thresholds and texts come in addition.
+  for side in (16, 32):  # CIFAR-10 has no larger images.
+    config = load("folder_convnet", f"size={size},input_bits=2")
+    config.crop_size = side
+    experiment = Experiment(config)
+    kernels = [layer.kernel_shape for layer in experiment.layers if layer.kernel_shape]
+    assert sum(map(np.prod, kernels)) == weights
+    assert {layer.bits for layer in experiment.layers} == {1, 2, None}
+
+
+def test_sizes_that_folder_convnets_lack():
+  with pytest.raises(errors.UsageError, match="size 'tinny' does not exist; did you"):
+    load("folder_convnet", "size=tinny")
 
 
 def test_settings_reach_what_they_are_for():

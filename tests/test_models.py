@@ -321,6 +321,29 @@ def test_the_pool_is_a_choice():
   assert pooled[-1] == (2, 7, 8, 6) and len(set(pooled)) == 2  # Batches of 1 and 2.
 
 
+def test_pooled_convs():
+  assert models.pooled_convs(6, ()) == (2, 4, 6) and models.pooled_convs(1, ()) == ()
+  assert models.pooled_convs(6, [1, 2, 6]) == (1, 2, 6)
+
+
+def test_pooling_of_a_convnet():
+  """Pooling follows conv1 alone, and the dense layer reads sums over 5x3 pixels."""
+  net = models.ConvNet(10, (4, 6), (), pool_layers=(1,), global_pool=True)
+  images = jax.ShapeDtypeStruct((2, 10, 7, 3), jnp.float32)
+  variables = jax.eval_shape(
+      functools.partial(net.init, mode="mixed"), jax.random.key(0), images)
+  kernels = {name: layer["kernel"].shape for name, layer in
+             variables["params"].items() if "kernel" in layer}
+  assert kernels == {"conv1": (3, 3, 3, 4), "conv2": (3, 3, 4, 6), "dense1": (6, 10)}
+  _, seen = jax.eval_shape(
+      lambda v, x: net.apply(v, x, mode="mixed", capture_intermediates=True,
+                             mutable=["intermediates"]), variables, images)
+  outputs = {name: found["__call__"][0].shape
+             for name, found in seen["intermediates"].items() if name != "__call__"}
+  assert outputs["norm_conv1"] == (2, 5, 3, 4) and outputs["conv2"] == (2, 5, 3, 6)
+  assert outputs["norm_conv2"] == (2, 5, 3, 6) and outputs["dense1"] == (2, 10)
+
+
 # Published numbers of parameters (the first three torchvision's), without the dense
 # layers' biases, which batch norm replaces here: one scale and one shift a class.
 @pytest.mark.parametrize("name, parameters, classes", [

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from minw import config
+from minw import config_flag
 from minw import errors
 from minw import evaluate
 from minw import pack
@@ -201,6 +203,24 @@ def test_from_a_folder_to_a_packed_network(command, tmp_path):
   before = (tmp_path / "mine.minw").read_bytes()
   done = run("minw.pack", "--workdir=run", "--out=mine.minw", "--data_dir=moved")
   assert done.code == 0 and (tmp_path / "mine.minw").read_bytes() == before, done.err
+
+
+@pytest.mark.slow  # Half a minute each, most of it to compile.
+@pytest.mark.parametrize("size, side, gray", [("tiny", 16, True), ("small", 128, False)])
+def test_folder_convnets(tmp_path, size, side, gray):
+  """The smallest and the largest images: two steps, and the packed network is equal."""
+  write_classes(tmp_path / "source", {"cat": 6, "dog": 6})
+  prepare.prepare_images("mine", tmp_path, tmp_path / "source", grayscale=gray,
+                         image_size=(side, side))
+  c = config.copy(config_flag.load(f"folder_convnet:size={size}"))
+  c.update(dataset="mine", data_dir=str(tmp_path), crop_size=side, batch_size=4,
+           eval_batch_size=4, num_epochs=1, random_flip=False)
+  status = train.train_and_evaluate(c, tmp_path / "run")
+  assert status["step"] == 2  # Eight images train.
+  program = pack.pack_workdir(tmp_path / "run")
+  assert program.source_shape == (side, side, 1 if gray else 3)
+  packed.write(tmp_path / "mine.minw", program)
+  assert verify.verify_workdir(tmp_path / "run", tmp_path / "mine.minw") == 0
 
 
 CONFIG = tiny_config(  # Its data are in the working directory.

@@ -158,6 +158,8 @@ def test_shared_settings_are_said_once():
 @pytest.mark.parametrize("changes, reason", [
     (dict(conv_widths=(16, 16, 32, 32, 64, 64)), "widths differ from those of"),
     (dict(dense_widths=(128, 128)), "widths differ from those of"),
+    (dict(global_pool=True), "it pools elsewhere than ConvNets A to D"),
+    (dict(pool_layers=(1, 3, 5)), "it pools elsewhere than ConvNets A to D"),
     (dict(dataset="digits"), "no table has digits"),
     (dict(network="resnet20"), "no table has resnet20 on cifar10"),
     (dict(network="resnet18"), "no table has resnet18 on cifar10"),

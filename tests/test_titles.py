@@ -14,7 +14,7 @@ def config(**changes):
     ([64, 64, 128, 128, 256, 256], [512, 512], "ConvNet C"),
     ([32, 32, 64, 64, 128, 128], [256, 256], "ConvNet A at a quarter of its widths"),
     ([16, 16, 32, 32, 64, 64], [64, 64], "ConvNet D at a quarter of its widths"),
-    ([16, 16], [64, 64], "ConvNet 16-16 + 64-64")])
+    ([16, 16], [64, 64], "ConvNet 16-16 + 64-64"), ([16, 32], [], "ConvNet 16-32")])
 def test_convnets_are_named_as_in_the_paper(conv, dense, name):
   assert titles.network({"network": "convnet", "conv_widths": conv,
                          "dense_widths": dense}) == name

@@ -194,6 +194,8 @@ def cells_of(run: dict[str, Any]) -> tuple[list[Cell], str]:
                     if known == widths), None)
     if network is None:
       return [], "its widths differ from those of ConvNets A to D"
+    if c.get("pool_layers") or c.get("global_pool"):
+      return [], "it pools elsewhere than ConvNets A to D"
   cells = [cell for cell in CELLS
            if (cell.dataset, cell.network) == (c["dataset"], network)]
   if not cells:
