@@ -206,9 +206,10 @@ def test_from_a_folder_to_a_packed_network(command, tmp_path):
 
 
 @pytest.mark.slow  # Half a minute each, most of it to compile.
-@pytest.mark.parametrize("size, side, gray", [("tiny", 16, True), ("small", 128, False)])
+@pytest.mark.parametrize(
+    "size, side, gray", [("tiny", 16, True), ("small", 128, False)])
 def test_folder_convnets(tmp_path, size, side, gray):
-  """The smallest and the largest images: two steps, and the packed network is equal."""
+  """Two steps on the smallest and largest images; the packed network is equal."""
   write_classes(tmp_path / "source", {"cat": 6, "dog": 6})
   prepare.prepare_images("mine", tmp_path, tmp_path / "source", grayscale=gray,
                          image_size=(side, side))
