@@ -42,8 +42,9 @@ FIELDS = {
         "conv_widths": ((64, 64, 128, 128, 256, 256),
                         "Widths of the 3x3 convolutions (convnet)."),
         "dense_widths": ((256, 256), "Widths of the hidden dense layers (convnet)."),
-        "pool_layers": ((), "Convolutions that 2x2 max pooling follows, counted from 1; "
-                            "() for every second one (convnet)."),
+        "pool_layers": ((),
+                        "Convolutions that 2x2 max pooling follows, counted from 1; () "
+                        "for every second one (convnet)."),
         "global_pool": (False, "Whether the input of the dense layers is the sum over "
                                "the pixels of the last feature map, so that weights do "
                                "not grow with the image (convnet)."),

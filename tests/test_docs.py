@@ -34,12 +34,12 @@ import node
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix()
                               for path in (ROOT / "docs").rglob("*.md"))]
-LANGUAGES = ("python", "sh", "c", "js", "text")
+LANGUAGES = ("python", "sh", "c", "cpp", "js", "text")
 
 # Programs that shell blocks may start.
-PROGRAMS = {"arm-none-eabi-gcc", "cc", "gcc", "jupyter", "minw", "mkdocs", "npm", "pip",
-            "pytest", "python", "qonnx-cleanup", "qonnx-inference-cost", "tfds",
-            "./digits"}
+PROGRAMS = {"arm-none-eabi-gcc", "cc", "gcc", "jupyter", "make", "minw", "mkdocs",
+            "npm", "pip", "pytest", "python", "qonnx-cleanup", "qonnx-inference-cost",
+            "tfds", "./digits"}
 
 # Replacements that make the Python of a page fast: (text, text in its place).
 _SMALL = ("num_epochs = 10 ",
@@ -61,8 +61,8 @@ RUNNABLE = ["README.md", "docs/explanation/estimators.md", "docs/howto/export.md
 _SHORT = ("--config.num_epochs=1 '--config.conv_widths=(8, 8)'"
           " '--config.dense_widths=(16,)'")
 
-# How the slow test runs the commands: with this Python, without installing anything and
-# without benchmarks, which take minutes and have tests of their own.
+# How the slow test runs the commands: with this Python, without installing anything,
+# without benchmarks, which take minutes, and without firmware. Both have other tests.
 _SHELL = """
 set -e
 PATH={scripts}:$PATH
@@ -71,7 +71,7 @@ minw-config() {{ python -m minw.c_flags "$@"; }}
 pip() {{ :; }}
 npm() {{ :; }}
 pytest() {{ :; }}
-npm() {{ :; }}
+make() {{ :; }}
 """
 
 
@@ -204,6 +204,31 @@ def test_c(page, place):
       assert done.stdout == f"{infer.Network(program).logits(black).argmax()}\n"
 
 
+# Stands for the library that the Arduino IDE includes in a sketch.
+_ARDUINO = """
+struct {
+  void begin(long) {}
+  void print(const char *) {}
+  void println(unsigned long) {}
+} Serial;
+void delay(unsigned long) {}
+unsigned long micros() { return 0; }
+"""
+
+
+@pytest.mark.parametrize("page", with_blocks("cpp"))
+def test_sketch(page, place):
+  """Arduino sketches are compiled with the header of an exported network."""
+  if not shutil.which("c++"):
+    pytest.skip("no c++")
+  program = infer.load("digits.minw").program
+  (place / "digits.h").write_text(c.header(program, "digits"))
+  for code in blocks(page, "cpp"):
+    (place / "sketch.cc").write_text(_ARDUINO + code)
+    subprocess.run("c++ -std=c++11 -Wall -Wextra -Werror -fsyntax-only sketch.cc",
+                   shell=True, check=True)
+
+
 # Follows the JavaScript of a page, which classifies a file; the decoder is replaced.
 _JS = """
 globalThis.createImageBitmap = async () => ({ ...image, close() {} });
@@ -242,7 +267,7 @@ def test_shell_is_understood(page):
     for names in re.findall(r"\.\[([\w,]+)\]", code):
       for name in names.split(","):
         assert extras.has_option("options.extras_require", name), (page, name)
-    for path in re.findall(r"launch/\w+\.\w+|(?<=-r )\S+", code):
+    for path in re.findall(r"launch/\w+\.\w+|examples/[\w./]+|(?<=-r )\S+", code):
       assert (ROOT / path).exists(), path
 
 

@@ -1,15 +1,23 @@
-"""The C export on a Cortex-M3, emulated by QEMU: scores, instructions and stack."""
+"""The C export on a Cortex-M3, emulated by QEMU: scores, instructions and stack.
+
+The firmware in examples/cortex_m is built and run, too, and shares its start-up code.
+"""
 
 import functools
 import pathlib
+import shlex
 import shutil
 import subprocess
+import sys
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from c_programs import order
+from minw import infer
 from minw import packed
+from minw.data import datasets
 from minw.export import c
 from minw.kernels import reference
 from packed_models import convnet
@@ -21,10 +29,10 @@ from packed_networks import residual_and_dense
 from packed_networks import sum_of_many
 from packed_networks import tree
 
-HERE = pathlib.Path(__file__).parent / "export"
+PROGRAM = pathlib.Path(__file__).parent / "export" / "cortex_m.c"
+EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "cortex_m"
 GCC = shutil.which("arm-none-eabi-gcc")
 QEMU = shutil.which("qemu-system-arm")
-_INSTRUCTIONS = 40  # In a tick of the board's 25 MHz, at one in a nanosecond.
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,8 +78,9 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
                         capture_output=True, text=True).stdout.split()
   flash, ram = int(size[6]) + int(size[7]), int(size[7]) + int(size[8])
   subprocess.run(
-      [GCC, *flags, "-I", tmp_path, "-nostartfiles", "-T", HERE / "cortex_m.ld",
-       "-o", tmp_path / "net.elf", HERE / "cortex_m.c"], check=True)
+      [GCC, *flags, "-I", tmp_path, "-I", EXAMPLE, "-nostartfiles", "-T",
+       EXAMPLE / "cortex_m.ld", "-o", tmp_path / "net.elf", PROGRAM,
+       EXAMPLE / "startup.c"], check=True)
   run = subprocess.run(
       [QEMU, "-M", "mps2-an385", "-nographic", "-monitor", "none", "-serial", "none",
        "-semihosting-config", "enable=on,target=native", "-icount", "shift=0",
@@ -83,7 +92,7 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
   found = {word: int(n) for word, n in said}
   assert found["right"] == count * program.num_classes
   assert found["stack"] < int(text.split("#define MINW_STACK ")[1].split()[0])
-  instructions = found["ticks"] * _INSTRUCTIONS
+  instructions = found["instructions"]
   each = instructions / multiplications(program)
   with capsys.disabled():
     print(f"\nflash {flash}, RAM {ram}, stack {found['stack']} bytes,"
@@ -91,3 +100,49 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
           f" {each:.2f} for a multiplication")
   if request.node.callspec.id == "D":
     assert each < 0.31
+
+
+def run_make(folder, *arguments):
+  """Runs make in a copy of the example, and returns what it prints."""
+  done = subprocess.run(["make", "--silent", f"PYTHON={sys.executable}", *arguments],
+                        cwd=folder, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert "warning" not in done.stderr, done.stderr
+  return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_firmware(tmp_path):
+  """The firmware prints what `infer` predicts, on two processors."""
+  shutil.copytree(EXAMPLE, tmp_path / "firmware")
+  files = []
+  for i, image in enumerate(datasets.load("digits", "test", None)[0][:6]):
+    files.append(tmp_path / f"image {i}.png")
+    Image.fromarray(image[..., 0]).save(files[-1])
+  predictions = infer.load("digits_convnet").predict(files)
+  wanted = [f"{file}\t{p.label}" for file, p in zip(files, predictions)]
+  images = "IMAGES=" + " ".join(map(shlex.quote, map(str, files)))
+  for cpu, machine in (("cortex-m3", "mps2-an385"), ("cortex-m4", "mps2-an386")):
+    for path in (tmp_path / "firmware").glob("*.o"):
+      path.unlink()
+    said = run_make(
+        tmp_path / "firmware", "run", f"CPU={cpu}", f"MACHINE={machine}", images)
+    *lines, instructions, stack = said.splitlines()[-len(wanted) - 2:]
+    assert lines == wanted
+    # The network has 1,527,040 multiply-accumulates.
+    assert 0.3 < int(instructions.removeprefix("instructions ")) / 1_527_040 < 0.6
+    header = (tmp_path / "firmware" / "net.h").read_text()
+    most = int(header.split("#define NET_STACK ")[1].split()[0])
+    assert 100 < int(stack.removeprefix("stack ")) < most
+  run_make(tmp_path / "firmware", "clean")
+  assert {path.name for path in (tmp_path / "firmware").iterdir()} == {
+      "Makefile", "cortex_m.ld", "images.py", "main.c", "measure.h", "semihosting.h",
+      "startup.c"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_firmware_without_images(tmp_path):
+  shutil.copytree(EXAMPLE, tmp_path / "firmware")
+  done = subprocess.run(["make", f"PYTHON={sys.executable}"], cwd=tmp_path / "firmware",
+                        capture_output=True, text=True)
+  assert done.returncode == 2 and "must be given" in done.stderr

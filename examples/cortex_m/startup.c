@@ -1,0 +1,29 @@
+/* Starts a Cortex-M: the vectors, and what happens before and after main. The names of
+   memory are from the linker script. */
+#include <stdint.h>
+
+#include "semihosting.h"
+
+extern uint32_t stack_top[], data_load[], data_start[], data_end[], bss_start[],
+    bss_end[];
+
+int main(void);
+void reset(void);
+
+void reset(void) {
+  const uint32_t *from = data_load;
+  volatile uint32_t *to; /* Otherwise compilers call functions of a library. */
+  for (to = data_start; to < data_end;) *to++ = *from++;
+  for (to = bss_start; to < bss_end;) *to++ = 0;
+  quit(main());
+}
+
+static void fault(void) {
+  say("fault\n");
+  quit(1);
+}
+
+/* Initial stack, reset, NMI, and the faults of hardware, memory, bus and usage. */
+__attribute__((section(".vectors"), used)) static const void *const vectors[] = {
+    stack_top,     (void *)reset, (void *)fault, (void *)fault,
+    (void *)fault, (void *)fault, (void *)fault};
