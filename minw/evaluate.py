@@ -2,6 +2,7 @@
 
   python -m minw.evaluate --workdir=DIR [--split=test]
   python -m minw.evaluate --model=net.minw --dataset=cifar10 --data_dir=DIR
+  python -m minw.evaluate --model=net.minw --images=FOLDER
 
 A run is evaluated as its hard network, which has the same logits as the packed network.
 """
@@ -9,7 +10,8 @@ A run is evaluated as its hard network, which has the same logits as the packed 
 import collections
 import json
 import os
-from typing import Any, Iterable, Sequence
+import pathlib
+from typing import Any, Iterable, Iterator, Sequence
 
 from absl import flags
 import jax
@@ -24,6 +26,8 @@ from minw import errors
 from minw import infer
 from minw import text
 from minw.data import datasets
+from minw.data import image_files
+from minw.data import labeled
 from minw.data import sources
 from minw.data.batches import Examples
 from minw.experiment import Experiment
@@ -270,6 +274,49 @@ def _packed_results(
   return {**_means(sums), **confusion.results(matrix, labels)}
 
 
+def evaluate_images(
+    path: str, folder: str | os.PathLike, split: str | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """Evaluates a packed network on image files, whose folders are their labels.
+
+  Images are prepared as `minw.infer` prepares them.
+
+  Args:
+    path: Path of the packed network.
+    folder: Folder of the images; see `labeled.find_known`.
+    split: Split of the folder; see `labeled.find_known`.
+
+  Returns:
+    The result, as of `evaluate_model`, with "damaged", the number of images that were
+    left out because they cannot be read. And the reason for each of them, by its path.
+
+  Raises:
+    errors.UsageError: The file is not a packed network, the folder has a class that the
+      network does not know, or none of its images can be read.
+  """
+  network = infer.load_for_command(path)
+  numbers = {label: i for i, label in enumerate(network.labels)}
+  wanted = {str(example.content): numbers[example.label] for example
+            in labeled.find_known(pathlib.Path(folder), network.labels, split)}
+  damaged: dict[str, str] = {}
+
+  def batches() -> Iterator[Examples]:
+    for part, images, failures in infer.read_batches(network, wanted):
+      names = list(map(str, part))
+      damaged.update((names[i], str(error)) for i, error in failures.items())
+      yield Examples(images, np.array(
+          [wanted[name] for i, name in enumerate(names) if i not in failures],
+          np.int32))
+    if len(damaged) == len(wanted):
+      name, reason = next(iter(damaged.items()))
+      raise errors.UsageError(
+          f"images={os.fspath(folder)!r}: none of its images can be read,"
+          f" {text.printable(name)} for example ({reason})")
+
+  results = _packed_results(network, batches(), network.labels)
+  return {**results, "damaged": len(damaged)}, damaged
+
+
 def define_flags() -> None:
   """Defines the flags of the command."""
   cli.DEFINE_path("workdir", None, "Directory of a training run.")
@@ -281,6 +328,10 @@ def define_flags() -> None:
       "dataset", None,
       "Data set to evaluate a packed network on. By default it is the one of its "
       "training.")
+  cli.DEFINE_path(
+      "images", None,
+      "Folder to evaluate a packed network on instead of a data set. It has a folder "
+      "of images for each class, or such folders in train/, validation/ and test/.")
   flags.DEFINE_enum(
       "split", "test", ["train", "validation", "test"],
       "Split of the data set to evaluate on.")
@@ -304,29 +355,46 @@ def define_flags() -> None:
       lower_bound=0)
 
 
-def main() -> None:
-  """Evaluates the run or the packed network that the flags name."""
+def main() -> int:
+  """Evaluates what the flags name; returns the exit code."""
   f = flags.FLAGS
   if (f.workdir is None) == (f.model is None):
     raise errors.UsageError("one of --workdir and --model must be given, not both")
   errors.check(f.confusion is None or (f.confusion.endswith(".json")
                                        and not os.path.isdir(f.confusion)),
                "confusion", f.confusion, "a file whose name ends in .json")
+  damaged = {}
   if f.workdir is not None:
-    errors.check(f.dataset is None, "dataset", f.dataset,
-                 "left out with --workdir, whose config names it")
+    _check_unused("with --workdir, whose config names the data", "dataset", "images")
     result = evaluate_workdir(
         f.workdir, f.split, f.checkpoint, f.data_dir, f.data_workers)
   else:
-    errors.check(not f["checkpoint"].present, "checkpoint", f.checkpoint,
-                 "left out with --model, which holds a single checkpoint")
-    result = evaluate_model(
-        f.model, f.split, f.dataset, f.data_dir, data_workers=f.data_workers)
-  result = {"split": f.split, "mode": "hard", **result}
+    _check_unused("with --model, which holds a single checkpoint", "checkpoint")
+    if f.images is None:
+      result = evaluate_model(
+          f.model, f.split, f.dataset, f.data_dir, data_workers=f.data_workers)
+    else:
+      _check_unused("with --images, which are the data", "dataset", "data_dir",
+                    "data_workers")
+      image_files.silence_pillow()
+      result, damaged = evaluate_images(
+          f.model, f.images, f.split if f["split"].present else None)
+  where = {"split": f.split} if f.images is None else {"images": f.images}
+  result = {**where, "mode": "hard", **result}
   if f.confusion:
     confusion.write(f.confusion, result)
   del result["confusion"]
   print(json.dumps(result))
+  for name, reason in damaged.items():
+    cli.print_error(f"images={name!r}: {reason}")
+  return int(bool(damaged))
+
+
+def _check_unused(why: str, *names: str) -> None:
+  """Raises UsageError for a flag that was given and would have no effect."""
+  for name in names:
+    flag = flags.FLAGS[name]
+    errors.check(not flag.present, name, flag.value, f"left out {why}")
 
 
 if __name__ == "__main__":

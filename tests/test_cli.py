@@ -630,7 +630,7 @@ FILES_WITH_ARGUMENTS = {"config", "configs"}
 PATHS = sorted({  # (command, subcommand, flag)
     ("minw train", "", "workdir"), ("minw evaluate", "", "workdir"),
     ("minw evaluate", "", "model"), ("minw evaluate", "", "data_dir"),
-    ("minw evaluate", "", "confusion"),
+    ("minw evaluate", "", "confusion"), ("minw evaluate", "", "images"),
     ("minw pack", "", "workdir"), ("minw pack", "", "out"),
     ("minw pack", "", "data_dir"),
     ("minw infer", "", "model"), ("minw infer", "", "images"),

@@ -579,11 +579,89 @@ def test_evaluate_refuses(model, changes, message):
     (("--model={model}", "--workdir=x"), "one of --workdir and --model"),
     (("--workdir=x", "--dataset=digits"), "dataset='digits': must be left out"),
     (("--model={model}", "--checkpoint=best"), "checkpoint='best': must be left out"),
+    (("--workdir=x", "--images=x"), "images='x': must be left out"),
+    (("--model={model}", "--images=x", "--dataset=digits"), "dataset='digits': must be"),
+    (("--model={model}", "--images=x", "--data_dir=x"), "data_dir='x': must be left"),
+    (("--model={model}", "--confusion=x.png"), "confusion='x.png': must be a file"),
 ])
 def test_evaluate_takes_a_run_or_a_file(command, model, arguments, message):
   done = command("minw.evaluate", *(a.format(model=model) for a in arguments))
   assert done.code == 2 and message in done.err
   assert done.err.count("\n") == 1
+
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write_digits(folder, images, labels):
+  """Writes FOLDER/LABEL/i.png of the images of the digits."""
+  for i, (image, label) in enumerate(zip(images, labels)):
+    (folder / NAMES[label]).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image[..., 0]).save(folder / NAMES[label] / f"{i}.png")
+  return folder
+
+
+def test_evaluate_a_folder(command, model, tmp_path, monkeypatch):
+  images, labels = (part[:40] for part in datasets.load("digits", "test", None))
+  folder = write_digits(tmp_path / "images", images, labels)
+  (folder / NAMES[labels[7]] / "7.png").write_bytes(b"no image")
+  done = command("minw.evaluate", f"--model={model}", f"--images={folder}",
+                 f"--confusion={tmp_path}/classes.json")
+  assert done.code == 1
+  damaged, = done.err.splitlines()
+  name = f"{folder}/{NAMES[labels[7]]}/7.png"
+  assert damaged.startswith(f"error: images='{name}': cannot identify image file")
+  kept = np.arange(40) != 7
+  logits, labels = digits_logits(images)[kept], labels[kept]
+  shifted = logits - logits.max(-1, keepdims=True)
+  log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+  matrix = np.zeros((10, 10), int)
+  np.add.at(matrix, (labels, logits.argmax(-1)), 1)
+  written = json.loads((tmp_path / "classes.json").read_text())
+  assert written == {
+      "images": str(folder), "mode": "hard", "damaged": 1,
+      "accuracy": (logits.argmax(-1) == labels).mean(),
+      "loss": pytest.approx(-log_probabilities[np.arange(39), labels].mean()),
+      "class_accuracy": {name: pytest.approx(row[i] / row.sum()) if row.any() else None
+                         for i, (name, row) in enumerate(zip(NAMES, matrix))},
+      "confusion": matrix.tolist()}
+  del written["confusion"]
+  assert json.loads(done.out) == written
+
+
+def test_evaluate_a_folder_of_splits(model, tmp_path):
+  images, labels = datasets.load("digits", "test", None)
+  parts = {"train": slice(0, 4), "val": slice(4, 9), "test": slice(9, 16)}
+  for split, part in parts.items():
+    write_digits(tmp_path / split, images[part], labels[part])
+  for split, part in ((None, "test"), ("test", "test"), ("validation", "val")):
+    found, damaged = evaluate.evaluate_images(str(model), tmp_path, split)
+    right = digits_logits(images[parts[part]]).argmax(-1) == labels[parts[part]]
+    assert found["accuracy"] == right.mean() and damaged == {} and not found["damaged"]
+  with pytest.raises(errors.UsageError,
+                     match="has classes and no splits, such as validation"):
+    evaluate.evaluate_images(str(model), tmp_path / "test", "validation")
+
+
+@pytest.mark.parametrize("label, content, message", [
+    ("ten", True, "has the class 'ten', which is not one of the network's classes: "
+     "'zero', 'one'"),
+    ("", True, "holds 0.png outside of the folders of the classes"),
+    ("zero", False, r"none of its images can be read, .*0.png for example \(cannot"),
+    (None, False, "has no folders of classes"),
+])
+def test_evaluate_refuses_a_folder(model, tmp_path, label, content, message):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  if label is not None:
+    (folder / label).mkdir(exist_ok=True)
+    (folder / label / "0.png").write_bytes(b"")
+    if content:
+      Image.new("L", (8, 8)).save(folder / label / "0.png")
+  with pytest.raises(errors.UsageError, match=f"images='{folder}': {message}"):
+    evaluate.evaluate_images(str(model), folder)
+  with pytest.raises(errors.UsageError, match="must be a folder with a folder of"):
+    evaluate.evaluate_images(str(model), folder / "nowhere")
 
 
 def test_evaluate_takes_no_paths_and_workers_of_a_file(tmp_path, monkeypatch):

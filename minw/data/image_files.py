@@ -7,6 +7,7 @@ import os
 import pathlib
 import stat
 from typing import Any, Iterable, Iterator, Sequence
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -86,6 +87,16 @@ def _walk(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
       waiting += [path / name for name in sorted(os.listdir(path), reverse=True)]
     except OSError:
       yield path, True  # Reading it says what is wrong.
+
+
+def silence_pillow() -> None:
+  """Hides Pillow's warnings from the user of a command.
+
+  Pillow warns about damaged metadata and about large images. Metadata do not matter
+  here. A large image becomes an error.
+  """
+  warnings.filterwarnings("ignore", module="PIL")
+  warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def color(name: str) -> images.Color:

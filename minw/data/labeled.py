@@ -1,10 +1,11 @@
 """Images with labels as a user has them: in folders, in a table, or in an .npz file."""
 
+import contextlib
 import csv
 import json
 import os
 import pathlib
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 
@@ -18,6 +19,7 @@ SPLITS = {"train": "train", "validation": "validation", "val": "validation",
 
 _MOST_CLASSES = 2**16
 _LONGEST_LABEL = 200  # Characters.
+_LISTED = 20  # Largest number of known classes in an error message.
 
 
 class Example(NamedTuple):
@@ -54,14 +56,64 @@ def find(source: pathlib.Path) -> list[Example]:
     raise errors.bad_value(
         "source", str(source), "a folder with a folder of images for each class, or a"
         " .csv, .jsonl or .npz file")
-  try:
+  with _named("source", source):
     examples = list(read(source))
-  except errors.UsageError:
-    raise
-  except Exception as error:  # Files are not trusted, and folders may be unreadable.
-    raise _refusal(source, f"cannot be read ({error})") from error
-  _check(source, examples)
+    _check(examples)
   return examples
+
+
+def find_known(
+    folder: pathlib.Path, label_names: Sequence[str], split: str | None
+) -> list[Example]:
+  """Lists the images of a folder whose classes are known, without reading them.
+
+  Args:
+    folder: A folder with a folder of images for each class, or with such folders in
+      train/, validation/ and test/.
+    label_names: Names of the known classes.
+    split: The split that is listed. If None, it is "test", or all images of a folder
+      without splits.
+
+  Raises:
+    UsageError: The folder is something else, or has an unknown class.
+  """
+  errors.check(folder.is_dir(), "images", str(folder),
+               "a folder with a folder of images for each class")
+  with _named("images", folder):
+    examples = list(_in_folders(folder))
+    if not examples:
+      raise _Refusal("has no folders of classes")
+    if examples[0].split is None:
+      if split is not None:
+        raise _Refusal(f"has classes and no splits, such as {split}")
+    else:
+      split = split or "test"
+      examples = [example for example in examples if example.split == split]
+      if not examples:
+        raise _Refusal(f"has no images for {split}")
+    for label in sorted({example.label for example in examples}):
+      if label_names.count(label) != 1:
+        known = ", ".join(map(text.quoted, label_names[:_LISTED]))
+        raise _Refusal(
+            f"has the class {text.quoted(label)}, which is not one of the network's"
+            f" classes: {known}{', ...' * (len(label_names) > _LISTED)}")
+  return examples
+
+
+class _Refusal(Exception):
+  """What is wrong with a source, which the message does not name."""
+
+
+@contextlib.contextmanager
+def _named(flag: str, source: pathlib.Path) -> Iterator[None]:
+  """Turns errors in this context into a UsageError that names the source."""
+  try:
+    yield
+  except _Refusal as error:
+    raise errors.UsageError(f"{flag}={str(source)!r}: {error}") from error
+  except Exception as error:  # Files are not trusted, and folders may be unreadable.
+    raise errors.UsageError(
+        f"{flag}={str(source)!r}: cannot be read ({error})") from error
 
 
 def class_names(examples: Iterable[Example]) -> tuple[str, ...]:
@@ -72,54 +124,54 @@ def class_names(examples: Iterable[Example]) -> tuple[str, ...]:
   return tuple(sorted(names))
 
 
-def _check(source: pathlib.Path, examples: list[Example]) -> None:
+def _check(examples: list[Example]) -> None:
   """Checks what every source must have: usable classes, each with training images."""
   names = class_names(examples)
   if len(names) < 2:
-    raise _refusal(source, f"has {len(names)} classes and must have at least 2")
+    raise _Refusal(f"has {len(names)} classes and must have at least 2")
   if len(names) > _MOST_CLASSES:
-    raise _refusal(
-        source, f"has {len(names):,} classes; {_MOST_CLASSES:,} are accepted")
+    raise _Refusal(
+        f"has {len(names):,} classes; {_MOST_CLASSES:,} are accepted")
   for name in names:
     if not (name and name.isprintable() and name == name.strip()
             and len(name) <= _LONGEST_LABEL):
-      raise _refusal(source, f"has a class named {text.quoted(name)}: must be a"
+      raise _Refusal(f"has a class named {text.quoted(name)}: must be a"
                      f" printable name of at most {_LONGEST_LABEL} characters")
   seen = set()
   for example in examples:
     if example.name in seen:
-      raise _refusal(source, f"lists {text.printable(example.name)} twice")
+      raise _Refusal(f"lists {text.printable(example.name)} twice")
     seen.add(example.name)
   without = [example.name for example in examples if example.split is None]
   if without and len(without) < len(examples):
-    raise _refusal(source, f"names a split of some images and none of others,"
+    raise _Refusal(f"names a split of some images and none of others,"
                    f" {text.printable(without[0])} for example")
   trained = {example.label for example in examples if example.split in (None, "train")}
   for example in examples:
     if example.label not in trained:
-      raise _refusal(source, f"has images of class {text.quoted(example.label)} in"
+      raise _Refusal(f"has images of class {text.quoted(example.label)} in"
                      f" {example.split} and none in train")
 
 
 def _in_folders(source: pathlib.Path) -> Iterator[Example]:
   """Yields the images in FOLDER/CLASS/* or FOLDER/SPLIT/CLASS/*."""
-  names = _folders(source, source)
+  names = _folders(source)
   splits = [name for name in names if name in SPLITS]
   if not splits:
     yield from _classes(source, source, names, None)
     return
   if "train" not in splits or len(splits) < len(names):
-    raise _refusal(
-        source, f"has the folders {', '.join(map(text.quoted, names[:5]))}: must be"
+    raise _Refusal(
+        f"has the folders {', '.join(map(text.quoted, names[:5]))}: must be"
         " classes, or splits: train, validation and test")
   if len({SPLITS[split] for split in splits}) < len(splits):
-    raise _refusal(source, "has several folders of validation images")
+    raise _Refusal("has several folders of validation images")
   for split in splits:
     folder = source / split
-    yield from _classes(source, folder, _folders(source, folder), SPLITS[split])
+    yield from _classes(source, folder, _folders(folder), SPLITS[split])
 
 
-def _folders(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
+def _folders(folder: pathlib.Path) -> list[str]:
   """Returns the names of the folders in a folder, which must hold no other images."""
   names = []
   for path in sorted(folder.iterdir()):
@@ -128,7 +180,7 @@ def _folders(source: pathlib.Path, folder: pathlib.Path) -> list[str]:
     if path.is_dir():
       names.append(path.name)
     elif path.suffix.lower() in image_files.SUFFIXES:
-      raise _refusal(source, f"holds {text.printable(path.name)} outside of the folders"
+      raise _Refusal(f"holds {text.printable(path.name)} outside of the folders"
                      " of the classes")
   return names
 
@@ -143,7 +195,7 @@ def _classes(
         yield Example(os.fspath(path.relative_to(source)), label, split, path)
     except errors.UsageError as error:
       where = text.quoted(os.fspath((folder / label).relative_to(source)))
-      raise _refusal(source, f"has no images in the folder {where}") from error
+      raise _Refusal(f"has no images in the folder {where}") from error
 
 
 def _csv(source: pathlib.Path) -> Iterator[Example]:
@@ -167,13 +219,13 @@ def _row(source: pathlib.Path, line: int, row: Any) -> Example:
   if type(label) is int:
     label = str(label)
   if not (isinstance(path, str) and path and isinstance(label, str) and label):
-    raise _refusal(source, f"line {line} has no path or no label")
+    raise _Refusal(f"line {line} has no path or no label")
   if split and split not in SPLITS:
-    raise _refusal(source, f"line {line} has split={text.quoted(split)}: must be one of"
+    raise _Refusal(f"line {line} has split={text.quoted(split)}: must be one of"
                    f" {', '.join(SPLITS)}")
   if not (source.parent / path).is_file():
-    raise _refusal(
-        source, f"line {line} names {text.printable(path)}, which is not a file")
+    raise _Refusal(
+        f"line {line} names {text.printable(path)}, which is not a file")
   return Example(path, label, SPLITS[split] if split else None, source.parent / path)
 
 
@@ -185,31 +237,26 @@ def _npz(source: pathlib.Path) -> Iterator[Example]:
     for split, (images, labels) in (pairs or {None: ("images", "labels")}).items():
       for key in (images, labels):
         if key not in arrays.files:
-          raise _refusal(source, f"has no array {key!r}; it has"
+          raise _Refusal(f"has no array {key!r}; it has"
                          f" {', '.join(arrays.files) or 'none'}")
-      yield from _array_rows(source, split, images, arrays[images], arrays[labels])
+      yield from _array_rows(split, images, arrays[images], arrays[labels])
 
 
 def _array_rows(
-    source: pathlib.Path, split: str | None, key: str, images: np.ndarray,
-    labels: np.ndarray,
+    split: str | None, key: str, images: np.ndarray, labels: np.ndarray
 ) -> Iterator[Example]:
   """Yields the examples of a pair of arrays."""
   if labels.ndim == 2 and labels.shape[1] == 1:
     labels = labels[:, 0]
   if labels.ndim != 1 or labels.dtype.kind not in "iuU" or len(labels) != len(images):
-    raise _refusal(source, f"has {labels.dtype} labels of shape {labels.shape} for"
+    raise _Refusal(f"has {labels.dtype} labels of shape {labels.shape} for"
                    f" {len(images)} images: must be one integer or string each")
   if images.dtype != np.uint8 or images.ndim not in (3, 4) or (
       images.shape[3:] not in ((), (1,), (3,))) or 0 in images.shape:
-    raise _refusal(source, f"has {key} of {images.dtype} {images.shape}: must be uint8"
+    raise _Refusal(f"has {key} of {images.dtype} {images.shape}: must be uint8"
                    " (n, height, width), or that with 1 or 3 channels")
   for i, (image, label) in enumerate(zip(images, labels.tolist())):
     yield Example(f"{key}[{i}]", str(label), split, image)
 
 
 _READERS = {".csv": _csv, ".jsonl": _jsonl, ".npz": _npz}
-
-
-def _refusal(source: pathlib.Path, what: str) -> errors.UsageError:
-  return errors.UsageError(f"source={str(source)!r}: {what}")

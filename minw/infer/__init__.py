@@ -465,10 +465,37 @@ def predict_files(
     >>> [(file, len(prediction.labels)) for file, prediction in predictions]
     [('white.png', 3)]
   """
+  network.check_top(top)
+  for part, images, failures in read_batches(network, files, background=background):
+    found = iter(network.predict(images, top))
+    for i, file in enumerate(part):
+      yield file, failures[i] if i in failures else next(found)
+
+
+def read_batches(
+    network: Network, files: Iterable[str | os.PathLike], *, background: str = "black",
+) -> Iterator[tuple[list[str | os.PathLike], np.ndarray, dict[int, ValueError]]]:
+  """Reads image files as a network takes them, in batches.
+
+  Args:
+    network: The network.
+    files: Paths of the files. The iterator is advanced only as files are read.
+    background: Color behind transparent parts: a name, #rrggbb or R,G,B.
+
+  Yields:
+    The paths of a batch; uint8 (n, *program.source_shape) of those files that could be
+    read; and the errors of the others, by their place among the paths.
+
+  Examples:
+    >>> Image.new("L", (16, 16), 255).save("white.png")
+    >>> network = infer.load("digits_convnet")
+    >>> (files, images, failures), = infer.read_batches(network, ["white.png", "no"])
+    >>> files, images.shape, list(failures)
+    (['white.png', 'no'], (1, 8, 8, 1), [1])
+  """
   from minw.data import image_files
   from minw.data import images as images_lib
 
-  network.check_top(top)
   shape = network.program.source_shape
   options = {"shrink": shrinks(network.program),
              "background": image_files.color(background)}
@@ -481,10 +508,7 @@ def predict_files(
         read.append(image_files.read(file, shape, **options))
       except images_lib.ImageError as error:
         failures[i] = error
-    images = np.stack(read) if read else np.zeros((0, *shape), np.uint8)
-    found = iter(network.predict(images, top))
-    for i, file in enumerate(part):
-      yield file, failures[i] if i in failures else next(found)
+    yield part, np.stack(read) if read else np.zeros((0, *shape), np.uint8), failures
 
 
 def _successful(

@@ -7,10 +7,8 @@ digits_convnet for example.
 import os
 import sys
 from typing import Iterable
-import warnings
 
 from absl import flags
-from PIL import Image
 
 from minw import cli
 from minw import errors
@@ -18,6 +16,7 @@ from minw import infer
 from minw import packed
 from minw import profiling
 from minw import text
+from minw.data import image_files
 
 
 def print_predictions(
@@ -38,10 +37,7 @@ def print_predictions(
     The exit code: 0 if all images were read, 2 if there was one image and it was not,
     and 1 if any of several images was not.
   """
-  # Pillow warns about damaged metadata and about large images. Metadata do not matter
-  # here. A large image becomes an error.
-  warnings.filterwarnings("ignore", module="PIL")
-  warnings.simplefilter("error", Image.DecompressionBombWarning)
+  image_files.silence_pillow()
   hidden = sys.stderr.isatty() and not sys.stdout.isatty()
   count = bad = 0
   for file, result in infer.predict_files(network, files, top, background=background):
