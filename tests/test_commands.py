@@ -149,10 +149,12 @@ def folder(tmp_path_factory):
   for name in ("experiments", "launch", "results"):
     (path / name).symlink_to(ROOT / name)
   Image.new("L", (8, 8)).save(path / "image.png")
-  # The data set of the page on own images.
-  np.savez(path / "shapes.npz", labels=np.arange(180) % 3, images=np.random.default_rng(
-      0).integers(0, 256, (180, 24, 24, 3), np.uint8))
-  prepare.prepare_images("shapes", path / "data", path / "shapes.npz")
+  # The data sets of the pages on own images.
+  images = np.random.default_rng(0).integers(0, 256, (330, 24, 24, 3), np.uint8)
+  np.savez(path / "images.npz", labels=np.arange(len(images)) % 3, images=images)
+  for name, grayscale in (("shapes", False), ("characters", True)):
+    prepare.prepare_images(
+        name, path / "data", path / "images.npz", grayscale=grayscale)
   return path
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -297,6 +298,39 @@ def test_benchmarks_are_understood():
   assert len(lines) >= 4
   subprocess.run([sys.executable, "-c", _CHECK], check=True, text=True,
                  input="\n".join(lines))
+
+
+@pytest.mark.slow
+def test_from_images_to_a_microcontroller(place):
+  """The commands of the tutorial run as they are, in less than five minutes."""
+  code = "\n".join(blocks("docs/tutorials/own_images.md", "sh"))
+  tools = ("arm-none-eabi-gcc", "qemu-system-arm", "make")
+  has_tools = all(map(shutil.which, tools))
+  script = _SHELL.format(
+      python=sys.executable, scripts=pathlib.Path(sys.executable).parent)
+  if has_tools:
+    script = script.replace("make() { :; }\n", "")
+  shutil.copytree(ROOT / "examples", "examples")
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = subprocess.run(
+      ["bash", "-c", script + code], text=True, capture_output=True,
+      env=os.environ | {"MAKEFLAGS": f"PYTHON={sys.executable}"})
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert done.returncode == 0, done.stderr
+  assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 300
+  accuracies = [json.loads(line)["accuracy"] for line in done.stdout.splitlines()
+                if line.startswith('{"split"')]
+  # A guess is right once in 36 times.
+  assert len(accuracies) == 2 and accuracies[0] > 0.8 and accuracies[1] > 0.9
+  image = f"{place}/characters/A/0000.png"
+  predicted, = infer.load("w2a2.minw").predict([image])
+  if not has_tools:
+    pytest.skip(f"without the firmware: one of {', '.join(tools)} is not installed")
+  said = re.findall(r"^(\S+)\t(\w+)\ninstructions (\d+)\nstack (\d+)$", done.stdout,
+                    re.MULTILINE)
+  assert len(said) == 2 and said[1][:2] == (image, predicted.label)
+  assert all(1e6 < int(instructions) < 6e6 and 100 < int(stack) < 1024
+             for *_, instructions, stack in said)
 
 
 @pytest.mark.slow
