@@ -131,6 +131,16 @@ struct Layer {
 // whose channels form groups may be split into several layers, one for each group.
 std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
 
+// Packs the weights of a convolution for table lookups (pack.cc), as [number][channel]
+// of each group.
+//
+// Args:
+//   first: The convolution's first weight.
+//   inputs: Input channels of an output channel.
+//   digits: Input channels of a number.
+void pack_numbers(const Conv& c, const Weights& weights, uint64_t first, int inputs,
+                  int digits, char* to);
+
 // Measures which instruction set is fastest for weights and activations of these bits:
 // `best`, or one of those that may stand in for it (choice.cc). Activations of 0 bits
 // are images.

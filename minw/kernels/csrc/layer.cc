@@ -57,12 +57,19 @@ struct WeightSums {
 
   void add(const Bits& b) {
     for (int m = 0; m < 3; m++) {
+      if (!b.mask[m]) continue;  // Few planes have every magnitude.
       int all = __builtin_popcountll(b.mask[m]);
       int minus = __builtin_popcountll(b.mask[m] & ~b.positive);
       magnitudes += int64_t{all} << m;
       levels += int64_t{all - 2 * minus} * (1 << m);
       negative += minus;
     }
+  }
+
+  void add(const WeightSums& other) {
+    levels += other.levels;
+    magnitudes += other.magnitudes;
+    negative += other.negative;
   }
 };
 
@@ -409,17 +416,15 @@ class LayerBuilder {
 
   void store_levels() {
     allocate_weights();
-    if (c_.form == kLookup && c_.w_bits > 1) list_numbers();
+    if (c_.form == kLookup)
+      return pack_numbers(c_, op_.weights, first_weight_, inputs_, channels_of_number(),
+                          layer_.weights->data());
     for (int o = 0; o < c_.out.c; o++)
       each(o, [&](int tap, int first, const Bits& b) {
         if (c_.form == kTiles)
           store_tiles(o, tap, first, b);
         else if (c_.form == kPlanes)
           store_planes(weight(o, tap, first / 64), first / 64, b);
-        else if (c_.form == kLookup && c_.w_bits == 1)
-          store_signs(o, tap, first, b);
-        else if (c_.form == kLookup)
-          store_numbers(o, tap, first, b);
         else
           for (int i = 0; i < std::min(64, inputs_ - first); i++)
             store_level(o, tap, first + i, level_of(b, i));
@@ -477,12 +482,6 @@ class LayerBuilder {
       std::memcpy(to + sizeof signs * p * c_.width, &b.mask[p - 1], sizeof signs);
   }
 
-  // The signs of 4 channels are the index of an entry in tables of 16 bytes.
-  void store_signs(int o, int tap, int first, const Bits& b) {
-    for (int i = 0; i < 16 && first + i * 4 < inputs_; i++)
-      *weight(o, tap, first / 4 + i) = static_cast<char>(b.positive >> (i * 4) & 15);
-  }
-
   void store_level(int o, int tap, int channel, int level) {
     switch (c_.form) {
       case kBytes:
@@ -497,51 +496,9 @@ class LayerBuilder {
     }
   }
 
-  // Table digits. The weights of a few neighboring channels form one number, which
-  // selects a table or an entry of one. The first channel is its lowest digit:
-  //
-  //   bits   digit of a level              base   channels of a number
-  //   2      -1, 0, 1 -> 0, 1, 2           3      4 (3^4 = 81), or 2 as an index
-  //   3      -4, -2, -1, 0, 1, 2, 4        7      2 (7^2 = 49), or 1 as an index
-  //          -> 0, 1, 2, 3, 4, 5, 6
-  //
-  // Channels past the last one have the digit 0. If weights select tables, numbers are
-  // stored doubled, because an x86 address multiplies an index by at most 8 and tables
-  // have 16 bytes.
-  int number(const Bits& b, int first, int channels) const {
-    int sum = 0, place = c_.swapped ? 2 : 1;
-    for (int i = first; i < first + channels; i++) {
-      int level = level_of(b, i);
-      sum += place * (c_.w_bits == 2 ? level + 1 : level - level / 4 + 3);
-      place *= c_.w_bits == 2 ? 3 : 7;
-    }
-    return sum;
-  }
-
-  int channels_of_number() const { return c_.fold / (c_.w_bits == 2 ? 1 : c_.numbers); }
-
-  // Lists the numbers by the bits of their channels: first which weights are positive,
-  // then the masks. Loading a file would otherwise take most of its time for digits.
-  void list_numbers() {
-    const int n = channels_of_number(), masks = c_.w_bits == 2 ? 1 : 3;
-    numbers_.resize(size_t{1} << n * (1 + masks));
-    for (uint64_t bits = 0; bits < numbers_.size(); bits++) {
-      Bits b = {bits, {bits >> n, 0, 0}};
-      for (int m = 1; m < masks; m++) b.mask[m] = bits >> n * (1 + m);
-      numbers_[bits] = static_cast<char>(number(b, 0, n));
-    }
-  }
-
-  void store_numbers(int o, int tap, int first, const Bits& b) {
-    const int n = channels_of_number(), end = std::min(64, inputs_ - first);
-    const uint64_t ones = (uint64_t{1} << n) - 1;
-    char* to = weight(o, tap, 0) + size_t{1} * (first / n) * c_.width;
-    for (int i = 0; i < end; i += n, to += c_.width) {
-      uint64_t bits = (b.positive >> i & ones) | (b.mask[0] >> i & ones) << n;
-      if (c_.w_bits == 3)
-        bits |= (b.mask[1] >> i & ones) << 2 * n | (b.mask[2] >> i & ones) << 3 * n;
-      *to = i + n <= end ? numbers_[bits] : static_cast<char>(number(b, i, end - i));
-    }
+  // Channels of each number of weights (kLookup).
+  int channels_of_number() const {
+    return c_.w_bits == 3 ? c_.fold / c_.numbers : c_.fold;
   }
 
   // Lanes hold a sign mask (0 or -1), with 2 bits also a mask of what is not 0, or else
@@ -576,6 +533,18 @@ class LayerBuilder {
       case kFloat32: return 0;
     }
     return 0;
+  }
+
+  // Whether left_out depends on the weights.
+  bool leaves_out() const {
+    switch (c_.form) {
+      case kPlanes:
+      case kLookup: return c_.a_bits == 1;
+      case kBytes: return !c_.source;
+      case kInt16:
+      case kInt32: return !c_.multiplied;
+      default: return false;
+    }
   }
 
   // The largest sum of products of a step, for lookups of products.
@@ -619,22 +588,23 @@ class LayerBuilder {
     }
     size_t stride = size_t{1} * c_.groups * c_.width;
     layer_.base.resize(rows.inside.size() * cols.inside.size() * stride);
+    const bool summed = rows.inside.size() * cols.inside.size() > 1 || leaves_out();
     if (c_.form != kFloat32)
       for (int o = 0; o < c_.out.c; o++) {
         std::vector<WeightSums> of_tap(taps());
+        if (summed) each(o, [&](int tap, int, const Bits& b) { of_tap[tap].add(b); });
         WeightSums all;
-        each(o, [&](int tap, int, const Bits& b) {
-          of_tap[tap].add(b);
-          all.add(b);
-        });
         TapTotals totals(w.h, w.w);
-        for (int tap = 0; tap < taps(); tap++)
+        for (int tap = 0; tap < taps(); tap++) {
           totals.set(tap / w.w, tap % w.w, of_tap[tap].levels);
+          all.add(of_tap[tap]);
+        }
+        const int64_t inside = left_out(all) - offsets(o);
         size_t at = o;
         for (const auto& r : rows.inside)
           for (const auto& k : cols.inside) {
             int64_t border = all.levels - totals.sum(r, k);
-            layer_.base[at] = static_cast<int32_t>(left_out(all) + border - offsets(o));
+            layer_.base[at] = static_cast<int32_t>(inside + border);
             at += stride;
           }
       }
@@ -667,7 +637,6 @@ class LayerBuilder {
   const Isa* isa_;
   uint64_t first_weight_;  // The part's first weight in the file.
   Storage storage_ = {};
-  std::vector<char> numbers_;  // See list_numbers.
   Layer layer_;
   Conv& c_;
 };

@@ -25,16 +25,29 @@ int bit_length(int64_t x) {
   return n;
 }
 
-// The checksum of zlib and PNG.
+// The checksum of zlib and PNG, of 8 bytes at a time: table[k] has what a byte adds to
+// the checksum when k more bytes follow it.
 uint32_t crc32(const uint8_t* bytes, size_t size) {
-  uint32_t table[256];
+  uint32_t table[8][256];
   for (uint32_t i = 0; i < 256; i++) {
-    table[i] = i;
+    table[0][i] = i;
     for (int k = 0; k < 8; k++)
-      table[i] = (table[i] >> 1) ^ (table[i] & 1 ? 0xedb88320u : 0);
+      table[0][i] = (table[0][i] >> 1) ^ (table[0][i] & 1 ? 0xedb88320u : 0);
   }
+  for (int k = 1; k < 8; k++)
+    for (int i = 0; i < 256; i++)
+      table[k][i] = (table[k - 1][i] >> 8) ^ table[0][table[k - 1][i] & 255];
   uint32_t crc = ~0u;
-  for (size_t i = 0; i < size; i++) crc = table[(crc ^ bytes[i]) & 255] ^ (crc >> 8);
+  for (; size >= 8; size -= 8, bytes += 8) {
+    uint32_t low, high;
+    std::memcpy(&low, bytes, 4);
+    std::memcpy(&high, bytes + 4, 4);
+    low ^= crc;
+    crc = table[7][low & 255] ^ table[6][low >> 8 & 255] ^ table[5][low >> 16 & 255] ^
+          table[4][low >> 24] ^ table[3][high & 255] ^ table[2][high >> 8 & 255] ^
+          table[1][high >> 16 & 255] ^ table[0][high >> 24];
+  }
+  for (; size; size--, bytes++) crc = table[0][(crc ^ *bytes) & 255] ^ (crc >> 8);
   return ~crc;
 }
 
@@ -229,28 +242,41 @@ class Parser {
     float largest = format > 3 ? largest_weight(op->weights) : 0;
     if (!exact)
       value.exponent = checked_exponent(exponent_of_products(*op, x, row, largest));
-    for (int o = 0; exact && o < out; o++) {
-      const int64_t* bound = x.bound.data() + int64_t{o} / (out / op->groups) * in;
-      value.bound.push_back(checked(sum_bound(op->weights, o, row, bound, in)));
+    const int outputs = out / op->groups;  // Of a group.
+    for (int group = 0; exact && group < op->groups; group++) {
+      const int64_t* bound = x.bound.data() + int64_t{group} * in;
+      const bool even = std::equal(bound + 1, bound + in, bound);
+      for (int o = group * outputs; o < (group + 1) * outputs; o++)
+        value.bound.push_back(
+            checked(even ? bound[0] * magnitudes(op->weights, o * row, row)
+                         : sum_bound(op->weights, o * row, row, bound, in)));
     }
     return value;
   }
 
-  // Bounds the sum of output channel `out`: the sum over its `row` weights of magnitude
-  // times the bound of the input channel.
-  static int64_t sum_bound(const Weights& weights, int64_t out, int64_t row,
+  // The sum of the magnitudes of `count` weights.
+  static int64_t magnitudes(const Weights& weights, int64_t first, int64_t count) {
+    if (weights.format == 1) return count;
+    int64_t sum = 0;
+    for (int64_t end = first + count; first < end; first += 64) {
+      Bits b = weights.bits(first, static_cast<int>(std::min<int64_t>(64, end - first)));
+      for (int m = 0; m < 3; m++) sum += int64_t{__builtin_popcountll(b.mask[m])} << m;
+    }
+    return sum;
+  }
+
+  // Bounds the sum of an output channel, whose `row` weights begin at `first`: the sum
+  // over them of magnitude times the bound of the input channel.
+  static int64_t sum_bound(const Weights& weights, int64_t first, int64_t row,
                            const int64_t* bound, int64_t in) {
     int64_t sum = 0;
-    bool even = std::equal(bound + 1, bound + in, bound);
     for (int64_t tap = 0; tap < row; tap += in)
       for (int64_t i = 0; i < in; i += 64) {
         int n = static_cast<int>(std::min<int64_t>(64, in - i));
-        Bits b = weights.bits(out * row + tap + i, n);
-        for (int m = 0; m < 3; m++) {
-          if (even) sum += (bound[0] * __builtin_popcountll(b.mask[m])) << m;
-          for (int k = 0; !even && k < n; k++)
+        Bits b = weights.bits(first + tap + i, n);
+        for (int m = 0; m < 3; m++)
+          for (int k = 0; k < n; k++)
             if (b.mask[m] >> k & 1) sum += bound[i + k] << m;
-        }
       }
     return sum;
   }

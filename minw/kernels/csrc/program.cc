@@ -14,7 +14,10 @@ thread_local const std::string* subject = nullptr;
 // The n <= 64 bits from bit `first` on, of a plane of `bytes` bytes.
 uint64_t bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n) {
   uint64_t byte = first / 8, low = 0;
-  std::memcpy(&low, plane + byte, std::min<uint64_t>(8, bytes - byte));
+  if (byte + 8 <= bytes)
+    std::memcpy(&low, plane + byte, 8);  // An instruction, and no call.
+  else
+    std::memcpy(&low, plane + byte, bytes - byte);
   int shift = static_cast<int>(first % 8);
   low >>= shift;
   if (shift && byte + 8 < bytes) low |= uint64_t{plane[byte + 8]} << (64 - shift);
@@ -51,15 +54,18 @@ int64_t Value::most() const {
   return bound.empty() ? 0 : *std::max_element(bound.begin(), bound.end());
 }
 
-Bits Weights::bits(uint64_t first, int n) const {
+uint64_t Weights::plane(int i, uint64_t first, int n) const {
   uint64_t size = (count + 7) / 8;
-  auto plane = [&](int i) { return bits_at(data + i * size, size, first, n); };
-  uint64_t positive = plane(0);
+  return bits_at(data + i * size, size, first, n);
+}
+
+Bits Weights::bits(uint64_t first, int n) const {
+  uint64_t positive = plane(0, first, n);
   uint64_t all = n == 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
   if (format == 1) return {positive, {all, 0, 0}};
-  uint64_t low = plane(1);
+  uint64_t low = plane(1, first, n);
   if (format == 2) return {positive & low, {low, 0, 0}};
-  uint64_t high = plane(2);
+  uint64_t high = plane(2, first, n);
   return {positive & (low | high), {low & ~high, high & ~low, low & high}};
 }
 

@@ -57,6 +57,9 @@ struct Weights {
   uint64_t count;
 
   bool grid() const { return format <= 3; }
+  // The n <= 64 bits from weight `first` on, in plane i of the file: signs (1 is
+  // positive), then the binary digits of the codes' magnitudes.
+  uint64_t plane(int i, uint64_t first, int n) const;
   Bits bits(uint64_t first, int n) const;
   float value(uint64_t i) const;  // The float, or the level of a grid.
 };
