@@ -259,7 +259,8 @@ class Parser {
     if (weights.format == 1) return count;
     int64_t sum = 0;
     for (int64_t end = first + count; first < end; first += 64) {
-      Bits b = weights.bits(first, static_cast<int>(std::min<int64_t>(64, end - first)));
+      Bits b =
+          weights.bits(first, static_cast<int>(std::min<int64_t>(64, end - first)));
       for (int m = 0; m < 3; m++) sum += int64_t{__builtin_popcountll(b.mask[m])} << m;
     }
     return sum;
