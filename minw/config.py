@@ -262,16 +262,34 @@ def _check_numbers(checker: _Checker) -> None:
   checker.at_least(0, "crop_padding", "reestimate_batches", "eval_resize",
                    "data_workers", "train_examples", "norm_group_size")
   checker.positive("norm_epsilon", "learning_rate", "learning_rate_decay")
-  checker.not_negative("adam_epsilon", "weight_decay", "bop_threshold")
+  checker.not_negative(
+      "adam_epsilon", "weight_decay", "latent_weight_decay_factor",
+      "norm_weight_decay_factor", "gradient_clip_norm", "bop_threshold")
   checker.fraction("alpha_start", "alpha_final", "alpha_end", "norm_momentum",
                    "momentum", "max_damaged", "bop_adaptivity_rate")
+  _check_schedule(checker)
   checker.widths("conv_widths", "dense_widths")
   size = c.norm_group_size
   check("norm_group_size", size != 1 and (size == 0 or c.batch_size % size == 0),
         f"0, or at least 2 and a divisor of batch_size={c.batch_size}")
+
+
+def _check_schedule(checker: _Checker) -> None:
+  """Checks the schedule of the learning rate."""
+  c, check = checker.config, checker.check
+  check("learning_rate_warmup", 0 <= c.learning_rate_warmup < 1,
+        "at least 0 and less than 1")
   check("learning_rate_steps",
         _ascending(c.learning_rate_steps) and max(c.learning_rate_steps, default=0) < 1,
         "ascending fractions of the run between 0 and 1")
+  kind = c.learning_rate_schedule
+  if kind == "one_cycle":
+    check("learning_rate_warmup", c.learning_rate_warmup > 0,
+          "more than 0 with learning_rate_schedule='one_cycle', whose rise it is")
+  if kind == "steps":
+    check("learning_rate_steps",
+          min(c.learning_rate_steps, default=1) >= c.learning_rate_warmup,
+          f"after the warm-up, learning_rate_warmup={c.learning_rate_warmup}")
 
 
 def _check_records(checker: _Checker) -> None:

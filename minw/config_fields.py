@@ -120,12 +120,29 @@ FIELDS = {
                           "these images."),
         "weight_decay": (0.0, "L2 penalty on all kernels, which is added to the "
                               "gradient."),
-        "learning_rate": (0.01, "Learning rate at the start."),
-        "learning_rate_schedule": ("staircase", "Learning-rate schedule: staircase, "
-                                                "exponential, steps or constant."),
+        "decoupled_weight_decay": (False,
+                                   "Whether weight_decay is not added to the gradient "
+                                   "but shrinks the parameters directly, as in AdamW."),
+        "latent_weight_decay_factor": (1.0, "Factor on weight_decay for latent weights "
+                                            "(kernels of layers on a grid)."),
+        "norm_weight_decay_factor": (0.0, "Factor on weight_decay for batch norm's "
+                                          "scales and shifts."),
+        "gradient_clip_norm": (0.0, "Largest norm of all gradients together. Larger "
+                                    "gradients are scaled to it. 0 for no limit."),
+        "learning_rate": (0.01, "Learning rate at the start, after the warm-up."),
+        "learning_rate_warmup": (0.0,
+                                 "Length of the warm-up, as a fraction of the run. The "
+                                 "learning rate rises linearly from 0."),
+        "learning_rate_schedule": ("staircase",
+                                   "Learning-rate schedule after the warm-up: "
+                                   "staircase, exponential, steps or constant; linear "
+                                   "or cosine, which fall to 0; or one_cycle, which "
+                                   "rises along a cosine in the warm-up and falls "
+                                   "along one after it."),
         "learning_rate_decay": (0.9**35,
-                                "Factor on the learning rate over the whole run. With "
-                                "the steps schedule, it is the factor at each step."),
+                                "Factor on the learning rate from the warm-up to the "
+                                "end (staircase and exponential schedules), or at each "
+                                "step (steps schedule)."),
         "learning_rate_stairs": (35, "Number of stairs (staircase schedule)."),
         "learning_rate_steps": ((0.5, 0.75),
                                 "Positions of the steps, as fractions of the run "

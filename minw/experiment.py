@@ -194,11 +194,16 @@ class Experiment:
     self.learning_rate = schedules.learning_rate(
         c.learning_rate_schedule, c.learning_rate, self.num_steps,
         decay=c.learning_rate_decay, stairs=c.learning_rate_stairs,
-        steps=c.learning_rate_steps)
+        steps=c.learning_rate_steps, warmup=c.learning_rate_warmup)
     self.optimizer: optax.GradientTransformation = optim.optimizer(
         c.optimizer, self.learning_rate, adam_epsilon=c.adam_epsilon,
         momentum=c.momentum, weight_decay=c.weight_decay,
+        decoupled_weight_decay=c.decoupled_weight_decay,
+        latent_weight_decay_factor=c.latent_weight_decay_factor,
+        norm_weight_decay_factor=c.norm_weight_decay_factor,
+        gradient_clip_norm=c.gradient_clip_norm,
         bop_adaptivity_rate=c.bop_adaptivity_rate, bop_threshold=c.bop_threshold,
+        on_grid=self.grid_layers.__contains__,
         one_bit=self.one_bit_layers.__contains__)
     errors.check(c.optimizer != "bop" or bool(self.one_bit_layers), "config.optimizer",
                  c.optimizer, "another optimizer: it flips weights of 1 bit, and no"

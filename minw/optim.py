@@ -16,8 +16,13 @@ def optimizer(
     adam_epsilon: float = 1e-8,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    latent_weight_decay_factor: float = 1.0,
+    norm_weight_decay_factor: float = 0.0,
+    gradient_clip_norm: float = 0.0,
     bop_adaptivity_rate: float = 1e-4,
     bop_threshold: float = 1e-8,
+    on_grid: Callable[[str], bool] = lambda path: False,
     one_bit: Callable[[str], bool] = lambda path: False,
 ) -> optax.GradientTransformation:
   """Makes Adam, SGD with momentum, or Bop combined with Adam.
@@ -31,11 +36,21 @@ def optimizer(
     momentum: Momentum of SGD.
     weight_decay: Coefficient of an L2 penalty on all kernels (parameters with two or
       more axes), except those that Bop flips. It is added to the gradient as in He et
-      al., and therefore not decoupled.
+      al.
+    decoupled_weight_decay: Whether the decay is kept apart from the gradient. Each step
+      then subtracts learning_rate * weight_decay * parameter, as in AdamW (Loshchilov
+      and Hutter, arXiv 1711.05101).
+    latent_weight_decay_factor: Factor on the decay of latent weights, which are the
+      kernels of layers on a grid.
+    norm_weight_decay_factor: Factor on the decay of parameters with one axis, which are
+      batch norm's scales and shifts.
+    gradient_clip_norm: Largest norm of all gradients together. Larger gradients are
+      scaled to it. 0 for no limit.
     bop_adaptivity_rate: Adaptivity rate of Bop; see `bop`.
     bop_threshold: Threshold of Bop; see `bop`.
-    one_bit: Function that tells whether the layer at a path ("block1/conv2") has
-      one-bit weights.
+    on_grid: Function that tells whether the layer at a path ("block1/conv2") has
+      weights on a grid.
+    one_bit: Function that tells whether the layer at a path has one-bit weights.
 
   Returns:
     The optimizer.
@@ -43,26 +58,59 @@ def optimizer(
   Raises:
     ValueError: `name` is none of these.
   """
-  if name in ("adam", "bop"):
-    update = optax.adam(learning_rate, eps=adam_epsilon)
-  elif name == "sgd":
-    update = optax.sgd(learning_rate, momentum=momentum)
-  else:
+  if name not in ("adam", "bop", "sgd"):
     raise ValueError(f"name={name!r}: must be adam, sgd or bop")
-  if weight_decay:
-    kernels = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    update = optax.chain(optax.add_decayed_weights(weight_decay, kernels), update)
+  decays = _weight_decays(
+      weight_decay, latent_weight_decay_factor, norm_weight_decay_factor, on_grid)
+  if name == "sgd":
+    rule = optax.trace(momentum)
+  else:
+    rule = optax.scale_by_adam(eps=adam_epsilon)
+  descent = optax.scale_by_learning_rate(learning_rate)
+  if decoupled_weight_decay:
+    update = optax.chain(rule, *decays, descent)
+  else:
+    update = optax.chain(rule, descent)
+    if decays:
+      update = optax.chain(*decays, update)
   update = _with_standard_promotion(update)
-  if name != "bop":
-    return update
+  if name == "bop":
+    def label(path, _):
+      layer, parameter = _split(path)
+      return "bop" if parameter == "kernel" and one_bit(layer) else "adam"
 
-  def label(path, _):
-    *layer, parameter = (part.key for part in path)
-    return "bop" if parameter == "kernel" and one_bit("/".join(layer)) else "adam"
+    update = optax.partition(
+        {"bop": bop(bop_adaptivity_rate, bop_threshold), "adam": update},
+        lambda params: jax.tree_util.tree_map_with_path(label, params))
+  if gradient_clip_norm:
+    update = optax.chain(optax.clip_by_global_norm(gradient_clip_norm), update)
+  return update
 
-  return optax.partition(
-      {"bop": bop(bop_adaptivity_rate, bop_threshold), "adam": update},
-      lambda params: jax.tree_util.tree_map_with_path(label, params))
+
+def _weight_decays(
+    weight_decay: float, latent_factor: float, norm_factor: float,
+    on_grid: Callable[[str], bool],
+) -> list[optax.GradientTransformation]:
+  """The decays of groups of parameters; see `optimizer`. Decays of 0 are left out."""
+  def factor_of(path, parameter):
+    layer, name = _split(path)
+    if parameter.ndim > 1:
+      return latent_factor if name == "kernel" and on_grid(layer) else 1.0
+    return norm_factor if parameter.ndim else 0.0  # The steps of LSQ are scalars.
+
+  def decay(factor):
+    return optax.add_decayed_weights(
+        weight_decay * factor, lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, parameter: factor_of(path, parameter) == factor, params))
+
+  return [decay(factor) for factor in dict.fromkeys((1.0, latent_factor, norm_factor))
+          if weight_decay * factor]
+
+
+def _split(path: Any) -> tuple[str, str]:
+  """The path of a layer ("block1/conv2"), and the name of its parameter."""
+  *layer, parameter = (part.key for part in path)
+  return "/".join(layer), parameter
 
 
 def _with_standard_promotion(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 ALPHA_SHAPES = ("linear", "cosine", "cubic", "step")
-LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant")
+LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant", "linear",
+                           "cosine", "one_cycle")
 
 Schedule = Callable[[Any], Any]  # A function from an integer step to a float32 array.
 
@@ -25,17 +26,25 @@ def learning_rate(
     decay: float,
     stairs: int,
     steps: Sequence[float],
+    warmup: float = 0.0,
 ) -> Schedule:
   """The learning rate as a function of the step.
 
   Args:
     kind: "constant", "exponential" for continuous decay, "staircase" for the same decay
-      in equal stairs, or "steps" for a factor at given points.
-    initial: Learning rate at step 0.
+      in equal stairs, "steps" for a factor at given points, "linear" or "cosine" for a
+      fall to 0 at the end of the run (Loshchilov and Hutter, arXiv 1608.03983, without
+      restarts), or "one_cycle" for a rise and a fall along cosines (Smith and Topin,
+      arXiv 1708.07120): from `initial` / 25 to `initial` in the warm-up, and then to
+      `initial` / 250,000.
+    initial: Learning rate after the warm-up, which is the largest one.
     num_steps: Number of steps of the run.
-    decay: Factor over the whole run. With "steps" it is the factor at each of `steps`.
+    decay: Factor from the end of the warm-up to the end of the run. With "steps" it is
+      the factor at each of `steps`. "linear", "cosine" and "one_cycle" ignore it.
     stairs: Number of stairs of a "staircase".
-    steps: Positions of the "steps", as fractions of the run.
+    steps: Positions of the "steps", as fractions of the run. None is in the warm-up.
+    warmup: Length of the warm-up, as a fraction of the run. The learning rate rises
+      linearly from 0, except with "one_cycle". The schedule takes the rest of the run.
 
   Returns:
     Function from the step to the learning rate.
@@ -43,22 +52,38 @@ def learning_rate(
   Raises:
     ValueError: `kind` is none of these.
   """
+  warm = round(warmup * num_steps)
+  rest = max(num_steps - warm, 1)
   if kind == "constant":
     schedule = optax.constant_schedule(initial)
   elif kind == "exponential":
-    schedule = optax.exponential_decay(initial, num_steps, decay)
+    schedule = optax.exponential_decay(initial, rest, decay)
   elif kind == "staircase":
     schedule = optax.exponential_decay(
-        initial, num_steps / stairs,  # type: ignore (optax divides by it)
+        initial, rest / stairs,  # type: ignore (optax divides by it)
         decay ** (1 / stairs), staircase=True)
   elif kind == "steps":
     # In a short run, several of them may fall on the same training step.
-    drops = collections.Counter(round(fraction * num_steps) for fraction in steps)
+    drops = collections.Counter(
+        max(round(fraction * num_steps) - warm, 0) for fraction in steps)
     schedule = optax.piecewise_constant_schedule(
         initial, {step: decay**count for step, count in drops.items()})
+  elif kind == "linear":
+    schedule = optax.linear_schedule(initial, 0.0, rest)
+  elif kind == "cosine":
+    schedule = optax.cosine_decay_schedule(initial, rest)
+  elif kind == "one_cycle":
+    # A warm-up of no or all steps would leave one of the two parts without a step.
+    top = min(max(warm, 1), num_steps - 1)
+    # Optax rounds the product of fraction and steps down.
+    schedule = optax.cosine_onecycle_schedule(
+        num_steps, initial, (top + 0.5) / num_steps)
   else:
     raise ValueError(
         f"kind={kind!r}: must be one of {', '.join(LEARNING_RATE_SCHEDULES)}")
+  if warm and kind != "one_cycle":
+    schedule = optax.join_schedules(
+        [optax.linear_schedule(0.0, initial, warm), schedule], [warm])
 
   def at(step: Any) -> Any:
     with jax.numpy_dtype_promotion("standard"):  # Optax divides the integer step.

@@ -88,6 +88,80 @@ def test_against_numpy(name, options, reference, decay):
   assert count == 4 * STEPS
 
 
+def decoupled_adam(parameter, gradients, decay):
+  """Loshchilov and Hutter 2019, Algorithm 2, with the rate in place of their eta."""
+  m = v = 0.0
+  for t, gradient in enumerate(gradients, start=1):
+    m = 0.9 * m + 0.1 * gradient
+    v = 0.999 * v + 0.001 * gradient**2
+    step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    parameter = parameter - 0.1 / t * (step + decay * parameter)
+    yield parameter
+
+
+def decoupled_sgd(parameter, gradients, decay):
+  velocity = 0.0
+  for t, gradient in enumerate(gradients, start=1):
+    velocity = 0.9 * velocity + gradient
+    parameter = parameter - 0.1 / t * (velocity + decay * parameter)
+    yield parameter
+
+
+@pytest.mark.parametrize("name, decoupled, reference", [
+    ("adam", False, lambda p, g, decay: adam(p, g, decay, 1e-8)),
+    ("sgd", False, lambda p, g, decay: sgd(p, g, decay, 0.9)),
+    ("adam", True, decoupled_adam),
+    ("sgd", True, decoupled_sgd),
+])
+@pytest.mark.parametrize("latent, norm", [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
+def test_groups_have_their_own_weight_decay(name, decoupled, reference, latent, norm):
+  """Latent weights, which are those of conv1 here, other kernels, and batch norm."""
+  rng = np.random.default_rng(2)
+  add_step = lambda tree: tree | {"conv1": tree["conv1"] | {"step": rng.normal()}}
+  params = add_step(random_tree(rng))
+  gradients = [add_step(random_tree(rng)) for _ in range(STEPS)]
+  optimizer = optim.optimizer(
+      name, schedule, weight_decay=0.2, decoupled_weight_decay=decoupled,
+      latent_weight_decay_factor=latent, norm_weight_decay_factor=norm,
+      on_grid=("conv1", "norm_conv1/batch_norm").__contains__)
+  got = train(optimizer, params, gradients)
+  decays = {("conv1", "kernel"): 0.2 * latent, ("conv1", "step"): 0.0,
+            ("dense1", "kernel"): 0.2, ("norm_conv1", "batch_norm", "bias"): 0.2 * norm,
+            ("norm_conv1", "batch_norm", "scale"): 0.2 * norm}
+  assert len(decays) == len(jax.tree.leaves(params))
+  for path, decay in decays.items():
+    leaf = lambda tree: functools.reduce(lambda node, key: node[key], path, tree)
+    steps = reference(leaf(params), [leaf(g) for g in gradients], decay)
+    for have, want in zip(got, steps, strict=True):
+      np.testing.assert_allclose(leaf(have), want, rtol=2e-5, atol=2e-6)
+
+
+def test_gradients_are_clipped_together():
+  """To the norm 2.5 of all of them, before weight decay is added."""
+  params = {"dense1": {"kernel": np.array([[1.0, 2.0]]), "bias": np.array([4.0])}}
+  gradients = [{"dense1": {"kernel": np.array([[3.0, 0.0]]), "bias": np.array([4.0])}},
+               {"dense1": {"kernel": np.array([[0.3, 0.4]]), "bias": np.array([0.0])}}]
+  optimizer = optim.optimizer(
+      "sgd", lambda step: 1.0, momentum=0.0, weight_decay=0.5, gradient_clip_norm=2.5)
+  first, second = train(optimizer, params, gradients)
+  # The first norm is 5, so that the gradient is halved; the second is 0.5.
+  np.testing.assert_allclose(first["dense1"]["kernel"], [[-1.0, 1.0]])
+  np.testing.assert_allclose(first["dense1"]["bias"], [2.0])
+  np.testing.assert_allclose(second["dense1"]["kernel"], [[-0.8, 0.1]], rtol=1e-6)
+  np.testing.assert_allclose(second["dense1"]["bias"], [2.0])
+
+
+def test_clipping_is_before_bop():
+  params = {"conv1": {"kernel": np.ones((1, 2))}}
+  gradients = [{"conv1": {"kernel": np.array([[30.0, 40.0]])}}] * 2
+  for limit, flips in ((0.0, [True, True]), (1.0, [False, True])):  # To 0.6, 0.8.
+    optimizer = optim.optimizer(
+        "bop", schedule, gradient_clip_norm=limit, bop_adaptivity_rate=1.0,
+        bop_threshold=0.7, one_bit=("conv1",).__contains__)
+    first, _ = train(optimizer, params, gradients)
+    assert (first["conv1"]["kernel"] == -1).tolist() == [flips]
+
+
 def bop(weights, gradients, rate, threshold):
   """Helwegen et al., Algorithm 1, one weight after another; signs at first."""
   m = np.zeros(weights.shape)

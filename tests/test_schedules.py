@@ -128,12 +128,13 @@ def test_a_short_run_is_the_long_one_scaled(shape):
   long, short = default_alpha(shape=shape), default_alpha(shape=shape, num_steps=350)
   for step in (0, 1, 50, 100, 163, 200):
     np.testing.assert_allclose(short(step), long(100 * step), rtol=1e-6)
-  kinds = ("exponential", "staircase", "steps", "constant")
-  assert schedules.LEARNING_RATE_SCHEDULES == kinds
-  for kind in kinds:
-    long, short = learning_rate(kind), learning_rate(kind, num_steps=350)
-    for step in (0, 9, 10, 174, 175, 349):
-      np.testing.assert_allclose(short(step), long(100 * step), rtol=1e-6)
+  for kind in schedules.LEARNING_RATE_SCHEDULES:
+    for warmup in (0.02, 0.1, 0.38) if kind == "one_cycle" else (0.0, 0.1, 0.38):
+      long, short = (
+          learning_rate(kind, num_steps, warmup=warmup, steps=(0.5, 0.75))
+          for num_steps in (STEPS, 350))
+      for step in (0, 9, 10, 35, 174, 175, 349):
+        np.testing.assert_allclose(short(step), long(100 * step), rtol=3e-5, atol=1e-9)
 
 
 SCHEDULES = {
@@ -141,7 +142,8 @@ SCHEDULES = {
     "cosine": default_alpha(shape="cosine"),
     "step": default_alpha(shape="step"),
     "by layer": default_alpha(depth=5),
-    **{kind: learning_rate(kind) for kind in schedules.LEARNING_RATE_SCHEDULES},
+    **{f"rate, {kind}": learning_rate(kind, warmup=0.1)
+       for kind in schedules.LEARNING_RATE_SCHEDULES},
 }
 
 
@@ -153,7 +155,7 @@ def test_traced_is_untraced(name):
     result = traced(jnp.int32(step))
     assert result.dtype == jnp.float32
     assert result.shape == ((5,) if name == "by layer" else ())
-    np.testing.assert_allclose(result, schedule(step), rtol=3e-7)
+    np.testing.assert_allclose(result, schedule(step), rtol=3e-7, atol=2e-9)
     if step >= 16_275 and name in ("linear", "cosine", "step", "by layer"):
       assert (np.asarray(result) == 1.0).all()
 
@@ -202,9 +204,54 @@ def test_constant():
   assert values(learning_rate("constant"), (0, 1, STEPS)).tolist() == [0.01] * 3
 
 
+def test_linear_and_cosine_end_at_zero():
+  linear, cosine = (learning_rate(kind, num_steps=100, initial=0.2)
+                    for kind in ("linear", "cosine"))
+  steps = (0, 10, 50, 75, 100)
+  np.testing.assert_allclose(
+      values(linear, steps), [0.2, 0.18, 0.1, 0.05, 0.0], rtol=1e-6)
+  np.testing.assert_allclose(
+      values(cosine, steps),
+      [0.1 * (1 + math.cos(math.pi * step / 100)) for step in steps], rtol=1e-6,
+      atol=1e-8)
+
+
+@pytest.mark.parametrize("kind, rest", [
+    ("constant", lambda t: 1.0),
+    ("exponential", lambda t: 0.25**t),
+    ("staircase", lambda t: 0.5 ** math.floor(2 * t + 1e-9)),
+    ("steps", lambda t: 0.25 ** ((t >= 0.375 - 1e-9) + (t >= 0.6875 - 1e-9))),
+    ("linear", lambda t: 1 - t),
+    ("cosine", lambda t: (1 + math.cos(math.pi * t)) / 2),
+])
+def test_warm_up(kind, rest):
+  """After the warm-up, the schedule takes the rest, t from 0 to 1, of the run."""
+  rate = learning_rate(kind, num_steps=100, initial=0.4, decay=0.25, stairs=2,
+                       warmup=0.2)
+  np.testing.assert_allclose(
+      values(rate, (0, 1, 10, 19)), [0.0, 0.02, 0.2, 0.38], rtol=1e-6)
+  steps = range(20, 100)
+  np.testing.assert_allclose(
+      values(rate, steps), [0.4 * rest((step - 20) / 80) for step in steps], rtol=2e-6,
+      atol=2e-8)
+
+
+@pytest.mark.parametrize("warmup, num_steps, top", [
+    (0.3, 100, 30), (0.29, 100, 29), (0.57, 100, 57), (0.001, 100, 1), (0.999, 10, 9)])
+def test_one_cycle(warmup, num_steps, top):
+  """As fast.ai and PyTorch have it: 1/25 at first, 1/250,000 in the end."""
+  rate = learning_rate("one_cycle", num_steps=num_steps, initial=0.5, warmup=warmup)
+  at = lambda t: (1 - math.cos(math.pi * t)) / 2  # Rises from 0 to 1.
+  want = [0.02 + 0.48 * at(step / top) if step < top else
+          0.5 + (2e-6 - 0.5) * at((step - top) / (num_steps - top))
+          for step in range(num_steps + 1)]
+  np.testing.assert_allclose(
+      values(rate, range(num_steps + 1)), want, rtol=1e-5, atol=1e-7)
+
+
 def test_unknown_names():
   with pytest.raises(
       ValueError, match="shape='square': must be one of linear, cosine, cubic"):
     default_alpha(shape="square")
-  with pytest.raises(ValueError, match="kind='cosine': must be one of exponential, "):
-    learning_rate("cosine")
+  with pytest.raises(ValueError, match="kind='square': must be one of exponential, "):
+    learning_rate("square")
