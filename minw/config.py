@@ -267,6 +267,7 @@ def _check_numbers(checker: _Checker) -> None:
       "norm_weight_decay_factor", "gradient_clip_norm", "bop_threshold")
   checker.fraction("alpha_start", "alpha_final", "alpha_end", "norm_momentum",
                    "momentum", "max_damaged", "bop_adaptivity_rate")
+  check("ema_decay", 0 <= c.ema_decay < 1, "at least 0 and less than 1")
   _check_schedule(checker)
   checker.widths("conv_widths", "dense_widths")
   size = c.norm_group_size

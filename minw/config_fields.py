@@ -147,6 +147,9 @@ FIELDS = {
         "learning_rate_steps": ((0.5, 0.75),
                                 "Positions of the steps, as fractions of the run "
                                 "(steps schedule)."),
+        "ema_decay": (0.0,
+                      "Decay of an exponential moving average of the trained "
+                      "variables, from which the hard network is made; 0 for none."),
         "init_from": ("", "Directory of another run, whose last weights this run "
                           "starts from."),
     },

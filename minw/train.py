@@ -72,6 +72,8 @@ class TrainState(NamedTuple):
     batch_stats: Running statistics of batch norm.
     opt_state: State of the optimizer.
     totals: Sums for the next report.
+    ema: Exponential moving average of the variables, {"params", "batch_stats"}. It is
+      empty unless the config has `ema_decay`.
   """
 
   step: jax.Array
@@ -79,18 +81,21 @@ class TrainState(NamedTuple):
   batch_stats: Any
   opt_state: Any
   totals: Totals
+  ema: Any
 
 
 def init_state(experiment: Experiment) -> TrainState:
   """Returns the state before the first step."""
   variables = layers.initialize(
       experiment.model, experiment.image_shape, experiment.config.seed)
+  trained = {name: variables[name] for name in ("params", "batch_stats")}
   return TrainState(
       step=jnp.zeros((), jnp.int32),
-      params=variables["params"],
-      batch_stats=variables["batch_stats"],
+      **trained,
       opt_state=experiment.optimizer.init(variables["params"]),
-      totals=_no_totals())
+      totals=_no_totals(),
+      # The copy is a buffer of its own, as the training step donates both.
+      ema=jax.tree.map(jnp.copy, trained) if experiment.config.ema_decay else {})
 
 
 def _no_totals() -> Totals:
@@ -149,6 +154,10 @@ def update(
       lambda path, _: path[-1].key == "kernel"
       and "/".join(part.key for part in path[:-1]) in on_grid, params))
 
+  ema = {}
+  if experiment.config.ema_decay:
+    ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats},
+                     state.step, experiment.config.ema_decay)
   totals = state.totals
   finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((updates, batch_stats)))
   correct = jnp.argmax(logits, axis=-1) == labels
@@ -158,7 +167,30 @@ def update(
       count=totals.count + labels.shape[0],
       diverged_at=jnp.where(
           finite | (totals.diverged_at >= 0), totals.diverged_at, state.step))
-  return TrainState(state.step + 1, params, batch_stats, opt_state, totals), loss
+  return TrainState(state.step + 1, params, batch_stats, opt_state, totals, ema), loss
+
+
+def update_ema(ema: Any, variables: Any, step: jax.Array, decay: float) -> Any:
+  """Updates an exponential moving average.
+
+  The average is decay_t * ema + (1 - decay_t) * variables, where decay_t is the smaller
+  of `decay` and (1 + t) / (10 + t) at step t. Without the second number, the average
+  of a short run would hold much of the first values.
+
+  Args:
+    ema: Average before the step.
+    variables: Tree of the same structure, after the step.
+    step: int32 (), number of steps that were done before this one.
+    decay: Weight of the average, in [0, 1).
+
+  Returns:
+    The average after the step.
+  """
+  steps = step.astype(jnp.float32)
+  decay_now = jnp.minimum(decay, (1 + steps) / (10 + steps))
+  return jax.tree.map(
+      lambda average, value: value + decay_now.astype(value.dtype) * (average - value),
+      ema, variables)
 
 
 def _losses(
@@ -524,12 +556,15 @@ def _first_state(
   checkpoint.remove_old(manager)
   if not restored:
     state = make_init_state(experiment)()
-    return state._replace(**distributed.put(source, experiment.replicated)), None
+    source = distributed.put(source, experiment.replicated)
+    if source and experiment.config.ema_decay:
+      state = state._replace(ema=jax.tree.map(jnp.copy, source))
+    return state._replace(**source), None
   if restored.run:
     before = config_lib.from_json(json.dumps(restored.run["config"]))
     together(run_files.check_same, workdir, before, experiment.config)
     together(checkpoint.check_same_data, workdir, restored.run, experiment.config)
-  state = TrainState(*(restored.tree[name] for name in TrainState._fields))
+  state = TrainState(*(restored.tree.get(name, {}) for name in TrainState._fields))
   return state, restored.run
 
 
@@ -608,11 +643,11 @@ def _pause(
   rate = run.progress.pause()
   if epoch:
     state = state._replace(totals=run.programs.no_totals())
-  tree = state._asdict()
+  tree = _saved(state)
   if run.experiment.config.reestimate_batches:
     tree["reestimated_batch_stats"] = run.programs.reestimate(
-        state.params, state.batch_stats,
-        run.experiment.data.train_batches(run.splits.train, 0))
+        **checkpoint.hard_variables(tree),
+        batches=run.experiment.data.train_batches(run.splits.train, 0))
   accuracy = None
   if epoch:
     trained = _train_line(run, step, totals, rate, codes, state.params)
@@ -744,9 +779,17 @@ def _test(run: _Run) -> dict[str, Any]:
 def checkpoint_target(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns shapes, dtypes and shardings of the arrays in a checkpoint of the run."""
   state = abstract_state(experiment)
-  tree = state._asdict()
+  tree = _saved(state)
   if experiment.config.reestimate_batches:
     tree["reestimated_batch_stats"] = state.batch_stats
+  return tree
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+  """The parts of the state that are in a checkpoint."""
+  tree = state._asdict()
+  if not state.ema:
+    del tree["ema"]
   return tree
 
 

@@ -60,9 +60,9 @@ def experiment_of(config):
 
 
 @functools.cache
-def fresh_state(seed=0):
+def fresh_state(seed=0, ema_decay=0.0):
   """`train.init_state` of the tiny network, in NumPy."""
-  experiment = experiment_of(tiny_config(seed=seed))
+  experiment = experiment_of(tiny_config(seed=seed, ema_decay=ema_decay))
   return jax.device_get(jax.jit(lambda: _init_state(experiment))())
 
 
@@ -82,10 +82,10 @@ def shared_programs(draw=False):
       patch.setattr(plots, "curves", lambda workdir: files.write(
           pathlib.Path(workdir) / "curves.png", ""))
     for module in (train, evaluate):
-      patch.setattr(module, "Experiment", lambda c: fresh_state(c.seed)
+      patch.setattr(module, "Experiment", lambda c: fresh_state(c.seed, c.ema_decay)
                     and experiment_of(c))
     patch.setattr(train, "init_state", lambda experiment: jax.tree.map(
-        jnp.asarray, fresh_state(experiment.config.seed)))
+        jnp.asarray, fresh_state(experiment.config.seed, experiment.config.ema_decay)))
     for name, make in programs.items():
       patch.setattr(train, name, make)
     patch.setattr(evaluate, "Evaluator", _evaluator)

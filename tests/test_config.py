@@ -193,6 +193,7 @@ NAN, INF = math.nan, math.inf
     ("learning_rate_schedule", ["square"],
      "one of exponential, staircase, steps, constant, linear, cosine, one_cycle"),
     ("learning_rate_warmup", [-0.1, 1.0, NAN], "at least 0 and less than 1"),
+    ("ema_decay", [-0.1, 1.0, NAN], "at least 0 and less than 1"),
     ("latent_weight_decay_factor", [-1.0, NAN],
      "at least 0 and finite, in float32"),
     ("norm_weight_decay_factor", [-1.0, INF], "at least 0 and finite, in float32"),

@@ -660,6 +660,88 @@ def test_no_batch_is_reestimated_on_twice(busy, monkeypatch):
   assert asked == list(range(EPOCH))
 
 
+# The moving average of the variables.
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+  """A run with a moving average, stopped amid its second epoch; what it had seen."""
+  workdir = tmp_path_factory.mktemp("averaged")
+  seen = []
+
+  def action(step, state):
+    seen.append(jax.device_get((state.params, state.batch_stats, state.ema)))
+    if step == EPOCH + 3:
+      raise Stop
+
+  config = busy_config(ema_decay=0.9)
+  with pytest.raises(Stop):
+    run_with(action, config, workdir)
+  with checkpoint.open_manager(str(workdir), read_only=True) as manager:
+    return config, workdir, seen, jax.device_get(checkpoint.restore(manager, EPOCH).tree)
+
+
+def test_moving_average(averaged):
+  _, _, seen, _ = averaged
+  average = seen[0][:2]
+  for step, (params, stats, ema) in enumerate(seen):
+    if step:
+      # Step t has the weight (1 + t) / (10 + t), up to 0.9 at step 80.
+      decay = min(0.9, step / (9 + step))
+      average = jax.tree.map(
+          lambda a, v: decay * np.float64(a) + (1 - decay) * v, average,
+          (params, stats))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5),
+        (ema["params"], ema["batch_stats"]), average)
+  distance = np.abs(ema["params"]["conv2"]["kernel"] - params["conv2"]["kernel"]).max()
+  assert distance > 1e-3
+
+
+def test_decay_of_the_moving_average_is_reached():
+  for step, decay in ((0, 0.1), (1, 2 / 11), (79, 80 / 89), (80, 0.9), (10**6, 0.9)):
+    got = train.update_ema({"w": jnp.float32(1)}, {"w": jnp.float32(0)},
+                           jnp.int32(step), 0.9)
+    assert got["w"] == pytest.approx(decay, rel=1e-6)
+
+
+def test_hard_network_is_made_of_the_moving_average(averaged):
+  """With re-estimated statistics, which are those of the average, too."""
+  config, workdir, _, tree = averaged
+  experiment = experiment_of(config)
+  data, order = experiment.data.load("train"), resident.epoch_order(0, 0, 1257)
+  means = []
+  for i in range(2):
+    images, _ = experiment.data.train_inputs(
+        data, order, i, jax.random.fold_in(jax.random.key(0), i))
+    _, received = network(tree["ema"]["params"], np.asarray(images), busy_sign)
+    means.append(received["norm_conv1"].mean((0, 1, 2)))
+  np.testing.assert_allclose(
+      tree["reestimated_batch_stats"]["norm_conv1"]["batch_norm"]["mean"],
+      np.mean(means, axis=0), rtol=1e-4, atol=1e-4)
+  data = experiment.data.load("validation")
+  images = pixels_lib.normalize(data.images, experiment.pixels)
+  losses = [cross_entropy(network(params, images, busy_sign,
+                                  tree["reestimated_batch_stats"])[0],
+                          np.asarray(data.labels)).mean()
+            for params in (tree["ema"]["params"], tree["params"])]
+  hard, = lines_of(workdir, split="validation", mode="hard")
+  assert hard["loss"] == pytest.approx(losses[0], rel=1e-4)
+  assert abs(losses[1] - hard["loss"]) > 1e-3
+
+
+def test_resumed_moving_average(averaged, tmp_path):
+  config, workdir, _, _ = averaged
+  shutil.copytree(workdir, tmp_path / "cut")
+  run(config, tmp_path / "cut")
+  run(config, tmp_path / "whole")
+  assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_no_moving_average_unless_asked_for(busy):
+  assert "ema" not in busy[1]
+
+
 # Starting from another run.
 
 
@@ -694,6 +776,20 @@ def test_init_from(tmp_path):
   assert state.step == 0 and state.totals.count == 0
   assert not any(np.any(m) for m in jax.tree.leaves(state.opt_state))
   assert np.abs(state.params["conv1"]["kernel"]).max() > 1
+  assert state.ema == {}
+
+
+def test_init_from_starts_the_moving_average(tmp_path):
+  source = save_run(tiny_config(), tmp_path / "source")
+  config = tiny_config(init_from=str(tmp_path / "source"), ema_decay=0.5)
+  experiment = Experiment(config)
+  run_files.claim(str(tmp_path / "run"), config)
+  with checkpoint.open_manager(str(tmp_path / "run")) as manager:
+    state, _ = train._first_state(
+        experiment, train.read_source(config.init_from, experiment),
+        str(tmp_path / "run"), manager)
+  jax.tree.map(np.testing.assert_array_equal, state.ema,
+               {"params": source.params, "batch_stats": source.batch_stats})
 
 
 def test_init_from_is_for_the_start_alone(tmp_path):

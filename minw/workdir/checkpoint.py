@@ -348,10 +348,12 @@ def trained_variables(tree: dict[str, Any]) -> dict[str, Any]:
 def hard_variables(tree: dict[str, Any]) -> dict[str, Any]:
   """Returns a checkpoint's variables from which the hard network is folded.
 
-  If batch norm's statistics were re-estimated, these replace the running statistics.
+  If the checkpoint has a moving average of the variables, that is what is folded. If
+  batch norm's statistics were re-estimated, these replace the running statistics.
   """
-  stats = tree.get("reestimated_batch_stats", tree["batch_stats"])
-  return {"params": tree["params"], "batch_stats": stats}
+  variables = tree.get("ema") or tree
+  stats = tree.get("reestimated_batch_stats", variables["batch_stats"])
+  return {"params": variables["params"], "batch_stats": stats}
 
 
 class Run(NamedTuple):
