@@ -9,9 +9,9 @@ A sweep is a Python file with a function `get_runs(argument="")`. It yields a tu
 NAME:ARGUMENT, and the overrides are a dict of fields. Sweeps in experiments/sweeps are
 given by name, and others by path.
 
-If `init_from` is the name of another run of the sweep, that run is done first. The
-workdir of a run is DIR/NAME. It also contains log.txt and sweep.json, the record of all
-tries.
+If `init_from` or `teacher` is the name of another run of the sweep, that run is done
+first. The workdir of a run is DIR/NAME. It also contains log.txt and sweep.json, the
+record of all tries.
 
 The number of runs at a time is --jobs. Each run has its own cores, and its own GPUs if
 there are any. On CPUs, a sweep is fastest with one run per core. If the sweep is
@@ -76,14 +76,15 @@ class Run(NamedTuple):
     workdir: Directory of the run, DIR/NAME.
     arguments: Arguments of minw.main: --config and its overrides.
     config: Config that results from these arguments.
-    after: Name of the run from which it starts, or "".
+    after: Names of the runs of the sweep that it needs: the one from which it starts,
+      and its teacher.
   """
 
   name: str
   workdir: pathlib.Path
   arguments: tuple[str, ...]
   config: Any
-  after: str
+  after: tuple[str, ...]
 
 
 class State(NamedTuple):
@@ -137,13 +138,14 @@ def read(sweep: str, folder: str, data_dir: str | None = None) -> list[Run]:
 
 def _make_run(folder, names, name, config, overrides) -> Run:
   with _naming(name):
-    after = overrides.get("init_from", "")
-    if after in names:
-      errors.check(names.index(after) < names.index(name), "config.init_from", after,
-                   "a run that comes before it in the sweep")
-      overrides["init_from"] = str(folder / after)
-    else:
-      after = ""
+    after = []
+    for field in ("init_from", "teacher"):
+      needed = overrides.get(field, "")
+      if needed in names:
+        errors.check(names.index(needed) < names.index(name), f"config.{field}", needed,
+                     "a run that comes before it in the sweep")
+        overrides[field] = str(folder / needed)
+        after.append(needed)
     result: Any = config_lib.copy(config_flag.load(config)).lock()
     for field, value in overrides.items():
       if field not in result:
@@ -156,7 +158,7 @@ def _make_run(folder, names, name, config, overrides) -> Run:
     config_lib.validate(result)
     return Run(name, folder / name, (f"--config={config}", *(
         f"--config.{field}={value}" for field, value in overrides.items())),
-        result, after)
+        result, tuple(after))
 
 
 @contextlib.contextmanager
@@ -168,7 +170,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
-  """Returns the runs with these names, and the runs from which they start.
+  """Returns the runs with these names, and the runs that they need.
 
   If `only` is empty, all runs are returned.
 
@@ -178,11 +180,12 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
   by_name = {run.name: run for run in runs}
   wanted = set()
   for name in only:
-    while name:
-      if name not in by_name:
-        raise errors.unknown_name("run", name, by_name)
-      wanted.add(name)
-      name = by_name[name].after
+    if name not in by_name:
+      raise errors.unknown_name("run", name, by_name)
+    wanted.add(name)
+  for run in reversed(runs):  # A run comes after those that it needs.
+    if run.name in wanted:
+      wanted.update(run.after)
   return [run for run in runs if run.name in wanted or not only]
 
 
@@ -344,11 +347,12 @@ def states(runs: Sequence[Run], retries: int) -> dict[str, State]:
   result = {}
   for run in runs:
     found = state(run, retries)
-    first = result.get(run.after)
-    if found.name in ("waiting", "stopped") and first and first.name in (
-        "failed", "diverged"):
-      found = found._replace(
-          name="failed", reason=f"starts from {run.after}, which {first.name}")
+    for name in run.after:
+      first = result.get(name)
+      if found.name in ("waiting", "stopped") and first and first.name in (
+          "failed", "diverged"):
+        found = found._replace(
+            name="failed", reason=f"needs {name}, which {first.name}")
     result[run.name] = found
   return result
 
@@ -472,7 +476,7 @@ def run_all(
         found = states(runs, retries)
         own = [job.run.name for job in active]
         ready = {run.name for run in runs
-                 if not run.after or found[run.after].name == "done"}
+                 if all(found[name].name == "done" for name in run.after)}
         open_runs = [run for run in runs if run.name not in own and (
             found[run.name].name not in _FINAL or run.name in refused & ready)]
         for run in open_runs:

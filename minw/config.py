@@ -239,7 +239,7 @@ def _check_choices(checker: _Checker) -> None:
   one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("class_weights", ("none", "balanced"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
-  checker.path("data_dir", "init_from")
+  checker.path("data_dir", "init_from", "teacher")
   c = checker.config
   checker.check("dataset", datasets.exists(c.dataset, c.data_dir),
                 f"one of {', '.join(datasets.NAMES)}, or a data set that `python -m "
@@ -261,12 +261,14 @@ def _check_numbers(checker: _Checker) -> None:
         " of one example sees one value of each channel, which teaches it nothing")
   checker.at_least(0, "crop_padding", "reestimate_batches", "eval_resize",
                    "data_workers", "train_examples", "norm_group_size")
-  checker.positive("norm_epsilon", "learning_rate", "learning_rate_decay")
+  checker.positive("norm_epsilon", "learning_rate", "learning_rate_decay",
+                   "teacher_temperature")
   checker.not_negative(
       "adam_epsilon", "weight_decay", "latent_weight_decay_factor",
       "norm_weight_decay_factor", "gradient_clip_norm", "bop_threshold")
   checker.fraction("alpha_start", "alpha_final", "alpha_end", "norm_momentum",
-                   "momentum", "max_damaged", "bop_adaptivity_rate")
+                   "momentum", "max_damaged", "bop_adaptivity_rate", "teacher_weight",
+                   "label_smoothing")
   check("ema_decay", 0 <= c.ema_decay < 1, "at least 0 and less than 1")
   _check_schedule(checker)
   checker.widths("conv_widths", "dense_widths")

@@ -150,6 +150,14 @@ FIELDS = {
         "ema_decay": (0.0,
                       "Decay of an exponential moving average of the trained "
                       "variables, from which the hard network is made; 0 for none."),
+        "label_smoothing": (0.0, "Probability that labels spread evenly over all "
+                                 "classes."),
+        "teacher": ("", "Directory of another run whose hard network's predictions "
+                        "this run learns, besides the labels; '' for none."),
+        "teacher_weight": (0.9, "Weight of the teacher's predictions in the loss. The "
+                                "labels have the rest."),
+        "teacher_temperature": (4.0, "Number by which logits are divided before they "
+                                     "are compared with those of the teacher."),
         "init_from": ("", "Directory of another run, whose last weights this run "
                           "starts from."),
     },

@@ -5,7 +5,8 @@ Training, evaluation and packing all start from an `Experiment`.
 
 import functools
 import os
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ from minw import fold
 from minw import layers
 from minw import models
 from minw import optim
+from minw import paths
 from minw import quantizers
 from minw import schedules
 from minw.data import batches
 from minw.data import datasets
 from minw.data import pixels as pixels_lib
 from minw.data import sources
+from minw.workdir import checkpoint
 
 
 def build_model(config: Any, **changes: Any) -> Any:
@@ -125,6 +128,21 @@ def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:
   present = counts > 0
   scale = counts.sum() / present.sum()
   return tuple(np.where(present, scale / np.maximum(counts, 1), 0.0).tolist())
+
+
+class Teacher(NamedTuple):
+  """The hard network of another run, from whose predictions a network learns.
+
+  Attributes:
+    model: The network, a Flax module.
+    variables: Variables of the hard network, replicated on all devices.
+    record: What a run records of it: `workdir`, `step`, and checksums of its `config`
+      and its `variables`.
+  """
+
+  model: Any
+  variables: Any
+  record: dict[str, Any]
 
 
 class Experiment:
@@ -261,6 +279,36 @@ class Experiment:
       return None
     return balanced_weights(datasets.class_counts(self.info, self.config.data_dir))
 
+  @functools.cached_property
+  def teacher(self) -> Teacher | None:
+    """The network that the config names as the teacher; None if it names none.
+
+    Raises:
+      errors.UsageError: There is no such run, or it sees other images or classes than
+        this one.
+    """
+    c = self.config
+    if not c.teacher:
+      return None
+    try:
+      run = checkpoint.read_run(paths.expand(c.teacher), data_dir=c.data_dir)
+    except errors.UsageError as error:
+      raise errors.UsageError(
+          f"config.teacher={errors.shown(c.teacher)}: {error}") from error
+    theirs = config_lib.copy(run.config, data_dir=c.data_dir)
+    for name in ("dataset", "crop_size", "pixels"):
+      errors.check(theirs[name] == c[name], "config.teacher", c.teacher,
+                   f"a run with {name}={c[name]!r}, as this one: it has"
+                   f" {theirs[name]!r}")
+    model = build_model(theirs)
+    hard = self._folded(model, checkpoint.hard_variables(run.saved.tree))
+    crc32 = functools.reduce(
+        lambda value, leaf: zlib.crc32(np.asarray(leaf).tobytes(), value),
+        map(distributed.whole, jax.tree.leaves(hard)), 0)
+    return Teacher(model, hard, {
+        "workdir": c.teacher, "step": run.saved.step, "variables": crc32,
+        "config": zlib.crc32(config_lib.to_json(run.config).encode())})
+
   def jit(self, function: Callable, **options: Any) -> Callable:
     """Calls `jax.jit` with the compiler options that the config requires."""
     if self.config.deterministic and jax.default_backend() == "gpu":
@@ -294,7 +342,10 @@ class Experiment:
     Args:
       variables: Trained variables, {"params", "batch_stats"}; see `fold.fold`.
     """
+    return self._folded(self.model, variables)
+
+  def _folded(self, model, variables):
     probe = pixels_lib.probe(self.pixels, self.image_shape)
-    hard = fold.fold(self.model, variables, probe)
+    hard = fold.fold(model, variables, probe)
     distributed.check_same(hard, "the hard network")
     return distributed.put(hard, self.replicated)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, cast
+from typing import Any, Callable, Iterator, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from minw import files
 from minw import histograms
 from minw import json_files
 from minw import layers
+from minw import losses
 from minw import optim
 from minw import paths
 from minw import plots
@@ -121,6 +122,7 @@ def update(
     images: jax.Array | np.ndarray,
     labels: jax.Array | np.ndarray,
     key: jax.Array,
+    teacher_logits: jax.Array | None = None,
 ) -> tuple[TrainState, jax.Array]:
   """Trains one step on one batch (Algorithm 1).
 
@@ -130,19 +132,27 @@ def update(
     images: Normalized images, float32 (batch, height, width, channels).
     labels: Labels, int32 (batch,).
     key: Random key for the noise of the estimator. Estimators without noise ignore it.
+    teacher_logits: The teacher's logits of these images, float32 (batch, classes). None
+      if the config has no teacher.
 
   Returns:
     The state after the step, and the mean loss of the batch, float32 (). Losses are
     multiplied with the weights of their classes; see `Experiment.class_weights`.
   """
+  c = experiment.config
   alpha = experiment.alpha(state.step)
 
   def loss_of(params):
     logits, changed = experiment.model.apply(
         {"params": params, "batch_stats": state.batch_stats}, images, alpha,
         mode="train", mutable=["batch_stats"], rngs={"estimator": key})
-    losses = _losses(logits, labels, experiment.class_weights)
-    return losses.mean(), (logits, changed["batch_stats"])
+    loss = losses.cross_entropy(
+        logits, labels, label_smoothing=c.label_smoothing,
+        class_weights=experiment.class_weights).mean()
+    if teacher_logits is not None:
+      distance = losses.distillation(logits, teacher_logits, c.teacher_temperature)
+      loss = (1 - c.teacher_weight) * loss + c.teacher_weight * distance.mean()
+    return loss, (logits, changed["batch_stats"])
 
   (loss, (logits, batch_stats)), gradients = jax.value_and_grad(
       loss_of, has_aux=True)(state.params)
@@ -155,9 +165,9 @@ def update(
       and "/".join(part.key for part in path[:-1]) in on_grid, params))
 
   ema = {}
-  if experiment.config.ema_decay:
+  if c.ema_decay:
     ema = update_ema(state.ema, {"params": params, "batch_stats": batch_stats},
-                     state.step, experiment.config.ema_decay)
+                     state.step, c.ema_decay)
   totals = state.totals
   finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((updates, batch_stats)))
   correct = jnp.argmax(logits, axis=-1) == labels
@@ -193,17 +203,6 @@ def update_ema(ema: Any, variables: Any, step: jax.Array, decay: float) -> Any:
       ema, variables)
 
 
-def _losses(
-    logits: jax.Array, labels: jax.Array | np.ndarray,
-    class_weights: Sequence[float] | None,
-) -> jax.Array:
-  """Returns the cross-entropy of each example, times the weight of its class."""
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  if class_weights is None:
-    return losses
-  return losses * jnp.asarray(class_weights, losses.dtype)[labels]
-
-
 def make_init_state(experiment: Experiment) -> Callable[[], TrainState]:
   """Compiles a function without arguments that makes the first state on all devices."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
@@ -216,11 +215,13 @@ def make_train_step(
   """Compiles the training step f(state, data, order) -> (state, loss).
 
   The step donates its state. It takes data and order from
-  `Experiment.data.train_batches`. The seed and `state.step` determine the batch.
+  `Experiment.data.train_batches`. The seed and `state.step` determine the batch. If the
+  config has a teacher, it sees the same images.
   """
   noise_steps = experiment.config.estimator_noise_steps
+  teacher = experiment.teacher
 
-  def train_step(state, data, order):
+  def train_step(state, data, order, teacher_variables=None):
     keys = lambda step: jax.random.split(
         jax.random.fold_in(jax.random.key(experiment.config.seed), step))
     batch_key, estimator_key = keys(state.step)
@@ -228,11 +229,17 @@ def make_train_step(
       estimator_key = keys(state.step - state.step % noise_steps)[1]
     images, labels = experiment.data.train_inputs(
         data, order, state.step % experiment.steps_per_epoch, batch_key)
-    return update(experiment, state, images, labels, estimator_key)
+    logits = None
+    if teacher:
+      logits = teacher.model.apply(teacher_variables, images, mode="hard")
+    return update(experiment, state, images, labels, estimator_key, logits)
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
-  return experiment.jit(train_step, donate_argnums=0,
+  step = experiment.jit(train_step, donate_argnums=0,
                         out_shardings=(shardings, experiment.replicated))
+  if not teacher:
+    return step
+  return lambda state, data, order: step(state, data, order, teacher.variables)
 
 
 def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
@@ -348,6 +355,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   experiment = together(Experiment, config)
   together(datasets.check_available, config.dataset, config.data_dir)
   source = together(read_source, config.init_from, experiment)
+  together(lambda: experiment.teacher)
   with run_files.claimed(workdir, config):
     status = distributed.on_main(_ended, workdir, experiment)
     if status:
@@ -517,7 +525,9 @@ def _train(
         display.shown(workdir, experiment.num_steps) as show):
     state, saved = _first_state(experiment, source, workdir, manager)
     step = int(state.step)
-    journal = environment.Journal(workdir, begun, saved and saved["journal"], step)
+    journal = environment.Journal(
+        workdir, begun, saved and saved["journal"], step,
+        teacher=experiment.teacher and experiment.teacher.record)
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
     run_files.write_status(workdir, "running", step)
     writer = metrics.Writer(workdir, step, saved) if distributed.is_main() else None
@@ -564,8 +574,24 @@ def _first_state(
     before = config_lib.from_json(json.dumps(restored.run["config"]))
     together(run_files.check_same, workdir, before, experiment.config)
     together(checkpoint.check_same_data, workdir, restored.run, experiment.config)
+    together(_check_same_teacher, workdir, restored.run, experiment)
   state = TrainState(*(restored.tree.get(name, {}) for name in TrainState._fields))
   return state, restored.run
+
+
+def _check_same_teacher(
+    workdir: str, before: dict[str, Any], experiment: Experiment
+) -> None:
+  """Checks that the teacher of a run is still the network that it was.
+
+  Raises:
+    errors.UsageError: It is another one.
+  """
+  now, then = (experiment.teacher and experiment.teacher.record), before.get("teacher")
+  same = lambda name: (now or {}).get(name) == (then or {}).get(name)
+  errors.check(all(map(same, ("config", "variables"))), "config.teacher",
+               experiment.config.teacher, f"the network from which {workdir} learned"
+               " when it was begun: another one is there now")
 
 
 def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
@@ -730,6 +756,7 @@ def _save(
   checkpoint.save(run.manager, step, tree, accuracy, {
       "config": config_lib.to_fields(run.experiment.config),
       "data": run.experiment.data_facts,
+      "teacher": run.experiment.teacher and run.experiment.teacher.record,
       "journal": run.journal.content,
       **(run.writer.lines if run.writer else {})})
   run.journal.note()

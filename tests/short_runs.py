@@ -49,6 +49,7 @@ def busy_config(**changes):
 
 
 _experiment = functools.cache(lambda text: Experiment(config_lib.from_json(text)))
+forget_experiments = _experiment.cache_clear
 programs = {name: functools.cache(getattr(train, name)) for name in (
     "abstract_state", "make_train_step", "make_reestimate", "make_weight_report")}
 _evaluator = functools.cache(evaluate.Evaluator)

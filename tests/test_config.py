@@ -193,6 +193,9 @@ NAN, INF = math.nan, math.inf
     ("learning_rate_schedule", ["square"],
      "one of exponential, staircase, steps, constant, linear, cosine, one_cycle"),
     ("learning_rate_warmup", [-0.1, 1.0, NAN], "at least 0 and less than 1"),
+    ("label_smoothing", [-0.1, 1.1, NAN], "in [0, 1]"),
+    ("teacher_weight", [-0.1, 1.1, NAN], "in [0, 1]"),
+    ("teacher_temperature", [0.0, -1.0, NAN, INF], "positive and finite, in float32"),
     ("ema_decay", [-0.1, 1.0, NAN], "at least 0 and less than 1"),
     ("latent_weight_decay_factor", [-1.0, NAN],
      "at least 0 and finite, in float32"),
@@ -273,7 +276,7 @@ def test_values_that_no_machine_can_use(name, values, allowed):
     assert refusal(**{name: value}) == f"config.{name}={shown}: must be {allowed}"
 
 
-@pytest.mark.parametrize("name", ["data_dir", "init_from"])
+@pytest.mark.parametrize("name", ["data_dir", "init_from", "teacher"])
 @pytest.mark.parametrize("value, reason", [
     ("a" * 256, "too long for this system"), ("a/" * 4000, "too long for this system"),
     ("a\0b", "null")])

@@ -116,7 +116,7 @@ def test_places_are_given_back(tmp_path, monkeypatch):
 
 def test_run_that_starts_from_another(tmp_path):
   first, second = fakes(tmp_path, ["ok", "ok"])
-  second = second._replace(after="r0")
+  second = second._replace(after=("r0",))
   ended, _, _ = run_fakes([first, second], jobs=2)
   spans = [json.loads(line)[:2] for line in
            (tmp_path / "spans").read_text().splitlines()]
@@ -128,19 +128,19 @@ def test_run_that_starts_from_another(tmp_path):
     "behaviour, state", [("fail", "failed"), ("diverge", "diverged")])
 def test_run_that_starts_from_a_failed_one(tmp_path, behaviour, state):
   runs = fakes(tmp_path, [behaviour, "ok", "ok", "ok"])
-  runs[1] = runs[1]._replace(after="r0")
-  runs[2] = runs[2]._replace(after="r1")
+  runs[1] = runs[1]._replace(after=("r0",))
+  runs[2] = runs[2]._replace(after=("r1",))
   ended, _, found = run_fakes(runs)
   assert ended
   assert [s.name for s in found.values()] == [state, "failed", "failed", "done"]
-  assert found["r1"].reason == f"starts from r0, which {state}"
+  assert found["r1"].reason == f"needs r0, which {state}"
   assert "r1" not in starts(tmp_path)
 
 
 def test_refused_runs_that_start_from_each_other_end(tmp_path):
   first, second = fakes(tmp_path, ["refuse", "refuse"])
   run_fakes([first, second])
-  ended, _, found = run_fakes([first, second._replace(after="r0")])
+  ended, _, found = run_fakes([first, second._replace(after=("r0",))])
   assert ended and {s.name for s in found.values()} == {"failed"}
   assert starts(tmp_path) == {"r0": 2, "r1": 1}
 
@@ -365,13 +365,13 @@ yield "a", {CIFAR!r} + ":network=" + argument, {{"input_bits": "bfloat16"}}
 yield "b", {CIFAR!r}, {{"seed": 3, "bits_rules": (("conv1", 2),), "init_from": "a"}}
 yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
   a, b, c = sweep.read(path + ":A", str(tmp_path / "runs"), "some/data")
-  assert (a.name, a.workdir, a.after) == ("a", tmp_path / "runs" / "a", "")
+  assert (a.name, a.workdir, a.after) == ("a", tmp_path / "runs" / "a", ())
   assert a.arguments == (f"--config={CIFAR}:network=A", "--config.input_bits=bfloat16",
                          "--config.data_dir=some/data")
   assert a.config.input_bits == "bfloat16" and a.config.dense_widths == (1024, 1024)
-  assert b.after == "a" and b.config.init_from == str(tmp_path / "runs" / "a")
+  assert b.after == ("a",) and b.config.init_from == str(tmp_path / "runs" / "a")
   assert b.config.bits_rules == (("conv1", 2),) and b.config.data_dir == "some/data"
-  assert c.after == "" and c.config.init_from == "elsewhere/a"
+  assert c.after == () and c.config.init_from == "elsewhere/a"
   assert [run.name for run in sweep.select([a, b, c], ["b"])] == ["a", "b"]
   assert [run.name for run in sweep.select([a, b, c], [])] == ["a", "b", "c"]
   with pytest.raises(errors.UsageError, match="run 'bb' does not exist; .*'b'"):
@@ -392,6 +392,7 @@ yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
     ("yield 'a', DIGITS, {'init_from': 'b'}\nyield 'b', DIGITS, {}",
      "run 'a': config.init_from='b': must be a run that comes before"),
     ("yield 'a', DIGITS, {'init_from': 'a'}", "comes before"),
+    ("yield 'a', DIGITS, {'teacher': 'a'}", "config.teacher='a': must be a run that"),
     ("yield 'a', DIGITS", "sweep=.*ValueError"),
     ("yield from ()", "sweep=.*at least one run"),
     ("raise KeyError(argument)", "sweep=.*KeyError"),

@@ -46,6 +46,7 @@ from short_runs import contents
 from short_runs import ended
 from short_runs import events_of
 from short_runs import experiment_of
+from short_runs import forget_experiments
 from short_runs import fresh_state
 from short_runs import lines_of
 from short_runs import outcome
@@ -678,7 +679,8 @@ def averaged(tmp_path_factory):
   with pytest.raises(Stop):
     run_with(action, config, workdir)
   with checkpoint.open_manager(str(workdir), read_only=True) as manager:
-    return config, workdir, seen, jax.device_get(checkpoint.restore(manager, EPOCH).tree)
+    tree = jax.device_get(checkpoint.restore(manager, EPOCH).tree)
+  return config, workdir, seen, tree
 
 
 def test_moving_average(averaged):
@@ -751,8 +753,10 @@ def save_run(config, workdir):
   experiment = Experiment(config)
   shapes = jax.eval_shape(lambda: train.init_state(experiment))
   rng = np.random.default_rng(0)
-  state = jax.tree.map(
-      lambda s: np.asarray(rng.uniform(-2, 2, s.shape), s.dtype), shapes)
+  state = jax.tree_util.tree_map_with_path(
+      lambda path, s: np.asarray(rng.uniform(
+          0.1 if "var" in jax.tree_util.keystr(path) else -2, 2, s.shape), s.dtype),
+      shapes)
   with checkpoint.open_manager(str(workdir)) as manager:
     checkpoint.save(manager, 100, state._asdict(), 0.5)
   return state
@@ -822,6 +826,82 @@ def test_init_from_no_run_is_refused(tmp_path):
   run_files.claim(str(tmp_path / "fresh"), tiny_config())
   with pytest.raises(errors.UsageError, match="a run that has a checkpoint"):
     run(tiny_config(init_from=str(tmp_path / "fresh")), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
+# Learning from another run.
+
+
+def teaching(tmp_path, **changes):
+  """The config of a run with a teacher of random weights; the teacher's arrays."""
+  tree = save_run(tiny_config(seed=5), tmp_path / "teacher")
+  return tiny_config(**dict(
+      teacher=str(tmp_path / "teacher"), teacher_weight=0.75, teacher_temperature=2.0,
+      label_smoothing=0.1, estimator="ste", num_epochs=1) | changes), tree
+
+
+def test_loss_with_a_teacher(tmp_path):
+  """The loss of the first step. Batch norms have the statistics of the batch."""
+  config, teacher = teaching(tmp_path)
+  experiment = Experiment(config)
+  data, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
+  images, labels = map(np.asarray, experiment.data.train_inputs(
+      data, order, 0, jax.random.key(0)))
+  state = train.make_init_state(experiment)()
+  every_sign = lambda values, name: sign(values)
+  learned, _ = network(jax.device_get(state.params), images, every_sign)
+  taught, _ = network(teacher.params, images, every_sign, teacher.batch_stats)
+  log_softmax = lambda logits: logits - np.log(
+      np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)
+  ) - logits.max(-1, keepdims=True)
+  smoothed = 0.9 * np.eye(10)[labels] + 0.01
+  hard = -(smoothed * log_softmax(learned)).sum(-1).mean()
+  p, q = log_softmax(taught / 2), log_softmax(learned / 2)
+  soft = 4 * (np.exp(p) * (p - q)).sum(-1).mean()
+  assert soft > 0.01
+  _, loss = train.make_train_step(experiment)(state, data, order)
+  assert float(loss) == pytest.approx(0.25 * hard + 0.75 * soft, rel=1e-4)
+
+
+def test_resumed_run_with_a_teacher(tmp_path):
+  config, _ = teaching(tmp_path, num_epochs=2)
+  run(config, tmp_path / "whole")
+  with pytest.raises(Stop):
+    run_with(stop_before(EPOCH + 5), config, tmp_path / "cut")
+  run(config, tmp_path / "cut")
+  assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+  record = json.loads((tmp_path / "cut" / "run.json").read_text())["teacher"]
+  assert (record["workdir"], record["step"]) == (config.teacher, 100)
+
+
+def test_another_teacher_in_the_same_place(tmp_path):
+  config, _ = teaching(tmp_path, num_epochs=2)
+  with pytest.raises(Stop):
+    run_with(stop_before(EPOCH + 5), config, tmp_path / "run")
+  shutil.rmtree(tmp_path / "teacher")
+  save_run(tiny_config(seed=6), tmp_path / "teacher")  # The same arrays.
+  forget_experiments()
+  with pytest.raises(errors.UsageError, match="another one is there now"):
+    run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"crop_size": 7}, "a run with crop_size=8, as this one: it has 7"),
+    ({"pixels": "standardized"}, "a run with pixels='integer', as this one: it has"),
+])
+def test_teacher_that_sees_other_images(change, message, tmp_path):
+  save_run(tiny_config(**change), tmp_path / "teacher")
+  config = tiny_config(teacher=str(tmp_path / "teacher"))
+  with pytest.raises(errors.UsageError) as error:
+    train.train_and_evaluate(config, str(tmp_path / "run"))
+  assert str(error.value).startswith("config.teacher=") and message in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_no_teacher_is_there(tmp_path):
+  with pytest.raises(errors.UsageError, match="config.teacher='.*': .*the workdir of"):
+    train.train_and_evaluate(
+        tiny_config(teacher=str(tmp_path / "none")), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 
 

@@ -96,9 +96,7 @@ def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
     errors.UsageError: The config cannot be run.
   """
   experiment = Experiment(config)
-  target = train.checkpoint_target(experiment)
-  shapes: list[Any] = [target[name] for name in train.TrainState._fields]
-  state = train.TrainState(*shapes)
+  state = train.abstract_state(experiment)
   lowered = train.make_train_step(experiment).lower(
       state, *experiment.data.abstract_batch())
   # Operations are counted before compilation. Later counts depend on XLA's fusions.

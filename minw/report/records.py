@@ -85,7 +85,8 @@ def record(workdir: str) -> Record:
   *earlier, last = run["environments"] or [
       {"commit": None, "hardware": None, "versions": None}]
   fields = config_lib.to_fields(config)
-  fields["init_from"] = _source(config.init_from)
+  for name in ("init_from", "teacher"):
+    fields[name] = _source(config[name])
   file = lambda name: (lambda path: str(path) if path.exists() else None)(
       pathlib.Path(workdir) / name)
   return {
@@ -100,24 +101,24 @@ def record(workdir: str) -> Record:
       "histograms": file("histograms.jsonl")}
 
 
-def _source(init_from: str) -> str:
-  """Returns the description of the config behind `init_from`, see `as_source`.
+def _source(workdir: str) -> str:
+  """Returns the description of the config of another run, see `as_source`.
 
   Runs of different seeds may start from different workdirs. If the configs there differ
   only in the seed, the runs get the same description and can be averaged. If there is
-  no readable config, the result is `init_from` itself.
+  no readable config, the result is `workdir` itself.
   """
-  if not init_from:
+  if not workdir:
     return ""
   try:
-    config = run_files.read_config(paths_lib.expand(init_from))
+    config = run_files.read_config(paths_lib.expand(workdir))
   except (errors.UsageError, ValueError):
-    return init_from
+    return workdir
   return as_source(config_lib.to_fields(config))
 
 
 def as_source(config: dict[str, Any]) -> str:
-  """Returns the `init_from` in records of runs that started from a run of `config`."""
+  """Returns what records of runs hold as `init_from` or `teacher`, for a run of it."""
   return f"a run of config {_digest(key(config))}"
 
 

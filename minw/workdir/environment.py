@@ -122,7 +122,8 @@ class Journal:
   """Updates run.json during a run, across all its starts."""
 
   def __init__(self, workdir: str, begun: float | None = None,
-               saved: dict[str, Any] | None = None, step: int = 0):
+               saved: dict[str, Any] | None = None, step: int = 0,
+               teacher: dict[str, Any] | None = None):
     """Notes where a run is started.
 
     Args:
@@ -131,7 +132,9 @@ class Journal:
       saved: Copy of `content` in the checkpoint from which the run resumes, or None.
       step: Number of steps that earlier starts trained. If it is positive and nothing
         tells where they were trained, an `UNKNOWN` environment is noted.
+      teacher: Description of the run's teacher, or None if it has none.
     """
+    self._teacher = teacher
     self._workdir = workdir
     before = _before(workdir, saved, step)
     self._environments = before["environments"]
@@ -148,7 +151,8 @@ class Journal:
     """Current content of run.json."""
     return {"seconds": round(time.monotonic() - self._began, 1),
             "startup_seconds": round(self._startup, 1),
-            "environments": [*self._environments]}
+            "environments": [*self._environments],
+            **({"teacher": self._teacher} if self._teacher else {})}
 
   def trains(self) -> None:
     """Notes that compilation and the first step of this start are done."""
