@@ -268,9 +268,13 @@ def _check_numbers(checker: _Checker) -> None:
       "norm_weight_decay_factor", "gradient_clip_norm", "bop_threshold")
   checker.fraction("alpha_start", "alpha_final", "alpha_end", "norm_momentum",
                    "momentum", "max_damaged", "bop_adaptivity_rate", "teacher_weight",
-                   "label_smoothing")
+                   "label_smoothing", "brightness", "contrast", "random_erasing")
   check("ema_decay", 0 <= c.ema_decay < 1, "at least 0 and less than 1")
   _check_schedule(checker)
+  check("rotation", 0 <= c.rotation <= 180, "in [0, 180]")
+  for name in ("mixup", "cutmix"):
+    low, high = _MIXING
+    check(name, c[name] == 0 or low <= c[name] <= high, f"0, or in [{low}, {high}]")
   checker.widths("conv_widths", "dense_widths")
   size = c.norm_group_size
   check("norm_group_size", size != 1 and (size == 0 or c.batch_size % size == 0),
@@ -390,6 +394,7 @@ _TINY, _HUGE = 2.0**-126, 2.0**128
 _WIDEST = 2**20  # Largest number of outputs of a layer.
 _MOST_LAYERS = 100  # Largest number of convolutions or of hidden dense layers.
 _LARGEST_SIDE = 4096  # Largest side of a crop or a resized image, in pixels.
+_MIXING = (0.01, 100.0)  # Parameters of a beta distribution that is not degenerate.
 _MOST_WORKERS = 1024  # Largest number of processes that decode images.
 KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",
                 "lecun_uniform", "lecun_normal")

@@ -21,6 +21,20 @@ FIELDS = {
         "crop_padding": (0, "Number of pixels of mean value that are added on each "
                             "side before random crops. Streamed data ignore it."),
         "random_flip": (True, "Whether training mirrors images at random."),
+        "rotation": (0.0, "Largest angle of random rotations in degrees, in either "
+                          "direction."),
+        "brightness": (0.0, "Largest random change of brightness, as a fraction of the "
+                            "range of pixels."),
+        "contrast": (0.0, "Largest random change of contrast: differences from the "
+                          "mean are multiplied by 1 plus or minus up to this."),
+        "random_erasing": (0.0, "Probability that a random rectangle of a training "
+                                "image, 2 % to 33 % of it, becomes the mean."),
+        "mixup": (0.0, "Parameter of the beta distribution of the weights with which "
+                       "mixup averages pairs of training images; 0 for no mixup."),
+        "cutmix": (0.0, "Parameter of the beta distribution of the area that a "
+                        "training image keeps when cutmix pastes a square of another "
+                        "one; 0 for no cutmix. If mixup is on, too, each image gets "
+                        "one of the two at random."),
         "crop_scale": ((0.08, 1.0),
                        "Smallest and largest area of random crops, as fractions of the "
                        "image (streamed data)."),

@@ -27,6 +27,7 @@ from minw import optim
 from minw import paths
 from minw import quantizers
 from minw import schedules
+from minw.data import augment
 from minw.data import batches
 from minw.data import datasets
 from minw.data import pixels as pixels_lib
@@ -237,8 +238,9 @@ class Experiment:
         batches.Batching(
             seed=c.seed, batch_size=c.batch_size, eval_batch_size=c.eval_batch_size,
             crop_size=c.crop_size, crop_padding=c.crop_padding, crop_scale=c.crop_scale,
-            flip=c.random_flip, pixels=self.pixels, replicated=self.replicated,
-            sharded=self.sharded),
+            flip=c.random_flip, augmentation=augment.Augmentation(
+                **{name: c[name] for name in augment.Augmentation._fields}),
+            pixels=self.pixels, replicated=self.replicated, sharded=self.sharded),
         workers=c.data_workers, max_damaged=c.max_damaged, shrink=c.eval_resize > 0)
 
   def _check_patterns(self) -> None:

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from minw.data import augment
+
 
 def cross_entropy(
     logits: jax.Array,
-    labels: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray | augment.MixedLabels,
     *,
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
@@ -19,7 +21,8 @@ def cross_entropy(
 
   Args:
     logits: Logits, float (batch, classes).
-    labels: Labels, int32 (batch,).
+    labels: Labels, int32 (batch,). The loss of a mixed image is that of its two labels,
+      each times its share.
     label_smoothing: Probability that is spread evenly over all classes (Szegedy et al.,
       arXiv 1512.00567, Section 7).
     class_weights: Weight of each class, by which the loss of its examples is
@@ -28,6 +31,12 @@ def cross_entropy(
   Returns:
     The losses, float (batch,).
   """
+  if isinstance(labels, augment.MixedLabels):
+    first, second = (
+        cross_entropy(logits, part, label_smoothing=label_smoothing,
+                      class_weights=class_weights)
+        for part in (labels.first, labels.second))
+    return labels.share * first + (1 - labels.share) * second
   if label_smoothing:
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     losses = optax.softmax_cross_entropy(

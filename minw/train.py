@@ -34,6 +34,7 @@ from minw import paths
 from minw import plots
 from minw import quantizers
 from minw import stopping
+from minw.data import augment
 from minw.data import datasets
 from minw.experiment import Experiment
 from minw.progress import Progress
@@ -120,7 +121,7 @@ def update(
     experiment: Experiment,
     state: TrainState,
     images: jax.Array | np.ndarray,
-    labels: jax.Array | np.ndarray,
+    labels: jax.Array | np.ndarray | augment.MixedLabels,
     key: jax.Array,
     teacher_logits: jax.Array | None = None,
 ) -> tuple[TrainState, jax.Array]:
@@ -130,7 +131,8 @@ def update(
     experiment: Network, schedules and optimizer.
     state: State before the step.
     images: Normalized images, float32 (batch, height, width, channels).
-    labels: Labels, int32 (batch,).
+    labels: Labels, int32 (batch,), or two for each image. The prediction for a mixed
+      image is correct if it is the label that has the larger share.
     key: Random key for the noise of the estimator. Estimators without noise ignore it.
     teacher_logits: The teacher's logits of these images, float32 (batch, classes). None
       if the config has no teacher.
@@ -170,11 +172,13 @@ def update(
                      state.step, c.ema_decay)
   totals = state.totals
   finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((updates, batch_stats)))
-  correct = jnp.argmax(logits, axis=-1) == labels
+  count = logits.shape[0]
+  wanted = labels.larger if isinstance(labels, augment.MixedLabels) else labels
+  correct = jnp.argmax(logits, axis=-1) == wanted
   totals = Totals(
-      loss=totals.loss + loss * labels.shape[0],
+      loss=totals.loss + loss * count,
       correct=totals.correct + jnp.sum(correct, dtype=jnp.float32),
-      count=totals.count + labels.shape[0],
+      count=totals.count + count,
       diverged_at=jnp.where(
           finite | (totals.diverged_at >= 0), totals.diverged_at, state.step))
   return TrainState(state.step + 1, params, batch_stats, opt_state, totals, ema), loss

@@ -580,7 +580,7 @@ def test_evaluate_refuses(model, changes, message):
     (("--workdir=x", "--dataset=digits"), "dataset='digits': must be left out"),
     (("--model={model}", "--checkpoint=best"), "checkpoint='best': must be left out"),
     (("--workdir=x", "--images=x"), "images='x': must be left out"),
-    (("--model={model}", "--images=x", "--dataset=digits"), "dataset='digits': must be"),
+    (("--model={model}", "--images=x", "--dataset=digits"), "dataset='digits': must"),
     (("--model={model}", "--images=x", "--data_dir=x"), "data_dir='x': must be left"),
     (("--model={model}", "--confusion=x.png"), "confusion='x.png': must be a file"),
 ])
@@ -590,7 +590,7 @@ def test_evaluate_takes_a_run_or_a_file(command, model, arguments, message):
   assert done.err.count("\n") == 1
 
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NAMES = "zero one two three four five six seven eight nine".split()
 
 
 def write_digits(folder, images, labels):

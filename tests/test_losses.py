@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minw import losses
+from minw.data import augment
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (7, 5))
@@ -32,6 +33,17 @@ def test_cross_entropy(smoothing, weights):
   got = losses.cross_entropy(float32(LOGITS), LABELS, label_smoothing=smoothing,
                              class_weights=weights)
   np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_mixed_labels():
+  share, other = np.linspace(0, 1, 7), LABELS[::-1]
+  mixed = augment.MixedLabels(LABELS, other, float32(share))
+  options = dict(label_smoothing=0.1, class_weights=(0.5, 1.0, 0.0, 3.0, 2.0))
+  first, second = (np.asarray(losses.cross_entropy(float32(LOGITS), part, **options))
+                   for part in (LABELS, other))
+  np.testing.assert_allclose(
+      losses.cross_entropy(float32(LOGITS), mixed, **options),
+      share * first + (1 - share) * second, rtol=1e-5)
 
 
 def test_smoothed_loss_by_hand():

@@ -251,7 +251,7 @@ import hashlib, json, os
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from minw.data import batches, datasets, resident
+from minw.data import augment, batches, datasets, resident
 from minw.data import pixels as pixels_lib
 
 assert len(jax.devices()) == 4
@@ -259,6 +259,7 @@ data = batches.Examples(*datasets.load("digits", "train", None))
 info = datasets.info("digits")
 pixels = pixels_lib.pixels("integer", info.mean, info.std)
 epoch_order = resident.epoch_order(3, 2, 1257)
+augmentation = augment.Augmentation(*json.loads(os.environ["AUGMENTATION"]))
 result = {}
 for count in (1, 2, 4):
   mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,),
@@ -268,7 +269,7 @@ for count in (1, 2, 4):
   here, order = jax.device_put((data, epoch_order), replicated)
   train = jax.jit(lambda data, order, position, key: resident.random_crops(
       data, order, position, key, batch_size=64, crop_size=6, crop_padding=1, flip=True,
-      pixels=pixels, sharding=sharded))
+      pixels=pixels, augmentation=augmentation, sharding=sharded))
   evaluate = jax.jit(lambda data, start: resident.centre_crops(
       data, start, batch_size=64, crop_size=6, pixels=pixels, sharding=sharded))
   batches = [train(here, order, t, jax.random.key(t)) for t in (0, 7)]
@@ -277,19 +278,31 @@ for count in (1, 2, 4):
     assert len(images.sharding.device_set) == count, images.sharding
     assert images.addressable_shards[0].data.shape[0] == 64 // count
   result[count] = [hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
-                   for batch in batches for part in batch]
+                   for part in jax.tree.leaves(batches)]
 print(json.dumps(result))
 """
 
 
-def test_batches_are_the_same_on_any_number_of_devices(command):
+def batches_on_devices(command, *amounts):
+  """Checksums of augmented batches by the number of devices."""
   flags = " ".join([
       os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4",
       "--xla_backend_optimization_level=0"])  # It takes less time to compile.
-  code, out, err = command(
-      "on_devices", code=_ON_DEVICES, env={"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+  code, out, err = command("on_devices", code=_ON_DEVICES, env={
+      "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "AUGMENTATION": json.dumps(amounts)})
   assert code == 0, err
-  by_count = json.loads(out)
+  return json.loads(out)
+
+
+@pytest.mark.slow
+def test_augmented_batches_are_the_same_on_any_number_of_devices(command):
+  by_count = batches_on_devices(command, 10.0, 0.1, 0.1, 0.5, 0.2, 1.0)
+  assert len(set(by_count["1"])) == 11  # Labels and shares of both batches, too.
+  assert by_count["2"] == by_count["4"] == by_count["1"]
+
+
+def test_batches_are_the_same_on_any_number_of_devices(command):
+  by_count = batches_on_devices(command)
   data = on_device(*datasets.load("digits", "train", None))
   order = resident.epoch_order(3, 2, 1_257)
   batches = [random_crops(

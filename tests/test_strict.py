@@ -91,6 +91,16 @@ def test_batches_and_evaluation():
   assert (images.dtype, labels.dtype) == (jnp.float32, jnp.int32)
 
 
+def test_a_step_with_all_augmentation():
+  experiment = tiny(rotation=20.0, brightness=0.2, contrast=0.2, random_erasing=0.5,
+                    mixup=0.2, cutmix=1.0, class_weights="balanced")
+  state = train.abstract_state(experiment)
+  after, loss = jax.eval_shape(train.make_train_step(experiment), state,
+                               *experiment.data.abstract_batch())
+  assert (loss.shape, loss.dtype) == ((), jnp.float32)
+  assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, state)
+
+
 @pytest.mark.parametrize("name", ["digits_convnet"])
 def test_xla_backend(name):
   program = infer.load(name, backend="reference").program

@@ -30,6 +30,7 @@ from minw import packed
 from minw import progress
 from minw import train
 from minw import verify
+from minw.data import augment
 from minw.data import datasets
 from minw.data import pixels as pixels_lib
 from minw.data import resident
@@ -1018,6 +1019,18 @@ def test_classes_have_weights_in_the_loss():
   assert float(loss) != pytest.approx(losses.mean(), rel=1e-3)
   # The accuracy in the record has no weights.
   assert after.totals.correct == (np.argmax(logits, -1) == labels).sum()
+
+  # A mixed image has the losses of two labels, each with its own weight.
+  share = np.linspace(0, 1, 64, dtype=np.float32)
+  mixed = augment.MixedLabels(labels, labels[::-1], share)
+  after, loss = train.update(experiment, state, images, mixed, jax.random.key(0))
+  other = np.asarray(labels)[::-1]
+  expected = share * weights[labels] * losses + (1 - share) * weights[
+      other] * cross_entropy(np.asarray(logits, np.float64), other)
+  assert float(loss) == pytest.approx(expected.mean(), rel=1e-5)
+  wanted = np.where(share >= 0.5, labels, other)
+  assert after.totals.correct == (np.argmax(logits, -1) == wanted).sum()
+  assert after.totals.count == 64
 
 
 def test_noise_is_kept_for_so_many_steps():

@@ -5,6 +5,7 @@ from typing import Any, Iterator, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from minw.data import augment
 from minw.data import datasets
 from minw.data.pixels import Pixels
 
@@ -35,6 +36,7 @@ class Batching(NamedTuple):
     crop_scale: Least and greatest area of the crops of streamed images, as fractions
       of the image's area.
     flip: Whether training images are flipped left to right, with probability 1/2.
+    augmentation: What else is done to training images.
     pixels: Normalization of the images.
     replicated: Sharding of arrays that all devices hold as a whole.
     sharded: Sharding of a batch, along the examples.
@@ -47,6 +49,7 @@ class Batching(NamedTuple):
   crop_padding: int
   crop_scale: tuple[float, float]
   flip: bool
+  augmentation: augment.Augmentation
   pixels: Pixels
   replicated: jax.sharding.NamedSharding
   sharded: jax.sharding.NamedSharding
@@ -83,7 +86,7 @@ class Source(Protocol):
   def train_inputs(
       self, examples: Examples, order: Array | None, position: Array | int,
       key: jax.Array,
-  ) -> tuple[Array, Array]:
+  ) -> tuple[Array, Array | augment.MixedLabels]:
     """Makes a training batch of what `train_batches` yields, in a compiled step.
 
     Args:
@@ -94,7 +97,7 @@ class Source(Protocol):
 
     Returns:
       images: float32 (batch_size, crop_size, crop_size, channels), normalized.
-      labels: int32 (batch_size,).
+      labels: int32 (batch_size,), or `augment.MixedLabels` if images are mixed.
     """
     ...
 

@@ -18,6 +18,11 @@ class Pixels(NamedTuple):
   offset: tuple[float, ...]
   divisor: tuple[float, ...]
 
+  @property
+  def fill(self) -> tuple[int, ...]:
+    """The pixel that pads images: the offset, as 8-bit values."""
+    return tuple(int(round(value)) for value in self.offset)
+
 
 def pixels(kind: str, mean: Sequence[float], std: Sequence[float]) -> Pixels:
   """Returns the normalization of a data set.

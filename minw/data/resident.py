@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minw import distributed
+from minw.data import augment
 from minw.data import datasets
 from minw.data.batches import Array
 from minw.data.batches import Batching
@@ -69,12 +70,13 @@ class Resident:
 
   def train_inputs(
       self, examples: Examples, order: Any, position: Array | int, key: jax.Array
-  ) -> tuple[Array, Array]:
+  ) -> tuple[Array, Array | augment.MixedLabels]:
     """Cuts the batch at `position` of the epoch; see `random_crops`."""
     b = self._batching
     return random_crops(
         examples, order, position, key, batch_size=b.batch_size, crop_size=b.crop_size,
-        crop_padding=b.crop_padding, flip=b.flip, pixels=b.pixels, sharding=b.sharded)
+        crop_padding=b.crop_padding, flip=b.flip, pixels=b.pixels,
+        augmentation=b.augmentation, sharding=b.sharded)
 
   def eval_batches(self, data: Examples) -> Iterator[tuple[Examples, int]]:
     """Yields the split and where in it each batch starts."""
@@ -124,33 +126,36 @@ def random_crops(
     crop_padding: int,
     flip: bool,
     pixels: Pixels,
+    augmentation: augment.Augmentation = augment.NONE,
     sharding: jax.sharding.NamedSharding | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | augment.MixedLabels]:
   """Cuts the training batch at `position` of an epoch out of a split.
 
   Args:
     data: The training split.
     order: Order of the epoch's examples, int32 (n,).
     position: Number of the batch in the epoch, a scalar.
-    key: Random key of the crops and flips.
+    key: Random key of the crops, flips and augmentation.
     batch_size: Examples in the batch. What is left of an epoch after its last whole
       batch is not used.
     crop_size: Height and width of the crops.
     crop_padding: Pixels of the offset's value added on each side before cropping.
     flip: Whether to flip left to right, with probability 1/2.
     pixels: Normalization of the images.
+    augmentation: What else is done to the images. A crop is rotated before it is
+      flipped, and everything else follows.
     sharding: Sharding of the batch over devices.
 
   Returns:
     images: float32 (batch_size, crop_size, crop_size, channels), normalized.
-    labels: int32 (batch_size,).
+    labels: int32 (batch_size,), or what `augment.augment` returns.
   """
   index = lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
   if sharding is not None:
     index = lax.with_sharding_constraint(index, sharding)
   images = data.images[index]
   if crop_padding:
-    fill = jnp.asarray(np.round(pixels.offset), jnp.uint8)
+    fill = jnp.asarray(pixels.fill, jnp.uint8)
     n, h, w, c = images.shape
     frame = jnp.broadcast_to(fill, (n, h + 2 * crop_padding, w + 2 * crop_padding, c))
     images = lax.dynamic_update_slice(
@@ -160,13 +165,19 @@ def random_crops(
   corners = jax.random.randint(
       crop_key, (batch_size, 2), 0, np.broadcast_to(room + 1, (batch_size, 2)))
   size = (crop_size, crop_size, images.shape[-1])
-  images = jax.vmap(
-      lambda image, corner: lax.dynamic_slice(image, (*corner, 0), size)
-  )(images, corners)
+  if augmentation.rotation:
+    angles = augment.angles(key, batch_size, augmentation.rotation)
+    images = augment.rotate(images, corners, crop_size, angles, pixels.fill)
+  else:
+    images = jax.vmap(
+        lambda image, corner: lax.dynamic_slice(image, (*corner, 0), size)
+    )(images, corners)
   if flip:
     flipped = jax.random.bernoulli(flip_key, shape=(batch_size, 1, 1, 1))
     images = jnp.where(flipped, images[:, :, ::-1], images)
-  return normalize(images, pixels), data.labels[index]
+  images, labels = augment.augment(
+      images, data.labels[index], key, augmentation, pixels.fill)
+  return normalize(images, pixels), labels
 
 
 def centre_crops(

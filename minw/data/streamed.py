@@ -1,7 +1,7 @@
 """Data sets too large for memory: images are decoded when a batch needs them.
 
 Threads or worker processes make the batches of pixels on the host. The compiled step
-normalizes them.
+augments and normalizes them.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from minw import distributed
 from minw import errors
 from minw import stopping
 from minw import text
+from minw.data import augment
 from minw.data import datasets
 from minw.data import images
 from minw.data.batches import Array
@@ -41,8 +42,8 @@ _SOURCE_IMAGES = 1000  # Largest number of images that `source_images` decodes.
 class Streamed:
   """The `batches.Source` of a data set whose images are decoded when needed.
 
-  A split is a `Split`. Batches arrive with their examples cropped, so that the compiled
-  step normalizes them and does nothing else; there is no order of an epoch.
+  A split is a `Split`. Batches arrive with their examples cropped and flipped, and the
+  compiled step does the rest; there is no order of an epoch.
   """
 
   def __init__(
@@ -89,9 +90,18 @@ class Streamed:
   def train_inputs(
       self, examples: Examples, order: Array | None, position: Array | int,
       key: jax.Array
-  ) -> tuple[Array, Array]:
-    """Normalizes the batch."""
-    return normalize(examples.images, self._batching.pixels), examples.labels
+  ) -> tuple[Array, Array | augment.MixedLabels]:
+    """Augments and normalizes the batch, whose crops may be flipped already."""
+    b = self._batching
+    images: Any = examples.images
+    labels: Any = examples.labels
+    if b.augmentation.rotation:
+      angles = augment.angles(key, b.batch_size, b.augmentation.rotation)
+      corners = jnp.zeros((b.batch_size, 2), jnp.int32)
+      images = augment.rotate(images, corners, b.crop_size, angles, b.pixels.fill)
+    images, labels = augment.augment(
+        images, labels, key, b.augmentation, b.pixels.fill)
+    return normalize(images, b.pixels), labels
 
   def eval_batches(self, data: "Split") -> Iterator[tuple[Examples, int]]:
     """Yields batches of centres, of which each process decodes its share.
