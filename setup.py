@@ -34,7 +34,7 @@ _X86_FLAGS = {
 # A reactor is a module without a main function. With -Os, kernels are not slower, and
 # the file is a tenth smaller.
 _WASM_FLAGS = ["-target", "wasm32-wasi", "-mexec-model=reactor", "-msimd128",
-               "-Os", "-Wl,--strip-all", "-Wl,-z,stack-size=131072"]
+               "-Os", "-mllvm", "-disable-lsr", "-Wl,--strip-all", "-Wl,-z,stack-size=131072"]
 
 
 def _sources(*without: str) -> list[str]:

@@ -141,6 +141,11 @@ std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
 void pack_numbers(const Conv& c, const Weights& weights, uint64_t first, int inputs,
                   int digits, char* to);
 
+// Packs the weights for kPairs, as [step][pair][vector][channel] of each group, in
+// int16; see tiles.inc.
+void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int inputs,
+                char* to);
+
 // Measures which instruction set is fastest for weights and activations of these bits:
 // `best`, or one of those that may stand in for it (choice.cc). Activations of 0 bits
 // are images.

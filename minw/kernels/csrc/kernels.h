@@ -44,6 +44,7 @@ enum Form : uint8_t {
   kLookup,   // Numbers of `fold` channels, which select tables or entries of tables.
   kBytes,    // Levels + 4, as uint8.
   kTiles,    // Levels as int8, or pixels as uint8: rows of windows (kernels_amx.cc).
+  kPairs,    // Levels as int16, whose products are summed in pairs.
   kInt16,    // Levels or pixels.
   kInt32,    // The same, where sums may exceed an int16.
   kFloat32,  // Levels, pixels or floats in their own unit.
@@ -60,6 +61,10 @@ constexpr int kRowBlock = 32;
 // tiles of pixels are read at a time.
 constexpr int kTileRows = 16, kTileBytes = 64, kTileWidth = 2 * kTileRows;
 constexpr int kTilePixels = 2 * kTileRows;
+
+// The output channels of a group of kPairs, and the bits below the weights of those
+// that are in the upper part of an int16.
+constexpr int kPairsWidth = 16, kPairsUpper = 12;
 
 constexpr int kRowSlack = 32;      // Bytes that may be written past a gathered row.
 constexpr int kPaddedSlack = 256;  // Bytes that may be read past the last padded pixel.
@@ -110,7 +115,7 @@ struct Conv {
   int words;     // Words of a pixel and plane (kPlanes).
   bool paired;   // W1A1 with two words in a step; the second one holds the XOR of both.
   bool sums;     // The sum of the window's magnitudes is added (weights of 1 bit).
-  int fold;      // Channels of a step (kLookup, kBytes).
+  int fold;      // Channels of a step (kLookup, kBytes, kPairs).
   int numbers;   // Numbers of a step (kLookup).
   bool joint;    // A byte of a row has the numbers of two pixels (kLookup).
   bool swapped;  // Weights select the tables and pixels the entries, not vice versa.
@@ -169,6 +174,7 @@ struct Isa {
   bool tiles;         // Has int8 tiles (kTiles), and no other form.
   bool dot;           // Has int8 dot products (kBytes).
   bool lookup;        // Has table lookups (kLookup).
+  bool pairs;         // Has sums of pairs of products (kPairs).
   // Has kernels in which weights are signs and masks: bit planes, and lanes without
   // multiplications. Without them, all bits are looked up or multiplied.
   bool masks;

@@ -20,6 +20,7 @@ constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2
 #define MINW_MASKS 1
 #define MINW_LOOKUP 1
 #define MINW_DOT 1
+#define MINW_PAIRS 0
 
 typedef uint64_t Words __attribute__((vector_size(32)));
 typedef int32_t Lanes32 __attribute__((vector_size(32)));
@@ -73,7 +74,7 @@ inline Lanes32 dot_total(DotAcc acc) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", nullptr, false, true, true,      true,
+const Isa kAvx2 = {"avx2", nullptr, false, true, true,      false,  true,
                    choose, encode,  pad,   conv, threshold, maximum};
 
 }  // namespace minw

@@ -11,16 +11,23 @@ constexpr int kVector = 16;
 // Tiles whose sums and operands fit the 16 registers of most CPUs.
 constexpr int kLanePixels = 4, kLaneVectors = 2;
 #define MINW_KEEP(x) asm volatile("" : "+r"(x))
+constexpr int kPairsPixels = 4, kPairsVectors = 2;
 // Lookups are faster than the instruction that counts bits, and kernels that are not
 // needed would make the module larger.
 #define MINW_MASKS 0
 #define MINW_LOOKUP 1
 #define MINW_DOT 0
+#define MINW_PAIRS 1
 
 template <class Ints>
 inline int32_t narrow(Ints x) {
   v128_t shorts = wasm_i16x8_narrow_i32x4((v128_t)x, (v128_t)x);
   return wasm_i32x4_extract_lane(wasm_i8x16_narrow_i16x8(shorts, shorts), 0);
+}
+
+template <class Ints>
+inline Ints multiply_pairs(Ints x, Ints w) {
+  return (Ints)wasm_i32x4_dot_i16x8((v128_t)x, (v128_t)w);
 }
 
 #include "kernels.inc"
@@ -29,7 +36,7 @@ inline int32_t narrow(Ints x) {
 
 }  // namespace
 
-const Isa kWasm = {"wasm", nullptr, false, false, true,      false,
+const Isa kWasm = {"wasm", nullptr, false, false, true,      true,   false,
                    choose, encode,  pad,   conv,  threshold, maximum};
 
 }  // namespace minw

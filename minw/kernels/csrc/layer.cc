@@ -35,9 +35,6 @@ constexpr int kMostUnswappedPixels = 16;
 // magnitudes of 4 codes of 2 bits), or 16 (magnitudes of 4 codes of 3 bits).
 constexpr int kCountLimit = 65536;
 
-// Inputs of an output pixel below which products are looked up. The numbers of a chunk
-// of pixels are gathered, which takes kChunk bytes for each input.
-constexpr int kMostProductInputs = 65536;
 constexpr int kMostEntry = 4, kMostEntry3 = 16;
 
 // Sums and pixels below this limit fit an int16.
@@ -212,8 +209,10 @@ class LayerBuilder {
       c_.width = kInt32Width;
     } else if (codes && !c_.own && planes && choose_signs()) {
       return;
-    } else if (codes && !c_.own && !planes && looks_up_products()) {
-      choose_products();
+    } else if (codes && !c_.own && isa_->pairs) {
+      c_.form = kPairs;
+      c_.fold = 8;
+      c_.width = kPairsWidth;
     } else if ((codes || c_.source) && !c_.own && isa_->dot) {
       c_.form = kBytes;
       c_.fold = 4;
@@ -260,20 +259,6 @@ class LayerBuilder {
   }
 
   bool few_pixels() const { return c_.out.h * c_.out.w <= kMostUnswappedPixels; }
-
-  // Whether the instruction set looks up products, and a window's numbers are few.
-  bool looks_up_products() const {
-    return isa_->lookup && !isa_->masks &&
-           int64_t{taps()} * inputs_ < kMostProductInputs;
-  }
-
-  // Lookups of products, for W2A3, W3A2 and W3A3. The index of an entry has room for
-  // two weights of 2 bits, or for one of 3 bits.
-  void choose_products() {
-    c_.fold = c_.w_bits == 2 ? 2 : 1;
-    c_.numbers = 1;
-    choose_lookups();
-  }
 
   void choose_lookups() {
     c_.form = kLookup;
@@ -333,6 +318,7 @@ class LayerBuilder {
         return {steps, 4, c_.source ? steps * 4 : c_.in.stride, 1, 4};
       }
       case kTiles: return {};  // See store_tiles.
+      case kPairs: return {divided_up(inputs_, 8), 16, c_.in.stride * 2, 8, 1};
       case kInt16: return {inputs_, elements * 2, c_.elements * 2, masks, 2};
       case kInt32: return {inputs_, elements * 4, c_.elements * 4, masks, 4};
       case kFloat32: return {inputs_, elements * 4, c_.elements * 4, 1, 4};
@@ -419,6 +405,9 @@ class LayerBuilder {
     if (c_.form == kLookup)
       return pack_numbers(c_, op_.weights, first_weight_, inputs_, channels_of_number(),
                           layer_.weights->data());
+    if (c_.form == kPairs)
+      return pack_pairs(c_, op_.weights, first_weight_, inputs_,
+                        layer_.weights->data());
     for (int o = 0; o < c_.out.c; o++)
       each(o, [&](int tap, int first, const Bits& b) {
         if (c_.form == kTiles)
@@ -523,10 +512,11 @@ class LayerBuilder {
       case kLookup:
         if (c_.a_bits == 1) return all.magnitudes;
         if (c_.sums || c_.form == kPlanes) return 0;
-        return most_product() * c_.steps;  // Entries are less the sums of products.
-      case kBytes:                         // Codes are stored as level + 4.
+        return int64_t{c_.fold} * c_.steps;  // Entries are less the sums of products.
+      case kBytes:                           // Codes are stored as level + 4.
         return c_.source ? 0 : -4 * all.levels;
-      case kTiles: return 0;
+      case kTiles:
+      case kPairs: return 0;
       case kInt16:
       case kInt32:
         return c_.multiplied ? 0 : all.negative;  // -x is computed as ~x = -x - 1.
@@ -545,11 +535,6 @@ class LayerBuilder {
       case kInt32: return !c_.multiplied;
       default: return false;
     }
-  }
-
-  // The largest sum of products of a step, for lookups of products.
-  int64_t most_product() const {
-    return int64_t{c_.fold} * (c_.a_bits == 3 ? 4 : 1) * (c_.w_bits == 3 ? 4 : 1);
   }
 
   // The sum of the offsets of an image's pixels for an output channel, if its kernel
