@@ -28,6 +28,7 @@ from packed_networks import small_image
 
 pytestmark = node.needs_node
 
+LIBRARY = (node.WEB / "minw.js").read_text()
 TYPES = {"INT": "Int32Array", "CODE": "Int8Array", "FLOAT": "Float32Array"}
 DTYPES = {"Int32Array": np.int32, "Int8Array": np.int8, "Float32Array": np.float32}
 OPERATIONS = {
@@ -292,6 +293,23 @@ def test_engine_that_cannot_be_read(tmp_path):
       good])
   assert "none.wasm" in missing["error"] and bad["type"] == "CompileError"
   assert loaded == {"result": 10}  # `load` compiles the engine beside the library.
+
+
+def test_lookups_are_exchanged_where_relaxed_simd_exists():
+  wasm = b"\xfd\x8e\x00ab\xfd\xfd\x8e\x00\x8e\x00\xfd\x0e\xfd\x8e"
+  found = node.results([["compiled", {"wasm": node.encoded(wasm), "relaxed": relaxed}]
+                        for relaxed in (False, True)])
+  relaxed = b"\xfd\x80\x02ab\xfd\xfd\x80\x02\x8e\x00\xfd\x0e\xfd\x8e"
+  assert found == [[node.encoded(code), node.encoded(wasm)] for code in (wasm, relaxed)]
+
+
+def test_relaxed_simd_is_recognized():
+  """V8 has it since version 11.4, that is, Node 21."""
+  said = node.run("node", "-p", "process.versions.node.split('.')[0] >= 21")
+  module = re.search(r"const RELAXED_MODULE = (.*?);", LIBRARY, re.DOTALL)[1]
+  swizzle = re.search(r"const RELAXED_SWIZZLE = .*?;", LIBRARY)[0]
+  assert node.run(
+      "node", "-p", f"{swizzle} WebAssembly.validate({module})") == said
 
 
 # Images: they become the pixels that `minw.infer` makes of them.

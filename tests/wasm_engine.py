@@ -15,15 +15,26 @@ import minw
 from minw import packed
 
 MODULE = pathlib.Path(minw.__file__).parent / "web" / "minw.wasm"
+SWIZZLE, RELAXED_SWIZZLE = b"\xfd\x8e\x00", b"\xfd\x80\x02"
 _SHAPE = struct.Struct("<5I")
 
 
-class Instance:
-  """An instance of the module. An error that it throws ends its use."""
+def code(relaxed: bool) -> bytes:
+  """The module, or the one that minw.js makes of it if there is relaxed SIMD."""
+  module = MODULE.read_bytes()
+  return module.replace(SWIZZLE, RELAXED_SWIZZLE) if relaxed else module
 
-  def __init__(self, path: pathlib.Path = MODULE):
+
+class Instance:
+  """An instance of the module. An error that it throws ends its use.
+
+  Args:
+    relaxed: Whether its code is that which minw.js makes if there is relaxed SIMD.
+  """
+
+  def __init__(self, relaxed: bool = False):
     wasmtime = pytest.importorskip("wasmtime")
-    engine, module = _compiled(path)
+    engine, module = _compiled(relaxed)
     self._store = wasmtime.Store(engine)
     linker = wasmtime.Linker(engine)
     i32, i64 = wasmtime.ValType.i32(), wasmtime.ValType.i64()
@@ -67,8 +78,9 @@ class Instance:
 class Network:
   """A packed network in an instance of its own; see `minw.kernels.native.Network`."""
 
-  def __init__(self, data: bytes, limits: packed.Limits | None = None):
-    self.instance = Instance()
+  def __init__(self, data: bytes, limits: packed.Limits | None = None,
+               relaxed: bool = False):
+    self.instance = Instance(relaxed)
     at = self.instance.put(data)
     most = self.instance.put(struct.pack("<3Q", *limits)) if limits else 0
     self._network = self.instance.call(
@@ -131,8 +143,10 @@ class Network:
 
 
 @functools.cache
-def _compiled(path: pathlib.Path) -> tuple[Any, Any]:
+def _compiled(relaxed: bool) -> tuple[Any, Any]:
   import wasmtime
 
-  engine = wasmtime.Engine()
-  return engine, wasmtime.Module.from_file(engine, str(path))
+  config = wasmtime.Config()
+  config.wasm_relaxed_simd = relaxed
+  engine = wasmtime.Engine(config)
+  return engine, wasmtime.Module(engine, code(relaxed))

@@ -22,7 +22,32 @@ export function init(wasm = WASM()) {
 
 async function compile(wasm) {
   if (wasm instanceof WebAssembly.Module) return wasm;
-  return WebAssembly.compile(await readBytes(wasm));
+  return WebAssembly.compile(relaxed(await readBytes(wasm)));
+}
+
+// i8x16.swizzle as minw.wasm has it, i8x16.relaxed_swizzle, and a module with the latter.
+const SWIZZLE = [0xfd, 0x8e, 0x00];
+const RELAXED_SWIZZLE = [0xfd, 0x80, 0x02];
+const RELAXED_MODULE = Uint8Array.of(
+  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 15, 1, 13, 0,
+  65, 1, 253, 15, 65, 2, 253, 15, ...RELAXED_SWIZZLE, 11);
+
+/**
+ * Exchanges the instruction that looks up bytes if there is relaxed SIMD.
+ *
+ * x86 CPUs need two instructions for i8x16.swizzle, because it defines what indices
+ * above 15 give, and one for i8x16.relaxed_swizzle. The engine has no such indices.
+ */
+function relaxed(bytes) {
+  if (!WebAssembly.validate(RELAXED_MODULE)) return bytes;
+  const code = bytes.slice();
+  const [prefix, ...opcode] = SWIZZLE;
+  for (let i = code.indexOf(prefix); i >= 0; i = code.indexOf(prefix, i + 1)) {
+    if (opcode.every((byte, k) => code[i + 1 + k] === byte)) {
+      code.set(RELAXED_SWIZZLE, i);
+    }
+  }
+  return code;
 }
 
 /** An instance of the module, with helpers to move data in and out of its memory. */

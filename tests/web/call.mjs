@@ -27,6 +27,19 @@ const functions = {
     await minw.init(source(wasm));
   },
 
+  /** What `init` compiles of bytes if there is relaxed SIMD or not, and the bytes. */
+  async compiled({ wasm, relaxed }) {
+    const { compile, validate } = WebAssembly;
+    const given = bytes(wasm);
+    let code;
+    WebAssembly.validate = () => relaxed;
+    WebAssembly.compile = async (made) => { code = made; };
+    await minw.init(given);
+    Object.assign(WebAssembly, { compile, validate });
+    await minw.init();
+    return [code, given].map(base64);
+  },
+
   /** Loads a network and runs images: what the network says of itself, and results. */
   async run({ net, images, values = true }) {
     const network = await minw.load(source(net));
