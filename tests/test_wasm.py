@@ -1,14 +1,17 @@
 """The engine in WebAssembly against the native one: equal values, equal refusals."""
 
 import ctypes
+import http.server
 import importlib.util
 import json
 import os
 import pathlib
+import queue
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
 
 import numpy as np
@@ -124,21 +127,63 @@ def test_all_kernels_in_node(checked_cases):
   assert json.loads(found) == want
 
 
+def kernels_page(cases: list, relaxed: bool, then: str = "") -> str:
+  """A page that becomes the output of kernels.js, and then runs a statement."""
+  given, script = kernels_input(cases, relaxed), node.SCRIPTS / "kernels.js"
+  return (f"<body></body><script>const input = {given};</script>"
+          f"<script>{script.read_text()}{then}</script>")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("relaxed", (False, True))
 def test_all_kernels_in_chromium(checked_cases, tmp_path, relaxed):
   browser = tool("chromium", "chromium-browser", "google-chrome")
   cases, want = checked_cases
-  given = kernels_input(cases, relaxed)
-  script = (node.SCRIPTS / "kernels.js").read_text()
   page = tmp_path / "page.html"
-  page.write_text(
-      f"<body></body><script>const input = {given};</script><script>{script}</script>")
+  page.write_text(kernels_page(cases, relaxed))
   said = node.run(
       browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
       f"--user-data-dir={tmp_path / 'profile'}", page.as_uri(), timeout=300)
   found, = re.findall(r"<body>(.*)</body>", said)
   assert json.loads(found) == want
+
+
+@pytest.mark.slow
+def test_all_kernels_in_firefox(checked_cases, tmp_path):
+  """A page sends its result to the server that it came from."""
+  browser = tool("firefox", "firefox-esr")
+  cases, want = checked_cases
+  page = kernels_page(
+      cases, relaxed=False,
+      then="fetch('/', {method: 'POST', body: document.body.textContent});")
+  found = queue.Queue()
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+
+    def do_GET(self):
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(page.encode())
+
+    def do_POST(self):
+      found.put(self.rfile.read(int(self.headers["Content-Length"])))
+      self.send_response(204)
+      self.end_headers()
+
+    def log_message(self, format, *args):
+      pass
+
+  with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    with subprocess.Popen(
+        [browser, "--headless", "--profile", str(tmp_path), address],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+      try:
+        assert json.loads(found.get(timeout=300)) == want
+      finally:
+        process.terminate()
+        server.shutdown()
 
 
 def test_batches():
