@@ -6,7 +6,7 @@ As a program, it drives a sweep of such runs: FOLDER JOBS BEHAVIOUR...
 import pathlib
 import sys
 
-import sweep
+from minw import sweeps
 
 # What stands in for minw.main: a program that starts quickly.
 FAKE = """
@@ -65,19 +65,19 @@ if behaviour != "lie":
 def fakes(folder, behaviours):
   """Runs r0, r1, ..., each of which behaves as it is told."""
   (folder / "fake.py").write_text(FAKE)
-  return [sweep.Run(f"r{i}", folder / f"r{i}", (behaviour,), None, "")
+  return [sweeps.Run(f"r{i}", folder / f"r{i}", (behaviour,), None, "")
           for i, behaviour in enumerate(behaviours)]
 
 
 def fake_command(run):
-  """The command that starts a run, for `sweep.run_all`."""
+  """The command that starts a run, for `sweeps.run_all`."""
   return [sys.executable, "-S", str(run.workdir.parent / "fake.py"), str(run.workdir),
           *run.arguments]
 
 
 def main():
   folder, jobs, *behaviours = sys.argv[1:]
-  ended = sweep.run_all(
+  ended = sweeps.run_all(
       fakes(pathlib.Path(folder), behaviours), jobs=int(jobs), retries=1, steps={},
       say=lambda line: print(line, flush=True), command=fake_command)
   sys.exit(0 if ended else 75)

@@ -40,14 +40,14 @@ _START = re.compile(
 _CHECK = """
 import importlib, pathlib, sys
 from absl import flags
-from minw import cli, config, experiment
+from minw import cli, config, experiment, sweeps
 sys.path.insert(0, {launch!r})
 module = importlib.import_module({module!r})
 
 def check():
   f = flags.FLAGS
   if "sweep" in f:
-    assert module.select(module.read(f.sweep, f.dir, f.data_dir), f.only)
+    assert sweeps.select(sweeps.read(f.sweep, f.dir, f.data_dir), f.only)
   if "config" in f:
     config.validate(f.config)
     if f.config.histogram_layers:

@@ -19,6 +19,7 @@ from minw import errors
 from minw import evaluate
 from minw import pack
 from minw import packed
+from minw import sweeps
 from minw.report import records
 from minw.workdir import environment
 from short_runs import EPOCH
@@ -30,7 +31,6 @@ from short_runs import shared_programs
 from short_runs import stop_before
 from short_runs import tiny_config
 from short_runs import trees_of
-import sweep
 
 CONFIG = tiny_config(num_epochs=3, histogram_layers=("conv2", "dense*"),
                      histogram_epochs=(1, 3))
@@ -324,9 +324,9 @@ def _pack(workdir):
 
 
 def _sweep(workdir):
-  one = sweep.Run(workdir.name, workdir, (), CONFIG, "")
-  found = sweep.states([one], 2)
-  sweep.table("runs", found, 1)
+  one = sweeps.Run(workdir.name, workdir, (), CONFIG, "")
+  found = sweeps.states([one], 2)
+  sweeps.table("runs", found, 1)
   return {name: state.name for name, state in found.items()}
 
 

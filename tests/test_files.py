@@ -206,7 +206,7 @@ ELSEWHERE = {
     "minw/workdir/metrics.py": ["open"],  # Lines are appended.
     "minw/plots.py": ["savefig"],  # To memory.
     "minw/prepare.py": ["open"],  # A lock.
-    "launch/sweep.py": ["open"],  # A log is appended to.
+    "minw/sweeps.py": ["open"],  # A log is appended to.
 }
 
 _WRITES = ("write_text", "write_bytes", "tofile", "rename", "renames", "savefig",

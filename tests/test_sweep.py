@@ -31,7 +31,7 @@ from minw import config_flag
 from minw import errors
 from minw import places
 from minw import schedules
-import sweep
+from minw import sweeps
 
 # --- Runs that do not train.
 
@@ -39,10 +39,10 @@ import sweep
 def run_fakes(runs, jobs=2, retries=1):
   """What run_all returns, the lines that it says, and where all runs are."""
   said = []
-  ended = sweep.run_all(runs, jobs=jobs, retries=retries,
-                        steps={run.name: 10 for run in runs}, command=fake_command,
-                        say=said.append)
-  return ended, said, sweep.states(runs, retries)
+  ended = sweeps.run_all(
+      runs, jobs=jobs, retries=retries, steps={run.name: 10 for run in runs},
+      command=fake_command, say=said.append)
+  return ended, said, sweeps.states(runs, retries)
 
 
 def starts(folder):
@@ -51,7 +51,7 @@ def starts(folder):
 
 @pytest.fixture(autouse=True)
 def fast_polling(monkeypatch):
-  monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.02)
+  monkeypatch.setattr(sweeps, "_POLL_SECONDS", 0.02)
 
 
 @pytest.mark.parametrize("behaviour, count, state, reason", [
@@ -195,10 +195,10 @@ def test_a_damaged_workdir_stops_no_other_run(name, damage, state, reason, tmp_p
   path.mkdir() if damage == "folder" else path.write_text(
       {"zeros": "\0" * 9, "list": "[]", "wrong": '{"failures": "x"}',
        "file": ""}[damage])
-  found = sweep.states(runs, 1)
+  found = sweeps.states(runs, 1)
   assert [found[run.name].name for run in runs] == ["waiting", state, "waiting"]
   assert reason in found["r1"].reason and "\n" not in found["r1"].reason
-  assert reason in sweep.table("runs", found, 1)
+  assert reason in sweeps.table("runs", found, 1)
   ended, _, found = run_fakes(runs)
   assert ended
   assert [found[run.name].name for run in runs] == [
@@ -226,7 +226,7 @@ def test_sigterm_saves_and_a_new_sweep_goes_on(tmp_path):
   assert process.returncode == 75, output
   assert starts(tmp_path) == {"r0": 1, "r1": 1, "r2": 1}
   runs = fakes(tmp_path, ["ok", "long", "long", "ok"])
-  found = sweep.states(runs, 1)
+  found = sweeps.states(runs, 1)
   assert [s.name for s in found.values()] == ["done", "stopped", "stopped", "waiting"]
   assert [s.step for s in found.values()] == [10, 3, 3, 0]
   _, _, found = run_fakes(runs)
@@ -258,14 +258,14 @@ def test_killed_sweep_leaves_no_lock_but_its_runs_keep_theirs(tmp_path):
   assert len(children) == 2
   runs = fakes(tmp_path, ["long", "long", "ok"])
   try:
-    assert [s.name for s in sweep.states(runs, 1).values()] == [
+    assert [s.name for s in sweeps.states(runs, 1).values()] == [
         "running", "running", "waiting"]
     os.kill(children[0], signal.SIGKILL)  # r0 or r1: both behave alike.
-    wait_until(lambda: sorted(s.name for s in sweep.states(runs, 1).values()) == [
+    wait_until(lambda: sorted(s.name for s in sweeps.states(runs, 1).values()) == [
         "running", "stopped", "waiting"])
     other = drive(tmp_path, 1, "long", "long", "ok")
     wait_until(
-        lambda: [s.name for s in sweep.states(runs, 1).values()].count("done") == 2)
+        lambda: [s.name for s in sweeps.states(runs, 1).values()].count("done") == 2)
     # The one that lives on has not been started again, and its end is waited for.
     assert sorted(starts(tmp_path).values()) == [1, 1, 2]
     assert other.poll() is None
@@ -283,7 +283,7 @@ def test_run_that_another_sweep_has_just_ended(tmp_path):
   run.workdir.mkdir()
   (run.workdir / "status.json").write_text('{"state": "done", "step": 10}')
   place = places.Place([], {})
-  assert sweep.start_run(run, place, 1, {}, fake_command(run), False) is None
+  assert sweeps.start_run(run, place, 1, {}, fake_command(run), False) is None
   assert starts(tmp_path) == {}
 
 
@@ -292,16 +292,16 @@ def test_run_that_another_sweep_has_just_ended(tmp_path):
 
 def test_time_left():
   found = {
-      "done": sweep.State("done", 100, 100, 0.5, 200.0),
-      "half": sweep.State("running", 50, 100, None, 80.0, "", 40.0),  # 120 s in all.
-      "begun": sweep.State("running", 0, 100, None, 30.0),  # Not measured yet.
-      "next": sweep.State("waiting"),
-      "lost": sweep.State("failed", 50, 50, None, 100.0),
+      "done": sweeps.State("done", 100, 100, 0.5, 200.0),
+      "half": sweeps.State("running", 50, 100, None, 80.0, "", 40.0),  # 120 s in all.
+      "begun": sweeps.State("running", 0, 100, None, 30.0),  # Not measured yet.
+      "next": sweeps.State("waiting"),
+      "lost": sweeps.State("failed", 50, 50, None, 100.0),
   }
-  left, total = sweep.seconds_left(found, 2)  # The mean of 200 and 120 is 160.
+  left, total = sweeps.seconds_left(found, 2)  # The mean of 200 and 120 is 160.
   assert left == pytest.approx({"half": 40, "begun": 130, "next": 160})
   assert total == pytest.approx((40 + 130 + 160) / 2)
-  assert sweep.seconds_left(found, 9)[1] == pytest.approx(160)  # The longest run's.
+  assert sweeps.seconds_left(found, 9)[1] == pytest.approx(160)  # The longest run's.
 
 
 def test_compilation_is_no_part_of_the_time_left(tmp_path):
@@ -312,27 +312,27 @@ def test_compilation_is_no_part_of_the_time_left(tmp_path):
       {"seconds": 100.0, "startup_seconds": 60.0, "environments": []}))
   (run.workdir / "sweep.json").write_text(json.dumps({"steps": 120, "seconds": 110.0}))
   # 40 s for 20 steps, so 200 s for the other 100. With compilation it would be 500 s.
-  assert sweep.state(run, 1).left == pytest.approx(200)
-  assert sweep.state(run, 1, held=True).left == pytest.approx(200, abs=5)
+  assert sweeps.state(run, 1).left == pytest.approx(200)
+  assert sweeps.state(run, 1, held=True).left == pytest.approx(200, abs=5)
   os.utime(run.workdir / "run.json", (0, time.time() - 50))  # It trains since then.
-  assert sweep.state(run, 1, held=True).left == pytest.approx(150, abs=5)
+  assert sweeps.state(run, 1, held=True).left == pytest.approx(150, abs=5)
 
 
 def test_time_left_without_a_measurement():
-  left, total = sweep.seconds_left({"a": sweep.State("waiting")}, 1)
+  left, total = sweeps.seconds_left({"a": sweeps.State("waiting")}, 1)
   assert left == {} and math.isnan(total)
-  left, total = sweep.seconds_left({"a": sweep.State("done", 5, 5, 0.1, 3.0)}, 1)
+  left, total = sweeps.seconds_left({"a": sweeps.State("done", 5, 5, 0.1, 3.0)}, 1)
   assert left == {} and total == 0
 
 
 def test_table():
   found = {
-      "a": sweep.State("done", 880, 880, 0.95561, 3600.0, "an old one"),
-      "bb": sweep.State(
+      "a": sweeps.State("done", 880, 880, 0.95561, 3600.0, "an old one"),
+      "bb": sweeps.State(
           "failed", 0, 880, None, 5.0, "exit code 1: ValueError (3 times)"),
-      "c": sweep.State("waiting"),
+      "c": sweeps.State("waiting"),
   }
-  assert sweep.table("runs/x", found, 1).splitlines() == [
+  assert sweeps.table("runs/x", found, 1).splitlines() == [
       "runs/x: 1 done, 1 waiting, 1 failed; about 1 h left",
       "  a   done              880/880  0.9556",
       "  bb  failed              0/880                      "
@@ -342,7 +342,7 @@ def test_table():
 
 def test_state_without_anything(tmp_path):
   (run,) = fakes(tmp_path, ["ok"])
-  assert sweep.state(run, 1) == sweep.State("waiting")
+  assert sweeps.state(run, 1) == sweeps.State("waiting")
   assert not run.workdir.exists()  # Looking leaves nothing behind.
 
 
@@ -364,7 +364,7 @@ def test_runs_are_read(tmp_path):
 yield "a", {CIFAR!r} + ":network=" + argument, {{"input_bits": "bfloat16"}}
 yield "b", {CIFAR!r}, {{"seed": 3, "bits_rules": (("conv1", 2),), "init_from": "a"}}
 yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
-  a, b, c = sweep.read(path + ":A", str(tmp_path / "runs"), "some/data")
+  a, b, c = sweeps.read(path + ":A", str(tmp_path / "runs"), "some/data")
   assert (a.name, a.workdir, a.after) == ("a", tmp_path / "runs" / "a", ())
   assert a.arguments == (f"--config={CIFAR}:network=A", "--config.input_bits=bfloat16",
                          "--config.data_dir=some/data")
@@ -372,10 +372,10 @@ yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
   assert b.after == ("a",) and b.config.init_from == str(tmp_path / "runs" / "a")
   assert b.config.bits_rules == (("conv1", 2),) and b.config.data_dir == "some/data"
   assert c.after == () and c.config.init_from == "elsewhere/a"
-  assert [run.name for run in sweep.select([a, b, c], ["b"])] == ["a", "b"]
-  assert [run.name for run in sweep.select([a, b, c], [])] == ["a", "b", "c"]
+  assert [run.name for run in sweeps.select([a, b, c], ["b"])] == ["a", "b"]
+  assert [run.name for run in sweeps.select([a, b, c], [])] == ["a", "b", "c"]
   with pytest.raises(errors.UsageError, match="run 'bb' does not exist; .*'b'"):
-    sweep.select([a, b, c], ["bb"])
+    sweeps.select([a, b, c], ["bb"])
 
 
 @pytest.mark.parametrize("body, message", [
@@ -400,23 +400,23 @@ yield "c", {DIGITS!r}, {{"init_from": "elsewhere/a"}}""")
 def test_bad_sweeps(tmp_path, body, message):
   path = write_sweep(tmp_path, body.replace("DIGITS", repr(DIGITS)))
   with pytest.raises(errors.UsageError, match=message):
-    sweep.read(path, str(tmp_path))
+    sweeps.read(path, str(tmp_path))
 
 
 def test_missing_sweep(tmp_path):
   with pytest.raises(errors.UsageError, match="sweep=.*FileNotFoundError"):
-    sweep.read(str(tmp_path / "none.py"), str(tmp_path))
+    sweeps.read(str(tmp_path / "none.py"), str(tmp_path))
 
 
 def test_check_counts_steps_of_what_is_not_done(tmp_path):
-  runs = sweep.read(write_sweep(tmp_path, f"""
+  runs = sweeps.read(write_sweep(tmp_path, f"""
 for seed, epochs in enumerate((2, 3, 2, 4)):
   yield f"s{{seed}}", {DIGITS!r}, {{"seed": seed, "num_epochs": epochs}}"""),
                     str(tmp_path))
   (tmp_path / "s1").mkdir()
   (tmp_path / "s1" / "status.json").write_text('{"state": "done", "step": 57}')
   epoch = 1257 // 64
-  assert sweep.check(runs) == {"s0": 2 * epoch, "s2": 2 * epoch, "s3": 4 * epoch}
+  assert sweeps.check(runs) == {"s0": 2 * epoch, "s2": 2 * epoch, "s3": 4 * epoch}
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -424,27 +424,27 @@ for seed, epochs in enumerate((2, 3, 2, 4)):
     ({"bits_rules": (("conv9", 2),)}, "run 'a': config.bits_rules='conv9'"),
 ])
 def test_check_refuses(tmp_path, fields, message):
-  runs = sweep.read(write_sweep(tmp_path, f"yield 'a', {DIGITS!r}, {fields!r}"),
+  runs = sweeps.read(write_sweep(tmp_path, f"yield 'a', {DIGITS!r}, {fields!r}"),
                     str(tmp_path))
   with pytest.raises(errors.UsageError, match=message):
-    sweep.check(runs)
+    sweeps.check(runs)
 
 
 def test_check_refuses_where_data_are_missing(tmp_path):
-  runs = sweep.read(write_sweep(tmp_path, f"yield 'a', {CIFAR!r}, {{}}"),
+  runs = sweeps.read(write_sweep(tmp_path, f"yield 'a', {CIFAR!r}, {{}}"),
                     str(tmp_path), str(tmp_path / "none"))
   with pytest.raises(errors.UsageError, match="run 'a': .*none"):
-    sweep.check(runs)
+    sweeps.check(runs)
 
 
 def test_check_refuses_workdirs_of_others(tmp_path):
   path = write_sweep(tmp_path, f"yield 'a', {DIGITS!r}, {{'seed': int(argument)}}")
-  (run,) = sweep.read(path + ":1", str(tmp_path))
+  (run,) = sweeps.read(path + ":1", str(tmp_path))
   run.workdir.mkdir()
   (run.workdir / "config.json").write_text(config_lib.to_json(run.config))
-  assert sweep.check([run]) == {"a": 40 * 19}
+  assert sweeps.check([run]) == {"a": 40 * 19}
   with pytest.raises(errors.UsageError, match="run 'a': .*another config.*seed: 1, 2"):
-    sweep.check(sweep.read(path + ":2", str(tmp_path)))
+    sweeps.check(sweeps.read(path + ":2", str(tmp_path)))
 
 
 # --- The sweeps that there are.
@@ -465,7 +465,7 @@ SWEEPS = [
 @pytest.fixture
 def read_sweep(monkeypatch):
   monkeypatch.chdir("/")  # Configs go by name, wherever one is.
-  return lambda name, argument: sweep.read(f"{name}:{argument}", "runs")
+  return lambda name, argument: sweeps.read(f"{name}:{argument}", "runs")
 
 
 def test_all_sweeps_are_tested():
@@ -492,7 +492,7 @@ def test_sweep_is_valid_and_its_commands_say_the_same(
 def test_misspelt_sweep():
   with pytest.raises(errors.UsageError,
                      match="sweep 'table' does not exist; did you mean 'tables'?"):
-    sweep.read("table:seeds=1", "runs")
+    sweeps.read("table:seeds=1", "runs")
 
 
 @pytest.mark.parametrize("name, argument", [
