@@ -13,6 +13,8 @@ keeps in memory, with an image of 32x32 and of 128x128 pixels:
   small     49 kB   1.5 and 25 kB
   medium   244 kB   3.1 and 49 kB
 
+`python -m minw.search` trains them with several bits, and compares them.
+
 Max pooling follows the first two convolutions, where images are large, and then every
 second one. The classifier reads the sum over the last feature map. Therefore the
 weights do not depend on the size of the image.
@@ -27,6 +29,17 @@ SIZES = {
     "small": ((32, 64, 64, 96, 128, 128), (1, 2, 4, 6)),
     "medium": ((64, 128, 192, 256, 256, 256), (1, 2, 4, 6)),
 }
+
+
+# Bits of weights and activations that `minw.search` tries.
+BITS = ((1, 1), (1, 2), (2, 2))
+
+
+def get_candidates():
+  for size in SIZES:
+    for weights, inputs in BITS:
+      yield (f"{size}_w{weights}a{inputs}",
+             f"size={size},weight_bits={weights},input_bits={inputs}")
 
 
 def get_config(argument: str = ""):

@@ -37,7 +37,6 @@ from minw import stopping
 if __name__ == "__main__":  # The other imports take seconds.
   stopping.watch()
 
-import os
 from typing import Sequence
 
 from absl import flags
@@ -84,10 +83,7 @@ def main() -> int:
   if f.status:
     show()
     return 0
-  try:
-    os.makedirs(f.dir, exist_ok=True)
-  except OSError as error:
-    raise errors.bad_value("dir", f.dir, f"a folder to write in ({error})") from error
+  sweeps.make_folder(f.dir)
   ended = sweeps.run_all(
       runs, jobs=f.jobs, retries=f.retries, steps=sweeps.check(runs), say=cli.note)
   show()

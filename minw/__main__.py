@@ -24,6 +24,7 @@ COMMANDS = {
     "infer": "minw.infer.__main__",
     "export": "minw.export.__main__",
     "prepare": "minw.prepare",
+    "search": "minw.search",
     "summary": "minw.summary",
     "report": "minw.report.__main__",
     "bench": "minw.bench.__main__",
@@ -52,7 +53,7 @@ def _run(arguments: list[str]) -> None:
   elif name not in COMMANDS:
     raise errors.unknown_name("command", name, [*COMMANDS, "completion"])
   else:
-    if name == "train":
+    if name in ("train", "search"):
       stopping.watch()  # Before the import, which takes seconds.
     module = importlib.import_module(COMMANDS[name])
     sys.argv[1:] = arguments[1:]

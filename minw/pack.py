@@ -54,17 +54,32 @@ def pack_workdir(
   shared = metadata_lib.shared(json.loads(text))
   if data_dir is not None:
     config.data_dir = data_dir
-  experiment = Experiment(config)
   try:
-    return pack(
-        experiment.model, checkpoint.hard_variables(saved.tree),
-        pixels=experiment.pixels, source_shape=experiment.info.image_shape,
-        crop=experiment.image_shape[:2],
-        labels=experiment.info.label_names,
-        metadata={"config": shared, "step": saved.step,
-                  "config_hash": hashlib.sha256(text.encode()).hexdigest()})
+    return pack_experiment(
+        Experiment(config), checkpoint.hard_variables(saved.tree),
+        {"config": shared, "step": saved.step,
+         "config_hash": hashlib.sha256(text.encode()).hexdigest()})
   except ValueError as error:
     raise errors.UsageError(f"workdir={workdir!r}: {error}") from error
+
+
+def pack_experiment(
+    experiment: Experiment, variables: Any, metadata: dict[str, Any] | None = None
+) -> packed.Program:
+  """Packs the network of an experiment, for the images of its data set.
+
+  Args:
+    experiment: The experiment.
+    variables: Trained variables, {"params", "batch_stats"}.
+    metadata: See `pack`.
+
+  Raises:
+    ValueError: See `pack`.
+  """
+  return pack(
+      experiment.model, variables, pixels=experiment.pixels,
+      source_shape=experiment.info.image_shape, crop=experiment.image_shape[:2],
+      labels=experiment.info.label_names, metadata=metadata)
 
 
 def pack(

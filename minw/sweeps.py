@@ -154,6 +154,18 @@ def _naming(name: str) -> Iterator[None]:
     raise errors.UsageError(f"run {name!r}: {error}") from error
 
 
+def make_folder(folder: str) -> None:
+  """Makes the directory of the workdirs, if it is missing.
+
+  Raises:
+    errors.UsageError: It cannot be made.
+  """
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError as error:
+    raise errors.bad_value("dir", folder, f"a folder to write in ({error})") from error
+
+
 def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
   """Returns the runs with these names, and the runs that they need.
 

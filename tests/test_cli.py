@@ -624,7 +624,7 @@ LAUNCHERS = {f"launch/{name}.py": name for name in (
     "local_multiprocess", "sweep")}
 # Flags of type string that are no paths. A new flag that is one is a `cli.DEFINE_path`.
 TEXTS = {"dataset", "layer", "coordinator", "module", "background", "prefix",
-         "image_size"}
+         "image_size", "budget_flash", "budget_ram"}
 # Experiment files with arguments: `config_flag.load` expands them.
 FILES_WITH_ARGUMENTS = {"config", "configs"}
 PATHS = sorted({  # (command, subcommand, flag)
@@ -638,6 +638,7 @@ PATHS = sorted({  # (command, subcommand, flag)
     ("minw export", "", "out"), ("minw export", "", "golden"),
     ("minw export", "", "images"), ("minw prepare", "", "data_dir"),
     ("minw prepare", "", "source"), ("minw plots", "", "out"),
+    ("minw search", "", "dir"),
     *(("minw report", name, flag) for flag in ("runs", "out")
       for name in ("tables", "figures", "compare", "collect", "results")),
     *(("minw bench", name, "json")

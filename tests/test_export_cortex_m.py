@@ -17,6 +17,7 @@ import pytest
 from c_programs import order
 from minw import infer
 from minw import packed
+from minw import search
 from minw.data import datasets
 from minw.export import c
 from minw.kernels import reference
@@ -77,6 +78,11 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
   size = subprocess.run(["arm-none-eabi-size", "net.o"], cwd=tmp_path, check=True,
                         capture_output=True, text=True).stdout.split()
   flash, ram = int(size[6]) + int(size[7]), int(size[7]) + int(size[8])
+  footprint = c.footprint(program)
+  # Compilers leave out static memory that this network does not use.
+  assert footprint.static - 8 <= ram <= footprint.static
+  if request.node.callspec.id in ("digits", *"ABCD", "W1A2", "W2A2"):
+    assert footprint.constants < flash < footprint.constants + search.CODE
   subprocess.run(
       [GCC, *flags, "-I", tmp_path, "-I", EXAMPLE, "-nostartfiles", "-T",
        EXAMPLE / "cortex_m.ld", "-o", tmp_path / "net.elf", PROGRAM,

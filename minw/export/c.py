@@ -25,6 +25,7 @@ weights are stored as bit-planes, in words of 32 bits along the channels:
 import json
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -213,6 +214,32 @@ def header(program: packed.Program, prefix: str = "minw") -> str:
 """
 
 
+class Footprint(NamedTuple):
+  """The memory that an exported network takes beside its code, in bytes.
+
+  Attributes:
+    constants: Weights, thresholds and tables, and the names of the labels.
+    static: Static memory.
+    stack: Upper bound of the stack that a call takes.
+  """
+
+  constants: int
+  static: int
+  stack: int
+
+
+def footprint(program: packed.Program) -> Footprint:
+  """Returns the memory that a network takes, as the C file states it.
+
+  The names of the labels are included, each with a pointer of 32 bits.
+  """
+  writer = _Writer(program, "minw")
+  writer.functions()
+  labels = sum(len(str(label).encode()) + 1 + 4
+               for label in common.metadata(program)["labels"])
+  return Footprint(writer.flash + labels, writer.static(), writer.stack())
+
+
 class _Writer:
   """Writes the functions of a program's values."""
 
@@ -251,13 +278,7 @@ class _Writer:
     self.mostly_minus = {
         i for i, value in enumerate(reference.run(self.program, images[:_SAMPLE]))
         if self.kinds[i].kind == "CODE" and np.mean(value < 0) > 0.5}
-    inlined = {j for value in self.sliced.values() for j in value.inlined}
-    values = [self._function(i) for i in range(1, len(self.kinds))
-              if not self.memory.is_term(i) and i not in inlined]
-    if any(value.input for value in self.sliced.values()):
-      self.flash += c_sliced.CONSTANTS
-    run = self._run()
-    body = "\n\n".join(values)
+    body, run = self.functions()
     helpers: list[str] = []
     for name, helper in reversed((_HELPERS | c_sliced.HELPERS).items()):
       if any(f"{name}(" in text for text in (body, run, *helpers)):
@@ -266,6 +287,22 @@ class _Writer:
     head = self._head(len(images))
     return "\n".join(
         [head, "\n\n".join([*helpers, body]), "", run, self._main(images)])
+
+  def functions(self) -> tuple[str, str]:
+    """Returns the functions of the values and the one that calls them.
+
+    Their constants are added to `flash`.
+    """
+    inlined = {j for value in self.sliced.values() for j in value.inlined}
+    values = [self._function(i) for i in range(1, len(self.kinds))
+              if not self.memory.is_term(i) and i not in inlined]
+    if any(value.input for value in self.sliced.values()):
+      self.flash += c_sliced.CONSTANTS
+    return "\n\n".join(values), self._run()
+
+  def static(self) -> int:
+    """Returns the number of bytes of static memory."""
+    return 4 * self.memory.words + 8
 
   def _head(self, count):
     """Returns the text before the functions."""
@@ -278,7 +315,7 @@ class _Writer:
 /* {self.title()}
 
    Constants: {self.flash} bytes, and labels.
-   Static memory: {4 * words + 8} bytes, so that one call runs at a time.
+   Static memory: {self.static()} bytes, so that one call runs at a time.
    Stack: less than {self.stack()} bytes, unless a compiler uses vector instructions.
    No heap, no library.
    With -DMINW_MAIN there is a main that checks {count} images.
