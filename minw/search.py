@@ -1,6 +1,6 @@
 """Train small networks that fit a microcontroller, and compare accuracy and costs.
 
-  python -m minw.search --config=NAME --dir=DIR --budget_flash=64k --budget_ram=16k
+  python -m minw.search --config=folder_convnet --dir=DIR --budget_flash=64k
 
 --config names an experiment with a function `get_candidates()`, which yields a name and
 an argument for each network to try: NAME:ARGUMENT is then its config. The experiment

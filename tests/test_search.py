@@ -147,7 +147,7 @@ def test_figure(results):
 
 
 def test_a_candidate_without_a_finished_run(tmp_path):
-  run = sweeps.Run("a-seed0", tmp_path, (), None, "")
+  run = sweeps.Run("a-seed0", tmp_path, (), None, ())
   found = search.measured(RESULTS[0], [run], {"a-seed0": sweeps.State("diverged")})
   assert found.left_out == "no run is done"
 
@@ -158,7 +158,7 @@ def test_a_candidate_without_a_finished_run(tmp_path):
     (("--only=narow",), "error: candidate 'narow' does not exist; did you mean"),
     (("--config.conv_widths=(4,4)",),
      "error: config.conv_widths=(4, 4): must be left out: the search chooses it"),
-    (("--config.num_epochs=0",), "error: run 'narrow-seed0': config.num_epochs=0: must"),
+    (("--config.num_epochs=0",), "error: run 'narrow-seed0': config.num_epochs=0: mu"),
     (("--seeds=0",), "error: seeds='0': must be ")])
 def test_refused(command, experiment, tmp_path, arguments, message):
   code, out, err = command(
