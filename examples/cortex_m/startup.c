@@ -23,7 +23,11 @@ static void fault(void) {
   quit(1);
 }
 
-/* Initial stack, reset, NMI, and the faults of hardware, memory, bus and usage. */
-__attribute__((section(".vectors"), used)) static const void *const vectors[] = {
-    stack_top,     (void *)reset, (void *)fault, (void *)fault,
-    (void *)fault, (void *)fault, (void *)fault};
+struct vectors {
+  uint32_t *stack;
+  void (*handlers[6])(void);
+};
+
+/* Reset, NMI, and the faults of hardware, memory, bus and usage. */
+__attribute__((section(".vectors"), used)) static const struct vectors vectors = {
+    stack_top, {reset, fault, fault, fault, fault, fault}};
