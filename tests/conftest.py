@@ -38,6 +38,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("minw")
 
 
+def pytest_collection_finish() -> None:
+  """Keeps what the test modules have imported from every later collection."""
+  gc.collect()
+  gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def strict() -> Iterator[None]:
   """No implicit change of dtype or rank.

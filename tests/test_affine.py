@@ -52,7 +52,7 @@ def probe():
   return pixels_lib.probe(PIXELS, SHAPE)
 
 
-@pytest.mark.parametrize("scale, body", [
+_MAPS = [
     ("none", lambda x, own: x + own("shift", 8)),
     ("channel_mean", lambda x, own: x * own("gain", 1, 1, 1, 8) - own("shift")),
     ("none", lambda x, own: x * own("gain") - own("shift", 8)),
@@ -66,7 +66,12 @@ def probe():
     ("none", lambda x, own: (x * own("gain", 8) + own("shift", 8)).sum((1, 2))),
     ("channel_mean", lambda x, own: jnp.concatenate([x + own("shift", 8), x], -1)),
     ("channel_mean", lambda x, own: (x + own("shift", 8)) + x),
-], ids=range(10))
+]
+
+
+@pytest.mark.parametrize("scale, body", [
+    pytest.param(*case, marks=pytest.mark.slow if i % 2 else ())
+    for i, case in enumerate(_MAPS)], ids=range(10))
 def test_affine_maps_fold(scale, body):
   model = Net(body, scale)
   variables = variables_of(model)

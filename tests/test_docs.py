@@ -122,7 +122,9 @@ def test_every_block_has_a_language_that_is_tested():
   assert {*RUNNABLE} <= {*with_blocks("sh")}
 
 
-@pytest.mark.parametrize("page", with_blocks("python"))
+@pytest.mark.parametrize("page", [
+    pytest.param(page, marks=pytest.mark.slow) if page.endswith("own_network.md")
+    else page for page in with_blocks("python")])
 def test_python(page, place):
   """The blocks of a page run in order, as in one program."""
   for package in NEEDS.get(page, ()):

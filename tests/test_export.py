@@ -253,7 +253,9 @@ def sliced(w_bits, x_bits, pad, bias, channels=32, out=64, last_bits=1):
 @needs_gcc
 @pytest.mark.parametrize("flags", [(), ("-U__GNUC__",)], ids=["gnu", "standard"])
 @pytest.mark.parametrize("w_bits, x_bits", [(1, 1), (1, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("pad, bias", [(0, 900), (-1, -900), (1, 900), (0, -900)])
+@pytest.mark.parametrize("pad, bias", [
+    (0, 900), (-1, -900), *(pytest.param(*slow, marks=pytest.mark.slow)
+                            for slow in ((1, 900), (0, -900)))])
 def test_c_of_32_channels_at_once(tmp_path, w_bits, x_bits, pad, bias, flags):
   program = sliced(w_bits, x_bits, pad, bias, last_bits=x_bits)
   batch = images(program, 3)
@@ -357,8 +359,9 @@ def test_c_of_long_sums_and_pools(tmp_path, make):
 
 
 @pytest.mark.parametrize("name, flag", [
-    ("gcc", "-O0"), ("gcc", "-Os"), ("gcc", "-O2"), ("clang", "-O0"), ("clang", "-Os"),
-    ("clang", "-O2")])
+    ("gcc", "-O0"), ("gcc", "-Os"),
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ("gcc", "-O2"), ("clang", "-O0"), ("clang", "-Os"), ("clang", "-O2")))])
 @pytest.mark.parametrize("make", STACKS.values(), ids=STACKS)
 def test_c_takes_less_stack_than_it_says(tmp_path, make, name, flag):
   """As a painted stack shows."""
@@ -426,7 +429,8 @@ def test_c_holds_any_text(tmp_path, name, flags):
 
 @pytest.mark.parametrize("name, flags", [
     ("gcc", ["-std=c99"]), ("g++", ["-std=c++11", "-x", "c++"]),
-    ("clang", ["-std=c99"]), ("clang++", ["-std=c++14", "-x", "c++"])])
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ("clang", ["-std=c99"]), ("clang++", ["-std=c++14", "-x", "c++"])))])
 @pytest.mark.parametrize("make", STACKS.values(), ids=STACKS)
 def test_c_compiles_without_warnings(tmp_path, make, name, flags):
   program = make()
@@ -594,6 +598,7 @@ def stablehlo():
   return module
 
 
+@pytest.mark.slow
 def test_stablehlo_without_minw(tmp_path):
   programs = [digits_convnet(), residual_and_dense(3), groups_and_dilation(1, -1),
               groups_and_dilation(3, 2)]

@@ -224,7 +224,8 @@ def test_gradients_reach_every_parameter(weight_bits, input_bits):
       assert (per_channel > 1e-6).mean() > 0.7, path
 
 
-@pytest.mark.parametrize("weight_bits, input_bits, alpha", [(1, 2, 0.0), (3, 1, 0.5)])
+@pytest.mark.parametrize("weight_bits, input_bits, alpha", [
+    (3, 1, 0.5), pytest.param(1, 2, 0.0, marks=pytest.mark.slow)])
 def test_jit_changes_nothing_in_training(weight_bits, input_bits, alpha):
   net = network(weight_bits, input_bits).clone(conv_widths=(4, 3), dense_widths=())
   variables, images = random_variables(net), random_images(6)
@@ -402,7 +403,9 @@ def shallow(name, classes=3, **make):
   return models.NETWORKS[name](classes, **changes[name], **make)
 
 
-SHALLOW = ("resnet18", "resnet50", "resnet110", "densenet100", "alexnet")
+SHALLOW = ("resnet18", "densenet100", *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("resnet50", "resnet110", "alexnet")))
 
 
 def shallow_case(name):

@@ -60,10 +60,11 @@ def assert_packs(model, size=13, seed=0, count=5, variables=None, untraced=True)
 
 
 @pytest.mark.parametrize("bits, pad", [
-    ((1, 1), 0.0), ((1, 2), -1.0), ((1, 3), 1.0), ((2, 1), 1.0), ((2, 2), 0.0),
-    ((2, 3), 0.0), ((3, 1), 0.0), ((3, 2), 1.0), ((3, 3), -1.0),
-    ((2, "float8_e4m3fn"), 0.0), (("float16", 3), -1.0), ((1, "float32"), 0.0),
-    (("bfloat16", "bfloat16"), 0.0)])
+    ((1, 1), 0.0), ((1, 2), -1.0), ((2, 3), 0.0), ((3, 2), 1.0),
+    ((2, "float8_e4m3fn"), 0.0), (("float16", 3), -1.0),
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ((1, 3), 1.0), ((2, 1), 1.0), ((2, 2), 0.0), ((3, 1), 0.0), ((3, 3), -1.0),
+        ((1, "float32"), 0.0), (("bfloat16", "bfloat16"), 0.0)))])
 def test_convnets_of_all_bits(bits, pad):
   weights, inputs = bits
   model = models.ConvNet(
@@ -150,7 +151,9 @@ class Residual(nn.Module):
     return layers.NormQuant(bits=None, name="norm_fc")(x, mode=mode)
 
 
-@pytest.mark.parametrize("weights, bits", [(1, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize("weights, bits", [
+    (2, 3), *(pytest.param(*slow, marks=pytest.mark.slow)
+              for slow in ((1, 1), (3, 2)))])
 def test_residual_network(weights, bits):
   program = assert_packs(Residual(bits, weights), size=37, untraced=bits == 1)
   assert sum(isinstance(op, packed.Shortcut) for op in program.ops) == 2
@@ -179,7 +182,9 @@ class Dense(nn.Module):
     return layers.NormQuant(bits=None, name="norm_fc")(y, mode=mode)
 
 
-@pytest.mark.parametrize("weights, bits", [(3, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("weights, bits", [
+    (3, 1), *(pytest.param(*slow, marks=pytest.mark.slow)
+              for slow in ((1, 3), (2, 2)))])
 def test_dense_network(weights, bits):
   program = assert_packs(Dense(bits, weights), size=12, untraced=bits == 1)
   concats = [op for op in program.ops if isinstance(op, packed.Concat)]
@@ -225,8 +230,10 @@ def same_logits(program, *backends, count=3):
 
 
 @pytest.mark.parametrize("bits, weights, pad", [
-    ((1, 1, 1), (1, 1, 1), 0.0), ((2, 2, 2), (2, 2, 2), 1.0),
-    ((3, 3, 3), (3, 3, 3), -1.0), ((3, 1, 2), (1, 2, 3), 0.0)])
+    ((3, 1, 2), (1, 2, 3), 0.0),
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ((1, 1, 1), (1, 1, 1), 0.0), ((2, 2, 2), (2, 2, 2), 1.0),
+        ((3, 3, 3), (3, 3, 3), -1.0)))])
 def test_mobilenet(bits, weights, pad):
   model = MobileNet(bits, weights, pad)
   mixed = len(set(bits)) > 1
@@ -425,9 +432,9 @@ def assert_as_trained(program, model, variables):
 
 
 @pytest.mark.parametrize("model, weight_scale", [
-    (CONVNET, "channel_mean"), (functools.partial(RESNET, projection=False), "lsq"),
+    (CONVNET, "channel_mean"),
     *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
-        (CONVNET, "layer_mean"), (CONVNET, "lsq"),
+        (functools.partial(RESNET, projection=False), "lsq"), (CONVNET, "layer_mean"), (CONVNET, "lsq"),
         (functools.partial(RESNET, large_stem=True), "lsq"),
         (functools.partial(models.DenseNet, 3, (1, 1), 4), "channel_mean")))],
     ids=range(6))

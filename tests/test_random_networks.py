@@ -21,7 +21,7 @@ SHAPE = (7, 6, 2)
 PIXELS = pixels_lib.pixels("integer", (0.49, 0.45), (0.25, 0.25))
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
 # Seeds of the fast test; how many networks are drawn in all, and from which seed on.
-FAST = range(20, 40)
+FAST = range(20, 30)
 COUNT = int(os.environ.get("MINW_RANDOM_NETWORKS", "500"))
 FIRST = int(os.environ.get("MINW_RANDOM_SEED", "0"))
 

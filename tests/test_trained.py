@@ -81,8 +81,10 @@ DENSENET = functools.partial(models.DenseNet, 3, (1, 1), 4)
 
 
 @pytest.mark.parametrize("make, kind", [
-    (CONVNET, "plain"), (CONVNET, "lsq"), (RESNET, "lsq"), (RESNET, "bfloat16"),
-    (RESNET, "channel_mean"), (DENSENET, "channel_mean"), (DENSENET, "bfloat16")],
+    (CONVNET, "plain"), (RESNET, "lsq"), (RESNET, "bfloat16"),
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        (CONVNET, "lsq"), (RESNET, "channel_mean"), (DENSENET, "channel_mean"),
+        (DENSENET, "bfloat16")))],
     ids=range(7))
 def test_trained_networks_agree(make, kind):
   lsq = dict(estimator=estimators.by_name("lsq")) if kind == "lsq" else {}
