@@ -107,8 +107,8 @@ FIELDS = {
         "alpha_end": (0.465,
                       "Time at which alpha reaches alpha_final, as a fraction of the "
                       "run. The default is epoch 93 of 200."),
-        "alpha_shape": ("linear", "Shape of the alpha schedule: linear, cosine, cubic "
-                                  "or step."),
+        "alpha_shape": ("linear", "Shape of the alpha schedule: linear, cosine, cubic, "
+                                  "sigmoid or step."),
         "alpha_per_layer": (False,
                             "Whether alpha grows in one layer after another, starting "
                             "at the input."),

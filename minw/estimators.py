@@ -40,8 +40,8 @@ ONE_BIT = ("approx_sign", "ede", "reste", "stochastic_aqe", "swish_sign")
 # Estimators usable with Bop, which keeps weights at exactly 1 or -1: there, their
 # gradient is a positive multiple of the incoming one. The gradient of other estimators
 # almost vanishes there or has the opposite sign.
-PASS_AT_ONE = ("aqe", "dsq", "ewgs", "reste", "ste", "stochastic_aqe", "stompp",
-               "stompp_ste")
+PASS_AT_ONE = ("aqe", "dsq", "ewgs", "parq", "reste", "ste", "stochastic_aqe",
+               "stompp", "stompp_ste")
 
 
 def ste(x: jax.Array, grid: Grid) -> jax.Array:
@@ -389,6 +389,36 @@ def stompp_ste(
   return _frozen(x, alpha, key, grid, True)
 
 
+def parq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
+  """The proximal map of PARQ, a staircase that steepens (Jin et al., arXiv 2503.15748).
+
+  Between neighboring levels with the threshold t, the forward pass computes
+  t + (x - t) / (1 - alpha), clipped to these levels. With alpha = 0 it clips x to the
+  outermost levels, and with alpha = 1 it is h(x). The backward pass computes
+  g * 1[|x| <= 1].
+
+  The paper's thresholds are halfway between levels; here they are those of the grid. It
+  quantizes weights alone, and its gradient is not masked, which makes no difference to
+  weights in [-1, 1]. Its public code (torchao) lets 1 - alpha fall along a sigmoid, as
+  alpha_shape="sigmoid" does with alpha_start=0.
+
+  Args:
+    x: Float array of any shape.
+    alpha: Numbers in [0, 1]: a scalar, or an array that broadcasts to the shape of
+      `x`.
+    grid: Any grid. Its thresholds broadcast against the trailing axes of `x`.
+
+  Returns:
+    Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, grid = jnp.array([-0.25, 0.75]), quantizers.grid(1)
+    >>> estimators.parq(x, 0.5, grid)  # The slope is 2.
+    Array([-0.5,  1. ], dtype=float32)
+  """
+  return _parq(_floats(x), _number("alpha", alpha, 0, 1), grid)
+
+
 # The scales of quantized weights follow.
 
 
@@ -528,6 +558,7 @@ _ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
     "ede": ede,
     "ewgs": ewgs,
     "lsq": lsq,
+    "parq": parq,
     "reste": reste,
     "ste": ste,
     "stochastic_aqe": stochastic_aqe,
@@ -742,21 +773,45 @@ def _slope_reste(x, alpha, grid, g):
   return jnp.where(size > 1.5, 0, jnp.where(size > 0.1, power / o, power))
 
 
+def _steps(grid, dtype):
+  """Yields (lower level, upper level, threshold) of each step to a positive level."""
+  levels = grid.magnitudes.astype(dtype)
+  if grid.thresholds.shape[0]:
+    below = jnp.concatenate([jnp.zeros(1, dtype), levels[:-1]])
+    thresholds = grid.thresholds.astype(dtype)
+  else:  # One bit has a single step, from -1 to 1.
+    below, thresholds = -levels, jnp.zeros(1, dtype)
+  return zip(below, levels, thresholds)
+
+
 def _slope_dsq(x, alpha, grid, g):
   a = 0.5 - 0.49 * alpha
   s, k = 1 / (1 - a), jnp.log(2 / a - 1)
   size = jnp.abs(x)
-  levels = grid.magnitudes.astype(x.dtype)
-  if grid.thresholds.shape[0]:
-    below = jnp.concatenate([jnp.zeros(1, x.dtype), levels[:-1]])
-    thresholds = grid.thresholds.astype(x.dtype)
-  else:  # One bit has a single step, from -1 to 1.
-    below, thresholds = -levels, jnp.zeros(1, x.dtype)
   slope = jnp.zeros_like(x)
-  for low, high, threshold in zip(below, levels, thresholds):
+  for low, high, threshold in _steps(grid, x.dtype):
     y = k * (size - threshold) / (high - low)
     slope = jnp.where(size >= jnp.maximum(low, 0), s * k / 2 / jnp.cosh(y) ** 2, slope)
   return slope * _inside(x)
+
+
+@jax.custom_vjp
+def _parq(x, alpha, grid):
+  wide = quantizers.compute_dtype(x)
+  alpha, size = alpha.astype(wide), jnp.abs(x.astype(wide))
+  # At alpha = 1, where the result is not used, the division must not fail.
+  flatness = jnp.where(alpha < 1, 1 - alpha, 1)
+  y = jnp.zeros_like(size)
+  for low, high, threshold in _steps(grid, wide):
+    step = jnp.clip(threshold + (size - threshold) / flatness, low, high)
+    y = jnp.where(size >= jnp.maximum(low, 0), step, y)
+  soft = (jnp.sign(x).astype(wide) * y).astype(x.dtype)
+  return jnp.where(alpha < 1, soft, quantizers.quantize(x, grid))
+
+
+_parq.defvjp(
+    lambda x, alpha, grid: (_parq(x, alpha, grid), (x, alpha, grid)),
+    lambda saved, g: (g * _inside(saved[0]), *_zeros(saved[1:])))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -5,15 +5,18 @@ schedule, scaled in time.
 """
 
 import collections
+import math
 from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-ALPHA_SHAPES = ("linear", "cosine", "cubic", "step")
+ALPHA_SHAPES = ("linear", "cosine", "cubic", "sigmoid", "step")
 LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant", "linear",
                            "cosine", "one_cycle")
+
+_STEEPNESS = 10  # That of a sigmoid, as in PARQ.
 
 Schedule = Callable[[Any], Any]  # A function from an integer step to a float32 array.
 
@@ -105,8 +108,9 @@ def alpha(
   """The alpha of an estimator as a function of the step.
 
   Args:
-    shape: "linear", "cosine" (slow at both ends), "cubic" (slow at first, as in StoMPP)
-      or "step" (a single jump at `end`).
+    shape: "linear", "cosine" (slow at both ends), "cubic" (slow at first, as in
+      StoMPP), "sigmoid" (slower at both ends than a cosine, as in PARQ) or "step" (a
+      single jump at `end`).
     start: Value at step 0.
     final: Value from `end` on.
     end: Time at which `final` is reached, as a fraction of the run.
@@ -143,6 +147,10 @@ def alpha(
       done = (1 - jnp.cos(jnp.pi * done)) / 2
     elif shape == "cubic":
       done = done**3
+    elif shape == "sigmoid":
+      ends = math.tanh(_STEEPNESS / 4)
+      rising = (1 + jnp.tanh(_STEEPNESS / 2 * (done - 0.5)) / ends) / 2
+      done = jnp.where(done > 0, rising, 0.0)  # Rounding would start beside 0.
     elif shape == "step":
       done = jnp.floor(done)
     # In the end alpha is exactly `final`. Rounding would leave networks almost hard.

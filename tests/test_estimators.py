@@ -428,7 +428,7 @@ def test_score_function_surrogate():
 
 def test_by_name():
   assert estimators.network_estimators() == (
-      "approx_sign", "aqe", "dsq", "ede", "ewgs", "lsq", "reste", "ste",
+      "approx_sign", "aqe", "dsq", "ede", "ewgs", "lsq", "parq", "reste", "ste",
       "stochastic_aqe", "stompp", "stompp_ste", "swish_sign")
   for name in estimators.network_estimators():
     assert getattr(estimators, name).__name__ == name
@@ -615,6 +615,64 @@ def test_a_step_of_any_sign_stands_for_a_positive_one():
     assert quantizers.positive_step(step) == abs(step) + 2**-20
 
 
+def by_public_code(x, levels, flatness):
+  """The proximal map of PARQ's public code in NumPy, for one number."""
+  index = np.searchsorted(levels, x)
+  low, high = levels[max(index - 1, 0)], levels[min(index, len(levels) - 1)]
+  center = (low + high) / 2
+  return np.clip(center + (x - center) / flatness, low, high)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.999])
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_parq(bits, alpha):
+  """On thresholds halfway between levels, which are those of the paper."""
+  magnitudes = np.array(quantizers.grid(bits).magnitudes, np.float64)
+  thresholds = () if bits == 1 else (
+      np.concatenate([[0], magnitudes[:-1]]) + magnitudes) / 2
+  grid = quantizers.grid(bits, thresholds=thresholds)
+  levels = np.array(sorted({*magnitudes, *-magnitudes, *([0.0] if bits > 1 else [])}))
+  x = np.linspace(-1.6, 1.6, 161)
+  want = [by_public_code(value, levels, 1 - alpha) for value in x]
+  got, pullback = jax.vjp(lambda x: estimators.parq(x, alpha, grid), jnp.float32(x))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-4)
+  np.testing.assert_array_equal(pullback(jnp.ones(161))[0], np.abs(np.float32(x)) <= 1)
+  if alpha == 0:
+    np.testing.assert_allclose(got, np.clip(x, -1, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_parq_ends_as_the_quantizer_on_any_thresholds(bits):
+  """Thresholds that are not halfway between levels, each channel's its own."""
+  magnitudes = np.array(quantizers.grid(bits).magnitudes)
+  below = np.concatenate([[0], magnitudes[:-1]])
+  count = quantizers.num_thresholds(bits)
+  # At a quarter of the way between levels, and at four fifths.
+  thresholds = (below + (magnitudes - below) * [[0.25], [0.8]]).T[:count, None]
+  grid = quantizers.Grid(jnp.float32(thresholds), jnp.float32(magnitudes))
+  x = np.random.default_rng(0).uniform(-1.3, 1.3, (400, 2)).astype(np.float32)
+  hard = np.asarray(quantizers.quantize(x, grid))
+  np.testing.assert_array_equal(estimators.parq(x, 1.0, grid), hard)
+  distance = np.abs(np.abs(x) - (thresholds if count else np.zeros((1, 1, 2)))).min(0)
+  nearly = np.asarray(estimators.parq(x, 0.999, grid))
+  far = distance > 0.01
+  assert far.mean() > 0.9
+  np.testing.assert_allclose(nearly[far], hard[far], atol=1e-3)
+  halfway = np.asarray(estimators.parq(x, 0.5, grid))
+  assert 0.2 < (np.abs(halfway - hard) > 1e-3).mean() < 1
+
+
+def test_binary_relax_is_aqe_with_the_gradient_of_algorithm_1():
+  """Yin et al. (2018), Eq 7: the minimizer of |y - x|^2 + lambda |y - h(x)|^2."""
+  grid, strength = quantizers.grid(1), 3.0
+  got, pullback = jax.vjp(lambda x: estimators.aqe(
+      x, strength / (1 + strength), grid, gradient="algorithm1"), X)
+  y = np.float64(X)
+  hard = np.where(y > 0, 1.0, -1.0)
+  np.testing.assert_allclose(got, (y + strength * hard) / (1 + strength), rtol=1e-6)
+  np.testing.assert_array_equal(pullback(jnp.ones_like(X))[0], np.abs(X) <= 1)
+
+
 @pytest.mark.parametrize("function, passes", [
     (estimators.stompp, 0.0), (estimators.stompp_ste, 1.0)])
 @pytest.mark.parametrize("bits", [1, 3])
@@ -763,6 +821,7 @@ def calls(x, alpha=0.5):
       "dsq": lambda: estimators.dsq(x, alpha, grid),
       "ewgs": lambda: estimators.ewgs(x, grid),
       "lsq": lambda: estimators.lsq(x, 1.0, grid),
+      "parq": lambda: estimators.parq(x, alpha, grid),
       "stompp": lambda: estimators.stompp(x, alpha, key, grid),
       "stompp_ste": lambda: estimators.stompp_ste(x, alpha, key, grid)}
 
@@ -787,7 +846,7 @@ def test_inputs_that_are_not_float_are_refused(name, dtype):
     (True, TypeError), ("a", TypeError), (None, TypeError),
     (jnp.zeros(3, jnp.complex64), TypeError)])
 @pytest.mark.parametrize("name", [
-    "aqe", "stochastic_aqe", "ede", "reste", "dsq", "stompp", "stompp_ste"])
+    "aqe", "stochastic_aqe", "ede", "reste", "dsq", "stompp", "stompp_ste", "parq"])
 def test_alpha_that_is_wrong(name, alpha, error):
   with pytest.raises(error, match="alpha.*: must be (in|real|an array)"):
     calls(X, alpha)[name]()

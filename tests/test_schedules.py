@@ -59,6 +59,15 @@ def test_cosine_is_slow_at_both_ends():
       values(alpha, (0, 10, 20, 30, 40, 79)), expected, rtol=1e-6)
 
 
+def test_sigmoid_of_parq():
+  """1 less PARQ's inverse slope, which its public code computes as below."""
+  alpha = schedules.alpha("sigmoid", 0.0, 1.0, 0.5, 80)
+  sigmoid = lambda t: 1 / (1 + math.exp(10 * (t - 0.5)))
+  want = [1 - (sigmoid(step / 40) - sigmoid(1)) / (sigmoid(0) - sigmoid(1))
+          for step in range(40)]
+  np.testing.assert_allclose(values(alpha, range(40)), want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_is_made_at_the_end():
   alpha = schedules.alpha("step", 0.25, 1.0, 0.5, 80)
   assert values(alpha, (0, 39, 40, 79)).tolist() == [0.25, 0.25, 1, 1]

@@ -452,7 +452,7 @@ def test_check_refuses_workdirs_of_others(tmp_path):
 SWEEPS = [
     ("tables", "seeds=2", 2 * 64), ("tables", "table=2,seeds=1", 68),
     ("tables", "networks=AD,seeds=1", 32),
-    ("estimators", "", 5 * 15), ("estimators", "dataset=cifar10,size=full", 5 * 15),
+    ("estimators", "", 5 * 17), ("estimators", "dataset=cifar10,size=full", 5 * 17),
     ("estimators", "dataset=cifar100,network=D,runs=aqe+ste+bop,seeds=2", 2 * 3),
     ("geometries", "", 5 * 2 * 7),
     ("geometries", "networks=D,size=quarter,seeds=2", 14),

@@ -69,6 +69,8 @@ def _runs(epochs):
       **{name: {"estimator": name} for name in (
           "stochastic_aqe", "approx_sign", "swish_sign", "dsq", "ewgs")},
       **{name: {"estimator": name, "alpha_start": 0.0} for name in ("ede", "reste")},
+      "parq": {"estimator": "parq", "alpha_start": 0.0, "alpha_shape": "sigmoid"},
+      "binary-relax": {"alpha_start": 0.0, "estimator_gradient": "algorithm1"},
   }
 
 
