@@ -269,6 +269,11 @@ class Experiment:
     """The paths of the layers whose weights have one bit."""
     return {path for path, layer in self.grid_layers.items() if layer.bits == 1}
 
+  def keys(self, step: jax.Array | int) -> jax.Array:
+    """The random keys of a training step: of its batch, and of the estimator."""
+    return jax.random.split(
+        jax.random.fold_in(jax.random.key(self.config.seed), step))
+
   @functools.cached_property
   def class_weights(self) -> tuple[float, ...] | None:
     """The weight of each class in the loss of training; None if none has any.

@@ -41,6 +41,7 @@ ALPHAS = {alpha: {"label": rf"$\alpha$ = {name}", "color": color, "linewidth": 2
                                      (1.0, "1, quantizer", "#10284B"))}
 # Largest numbers of classes for which a confusion matrix has its counts and labels.
 _COUNTED_CLASSES, _LABELED_CLASSES = 20, 100
+_IMAGES_IN_A_ROW = 8
 
 STE = {"label": "straight-through estimator", "color": VERMILION,
        "linestyle": (0, (3, 2)), "linewidth": 1.5}
@@ -169,6 +170,30 @@ def confusion_figure(
   axes.set_xlabel("predicted class")
   axes.set_ylabel("label")
   axes.set_title(title, fontsize=10, parse_math=False)
+  return fig
+
+
+def images_figure(images: np.ndarray, titles: Sequence[str]) -> Any:
+  """Draws images in rows of up to 8, each pixel as a square.
+
+  Args:
+    images: uint8 (n, height, width, channels), with 1 or 3 channels.
+    titles: Text above each image.
+
+  Returns:
+    The matplotlib Figure. Each of its axes is an image.
+  """
+  from matplotlib import figure
+
+  columns = min(len(images), _IMAGES_IN_A_ROW)
+  rows = -(-len(images) // columns)
+  fig = figure.Figure(figsize=(1.6 * columns, 1.9 * rows), dpi=120,
+                      layout="constrained")
+  for i, (image, text) in enumerate(zip(images, titles)):
+    axes = fig.add_subplot(rows, columns, i + 1)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(text, fontsize=7, parse_math=False)
   return fig
 
 

@@ -1,14 +1,22 @@
 """Print the storage and operations of a network, layer by layer.
 
-`python -m minw.summary --config=FILE` counts them without training the network.
+`python -m minw.summary --config=FILE` counts them without training the network. With
+`--images=8 --out=FILE.png`, it also draws training images as the network sees them.
 """
 
+import contextlib
+import itertools
 import math
+import os
+import pathlib
 from typing import Any, NamedTuple, Sequence
 
 from absl import flags
+import jax
+import numpy as np
 
 from minw import cli
+from minw import errors
 from minw import layers as layers_lib
 
 OPERATIONS = ("XNOR", "XNOR ADDER", "SHIFT", "SHIFT ADDER", "MAC")
@@ -202,20 +210,68 @@ def _align(rows: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
       for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
+def first_batch(experiment: Any, count: int) -> tuple[np.ndarray, list[str]]:
+  """Returns images of the first training batch as the network sees them.
+
+  Args:
+    experiment: The experiment, see `minw.experiment`.
+    count: Number of images.
+
+  Returns:
+    images: uint8 (count, size, size, channels): the augmented crops.
+    titles: The label of each image, or both labels of a mixed one with their shares.
+
+  Raises:
+    errors.UsageError: There are no data.
+  """
+  from minw.data import augment
+
+  data = experiment.data
+  with contextlib.closing(data.train_batches(data.load("train"), 0)) as batches:
+    examples, order = next(batches)
+    images, labels = jax.device_get(experiment.jit(
+        lambda *batch: data.train_inputs(*batch, 0, experiment.keys(0)[0]))(
+            examples, order))
+  offset, divisor = map(np.array, experiment.pixels)
+  pixels = np.round(images[:count] * divisor + offset).astype(np.uint8)
+  name = lambda label: experiment.info.label_names[label]
+  if not isinstance(labels, augment.MixedLabels):
+    return pixels, [name(label) for label in labels[:count]]
+  return pixels, [
+      f"{share:.0%} {name(one)}\n{1 - share:.0%} {name(other)}"
+      for one, other, share in itertools.islice(zip(*labels), count)]
+
+
 def define_flags() -> None:
   """Defines the flags of the command."""
   from minw import config_flag
 
   config_flag.define()
+  flags.DEFINE_integer(
+      "images", None,
+      "Number of images of the first training batch to draw as the network sees them: "
+      "cropped and augmented. --out names the file.", lower_bound=1)
+  cli.DEFINE_path("out", None, "PNG file for the images.")
 
 
 def main() -> None:
-  """Prints the table of a config's network."""
-  # This import takes seconds. Errors in flags are reported before it.
-  from minw import experiment
+  """Prints the table of a config's network, and draws images if the flags say so."""
+  f = flags.FLAGS
+  if (f.images is None) != (f.out is None):
+    raise errors.UsageError("--images and --out must be given together")
+  if f.out:
+    errors.check(not os.path.isdir(f.out), "out", f.out, "a file")
+    errors.check(f.images <= f.config.batch_size, "images", f.images,
+                 f"at most config.batch_size={f.config.batch_size}")
+  # These imports take seconds. Errors in flags are reported before them.
+  from minw import experiment as experiment_lib
+  from minw import plots
 
-  layers = experiment.Experiment(flags.FLAGS.config).layers
-  print(format_table(summarize(layers)), end="")
+  experiment = experiment_lib.Experiment(f.config)
+  if f.out:
+    plots.save(plots.images_figure(*first_batch(experiment, f.images)),
+               pathlib.Path(f.out))
+  print(format_table(summarize(experiment.layers)), end="")
 
 
 if __name__ == "__main__":

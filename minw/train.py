@@ -226,11 +226,9 @@ def make_train_step(
   teacher = experiment.teacher
 
   def train_step(state, data, order, teacher_variables=None):
-    keys = lambda step: jax.random.split(
-        jax.random.fold_in(jax.random.key(experiment.config.seed), step))
-    batch_key, estimator_key = keys(state.step)
+    batch_key, estimator_key = experiment.keys(state.step)
     if noise_steps > 1:
-      estimator_key = keys(state.step - state.step % noise_steps)[1]
+      estimator_key = experiment.keys(state.step - state.step % noise_steps)[1]
     images, labels = experiment.data.train_inputs(
         data, order, state.step % experiment.steps_per_epoch, batch_key)
     logits = None

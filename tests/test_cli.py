@@ -639,6 +639,7 @@ PATHS = sorted({  # (command, subcommand, flag)
     ("minw export", "", "images"), ("minw prepare", "", "data_dir"),
     ("minw prepare", "", "source"), ("minw plots", "", "out"),
     ("minw search", "", "dir"),
+    ("minw summary", "", "out"),
     *(("minw report", name, flag) for flag in ("runs", "out")
       for name in ("tables", "figures", "compare", "collect", "results")),
     *(("minw bench", name, "json")

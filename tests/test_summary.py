@@ -5,13 +5,21 @@ import pathlib
 import re
 
 import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 import pytest
 
+from compiling import quick_jit
 from minw import config as config_lib
 from minw import experiment
 from minw import layers
 from minw import models
+from minw import plots
 from minw import summary
+from minw import train
+from minw.data import datasets
+from minw.data import resident
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'experiments' / 'cifar_convnet.py'}"
@@ -204,3 +212,65 @@ def test_command_with_a_bad_value(command):
   assert ended.code == 2 and not ended.out
   assert ended.err.startswith("error: config.weight_bits: bits=7")
   assert len(ended.err.splitlines()) == 1
+
+
+def digits(**changes):
+  config = config_lib.default_config("digits")
+  config.update(conv_widths=(), dense_widths=(), batch_size=6, seed=3, **changes)
+  return config
+
+
+def test_images_are_those_of_the_first_step(monkeypatch):
+  """As the compiled step sees them."""
+  run = experiment.Experiment(digits(
+      crop_padding=2, rotation=30.0, brightness=0.1, mixup=1.0))
+  monkeypatch.setattr(train, "update", lambda experiment, state, *batch: (
+      state, batch[:2]))
+  monkeypatch.setattr(run, "jit", lambda function, **_: quick_jit(function))
+  step = train.make_train_step(run)
+  place = next(run.data.train_batches(run.data.load("train"), 0))
+  state = train.TrainState(jnp.int32(0), *5 * [()])
+  images, labels = step(state, *place)[1]
+  pixels, titles = summary.first_batch(run, 5)
+  assert pixels.shape == (5, 8, 8, 1) and pixels.dtype == np.uint8
+  np.testing.assert_array_equal(  # The mean of the digits is 77.9 of 255.
+      (pixels.astype(np.float32) - 78) / 64, np.asarray(images)[:5])
+  assert titles == [
+      f"{share:.0%} {one}\n{1 - share:.0%} {other}" for one, other, share in
+      list(zip(*map(np.asarray, labels)))[:5]]
+
+
+def test_labels_of_images():
+  run = experiment.Experiment(digits())
+  _, labels = datasets.load("digits", "train", None)
+  order = np.asarray(resident.epoch_order(3, 0, 1257))[:6]
+  assert summary.first_batch(run, 6)[1] == [str(label) for label in labels[order]]
+
+
+def test_figure_of_images():
+  images = np.arange(10 * 4 * 4, dtype=np.uint8).reshape(10, 4, 4, 1)
+  fig = plots.images_figure(images, [f"${i}" for i in range(10)])
+  assert [axes.get_title() for axes in fig.axes] == [f"${i}" for i in range(10)]
+  for axes, image in zip(fig.axes, images):
+    np.testing.assert_array_equal(
+        np.reshape(axes.get_images()[0].get_array(), (4, 4, 1)), image)
+  rows = {round(axes.get_subplotspec().rowspan.start) for axes in fig.axes}
+  assert rows == {0, 1} and plots.images_figure(images[:1], ["a"]).axes
+
+
+def test_command_draws_images(command, tmp_path):
+  config = f"--config={ROOT / 'experiments' / 'digits_convnet.py'}"
+  done = command("minw.summary", config, "--images=9", f"--out={tmp_path}/a.png",
+                 "--config.random_erasing=0.5")
+  assert (done.code, done.err) == (0, "") and "MACs" in done.out
+  with Image.open(tmp_path / "a.png") as image:
+    assert image.format == "PNG" and image.size == (1536, 456)
+  for arguments, message in [
+      (("--images=9",), "--images and --out must be given together"),
+      ((f"--out={tmp_path}/b.png",), "--images and --out must be given together"),
+      (("--images=65", f"--out={tmp_path}/b.png"),
+       "images=65: must be at most config.batch_size=64"),
+      (("--images=1", f"--out={tmp_path}"), "must be a file")]:
+    done = command("minw.summary", config, *arguments)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+  assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

@@ -1036,7 +1036,7 @@ def test_classes_have_weights_in_the_loss():
 def test_noise_is_kept_for_so_many_steps():
   keys = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "update", lambda experiment, state, images, labels, key: (
+    patch.setattr(train, "update", lambda experiment, state, images, labels, key, _: (
         keys.append(jax.random.key_data(key)) or state, images.sum()))
     experiment = Experiment(tiny_config(estimator_noise_steps=3))
     patch.setattr(experiment, "jit", lambda function, **options: function)
