@@ -184,10 +184,11 @@ def measured(
     return result._replace(left_out="no run is done")
   program = pack.pack_workdir(str(done[0].workdir))
   experiment = experiment_lib.Experiment(done[0].config)
+  accuracies = (states[run.name].accuracy for run in done)
   return result._replace(
       cost=cost(program, experiment.layers),
       validation=tuple(_validation_accuracy(run) for run in done),
-      test=tuple(states[run.name].accuracy or 0.0 for run in done))
+      test=tuple(accuracy for accuracy in accuracies if accuracy is not None))
 
 
 def _validation_accuracy(run: sweeps.Run) -> float:
