@@ -56,6 +56,9 @@ from minw.workdir import metrics
 CODE = 6 * 1024
 
 _PIXEL_BITS = 8
+# Field of `Cost`, unit and title of each panel of the plot.
+_AXES = (("flash", 1000, "flash in kB"), ("ram", 1000, "RAM in kB"),
+         ("xnor", 1e6, "millions of one-bit XNOR operations"))
 _UNITS = {"": 1, "k": 1024, "M": 1024 ** 2}
 
 
@@ -244,16 +247,16 @@ def figure(results: Sequence[Result]) -> Any:
   all_axes = fig.subplots(1, 3, sharey=True)
   best = front(results)
   others = [r for r in results if not r.left_out and r not in best]
-  for axes, name, title in zip(all_axes, Cost._fields, (
-      "flash in bytes", "RAM in bytes", "one-bit XNOR operations")):
+  for axes, (name, unit, title) in zip(all_axes, _AXES):
     for some, color in ((others, plots.GREY), (best, plots.VERMILION)):
-      axes.plot([getattr(r.cost, name) for r in some], [r.accuracy for r in some],
-                color=color, marker="o", linestyle="")
+      axes.plot([getattr(r.cost, name) / unit for r in some],
+                [r.accuracy for r in some], color=color, marker="o", linestyle="")
     for r in best:
-      axes.annotate(r.name, (getattr(r.cost, name), r.accuracy), fontsize=7,
+      axes.annotate(r.name, (getattr(r.cost, name) / unit, r.accuracy), fontsize=7,
                     xytext=(4, 4), textcoords="offset points", parse_math=False)
-    axes.set_xscale("log")
     plots.decorate(axes, "", title)
+    axes.margins(x=0.2)
+    axes.set_xlim(left=0)
   all_axes[0].set_ylabel("validation accuracy")
   return fig
 

@@ -33,6 +33,7 @@ from minw.kernels import reference
 from packed_models import WHOLE
 from packed_models import convnet
 from packed_models import digits_convnet
+from packed_models import pooled_convnet
 from packed_networks import GROUPS
 from packed_networks import Builder
 from packed_networks import chained_pools
@@ -497,6 +498,13 @@ int main() {
                          check=True, capture_output=True,
                          text=True).stdout.split()[2::3]
   assert sorted(names) == ["first_labels", "first_run"]
+
+
+@needs_gcc
+@pytest.mark.parametrize("bits", [1, 2])
+def test_c_of_a_convnet_that_sums_over_its_last_map(tmp_path, bits):
+  program = pooled_convnet(bits)
+  assert_c_equal(program, tmp_path, images(program, 4))
 
 
 @needs_gcc

@@ -139,9 +139,10 @@ def test_table_and_content():
 @pytest.mark.parametrize("results", [RESULTS, [RESULTS[3]]])
 def test_figure(results):
   flash, ram, _ = search.figure(results).axes
-  assert flash.get_xlabel() == "flash in bytes"
+  assert flash.get_xlabel() == "flash in kB"
   front = search.front(results)
-  assert flash.lines[1].get_xdata().tolist() == [r.cost.flash for r in front]
+  assert flash.lines[1].get_xdata().tolist() == [
+      r.cost.flash / 1000 for r in front]
   assert ram.lines[1].get_ydata().tolist() == [r.accuracy for r in front]
   assert [text.get_text() for text in ram.texts] == [r.name for r in front]
 
