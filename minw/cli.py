@@ -42,18 +42,21 @@ def require(*names: str) -> None:
   _required.update(names)
 
 
-def DEFINE_path(name: str, default: str | None, help: str) -> None:
+def DEFINE_path(
+    name: str, default: str | None, help: str, remote: bool = False) -> None:
   """Defines a flag whose value is a path, in which `~` and variables are expanded.
 
   Args:
     name: Name of the flag.
     default: Default value.
     help: One sentence on what the path is.
+    remote: Whether the path may be gs://BUCKET/NAME.
   """
-  flags.DEFINE(_Path(), name, default, help)
+  flags.DEFINE(_Path(remote), name, default, help)
 
 
-def DEFINE_paths(name: str, help: str, positional: bool = False) -> None:
+def DEFINE_paths(
+    name: str, help: str, positional: bool = False, remote: bool = False) -> None:
   """Defines a flag whose value is a list of paths.
 
   The flag may be repeated, and each value may be a list with commas and wildcards; see
@@ -63,15 +66,20 @@ def DEFINE_paths(name: str, help: str, positional: bool = False) -> None:
     name: Name of the flag.
     help: One sentence on what the paths are.
     positional: Whether arguments that are not flags are added to the list.
+    remote: Whether the paths may be gs://BUCKET/NAME.
   """
-  flags.DEFINE_flag(_Paths(name, help, positional))
+  flags.DEFINE_flag(_Paths(name, help, positional, remote))
 
 
 class _Path(flags.ArgumentParser):
   """Parser of a path that expands `~` and variables."""
 
+  def __init__(self, remote: bool):
+    super().__init__()
+    self._remote = remote
+
   def parse(self, argument: str) -> str:
-    return paths.expand(argument)
+    return paths.expand(argument, self._remote)
 
   def flag_type(self) -> str:
     return "path"
@@ -84,8 +92,9 @@ class _Paths(flags.MultiFlag):
   argument that is not a flag.
   """
 
-  def __init__(self, name: str, help: str, positional: bool):
+  def __init__(self, name: str, help: str, positional: bool, remote: bool):
     self.positional = positional
+    self._remote = remote
     super().__init__(flags.ArgumentParser(), None, name, [], help)
     self.help = help  # Removes the line that MultiFlag appends.
 
@@ -102,10 +111,10 @@ class _Paths(flags.MultiFlag):
     """Adds the paths of a positional argument, in which commas are not special."""
     self._add(argument, paths.matching)
 
-  def _add(self, value: str, read: Callable[[str], list[str]]) -> None:
+  def _add(self, value: str, read: Callable[[str, bool], list[str]]) -> None:
     errors.check(value.strip(",") != "", self.name, value, "not empty")
     try:
-      super().parse(read(value))
+      super().parse(read(value, self._remote))
     except ValueError as error:
       raise flags.IllegalFlagValueError(f"--{self.name}={value}: {error}") from error
 

@@ -183,13 +183,12 @@ class _Checker:
                  f"a tuple of positive integers, at most {_MOST_LAYERS} and each at"
                  f" most {_WIDEST}")
 
-  def path(self, *names: str) -> None:
-    for name in names:
-      try:
-        paths.expand(self.config[name])
-      except ValueError as error:
-        raise errors.UsageError(
-            f"config.{name}={errors.shown(self.config[name])}: {error}") from error
+  def path(self, name: str, remote: bool = False) -> None:
+    try:
+      paths.expand(self.config[name], remote)
+    except ValueError as error:
+      raise errors.UsageError(
+          f"config.{name}={errors.shown(self.config[name])}: {error}") from error
 
   def bits(self, name: str, value: Any) -> None:
     try:
@@ -239,7 +238,9 @@ def _check_choices(checker: _Checker) -> None:
   one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("class_weights", ("none", "balanced"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
-  checker.path("data_dir", "init_from", "teacher")
+  checker.path("data_dir")
+  checker.path("init_from", remote=True)
+  checker.path("teacher", remote=True)
   c = checker.config
   checker.check("dataset", datasets.exists(c.dataset, c.data_dir),
                 f"one of {', '.join(datasets.NAMES)}, or a data set that `python -m "

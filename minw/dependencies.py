@@ -14,7 +14,7 @@ from typing import Any
 from minw import exit_codes
 
 # Modules that need only the core's dependencies, and packages of such modules.
-CORE = ("__main__", "c_flags", "cli", "completion", "config_fields", "data",
+CORE = ("__main__", "c_flags", "cli", "cloud", "completion", "config_fields", "data",
         "data.image_files", "data.images", "dependencies", "errors", "exit_codes",
         "files", "paths", "places", "profiling", "progress", "stopping", "text",
         "usage")

@@ -319,7 +319,7 @@ def evaluate_images(
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  cli.DEFINE_path("workdir", None, "Directory of a training run.")
+  cli.DEFINE_path("workdir", None, "Directory of a training run.", remote=True)
   cli.DEFINE_path(
       "model", None,
       "Packed network to evaluate instead of a run. It is a file or the name of a "

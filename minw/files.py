@@ -2,7 +2,7 @@
 
 A file is replaced as a whole or stays as it was, and it is on the disk when a function
 returns. This module writes all files of minw except those that are appended to. It
-needs only the standard library.
+needs only the standard library, and packages of `minw.cloud` for gs://.
 """
 
 import contextlib
@@ -13,11 +13,14 @@ import secrets
 import stat
 from typing import Iterator
 
+from minw import cloud
+from minw import paths
+
 # Error numbers of file systems that cannot sync folders, and of unreadable folders.
 _CANNOT_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
 
 
-def write(path: str | os.PathLike[str], content: str | bytes) -> None:
+def write(path: str | os.PathLike[str] | cloud.Path, content: str | bytes) -> None:
   """Writes or replaces a file atomically.
 
   The content is first written to a temporary file in the same folder, whose name no
@@ -30,14 +33,18 @@ def write(path: str | os.PathLike[str], content: str | bytes) -> None:
   device or a pipe, such as /dev/stdout, is written directly into it.
 
   Args:
-    path: Path of the file. Its folder must exist.
+    path: Path of the file. Its folder must exist. For a file on gs://, see
+      `cloud.Path.put`.
     content: Text, which is written in UTF-8, or bytes.
 
   Raises:
     OSError: The file cannot be written. The error names the file.
   """
-  path = pathlib.Path(path)
+  path = paths.at(path)
   data = content.encode() if isinstance(content, str) else content
+  if isinstance(path, cloud.Path):
+    path.put(data)
+    return
   with naming(path):
     mode = _mode(path)
     if mode is not None and not stat.S_ISREG(mode):
@@ -99,9 +106,13 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 def sync_folder(path: str | os.PathLike[str]) -> None:
   """Syncs the names in a folder to the disk, if the file system can do that.
 
+  Files on gs:// are durable as soon as they are written.
+
   Raises:
     OSError: The disk failed.
   """
+  if paths.is_url(os.fspath(path)):
+    return
   try:
     number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -132,11 +143,13 @@ def move_folder(source: str | os.PathLike[str], target: str | os.PathLike[str]) 
   sync_folder(pathlib.Path(target).parent)
 
 
-def remove_parts(folder: str | os.PathLike[str]) -> None:
+def remove_parts(folder: str | os.PathLike[str] | cloud.Path) -> None:
   """Removes temporary files that killed processes have left in a folder.
 
-  No process may write to the folder at the same time.
+  No process may write to the folder at the same time. On gs:// there are none.
   """
-  for part in pathlib.Path(folder).glob("*.????????????????.part"):
+  if paths.is_url(folder):
+    return
+  for part in pathlib.Path(str(folder)).glob("*.????????????????.part"):
     with contextlib.suppress(OSError):
       part.unlink()

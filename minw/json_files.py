@@ -13,7 +13,11 @@ import sys
 from typing import Any, Callable
 import zlib
 
+from minw import cloud
 from minw import errors
+from minw import paths
+
+Path = str | os.PathLike[str] | cloud.Path
 
 
 class Damaged(errors.UsageError):
@@ -23,8 +27,8 @@ class Damaged(errors.UsageError):
     why: A clause that describes the damage.
   """
 
-  def __init__(self, path: str | os.PathLike[str], why: str):
-    super().__init__(f"{os.fspath(path)} is damaged: {why}")
+  def __init__(self, path: Path, why: str):
+    super().__init__(f"{path} is damaged: {why}")
     self.why = why
 
   def add(self, remedy: str) -> None:
@@ -33,7 +37,7 @@ class Damaged(errors.UsageError):
 
 
 def read_object(
-    path: str | os.PathLike[str], check: Callable[[dict[str, Any]], None] | None = None
+    path: Path, check: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any] | None:
   """Reads a file that holds one JSON object.
 
@@ -58,7 +62,7 @@ def read_object(
 
 
 def read_lines(
-    path: str | os.PathLike[str], check: Callable[[dict[str, Any]], None] | None = None
+    path: Path, check: Callable[[dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
   """Reads a file with a JSON object on each line.
 
@@ -85,7 +89,7 @@ def read_lines(
   return lines
 
 
-def read_text(path: str | os.PathLike[str]) -> str | None:
+def read_text(path: Path) -> str | None:
   """Reads a text file in UTF-8.
 
   Returns:
@@ -93,16 +97,21 @@ def read_text(path: str | os.PathLike[str]) -> str | None:
 
   Raises:
     Damaged: The path is that of a folder or a device, or the file cannot be read.
+    OSError: The file is on gs://, and that cannot be reached.
   """
+  path = paths.at(path)
   try:
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-      raise Damaged(path,
-                    "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
-    return pathlib.Path(path).read_bytes().decode()
+    if isinstance(path, pathlib.Path):
+      mode = path.stat().st_mode
+      if not stat.S_ISREG(mode):
+        raise Damaged(path,
+                      "it is a folder" if stat.S_ISDIR(mode) else "it is not a file")
+    return path.read_bytes().decode()
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
+    if isinstance(path, cloud.Path):
+      raise  # That the service fails says nothing about the file.
     raise Damaged(path, error.strerror or str(error)) from error
   except UnicodeDecodeError as error:
     raise Damaged(path, "it is not text in UTF-8") from error

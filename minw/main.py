@@ -27,7 +27,8 @@ def define_flags() -> None:
   config_flag.define()
   cli.DEFINE_path(
       "workdir", None,
-      "Directory to write the run to, or of a run to resume. All processes share it.")
+      "Directory to write the run to, or of a run to resume. All processes share it. "
+      "It may be gs://BUCKET/NAME.", remote=True)
   flags.DEFINE_bool(
       "distributed", False,
       "Whether this is one process of several. On TPU pods, under "

@@ -193,7 +193,7 @@ def _makes_logits(op: packed.Op) -> bool:
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  cli.DEFINE_path("workdir", None, "Directory of the run.")
+  cli.DEFINE_path("workdir", None, "Directory of the run.", remote=True)
   cli.DEFINE_path("out", None, "File to write.")
   flags.DEFINE_enum(
       "checkpoint", "last", ["last", "best"],

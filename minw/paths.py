@@ -1,28 +1,87 @@
-"""Expands paths that users write: `~`, environment variables, wildcards and lists."""
+"""Expands paths that users write: `~`, environment variables, wildcards and lists.
+
+`at` turns the result into a path object: `pathlib.Path` for a path on this machine, and
+`cloud.Path` for gs://BUCKET/NAME. Other URLs are refused, so that no function for local
+files takes them for a folder named "gs:".
+"""
 
 import errno
 import glob
 import os
+import pathlib
 import re
+
+from minw import cloud
+from minw import dependencies
+from minw import errors
+
+AnyPath = pathlib.Path | cloud.Path
 
 # Begins with a scheme, or with what remains of one if slashes were merged.
 _URL = re.compile(r"[A-Za-z][A-Za-z\d+.-]*://|(gs|s3):/")
 
 
-def is_url(path: str | os.PathLike) -> bool:
-  """Returns whether a path is a URL such as gs://bucket/name.
+def is_url(path: str | os.PathLike | cloud.Path) -> bool:
+  """Returns whether a path is a URL such as gs://bucket/name."""
+  return _URL.match(str(path)) is not None
 
-  Such a path must not reach functions for local files, because they would take it for a
-  folder named "gs:".
+
+def at(path: str | os.PathLike | cloud.Path) -> AnyPath:
+  """Returns the path object of a path that `expand` has returned.
+
+  Raises:
+    errors.UsageError: The path is a URL that minw cannot use.
   """
-  return _URL.match(os.fspath(path)) is not None
+  if not is_url(path):
+    return pathlib.Path(str(path))
+  try:
+    return _remote(str(path))
+  except ValueError as error:
+    raise errors.UsageError(f"{path}: {error}") from error
 
 
-def expand(path: str | os.PathLike) -> str:
+def _remote(url: str) -> cloud.Path:
+  """Returns the path object of a URL. Raises ValueError if minw cannot use it."""
+  if not url.startswith("gs://"):
+    raise ValueError("the only URLs that minw reads and writes are gs://BUCKET/NAME")
+  if not all(map(dependencies.installed, ("gcsfs", "google.cloud.storage"))):
+    raise ValueError("gs:// needs other packages: pip install 'minw[gcs]'")
+  return cloud.Path(url)
+
+
+def exists(path: str | os.PathLike | cloud.Path) -> bool:
+  """Returns whether there is a file or a folder, like `os.path.exists`.
+
+  Raises:
+    OSError: The path is on gs://, and the service denies access or cannot be reached.
+  """
+  found = at(path)
+  return os.path.exists(found) if isinstance(found, pathlib.Path) else found.exists()
+
+
+def is_dir(path: str | os.PathLike | cloud.Path) -> bool:
+  """Returns whether there is a folder, like `os.path.isdir`; see `exists`."""
+  found = at(path)
+  return os.path.isdir(found) if isinstance(found, pathlib.Path) else found.is_dir()
+
+
+def is_file(path: str | os.PathLike | cloud.Path) -> bool:
+  """Returns whether there is a file, like `os.path.isfile`; see `exists`."""
+  found = at(path)
+  return os.path.isfile(found) if isinstance(found, pathlib.Path) else found.is_file()
+
+
+def real(path: str | os.PathLike) -> str:
+  """Returns a path without symbolic links. A URL stays as it is."""
+  return str(path) if is_url(path) else os.path.realpath(path)
+
+
+def expand(path: str | os.PathLike, remote: bool = False) -> str:
   """Replaces a leading `~` or `~user`, and `$NAME` or `${NAME}` anywhere.
 
   Args:
     path: Path as a user wrote it.
+    remote: Whether the path may be gs://BUCKET/NAME.
 
   Returns:
     The path in which they are replaced by the home directory and the variables' values.
@@ -30,11 +89,13 @@ def expand(path: str | os.PathLike) -> str:
   Raises:
     ValueError: The user or a variable does not exist, and no file has exactly this
       name. Or no file can have this name, because it is too long or holds a null
-      character. Or the path is a URL.
+      character. Or the path is a URL that is not allowed here.
   """
   result = os.path.expandvars(os.path.expanduser(path))
   if is_url(result):
-    raise ValueError("a URL is not a path on this machine")
+    if not remote:
+      raise ValueError("a URL is not a path on this machine")
+    return str(_remote(result))
   try:
     os.lstat(result)
   except OSError as error:
@@ -53,11 +114,12 @@ def expand(path: str | os.PathLike) -> str:
   return result
 
 
-def matching(pattern: str) -> list[str]:
+def matching(pattern: str, remote: bool = False) -> list[str]:
   """Expands a path and its wildcards: `*`, `?`, `[...]`, and `**` for any folders.
 
   Args:
-    pattern: Path as a user wrote it.
+    pattern: Path as a user wrote it. A URL has no wildcards.
+    remote: See `expand`.
 
   Returns:
     The existing paths that match, sorted. If the path itself exists, its wildcards are
@@ -67,22 +129,23 @@ def matching(pattern: str) -> list[str]:
   Raises:
     ValueError: See `expand`.
   """
-  path = expand(pattern)
-  if os.path.lexists(path):
+  path = expand(pattern, remote)
+  if is_url(path) or os.path.lexists(path):
     return [path]
   return sorted(glob.glob(path, recursive=True)) or [path]
 
 
-def several(text: str) -> list[str]:
+def several(text: str, remote: bool = False) -> list[str]:
   """Splits a list with commas, and expands each part as `matching` does.
 
   Args:
     text: Paths separated by commas. If the whole text is an existing path, its commas
       are ordinary characters, and it is the only result.
+    remote: See `expand`.
 
   Raises:
     ValueError: See `expand`.
   """
   if os.path.lexists(os.path.expandvars(os.path.expanduser(text))):
-    return [expand(text)]
-  return [path for part in text.split(",") if part for path in matching(part)]
+    return [expand(text, remote)]
+  return [path for part in text.split(",") if part for path in matching(part, remote)]

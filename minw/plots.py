@@ -18,6 +18,7 @@ from minw import cli
 from minw import errors
 from minw import estimators as estimators_lib
 from minw import files
+from minw import paths
 from minw import quantizers
 from minw import titles
 from minw.workdir import metrics
@@ -51,7 +52,7 @@ def curves(workdir: str) -> None:
   """Draws `workdir`/curves.png, unless the run has recorded nothing."""
   lines = metrics.read(workdir)
   if lines:
-    path = pathlib.Path(workdir)
+    path = paths.at(workdir)
     title = (titles.run(run_files.read_config(workdir)) + "\n"
              if (path / "config.json").exists() else "")
     save(curves_figure(lines, title + _shortened(workdir)), path / "curves.png")
@@ -309,7 +310,7 @@ def _log_scale(axes: Any, label: str) -> None:
   axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def save(fig: Any, path: pathlib.Path) -> None:
+def save(fig: Any, path: paths.AnyPath) -> None:
   """Writes a figure to a file, which is replaced at once and never half written."""
   image = io.BytesIO()
   with warnings.catch_warnings():  # A path may have characters that the font lacks.

@@ -513,10 +513,11 @@ def start_run(run, place, retries, steps, command, refused) -> _Active | None:
       log.write(f"$ {shlex.join(command)}\n")
       log.flush()
       # The process also holds the lock, because it may outlive the sweep.
-      told = place._replace(environment=place.environment | locks.passed_on(lock))
+      environment, numbers = locks.passed_on(lock)
+      told = place._replace(environment=place.environment | environment)
       process = places.start(
           command, told, stdin=subprocess.DEVNULL, stdout=log,
-          stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+          stderr=subprocess.STDOUT, pass_fds=numbers)
     return _Active(run, process, place, stack.pop_all(), time.monotonic())
   return None
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from minw import cloud
 from minw import config as config_lib
 from minw import confusion
 from minw import display
@@ -352,7 +353,6 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       KeyboardInterrupt at once. Then the steps since the last checkpoint are lost.
   """
   workdir = os.fspath(workdir)
-  errors.check(not paths.is_url(workdir), "workdir", workdir, "a path on this machine")
   together = distributed.together
   experiment = together(Experiment, config)
   together(datasets.check_available, config.dataset, config.data_dir)
@@ -436,7 +436,8 @@ def _stopping(workdir: str, target: Any) -> Iterator[None]:
         need += f", {shutil.disk_usage(workdir).free / 1e6:.1f} MB are free"
       need += ")"
     # When Python removes a folder, its errors name files without the folder.
-    named = failed.filename and os.path.isabs(failed.filename)
+    named = failed.filename and (
+        os.path.isabs(failed.filename) or paths.is_url(failed.filename))
     raise StorageError(
         f"{failed.filename if named else workdir}: {failed.strerror}{need}; the run is"
         " stopped, and the same command resumes it from its last checkpoint") from error
@@ -447,6 +448,9 @@ def _storage_error(error: BaseException, workdir: str) -> OSError | None:
 
   TensorStore reports such an error in the text of an exception of its own.
   """
+  folder = paths.at(workdir)
+  if isinstance(folder, cloud.Path):
+    return cloud.as_os_error(error, folder / "checkpoints")
   if not isinstance(error, OSError):
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if not number:
@@ -839,7 +843,7 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   if not workdir:
     return {}
   try:
-    saved = checkpoint.read_run(paths.expand(workdir)).saved
+    saved = checkpoint.read_run(paths.expand(workdir, remote=True)).saved
   except errors.UsageError as error:
     raise errors.UsageError(
         f"config.init_from={errors.shown(workdir)}: {error}") from error

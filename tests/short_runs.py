@@ -18,6 +18,7 @@ from tensorboardX.proto import event_pb2
 from minw import config as config_lib
 from minw import evaluate
 from minw import files
+from minw import paths
 from minw import plots
 from minw import train
 from minw.experiment import Experiment
@@ -81,7 +82,7 @@ def shared_programs(draw=False):
         jax.numpy_rank_promotion("raise")):
     if not draw:
       patch.setattr(plots, "curves", lambda workdir: files.write(
-          pathlib.Path(workdir) / "curves.png", ""))
+          paths.at(workdir) / "curves.png", ""))
     for module in (train, evaluate):
       patch.setattr(module, "Experiment", lambda c: fresh_state(c.seed, c.ema_decay)
                     and experiment_of(c))

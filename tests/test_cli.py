@@ -27,6 +27,7 @@ import minw
 from minw import __main__ as minw_command
 from minw import cli
 from minw import config as config_lib
+from minw import dependencies
 from minw import errors
 from minw import train
 from minw import usage
@@ -728,14 +729,21 @@ def test_home_and_variables_in_real_commands(run, folder, tmp_path):
 def test_a_url_makes_no_folder(run, folder, tmp_path, monkeypatch, url):
   monkeypatch.chdir(tmp_path)
   before = sorted(folder.rglob("*"))
+  code = ("import runpy, sys\nfrom minw import dependencies\n"
+          "dependencies.installed = lambda package: package != 'gcsfs'\n"
+          "sys.modules.pop(sys.argv[0], None)\n"
+          "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
   for argv in (("minw.main", f"--config={DIGITS}", *FAST, f"--workdir={url}"),
                ("minw.main", f"--config={DIGITS}", *FAST, "--workdir=x",
                 f"--config.init_from={url}"),
                ("minw.pack", "--workdir=x", f"--out={url}"),
                ("minw.evaluate", f"--workdir={url}"), ("minw.report", "tables", url)):
-    result = run(*argv)
+    result = run(*argv, code=code)
     assert result.code == 2 and result.err.count("\n") == 1 and url in result.err
-  with pytest.raises(errors.UsageError, match="workdir='(gs|s3)://bucket/run'"):
+    allowed = url.startswith("gs") and argv[0] != "minw.pack"
+    assert allowed == ("pip install 'minw[gcs]'" in result.err)
+  monkeypatch.setattr(dependencies, "installed", lambda package: package != "gcsfs")
+  with pytest.raises(errors.UsageError, match=url):
     train.train_and_evaluate(config_lib.default_config(), url)
   assert not list(tmp_path.iterdir()) and sorted(folder.rglob("*")) == before
 

@@ -67,12 +67,12 @@ def test_a_process_is_kept_out(tmp_path, child):
     assert not child()[1]
     # What it inherits counts only if it is told so, and is the file it looks for.
     assert not child(pass_fds=[lock.fileno()])[1]
-    assert not child(locks.passed_on(lock))[1]
+    assert not child(locks.passed_on(lock)[0])[1]
 
 
 def test_a_child_has_the_lock_of_its_parent(tmp_path, child):
   with locks.take(str(tmp_path)) as lock:
-    process, has_it = child(locks.passed_on(lock), pass_fds=[lock.fileno()])
+    process, has_it = child(locks.passed_on(lock)[0], pass_fds=locks.passed_on(lock)[1])
     assert has_it
   assert locks.is_held(str(tmp_path))
   process.communicate("")

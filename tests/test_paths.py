@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from minw import dependencies
+from minw import errors
 from minw import paths
 
 
@@ -58,6 +60,39 @@ def test_a_url_is_not_a_path(text, monkeypatch):
   for read in (paths.expand, paths.matching, paths.several):
     with pytest.raises(ValueError, match="a URL is not a path on this machine"):
       read(text)
+
+
+@pytest.mark.parametrize("text, path", [
+    ("gs://bucket", "gs://bucket"), ("gs://bucket/a//b/", "gs://bucket/a/b"),
+    ("$URL/run", "gs://bucket/run")])
+def test_gs_is_allowed_where_a_caller_says_so(text, path, monkeypatch):
+  monkeypatch.setenv("URL", "gs://bucket")
+  monkeypatch.setattr(dependencies, "installed", lambda package: True)
+  assert paths.expand(text, remote=True) == path == str(paths.at(text.replace(
+      "$URL", "gs://bucket")))
+  assert paths.several(f"{text},x", remote=True) == [path, "x"]
+  monkeypatch.setattr(dependencies, "installed", lambda package: package != "gcsfs")
+  with pytest.raises(ValueError, match=r"pip install 'minw\[gcs\]'"):
+    paths.expand(text, remote=True)
+
+
+@pytest.mark.parametrize("text", ["s3://bucket", "gs:/bucket", "gs://", "gs:///x",
+                                  "gs://bucket/../x", "http://host"])
+def test_no_other_url_is_allowed_anywhere(text, monkeypatch):
+  monkeypatch.setattr(dependencies, "installed", lambda package: True)
+  with pytest.raises(ValueError, match="gs://BUCKET/NAME"):
+    paths.expand(text, remote=True)
+  with pytest.raises(errors.UsageError, match=f"^{text}: .*gs://BUCKET/NAME"):
+    paths.at(text)
+
+
+def test_paths_of_this_machine_are_those_of_pathlib():
+  assert paths.at("a/b") == paths.at(pathlib.Path("a/b")) == pathlib.Path("a/b")
+  os.makedirs("folder/empty")
+  pathlib.Path("folder/file").touch()
+  for name in ("folder", "folder/file", "none"):
+    assert [f(name) for f in (paths.exists, paths.is_dir, paths.is_file)] == [
+        f(name) for f in (os.path.exists, os.path.isdir, os.path.isfile)]
 
 
 def test_matching():

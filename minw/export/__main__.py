@@ -28,6 +28,7 @@ from minw import errors
 from minw import files
 from minw import infer
 from minw import packed
+from minw import paths
 from minw.export import c
 from minw.export import c_text
 from minw.export import golden
@@ -132,7 +133,7 @@ def _check_options(
 def _name(workdir: str | None, model: str | None) -> str:
   """The network's name: that of the run's folder, or of the file without its ending."""
   if workdir:
-    return pathlib.Path(workdir).resolve().name
+    return paths.at(paths.real(workdir)).name
   return pathlib.Path(model or "").stem
 
 
@@ -178,7 +179,7 @@ def _write_web(
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  cli.DEFINE_path("workdir", None, "Directory of a run.")
+  cli.DEFINE_path("workdir", None, "Directory of a run.", remote=True)
   cli.DEFINE_path(
       "model", None,
       "Packed network instead of a run: a file, or the name of a network "

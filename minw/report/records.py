@@ -111,7 +111,7 @@ def _source(workdir: str) -> str:
   if not workdir:
     return ""
   try:
-    config = run_files.read_config(paths_lib.expand(workdir))
+    config = run_files.read_config(paths_lib.expand(workdir, remote=True))
   except (errors.UsageError, ValueError):
     return workdir
   return as_source(config_lib.to_fields(config))

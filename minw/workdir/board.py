@@ -13,8 +13,11 @@ import contextlib
 import json
 import logging
 import os
+import pathlib
 import re
 import socket
+import tempfile
+import threading
 import time
 from typing import Any, Callable
 
@@ -22,6 +25,10 @@ import numpy as np
 import tensorboardX
 from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
+
+from minw import cloud
+from minw import files
+from minw import paths
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +41,8 @@ _CURVES = {("train", "mixed"): "train", ("train", "hard"): "train_hard",
            ("validation", "hard"): "validation",
            ("validation", "mixed"): "validation_mixed"}
 
+_UPLOAD_SECONDS = 30.0  # Time that the end of a run waits for the last upload.
+
 _BY_SPLIT = ("loss", "accuracy", "top5_accuracy")
 
 
@@ -43,6 +52,9 @@ class Board:
   Everything is written in the calling thread. The first error, for example that of a
   full disk, is logged as a warning, and nothing is written after it. The next start of
   the run writes everything again.
+
+  If the workdir is on gs://, the file is a local one, which a thread uploads whenever
+  it is flushed.
   """
 
   def __init__(self, workdir: str, config: str | None):
@@ -52,10 +64,15 @@ class Board:
       workdir: Directory of the run. The events are written to its folder `tensorboard`.
       config: Text of the config to show, or None.
     """
-    self._folder = os.path.join(os.path.abspath(workdir), "tensorboard")
+    folder = paths.at(workdir) / "tensorboard"
+    self._folder = os.path.abspath(folder) if isinstance(
+        folder, pathlib.Path) else str(folder)
     self._writer: _Writer | None = None
+    self._upload: _Upload | None = None
     try:
-      self._writer = _Writer(self._folder)
+      if isinstance(folder, cloud.Path):
+        self._upload = _Upload(folder)
+      self._writer = _Writer(self._upload.local if self._upload else self._folder)
     except Exception as error:  # pylint: disable=broad-exception-caught
       self._drop(error)
     self._try(lambda writer: writer.add_custom_scalars({"train and validation": {
@@ -76,10 +93,14 @@ class Board:
   def flush(self) -> None:
     """Writes buffered events to the file."""
     self._try(lambda writer: writer.flush())
+    if self._upload:
+      self._upload.ask()
 
   def close(self) -> None:
     """Closes the file."""
     self._try(lambda writer: writer.close())
+    if self._upload:
+      self._upload.close()
 
   def _try(self, action: Callable[["_Writer"], None]) -> None:
     if self._writer is None:
@@ -95,6 +116,56 @@ class Board:
     writer, self._writer = self._writer, None
     if writer is not None:
       writer.abandon()
+
+
+class _Upload:
+  """Uploads the files of a local folder in a thread, which never fails.
+
+  Attributes:
+    local: The local folder, which is removed at the end. An empty file stands for the
+      newest file of events that was uploaded before.
+  """
+
+  def __init__(self, folder: cloud.Path):
+    self._folder = folder
+    self._temporary = tempfile.TemporaryDirectory(prefix="minw-tensorboard-")
+    self.local = self._temporary.name
+    before = sorted(path.name for path in folder.iterdir())
+    if before:
+      pathlib.Path(self.local, before[-1]).touch()
+    self._old = {*before}
+    self._asked, self._closed = threading.Event(), False
+    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._thread.start()
+
+  def ask(self) -> None:
+    """Makes the thread upload the files as they are now or later."""
+    self._asked.set()
+
+  def close(self) -> None:
+    """Uploads the files a last time, if that is possible within some seconds."""
+    self._closed = True
+    self.ask()
+    self._thread.join(_UPLOAD_SECONDS)
+    if self._thread.is_alive():
+      _log.warning("%s: the last events were not uploaded within %.0f s", self._folder,
+                   _UPLOAD_SECONDS)
+      return  # The thread still reads the files.
+    self._temporary.cleanup()
+
+  def _run(self) -> None:
+    closed = False
+    while not closed:
+      self._asked.wait()
+      closed = self._closed
+      self._asked.clear()
+      try:
+        for path in pathlib.Path(self.local).iterdir():
+          if path.name not in self._old:
+            files.write(self._folder / path.name, path.read_bytes())
+      except Exception as error:  # pylint: disable=broad-exception-caught
+        _log.warning("%s cannot be written (%s): TensorBoard shows the last events"
+                     " after the next upload", self._folder, error)
 
 
 class _Writer(tensorboardX.SummaryWriter):

@@ -22,10 +22,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from minw import cloud
 from minw import config as config_lib
 from minw import distributed
 from minw import errors
 from minw import json_files
+from minw import paths
 from minw.data import datasets
 from minw.workdir import run_files
 
@@ -61,7 +63,7 @@ class Manager(ocp.CheckpointManager):
       self, directory: Any, options: ocp.CheckpointManagerOptions, **arguments: Any
   ):
     super().__init__(directory, options=options, **arguments)
-    self.folder = pathlib.Path(self.directory)
+    self.folder = paths.at(self.directory)
     self.read_only = options.read_only
 
 
@@ -81,7 +83,7 @@ def open_manager(workdir: str, read_only: bool = False) -> Manager:
   for name in ("absl", "concurrent.futures"):
     logging.getLogger(name).addFilter(_is_news)
   _silence_callbacks()
-  folder, close = _plainly_named(pathlib.Path(workdir).resolve())
+  folder, close = _plainly_named(paths.at(paths.real(workdir)))
   directory = folder / "checkpoints"
   if read_only:
     options = ocp.CheckpointManagerOptions(
@@ -94,7 +96,7 @@ def open_manager(workdir: str, read_only: bool = False) -> Manager:
     absl_logging.set_verbosity(absl_logging.ERROR)
   try:
     manager = Manager(
-        directory, options,
+        str(directory), options,
         item_handlers={"tree": ocp.StandardCheckpointHandler(),
                        "record": ocp.JsonCheckpointHandler(),
                        "run": ocp.JsonCheckpointHandler()})
@@ -129,8 +131,8 @@ def _is_news(entry: logging.LogRecord) -> bool:
 
 
 def _plainly_named(
-    folder: pathlib.Path,
-) -> tuple[pathlib.Path, Callable[[], None]]:
+    folder: paths.AnyPath,
+) -> tuple[paths.AnyPath, Callable[[], None]]:
   """Returns a path of `folder` that Orbax and TensorStore take literally.
 
   Orbax finds files by shell-style patterns that begin with the path of the folder, and
@@ -144,6 +146,9 @@ def _plainly_named(
   Raises:
     errors.UsageError: The system has no names for open files.
   """
+  if isinstance(folder, cloud.Path):
+    cloud.prepare_orbax()
+    return folder, lambda: None
   if re.fullmatch(r"[\w./ =+,@-]*", str(folder), re.ASCII) and not re.match(
       "/(gs|s3|az|hf)(/|$)", str(folder)):
     return folder, lambda: None
@@ -162,7 +167,7 @@ class _NewestAndBest:
   checksum, and they fail if that record is damaged.
   """
 
-  def __init__(self, directory: pathlib.Path):
+  def __init__(self, directory: paths.AnyPath):
     self._directory = directory
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -237,7 +242,7 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, target: Any = None
+    manager: Manager, step: int, target: Any = None
 ) -> Restored:
   """Reads one checkpoint.
 
@@ -259,7 +264,7 @@ def restore(
   wanted = described if target is None else target
   on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
   # Checkpoints of earlier versions of minw have no such part.
-  has_run = (pathlib.Path(manager.directory) / str(step) / "run").exists()
+  has_run = paths.is_dir(manager.folder / str(step) / "run")
   saved: Any = manager.restore(
       step,
       args=ocp.args.Composite(
@@ -335,7 +340,7 @@ def _restore_first(manager, steps, target):
           " away to start from the beginning")
     return None
   if damaged and not manager.read_only:
-    distributed.on_main(_move_aside, pathlib.Path(manager.directory), damaged)
+    distributed.on_main(_move_aside, manager.folder, damaged)
     manager.reload()
   return restored
 
@@ -390,10 +395,10 @@ def read_run(
     config_lib.validate(config if data_dir is None else config_lib.copy(
         config, data_dir=data_dir))
   except errors.UsageError as error:
-    path = pathlib.Path(workdir) / "config.json"
+    path = paths.at(workdir) / "config.json"
     raise errors.UsageError(f"{path}: {error}") from error
   saved = None
-  if (pathlib.Path(workdir) / "checkpoints").is_dir():
+  if paths.is_dir(paths.at(workdir) / "checkpoints"):
     with open_manager(workdir, read_only=True) as manager:
       saved = (restore_best if which == "best" else restore_newest)(manager)
   if saved is None:
@@ -443,9 +448,7 @@ def newest_step(workdir: str) -> int:
 
   Only the names of folders are read.
   """
-  directory = pathlib.Path(workdir) / "checkpoints"
-  names = os.listdir(directory) if directory.is_dir() else []
-  return max((int(name) for name in names if name.isdecimal()), default=0)
+  return max(run_files.checkpoints(workdir), default=0)
 
 
 def discard_unfinished(workdir: str) -> None:
@@ -453,31 +456,40 @@ def discard_unfinished(workdir: str) -> None:
 
   The caller ensures that no save is in progress.
   """
-  for path in (pathlib.Path(workdir) / "checkpoints").glob("*.orbax-checkpoint-tmp"):
-    shutil.rmtree(path, ignore_errors=True)
+  folder = paths.at(workdir) / "checkpoints"
+  if isinstance(folder, pathlib.Path):  # On gs://, the next start removes them.
+    for path in folder.glob("*.orbax-checkpoint-tmp"):
+      shutil.rmtree(path, ignore_errors=True)
 
 
 def _real(manager):
   """Returns the real path of the checkpoints, for messages; see `_plainly_named`."""
-  return os.path.realpath(manager.directory)
+  return paths.real(manager.directory)
 
 
-def _move_aside(directory: pathlib.Path, steps: Sequence[int]) -> None:
+def _move_aside(directory: paths.AnyPath, steps: Sequence[int]) -> None:
   aside = directory.with_name("damaged_checkpoints")
   aside.mkdir(exist_ok=True)
   for step in steps:
-    (directory / str(step)).rename(aside / f"{step}.{time.time_ns()}")
+    source: Any = directory / str(step)
+    source.rename(aside / f"{step}.{time.time_ns()}")
 
 
-def _rank(directory: pathlib.Path, step: int) -> tuple[float, int]:
+def _rank(directory: paths.AnyPath, step: int) -> tuple[float, int]:
   """Returns the sort key of a checkpoint: its accuracy and its step.
 
   The accuracy is -1 if it is unknown.
+
+  Raises:
+    OSError: The checkpoint is on gs://, and that cannot be reached.
   """
   try:
-    record = (pathlib.Path(directory) / str(step) / "record" / "metadata").read_text()
+    record = (directory / str(step) / "record" / "metadata").read_text()
     return float(json.loads(record)["accuracy"]), step
-  except (OSError, ValueError, LookupError, TypeError):
+  except (OSError, ValueError, LookupError, TypeError) as error:
+    if isinstance(directory, cloud.Path) and isinstance(
+        error, OSError) and not isinstance(error, FileNotFoundError):
+      raise  # An unknown accuracy would let the best checkpoint be removed.
     return -1.0, step
 
 

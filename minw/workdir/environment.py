@@ -17,6 +17,7 @@ import minw
 from minw import distributed
 from minw import files
 from minw import json_files
+from minw import paths
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def read(workdir: str) -> dict[str, Any]:
   Raises:
     json_files.Damaged: The file holds something else.
   """
-  content = json_files.read_object(pathlib.Path(workdir) / "run.json", _check)
+  content = json_files.read_object(paths.at(workdir) / "run.json", _check)
   return {"seconds": None, "startup_seconds": 0.0, "environments": []} | (content or {})
 
 
@@ -162,7 +163,7 @@ class Journal:
   def note(self) -> None:
     """Writes run.json. If a run is killed, the time since the last note is lost."""
     if distributed.is_main():
-      files.write(pathlib.Path(self._workdir) / "run.json",
+      files.write(paths.at(self._workdir) / "run.json",
                   json.dumps(self.content, indent=2) + "\n")
 
 

@@ -3,7 +3,8 @@
 The lock is an flock of the file `lock`. The operating system releases it whenever the
 process ends, even if it is killed. On network file systems the lock depends on their
 implementation of flock. NFS locks hold between machines, and Lustre locks do if the
-file system is mounted with the option flock. Locks of gcsfuse do not.
+file system is mounted with the option flock. Locks of gcsfuse do not. A workdir on
+gs:// has a lease instead, see `minw.workdir.leases`.
 """
 
 import contextlib
@@ -11,27 +12,36 @@ import fcntl
 import os
 import pathlib
 import time
-from typing import IO
+from typing import IO, Sequence
+
+from minw import cloud
+from minw import paths
+from minw.workdir import leases
+
+Lock = IO[str] | leases.Lease
 
 _INHERITED = "MINW_LOCK"  # Variable with the file descriptor that holds the lock.
 # `take` retries, because `is_held` in another process takes the lock for a moment.
 _TRIES, _PAUSE = 10, 0.05
 
 
-def take(workdir: str) -> IO[str] | None:
+def take(workdir: str) -> Lock | None:
   """Takes the lock of a folder for this process.
 
   Args:
     workdir: Folder that exists. Its file `lock` is created if it is missing.
 
   Returns:
-    An open file that holds the lock until it is closed. None if another process, or
-    another run in this process, has the lock.
+    An open file or a lease that holds the lock until it is closed. None if another
+    process, or another run in this process, has the lock.
 
   Raises:
     OSError: The file cannot be opened, or the file system has no locks.
   """
-  path = pathlib.Path(workdir) / "lock"
+  folder = paths.at(workdir)
+  if isinstance(folder, cloud.Path):
+    return leases.take(folder)
+  path = folder / "lock"
   file = _inherited(path) or path.open("a+")
   for _ in range(_TRIES):
     try:
@@ -52,8 +62,11 @@ def is_held(workdir: str) -> bool:
   Raises:
     OSError: The file cannot be opened, or the file system has no locks.
   """
+  folder = paths.at(workdir)
+  if isinstance(folder, cloud.Path):
+    return leases.is_held(folder)
   try:
-    with open(pathlib.Path(workdir) / "lock", opener=_without_waiting) as file:
+    with open(folder / "lock", opener=_without_waiting) as file:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except FileNotFoundError:
     return False
@@ -67,16 +80,21 @@ def _without_waiting(path: str, flags: int) -> int:
   return os.open(path, flags | os.O_NONBLOCK)
 
 
-def passed_on(file: IO[str]) -> dict[str, str]:
-  """Returns environment variables that tell a child process about an inherited lock.
+def passed_on(lock: Lock) -> tuple[dict[str, str], Sequence[int]]:
+  """Returns what a child process needs to hold the lock too.
 
-  Start the child with `pass_fds=[file.fileno()]`. There, `take` returns the same open
-  file. The lock is therefore held until both processes have closed the file or ended.
+  In the child, `take` returns the same open file or lease. The lock is therefore held
+  until both processes have closed it or ended.
 
   Args:
-    file: Open file that `take` returned.
+    lock: Lock that `take` returned.
+
+  Returns:
+    Environment variables of the child, and file descriptors for `pass_fds`.
   """
-  return {_INHERITED: str(file.fileno())}
+  if isinstance(lock, leases.Lease):
+    return leases.passed_on(lock), ()
+  return {_INHERITED: str(lock.fileno())}, (lock.fileno(),)
 
 
 def _inherited(path: pathlib.Path) -> IO[str] | None:

@@ -17,8 +17,10 @@ from minw import config as config_lib
 from minw import errors
 from minw import files
 from minw import json_files
+from minw import paths
 from minw.workdir import board
 from minw.workdir import environment
+from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
 
@@ -35,15 +37,15 @@ def read(workdir: str) -> Lines:
   Raises:
     json_files.Damaged: A line is invalid. The message names the file and the line.
   """
-  return read_file(pathlib.Path(workdir) / "metrics.jsonl")
+  return read_file(paths.at(workdir) / "metrics.jsonl")
 
 
-def read_file(path: str | os.PathLike[str]) -> Lines:
+def read_file(path: json_files.Path) -> Lines:
   """Reads a file like metrics.jsonl at any path; see `read`."""
   return json_files.read_lines(path, _check_line)
 
 
-def read_histograms(path: str | os.PathLike[str]) -> Lines:
+def read_histograms(path: json_files.Path) -> Lines:
   """Reads a file like histograms.jsonl. A missing file has no lines.
 
   Raises:
@@ -118,8 +120,8 @@ def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
   Returns:
     A clause for each fault. The list is empty if the record is complete.
   """
-  path = pathlib.Path(workdir)
-  if not any(os.path.lexists(path / name) for name in ("metrics.jsonl", "checkpoints")):
+  path = paths.at(workdir)
+  if not any(map(_is_there, (path / "metrics.jsonl", path / "checkpoints"))):
     return []
   try:
     lines = read(workdir)
@@ -132,7 +134,7 @@ def faults(workdir: str, config: Any, status: dict[str, Any]) -> list[str]:
     found = [*_missing(lines, counted, config), *_contradictions(lines, status)]
   if found:
     return found
-  step, saved = _saved(path)
+  step, saved = _saved(workdir)
   measured = [line for line in lines if line["split"] != "test"]
   for name, here in (("metrics", measured), ("histograms", counted)):
     if [line for line in here if line["step"] <= step] != saved[name]:
@@ -193,19 +195,22 @@ def _contradictions(lines: Lines, status: dict[str, Any]) -> list[str]:
   return found
 
 
-def _saved(workdir: pathlib.Path) -> tuple[int, dict[str, Lines]]:
+def _is_there(path: paths.AnyPath) -> bool:
+  """Returns whether there is a file, a folder, or a link that leads nowhere."""
+  return os.path.lexists(path) if isinstance(path, pathlib.Path) else path.exists()
+
+
+def _saved(workdir: str) -> tuple[int, dict[str, Lines]]:
   """Returns the newest undamaged copy of the records in a checkpoint, and its step.
 
   If there is no such copy, the step is 0 and the records are empty.
   """
-  folders = [path for path in (workdir / "checkpoints").glob("[0-9]*")
-             if path.name.isdecimal()]
-  for folder in sorted(folders, key=lambda path: -int(path.name)):
+  for step, folder in sorted(run_files.checkpoints(workdir).items(), reverse=True):
     with contextlib.suppress(json_files.Damaged):
       saved = json_files.read_object(folder / "run" / "metadata",
                                      json_files.check_sealed)
       if saved is not None:
-        return int(folder.name), saved
+        return step, saved
   return 0, {"metrics": [], "histograms": []}
 
 
@@ -229,9 +234,10 @@ class Writer:
       json_files.Damaged: A file is damaged, and there is no copy of its content.
       OSError: A file cannot be written. The error names it.
     """
-    path = pathlib.Path(workdir)
-    self._metrics = _Log(path / "metrics.jsonl", _check_line)
-    self._histograms = _Log(path / "histograms.jsonl", _check_histogram)
+    path = paths.at(workdir)
+    make = _Log if isinstance(path, pathlib.Path) else _RemoteLog
+    self._metrics = make(path / "metrics.jsonl", _check_line)
+    self._histograms = make(path / "histograms.jsonl", _check_histogram)
     for log, name in ((self._metrics, "metrics"), (self._histograms, "histograms")):
       log.open(step, None if saved is None else saved[name])
     self._metrics.begin()  # histograms.jsonl is created with its first line.
@@ -296,7 +302,7 @@ class _Log:
     lines: Lines of the file.
   """
 
-  def __init__(self, path: pathlib.Path, check: Any):
+  def __init__(self, path: Any, check: Any):
     self.lines: Lines = []
     self._path, self._check = path, check
     self._file: Any = None
@@ -318,19 +324,21 @@ class _Log:
                    f"is replaced by the copy in the checkpoint of step {step}" if step
                    else "starts again empty")
     self.lines = found if saved is None else saved
-    if self.lines or os.path.lexists(self._path):
+    if self.lines or _is_there(self._path):
       self.begin()
 
   def append(self, line: dict[str, Any]) -> dict[str, Any]:
     """Appends a line, and returns it as it was written."""
     self.begin()
     line = _finite(line)
-    with files.naming(self._path):
-      text = json.dumps(line, allow_nan=False).encode() + b"\n"
-      while text:  # On a disk that is almost full, a part may be written.
-        text = text[self._file.write(text):]
+    self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
     self.lines.append(line)
     return line
+
+  def _write(self, text: bytes) -> None:
+    with files.naming(self._path):
+      while text:  # On a disk that is almost full, a part may be written.
+        text = text[self._file.write(text):]
 
   def sync(self) -> None:
     """Flushes the file to the disk."""
@@ -347,9 +355,36 @@ class _Log:
     """Creates the file, unless this object has created it already."""
     if self._file is not None:
       return
-    files.write(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+    files.write(self._path, self._text())
     # Without a buffer, no data are left to write after an error.
     self._file = self._path.open("ab", buffering=0)
+
+  def _text(self) -> str:
+    return "".join(json.dumps(line) + "\n" for line in self.lines)
+
+
+class _RemoteLog(_Log):
+  """A `_Log` on gs://, where nothing can be appended: `sync` writes the whole file."""
+
+  _synced = -1  # Number of lines in the file; -1 if this object has not written it.
+
+  def begin(self) -> None:
+    if self._synced < 0:
+      self._put()
+
+  def sync(self) -> None:
+    if 0 <= self._synced < len(self.lines):
+      self._put()
+
+  def close(self) -> None:
+    self.sync()
+
+  def _write(self, text: bytes) -> None:
+    """Leaves the line to `sync`."""
+
+  def _put(self) -> None:
+    files.write(self._path, self._text())
+    self._synced = len(self.lines)
 
 
 def _difference(found: Lines, saved: Lines) -> str:

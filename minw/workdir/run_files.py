@@ -7,8 +7,6 @@ import contextlib
 import errno
 import json
 import logging
-import os
-import pathlib
 from typing import Any, ContextManager, Iterator
 
 from minw import config as config_lib
@@ -16,6 +14,7 @@ from minw import distributed
 from minw import errors
 from minw import files
 from minw import json_files
+from minw import paths
 from minw.workdir import locks
 
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def claimed(workdir: str, config: Any) -> Iterator[None]:
 def _lock(workdir: str) -> ContextManager:
   """Creates `workdir` and takes its lock. Leaving the context releases the lock."""
   with _refusing(workdir):
-    os.makedirs(workdir, exist_ok=True)
+    paths.at(workdir).mkdir(parents=True, exist_ok=True)
     try:
       lock = locks.take(workdir)
     except OSError as error:
@@ -80,7 +79,7 @@ def claim(workdir: str, config: Any) -> None:
     errors.UsageError: The workdir cannot be written to, or it holds a run of another
       config.
   """
-  path = pathlib.Path(workdir)
+  path = paths.at(workdir)
   with _refusing(workdir):
     path.mkdir(parents=True, exist_ok=True)
     check_free(workdir, config)
@@ -106,8 +105,15 @@ def check_free(workdir: str, config: Any) -> None:
     errors.UsageError: The workdir holds a run of another config, or config.json is
       damaged. The message names the fields that differ, and what to do instead.
   """
-  if os.path.exists(pathlib.Path(workdir) / "config.json"):
+  if _has_config(workdir):
     check_same(workdir, read_config(workdir), config)
+
+
+def _has_config(workdir: str) -> bool:
+  try:
+    return paths.exists(paths.at(workdir) / "config.json")
+  except OSError as error:
+    raise errors.UsageError(f"workdir={workdir!r} cannot be read: {error}") from error
 
 
 def check_same(workdir: str, before: Any, config: Any) -> None:
@@ -135,8 +141,7 @@ def check_claimed(workdir: str, config: Any) -> None:
   Raises:
     errors.UsageError: This process does not see it, or its own `config` differs.
   """
-  path = pathlib.Path(workdir)
-  errors.check((path / "config.json").exists(), "workdir", workdir,
+  errors.check(_has_config(workdir), "workdir", workdir,
                "one place that all processes see")
   local = {name: config[name] for name in ("data_dir", "data_workers")}
   claimed = config_lib.copy(read_config(workdir), **local)
@@ -153,8 +158,8 @@ def read_config(workdir: str) -> Any:
     errors.UsageError: There is no config.json, or it is not a config of this package.
     json_files.Damaged: The file is damaged.
   """
-  path = pathlib.Path(workdir) / "config.json"
-  errors.check(os.path.exists(path), "workdir", workdir,
+  path = paths.at(workdir) / "config.json"
+  errors.check(_has_config(workdir), "workdir", workdir,
                "the workdir of a run (there is no config.json)")
   try:
     json_files.read_object(path)
@@ -170,6 +175,20 @@ def read_config(workdir: str) -> Any:
 
 # Advice in messages about a damaged config.json.
 REMEDY = "move it away, and the next start of the run writes it again"
+
+
+def checkpoints(workdir: str) -> dict[int, paths.AnyPath]:
+  """Returns the folders of all checkpoints by their steps."""
+  folder = paths.at(workdir) / "checkpoints"
+  if not paths.is_dir(folder):
+    return {}
+  found = {int(path.name): path for path in folder.iterdir() if path.name.isdecimal()}
+  if paths.is_url(folder):
+    # Orbax writes a checkpoint in its place, and this file when it is complete.
+    found = {step: path for step, path in found.items()
+             if paths.is_file(path / "commit_success.txt")}
+  return found
+
 
 STATES = ("running", "done", "diverged", "preempted", "stopped")
 # Further fields in the status of a run that is done.
@@ -192,7 +211,7 @@ def write_status(workdir: str, state: str, step: int, **more: Any) -> dict[str, 
   """
   status = {"state": state, "step": step, **more}
   if distributed.is_main():
-    files.write(pathlib.Path(workdir) / "status.json", json.dumps(status) + "\n")
+    files.write(paths.at(workdir) / "status.json", json.dumps(status) + "\n")
   return status
 
 
@@ -207,7 +226,7 @@ def read_status(workdir: str) -> dict[str, Any] | None:
     json_files.Damaged: The file holds something else.
   """
   try:
-    status = json_files.read_object(pathlib.Path(workdir) / "status.json",
+    status = json_files.read_object(paths.at(workdir) / "status.json",
                                     _check_status)
   except json_files.Damaged as error:
     error.add("the next start of the run writes it again")
