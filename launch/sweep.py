@@ -52,7 +52,9 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   cli.DEFINE_path(
       "sweep", None, "Name or file of a sweep; NAME:ARGUMENT passes it an argument.")
-  cli.DEFINE_path("dir", None, "Directory that holds a workdir for each run.")
+  cli.DEFINE_path(
+      "dir", None, "Directory that holds a workdir for each run. It may be "
+      "gs://BUCKET/NAME.", remote=True)
   cli.DEFINE_path(
       "data_dir", None,
       "Directory of the prepared data sets, if not where the configs say.")

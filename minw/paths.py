@@ -10,6 +10,7 @@ import glob
 import os
 import pathlib
 import re
+from typing import Iterator
 
 from minw import cloud
 from minw import dependencies
@@ -69,6 +70,16 @@ def is_file(path: str | os.PathLike | cloud.Path) -> bool:
   """Returns whether there is a file, like `os.path.isfile`; see `exists`."""
   found = at(path)
   return os.path.isfile(found) if isinstance(found, pathlib.Path) else found.is_file()
+
+
+def walk(path: str) -> Iterator[tuple[str, list[str], list[str]]]:
+  """Yields (folder, names of folders, names of files), like `os.walk`."""
+  found = at(path)
+  if isinstance(found, pathlib.Path):
+    yield from os.walk(path)
+  else:
+    for folder, folders, names in found.walk():
+      yield str(folder), folders, names
 
 
 def real(path: str | os.PathLike) -> str:

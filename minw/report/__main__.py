@@ -148,7 +148,8 @@ SUBCOMMANDS = {
 def define_flags(subcommand: str) -> None:
   """Defines the flags of a subcommand."""
   cli.DEFINE_paths(
-      "runs", "Studies, and folders with workdirs or studies.", positional=True)
+      "runs", "Studies, and folders with workdirs or studies.", positional=True,
+      remote=subcommand != "results")
   cli.DEFINE_path(
       "out", None,
       "File of the study, which is created if it is missing."

@@ -87,11 +87,11 @@ def record(workdir: str) -> Record:
   fields = config_lib.to_fields(config)
   for name in ("init_from", "teacher"):
     fields[name] = _source(config[name])
-  file = lambda name: (lambda path: str(path) if path.exists() else None)(
-      pathlib.Path(workdir) / name)
+  file = lambda name: (lambda path: str(path) if paths_lib.exists(path) else None)(
+      paths_lib.at(workdir) / name)
   return {
       "config": {name: value for name, value in fields.items() if name not in LOCAL},
-      "run": pathlib.Path(workdir).name,
+      "run": paths_lib.at(workdir).name,
       "seed": config.seed,
       **last,
       **({"earlier": earlier} if earlier else {}),
@@ -220,18 +220,18 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
   visited = set()
 
   def new(path):
-    real = os.path.realpath(path)
+    real = paths_lib.real(path)
     return not (real in visited or visited.add(real))
 
   for path in paths:
-    if os.path.isfile(path):
+    if _is_file(path):
       errors.check(is_study(path), "runs", path,
                    "a folder, or a study: lines of JSON that `collect` wrote")
       if new(path):
         yield from _lines(path)
       continue
-    errors.check(os.path.isdir(path), "runs", path, "a folder or a file that exists")
-    for folder, folders, names in os.walk(path):
+    errors.check(paths_lib.is_dir(path), "runs", path, "a folder or a file that exists")
+    for folder, folders, names in paths_lib.walk(path):
       if _is_workdir(folder, names):
         folders.clear()  # A workdir contains no other runs.
         if new(folder):
@@ -245,6 +245,13 @@ def _sources(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
             yield from _lines(study)
           elif fault := _damage(study):
             yield study, functools.partial(_refuse, fault)
+
+
+def _is_file(path: str) -> bool:
+  try:
+    return paths_lib.is_file(path)
+  except OSError as error:
+    raise errors.UsageError(f"runs={path!r} cannot be read: {error}") from error
 
 
 def _damage(path: str) -> json_files.Damaged | None:
@@ -285,9 +292,9 @@ def _is_workdir(folder: str, names: Sequence[str]) -> bool:
 
 def is_study(path: str | os.PathLike) -> bool:
   """Returns whether a file was written by `collect`: one of its lines has a config."""
-  if not os.path.isfile(path):
+  if not paths_lib.is_file(path):
     return False
-  for line in pathlib.Path(path).read_bytes().splitlines():
+  for line in paths_lib.at(path).read_bytes().splitlines():
     if b'"config"' in line:
       with contextlib.suppress(ValueError, RecursionError):
         run = json.loads(line)
@@ -297,7 +304,7 @@ def is_study(path: str | os.PathLike) -> bool:
 
 
 def _lines(path: str) -> Iterator[tuple[str, Any]]:
-  lines = pathlib.Path(path).read_bytes().splitlines()
+  lines = paths_lib.at(path).read_bytes().splitlines()
   for number, line in enumerate(lines, start=1):
     yield f"{path}:{number}", lambda line=line: _line(line, os.path.dirname(path))
 
@@ -325,7 +332,7 @@ def _line(line: bytes, folder: str) -> Record:
   for name, read_all in (("curve", metrics.read_file),
                          ("histograms", metrics.read_histograms)):
     path = os.path.join(folder, run[name] or "")
-    run[name] = path if os.path.isfile(path) else None
+    run[name] = path if paths_lib.is_file(path) else None
     if run[name]:
       read_all(path)  # Raises an error that names the file if it is damaged.
   return run
