@@ -97,6 +97,10 @@ class Path:
     """Returns the path of another name in the same folder."""
     return self.parent / name
 
+  def with_suffix(self, suffix: str) -> "Path":
+    """Returns the path of a name that ends in `suffix`, such as ".png"."""
+    return self.with_name(self.name.rpartition(".")[0] + suffix)
+
   def is_file(self) -> bool:
     """Returns whether there is an object of this name."""
     return self.find() is not None

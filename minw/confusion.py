@@ -7,13 +7,13 @@ classes that a network predicts.
 import collections
 import json
 import os
-import pathlib
 from typing import Any, Sequence
 
 import numpy as np
 
 from minw import display
 from minw import files
+from minw import paths
 from minw import plots
 
 
@@ -67,7 +67,7 @@ def write(path: str | os.PathLike, record: dict[str, Any]) -> None:
   Raises:
     OSError: The file cannot be written.
   """
-  path = pathlib.Path(path)
+  path = paths.at(path)
   rows = ",\n  ".join(map(json.dumps, record["confusion"]))
   rest = {name: value for name, value in record.items() if name != "confusion"}
   files.write(path, json.dumps(rest, indent=1).removesuffix("\n}")

@@ -298,7 +298,8 @@ class Experiment:
     if not c.teacher:
       return None
     try:
-      run = checkpoint.read_run(paths.expand(c.teacher, remote=True), data_dir=c.data_dir)
+      run = checkpoint.read_run(
+          paths.expand(c.teacher, remote=True), data_dir=c.data_dir)
     except errors.UsageError as error:
       raise errors.UsageError(
           f"config.teacher={errors.shown(c.teacher)}: {error}") from error

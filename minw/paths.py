@@ -105,7 +105,9 @@ def expand(path: str | os.PathLike, remote: bool = False) -> str:
   result = os.path.expandvars(os.path.expanduser(path))
   if is_url(result):
     if not remote:
-      raise ValueError("a URL is not a path on this machine")
+      raise ValueError("a URL is not a path on this machine" + (
+          "; `gcloud storage cp --recursive FROM TO` copies from and to gs://"
+          if result.startswith("gs:") else ""))
     return str(_remote(result))
   try:
     os.lstat(result)

@@ -28,7 +28,8 @@ _PLACEHOLDERS = {
     "--config=NAME": "--config=digits_convnet",
     "--configs=NAME:ARGUMENT": "--configs=cifar_convnet:network=A",
     "config.FIELD=VALUE": "config.seed=1", "=estimator,FIELD": "=estimator,seed",
-    "gs://BUCKET": "shared", "--format=FORMAT": "--format=c", "--jobs=N": "--jobs=2", "=N": "=8",
+    "gs://BUCKET": "shared",
+    "--format=FORMAT": "--format=c", "--jobs=N": "--jobs=2", "=N": "=8",
     "$size": "quarter", "$1_$2": "cifar10_A", "dataset=$1": "dataset=cifar10",
     "network=$2": "network=A", "seeds=$3": "seeds=3"}
 _START = re.compile(
