@@ -181,7 +181,7 @@ NAN, INF = math.nan, math.inf
     ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
     ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
-     "one of approx_sign, aqe, dsq, ede, ewgs, lsq, reste, ste, stochastic_aqe, "),
+     "one of approx_sign, aqe, dsq, ede, ewgs, lsq, parq, reste, ste, "),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
     ("alpha_shape", ["square"], "one of linear, cosine, cubic, sigmoid"),
     ("weight_scale", ["mean", ""], "one of none, layer_mean, channel_mean"),
@@ -417,7 +417,7 @@ def test_stochastic_aqe_is_for_one_bit(fields, bits):
     ({"estimator": "lsq", "pad_value": -1.0},
      "config.pad_value=-1.0: must be 0.0 with estimator='lsq'"),
     ({"estimator": "approx_sign", "optimizer": "bop"},
-     "config.estimator='approx_sign': must be one of aqe, dsq, ewgs, reste, ste, sto"),
+     "config.estimator='approx_sign': must be one of aqe, dsq, ewgs, parq, reste, ste"),
     ({"estimator": "lsq", "optimizer": "bop"},
      "config.estimator='lsq': must be one of aqe, dsq, ")])
 def test_what_does_not_go_together(fields, message):
