@@ -67,12 +67,12 @@ def write(path: str | os.PathLike, record: dict[str, Any]) -> None:
   Raises:
     OSError: The file cannot be written.
   """
-  path = paths.at(path)
+  target = paths.at(path)
   rows = ",\n  ".join(map(json.dumps, record["confusion"]))
   rest = {name: value for name, value in record.items() if name != "confusion"}
-  files.write(path, json.dumps(rest, indent=1).removesuffix("\n}")
+  files.write(target, json.dumps(rest, indent=1).removesuffix("\n}")
               + f',\n "confusion": [\n  {rows}]\n}}\n')
-  picture = path.with_suffix(".png")
+  picture = target.with_name(target.name.removesuffix(".json") + ".png")
   with display.harmless(f"{picture} cannot be drawn"):
     plots.save(plots.confusion_figure(
         np.array(record["confusion"]), list(record["class_accuracy"]),

@@ -434,7 +434,8 @@ def assert_as_trained(program, model, variables):
 @pytest.mark.parametrize("model, weight_scale", [
     (CONVNET, "channel_mean"),
     *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
-        (functools.partial(RESNET, projection=False), "lsq"), (CONVNET, "layer_mean"), (CONVNET, "lsq"),
+        (functools.partial(RESNET, projection=False), "lsq"),
+        (CONVNET, "layer_mean"), (CONVNET, "lsq"),
         (functools.partial(RESNET, large_stem=True), "lsq"),
         (functools.partial(models.DenseNet, 3, (1, 1), 4), "channel_mean")))],
     ids=range(6))
