@@ -22,6 +22,8 @@ import sys
 import tempfile
 from typing import Any, Collection, NoReturn, Sequence
 
+import numpy as np
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Files outside docs/ that are in the site, at the same paths.
@@ -42,9 +44,10 @@ _ALLOWED = {"data_dir": "a path", "init_from": "a path, or '' for none",
             "histogram_layers": "a tuple of str",
             "histogram_epochs": "a tuple of int, epochs that end with a validation"}
 
-# Networks of the live demo, and their titles.
+# Networks of the live demo, by name or by path in docs/, and their titles.
 DEMOS = {"digits_convnet": "Handwritten digits, 1 bit",
-         "cifar10_convnet_a_quarter_2bit": "CIFAR-10, 2 bits"}
+         "cifar10_convnet_a_quarter_2bit": "CIFAR-10, 2 bits",
+         "networks/characters_2bit.minw": "A network of your own: characters, 2 bits"}
 
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -55,7 +58,8 @@ def on_files(files: Any, config: Any) -> Any:
   for path in outside():
     files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
   for name in DEMOS:
-    files.append(File.generated(config, f"demo/{name}.html", content=demo(name)))
+    files.append(File.generated(
+        config, f"demo/{page_of(name)}", content=demo(name)))
   return files
 
 
@@ -107,12 +111,27 @@ def relinked(markdown: str, page: str, known: Collection[str]) -> str:
   return _LINK.sub(relink, markdown)
 
 
+def page_of(name: str) -> str:
+  """The file name of a network's page in the demo."""
+  return f"{pathlib.PurePath(name).stem}.html"
+
+
 def demo(name: str) -> bytes:
-  """The page of a network that comes with minw, as the export makes it."""
+  """The page of a network of the demo, as the export makes it."""
   from minw import infer
   from minw.export import web
-  program = infer.load(name).program
-  return web.contents(program, name, web.own_samples(program))["index.html"]
+  path = ROOT / "docs" / name
+  program = infer.load(str(path) if path.exists() else name).program
+  samples = characters() if path.exists() else web.own_samples(program)
+  return web.contents(program, path.stem, samples)["index.html"]
+
+
+def characters() -> dict[str, np.ndarray]:
+  """Images that the network of the tutorial on own images has never seen."""
+  draw = runpy.run_path(str(ROOT / "examples" / "draw_characters.py"))["draw"]
+  random = np.random.default_rng(2026)
+  return {character: np.asarray(draw(character, 24, random))[..., None]
+          for character in "7AKPRSTXYZ"}
 
 
 def live_demos() -> str:
@@ -120,9 +139,9 @@ def live_demos() -> str:
   frames = []
   for name, title in DEMOS.items():
     frames.append(
-        f'## {title}\n\n<iframe class="demo" src="{name}.html" title="{title}"'
+        f'## {title}\n\n<iframe class="demo" src="{page_of(name)}" title="{title}"'
         ' allow="camera" loading="lazy"></iframe>\n\n'
-        f'<a href="{name}.html">Open this page alone</a>\n')
+        f'<a href="{page_of(name)}">Open this page alone</a>\n')
   return "\n".join(frames)
 
 

@@ -398,14 +398,20 @@ def test_links_of_the_site(hooks):
 
 
 def test_live_demo(hooks):
-  """Its frames show the pages that the export makes of networks of both data sets."""
+  """Its frames show the pages that the export makes of networks of three data sets."""
   frames = re.findall(r'<iframe class="demo" src="([^"]*)"', hooks.live_demos())
-  assert frames == [f"{name}.html" for name in hooks.DEMOS]
-  programs = [infer.load(name).program for name in hooks.DEMOS]
-  assert [program.metadata["config"]["dataset"] for program in programs] == [
-      "digits", "cifar10"]
-  for name, program in zip(hooks.DEMOS, programs):
-    exported = web.contents(program, name, web.own_samples(program))
+  names = "digits_convnet", "cifar10_convnet_a_quarter_2bit", "characters_2bit"
+  assert frames == [f"{name}.html" for name in names]
+  for name in hooks.DEMOS:
+    network = infer.load(
+        str(ROOT / "docs" / name) if name.endswith(".minw") else name)
+    samples = web.own_samples(network.program)
+    if name.endswith(".minw"):
+      samples = hooks.characters()
+      found = [network.labels[i] for i in network.logits(
+          np.stack([*samples.values()])).argmax(-1)]
+      assert found == [*samples]
+    exported = web.contents(network.program, pathlib.PurePath(name).stem, samples)
     assert hooks.demo(name) == exported["index.html"]
 
 
