@@ -458,6 +458,9 @@ SWEEPS = [
     ("geometries", "networks=D,size=quarter,seeds=2", 14),
     ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
+    ("recipes", "", 3 * (22 + 4)),
+    ("recipes", "dataset=cifar100,seeds=2,estimators=aqe+ste", 2 * (2 + 2 * 24)),
+    ("recipes", "dataset=cifar10,size=full,seeds=1,runs=teacher+cosine", 4),
     ("networks", "", 2), ("networks", "size=short", 1), ("networks", "size=quarter", 2),
 ]
 
@@ -501,7 +504,8 @@ def test_misspelt_sweep():
     ("estimators", "width=half"), ("estimators", "seeds=many"),
     ("estimators", "epochs=1"),
     ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1"),
-    ("networks", "size=half")])
+    ("recipes", "runs=cosin"), ("recipes", "dataset=mnist"), ("recipes", "seeds=0"),
+    ("recipes", "estimators=aq"), ("networks", "size=half")])
 def test_bad_arguments_of_sweeps(read_sweep, name, argument):
   with pytest.raises(errors.UsageError):
     read_sweep(name, argument)
@@ -554,6 +558,31 @@ def test_controls_have_the_rates_of_one_run(read_sweep, argument, epochs):
     assert both[-1] == pytest.approx(one[-1])
   assert a.alpha_end == 1
   assert runs["aqe-then-aqe-seed0"].alpha_start == 1
+
+
+def test_recipes_that_need_other_runs(read_sweep):
+  runs = {run.name: run for run in read_sweep(
+      "recipes", "dataset=cifar100,size=quarter,seeds=2,estimators=aqe+ste")}
+  base = runs["aqe-base-seed1"].config
+  assert base.conv_widths == (16, 16, 32, 32, 64, 64)  # A quarter of ConvNet D's.
+  for name, factor in (("teacher", 1), ("wide-teacher", 4)):
+    for estimator in ("aqe", "ste"):
+      run = runs[f"{estimator}-{name}-seed1"]
+      assert run.after == (f"{name}-seed1",)
+      assert run.config.teacher == f"runs/{name}-seed1"
+    teacher = runs[f"{name}-seed1"].config
+    assert teacher.weight_bits == teacher.input_bits == "float32"
+    assert teacher.conv_widths == tuple(factor * w for w in base.conv_widths)
+    assert teacher.dense_widths == tuple(factor * w for w in base.dense_widths)
+  for name, floats in (("activations", "weight_bits"), ("weights", "input_bits")):
+    second = runs[f"ste-{name}-first-seed1"]
+    assert second.after == (f"ste-{name}-seed1",)
+    first = runs[f"ste-{name}-seed1"].config
+    assert first.estimator == second.config.estimator == "ste"
+    assert first[floats] == "float32"
+    assert first.num_epochs + second.config.num_epochs == base.num_epochs == 24
+    assert {first.weight_bits, first.input_bits} == {1, "float32"}
+    assert second.config.weight_bits == second.config.input_bits == 1
 
 
 # --- The command.
