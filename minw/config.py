@@ -224,6 +224,7 @@ def _check_types(c: Config) -> None:
 def _check_choices(checker: _Checker) -> None:
   """Checks the fields that name one of several choices, or a path."""
   one_of = checker.one_of
+  one_of("in_memory", datasets.IN_MEMORY)
   one_of("pixels", ("integer", "standardized"))
   one_of("network", ("convnet", *models.NETWORKS))
   one_of("first_padding", ("SAME", "VALID"))
@@ -317,7 +318,7 @@ def _check_records(checker: _Checker) -> None:
 def _check_data(checker: _Checker) -> None:
   """Checks what is cut from the images of the data set."""
   c, check = checker.config, checker.check
-  info = datasets.info(c.dataset, c.data_dir)
+  info = datasets.info(c.dataset, c.data_dir, c.in_memory)
   check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
         and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,
         "two ascending fractions of the image's area, (0.08, 1.0) for example")
@@ -329,9 +330,13 @@ def _check_data(checker: _Checker) -> None:
   else:
     check("train_examples", c.train_examples <= info.splits["train"],
           f"at most {info.splits['train']}, the training examples of {c.dataset}")
+  if not info.varies:
+    side = min(info.image_shape[:2])
     # Padding cannot make up for a small image, because evaluation does not pad.
-    check("crop_size", c.crop_size <= min(info.image_shape[:2]),
-          f"at most {min(info.image_shape[:2])}, the image of {c.dataset}")
+    check("crop_size", c.crop_size <= side, f"at most {side}, the image of {c.dataset}")
+    # Evaluation would see a smaller part of an image than training.
+    check("eval_resize", not info.streamed or c.eval_resize <= side,
+          f"at most {side}, the image of {c.dataset}; 0 keeps its size")
   check("crop_padding", c.crop_padding < c.crop_size,
         f"less than crop_size={c.crop_size}: every crop holds part of the image")
 

@@ -12,6 +12,10 @@ FIELDS = {
                     "one that `python -m minw.prepare --source=FOLDER` wrote."),
         "data_dir": ("~/tensorflow_datasets",
                      "Directory that `python -m minw.prepare` wrote the data to."),
+        "in_memory": ("auto",
+                      "Whether the data set is held in memory: true, false to decode "
+                      "images when they are needed, or auto for true if images have "
+                      "one size and take at most 2 GiB."),
         "train_examples": (0,
                            "Number of training examples to use, starting at the first "
                            "one; 0 for all. Streamed data, such as "

@@ -227,7 +227,10 @@ def evaluate_model(
           f"model={os.fspath(path)!r} was trained on {text.quoted(dataset)}: --dataset"
           f" must be given, one of {', '.join(datasets.NAMES)}, or --data_dir, which"
           " holds it")
-  info = datasets.info(dataset, data_dir)
+  # The file speaks of the data set of its training, and may hold any text.
+  in_memory = config.get("in_memory") if dataset == config.get("dataset") else "auto"
+  info = datasets.info(dataset, data_dir,
+                       in_memory if in_memory in datasets.IN_MEMORY else "auto")
   source_shape = network.program.source_shape
   errors.check(
       info.provides(source_shape) and info.num_classes == network.program.num_classes,

@@ -181,7 +181,7 @@ class Experiment:
     """
     c = self.config = config
     config_lib.validate(c)
-    self.info = datasets.info(c.dataset, c.data_dir)
+    self.info = datasets.info(c.dataset, c.data_dir, c.in_memory)
     self.data_facts = datasets.facts(self.info)
     self.info = self.info.resized(c.eval_resize or c.crop_size)
     examples = c.train_examples or self.info.splits["train"]

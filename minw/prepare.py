@@ -202,6 +202,7 @@ def _work_directory(path: pathlib.Path) -> Iterator[None]:
       lock.unlink(missing_ok=True)
       with contextlib.suppress(OSError):  # A download stays, to be resumed.
         path.rmdir()
+        path.parent.rmdir()  # It is empty if nothing was prepared.
 
 
 def _check_space(path: pathlib.Path, needed: int) -> None:

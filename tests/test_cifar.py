@@ -117,7 +117,7 @@ def test_hostile_archives_are_refused(small, members, wanted, tmp_path):
     source.write_bytes(compress(tar(members)))
     message = refusal("cifar10", tmp_path / "data", source)
     assert message.startswith(f"source='{source}': ") and wanted in message
-    assert not os.listdir(tmp_path / "data/cifar10")
+    assert not os.listdir(tmp_path / "data")
 
 
 def test_an_archive_that_expands_is_not_read_further_than_it_may(small, tmp_path):

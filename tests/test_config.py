@@ -225,6 +225,7 @@ NAN, INF = math.nan, math.inf
     ("crop_scale", [(), (0.5,), (0.5, 0.4), (0.0, 1.0), (0.5, 1.1), (NAN, 1.0),
                     ("a", 1.0), (True, 1.0)],
      "two ascending fractions of the image's area, (0.08, 1.0) for example"),
+    ("in_memory", ["", "True", "yes"], "one of auto, true, false"),
     ("rotation", [-1.0, 180.1, NAN, INF], "in [0, 180]"),
     ("brightness", [-0.1, 1.1, NAN], "in [0, 1]"),
     ("contrast", [-0.1, 1.1, NAN], "in [0, 1]"),

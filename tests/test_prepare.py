@@ -101,7 +101,7 @@ def test_too_little_space_is_noticed_before_writing(small, tmp_path, monkeypatch
   usage = shutil.disk_usage(tmp_path)._replace(free=19 * 3073 - 1)
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
   assert "free space" in refusal("cifar10", tmp_path / "data", source)
-  assert not os.listdir(tmp_path / "data/cifar10")
+  assert not os.listdir(tmp_path / "data")
   usage = usage._replace(free=19 * 3073)
   prepare.prepare("cifar10", tmp_path / "data", source)
 
@@ -112,7 +112,7 @@ def test_a_full_disk_is_reported(small, tmp_path):
     message = refusal("cifar10", tmp_path / "data", source)
   assert "must be a directory that can be written to" in message
   assert "File too large" in message
-  assert not os.listdir(tmp_path / "data/cifar10")
+  assert not os.listdir(tmp_path / "data")
   prepare.prepare("cifar10", tmp_path / "data", source)
 
 

@@ -104,7 +104,7 @@ def test_flags_of_other_data_sets_are_refused(command, tmp_path, dataset, argume
 def test_a_source_that_is_refused_leaves_nothing(tmp_path, counts):
   source = write_classes(tmp_path / "source", counts)
   refusal("mine", tmp_path / "data", source)
-  assert os.listdir(tmp_path / "data" / "mine") == []
+  assert os.listdir(tmp_path / "data") == []
 
 
 def test_two_at_once_are_refused(tmp_path):
@@ -128,7 +128,7 @@ def test_a_file_that_changes_meanwhile_leaves_nothing(tmp_path, monkeypatch):
 
   monkeypatch.setattr(collection, "collect", late)
   assert "cannot be read any more" in refusal("mine", tmp_path / "data", source)
-  assert os.listdir(tmp_path / "data" / "mine") == []
+  assert os.listdir(tmp_path / "data") == []
 
 
 def test_the_command_reports(command, tmp_path):

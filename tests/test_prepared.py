@@ -10,6 +10,8 @@ import pytest
 
 from minw import config as config_lib
 from minw import errors
+from minw import evaluate
+from minw import packed
 from minw.data import datasets
 from minw.data import resident
 from minw.data import sources
@@ -114,6 +116,70 @@ def test_small_data_are_in_memory_and_large_ones_are_streamed(data_dir, monkeypa
       next(source.eval_batches(source.load("test")))[0], 0)
   assert images.shape == (4, 20, 20, 1) and mask.all()
   assert len(np.unique(images)) == 4  # One value in each.
+
+
+def test_a_config_says_what_is_in_memory(data_dir, tmp_path):
+  held = experiment(data_dir, "mnist", in_memory="true")
+  assert type(held.data) is resident.Resident
+  found = experiment(
+      data_dir, "mnist", in_memory="false", crop_size=20, eval_resize=0)
+  assert type(found.data) is streamed.Streamed and found.info.image_shape == (20, 20, 1)
+  # Both evaluate the same centers.
+  test = found.data.load("test")
+  images, labels, _ = found.data.eval_inputs(next(found.data.eval_batches(test))[0], 0)
+  held = experiment(data_dir, "mnist", in_memory="auto", crop_size=20)
+  expected = held.data.eval_inputs(held.data.load("test"), 0)
+  np.testing.assert_array_equal(images, expected[0])
+  np.testing.assert_array_equal(labels, expected[1])
+
+  for name, changes, message in [
+      ("sizes", dict(in_memory="true"), "in_memory='true': must be auto or false: "
+       "the images of sizes differ in size"),
+      ("digits", dict(in_memory="false"), "in_memory='false': must be auto or true: "
+       "the digits are in no file that could be streamed"),
+      ("mnist", dict(in_memory="false", eval_resize=29),
+       "eval_resize=29: must be at most 28, the image of mnist; 0 keeps its size"),
+      ("mnist", dict(in_memory="false", eval_resize=0, crop_size=29),
+       "crop_size=29: must be at most 28, the image of mnist"),
+      ("mnist", dict(in_memory="false", train_examples=4), "train_examples=4: must")]:
+    with pytest.raises(errors.UsageError) as error:
+      experiment(data_dir, name, **changes)
+    assert str(error.value).startswith(f"config.{message}")
+
+
+def test_a_packed_network_takes_images_as_it_was_trained(data_dir, tmp_path):
+  """If its data were streamed, they were brought to another size."""
+  weights = np.random.default_rng(0).choice([-1, 1], (3, 20, 20, 1)).astype(np.int8)
+  for in_memory in ("false", "auto", "everywhere"):
+    packed.write(tmp_path / f"{in_memory}.minw", packed.Program(
+        (20, 20, 1), (20, 20), np.zeros(1, np.uint8), 3,
+        (packed.Conv("fc", 0, 1, weights),
+         packed.Logits("norm", 1, 1.0, *np.ones((3, 3), np.float32))),
+        {"config": {"dataset": "mnist", "in_memory": in_memory, "eval_resize": 0}}))
+  found = evaluate.evaluate_model(str(tmp_path / "false.minw"), data_dir=str(data_dir))
+  sums = weights.sum((1, 2, 3)) * (10 * np.arange(6))[:, None]
+  assert found["accuracy"] == np.mean(sums.argmax(1) == np.arange(6) % 3)
+  for in_memory in ("auto", "everywhere"):
+    with pytest.raises(errors.UsageError, match="one of images of shape"):
+      evaluate.evaluate_model(
+          str(tmp_path / f"{in_memory}.minw"), data_dir=str(data_dir))
+
+
+def test_other_splits_of_data_sets_that_come_with_minw(tmp_path, monkeypatch):
+  """They are of another data set, except for ImageNet's images without labels."""
+  monkeypatch.setitem(datasets._INFOS, "cifar10", datasets.info("cifar10")._replace(
+      splits={"train": 8, "validation": 2, "test": 3}))
+  write_tfds(tmp_path / "a", "cifar10", (32, 32, 3), {"train": 10, "test": 3})
+  assert len(datasets.open_records("cifar10", "train", tmp_path / "a")) == 8
+  write_tfds(tmp_path / "b", "cifar10", (32, 32, 3), {
+      "train": 10, "test": 3, "extra": 4})
+  with pytest.raises(errors.UsageError, match="'extra': 4.* and must hold"):
+    datasets.open_records("cifar10", "train", tmp_path / "b")
+  write_tfds(tmp_path, "imagenet2012", (None, None, 3), {
+      "train": 20, "validation": 5, "test": 3})
+  assert datasets.info("imagenet2012", tmp_path).splits == {
+      "train": 18, "validation": 2, "test": 5}
+  assert len(datasets.open_records("imagenet2012", "test", tmp_path)) == 5
 
 
 def test_images_of_different_sizes_are_streamed(data_dir):

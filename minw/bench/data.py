@@ -107,10 +107,10 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
   Raises:
     errors.UsageError: The config cannot be run, or there are no data.
   """
-  info = datasets.info(config.dataset, config.data_dir)
+  config_lib.validate(config)
+  info = datasets.info(config.dataset, config.data_dir, config.in_memory)
   errors.check(info.streamed, "config.dataset", config.dataset,
                "a data set that is streamed: imagenet2012")
-  config_lib.validate(config)
   records = datasets.open_records(config.dataset, "train", config.data_dir)
   images = [records[i]["image"] for i in range(min(_IMAGES, len(records)))]
   with tempfile.TemporaryDirectory() as folder:

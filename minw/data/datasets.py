@@ -37,8 +37,8 @@ class Info(NamedTuple):
     mean: Mean of each channel over the training images, of values in 0..1.
     std: Standard deviation of each channel, likewise.
     splits: Number of images in 'train', 'validation' and 'test'.
-    streamed: Whether the data set is too large for memory. `open_records` reads it
-      then, and `load` does not.
+    varies: Whether images differ in size.
+    streamed: Whether images are not held in memory, but are decoded when needed.
   """
 
   name: str
@@ -47,6 +47,7 @@ class Info(NamedTuple):
   mean: tuple[float, ...]
   std: tuple[float, ...]
   splits: dict[str, int]
+  varies: bool = False
   streamed: bool = False
 
   @property
@@ -55,7 +56,7 @@ class Info(NamedTuple):
     return len(self.label_names)
 
   def resized(self, side: int) -> "Info":
-    """Returns this with images brought to `side` x `side`, if their sizes differ."""
+    """Returns this with images brought to `side` x `side`, if they are streamed."""
     if not self.streamed:
       return self
     return self._replace(image_shape=(side, side, self.image_shape[-1]))
@@ -92,13 +93,30 @@ def tfds_file(name: str) -> pathlib.Path:
   return pathlib.Path(spec.origin).parent / name
 
 
-def _imagenet_splits(train: int, validation: int) -> dict[str, int]:
-  """Returns the sizes of the splits, given those of ImageNet's two parts.
+def _parts(sizes: dict[str, int]) -> dict[str, tuple[str, int, int]]:
+  """Returns the splits of a data set, given the sizes of those that TFDS has.
 
-  ImageNet's own validation images are the test split, on which nothing is chosen.
+  A data set without test images is tested on its validation images, on which then
+  nothing is chosen. What is missing is cut off the end of the training images, whose
+  order is random: a tenth, or 10,000 images if that is less.
   """
-  held_out = min(10_000, -(-train // 10))  # A part of ImageNet gives up a tenth.
-  return {"train": train - held_out, "validation": held_out, "test": validation}
+  parts, end = {}, sizes["train"]
+  tests = "test" if "test" in sizes else "validation"
+  held_out = min(10_000, -(-end // 10))
+  for split, kept_in in (("test", tests),
+                         ("validation", "validation" if tests == "test" else "")):
+    if kept_in in sizes:
+      parts[split] = kept_in, 0, sizes[kept_in]
+    else:
+      parts[split] = "train", end - held_out, end
+      end -= held_out
+  return {"train": ("train", 0, end), "validation": parts["validation"],
+          "test": parts["test"]}
+
+
+def _split_sizes(sizes: dict[str, int]) -> dict[str, int]:
+  """Returns the sizes of the splits of `_parts`."""
+  return {split: stop - start for split, (_, start, stop) in _parts(sizes).items()}
 
 
 # The means and deviations of CIFAR are those in common use, which cover all 50,000
@@ -134,14 +152,19 @@ _INFOS = {
         label_names=(),  # `info` reads them.
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
-        splits=_imagenet_splits(train=1_281_167, validation=50_000),
-        streamed=True,
+        splits=_split_sizes({"train": 1_281_167, "validation": 50_000}),
+        varies=True,
     ),
 }
 
 NAMES = tuple(_INFOS)
 
-# Largest data set, in bytes of pixels, that is held in memory.
+# Splits of TFDS that are not used, of those data sets that come with minw.
+_IGNORED = {"imagenet2012": ("test",)}  # These images have no labels.
+
+# Values of `info`'s argument of this name.
+IN_MEMORY = ("auto", "true", "false")
+# Largest data set, in bytes of pixels, that is held in memory by itself.
 _LARGEST_IN_MEMORY = 2**31
 # Side that images of different sizes are brought to, unless a config names another.
 _SIDE = 256
@@ -170,7 +193,9 @@ def exists(name: str, data_dir: str | os.PathLike | None) -> bool:
   return name in _INFOS or _newest_version(name, data_dir) is not None
 
 
-def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
+def info(
+    name: str, data_dir: str | os.PathLike | None = None, in_memory: str = "auto"
+) -> Info:
   """Returns the description of a data set.
 
   Images are read only if neither minw nor the directory knows their mean and deviation.
@@ -181,21 +206,36 @@ def info(name: str, data_dir: str | os.PathLike | None = None) -> Info:
       in `data_dir`.
     data_dir: Directory of prepared data sets. If it holds a part of ImageNet, the
       splits have the sizes of that part.
+    in_memory: Whether images are held in memory: "true", "false", or "auto" if they
+      have one size and their pixels take at most 2 GiB.
 
   Raises:
-    UsageError: There is no such data set, or its description is damaged or that of
-      other data.
+    UsageError: There is no such data set, its description is damaged or that of other
+      data, or it cannot be held in memory or streamed as `in_memory` says.
   """
+  found = _described(name, data_dir)
+  size = math.prod(found.image_shape) * sum(found.splits.values())
+  small = not found.varies and size <= _LARGEST_IN_MEMORY
+  errors.check(in_memory != "true" or not found.varies, "config.in_memory", in_memory,
+               f"auto or false: the images of {name} differ in size")
+  errors.check(in_memory != "false" or name != "digits", "config.in_memory", in_memory,
+               "auto or true: the digits are in no file that could be streamed")
+  streamed = {"auto": not small, "true": False, "false": True}[in_memory]
+  return found._replace(streamed=streamed)
+
+
+def _described(name: str, data_dir: str | os.PathLike | None) -> Info:
+  """Returns the description of a data set, whether it is streamed or not."""
   if name not in _INFOS:
     return _prepared_info(name, data_dir)
   found = _INFOS[name]
-  if found.streamed:
+  if name == "imagenet2012":
     wordnet_ids = tfds_file("datasets/imagenet2012/labels.txt").read_text().split()
     found = found._replace(label_names=tuple(wordnet_ids))
     try:
       sizes = tfds_directory.sizes(_directory(name, data_dir))
       found = found._replace(
-          splits=_imagenet_splits(sizes["train"], sizes["validation"]))
+          splits=_split_sizes({part: sizes[part] for part in ("train", "validation")}))
     except Exception:  # The file is not trusted.
       pass  # `check_available` reports what is wrong.
   return found
@@ -222,19 +262,15 @@ def _prepared_info(name: str, data_dir: str | os.PathLike | None) -> Info:
   """Returns the description of a data set that minw does not know by name."""
   contents = _contents(name, data_dir)
   height, width, channels = contents.image_shape
-  splits = {split: stop - start
-            for split, (_, start, stop) in _parts(contents.sizes).items()}
+  splits = _split_sizes(contents.sizes)
   mean, std = contents.mean, contents.std
   if mean is None or std is None:
     directory = _directory(name, data_dir)
     changed = (directory / "dataset_info.json").stat().st_mtime_ns
     mean, std = _measured(name, str(directory.parent.parent), changed)
-  if height is None or width is None:
-    return Info(name, (_SIDE, _SIDE, channels), contents.label_names, mean, std, splits,
-                streamed=True)
-  shape = (height, width, channels)
+  shape = (height or _SIDE, width or _SIDE, channels)
   return Info(name, shape, contents.label_names, mean, std, splits,
-              streamed=math.prod(shape) * sum(splits.values()) > _LARGEST_IN_MEMORY)
+              varies=height is None)
 
 
 def _contents(
@@ -255,27 +291,6 @@ def _contents(
   return found
 
 
-def _parts(sizes: dict[str, int]) -> dict[str, tuple[str, int, int]]:
-  """Returns the splits of a data set, given the sizes of those that TFDS has.
-
-  A data set without test images is tested on its validation images. What is missing
-  then is cut off the end of the training images, whose order is random: a tenth, or
-  10,000 images if that is less.
-  """
-  parts, end = {}, sizes["train"]
-  tests = "test" if "test" in sizes else "validation"
-  held_out = min(10_000, -(-end // 10))
-  for split, kept_in in (("test", tests),
-                         ("validation", "validation" if tests == "test" else "")):
-    if kept_in in sizes:
-      parts[split] = kept_in, 0, sizes[kept_in]
-    else:
-      parts[split] = "train", end - held_out, end
-      end -= held_out
-  return {"train": ("train", 0, end), "validation": parts["validation"],
-          "test": parts["test"]}
-
-
 def _layout(name: str, data_dir: str | os.PathLike | None) -> _Layout:
   """Returns where the examples of a data set are in its TFDS directory."""
   if name not in _INFOS:
@@ -283,7 +298,7 @@ def _layout(name: str, data_dir: str | os.PathLike | None) -> _Layout:
     return _Layout(_parts(contents.sizes), contents.image_key, contents.label_key)
   sizes = info(name, data_dir).splits
   train, whole = sizes["train"], sizes["train"] + sizes["validation"]
-  tests = "validation" if _INFOS[name].streamed else "test"
+  tests = "validation" if name == "imagenet2012" else "test"
   return _Layout({"train": ("train", 0, train), "validation": ("train", train, whole),
                   "test": (tests, 0, sizes["test"])})
 
@@ -488,7 +503,8 @@ def open_records(
         directory,
         f"its files are {' and '.join(sorted(formats))}, which TensorFlow would have "
         "to read, and must be array_record")
-  found = {key: count for key, count in found.items() if key in expected}
+  ignored = _IGNORED.get(name, ()) if name in _INFOS else found.keys() - expected
+  found = {key: count for key, count in found.items() if key not in ignored}
   if found != expected:
     raise _refusal(directory, f"it holds {found} records and must hold {expected}")
   with _named(builder.info, kept_in):
