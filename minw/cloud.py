@@ -14,6 +14,7 @@ import errno
 import functools
 import importlib
 import os
+import re
 import secrets
 import threading
 from typing import Any, Callable, Iterator, NamedTuple
@@ -348,6 +349,8 @@ def _os_errors(path: Path) -> Iterator[None]:
 def as_os_error(error: BaseException, path: Any) -> OSError | None:
   """Returns the OSError for an error of the service, the network or the credentials.
 
+  TensorStore and gcsfs report some of these errors in the text of other exceptions.
+
   Args:
     error: Any error.
     path: Path that the error is about.
@@ -355,18 +358,20 @@ def as_os_error(error: BaseException, path: Any) -> OSError | None:
   Returns:
     The OSError; `error` itself if it is one with a number; None for other errors.
   """
-  if isinstance(error, OSError) and error.errno and error.filename:
+  if isinstance(error, OSError) and error.errno:
     return error
-  if not isinstance(error, _libraries().failures):
-    return None
+  if not isinstance(error, (*_libraries().failures, OSError)):
+    if not re.search("HTTP response code|gs://.*UNAVAILABLE", str(error)):
+      return None
   cause = getattr(error, "cause", None) or error  # That of an error of repeated tries.
   code = getattr(cause, "code", None) or getattr(
       getattr(cause, "response", None), "status_code", None)
   number = _ERRORS.get(str(code), errno.EIO)
   auth = importlib.import_module("google.auth.exceptions")
-  if isinstance(cause, (auth.DefaultCredentialsError, auth.RefreshError)):
-    number = errno.EACCES
   text = " ".join(str(cause).split())
+  if isinstance(cause, (auth.DefaultCredentialsError, auth.RefreshError)) or (
+      re.search("Forbidden|HTTP response code: 40[13]", text)):
+    number = errno.EACCES
   return _error(number, path, "" if number == errno.ENOENT else text[:200])
 
 

@@ -172,3 +172,12 @@ def test_submodules():
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
   with pytest.raises(AttributeError, match="'minw' has no attribute 'laiers'"):
     minw.laiers
+
+
+def test_paths_of_this_machine_need_no_packages_of_gcs():
+  code = ("import sys\nfrom minw import files, infer, paths\nfrom minw.workdir import "
+          "locks\npaths.expand('~/x'); paths.at('x').exists()\n"
+          "print({'gcsfs', 'fsspec', 'google.cloud', 'aiohttp'} & {*sys.modules})")
+  done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                        env={**os.environ, "PYTHONPATH": str(ROOT)})
+  assert (done.stdout, done.stderr) == ("set()\n", "")
