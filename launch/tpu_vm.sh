@@ -2,7 +2,7 @@
 # One training run on all machines of a Cloud TPU slice, to its end.
 #
 #   ZONE=us-central2-b TYPE=v4-32 VERSION=tpu-ubuntu2204-base launch/tpu_vm.sh NAME \
-#       --config=imagenet_resnet18 --workdir=/mnt/runs/resnet18
+#       --config=cifar_convnet --workdir=gs://BUCKET/convnet
 #
 # The slice NAME is created if it does not exist, and created again if it was preempted.
 # It still runs when this script ends. `gcloud compute tpus tpu-vm delete NAME` deletes
@@ -10,7 +10,8 @@
 # and the requirements are installed there. The arguments after NAME are passed to
 # minw.main on each machine. A run that was preempted resumes from its last checkpoint.
 # Therefore all machines, including those created later, must see the workdir and the
-# data.
+# data. A workdir on gs:// needs nothing else. SETUP can copy prepared data to each
+# machine, as in "gcloud storage cp --recursive gs://BUCKET/data .", or mount a disk.
 #
 #   ZONE, TYPE, VERSION  zone, type and version of the slice, as gcloud takes them
 #   CREATE_FLAGS         further flags of `tpu-vm create`, for example --spot

@@ -784,12 +784,14 @@ def _test(run: _Run) -> dict[str, Any]:
     The results for status.json.
   """
   experiment, manager = run.experiment, run.manager
-  manager.wait_until_finished()
+  # On gs://, a process can see the checkpoint before process 0 has completed it.
+  distributed.together(manager.wait_until_finished)
   # The status "done" relies on the checkpoints. They must be on the disk before it.
   files.sync_folder(manager.directory)
   target = checkpoint_target(experiment)
-  last = checkpoint.restore(manager, experiment.num_steps, target)
-  best = checkpoint.restore_best(manager, target)
+  with checkpoint.reading(manager) as reader:
+    last = checkpoint.restore(reader, experiment.num_steps, target)
+    best = checkpoint.restore_best(reader, target)
   assert best is not None  # The last checkpoint was read above.
   status = {"best_step": best.step}
   for which, prefix, saved in (("last", "test", last), ("best", "best_test", best)):

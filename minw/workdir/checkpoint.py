@@ -4,6 +4,7 @@ If the newest checkpoint is damaged, an older one is read. `read_run` reads a ru
 its workdir without training it.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -13,7 +14,7 @@ import re
 import shutil
 import sys
 import time
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 import weakref
 import zlib
 
@@ -104,6 +105,20 @@ def open_manager(workdir: str, read_only: bool = False) -> Manager:
     absl_logging.set_verbosity(verbosity)
   weakref.finalize(manager, close)
   return manager
+
+
+@contextlib.contextmanager
+def reading(manager: Manager) -> Iterator[Manager]:
+  """Context with a manager that can read what `manager` has saved.
+
+  On gs://, Orbax's manager itself cannot, except in process 0: elsewhere it keeps
+  taking the checkpoint for one that is being written. All processes call this.
+  """
+  if isinstance(manager.folder, cloud.Path) and distributed.several():
+    with open_manager(str(manager.folder.parent), read_only=True) as reader:
+      yield reader
+  else:
+    yield manager
 
 
 @functools.cache  # Install the hook only once.
