@@ -1,4 +1,4 @@
-"""Sweep of recipes: one difference at a time to the paper's training, in pairs of seeds.
+"""Sweep of recipes, each of which differs in one way from the paper's training.
 
 An example is --sweep=recipes:dataset=cifar100,network=D,size=quarter,seeds=3. The
 arguments of `get_runs` can be set in this way. With runs=cosine+smoothing, the sweep
