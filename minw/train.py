@@ -353,6 +353,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       KeyboardInterrupt at once. Then the steps since the last checkpoint are lost.
   """
   workdir = os.fspath(workdir)
+  paths.at(workdir)  # Refuses URLs that cannot be used.
   together = distributed.together
   experiment = together(Experiment, config)
   together(datasets.check_available, config.dataset, config.data_dir)
