@@ -358,9 +358,10 @@ function isObject(value) {
 const BATCH_BYTES = 2 ** 22; // Images that the engine gets at a time.
 
 export async function load(source) {
+  if (!compiled) init().catch(() => {}); // The last line throws the error.
+  const compiling = compiled; // Meanwhile the file is read.
   const bytes = await readBytes(source);
-  if (!compiled) init().catch(() => {}); // The next line throws the error.
-  return new Network(await Engine.create(await compiled), bytes);
+  return new Network(await Engine.create(await compiling), bytes);
 }
 
 class Network {
