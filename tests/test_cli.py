@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
   for name, text in FILES.items():
     (path / name).write_text(text)
   (path / "null.py").write_bytes(b"\xff\xfe\x00")
-  (path / "folder").mkdir()
+  (path / "tmp").mkdir()
   config = config_lib.to_json(config_lib.default_config())
   for name, text in (
       ("empty", None), ("no_json", "no JSON"), ("cut_off", config[:200]),
@@ -156,7 +156,7 @@ def test_experiment_files(refuses, name, reason):
     (f"{CIFAR}:seed=a", "config.seed='a': must be of type int"),
     ("nan.py", "config.alpha_end=nan: must be in [0, 1]"),
     ("grüße.py", "config.seed=-1: must be in [0, 2^32)"),
-    ("folder", "config 'folder' does not exist; known: cifar_convnet, cifar_densenet1"),
+    ("tmp", "config 'tmp' does not exist; known: cifar_convnet, cifar_densenet1"),
     ("digits_convne",
      "config 'digits_convne' does not exist; did you mean 'digits_con"),
     ("experiments/digits_convnet.py", "config='experiments/digits_convnet.py': no such "
