@@ -75,6 +75,13 @@ def pack_experiment(
 
   Raises:
     ValueError: See `pack`.
+
+  Examples:
+    >>> from minw import config, experiment, layers
+    >>> digits = experiment.Experiment(config.default_config("digits"))
+    >>> variables = layers.initialize(digits.model, digits.image_shape)
+    >>> pack.pack_experiment(digits, variables).source_shape
+    (8, 8, 1)
   """
   return pack(
       experiment.model, variables, pixels=experiment.pixels,

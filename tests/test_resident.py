@@ -216,7 +216,7 @@ def test_batch_t_is_a_function_of_seed_and_step(monkeypatch):
   step_and_batch = train.make_train_step(experiment)
 
   def batch_at(step, then=1):
-    state = train.TrainState(jnp.int32(step), (), (), (), ())
+    state = train.TrainState(jnp.int32(step), (), (), (), (), ())
     for t in range(step, step + then):
       # Each asks anew, in whatever place of an epoch it starts.
       place = next(experiment.data.train_batches(data, t))

@@ -136,11 +136,9 @@ def acting(config: dict[str, Any]) -> dict[str, Any]:
 def key(config: dict[str, Any], without: Sequence[str] = ()) -> str:
   """Returns a string that is equal for configs of the same experiment.
 
-  It ignores the fields in `without` and in `NO_MATTER`, for example the seed.
+  It has the `settings`, and is therefore the same after fields are added to configs.
   """
-  left_out = {*without, *NO_MATTER}
-  return json.dumps({name: value for name, value in acting(config).items()
-                     if name not in left_out}, sort_keys=True)
+  return json.dumps(settings(config, without), sort_keys=True)
 
 
 def settings(config: dict[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:

@@ -242,7 +242,7 @@ class Parser {
     float largest = format > 3 ? largest_weight(op->weights) : 0;
     if (!exact)
       value.exponent = checked_exponent(exponent_of_products(*op, x, row, largest));
-    const int outputs = out / op->groups;  // Of a group.
+    const int outputs = out / op->groups;  // In each group.
     for (int group = 0; exact && group < op->groups; group++) {
       const int64_t* bound = x.bound.data() + int64_t{group} * in;
       const bool even = std::equal(bound + 1, bound + in, bound);
