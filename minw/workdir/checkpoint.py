@@ -420,12 +420,23 @@ def read_run(
     raise errors.bad_value("workdir", workdir, "a run that has a checkpoint")
   check_same_data(workdir, saved.run, config, data_dir)
   status = run_files.read_status(workdir)
-  if status and status["state"] == "done":
-    expected = status.get("best_step") if which == "best" else status["step"]
-    if expected not in (None, saved.step):
-      _log.warning("%s: the checkpoint of step %d is missing; that of step %d is used",
-                   workdir, expected, saved.step)
+  expected = _expected_step(status, which)
+  done = status is not None and status["state"] == "done"
+  # If a run is not done, its last save may be ahead of its status.
+  if expected is not None and (
+      expected != saved.step if done else expected > saved.step):
+    _log.warning("%s: the checkpoint of step %d is missing; that of step %d is used",
+                 workdir, expected, saved.step)
   return Run(config, saved, status)
+
+
+def _expected_step(status: dict[str, Any] | None, which: str) -> int | None:
+  """Returns the step whose checkpoint `read_run` should find, or None if unknown."""
+  if status is None or status["state"] == "diverged":  # Its step has no checkpoint.
+    return None
+  if which == "best":
+    return status.get("best_step") if status["state"] == "done" else None
+  return status["step"]
 
 
 def check_same_data(

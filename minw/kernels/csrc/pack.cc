@@ -64,9 +64,10 @@ MINW_INLINE Bytes bit(const Block& plane, int i) {
 // With 2 and 3 bits the digit is the code plus the largest code, and the file has the
 // magnitude of the code in binary.
 Bytes numbers(const Block* planes, int bits, int first, int digits) {
-  if (bits == 1)  // All digits at once.
-    return planes[0].of[first / 8] >> static_cast<uint8_t>(first % 8) &
-           static_cast<uint8_t>((1 << digits) - 1);
+  if (bits == 1) {  // All digits at once.
+    const uint8_t low = first % 8, ones = (1 << digits) - 1;
+    return planes[0].of[first / 8] >> low & ones;
+  }
   Bytes sum = {};
   for (int i = first + digits - 1; i >= first; i--) {
     Bytes magnitude = bit(planes[1], i), negative = bit(planes[0], i) - 1;
