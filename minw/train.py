@@ -544,8 +544,14 @@ def _train(
     run = _Run(experiment, workdir, stop, splits, programs, manager, journal, writer,
                progress, show)
 
-    status = _train_steps(run, state)
-    results = _test(run) if status["state"] == "running" else {}
+    try:
+      status = _train_steps(run, state)
+      results = _test(run) if status["state"] == "running" else {}
+    except BaseException:
+      if writer:
+        with contextlib.suppress(OSError):  # What failed before says more.
+          writer.close()
+      raise
     journal.note()
     if writer:
       writer.sync()
