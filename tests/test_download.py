@@ -135,7 +135,7 @@ def test_a_wrong_checksum_is_refused_and_forgotten(server, tmp_path):
   server.content = good[:-1] + bytes([good[-1] ^ 1])
   message = refusal("cifar10", tmp_path / "data")
   assert hashlib.sha256(server.content).hexdigest() in message
-  assert not os.listdir(tmp_path / "data/cifar10")
+  assert not os.listdir(tmp_path / "data")
   server.content = good
   check_prepared("cifar10", prepare.prepare("cifar10", tmp_path / "data"))
   assert server.ranges == [None, None]
@@ -150,7 +150,7 @@ def test_an_error_of_the_server_is_reported(server, tmp_path):
   server.status = 404
   message = refusal("cifar10", tmp_path / "data")
   assert server.url in message and "404" in message and "--source=PATH" in message
-  assert not os.listdir(tmp_path / "data/cifar10")
+  assert not os.listdir(tmp_path / "data")
 
 
 def test_a_server_that_stalls_is_given_up(server, tmp_path, monkeypatch):
