@@ -137,7 +137,7 @@ class Teacher(NamedTuple):
   Attributes:
     model: The network, a Flax module.
     variables: Variables of the hard network, replicated on all devices.
-    record: What a run records of it: `workdir`, `step`, and checksums of its `config`
+    record: Facts that a run records: `workdir`, `step`, and checksums of its `config`
       and its `variables`.
   """
 
