@@ -24,7 +24,6 @@ from minw import fold
 from minw import layers
 from minw import models
 from minw import optim
-from minw import paths
 from minw import quantizers
 from minw import schedules
 from minw.data import augment
@@ -297,12 +296,7 @@ class Experiment:
     c = self.config
     if not c.teacher:
       return None
-    try:
-      run = checkpoint.read_run(
-          paths.expand(c.teacher, remote=True), data_dir=c.data_dir)
-    except errors.UsageError as error:
-      raise errors.UsageError(
-          f"config.teacher={errors.shown(c.teacher)}: {error}") from error
+    run = checkpoint.read_named("teacher", c.teacher, c.data_dir)
     theirs = config_lib.copy(run.config, data_dir=c.data_dir)
     for name in ("dataset", "crop_size", "pixels"):
       errors.check(theirs[name] == c[name], "config.teacher", c.teacher,

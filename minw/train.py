@@ -851,11 +851,7 @@ def read_source(workdir: str, experiment: Experiment) -> dict[str, Any]:
   """
   if not workdir:
     return {}
-  try:
-    saved = checkpoint.read_run(paths.expand(workdir, remote=True)).saved
-  except errors.UsageError as error:
-    raise errors.UsageError(
-        f"config.init_from={errors.shown(workdir)}: {error}") from error
+  saved = checkpoint.read_named("init_from", workdir).saved
   source = checkpoint.trained_variables(saved.tree)
   shapes = lambda tree: {
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape

@@ -357,7 +357,7 @@ def test_init_from_a_run_of_other_shapes(monkeypatch):
   tree = jax.eval_shape(lambda: train.init_state(other))._asdict()
   saved = type("Saved", (), {"step": 0, "tree": tree})
   monkeypatch.setattr(train.checkpoint, "read_run",
-                      lambda workdir: train.checkpoint.Run(None, saved, {}))
+                      lambda workdir, data_dir: train.checkpoint.Run(None, saved, {}))
   with pytest.raises(errors.UsageError) as error:
     train.read_source("there", tiny_experiment())
   assert str(error.value).startswith(

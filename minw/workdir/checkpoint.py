@@ -430,6 +430,24 @@ def read_run(
   return Run(config, saved, status)
 
 
+def read_named(field: str, workdir: str, data_dir: str | None = None) -> Run:
+  """Reads the last checkpoint of the run that a field of a config names.
+
+  Args:
+    field: Name of the field.
+    workdir: Its value, a path as a user wrote it.
+    data_dir: See `read_run`.
+
+  Raises:
+    errors.UsageError: See `read_run`. The message names the field and its value.
+  """
+  try:
+    return read_run(paths.expand(workdir, remote=True), data_dir=data_dir)
+  except errors.UsageError as error:
+    raise errors.UsageError(
+        f"config.{field}={errors.shown(workdir)}: {error}") from error
+
+
 def _expected_step(status: dict[str, Any] | None, which: str) -> int | None:
   """Returns the step whose checkpoint `read_run` should find, or None if unknown."""
   if status is None or status["state"] == "diverged":  # Its step has no checkpoint.
