@@ -41,11 +41,10 @@ const RELAXED_MODULE = Uint8Array.of(
 function relaxed(bytes) {
   if (!WebAssembly.validate(RELAXED_MODULE)) return bytes;
   const code = bytes.slice();
-  const [prefix, ...opcode] = SWIZZLE;
-  for (let i = code.indexOf(prefix); i >= 0; i = code.indexOf(prefix, i + 1)) {
-    if (opcode.every((byte, k) => code[i + 1 + k] === byte)) {
-      code.set(RELAXED_SWIZZLE, i);
-    }
+  // The search is for the second byte, which is much rarer than the first one.
+  const [prefix, opcode, end] = SWIZZLE;
+  for (let i = code.indexOf(opcode); i >= 0; i = code.indexOf(opcode, i + 1)) {
+    if (code[i - 1] === prefix && code[i + 1] === end) code.set(RELAXED_SWIZZLE, i - 1);
   }
   return code;
 }
@@ -358,10 +357,11 @@ function isObject(value) {
 const BATCH_BYTES = 2 ** 22; // Images that the engine gets at a time.
 
 export async function load(source) {
-  if (!compiled) init().catch(() => {}); // The last line throws the error.
-  const compiling = compiled; // Meanwhile the file is read.
+  if (!compiled) init().catch(() => {}); // The last line throws the errors.
+  const creating = compiled.then(Engine.create); // Meanwhile the file is read.
+  creating.catch(() => {});
   const bytes = await readBytes(source);
-  return new Network(await Engine.create(await compiling), bytes);
+  return new Network(await creating, bytes);
 }
 
 class Network {

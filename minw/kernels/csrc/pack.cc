@@ -48,13 +48,17 @@ Block transposed(const uint64_t (&words)[8][2]) {
   return block;
 }
 
+// Shifts all bytes. What this moves from one byte to another must be masked. There is
+// no instruction that shifts bytes, but one that shifts words.
+MINW_INLINE Bytes shifted(Bytes x, int by) { return (Bytes)((Words)x >> by); }
+
 // Bit i of the 64 weights of each output channel.
 MINW_INLINE Bytes bit(const Block& plane, int i) {
-  return plane.of[i / 8] >> static_cast<uint8_t>(i % 8) & 1;
+  return shifted(plane.of[i / 8], i % 8) & 1;
 }
 
-// The numbers that have `digits` channels from channel `first` of a block on. The first
-// channel is the lowest digit.
+// The numbers of the 8 channels of a byte of each plane, which have `digits` channels
+// each. The first channel is the lowest digit.
 //
 //   bits   digit of a level                                     base
 //   1      -1, 1 -> 0, 1                                        2
@@ -63,27 +67,53 @@ MINW_INLINE Bytes bit(const Block& plane, int i) {
 //
 // With 2 and 3 bits the digit is the code plus the largest code, and the file has the
 // magnitude of the code in binary.
-Bytes numbers(const Block* planes, int bits, int first, int digits) {
-  if (bits == 1) {  // All digits at once.
-    const uint8_t low = first % 8, ones = (1 << digits) - 1;
-    return planes[0].of[first / 8] >> low & ones;
+void numbers(const Block* planes, int bits, int byte, int digits, Bytes (&to)[4]) {
+  const Bytes positive = planes[0].of[byte];
+  if (bits == 1) {  // 4 digits; the plane holds the numbers.
+    to[0] = positive & 15;
+    to[1] = shifted(positive, 4) & 15;
+    return;
   }
-  Bytes sum = {};
-  for (int i = first + digits - 1; i >= first; i--) {
-    Bytes magnitude = bit(planes[1], i), negative = bit(planes[0], i) - 1;
-    if (bits == 3) magnitude += bit(planes[2], i) << 1;
-    sum = bits == 2 ? sum + sum + sum + 1 : (sum << 3) - sum + 3;
-    sum += (magnitude ^ negative) - negative;
+  if (bits == 2) {
+    // In binary, a digit is `two` and `one`. All bits of a number are summed in four
+    // bits at once. One that has digits d and e, of which `one` has bits d0 and e0, and
+    // `two` has d1 and e1, is
+    //
+    //   d + 3 e = (d0 + 2 e0) + e0 + 2 ((d1 + 2 e1) + e1).
+    const Bytes one = ~planes[1].of[byte], two = positive & planes[1].of[byte];
+    auto sum = [](Bytes x) MINW_LAMBDA { return (x & 0x33) + (shifted(x, 1) & 0x11); };
+    Bytes pairs[2];  // Numbers 0 and 2, and numbers 1 and 3.
+    MINW_UNROLLED(k, 2) {
+      const Bytes high = sum(shifted(two, 2 * k));
+      pairs[k] = sum(shifted(one, 2 * k)) + high + high;
+    }
+    MINW_UNROLLED(k, 4) to[k] = shifted(pairs[k % 2], k / 2 * 4) & 15;
+    if (digits == 2) return;
+    MINW_UNROLLED(k, 2) to[k] = to[2 * k] + 9 * to[2 * k + 1];
+    return;
   }
-  return sum;
+  MINW_UNROLLED(k, 4) {  // 2 digits.
+    auto digit = [&](int i) MINW_LAMBDA {
+      const Bytes negative = bit(planes[0], 8 * byte + i) - 1;
+      const Bytes magnitude =
+          bit(planes[1], 8 * byte + i) + (bit(planes[2], 8 * byte + i) << 1);
+      return (magnitude ^ negative) - negative + 3;
+    };
+    to[k] = digit(2 * k) + 7 * digit(2 * k + 1);
+  }
 }
+
+// The place of an output channel's byte in the vectors of a block: its own, or in fours
+// of the output channels k, k + 4, k + 8 and k + 12.
+constexpr auto in_order = [](int k) { return k; };
+constexpr auto in_fours = [](int k) { return k % 4 * 4 + k / 4; };
 
 // Calls visit(output channel, tap, first channel, channels, planes) for each 64 weights
 // of kVector output channels, whose first weight is weight `first`. Past the last
 // channel, and past the last output channel, all bits are 0.
-template <class Visit>
+template <class Place, class Visit>
 void each_block(const Conv& c, const Weights& weights, uint64_t first, int inputs,
-                const Visit& visit) {
+                const Place& place, const Visit& visit) {
   const int taps = c.window.h * c.window.w;
   const uint64_t row = uint64_t{1} * taps * inputs;  // Weights of an output channel.
   for (int out = 0; out < c.out.c; out += kVector)
@@ -95,7 +125,7 @@ void each_block(const Conv& c, const Weights& weights, uint64_t first, int input
         for (int plane = 0; plane < c.w_bits; plane++) {
           uint64_t words[8][2] = {};
           for (int k = 0; k < rows; k++)
-            words[k % 8][k / 8] = weights.plane(plane, at + k * row, n);
+            words[place(k) % 8][place(k) / 8] = weights.plane(plane, at + k * row, n);
           planes[plane] = transposed(words);
         }
         visit(out, tap, i, n, planes);
@@ -113,15 +143,20 @@ Bytes levels(const Block* planes, int bits, int i) {
   return (magnitude ^ negative) - negative;
 }
 
-// Weights of two channels for 8 output channels, from bytes in memory. Those of the
-// second half of the output channels are the upper parts of int16.
-Ints joined(const uint8_t* even, const uint8_t* odd) {
-  auto both = [](const uint8_t* from) MINW_LAMBDA {
-    Ints low = __builtin_convertvector(load<Codes>(from), Ints);
-    Ints high = __builtin_convertvector(load<Codes>(from + kInts), Ints);
-    return low + high * (1 << kPairsUpper);
+// Joins the levels of two channels for kVector output channels, which are in fours. An
+// int16 has two output channels, the second one in its upper bits. Bytes 0 and 1 of the
+// four go to the first half of the result, and bytes 2 and 3 to the second one:
+//
+//   (even 0 + even 1 << kPairsUpper) | (odd 0 + odd 1 << kPairsUpper) << 16
+MINW_INLINE void store_pairs(char* to, Bytes even, Bytes odd) {
+  using Fours = Vec<uint32_t, kVector>;
+  auto both = [](Bytes x) MINW_LAMBDA {
+    const auto low = (Vec<int16_t, kVector>)((Shorts)x << 8) >> 8;  // With its sign.
+    return (Fours)((Shorts)low + ((Shorts)x >> 8 << kPairsUpper));
   };
-  return (both(even) & 0xffff) | both(odd) << 16;
+  const Fours e = both(even), o = both(odd);
+  store(to, (e & 0xffff) | o << 16);
+  store(to + kVector, e >> 16 | (o & 0xffff0000));
 }
 
 }  // namespace
@@ -136,13 +171,18 @@ void pack_numbers(const Conv& c, const Weights& weights, uint64_t first, int inp
     const int end = std::min(begin + 64 / digits, (tap + 1) * tap_numbers);
     char* number = to + out / c.width * c.group_bytes + out % c.width +
                    size_t{1} * begin * c.width;
-    for (int k = 0; k < end - begin; k++, number += c.width) {
-      Bytes x = numbers(planes, c.w_bits, k * digits, digits);
-      // Tables that weights select have 16 bytes; an x86 address multiplies by 8.
-      store(number, c.swapped ? x + x : x);
+    const int of_byte = 8 / digits;
+    for (int byte = 0; begin + byte * of_byte < end; byte++) {
+      Bytes x[4];
+      numbers(planes, c.w_bits, byte, digits, x);
+      for (int k = 0; k < std::min(of_byte, end - begin - byte * of_byte); k++) {
+        // Tables that weights select have 16 bytes; an x86 address multiplies by 8.
+        store(number, c.swapped ? x[k] + x[k] : x[k]);
+        number += c.width;
+      }
     }
   };
-  each_block(c, weights, first, inputs, visit);
+  each_block(c, weights, first, inputs, in_order, visit);
 }
 
 void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int inputs,
@@ -153,14 +193,12 @@ void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int input
     char* pair = to + out / kVector * c.group_bytes + size_t{1} * tap * tap_bytes +
                  size_t{1} * i * kVector;
     for (int k = 0; k < n; k += 2) {
-      uint8_t even[kVector], odd[kVector] = {};
-      store(even, levels(planes, c.w_bits, k));
-      if (k + 1 < n) store(odd, levels(planes, c.w_bits, k + 1));
-      for (int half = 0; half < kVector; half += kVector / 2, pair += kVector)
-        store(pair, joined(even + half, odd + half));
+      const Bytes odd = k + 1 < n ? levels(planes, c.w_bits, k + 1) : Bytes{};
+      store_pairs(pair, levels(planes, c.w_bits, k), odd);
+      pair += size_t{2} * kVector;
     }
   };
-  each_block(c, weights, first, inputs, visit);
+  each_block(c, weights, first, inputs, in_fours, visit);
 }
 
 }  // namespace minw

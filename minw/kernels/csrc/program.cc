@@ -11,19 +11,6 @@ namespace {
 
 thread_local const std::string* subject = nullptr;
 
-// The n <= 64 bits from bit `first` on, of a plane of `bytes` bytes.
-uint64_t bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n) {
-  uint64_t byte = first / 8, low = 0;
-  if (byte + 8 <= bytes)
-    std::memcpy(&low, plane + byte, 8);  // An instruction, and no call.
-  else
-    std::memcpy(&low, plane + byte, bytes - byte);
-  int shift = static_cast<int>(first % 8);
-  low >>= shift;
-  if (shift && byte + 8 < bytes) low |= uint64_t{plane[byte + 8]} << (64 - shift);
-  return n == 64 ? low : low & ((uint64_t{1} << n) - 1);
-}
-
 // float8_e4m3fn: 4 bits of exponent with bias 7, 3 of mantissa. It has no infinities.
 float float8(uint8_t x) {
   int exponent = x >> 3 & 15, mantissa = x & 7;
@@ -54,9 +41,16 @@ int64_t Value::most() const {
   return bound.empty() ? 0 : *std::max_element(bound.begin(), bound.end());
 }
 
-uint64_t Weights::plane(int i, uint64_t first, int n) const {
-  uint64_t size = (count + 7) / 8;
-  return bits_at(data + i * size, size, first, n);
+uint64_t Weights::bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n) {
+  uint64_t byte = first / 8, low = 0;
+  if (byte + 8 <= bytes)
+    std::memcpy(&low, plane + byte, 8);  // An instruction, and no call.
+  else
+    std::memcpy(&low, plane + byte, bytes - byte);
+  int shift = static_cast<int>(first % 8);
+  low >>= shift;
+  if (shift && byte + 8 < bytes) low |= uint64_t{plane[byte + 8]} << (64 - shift);
+  return n == 64 ? low : low & ((uint64_t{1} << n) - 1);
 }
 
 Bits Weights::bits(uint64_t first, int n) const {

@@ -59,9 +59,20 @@ struct Weights {
   bool grid() const { return format <= 3; }
   // The n <= 64 bits from weight `first` on, in plane i of the file: signs (1 is
   // positive), then the binary digits of the codes' magnitudes.
-  uint64_t plane(int i, uint64_t first, int n) const;
+  uint64_t plane(int i, uint64_t first, int n) const {
+    const uint64_t bytes = (count + 7) / 8, byte = first / 8;
+    const uint8_t* from = data + i * bytes;
+    if (n < 64 || first % 8 || byte + 8 > bytes) return bits_at(from, bytes, first, n);
+    uint64_t word;  // Whole bytes are the common case: no call, and nothing to cut off.
+    std::memcpy(&word, from + byte, sizeof word);
+    return word;
+  }
   Bits bits(uint64_t first, int n) const;
   float value(uint64_t i) const;  // The float, or the level of a grid.
+
+ private:
+  // The n <= 64 bits from bit `first` on, of a plane of `bytes` bytes.
+  static uint64_t bits_at(const uint8_t* plane, uint64_t bytes, uint64_t first, int n);
 };
 
 struct Op {
