@@ -46,14 +46,28 @@ def test_times_the_packed_network(program, modules, tmp_path):
   shape = web.write_files(program, tmp_path)
   assert shape == [1, 1, 8, 8]
   with web.driver(str(tmp_path), modules, "") as ask:
-    assert 0 < ask("start", "minw", shape) < 60_000
-    assert 0 < ask("cold", "minw", shape) < 60_000
-    ask("run", "minw", 10_000)  # V8 compiles it.
-    few, many = ask("run", "minw", 1000), ask("run", "minw", 20_000)
+    assert 0 < ask("start", "simd128", shape) < 60_000
+    assert 0 < ask("cold", "simd128", shape) < 60_000
+    ask("run", "simd128", 10_000)  # V8 compiles it.
+    few, many = ask("run", "simd128", 1000), ask("run", "simd128", 20_000)
     assert 2 * few < many  # It is twenty times the work.
     with pytest.raises(errors.UsageError, match="onnxruntime-web"):
       ask("start", "float32", shape)
-    assert ask("run", "minw", 1) > 0  # The driver lives on.
+    assert ask("run", "simd128", 1) > 0  # The driver lives on.
+
+
+@node.needs_node
+def test_relaxed_simd_is_timed_where_there_is_any(program, modules, tmp_path):
+  """V8 has it since version 11.4, that is, Node 21."""
+  said = node.run("node", "-p", "process.versions.node.split('.')[0] >= 21")
+  shape = web.write_files(program, tmp_path)
+  with web.driver(str(tmp_path), modules, "") as ask:
+    if said.strip() == "true":
+      assert ask("start", "relaxed-simd", shape) > 0
+    else:
+      with pytest.raises(errors.UsageError, match="there is no relaxed SIMD"):
+        ask("start", "relaxed-simd", shape)
+    assert ask("start", "simd128", shape) > 0
 
 
 @node.needs_node
@@ -64,7 +78,7 @@ def test_wrong_logits_are_not_timed(program, modules, tmp_path, monkeypatch):
   shape = web.write_files(program, tmp_path)
   with web.driver(str(tmp_path), modules, "") as ask:
     with pytest.raises(errors.UsageError, match="not those of the native kernels"):
-      ask("start", "minw", shape)
+      ask("start", "simd128", shape)
 
 
 def test_refuses_what_is_not_there(modules, monkeypatch):
@@ -122,12 +136,15 @@ def test_all_engines_are_timed(packages):
       (8, 8, 9, 1, 4), (8, 8, 9, 4, 6), (4 * 4 * 6, 8), (8, 10)))
   assert networks.multiplications(inference.checked_network(tiny_config())) == work
   for run in result["runs"]:
-    assert run["left_out"] == {}
+    names = ["minw simd128", "minw relaxed", "ONNX float32", "ONNX int8"]
+    if run["left_out"]:  # Node 20 has no relaxed SIMD.
+      assert run["left_out"] == {names.pop(1): "there is no relaxed SIMD"}
+      assert run["where"] == "node"
     assert run["versions"]["onnxruntime-web"] == ONNX.partition("@")[2]
     assert run["where"] in run["versions"]
     for part in (run, run["first_result"]):
-      assert [*part["engines"]] == ["minw", "ONNX float32", "ONNX int8"]
-      assert [*part["ratios"]] == ["ONNX float32", "ONNX int8"]
+      assert [*part["engines"]] == names
+      assert [*part["ratios"]] == names[1:]
     for engine in run["engines"].values():
       assert len(engine["values"]) == 2 and min(engine["values"]) > 0
       np.testing.assert_allclose(
@@ -138,14 +155,14 @@ def test_all_engines_are_timed(packages):
 
 def test_left_out_engines_are_named():
   times = {"low": 1e-3, "median": 2e-3, "high": 3e-3, "values": [2e-3]}
-  engines = {"minw": times | {"per_second": 5e9}}
+  engines = {"minw simd128": times | {"per_second": 5e9}}
   text = web.table({
       "config": tiny_config().to_dict(), "rounds": 1,
       "machine": {"cpu": "Some CPU", "cores": 1, "versions": {}}, "runs": [{
           "where": "node", "versions": {"node": "20.1"}, "engines": engines,
           "ratios": {}, "left_out": {"ONNX int8": "it is not there"},
           "first_result": {"engines": engines, "ratios": {}}}]})
-  assert "minw               2.000         1.000 - 3.000      5.0" in text
+  assert "minw simd128       2.000         1.000 - 3.000      5.0" in text
   assert "ONNX int8      left out: it is not there" in text
 
 

@@ -310,6 +310,8 @@ def test_relaxed_simd_is_recognized():
   swizzle = re.search(r"const RELAXED_SWIZZLE = .*?;", LIBRARY)[0]
   assert node.run(
       "node", "-p", f"{swizzle} WebAssembly.validate({module})") == said
+  isa = "relaxed-simd" if said == "true\n" else "simd128"
+  assert run(small(), small_image())["isa"] == isa
 
 
 # Images: they become the pixels that `minw.infer` makes of them.

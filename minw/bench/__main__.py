@@ -57,7 +57,8 @@ def main_web() -> None:
     python -m minw.bench web [--where=node,chromium] [--modules=node_modules] [...]
 
   One image is computed on one thread, in Node and in a page of headless Chromium. CPU
-  times are measured in turns, and so is the time to the first result. The folder
+  times are measured in turns, and so is the time to the first result. The packed
+  network runs with simd128, and with relaxed SIMD where there is any. The folder
   --modules needs `npm install onnxruntime-web playwright-core`, and Python needs
   `pip install 'minw[bench]'`.
   """

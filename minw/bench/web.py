@@ -24,7 +24,9 @@ from minw.bench import timing
 from minw.kernels import reference
 
 WHERE = ("node", "chromium")
-_NAMES = {"minw": "minw", "ONNX float32": "float32", "ONNX int8": "int8"}
+_NAMES = {"minw simd128": "simd128", "minw relaxed": "relaxed-simd",
+          "ONNX float32": "float32", "ONNX int8": "int8"}
+_BASE = "minw simd128"  # Ratios of times refer to it, because all browsers run it.
 _FIRST_RESULTS = 5  # Number of measurements of the time to the first result.
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _FILES = ("web_engines.mjs", "../web/minw.js", "../web/minw.wasm")
@@ -195,12 +197,12 @@ def _measure(
 
 
 def _summary(seconds: dict[str, list[float]], work: int = 0) -> dict[str, Any]:
-  """Summarizes the times of engines, and their ratios to the packed network's."""
+  """Summarizes the times of engines, and their ratios to those of `_BASE`."""
   engines = {name: {**timing.summary(values), "per_second": work / np.median(values)}
              for name, values in seconds.items()}
   return {"engines": engines, "ratios": {
-      name: timing.summary([a / b for a, b in zip(values, seconds["minw"])])
-      for name, values in seconds.items() if "minw" in seconds and name != "minw"}}
+      name: timing.summary([a / b for a, b in zip(values, seconds[_BASE])])
+      for name, values in seconds.items() if _BASE in seconds and name != _BASE}}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -209,13 +211,13 @@ def table(result: dict[str, Any]) -> str:
   lines = [
       f"WebAssembly: {inference.title(result['config'])}; random weights",
       f"on {machine['cpu']}, one image, one thread; CPU time",
-      f"Medians and quartiles of {result['rounds']} rounds; ratios of times are"
+      f"Medians and quartiles of {result['rounds']} rounds; ratios to {_BASE} are"
       " medians of each round's."]
   for run in result["runs"]:
     versions = (f"{name} {version}" for name, version in run["versions"].items())
     lines += ["", ", ".join(versions),
-              f"{'':14}{'ms':>10}{'quartiles':>22}{'GMAC/s':>9}{'/ minw':>9}"
-              f"{'first result':>14}{'/ minw':>9}"]
+              f"{'':14}{'ms':>10}{'quartiles':>22}{'GMAC/s':>9}{'ratio':>9}"
+              f"{'first result':>14}{'ratio':>9}"]
     for name, e in run["engines"].items():
       spread = f"{1e3 * e['low']:.3f} - {1e3 * e['high']:.3f}"
       first = run["first_result"]["engines"][name]["median"]

@@ -10,18 +10,23 @@ async function read(name) {
   return new Uint8Array(await (await fetch(url)).arrayBuffer());
 }
 
-/** Starts the packed network. */
-async function startMinw() {
-  const { load } = await import("./minw.js");
-  const [network, image] = await Promise.all([
-    load(new URL("network.minw", import.meta.url)), read("image.bin")]);
+/** Starts the packed network with vector instructions, "simd128" or "relaxed-simd". */
+async function startMinw(isa) {
+  const { init, load } = await import("./minw.js");
+  // The library takes a compiled module as it is, and otherwise relaxed SIMD if it can.
+  const compiled = isa === "simd128"
+    ? read("minw.wasm").then((wasm) => WebAssembly.compile(wasm)).then(init) : init();
+  const [content, image] = await Promise.all([
+    read("network.minw"), read("image.bin"), compiled]);
+  const network = await load(content);
+  if (network.isa !== isa) throw new Error("there is no relaxed SIMD");
   network.logits(image);
   return () => network.logits(image);
 }
 
 /** Checks that the packed network's logits are those of the native kernels. */
-async function checkMinw() {
-  const logits = runs.minw();
+async function checkMinw(name) {
+  const logits = runs[name]();
   const expected = new Float32Array((await read("logits.bin")).buffer);
   if (logits.length !== expected.length || logits.some((x, i) => x !== expected[i])) {
     throw new Error("its logits are not those of the native kernels");
@@ -44,7 +49,7 @@ async function startOnnx(file, type, toTensor, url, shape) {
 /**
  * Starts an engine and computes an image.
  *
- * @param name "minw", "float32" or "int8".
+ * @param name "simd128" or "relaxed-simd" for the packed network, "float32" or "int8".
  * @param ort URL of ONNX Runtime's module.
  * @param shape Shape of the images of ONNX Runtime.
  * @returns Milliseconds that this took, with loading the engine and the network.
@@ -52,13 +57,14 @@ async function startOnnx(file, type, toTensor, url, shape) {
 export async function start(name, ort, shape) {
   const began = performance.now();
   runs[name] = await {
-    minw: startMinw,
+    simd128: () => startMinw(name),
+    "relaxed-simd": () => startMinw(name),
     float32: () => startOnnx(
       "float32.onnx", "float32", (bytes) => new Float32Array(bytes.buffer), ort, shape),
     int8: () => startOnnx("int8.onnx", "uint8", (bytes) => bytes, ort, shape),
   }[name]();
   const milliseconds = performance.now() - began;
-  if (name === "minw") await checkMinw();
+  if (name.includes("simd")) await checkMinw(name);
   return milliseconds;
 }
 

@@ -77,8 +77,8 @@ export interface Network {
   readonly kernels: readonly (readonly [name: string, kernel: string])[];
   /** Type of each value: that of the image, then those that the operations make. */
   readonly valueTypes: readonly ValueType[];
-  /** The instruction set of the kernels, such as "simd128". */
-  readonly isa: string;
+  /** The vector instructions that the kernels use. */
+  readonly isa: "simd128" | "relaxed-simd";
   /** Bytes of the file. */
   readonly fileSize: number;
   /** Bytes of memory that the instance holds now. */
@@ -126,6 +126,8 @@ export const levels: Readonly<Record<1 | 2 | 3, readonly number[]>>;
 
 /**
  * Compiles the engine once. `load` does so by itself if minw.wasm is beside this file.
+ *
+ * Relaxed SIMD is used where there is any, but not in a module that was compiled before.
  *
  * @param wasm The bytes of minw.wasm, its URL, a response, or a compiled module.
  */

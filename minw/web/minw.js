@@ -9,7 +9,7 @@
 
 const WASM = () => new URL("./minw.wasm", import.meta.url);
 
-let compiled = null; // The promise of a WebAssembly.Module.
+let compiled = null; // The promise of a module, and its vector instructions.
 
 export function init(wasm = WASM()) {
   const compiling = compile(wasm);
@@ -21,8 +21,11 @@ export function init(wasm = WASM()) {
 }
 
 async function compile(wasm) {
-  if (wasm instanceof WebAssembly.Module) return wasm;
-  return WebAssembly.compile(relaxed(await readBytes(wasm)));
+  if (wasm instanceof WebAssembly.Module) return { module: wasm, isa: "simd128" };
+  const bytes = await readBytes(wasm);
+  const code = relaxed(bytes);
+  const isa = code === bytes ? "simd128" : "relaxed-simd";
+  return { module: await WebAssembly.compile(code), isa };
 }
 
 // i8x16.swizzle as minw.wasm has it, i8x16.relaxed_swizzle, and a module with the latter.
@@ -51,8 +54,9 @@ function relaxed(bytes) {
 
 /** An instance of the module, with helpers to move data in and out of its memory. */
 class Engine {
-  static async create(module) {
+  static async create({ module, isa }) {
     const engine = new Engine();
+    engine.isa = isa;
     const { exports } = await WebAssembly.instantiate(module, engine.imports());
     engine.exports = exports;
     engine.run(() => exports._initialize());
@@ -385,7 +389,7 @@ class Network {
     this.fileSize = bytes.length;
     this.shape = engine.shape("minw_source", pointer).shape;
     this.classes = c.minw_classes(pointer);
-    this.isa = engine.text(c.minw_isa(pointer));
+    this.isa = engine.isa;
     const size = engine.allocate(4);
     const metadata = c.minw_metadata(pointer, size);
     const length = engine.view().getUint32(size, true);
