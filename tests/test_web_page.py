@@ -1,20 +1,16 @@
 """The page of an exported network in Chromium, as its readers use it."""
 
 import base64
-import functools
-import http.server
 import io
 import json
 import math
 import pathlib
-import shutil
-import subprocess
-import threading
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from c_programs import tool
 from minw import infer
 from minw import packed
 from minw.data import datasets
@@ -25,10 +21,13 @@ from packed_networks import floats
 from packed_networks import groups_and_dilation
 from packed_networks import images
 from packed_networks import residual_and_dense
+from web_pages import image_files
+from web_pages import npm_package
+from web_pages import photo
+from web_pages import served
 
 pytestmark = [pytest.mark.slow, node.needs_node]
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 PLAYWRIGHT = "playwright-core@1.65.1"
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 PHONE = {"viewport": {"width": 360, "height": 740}}
@@ -38,18 +37,8 @@ DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
   """The arguments of tests/web/page.mjs: folder of playwright-core and executable."""
-  executable = next(filter(None, map(shutil.which, CHROMIUM)), None)
-  if not executable:
-    pytest.skip("Chromium is not installed")
-  if not shutil.which("npm"):
-    pytest.skip("npm is not installed")
-  folder = tmp_path_factory.mktemp("playwright")
-  done = subprocess.run(
-      ["npm", "install", "--silent", "--ignore-scripts", PLAYWRIGHT], cwd=folder,
-      capture_output=True, timeout=300)
-  if done.returncode:
-    pytest.skip("npm cannot install playwright-core")
-  return folder / "node_modules/playwright-core", executable
+  executable = tool("chromium", "chromium-browser", "google-chrome")
+  return npm_package(tmp_path_factory.mktemp("playwright"), PLAYWRIGHT), executable
 
 
 @pytest.fixture(scope="module")
@@ -386,13 +375,6 @@ def file_of(image, form="PNG"):
           base64.b64encode(file.getvalue()).decode())
 
 
-def photo(width, height):
-  """A smooth picture in random colors."""
-  rng = np.random.default_rng(width)
-  small = Image.fromarray(rng.integers(0, 256, (6, 5, 3), np.uint8))
-  return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
 def until_there_are_pixels(*steps):
   """The steps, after which the network has other pixels than before."""
   return [["evaluate", "state.pixels = null"], *steps, ["waitFor", "state.pixels"]]
@@ -417,31 +399,6 @@ def test_image_files(visit, page, tmp_path, event, name):
   prediction, = network.predict(wanted)
   assert label == prediction.label
   assert status.startswith(f"The network says {label}, with a probability of ")
-
-
-def image_files(folder):
-  """Image files of all kinds that a browser decodes, by what they are."""
-  rng = np.random.default_rng(0)
-
-  def random(mode, width, height):
-    return Image.fromarray(
-        rng.integers(0, 256, (height, width, 4), np.uint8)).convert(mode)
-
-  exif = Image.Exif()
-  made = {}
-  for mode, suffix in (("RGB", "png"), ("L", "png"), ("P", "png"), ("RGB", "bmp"),
-                       ("P", "gif"), ("RGBA", "png"), ("LA", "png")):
-    made[f"{mode}.{suffix}"] = random(mode, 100, 70), {}
-  made["16.png"] = Image.fromarray(rng.integers(0, 2**16, (40, 40), np.uint16)), {}
-  made["exact.webp"] = random("RGB", 90, 80), {"lossless": True}
-  for turn in range(1, 9):
-    exif[0x0112] = turn
-    options = {"exif": exif.tobytes()}
-    made[f"{turn}.png"] = random("RGB", 60, 41), options
-    made[f"{turn}.jpg"] = photo(60, 41), {"quality": 95, **options}
-  for name, (image, options) in made.items():
-    image.save(folder / name, **options)
-  return {name: folder / name for name in made}
 
 
 def test_decoded_files(visit, page, tmp_path):
@@ -567,18 +524,8 @@ def test_camera_that_is_refused(visit, page):
 def server(page):
   """The address at which the page of the digits network is served."""
   folder = pathlib.Path(page("digits_convnet").removeprefix("file://")).parent
-
-  class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-      pass
-
-  with http.server.ThreadingHTTPServer(
-      ("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as served:
-    thread = threading.Thread(target=served.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{served.server_port}/"
-    served.shutdown()
-    thread.join()
+  with served(folder) as address:
+    yield address
 
 
 def test_page_of_a_server(visit, server):
