@@ -29,6 +29,11 @@ def define_flags() -> None:
       "workdir", None,
       "Directory to write the run to, or of a run to resume. All processes share it. "
       "It may be gs://BUCKET/NAME.", remote=True)
+  cli.DEFINE_path(
+      "compilation_cache_dir", None,
+      "Folder in which compiled programs are kept, so that the next start of a run "
+      "with the same network does not compile them. It may be gs://BUCKET/NAME.",
+      remote=True)
   flags.DEFINE_bool(
       "distributed", False,
       "Whether this is one process of several. On TPU pods, under "
@@ -69,7 +74,8 @@ def check_flags() -> None:
 def main() -> int:
   """Trains as the flags say; returns the exit code."""
   check_flags()
-  from minw import distributed  # It takes seconds. Bad flags are reported before it.
+  from minw import compilation_cache  # It takes seconds. Bad flags are refused before.
+  from minw import distributed
   from minw import train
 
   f = flags.FLAGS
@@ -77,6 +83,8 @@ def main() -> int:
     distributed.initialize(
         f.coordinator, f.num_processes, f.process_id, f.heartbeat_timeout)
   with distributed.saying_who_ends():
+    if f.compilation_cache_dir:
+      distributed.together(compilation_cache.use, f.compilation_cache_dir)
     if distributed.is_main():
       cli.show_progress()
     try:

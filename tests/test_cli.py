@@ -629,7 +629,8 @@ TEXTS = {"dataset", "layer", "coordinator", "module", "background", "prefix",
 # Experiment files with arguments: `config_flag.load` expands them.
 FILES_WITH_ARGUMENTS = {"config", "configs"}
 PATHS = sorted({  # (command, subcommand, flag)
-    ("minw train", "", "workdir"), ("minw evaluate", "", "workdir"),
+    ("minw train", "", "workdir"), ("minw train", "", "compilation_cache_dir"),
+    ("minw evaluate", "", "workdir"),
     ("minw evaluate", "", "model"), ("minw evaluate", "", "data_dir"),
     ("minw evaluate", "", "confusion"), ("minw evaluate", "", "images"),
     ("minw pack", "", "workdir"), ("minw pack", "", "out"),
