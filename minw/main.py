@@ -7,6 +7,7 @@ resumes it.
 """
 
 import json
+import re
 import signal
 
 from minw import stopping
@@ -34,6 +35,11 @@ def define_flags() -> None:
       "Folder in which compiled programs are kept, so that the next start of a run "
       "with the same network does not compile them. It may be gs://BUCKET/NAME.",
       remote=True)
+  flags.DEFINE_string(
+      "profile", None,
+      "Steps FIRST:LAST, 100:110 for example, of which a trace is written to profile "
+      "in the workdir. Steps are counted from 0, and LAST is the first one that is not "
+      "traced.")
   flags.DEFINE_bool(
       "distributed", False,
       "Whether this is one process of several. On TPU pods, under "
@@ -46,6 +52,21 @@ def define_flags() -> None:
       "heartbeat_timeout", 100, "Seconds without a sign of life after which a process "
       "counts as dead and the others end.", lower_bound=1)
   cli.require("workdir")
+
+
+def profiled_steps() -> tuple[int, int] | None:
+  """Returns the steps that --profile names, or None.
+
+  Raises:
+    errors.UsageError: It is not FIRST:LAST.
+  """
+  text = flags.FLAGS.profile
+  if text is None:
+    return None
+  match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text, re.ASCII)
+  if match is None:
+    raise errors.bad_value("profile", text, "FIRST:LAST, 100:110 for example")
+  return int(match[1]), int(match[2])
 
 
 def check_flags() -> None:
@@ -74,6 +95,7 @@ def check_flags() -> None:
 def main() -> int:
   """Trains as the flags say; returns the exit code."""
   check_flags()
+  profile = profiled_steps()
   from minw import compilation_cache  # It takes seconds. Bad flags are refused before.
   from minw import distributed
   from minw import train
@@ -88,7 +110,7 @@ def main() -> int:
     if distributed.is_main():
       cli.show_progress()
     try:
-      status = train.train_and_evaluate(f.config, f.workdir)
+      status = train.train_and_evaluate(f.config, f.workdir, profile)
     except train.Interrupted as interrupted:
       status = interrupted.status
   if status["state"] == "preempted":

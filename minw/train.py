@@ -35,6 +35,7 @@ from minw import paths
 from minw import plots
 from minw import quantizers
 from minw import stopping
+from minw import traces
 from minw.data import augment
 from minw.data import datasets
 from minw.experiment import Experiment
@@ -320,7 +321,9 @@ class StorageError(errors.UsageError):
   exit_code = exit_codes.IO_ERROR
 
 
-def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
+def train_and_evaluate(
+    config: Any, workdir: str | os.PathLike, profile: traces.Steps | None = None
+) -> dict[str, Any]:
   """Trains the network of `config`, or resumes from the last checkpoint in `workdir`.
 
   A run may be interrupted at any moment and started again. It ends with the same
@@ -339,6 +342,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       config.json, run.json, metrics.jsonl, status.json, confusion.json, confusion.png,
       curves.png, tensorboard/ and checkpoints/, and histograms.jsonl if the config asks
       for it. Its lock is held until this function returns.
+    profile: First step, and the step after the last one, of which a trace is written to
+      profile/. Steps are counted from 0.
 
   Returns:
     The final content of status.json: `state` ("done", "diverged" or "preempted"),
@@ -356,6 +361,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
   paths.at(workdir)  # Refuses URLs that cannot be used.
   together = distributed.together
   experiment = together(Experiment, config)
+  together(traces.check_steps, profile, experiment.num_steps)
   together(datasets.check_available, config.dataset, config.data_dir)
   source = together(read_source, config.init_from, experiment)
   together(lambda: experiment.teacher)
@@ -367,7 +373,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       return status
     with (_stopping(workdir, checkpoint_target(experiment)),
           stopping.StopSignal() as stop):
-      status = _train(experiment, source, workdir, stop)
+      status = _train(experiment, source, workdir, stop, profile)
   if status["state"] == "preempted" and stop.interrupted:
     raise Interrupted(status)
   return status
@@ -511,7 +517,7 @@ class _Run(NamedTuple):
 
 def _train(
     experiment: Experiment, source: dict[str, Any], workdir: str,
-    stop: stopping.StopSignal,
+    stop: stopping.StopSignal, profile: traces.Steps | None,
 ) -> dict[str, Any]:
   """Trains the remaining steps of a run, tests its network, and returns its status."""
   begun = time.monotonic()
@@ -545,7 +551,7 @@ def _train(
                progress, show)
 
     try:
-      status = _train_steps(run, state)
+      status = _train_steps(run, state, profile)
       results = _test(run) if status["state"] == "running" else {}
     except BaseException:
       if writer:
@@ -607,8 +613,15 @@ def _check_same_teacher(
                " when it was begun: another one is there now")
 
 
-def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
+def _train_steps(
+    run: _Run, state: TrainState, profile: traces.Steps | None
+) -> dict[str, Any]:
   """Trains until the last step, or until the run diverges or must stop.
+
+  Args:
+    run: Objects that all steps share.
+    state: State to train from.
+    profile: Steps that are traced.
 
   Returns:
     The status of the run. Its state is "running" after the last step.
@@ -617,12 +630,15 @@ def _train_steps(run: _Run, state: TrainState) -> dict[str, Any]:
   status = {"state": "running", "step": step}
   run.show(step)
   source: Any = experiment.data.train_batches(run.splits.train, step)
-  with contextlib.closing(source) as batches:
+  with (contextlib.closing(source) as batches,
+        traces.step_traced(run.workdir, profile) as trace):
     while status["state"] == "running" and step < experiment.num_steps:
       epoch = _validated_epoch(experiment, step + 1)
       codes = programs.weight_report(state.params)[0] if epoch else {}
-      state, loss = programs.train_step(state, *next(batches))
+      with trace.step(step):
+        state, loss = programs.train_step(state, *next(batches))
       step += 1
+      trace.stepped(step, loss)
       if run.progress.stepped(loss):
         run.journal.trains()
         run.stop.hold()

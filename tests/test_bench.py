@@ -1,6 +1,7 @@
 """minw.bench: what it says of a tiny network; others' networks compute the same."""
 
 import functools
+import gzip
 from importlib import metadata
 import importlib.util
 import json
@@ -63,8 +64,12 @@ def test_train_command(tmp_path):
   output = completed(
       "train", f"--config={EXPERIMENT}", "--config.conv_widths=(4,4)",
       "--config.dense_widths=()", "--config.batch_size=16", "--rounds=3",
-      f"--json={path}").stdout
+      f"--json={path}", f"--trace={tmp_path / 'trace'}").stdout
   result = json.loads(path.read_text())
+  traced, = (tmp_path / "trace").glob("plugins/profile/*/*.trace.json.gz")
+  names = [event.get("name") for event in json.loads(
+      gzip.decompress(traced.read_bytes()))["traceEvents"]]
+  assert [names.count(name) for name in OURS] == [3] * len(OURS)
 
   steps = result["steps"]
   assert list(steps) == OURS + PYTORCH * HAS_TORCH
@@ -99,6 +104,7 @@ def test_refuses_in_one_line(command):
       (): "a subcommand is missing; known: train, inference",
       ("trian",): "subcommand 'trian' does not exist; did you mean 'train'?",
       ("train", "--config.batchsize=8"): "config field 'batchsize' does not exist",
+      ("train", f"--trace={__file__}"): f"trace={__file__!r}: must be a folder",
       ("configs", "--configs=none.py"): "config='none.py': must be a name or",
       ("configs", "--config=x.py"): "there is no flag --config; did you mean"
                                     " --configs?",

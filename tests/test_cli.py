@@ -644,6 +644,7 @@ PATHS = sorted({  # (command, subcommand, flag)
     ("minw summary", "", "out"),
     *(("minw report", name, flag) for flag in ("runs", "out")
       for name in ("tables", "figures", "compare", "collect", "results")),
+    ("minw bench", "train", "trace"),
     *(("minw bench", name, "json")
       for name in ("train", "inference", "web", "data", "scaling", "configs",
                    "throughput")),

@@ -26,12 +26,14 @@ def main_train() -> None:
   """Time training steps of AQE, of the straight-through estimator and in float32.
 
     python -m minw.bench train [--config=NAME] [--config.FIELD=VALUE]
-        [--rounds=N] [--json=FILE]
+        [--rounds=N] [--json=FILE] [--trace=DIR]
 
   All steps have the same fixed batch. A step of AQE is also timed together with the
   loading of its data. If PyTorch is installed, the float32 network is also timed there.
   """
-  _report(train, lambda: train.bench_train(flags.FLAGS.config, flags.FLAGS.rounds))
+  f = flags.FLAGS
+  errors.check(not f.trace or not os.path.isfile(f.trace), "trace", f.trace, "a folder")
+  _report(train, lambda: train.bench_train(f.config, f.rounds, f.trace))
 
 
 def main_inference() -> None:
@@ -174,6 +176,9 @@ def define_flags(subcommand: str) -> None:
   if subcommand != "scaling":
     rounds = 3 if subcommand == "throughput" else 15
     flags.DEFINE_integer("rounds", rounds, "Number of measurements.", lower_bound=1)
+  if subcommand == "train":
+    cli.DEFINE_path(
+        "trace", None, "Folder for a trace of some steps, which are not timed.")
   if subcommand == "inference":
     flags.DEFINE_list("batches", ["1", "64"], "Batch sizes.")
     flags.DEFINE_bool(

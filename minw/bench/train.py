@@ -9,6 +9,7 @@ import numpy as np
 
 from minw import config as config_lib
 from minw import titles
+from minw import traces
 from minw import train
 from minw.bench import timing
 from minw.data.batches import Examples
@@ -25,14 +26,19 @@ _RATIOS = {
     ("aqe", "torch compiled"): None,
 }
 
+_TRACED = 3  # Number of steps of each network that are traced.
 
-def bench_train(config: Any, rounds: int) -> dict[str, Any]:
+
+def bench_train(
+    config: Any, rounds: int, trace: str | None = None
+) -> dict[str, Any]:
   """Times training steps side by side, on random images and labels.
 
   Args:
     config: Config of the network, see `config.default_config`. Its estimator is
       ignored.
     rounds: Number of measurements of each step.
+    trace: Folder for a trace of some steps, which are not timed; None for no trace.
 
   Returns:
     The object that --json writes. `steps` and `ratios` have by name a summary of one
@@ -59,6 +65,8 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
   runs["aqe with data"] = run_of(train.make_train_step(aqe), state, data, order)
   theirs, left_out = torch_runs(floats, *map(np.asarray, batch))
   seconds = timing.measure(runs | theirs, rounds)
+  if trace:
+    _trace(runs | theirs, trace)
 
   ratios = {
       f"{a} / {b}": {
@@ -79,6 +87,15 @@ def bench_train(config: Any, rounds: int) -> dict[str, Any]:
       "left_out": left_out,
       "peak_bytes": timing.peak_bytes(),
   }
+
+
+def _trace(runs: dict[str, timing.Run], folder: str) -> None:
+  """Writes a trace to a folder, in which steps have the names of `runs`."""
+  with traces.trace(folder):
+    for name, run in runs.items():
+      for step in range(_TRACED):
+        with jax.profiler.StepTraceAnnotation(name, step_num=step):
+          run(1)
 
 
 def random_batch(experiment: Experiment) -> tuple[Examples, Any]:
