@@ -2,6 +2,7 @@
 
 `python -m minw.summary --config=FILE` counts them without training the network. With
 `--images=8 --out=FILE.png`, it also draws training images as the network sees them.
+With `--step`, it compiles the training step and prints its memory and operations.
 """
 
 import contextlib
@@ -252,6 +253,13 @@ def define_flags() -> None:
       "Number of images of the first training batch to draw as the network sees them: "
       "cropped and augmented. --out names the file.", lower_bound=1)
   cli.DEFINE_path("out", None, "PNG file for the images.")
+  flags.DEFINE_bool(
+      "step", False,
+      "Whether to compile a training step for the devices of this machine and to print "
+      "its memory and operations on each of them.")
+  flags.DEFINE_float(
+      "images_per_second", None, "Rate of training, for which the time of the run is "
+      "printed.", lower_bound=1e-3)
 
 
 def main() -> None:
@@ -266,12 +274,25 @@ def main() -> None:
   # These imports take seconds. Errors in flags are reported before them.
   from minw import experiment as experiment_lib
   from minw import plots
+  from minw import progress
 
   experiment = experiment_lib.Experiment(f.config)
   if f.out:
     plots.save(plots.images_figure(*first_batch(experiment, f.images)),
                pathlib.Path(f.out))
-  print(format_table(summarize(experiment.layers)), end="")
+  parts = [format_table(summarize(experiment.layers))]
+  if f.step:
+    from minw import training_cost
+
+    cost = training_cost.of_step(experiment)
+    parts.append(training_cost.format_table(cost, f.config.batch_size))
+  if f.images_per_second:
+    images = experiment.num_steps * f.config.batch_size
+    parts.append(
+        f"training on {images:,} images takes"
+        f" {progress.duration(images / f.images_per_second)}, without evaluation, at"
+        f" {f.images_per_second:,g} images a second\n")
+  print("\n".join(parts), end="")
 
 
 if __name__ == "__main__":
