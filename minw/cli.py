@@ -125,6 +125,22 @@ def show_progress() -> None:
     std_logging.getLogger("minw").setLevel(std_logging.INFO)
 
 
+def name_process(name: str) -> None:
+  """Puts a name in front of everything that this process logs."""
+  logging.get_absl_handler().setFormatter(_NamedFormatter(name))
+
+
+class _NamedFormatter(logging.PythonFormatter):
+  """Formatter that puts a name in front of absl's format."""
+
+  def __init__(self, name: str):
+    super().__init__()
+    self._name = name
+
+  def format(self, record: std_logging.LogRecord) -> str:
+    return f"[{self._name}] {super().format(record)}"
+
+
 def note(line: str) -> None:
   """Prints a line on the progress of a command to stderr, unless --quiet was given."""
   if not flags.FLAGS.quiet:

@@ -9,9 +9,11 @@ here communicates.
 
 import contextlib
 import json
+import re
 import signal
+import subprocess
 import threading
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 import zlib
 
 import jax
@@ -19,12 +21,25 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from minw import errors
+from minw import exit_codes
 
 _FAREWELL_SECONDS = 8.0  # Time that processes wait for each other when all end.
+
+# JAX's errors about other processes: their states, and the names of what connects them.
+_LOST = re.compile("UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|Gloo|NCCL|coordination|"
+                   "heartbeat|Connection (reset|refused|closed)", re.IGNORECASE)
+_RESUMES = ("No process can continue alone. The same commands resume the run from its"
+            " last checkpoint")
 
 
 class Agreed(errors.UsageError):
   """Error that all processes raise together, so that they can shut down normally."""
+
+
+class Lost(errors.UsageError):
+  """Another process has ended, or cannot be reached."""
+
+  exit_code = exit_codes.FAILURE
 
 
 def initialize(
@@ -63,8 +78,35 @@ def initialize(
 
 
 @contextlib.contextmanager
+def explaining_sudden_ends(heartbeat_timeout: int) -> Iterator[None]:
+  """Context that explains in one line on stderr why this process ended without a word.
+
+  JAX aborts a process that loses the others, and prints the stack of its threads. No
+  Python code runs then. Therefore a small process waits for a farewell, and prints the
+  line if this process is gone without it.
+
+  Args:
+    heartbeat_timeout: See `initialize`.
+  """
+  line = ("error: this process was killed, or JAX ended it because it could not reach"
+          f" the others for --heartbeat_timeout={heartbeat_timeout} seconds, or 300"
+          " seconds when they start: one of them has ended or hangs, or the network or"
+          f" --coordinator is wrong. {_RESUMES}")
+  with subprocess.Popen(["sh", "-c", 'read -r _ || echo "$1" >&2', "sh", line],
+                        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as waiting:
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):
+        waiting.communicate(b"\n")
+
+
+@contextlib.contextmanager
 def saying_who_ends() -> Iterator[None]:
-  """Context that adds a note to errors that end one of several processes.
+  """Context that explains errors that end one of several processes.
+
+  Errors of JAX that tell that another process is gone become `Lost`. All errors get a
+  note.
 
   Afterwards `cli.guarded` ends the process at once. The usual shutdown barrier would
   hang, because the other processes wait for this one in a collective. They notice its
@@ -79,12 +121,14 @@ def saying_who_ends() -> Iterator[None]:
     farewell.join(_FAREWELL_SECONDS)  # Another process may be gone already.
     raise
   except (Exception, KeyboardInterrupt) as error:
-    if jax.distributed.is_initialized():
-      error.add_note(
-          f"process {jax.process_index()} of {jax.process_count()} ends here, or"
-          " another process ended before it. No process can continue alone. The same"
-          " commands resume the run from its last checkpoint")
-    raise
+    if not jax.distributed.is_initialized():
+      raise
+    note = (f"process {jax.process_index()} of {jax.process_count()} ends here, or"
+            f" another process ended before it. {_RESUMES}")
+    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+      error = Lost(f"the processes have lost each other ({error})")
+    error.add_note(note)
+    raise error
 
 
 def _say_farewell() -> None:
@@ -113,6 +157,12 @@ def gather(text: str) -> list[str]:
   padded[:data.size] = data
   rows = multihost_utils.process_allgather(padded)
   return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
+
+
+def gather_numbers(numbers: Sequence[float]) -> np.ndarray:
+  """Returns the numbers of each process, float32 (processes, numbers)."""
+  row = np.array(numbers, np.float32)
+  return multihost_utils.process_allgather(row) if several() else row[None]
 
 
 def any_of(flag: bool) -> bool:

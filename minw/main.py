@@ -6,6 +6,7 @@ weights became infinite or NaN. It is 75 if the run was preempted; the same comm
 resumes it.
 """
 
+import contextlib
 import json
 import re
 import signal
@@ -101,10 +102,14 @@ def main() -> int:
   from minw import train
 
   f = flags.FLAGS
-  if f.distributed:
-    distributed.initialize(
-        f.coordinator, f.num_processes, f.process_id, f.heartbeat_timeout)
-  with distributed.saying_who_ends():
+  with contextlib.ExitStack() as stack:
+    if f.distributed:
+      stack.enter_context(distributed.explaining_sudden_ends(f.heartbeat_timeout))
+      distributed.initialize(
+          f.coordinator, f.num_processes, f.process_id, f.heartbeat_timeout)
+    stack.enter_context(distributed.saying_who_ends())
+    if distributed.several():
+      cli.name_process("process {} of {}".format(*distributed.share()))
     if f.compilation_cache_dir:
       distributed.together(compilation_cache.use, f.compilation_cache_dir)
     if distributed.is_main():

@@ -2,7 +2,7 @@
 
 import collections
 import time
-from typing import Any
+from typing import Any, Iterator
 
 _STEPS_IN_FLIGHT = 4  # Number of steps that the loop may be ahead of the device.
 LINE_SECONDS = 10.0  # Seconds between two lines of progress.
@@ -35,8 +35,26 @@ class Progress:
     self._batch_size = batch_size
     self._in_flight = collections.deque()
     self._steps = 0  # Number of steps since the clock was started.
+    self._batch_seconds = 0.0  # Time in `next_batch` since the clock was started.
     self._since: Any = None  # The clock starts after the first step, which compiles.
     self._next_line = time.monotonic() + LINE_SECONDS
+
+  def next_batch(self, batches: Iterator[Any]) -> Any:
+    """Returns the next batch, and measures how long it takes."""
+    begun = time.monotonic()
+    batch = next(batches)
+    self._batch_seconds += time.monotonic() - begun
+    return batch
+
+  def seconds_per_step(self) -> tuple[float, float]:
+    """Returns the time of a step and of `next_batch`, means since the last pause.
+
+    Steps of several processes wait for each other, and their batches do not.
+    """
+    if not self._steps:
+      return 0.0, 0.0
+    return ((time.monotonic() - self._since) / self._steps,
+            self._batch_seconds / self._steps)
 
   def stepped(self, loss: Any) -> bool:
     """Counts a step that was dispatched, and waits if the device is far behind.
@@ -51,7 +69,7 @@ class Progress:
     self._in_flight.append(loss)
     if self._since is None:
       loss.block_until_ready()
-      self._since = time.monotonic()
+      self.resume()
       return True
     self._steps += 1
     if len(self._in_flight) > _STEPS_IN_FLIGHT:
@@ -79,7 +97,7 @@ class Progress:
 
   def resume(self) -> None:
     """Starts the clock again."""
-    self._steps, self._since = 0, time.monotonic()
+    self._steps, self._batch_seconds, self._since = 0, 0.0, time.monotonic()
 
   def _rate(self) -> float | None:
     if not self._steps:

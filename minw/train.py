@@ -35,6 +35,7 @@ from minw import paths
 from minw import plots
 from minw import quantizers
 from minw import stopping
+from minw import stragglers
 from minw import traces
 from minw.data import augment
 from minw.data import datasets
@@ -636,7 +637,8 @@ def _train_steps(
       epoch = _validated_epoch(experiment, step + 1)
       codes = programs.weight_report(state.params)[0] if epoch else {}
       with trace.step(step):
-        state, loss = programs.train_step(state, *next(batches))
+        state, loss = programs.train_step(
+            state, *run.progress.next_batch(batches))
       step += 1
       trace.stepped(step, loss)
       if run.progress.stepped(loss):
@@ -696,6 +698,8 @@ def _pause(
     return state, {"state": "running", "step": step}
 
   rate = run.progress.pause()
+  if distributed.several():
+    _log.info("%s", stragglers.gather_line(run.progress.seconds_per_step()))
   if epoch:
     state = state._replace(totals=run.programs.no_totals())
   tree = _saved(state)

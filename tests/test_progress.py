@@ -1,5 +1,7 @@
 """minw.progress."""
 
+import types
+
 import pytest
 
 from minw import progress
@@ -16,3 +18,29 @@ MINUTE, HOUR, DAY = 60, 3600, 86400
 ])
 def test_duration(seconds, text):
   assert progress.duration(seconds) == text
+
+
+def test_times_of_steps_and_batches(monkeypatch):
+  clock = [100.0]
+  monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+
+  def batches():
+    while True:
+      clock[0] += 3
+      yield "a batch"
+
+  def do(steps):
+    for _ in range(steps):
+      assert measured.next_batch(source) == "a batch"
+      clock[0] += 4
+      measured.stepped(types.SimpleNamespace(block_until_ready=int))
+
+  source, measured = batches(), progress.Progress(0, 9, 32)
+  do(1)  # It compiles and is not timed.
+  assert measured.seconds_per_step() == (0, 0)
+  do(2)
+  assert measured.seconds_per_step() == (7, 3)
+  measured.resume()
+  assert measured.seconds_per_step() == (0, 0)
+  do(1)
+  assert measured.seconds_per_step() == (7, 3)
