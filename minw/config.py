@@ -267,7 +267,8 @@ def _check_numbers(checker: _Checker) -> None:
                    "teacher_temperature")
   checker.not_negative(
       "adam_epsilon", "weight_decay", "latent_weight_decay_factor",
-      "norm_weight_decay_factor", "gradient_clip_norm", "bop_threshold")
+      "norm_weight_decay_factor", "gradient_clip_norm", "ovsw_scaling", "ovsw_decay",
+      "bop_threshold")
   checker.fraction("alpha_start", "alpha_final", "alpha_end", "norm_momentum",
                    "momentum", "max_damaged", "bop_adaptivity_rate", "teacher_weight",
                    "label_smoothing", "brightness", "contrast", "random_erasing")
@@ -386,6 +387,9 @@ def _check_methods(checker: _Checker) -> None:
     check("estimator", c.estimator in estimators.PASS_AT_ONE,
           "one of " + ", ".join(estimators.PASS_AT_ONE) + " with optimizer='bop', which"
           " keeps weights at 1 and -1: gradients vanish there or are reversed")
+    for name in ("ovsw_scaling", "ovsw_decay"):
+      check(name, c[name] == 0,
+            "0.0 with optimizer='bop', which has no latent weights")
 
 
 # Fields that may change when a run resumes. They affect where work is done, but not its

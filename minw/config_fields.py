@@ -147,6 +147,12 @@ FIELDS = {
                                           "scales and shifts."),
         "gradient_clip_norm": (0.0, "Largest norm of all gradients together. Larger "
                                     "gradients are scaled to it. 0 for no limit."),
+        "ovsw_scaling": (0.0,
+                         "Smallest ratio of gradient to weights to which OvSW raises "
+                         "the gradient of an output channel of one-bit weights; 0 for "
+                         "none."),
+        "ovsw_decay": (0.0, "Coefficient of the decay by which OvSW wakes one-bit "
+                            "weights that keep their sign; 0 for none."),
         "learning_rate": (0.01, "Learning rate at the start, after the warm-up."),
         "learning_rate_warmup": (0.0,
                                  "Length of the warm-up, as a fraction of the run. The "

@@ -220,12 +220,16 @@ class Experiment:
         latent_weight_decay_factor=c.latent_weight_decay_factor,
         norm_weight_decay_factor=c.norm_weight_decay_factor,
         gradient_clip_norm=c.gradient_clip_norm,
+        ovsw_scaling=c.ovsw_scaling, ovsw_decay=c.ovsw_decay,
         bop_adaptivity_rate=c.bop_adaptivity_rate, bop_threshold=c.bop_threshold,
         on_grid=self.grid_layers.__contains__,
         one_bit=self.one_bit_layers.__contains__)
     errors.check(c.optimizer != "bop" or bool(self.one_bit_layers), "config.optimizer",
                  c.optimizer, "another optimizer: it flips weights of 1 bit, and no"
                  " layer has any")
+    for name in ("ovsw_scaling", "ovsw_decay"):
+      errors.check(c[name] == 0 or bool(self.one_bit_layers), f"config.{name}",
+                   c[name], "0.0: OvSW acts on weights of 1 bit, and no layer has any")
 
     # The axis is automatic, because Flax's convolutions do not support explicit
     # sharding.

@@ -222,6 +222,61 @@ def test_bop_has_kernels_of_one_bit_alone(decay):
       np.testing.assert_allclose(leaf(have), want, rtol=2e-5, atol=2e-6)
 
 
+def ovsw(weights, before, flips, gradient, scaling, decay, momentum, threshold):
+  """The gradient and the averages of one update, one weight after another."""
+  gradient, flips = gradient.copy(), flips.copy()
+  for channel in range(weights.shape[-1]):
+    of_gradient = max(np.linalg.norm(gradient[..., channel]), 1e-6)
+    of_weights = max(np.linalg.norm(weights[..., channel]), 1e-3)
+    if of_gradient / of_weights < scaling:
+      gradient[..., channel] *= scaling * of_weights / of_gradient
+  for i in np.ndindex(weights.shape):
+    changed = (weights[i] > 0) != (before[i] > 0)
+    flips[i] = momentum * flips[i] + (1 - momentum) * changed
+    if flips[i] < threshold:
+      gradient[i] += decay * weights[i]
+  return gradient, flips
+
+
+@pytest.mark.parametrize("scaling, decay", [(0.5, 0.0), (0.0, 0.3), (0.5, 0.3)])
+def test_ovsw_against_numpy(scaling, decay):
+  """Channels of small, large and no gradients, and one of weights that are 0."""
+  rng = np.random.default_rng(3)
+  states = rng.normal(size=(5, 2, 3, 4)) * [1, 1, 1, 0]
+  gradients = rng.normal(size=(5, 2, 3, 4)) * [0.01, 100, 0, 1e-5]
+  transformation = optim.ovsw(scaling, decay, momentum=0.75, threshold=0.2)
+  update = jax.jit(transformation.update)
+  float32 = lambda array: jnp.asarray(array, jnp.float32)
+  state = transformation.init(float32(states[0]))
+  before, flips = states[0], np.zeros(states[0].shape)
+  silent = []
+  for weights, gradient in zip(states, gradients):
+    got, state = update(float32(gradient), state, float32(weights))
+    want, flips = ovsw(
+        weights, before, flips, gradient, scaling, decay, 0.75, 0.2)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(state.flips, flips, rtol=1e-6)
+    silent.append(np.mean(flips[..., :3] < 0.2))
+    before = weights
+  assert silent[0] == 1 and 0 < min(silent) < 1
+
+
+def test_ovsw_is_for_kernels_of_one_bit_and_before_the_rule():
+  """With SGD, the decay 0.5 is added before momentum 0.9 accumulates it."""
+  params = {"conv1": {"kernel": np.array([[2.0, -4.0]]), "step": np.array(1.0)},
+            "dense1": {"kernel": np.array([[2.0, -4.0]])}}
+  gradients = [jax.tree.map(np.zeros_like, params)] * 2
+  optimizer = optim.optimizer(
+      "sgd", lambda step: 0.25, ovsw_decay=0.5, one_bit=("conv1",).__contains__)
+  first, second = train(optimizer, params, gradients)
+  assert first["conv1"]["kernel"].tolist() == [[1.75, -3.5]]  # 2 - 0.25 * 0.5 * 2
+  np.testing.assert_allclose(  # The velocity is 0.9 * 1 + 0.5 * 1.75.
+      second["conv1"]["kernel"], [[1.75 - 0.25 * 1.775, -3.5 + 0.25 * 3.55]])
+  for after in (first, second):
+    assert after["dense1"]["kernel"].tolist() == [[2.0, -4.0]]
+    assert after["conv1"]["step"] == 1
+
+
 def test_unknown_name():
   with pytest.raises(ValueError, match="name='adamw': must be adam, sgd or bop"):
     optim.optimizer("adamw", schedule)

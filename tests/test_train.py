@@ -1055,6 +1055,11 @@ def test_bop_needs_weights_of_one_bit():
     Experiment(tiny_config(optimizer="bop", weight_bits=2))
 
 
+def test_ovsw_needs_weights_of_one_bit():
+  with pytest.raises(errors.UsageError, match="config.ovsw_decay=0.1: must be 0.0"):
+    Experiment(tiny_config(ovsw_decay=0.1, weight_bits=2))
+
+
 @pytest.mark.slow
 def test_statistics_are_of_the_learned_steps():
   experiment = Experiment(tiny_config(estimator="lsq", reestimate_batches=1))

@@ -39,6 +39,7 @@ RECIPES = {
     "norm-decay": {"weight_decay": 1e-4, "decoupled_weight_decay": True,
                    "latent_weight_decay_factor": 0.0, "norm_weight_decay_factor": 1.0},
     "clipping": {"gradient_clip_norm": 1.0},
+    "ovsw": {"ovsw_scaling": 0.04, "ovsw_decay": 0.0009},
     "average": {"ema_decay": 0.999},
     "reestimated": {"reestimate_batches": 50},
     "he-init": {"kernel_init": "he_normal"},
