@@ -269,6 +269,8 @@ def _check_numbers(checker: _Checker) -> None:
       "adam_epsilon", "weight_decay", "latent_weight_decay_factor",
       "norm_weight_decay_factor", "gradient_clip_norm", "ovsw_scaling", "ovsw_decay",
       "bop_threshold")
+  check("weight_frequency", 0 <= c.weight_frequency <= _LARGEST_FREQUENCY,
+        f"in [0, {_LARGEST_FREQUENCY}]")
   checker.fraction("alpha_start", "alpha_final", "alpha_end", "norm_momentum",
                    "momentum", "max_damaged", "bop_adaptivity_rate", "teacher_weight",
                    "label_smoothing", "brightness", "contrast", "random_erasing")
@@ -387,9 +389,13 @@ def _check_methods(checker: _Checker) -> None:
     check("estimator", c.estimator in estimators.PASS_AT_ONE,
           "one of " + ", ".join(estimators.PASS_AT_ONE) + " with optimizer='bop', which"
           " keeps weights at 1 and -1: gradients vanish there or are reversed")
-    for name in ("ovsw_scaling", "ovsw_decay"):
+    for name in ("ovsw_scaling", "ovsw_decay", "weight_frequency"):
       check(name, c[name] == 0,
             "0.0 with optimizer='bop', which has no latent weights")
+  if c.weight_frequency:
+    for name in ("ovsw_scaling", "ovsw_decay"):
+      check(name, c[name] == 0, "0.0 with a weight_frequency, which makes the signs of"
+            " latent weights others than those of the network")
 
 
 # Fields that may change when a run resumes. They affect where work is done, but not its
@@ -404,6 +410,7 @@ _TINY, _HUGE = 2.0**-126, 2.0**128
 _WIDEST = 2**20  # Largest number of outputs of a layer.
 _MOST_LAYERS = 100  # Largest number of convolutions or of hidden dense layers.
 _LARGEST_SIDE = 4096  # Largest side of a crop or a resized image, in pixels.
+_LARGEST_FREQUENCY = 1000  # Of weights in [-1, 1] that float32 still resolves.
 _MIXING = (0.01, 100.0)  # Parameters of a beta distribution that is not degenerate.
 _MOST_WORKERS = 1024  # Largest number of processes that decode images.
 KERNEL_INITS = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal",

@@ -97,6 +97,9 @@ FIELDS = {
                               "the defaults."),
         "weight_scale": ("none", "Scale of quantized weights: none, layer_mean "
                                  "(DoReFa-Net) or channel_mean (XNOR-Net)."),
+        "weight_frequency": (0.0, "Frequency of the sine of the weights that is "
+                                  "quantized in their place, as in BiPer; 0 for the "
+                                  "weights themselves."),
     },
     "Estimator": {
         "estimator": ("aqe", "Name of the estimator, a function of minw.estimators "

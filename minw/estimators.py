@@ -419,7 +419,38 @@ def parq(x: jax.Array, alpha: jax.Array | float, grid: Grid) -> jax.Array:
   return _parq(_floats(x), _number("alpha", alpha, 0, 1), grid)
 
 
-# The scales of quantized weights follow.
+# What is done to weights before and after they are quantized follows.
+
+
+def periodic(weights: jax.Array, frequency: float) -> jax.Array:
+  """BiPer's periodic function of latent weights (Vargas et al., arXiv 2404.01278).
+
+  The result is sin(frequency * weights), which an estimator then quantizes. With the
+  straight-through estimator and one bit, the forward pass of both is BiPer's square
+  wave, and the backward pass is the derivative of the sine:
+
+      y = sign(sin(frequency * w)),   dL/dw = g * frequency * cos(frequency * w)
+
+  This is the second stage of the authors' public code (edmav4/BiPer). Its first stage
+  trains the sine itself as float weights. The code takes a frequency of 20, leaves the
+  first and the last layer as they are, and quantizes activations with `approx_sign`.
+
+  Args:
+    weights: Float array of any shape.
+    frequency: Frequency, more than 0.
+
+  Returns:
+    Array of the shape and dtype of `weights`.
+
+  Examples:
+    >>> sine = estimators.periodic(jnp.array([0.1, 0.2]), 20.0)
+    >>> estimators.ste(sine, quantizers.grid(1))  # The signs of sin(2) and sin(4).
+    Array([ 1., -1.], dtype=float32)
+  """
+  weights = _floats(weights)
+  wide = weights.astype(quantizers.compute_dtype(weights))
+  return jnp.sin(_number("frequency", frequency, 0, _LARGEST).astype(wide.dtype)
+                 * wide).astype(weights.dtype)
 
 
 def layer_mean_scale(quantized: jax.Array, weights: jax.Array) -> jax.Array:

@@ -52,6 +52,7 @@ def build_model(config: Any, **changes: Any) -> Any:
       thresholds=c.weight_thresholds,
       estimator=estimator,
       weight_scale=c.weight_scale,
+      frequency=c.weight_frequency,
       kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
       dtype=jnp.dtype(c.compute_dtype))
   make: dict[str, Any] = dict(

@@ -148,6 +148,11 @@ def _without_denormals(x):
   return np.where(np.abs(x) < quantizers.SMALLEST, 0.0, x)
 
 
+def periodic(kernel: np.ndarray, frequency: float) -> np.ndarray:
+  """Computes `estimators.periodic` of weights in float64, whose signs are exact."""
+  return np.sin(frequency * np.asarray(kernel, np.float64))
+
+
 def kernel_scale(
     kernel: np.ndarray, bits: int | str, weight_scale: str, step: float | None = None
 ) -> np.ndarray:

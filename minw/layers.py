@@ -112,6 +112,8 @@ class QuantConv(nn.Module):
       is the number of positive levels.
     weight_scale: "none", "layer_mean" or "channel_mean"; see
       `estimators.WEIGHT_SCALES`. Weights in a float format are never scaled.
+    frequency: Frequency of BiPer's periodic function of the weights, see
+      `estimators.periodic`, or 0 for none.
     kernel_init: Initializer of the weights.
     dtype: Dtype of the operands in training. Sums are always float32.
     feature_group_count: Number of equal groups into which input and output channels are
@@ -135,6 +137,7 @@ class QuantConv(nn.Module):
   thresholds: Sequence[float] = ()
   estimator: Callable = _aqe
   weight_scale: str = "none"
+  frequency: float = 0.0
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
   feature_group_count: int = 1
@@ -205,6 +208,7 @@ class QuantDense(nn.Module):
       `quantizers.weight_grid`.
     estimator: Estimator of the weights, as in `QuantConv`.
     weight_scale: "none", "layer_mean" or "channel_mean", as in `QuantConv`.
+    frequency: Frequency of a periodic function of the weights, as in `QuantConv`.
     kernel_init: Initializer of the weights.
     dtype: Dtype of the operands in training. Sums are always float32.
 
@@ -218,6 +222,7 @@ class QuantDense(nn.Module):
   thresholds: Sequence[float] = ()
   estimator: Callable = _aqe
   weight_scale: str = "none"
+  frequency: float = 0.0
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
 
@@ -601,6 +606,9 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32,
                  precision=lax.Precision.HIGHEST)
   kernel = layer.param("kernel", layer.kernel_init, shape)
+  if layer.frequency:
+    periodic: Any = fold.periodic if mode == "fold" else estimators.periodic
+    kernel = periodic(kernel, layer.frequency)
   step = None
   if _learns_step(layer):
     first = 2 * max(quantizers.num_thresholds(bits), 1) ** 0.5

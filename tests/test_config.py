@@ -201,6 +201,7 @@ NAN, INF = math.nan, math.inf
      "at least 0 and finite, in float32"),
     ("norm_weight_decay_factor", [-1.0, INF], "at least 0 and finite, in float32"),
     ("gradient_clip_norm", [-1.0, NAN, INF], "at least 0 and finite, in float32"),
+    ("weight_frequency", [-1.0, 1001.0, NAN], "in [0, 1000]"),
     ("ovsw_scaling", [-0.1, NAN, INF], "at least 0 and finite, in float32"),
     ("ovsw_decay", [-0.1, NAN, INF], "at least 0 and finite, in float32"),
     ("seed", [-1, 2**32, 10**30], "in [0, 2^32)"),
@@ -423,6 +424,8 @@ def test_stochastic_aqe_is_for_one_bit(fields, bits):
      "config.estimator='approx_sign': must be one of aqe, dsq, ewgs, parq, reste, ste"),
     ({"estimator": "ste", "optimizer": "bop", "ovsw_decay": 0.1},
      "config.ovsw_decay=0.1: must be 0.0 with optimizer='bop'"),
+    ({"weight_frequency": 20.0, "ovsw_decay": 0.1},
+     "config.ovsw_decay=0.1: must be 0.0 with a weight_frequency"),
     ({"estimator": "lsq", "optimizer": "bop"},
      "config.estimator='lsq': must be one of aqe, dsq, ")])
 def test_what_does_not_go_together(fields, message):

@@ -879,3 +879,22 @@ def test_scales_and_the_neuron_take_floats(dtype):
 def test_inputs_that_are_no_arrays_are_refused(x):
   with pytest.raises(TypeError, match="x=.*: must be an array or a number"):
     estimators.aqe(x, 0.5, quantizers.grid(1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_periodic_weights(dtype):
+  """Before the straight-through estimator: a square wave with the slope of the sine."""
+  w = np.array([-1, -0.3, -0.01, 0, 1e-6, 0.1, 0.2, 0.75, 1]).astype(
+      getattr(ml_dtypes, dtype, dtype))
+  g = np.linspace(-2, 3, 9).astype(w.dtype)
+  grid = quantizers.grid(1)
+  wave, pullback = jax.vjp(
+      lambda w: estimators.ste(estimators.periodic(w, 20.0), grid), jnp.asarray(w))
+  slope, = pullback(jnp.asarray(g))
+  wide = 20 * w.astype(np.float64)
+  np.testing.assert_array_equal(wave, np.where(np.sin(wide) > 0, 1, -1))
+  np.testing.assert_allclose(
+      np.asarray(slope, np.float64), g.astype("f8") * 20 * np.cos(wide),
+      rtol=1e-5 if dtype == "float32" else 0.02)
+  with pytest.raises(ValueError, match="frequency=-1"):
+    estimators.periodic(jnp.asarray(w), -1)

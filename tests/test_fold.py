@@ -339,6 +339,23 @@ def test_weights_worked_by_hand():
     fold_kernel(2, rule="sum")
 
 
+@pytest.mark.parametrize("bits, want", [
+    (1, [[1, -1], [-1, -1]]), (2, [[1, -1], [-1, 0]]),
+    (3, [[1, -0.5], [-0.25, 0]]), ("float32", None)])
+def test_periodic_weights(bits, want):
+  """sin(20 w) is 0.909, -0.757, -0.199 and 0; thresholds are 0.1, and 1/8 and so on."""
+  kernel = np.float32([[0.1, 0.2], [-0.01, 0.0]])
+  layer = layers.QuantDense(2, bits=bits, threshold_rule="fixed", frequency=20.0,
+                            thresholds=() if bits != 3 else (0.125, 0.375, 0.8))
+  hard = layer.apply({"params": {"kernel": kernel}}, probe_rows((2,), 1.0, 1.0),
+                     mode="fold", mutable=["hard"])[1]["hard"]["kernel"]
+  if bits == "float32":
+    want = np.sin(20 * kernel.astype(np.float64)).astype(np.float32)
+  assert_bitwise(hard, np.float32(want))
+  trained = layer.apply({"params": {"kernel": kernel}}, jnp.eye(2), 1.0, mode="mixed")
+  np.testing.assert_allclose(trained, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["fixed", "layer_mean", "channel_mean"])
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_weights(bits, rule):

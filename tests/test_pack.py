@@ -460,6 +460,20 @@ def test_scales_fold(model, weight_scale):
   assert near.all(-1).sum() >= 6 and np.ptp(trained, 0).min() > 0.1
 
 
+def test_periodic_weights_pack():
+  """The codes are the signs of a sine that crosses 0 many times."""
+  weights = dict(frequency=60.0, estimator=estimators.by_name("ste"))
+  model = CONVNET(conv=functools.partial(layers.QuantConv, **weights),
+                  dense=functools.partial(layers.QuantDense, **weights))
+  variables = randomized(model, (13, 13, 3), 0)
+  program = assert_packs(model, variables=variables)
+  op = next(op for op in program.ops if op.name == "conv2")
+  latent = np.float64(variables["params"]["conv2"]["kernel"])
+  want = np.where(np.sin(60 * latent) > 0, 1, -1)
+  np.testing.assert_array_equal(op.kernel.transpose(1, 2, 3, 0), want)
+  assert (want != np.sign(latent)).mean() > 0.3
+
+
 def test_scales_of_shortcuts_beside_floats():
   class Mixed(nn.Module):
 

@@ -458,8 +458,8 @@ SWEEPS = [
     ("geometries", "networks=D,size=quarter,seeds=2", 14),
     ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
-    ("recipes", "", 3 * (22 + 4)),
-    ("recipes", "dataset=cifar100,seeds=2,estimators=aqe+ste", 2 * (2 + 2 * 24)),
+    ("recipes", "", 3 * (24 + 4)),
+    ("recipes", "dataset=cifar100,seeds=2,estimators=aqe+ste", 2 * (2 + 2 * 26)),
     ("recipes", "dataset=cifar10,size=full,seeds=1,runs=teacher+cosine", 4),
     ("networks", "", 2), ("networks", "size=short", 1), ("networks", "size=quarter", 2),
 ]

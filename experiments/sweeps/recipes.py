@@ -40,6 +40,7 @@ RECIPES = {
                    "latent_weight_decay_factor": 0.0, "norm_weight_decay_factor": 1.0},
     "clipping": {"gradient_clip_norm": 1.0},
     "ovsw": {"ovsw_scaling": 0.04, "ovsw_decay": 0.0009},
+    "periodic": {"weight_frequency": 20.0},
     "average": {"ema_decay": 0.999},
     "reestimated": {"reestimate_batches": 50},
     "he-init": {"kernel_init": "he_normal"},
