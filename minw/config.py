@@ -380,6 +380,17 @@ def _check_methods(checker: _Checker) -> None:
     for value in (c.input_bits, c.weight_bits, *(b for _, b in c.bits_rules)):
       check("estimator", not (quantizers.is_grid(value) and value > 1),
             f"another where bits are {value}: it is defined for one bit")
+  check("step_per_channel", not c.step_per_channel or c.estimator == "lsq",
+        f"False with estimator={c.estimator!r}, which learns no steps")
+  if c.learn_input_thresholds:
+    check("learn_input_thresholds", c.estimator != "lsq",
+          "False with estimator='lsq', whose thresholds are parts of its steps")
+    check("learn_input_thresholds", any(
+        quantizers.is_grid(value) and value != 1
+        for value in (c.input_bits, *(b for _, b in c.bits_rules))),
+          f"False with input_bits={c.input_bits!r}, which have no thresholds")
+    check("input_thresholds", max(c.input_thresholds, default=0) < 1,
+          "less than 1 with learn_input_thresholds=True")
   if c.estimator == "lsq":
     check("weight_scale", c.weight_scale == "none",
           "'none' with estimator='lsq', whose steps are scales")

@@ -89,12 +89,19 @@ FIELDS = {
                        "Exceptions from these bits: pairs of a pattern for layer paths "
                        "and bits. The last pattern that matches decides."),
         "input_thresholds": ((), "Thresholds of activations; () for the defaults."),
+        "learn_input_thresholds": (False,
+                                   "Whether each channel of activations of 2 to 5 bits "
+                                   "learns its thresholds, starting at "
+                                   "input_thresholds."),
         "weight_threshold_rule": ("layer_mean",
                                   "Rule for the thresholds of weights: layer_mean, "
                                   "channel_mean or fixed."),
         "weight_thresholds": ((),
                               "Thresholds of weights, or factors on the mean; () for "
                               "the defaults."),
+        "step_per_channel": (False, "Whether the estimator lsq learns a step for each "
+                                    "output channel of weights, instead of one for "
+                                    "the layer."),
         "weight_scale": ("none", "Scale of quantized weights: none, layer_mean "
                                  "(DoReFa-Net) or channel_mean (XNOR-Net)."),
         "weight_frequency": (0.0, "Frequency of the sine of the weights that is "

@@ -302,12 +302,15 @@ def lsq(
   s is the largest level of the result, and q is the number of positive levels. For two
   bits both definitions agree, and the thresholds are +-s / 2.
 
+  The paper has a step for each layer. With an array of steps, each channel (the last
+  axis of `x`) has its own.
+
   Args:
     x: Float array of any shape.
-    step: The step s > 0, a scalar.
+    step: The step s > 0, a scalar or an array (channels,).
     grid: Grid in units of s. Its thresholds come from `quantizers.unit_thresholds`.
     count: Number of elements that share s. For activations this is the number of
-      elements of one example. If None, it is the size of `x`, as for weights.
+      elements of one example. If None, it is the number in all of `x`, as for weights.
 
   Returns:
     Array of the shape and dtype of `x`.
@@ -320,7 +323,7 @@ def lsq(
   x, step = _floats(x), _number("step", step, quantizers.SMALLEST, _LARGEST)
   if count is not None and (type(count) is not int or count < 1):
     raise ValueError(f"count={count!r}: must be an integer of at least 1")
-  return _lsq(x, step, grid, x.size if count is None else count)
+  return _lsq(x, step, grid, x.size // step.size if count is None else count)
 
 
 # The StoMPP estimators freeze single elements. alpha is the fraction that is frozen.
@@ -848,7 +851,7 @@ _parq.defvjp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _lsq(x, step, grid, count):
   wide = quantizers.compute_dtype(x)
-  step = step.astype(wide)
+  step = lax.broadcast_to_rank(step.astype(wide), x.ndim)
   y = quantizers.without_denormals(x.astype(wide)) / step
   return (step * quantizers.quantize(y, grid)).astype(x.dtype)
 
@@ -856,11 +859,13 @@ def _lsq(x, step, grid, count):
 def _lsq_backward(count, saved, g):
   x, step, grid = saved
   wide = quantizers.compute_dtype(x)
-  y = quantizers.without_denormals(x.astype(wide)) / step.astype(wide)
+  y = quantizers.without_denormals(x.astype(wide)) / lax.broadcast_to_rank(
+      step.astype(wide), x.ndim)
   inside = jnp.abs(y) <= 1
   slope = jnp.where(inside, quantizers.quantize(y, grid) - y, jnp.sign(y))
   balance = (count * grid.magnitudes.shape[0]) ** -0.5
-  to_step = balance * jnp.sum(g.astype(wide) * slope)
+  to_step = balance * jnp.sum(
+      g.astype(wide) * slope, axis=tuple(range(g.ndim - step.ndim)))
   return g * inside.astype(g.dtype), to_step.astype(step.dtype), _zeros(grid)
 
 

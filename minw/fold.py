@@ -101,6 +101,12 @@ def fold_rprelu(rprelu: Rprelu, output_scale: float = 1.0) -> Rprelu:
       for field in (gamma / output_scale, np.abs(beta), zeta / output_scale)))
 
 
+def fold_thresholds(widths: np.ndarray) -> np.ndarray:
+  """Makes the thresholds of `quantizers.learned_thresholds`, in float64 for float32."""
+  return quantizers.learned_thresholds(
+      np.asarray(widths, np.float64)).astype(np.float32)
+
+
 _round_to = jax.jit(quantizers.round_to, static_argnums=1)
 
 
@@ -110,7 +116,7 @@ def fold_kernel(
     *,
     rule: str = "layer_mean",
     thresholds: Sequence[float] = (),
-    step: float | None = None,
+    step: np.ndarray | float | None = None,
 ) -> np.ndarray:
   """Quantizes weights with the thresholds of `quantizers.weight_grid`, in float64.
 
@@ -119,8 +125,8 @@ def fold_kernel(
     bits: Bits of a grid, or name of a float format.
     rule: Rule of the thresholds; see `quantizers.weight_grid`.
     thresholds: Factors of the thresholds; see `quantizers.weight_grid`.
-    step: Learned step, or None. With a learned step, the thresholds are multiples of it
-      and `rule` is ignored.
+    step: Learned step, or an array with one for each output channel, or None. With a
+      learned step, the thresholds are multiples of it and `rule` is ignored.
 
   Returns:
     float32 of the shape of `kernel`.
@@ -129,7 +135,7 @@ def fold_kernel(
     return np.asarray(_round_to(kernel, str(bits)))
   kernel = _without_denormals(np.asarray(kernel, np.float64))
   if step is not None:
-    kernel = _without_denormals(kernel / np.float64(step))
+    kernel = _without_denormals(kernel / np.asarray(step, np.float64))
     in_units: Any = quantizers.unit_thresholds(bits, thresholds)
     rule, thresholds = "fixed", in_units
   magnitudes = quantizers.level_magnitudes(bits)
@@ -154,7 +160,8 @@ def periodic(kernel: np.ndarray, frequency: float) -> np.ndarray:
 
 
 def kernel_scale(
-    kernel: np.ndarray, bits: int | str, weight_scale: str, step: float | None = None
+    kernel: np.ndarray, bits: int | str, weight_scale: str,
+    step: np.ndarray | float | None = None,
 ) -> np.ndarray:
   """Returns the scale that multiplies the levels of a kernel in training.
 
@@ -162,12 +169,12 @@ def kernel_scale(
     kernel: Weights, float (..., output channels).
     bits: Bits of a grid, or name of a float format, which has no scale.
     weight_scale: Kind of scale; see `estimators.WEIGHT_SCALES`.
-    step: Learned step, or None.
+    step: Learned step, or an array with one for each output channel, or None.
 
   Returns:
     float64 () or (channels,).
   """
-  scale: Any = np.float64(1.0 if step is None else step)
+  scale: Any = np.asarray(1.0 if step is None else step, np.float64)
   if quantizers.is_grid(bits) and weight_scale != "none":
     weights: Any = np.asarray(kernel, np.float64)
     scale = scale * estimators.mean_magnitude(weights, weight_scale)

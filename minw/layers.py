@@ -110,6 +110,8 @@ class QuantConv(nn.Module):
       it learns its step, the layer has a parameter "step" and uses
       `quantizers.positive_step` of it. The initial value is 2 sqrt(q) mean |W|, where q
       is the number of positive levels.
+    step_per_channel: Whether an estimator that learns its step has one for each output
+      channel, with the mean over the channel's weights.
     weight_scale: "none", "layer_mean" or "channel_mean"; see
       `estimators.WEIGHT_SCALES`. Weights in a float format are never scaled.
     frequency: Frequency of BiPer's periodic function of the weights, see
@@ -136,6 +138,7 @@ class QuantConv(nn.Module):
   threshold_rule: str = "layer_mean"
   thresholds: Sequence[float] = ()
   estimator: Callable = _aqe
+  step_per_channel: bool = False
   weight_scale: str = "none"
   frequency: float = 0.0
   kernel_init: Callable = nn.initializers.glorot_uniform()
@@ -207,6 +210,7 @@ class QuantDense(nn.Module):
     thresholds: Thresholds of the weights or factors on their mean; see
       `quantizers.weight_grid`.
     estimator: Estimator of the weights, as in `QuantConv`.
+    step_per_channel: Whether each output has a learned step, as in `QuantConv`.
     weight_scale: "none", "layer_mean" or "channel_mean", as in `QuantConv`.
     frequency: Frequency of a periodic function of the weights, as in `QuantConv`.
     kernel_init: Initializer of the weights.
@@ -221,6 +225,7 @@ class QuantDense(nn.Module):
   threshold_rule: str = "layer_mean"
   thresholds: Sequence[float] = ()
   estimator: Callable = _aqe
+  step_per_channel: bool = False
   weight_scale: str = "none"
   frequency: float = 0.0
   kernel_init: Callable = nn.initializers.glorot_uniform()
@@ -266,6 +271,10 @@ class NormQuant(nn.Module):
     estimator: Function f(x, alpha, grid, make_key); see `estimators.by_name`. If it
       learns its step, the layer has a parameter "step" with initial value 1, uses
       `quantizers.positive_step` of it, and has no HardTanh.
+    learn_thresholds: Whether each channel learns thresholds of its own, of which
+      `thresholds` are the initial values. The layer then has a parameter
+      "threshold_widths"; see `quantizers.learned_thresholds` and `quantizers.stretch`.
+      It has no effect on outputs of one bit or in a float format.
     momentum: Momentum of batch norm's running statistics.
     epsilon: Epsilon of batch norm.
     use_scale: Whether batch norm has a scale besides its bias.
@@ -277,6 +286,7 @@ class NormQuant(nn.Module):
   bits: BitsOf | None = 1
   thresholds: Sequence[float] = ()
   estimator: Callable = _aqe
+  learn_thresholds: bool = False
   momentum: float = 0.9
   epsilon: float = 1e-4
   use_scale: bool = True
@@ -291,6 +301,9 @@ class NormQuant(nn.Module):
       _check_group(path, x.shape, self.group_size)
     if self.rprelu and bits is None:
       raise ValueError(f"{path}: rprelu=True: must be False for logits")
+    if self.learn_thresholds and _learns_step(self):
+      raise ValueError(f"{path}: learn_thresholds=True: must be False with an estimator"
+                       " that learns its step")
     if mode == "fold":
       return self._fold(x, bits, shortcut)
     y = self._normalized(x, mode)
@@ -335,7 +348,12 @@ class NormQuant(nn.Module):
       return quantizers.round_to(y, bits)
     grid = input_grid(self)
     if mode == "hard":
+      if self.has_variable("hard", "thresholds"):
+        grid = grid._replace(thresholds=quantizers.along_channels(
+            self.get_variable("hard", "thresholds"), y.ndim))
       return quantizers.quantize(y, grid)
+    if _learns_thresholds(self):
+      y = self._stretched(y, grid)
     learned, step = {}, 1.0
     if learns_step:
       step = quantizers.positive_step(
@@ -350,6 +368,15 @@ class NormQuant(nn.Module):
     if mode == "mixed":
       self.sow("quantized", "value", (y, alpha))
     return y
+
+  def _stretched(self, y, grid):
+    """Maps the learned thresholds of each channel to those of the grid."""
+    channels, fixed = y.shape[-1], quantizers.weight_factors(
+        bits_of(self), "fixed", self.thresholds)
+    widths = self.param("threshold_widths", lambda _: jnp.tile(
+        jnp.float32(quantizers.threshold_widths(fixed))[:, None], (1, channels)))
+    return quantizers.stretch(
+        y, quantizers.learned_thresholds(widths), grid.thresholds)
 
   def _rprelu(self, mode, channels):
     if mode == "hard":
@@ -376,6 +403,9 @@ class NormQuant(nn.Module):
         params["scale"] if self.use_scale else np.ones_like(params["bias"]),
         params["bias"], self.epsilon, *fold_probe.bound_and_unit(x),
         input_scale=factor * fold_probe.scale_of(x), output_scale=step)._asdict()
+    if _learns_thresholds(self):
+      hard["thresholds"] = fold.fold_thresholds(
+          self.variables["params"]["threshold_widths"])
     if self.rprelu:
       learned = (self.variables["params"][f"rprelu_{n}"] for n in fold.Rprelu._fields)
       hard |= {f"rprelu_{name}": value for name, value in fold.fold_rprelu(
@@ -396,13 +426,16 @@ class NormQuant(nn.Module):
 
     They include "shortcut_scale" if the layer has a shortcut.
     """
-    del params
     names = [*fold.Norm._fields]
     if self.rprelu:
       names += [f"rprelu_{name}" for name in fold.Rprelu._fields]
     if has_shortcut:
       names.append("shortcut_scale")
-    return dict.fromkeys(names, input_shape[-1:])
+    shapes = dict.fromkeys(names, input_shape[-1:])
+    if "threshold_widths" in params:
+      count, channels = params["threshold_widths"].shape
+      shapes["thresholds"] = (count - 1, channels)
+    return shapes
 
 
 def _check_group(path: str, shape: Sequence[int], group_size: int) -> None:
@@ -585,6 +618,12 @@ def _learns_step(layer):
           and quantizers.is_grid(bits))
 
 
+def _learns_thresholds(layer):
+  bits = bits_of(layer)
+  return (layer.learn_thresholds and bits is not None and quantizers.is_grid(bits)
+          and bits > 1)
+
+
 def _linear(layer, x, shape, alpha, mode, pad_value, apply):
   """Computes a QuantConv or QuantDense, which differ in shapes and operation only.
 
@@ -612,8 +651,9 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
   step = None
   if _learns_step(layer):
     first = 2 * max(quantizers.num_thresholds(bits), 1) ** 0.5
-    step = quantizers.positive_step(
-        layer.param("step", lambda _: first * jnp.abs(kernel).mean()))
+    rule = "channel_mean" if layer.step_per_channel else "layer_mean"
+    step = quantizers.positive_step(layer.param(
+        "step", lambda _: first * estimators.mean_magnitude(kernel, rule)))
   if mode == "fold":
     levels = fold.fold_kernel(
         kernel, bits, rule=layer.threshold_rule, thresholds=layer.thresholds, step=step)

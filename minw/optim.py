@@ -45,7 +45,8 @@ def optimizer(
     latent_weight_decay_factor: Factor on the decay of latent weights, which are the
       kernels of layers on a grid.
     norm_weight_decay_factor: Factor on the decay of parameters with one axis, which are
-      batch norm's scales and shifts.
+      batch norm's scales and shifts and those of RPReLU. Learned steps and thresholds
+      do not decay.
     gradient_clip_norm: Largest norm of all gradients together. Larger gradients are
       scaled to it. 0 for no limit.
     ovsw_scaling: Scaling of the gradient of one-bit weights; see `ovsw`.
@@ -105,9 +106,11 @@ def _weight_decays(
   """The decays of groups of parameters; see `optimizer`. Decays of 0 are left out."""
   def factor_of(path, parameter):
     layer, name = _split(path)
+    if name in ("step", "threshold_widths"):
+      return 0.0
     if parameter.ndim > 1:
       return latent_factor if name == "kernel" and on_grid(layer) else 1.0
-    return norm_factor if parameter.ndim else 0.0  # The steps of LSQ are scalars.
+    return norm_factor
 
   def decay(factor):
     return optax.add_decayed_weights(

@@ -201,6 +201,87 @@ def positive_step(step: Any) -> Any:
   return abs(step) + 2.0**-20
 
 
+def learned_thresholds(widths: Any) -> Any:
+  """The thresholds of activations that learn the widths of their steps.
+
+  The widths divide the interval from 0 to 1. Let a be their magnitudes plus 2^-20. The
+  i-th threshold is (a_1 + ... + a_i) / (a_1 + ... + a_(q+1)), which ascends from more
+  than 0 to less than 1 for any widths.
+
+  Args:
+    widths: Widths (q + 1, ...) of any sign, a JAX or a NumPy array.
+
+  Returns:
+    Thresholds (q, ...), an array of the same kind.
+
+  Examples:
+    >>> quantizers.learned_thresholds(np.array([1.0, -1.0, 2.0])).round(3)
+    array([0.25, 0.5 ])
+  """
+  ends = (abs(widths) + 2.0**-20).cumsum(0)
+  return ends[:-1] / ends[-1:]
+
+
+def along_channels(thresholds: Any, ndim: int) -> Any:
+  """Thresholds (q, channels) with axes for inputs of `ndim` axes, the last of channels.
+
+  Examples:
+    >>> quantizers.along_channels(np.ones((1, 8)), ndim=4).shape
+    (1, 1, 1, 1, 8)
+  """
+  q, channels = thresholds.shape
+  return thresholds.reshape(q, *(1,) * (ndim - 1), channels)
+
+
+def threshold_widths(thresholds: np.ndarray) -> np.ndarray:
+  """The widths from which `learned_thresholds` makes these thresholds.
+
+  Raises:
+    ValueError: A threshold is 1 or more.
+
+  Examples:
+    >>> quantizers.threshold_widths(np.array([0.25, 0.5]))
+    array([0.25, 0.25, 0.5 ])
+  """
+  if not (np.asarray(thresholds) < 1).all():
+    raise ValueError(f"thresholds={thresholds!r}: must be less than 1 to be learned")
+  return np.diff(thresholds, prepend=0, append=1)
+
+
+def stretch(x: jax.Array, thresholds: jax.Array, fixed: jax.Array) -> jax.Array:
+  """Maps learned thresholds to fixed ones, along straight lines between them.
+
+  The map is odd and piecewise linear, from 0 to 0, from each learned threshold to the
+  fixed one, and from 1 to 1. It is monotone. Therefore h of the result, with the fixed
+  thresholds, is h of `x` with the learned ones. The gradient is that of the map: with
+  the straight-through estimator behind it, this is the generalized straight-through
+  estimator of Liu et al. (arXiv 2111.14826), which passes g times the slope of each
+  interval, and learns thresholds.
+
+  Args:
+    x: Float array (..., channels) of numbers in [-1, 1].
+    thresholds: Learned thresholds (q, channels), ascending and inside (0, 1).
+    fixed: Fixed thresholds (q,), ascending and inside (0, 1).
+
+  Returns:
+    Array of the shape and dtype of `x`.
+
+  Examples:
+    >>> x, learned = jnp.array([0.25, -0.5, 0.75]), jnp.array([[0.5] * 3])
+    >>> quantizers.stretch(x, learned, jnp.array([0.25]))  # Slopes are 1/2 and 3/2.
+    Array([ 0.125, -0.25 ,  0.625], dtype=float32)
+  """
+  thresholds = along_channels(thresholds, x.ndim)
+  sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
+  size, y = sign * x, jnp.zeros_like(x)
+  low, low_fixed = jnp.zeros_like(thresholds[0]), 0.0
+  for high, high_fixed in zip([*thresholds, 1.0], [*fixed, 1.0]):
+    slope = (high_fixed - low_fixed) / (high - low)
+    y = jnp.where(size >= low, low_fixed + (size - low) * slope, y)
+    low, low_fixed = high, high_fixed
+  return (sign * y).astype(x.dtype)
+
+
 def mean_factors(bits: int) -> np.ndarray:
   """The default factors of `mean_thresholds`, float64 (q,).
 

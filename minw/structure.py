@@ -23,8 +23,8 @@ Apply = Callable[[Any, list[Any], str], Sequence[Any]]
 
 # Names of the variables that a layer owns in training. Others in its scope are not
 # read.
-_TRAINED = ("batch_norm", "kernel", "step", "rprelu_beta", "rprelu_gamma",
-            "rprelu_zeta")
+_TRAINED = ("batch_norm", "kernel", "step", "threshold_widths", "rprelu_beta",
+            "rprelu_gamma", "rprelu_zeta")
 
 # Primitives whose inner jaxpr `evaluate` enters.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",

@@ -22,6 +22,7 @@ from minw import confusion
 from minw import display
 from minw import distributed
 from minw import errors
+from minw import estimators
 from minw import evaluate
 from minw import exit_codes
 from minw import experiment as experiment_lib
@@ -291,6 +292,8 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
       for name in path.split("/"):
         kernel = kernel[name]
       step, kernel = kernel.get("step"), kernel["kernel"]
+      if c.weight_frequency:
+        kernel = estimators.periodic(kernel, c.weight_frequency)
       grid = quantizers.weight_grid(
           kernel, cast(int, layer.bits), c.weight_threshold_rule, c.weight_thresholds,
           learned=step is not None)

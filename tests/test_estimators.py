@@ -610,6 +610,26 @@ def test_lsq(bits, thresholds, q):
   np.testing.assert_array_equal(quantizers.unit_thresholds(bits, again), again)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_lsq_of_channels(bits):
+  """An array of steps is a step for each channel, whose elements share it alone."""
+  rng = np.random.default_rng(bits)
+  x, g = (np.float32(rng.normal(size=(3, 4, 5))) for _ in range(2))
+  steps = np.float32([0.1, 0.4, 1.0, 2.0, 0.7])
+  grid = quantizers.grid(bits, quantizers.unit_thresholds(bits))
+  y, pullback = jax.vjp(
+      lambda x, step: estimators.lsq(x, step, grid), jnp.asarray(x), jnp.asarray(steps))
+  to_x, to_steps = pullback(jnp.asarray(g))
+  assert to_steps.shape == (5,)
+  for c, step in enumerate(steps):
+    one, back = jax.vjp(
+        lambda x, step: estimators.lsq(x, step, grid), jnp.asarray(x[..., c]), step)
+    np.testing.assert_array_equal(y[..., c], one)
+    want_x, want_step = back(jnp.asarray(g[..., c]))
+    np.testing.assert_array_equal(to_x[..., c], want_x)
+    np.testing.assert_allclose(to_steps[c], want_step, rtol=1e-5)
+
+
 def test_a_step_of_any_sign_stands_for_a_positive_one():
   for step in (-0.3, 0.0, 0.3):
     assert quantizers.positive_step(step) == abs(step) + 2**-20

@@ -15,8 +15,11 @@ import pytest
 from compiling import quick_jit
 from float64_convnet import h
 from minw import estimators
+from minw import fold
+from minw import fold_probe
 from minw import layers
 from minw import models
+from minw import quantizers
 
 # By bits: the ascending positive levels, thresholds of activations, and factors on the
 # mean magnitude for weights.
@@ -589,6 +592,61 @@ def test_learned_steps(bits, q):
     shapes = jax.eval_shape(
         lambda: plain.init(jax.random.key(0), x, 1.0, "train"))["params"]
     assert "step" not in shapes
+
+
+@pytest.mark.parametrize("layer, axes", [
+    (layers.QuantConv(4, bits=3), (0, 1, 2)), (layers.QuantDense(4, bits=2), 0)])
+def test_learned_steps_of_channels(layer, axes):
+  layer = layer.clone(estimator=estimators.by_name("lsq"), step_per_channel=True)
+  x = np.zeros((2, 5, 5, 3) if layer.bits == 3 else (2, 6), np.float32)
+  fresh = layer.init(jax.random.key(0), x, 1.0, "train")["params"]
+  q = 3 if layer.bits == 3 else 1
+  np.testing.assert_allclose(
+      fresh["step"], 2 * np.sqrt(q) * np.abs(fresh["kernel"]).mean(axes), rtol=1e-6)
+  assert fresh["step"].shape == (4,)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_thresholds_that_each_channel_learns(bits):
+  """Fresh ones are the fixed ones, and hard codes are those of the learned ones."""
+  layer = layers.NormQuant(bits=bits, learn_thresholds=True, epsilon=0.0)
+  fixed = np.float64(quantizers.input_grid(bits).thresholds)
+  q, rng = len(fixed), np.random.default_rng(bits)
+  x = rng.uniform(-1.2, 1.2, (30, 2, 2, 4)).astype(np.float32)
+  fresh = layer.init(jax.random.key(0), x, 1.0, "train")["params"]
+  assert fresh["threshold_widths"].shape == (q + 1, 4)
+  variables = identity_norm(4)
+  variables["params"]["threshold_widths"] = fresh["threshold_widths"]
+  plain = layer.clone(learn_thresholds=False)
+  np.testing.assert_allclose(
+      applied(layer, variables, x, 0.3, "mixed"),
+      applied(plain, identity_norm(4), x, 0.3, "mixed"), atol=1e-4)
+  widths = np.abs(rng.normal(size=(q + 1, 4))).astype(np.float32) + np.float32(0.1)
+  variables["params"]["threshold_widths"] = widths
+  exact = (np.float64(widths) + 2**-20).cumsum(0)
+  exact = exact[:-1] / exact[-1]
+  rows = fold_probe.make_rows(fold.Probe(np.full((2, 2, 4), 2.0), 2.0**-20, 32.0))
+  hard = layer.apply(variables, rows, mode="fold", mutable=["hard"])[1]["hard"]
+  np.testing.assert_array_equal(hard["thresholds"], exact.astype(np.float32))
+  levels = np.array([0, *quantizers.level_magnitudes(bits)])
+  x = np.round(x * 2**20) / np.float32(2**20)
+  want = np.sign(x) * levels[(np.abs(x)[..., None] > hard["thresholds"].T).sum(-1)]
+  got = layer.apply({"hard": hard}, x, mode="hard")
+  np.testing.assert_array_equal(got, want)
+  near = np.abs(np.abs(x)[..., None] - exact.T).min(-1) < 1e-5
+  mixed = applied(layer, variables, x, 1.0, "mixed")
+  np.testing.assert_array_equal(mixed[~near], want[~near])
+
+
+def test_where_thresholds_cannot_be_learned():
+  x = np.zeros((4, 3), np.float32)
+  for bits in (1, "bfloat16", None):
+    shapes = jax.eval_shape(lambda: layers.NormQuant(
+        bits=bits, learn_thresholds=True).init(jax.random.key(0), x, 1.0, "train"))
+    assert list(shapes["params"]) == ["batch_norm"]
+  with pytest.raises(ValueError, match="learn_thresholds=True: must be False with an"):
+    layers.NormQuant(bits=2, learn_thresholds=True, estimator=estimators.by_name(
+        "lsq")).init(jax.random.key(0), x, 1.0, "train")
 
 
 # Pooling.

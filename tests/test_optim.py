@@ -117,7 +117,7 @@ def decoupled_sgd(parameter, gradients, decay):
 def test_groups_have_their_own_weight_decay(name, decoupled, reference, latent, norm):
   """Latent weights, which are those of conv1 here, other kernels, and batch norm."""
   rng = np.random.default_rng(2)
-  add_step = lambda tree: tree | {"conv1": tree["conv1"] | {"step": rng.normal()}}
+  add_step = lambda tree: tree | {"conv1": tree["conv1"] | {"step": rng.normal(size=4)}}
   params = add_step(random_tree(rng))
   gradients = [add_step(random_tree(rng)) for _ in range(STEPS)]
   optimizer = optim.optimizer(

@@ -404,9 +404,11 @@ def test_pixels_must_be_integers():
 def scaled(model, weight_scale):
   """A network of `models` with weights that have scales, or learned steps."""
   lsq = estimators.by_name("lsq")
-  weights = dict(estimator=lsq) if weight_scale == "lsq" else dict(
-      weight_scale=weight_scale)
-  norm = dict(momentum=0.0) | (dict(estimator=lsq) if weight_scale == "lsq" else {})
+  learned = weight_scale.startswith("lsq")
+  weights = dict(
+      estimator=lsq, step_per_channel=weight_scale == "lsq_channels",
+  ) if learned else dict(weight_scale=weight_scale)
+  norm = dict(momentum=0.0) | (dict(estimator=lsq) if learned else {})
   return functools.partial(
       model, conv=functools.partial(layers.QuantConv, bits=2, **weights),
       dense=functools.partial(layers.QuantDense, bits=2, **weights),
@@ -432,22 +434,22 @@ def assert_as_trained(program, model, variables):
 
 
 @pytest.mark.parametrize("model, weight_scale", [
-    (CONVNET, "channel_mean"),
+    (CONVNET, "channel_mean"), (CONVNET, "lsq_channels"),
     *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
         (functools.partial(RESNET, projection=False), "lsq"),
         (CONVNET, "layer_mean"), (CONVNET, "lsq"),
         (functools.partial(RESNET, large_stem=True), "lsq"),
         (functools.partial(models.DenseNet, 3, (1, 1), 4), "channel_mean")))],
-    ids=range(6))
+    ids=range(7))
 def test_scales_fold(model, weight_scale):
   """Bit for bit, also through shortcuts of codes that have a scale."""
   network, shape = scaled(model, weight_scale)(), (17, 17, 3)
   rng = np.random.default_rng(2)
   x = pixels_lib.normalize(rng.integers(0, 256, (8, *shape), np.uint8), PIXELS)
   variables = jax.jit(lambda: layers.initialize(network, shape))()
-  variables["params"] = jax.tree.map(
-      lambda leaf: leaf * rng.choice([-1, 0.6, 1.4], leaf.shape).astype(np.float32)
-      + np.float32(0.2 * (leaf.ndim == 1)), variables["params"])
+  variables["params"] = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf * np.float32(rng.choice([-1, 0.6, 1.4], leaf.shape))
+      + np.float32(0.2 * (path[-1].key in ("scale", "bias"))), variables["params"])
   apply = jax.jit(network.apply, static_argnames=("mode", "mutable"))
   _, stats = apply(variables, x, 1.0, mode="train", mutable="batch_stats")
   variables = jax.device_get({**variables, **stats})
@@ -458,6 +460,24 @@ def test_scales_fold(model, weight_scale):
   trained = apply(variables, x, 1.0, mode="mixed")
   near = np.isclose(apply(hard, x, 1.0, mode="hard"), trained, rtol=1e-3, atol=1e-3)
   assert near.all(-1).sum() >= 6 and np.ptp(trained, 0).min() > 0.1
+
+
+@pytest.mark.parametrize("model, bits", [
+    (CONVNET, 2), pytest.param(RESNET, 3, marks=pytest.mark.slow)], ids=range(2))
+def test_learned_thresholds_pack(model, bits):
+  """Of each channel, with batch norms of any sign, and shortcuts."""
+  model = model(norm=functools.partial(
+      layers.NormQuant, bits=bits, learn_thresholds=True))
+  program = assert_packs(model)
+  assert {op.bits for op in program.ops if isinstance(op, packed.Threshold)} == {bits}
+
+
+def test_learned_thresholds_beside_floats_are_refused_by_name():
+  norm = functools.partial(layers.NormQuant, bits=2, learn_thresholds=True)
+  model = CONVNET(conv=functools.partial(layers.QuantConv, bits="float32"), norm=norm)
+  with pytest.raises(ValueError, match="norm_conv1: learn_thresholds is not supported"):
+    pack.pack(model, randomized(model, (9, 9, 3)), pixels=PIXELS,
+              source_shape=(9, 9, 3))
 
 
 def test_periodic_weights_pack():

@@ -575,3 +575,64 @@ def test_any_grid(case):
     kept = got["levels"][-15:] == x[-15:]
     assert kept.all() == keeps
     assert same.all() or not keeps
+
+
+def stretched(x, learned, fixed):
+  """np.interp channel after channel, and the slope of its part at each number."""
+  y, slope = np.empty(x.shape), np.empty(x.shape)
+  part = np.empty(x.shape, int)
+  for c in range(x.shape[-1]):
+    ends, images = [0, *learned[:, c], 1], [0, *fixed, 1]
+    size = np.abs(x[..., c])
+    y[..., c] = np.sign(x[..., c]) * np.interp(size, ends, images)
+    part[..., c] = np.clip(np.searchsorted(ends, size, "right") - 1, 0, len(fixed))
+    slope[..., c] = (np.diff(images) / np.diff(ends))[part[..., c]]
+  return y, slope, part
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_learned_thresholds(bits):
+  """h after the map is h with the learned thresholds; both gradients are the map's."""
+  rng = np.random.default_rng(bits)
+  grid, q = quantizers.input_grid(bits), quantizers.num_thresholds(bits)
+  fixed = np.float64(grid.thresholds)
+  widths = np.float32(rng.normal(0, 1, (q + 1, 5)))
+  sizes = np.abs(np.float64(widths)) + 2**-20
+  learned = np.stack([sizes[:i].sum(0) / sizes.sum(0) for i in range(1, q + 1)])
+  np.testing.assert_allclose(quantizers.learned_thresholds(widths), learned, rtol=1e-6)
+  x = np.float32(rng.uniform(-1, 1, (400, 5)))
+  x[0], x[1], g = 1, -1, np.float32(rng.normal(size=x.shape))
+  got, pullback = jax.vjp(
+      lambda x, learned: quantizers.stretch(x, learned, grid.thresholds),
+      jnp.asarray(x), jnp.float32(learned))
+  want, slope, part = stretched(np.float64(x), learned, fixed)
+  near = np.abs(np.abs(np.float64(x))[..., None] - learned.T).min(-1) < 1e-5
+  np.testing.assert_allclose(got, want, atol=2e-6)
+  levels = np.array([0, *quantizers.level_magnitudes(bits)])
+  size = (np.abs(x)[..., None] > learned.T).sum(-1)
+  np.testing.assert_array_equal(
+      np.asarray(quantizers.quantize(got, grid))[~near],
+      (np.sign(x) * levels[size])[~near])
+  to_x, to_learned = pullback(jnp.asarray(g))
+  np.testing.assert_allclose(
+      np.asarray(to_x)[~near], (g * slope)[~near], rtol=1e-4)
+  # By moving one threshold at a time, where no number passes it.
+  keep = ~near
+  for i in range(q):
+    step = np.zeros((q, 1))
+    step[i] = 1e-7
+    change = (stretched(np.float64(x), learned + step, fixed)[0]
+              - stretched(np.float64(x), learned - step, fixed)[0]) / 2e-7
+    np.testing.assert_allclose(
+        to_learned[i], (g * change * keep).sum(0), rtol=2e-3, atol=0.1 * near.sum()
+        + 1e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5])
+def test_widths_of_thresholds(bits):
+  fixed = quantizers.fixed_thresholds(bits)
+  widths = quantizers.threshold_widths(fixed)
+  assert widths.shape == (len(fixed) + 1,)
+  np.testing.assert_allclose(quantizers.learned_thresholds(widths), fixed, atol=1e-4)
+  with pytest.raises(ValueError, match="must be less than 1 to be learned"):
+    quantizers.threshold_widths(np.array([0.5, 1.0]))

@@ -169,9 +169,11 @@ def _emit_float_norm(
   layer = call.layer
   fields: dict[str, Any] = {**_constants(call)}
   unit = 1.0
-  if layer.rprelu:
-    raise refusal(f"{call.name}: rprelu is not supported with an operand in a float"
-                  " format")
+  for name, used in (("rprelu", layer.rprelu),
+                     ("learn_thresholds", "thresholds" in call.hard)):
+    if used:
+      raise refusal(f"{call.name}: {name} is not supported with an operand in a float"
+                    " format")
   if layer.bits is not None and quantizers.is_grid(layer.bits):
     fields["grid"] = np.asarray(layers.input_grid(layer).thresholds, np.float32)
     unit = quantizers.step_size(layer.bits)
