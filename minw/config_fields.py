@@ -77,6 +77,8 @@ FIELDS = {
                             "Number of examples over which batch norm takes its "
                             "statistics; 0 for the whole batch."),
         "norm_scale": (True, "Whether batch norm has a scale besides its shift."),
+        "rprelu": (False, "Whether batch norm is followed by RPReLU, the learned "
+                          "activation of ReActNet."),
         "kernel_init": ("glorot_uniform", "Name of the initializer, a function of "
                                           "jax.nn.initializers."),
         "compute_dtype": ("float32", "Dtype of operands in training: float32, or "

@@ -61,7 +61,7 @@ def build_model(config: Any, **changes: Any) -> Any:
       conv=functools.partial(layers.QuantConv, pad_value=c.pad_value, **weights),
       dense=functools.partial(layers.QuantDense, **weights),
       norm=functools.partial(
-          layers.NormQuant,
+          _make_norm,
           bits=layers.bits_by_rule(c.input_bits, c.bits_rules),
           thresholds=c.input_thresholds,
           learn_thresholds=c.learn_input_thresholds,
@@ -69,7 +69,8 @@ def build_model(config: Any, **changes: Any) -> Any:
           momentum=c.norm_momentum,
           epsilon=c.norm_epsilon,
           group_size=c.norm_group_size,
-          use_scale=c.norm_scale))
+          use_scale=c.norm_scale,
+          rprelu=c.rprelu))
   if c.network != "convnet":
     return models.NETWORKS[c.network](**make)
   return models.ConvNet(
@@ -81,6 +82,11 @@ def build_model(config: Any, **changes: Any) -> Any:
       pool=functools.partial(
           layers.max_pool, share_gradient=c.share_pool_gradient),
       **make)
+
+
+def _make_norm(*, bits: Any, rprelu: bool, **options: Any) -> layers.NormQuant:
+  """Makes a batch norm, with RPReLU only if it is not that of the logits."""
+  return layers.NormQuant(bits=bits, rprelu=rprelu and bits is not None, **options)
 
 
 def _check_memory(

@@ -13,8 +13,13 @@ from compiling import quick_jit
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
+from minw import infer
+from minw import layers
 from minw import models
+from minw import pack
+from minw import packed
 from minw import train
+from minw import verify
 from minw.data import batches
 from minw.data import datasets
 from minw.data import pixels as pixels_lib
@@ -22,6 +27,7 @@ from minw.data import resident
 from minw.experiment import Experiment
 from minw.experiment import balanced_weights
 from minw.experiment import build_model
+from packed_models import randomized
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -282,6 +288,46 @@ def test_settings_reach_what_they_are_for():
   other = build_model(config, share_pool_gradient=True, dataset="cifar100")
   assert other.pool.keywords == {"share_gradient": True} and other.num_classes == 100
   assert config.dataset == "digits"
+
+
+def test_methods_reach_their_layers():
+  """RPReLU follows every batch norm but that of the logits."""
+  model = build_model(tiny_config(
+      rprelu=True, learn_input_thresholds=True, input_bits=2, estimator="ste",
+      weight_frequency=20.0))
+  assert model.conv.keywords["frequency"] == model.dense.keywords["frequency"] == 20
+  params = jax.eval_shape(lambda: layers.initialize(model, (8, 8, 1)))["params"]
+  names = ["batch_norm", "rprelu_beta", "rprelu_gamma", "rprelu_zeta",
+           "threshold_widths"]
+  for name in ("norm_conv1", "norm_conv2", "norm_dense1"):
+    assert sorted(params[name]) == names
+  assert list(params["norm_dense2"]) == ["batch_norm"]
+  model = build_model(tiny_config(estimator="lsq", step_per_channel=True))
+  params = jax.eval_shape(lambda: layers.initialize(model, (8, 8, 1)))["params"]
+  assert params["conv2"]["step"].shape == (6,)
+  assert params["norm_conv2"]["step"].shape == ()
+
+
+@pytest.mark.parametrize("fields", [
+    {"input_bits": 3, "learn_input_thresholds": True},
+    pytest.param({"network": "resnet20", "input_bits": 1}, marks=pytest.mark.slow)],
+    ids=["convnet", "resnet20"])
+def test_networks_with_rprelu_pack(fields):
+  """Bit for bit, with slopes, shifts and thresholds of any sign."""
+  experiment = Experiment(tiny_config(rprelu=True, **fields))
+  variables = randomized(experiment.model, experiment.image_shape)
+  slopes = variables["params"]["norm_conv1" if "network" not in fields else "norm_stem"]
+  assert (slopes["rprelu_beta"] < 0).any()
+  program = pack.pack(experiment.model, variables, pixels=experiment.pixels,
+                      source_shape=experiment.info.image_shape)
+  hard = experiment.fold(variables)
+  images = experiment.data.source_images("test")[:16]
+  network = infer.Network(packed.to_bytes(program), "reference", 1)
+  assert not list(verify.differences(
+      program, experiment.model, hard, experiment.pixels, images, [network]))
+  logits = jax.jit(functools.partial(experiment.model.apply, mode="hard"))(
+      hard, pixels_lib.normalize(images, experiment.pixels))
+  np.testing.assert_array_equal(network.logits(images), logits)
 
 
 def test_kernels_start_as_told():
