@@ -458,8 +458,8 @@ SWEEPS = [
     ("geometries", "networks=D,size=quarter,seeds=2", 14),
     ("alpha_schedules", "", 5 * 17),
     ("alpha_schedules", "dataset=cifar100,network=A,seeds=1", 17),
-    ("recipes", "", 3 * (24 + 4)),
-    ("recipes", "dataset=cifar100,seeds=2,estimators=aqe+ste", 2 * (2 + 2 * 26)),
+    ("recipes", "", 3 * (27 + 7)),
+    ("recipes", "dataset=cifar100,seeds=2,estimators=aqe+ste", 2 * (2 + 2 * 32)),
     ("recipes", "dataset=cifar10,size=full,seeds=1,runs=teacher+cosine", 4),
     ("networks", "", 2), ("networks", "size=short", 1), ("networks", "size=quarter", 2),
 ]
@@ -505,7 +505,7 @@ def test_misspelt_sweep():
     ("estimators", "epochs=1"),
     ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1"),
     ("recipes", "runs=cosin"), ("recipes", "dataset=mnist"), ("recipes", "seeds=0"),
-    ("recipes", "estimators=aq"), ("networks", "size=half")])
+    ("recipes", "estimators=aq"), ("recipes", "epochs=2"), ("networks", "size=half")])
 def test_bad_arguments_of_sweeps(read_sweep, name, argument):
   with pytest.raises(errors.UsageError):
     read_sweep(name, argument)
@@ -583,6 +583,26 @@ def test_recipes_that_need_other_runs(read_sweep):
     assert first.num_epochs + second.config.num_epochs == base.num_epochs == 24
     assert {first.weight_bits, first.input_bits} == {1, "float32"}
     assert second.config.weight_bits == second.config.input_bits == 1
+  sine, signs = (runs[f"aqe-{name}-seed0"] for name in ("sine", "sine-first"))
+  assert signs.after == (sine.name,)
+  assert sine.config.weight_frequency == signs.config.weight_frequency == 20
+  assert (sine.config.weight_bits, signs.config.weight_bits) == ("float32", 1)
+
+
+def test_progressive_bits(read_sweep):
+  """A third of the epochs each, in whole numbers of validations."""
+  for argument, epochs in (("dataset=cifar100,seeds=1", [8, 8, 8]),
+                           ("dataset=digits,seeds=1", [12, 12, 16]),
+                           ("dataset=cifar10,size=full,seeds=1,epochs=5", [1, 1, 3])):
+    runs = {run.name: run for run in read_sweep(
+        "recipes", argument + ",runs=bits-3-2-1")}
+    names = ["aqe-3-bits-seed0", "aqe-2-bits-seed0", "aqe-bits-3-2-1-seed0"]
+    assert [*runs] == ["aqe-base-seed0", *names]
+    assert [runs[name].after for name in names] == [(), (names[0],), (names[1],)]
+    configs = [runs[name].config for name in names]
+    assert [c.weight_bits for c in configs] == [c.input_bits for c in configs] == [
+        3, 2, 1]
+    assert [c.num_epochs for c in configs] == epochs
 
 
 # --- The command.

@@ -9,9 +9,14 @@ The name of a run, aqe-cosine-seed0 for example, has the estimator, the recipe a
 seed. Recipes with a teacher learn from a float network, which is trained first: one of
 the same widths, or one that is four times as wide.
 
-In two stages, a network first gets one-bit activations with float weights, or one-bit
-weights with float activations. The second half of the epochs then starts from these
-weights and quantizes both.
+Recipes with stages are chains of runs, each of which starts from the weights of the one
+before it. The stages share the epochs, and each of them has the whole schedules:
+
+  activations-first  one-bit activations with float weights, then both of one bit
+  weights-first      one-bit weights with float activations, then both of one bit
+  sine-first         BiPer: one-bit activations with the sine of float weights, then
+                     with its signs
+  bits-3-2-1         weights and activations of three bits, then of two, then of one
 """
 
 from minw import config as config_lib
@@ -45,15 +50,22 @@ RECIPES = {
     "reestimated": {"reestimate_batches": 50},
     "he-init": {"kernel_init": "he_normal"},
     "momentum-0.99": {"norm_momentum": 0.99},
+    # Quantizers.
+    "rprelu": {"rprelu": True},
     # Stages.
     "activations-first": {"init_from": "activations"},
     "weights-first": {"init_from": "weights"},
+    "sine-first": {"init_from": "sine", "weight_frequency": 20.0},
+    "bits-3-2-1": {"init_from": "2-bits"},
 }
 _FLOAT = {"weight_bits": "float32", "input_bits": "float32"}
-# Float networks that others learn from, and first stages that others start from.
+# Float networks that others learn from, and stages that others start from.
 _TEACHERS = ("teacher", "wide-teacher")
 _STAGES = {"activations": {"weight_bits": "float32"},
-           "weights": {"input_bits": "float32"}}
+           "weights": {"input_bits": "float32"},
+           "sine": {"weight_bits": "float32", "weight_frequency": 20.0},
+           "3-bits": {"weight_bits": 3, "input_bits": 3},
+           "2-bits": {"weight_bits": 2, "input_bits": 2, "init_from": "3-bits"}}
 
 
 def get_runs(argument=""):
@@ -64,8 +76,8 @@ def get_runs(argument=""):
                "digits, cifar10 or cifar100")
   errors.check(type(a.seeds) is int and a.seeds > 0, "seeds", a.seeds,
                "a positive number")
-  errors.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 1), "epochs",
-               a.epochs, "at least 2, or 0 for the usual number")
+  errors.check(type(a.epochs) is int and (a.epochs == 0 or a.epochs > 2), "epochs",
+               a.epochs, "at least 3, or 0 for the usual number")
   chosen = ["base", *(a.runs.split("+") if a.runs else list(RECIPES)[1:])]
   for name in chosen:
     if name not in RECIPES:
@@ -80,7 +92,6 @@ def _runs_of_seed(config, a, chosen, seed):
   from minw import config_flag
   made = config_flag.load(config)
   epochs = a.epochs or made.num_epochs
-  half = max(epochs // 2 // made.eval_every_epochs, 1) * made.eval_every_epochs
   common = {"seed": seed, "num_epochs": epochs}
   recipes = [RECIPES[name] for name in chosen]
   for name in _TEACHERS:
@@ -91,15 +102,24 @@ def _runs_of_seed(config, a, chosen, seed):
           for widths in ("conv_widths", "dense_widths")}
   for estimator in a.estimators.split("+"):
     common["estimator"] = estimator
-    for name, fields in _STAGES.items():
-      if {"init_from": name} in recipes:
-        yield (f"{estimator}-{name}-seed{seed}", config,
-               common | fields | {"num_epochs": half})
     for name in chosen:
-      fields = common | RECIPES[name]
-      if "teacher" in fields:
-        fields["teacher"] += f"-seed{seed}"
-      if "init_from" in fields:
-        fields["init_from"] = f"{estimator}-{fields['init_from']}-seed{seed}"
-        fields["num_epochs"] = epochs - half
-      yield f"{estimator}-{name}-seed{seed}", config, fields
+      stages = [*_stages_before(RECIPES[name]), (name, RECIPES[name])]
+      every = made.eval_every_epochs
+      share = max(epochs // len(stages) // every, 1) * every
+      for i, (stage, fields) in enumerate(stages, start=1):
+        fields = common | fields
+        if "teacher" in fields:
+          fields["teacher"] += f"-seed{seed}"
+        if "init_from" in fields:
+          fields["init_from"] = f"{estimator}-{fields['init_from']}-seed{seed}"
+        is_last = i == len(stages)
+        fields["num_epochs"] = epochs - share * (i - 1) if is_last else share
+        yield f"{estimator}-{stage}-seed{seed}", config, fields
+
+
+def _stages_before(fields):
+  """Lists name and fields of the runs that lead to a recipe, the first of them first."""
+  if "init_from" not in fields:
+    return []
+  name = fields["init_from"]
+  return [*_stages_before(_STAGES[name]), (name, _STAGES[name])]
