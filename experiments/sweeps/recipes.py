@@ -118,7 +118,7 @@ def _runs_of_seed(config, a, chosen, seed):
 
 
 def _stages_before(fields):
-  """Lists name and fields of the runs that lead to a recipe, the first of them first."""
+  """Lists name and fields of the runs that lead to a recipe, in their order."""
   if "init_from" not in fields:
     return []
   name = fields["init_from"]
