@@ -236,6 +236,7 @@ def _check_choices(checker: _Checker) -> None:
   one_of("estimator", estimators.network_estimators())
   one_of("estimator_gradient", tuple(estimators.GRADIENTS))
   one_of("alpha_shape", schedules.ALPHA_SHAPES)
+  one_of("alpha_weights", schedules.ALPHA_WEIGHTS)
   one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("class_weights", ("none", "balanced"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)

@@ -130,6 +130,9 @@ FIELDS = {
                             "at the input."),
         "alpha_backward": (False,
                            "Whether alpha_per_layer starts at the output instead."),
+        "alpha_weights": ("with", "Whether alpha grows for weights with activations, "
+                                  "or in the half of alpha_end before or after that "
+                                  "of activations."),
     },
     "Optimization": {
         "batch_size": (256, "Number of examples in a step, on all devices together."),

@@ -216,8 +216,10 @@ class Experiment:
 
     self.alpha = schedules.alpha(
         c.alpha_shape, c.alpha_start, c.alpha_final, c.alpha_end, self.num_steps,
-        depth=self.model.depth if c.alpha_per_layer else None,
-        backward=c.alpha_backward)
+        depth=self.model.depth
+        if c.alpha_per_layer or c.alpha_weights != "with" else None,
+        backward=c.alpha_backward, at_once=not c.alpha_per_layer,
+        weights=c.alpha_weights)
     self.learning_rate = schedules.learning_rate(
         c.learning_rate_schedule, c.learning_rate, self.num_steps,
         decay=c.learning_rate_decay, stairs=c.learning_rate_stairs,

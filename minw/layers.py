@@ -10,6 +10,8 @@ A layer is called as layer(x, alpha, mode), with one of these modes:
              `minw.fold` makes.
     "fold"   The layer makes these variables. x is made by `fold_probe.make_rows`.
 
+alpha is a number, or `Alphas`.
+
 With alpha = 1, "train" and "mixed" use the hard quantizers of Eq 20. In mode "mixed",
 layers sow the pair (output of their estimator, alpha) under the name "value" into the
 collection "quantized".
@@ -65,6 +67,18 @@ class LayerInfo(NamedTuple):
   output_shape: tuple[int, ...]
   kernel_shape: tuple[int, ...]
   channel_parameters: int
+
+
+class Alphas(NamedTuple):
+  """The alpha of a layer, where those of weights and activations differ.
+
+  Attributes:
+    weights: Alpha of the weights.
+    activations: Alpha of the activations.
+  """
+
+  weights: Any
+  activations: Any
 
 
 def bits_by_rule(default: Bits, rules: Sequence[tuple[str, Bits]]) -> BitsOf:
@@ -355,6 +369,8 @@ class NormQuant(nn.Module):
     if _learns_thresholds(self):
       y = self._stretched(y, grid)
     learned, step = {}, 1.0
+    if isinstance(alpha, Alphas):
+      alpha = alpha.activations
     if learns_step:
       step = quantizers.positive_step(
           self.param("step", nn.initializers.ones, ()))
@@ -663,6 +679,8 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     return fold_probe.linear(x, levels, bits, pad_value, output.shape[1:], scale)
   if quantizers.is_grid(bits):
     learned = {} if step is None else {"step": step}
+    if isinstance(alpha, Alphas):
+      alpha = alpha.weights
     grid = quantizers.weight_grid(
         kernel, bits, layer.threshold_rule, layer.thresholds, learned=step is not None)
     quantized = layer.estimator(

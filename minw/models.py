@@ -2,7 +2,8 @@
 
 A model is called as model(images, alpha, mode). The images are float32 (batch, height,
 width, channels), and the logits that it returns are float32 (batch, classes). alpha is
-a scalar, or has one number for each layer with weights.
+a scalar, or has one number for each layer with weights, or two: those of the weights of
+all layers, followed by those of the activations of all layers.
 
 The factories `conv`, `dense` and `norm` make the layers of a model. They decide about
 bits, estimators and thresholds.
@@ -57,13 +58,15 @@ def pooled_convs(num_convs: int, pool_layers: Sequence[int]) -> tuple[int, ...]:
 
 
 def _alphas(alpha: Any, depth: int) -> Iterator[Any]:
-  """The alphas of `depth` layers, from one number or from a vector of them.
+  """The alphas of `depth` layers, from one number or from a vector of one or two each.
 
   A number is passed on as it is: parts of a vector would be operations of the network,
   which `minw.fold` computes one by one.
   """
   if jnp.ndim(alpha) == 0:
     return itertools.repeat(alpha, depth)
+  if jnp.shape(alpha) == (2 * depth,):
+    return map(layers.Alphas, alpha[:depth], alpha[depth:])
   return iter(jnp.broadcast_to(jnp.asarray(alpha), (depth,)))
 
 

@@ -10,8 +10,10 @@ from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+ALPHA_WEIGHTS = ("with", "before", "after")
 ALPHA_SHAPES = ("linear", "cosine", "cubic", "sigmoid", "step")
 LEARNING_RATE_SCHEDULES = ("exponential", "staircase", "steps", "constant", "linear",
                            "cosine", "one_cycle")
@@ -104,6 +106,8 @@ def alpha(
     *,
     depth: int | None = None,
     backward: bool = False,
+    at_once: bool = False,
+    weights: str = "with",
 ) -> Schedule:
   """The alpha of an estimator as a function of the step.
 
@@ -120,29 +124,33 @@ def alpha(
       2601.22660). If None, all layers have the same alpha.
     backward: Whether layers are annealed from the output instead. StoMPP uses this as a
       control and reports that it fails.
+    at_once: Whether all layers are annealed at the same time after all.
+    weights: Whether weights are annealed "with" the activations, or in the half of the
+      time "before" or "after" that of the activations. The last two need `depth`.
 
   Returns:
-    Function from the step to float32 (), or (depth,) if `depth` is given.
+    Function from the step to float32 (), or (depth,) if `depth` is given, or (2 depth,)
+    if weights are annealed before or after activations. These are the alphas of the
+    weights of all layers, followed by those of the activations.
 
   Raises:
-    ValueError: `shape` is none of these.
+    ValueError: `shape` or `weights` is none of these.
   """
   if shape not in ALPHA_SHAPES:
     raise ValueError(f"shape={shape!r}: must be one of {', '.join(ALPHA_SHAPES)}")
-  layers = 1 if depth is None else depth
+  if weights not in ALPHA_WEIGHTS:
+    raise ValueError(f"weights={weights!r}: must be one of {', '.join(ALPHA_WEIGHTS)}")
+  order, parts = _order(depth, backward, at_once, weights)
 
   def schedule(step):
     # With end = 0, every step is past the end: the added 1 makes the progress at least
     # 1 from step 0 on. `max` avoids a division by 0.
     done = jnp.asarray(step, jnp.float32) + float(end == 0)
     progress = done / max(end * num_steps, 1)
-    done = progress * layers
-    # `done` counts the layers whose share of the time has passed. Less the position of
-    # a layer, it is the progress of this layer, after clipping to [0, 1].
-    if depth is not None:
-      order = jnp.arange(depth, dtype=jnp.float32)
-      done = done - (order[::-1] if backward else order)
-    done = jnp.clip(done, 0.0, 1.0)
+    # `progress * parts` counts the parts of the time that have passed. Less the part in
+    # which a layer is annealed, it is the progress of this layer, after clipping to
+    # [0, 1].
+    done = jnp.clip(progress * parts - order, 0.0, 1.0)
     if shape == "cosine":
       done = (1 - jnp.cos(jnp.pi * done)) / 2
     elif shape == "cubic":
@@ -157,3 +165,20 @@ def alpha(
     return jnp.where(done >= 1, final, start + (final - start) * done)
 
   return schedule
+
+
+def _order(
+    depth: int | None, backward: bool, at_once: bool, weights: str
+) -> tuple[np.ndarray, int]:
+  """The part of the time in which each alpha grows, and the number of parts."""
+  if depth is None:
+    return np.zeros((), np.float32), 1
+  parts = 1 if at_once else depth
+  order = np.zeros(depth, np.float32) if at_once else np.arange(
+      depth, dtype=np.float32)[::-1 if backward else 1]
+  if weights == "with":
+    return order, parts
+  first, second = order, order + np.float32(parts)
+  if weights == "after":
+    first, second = second, first
+  return np.concatenate([first, second]), 2 * parts

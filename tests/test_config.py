@@ -183,6 +183,7 @@ NAN, INF = math.nan, math.inf
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
      "one of approx_sign, aqe, dsq, ede, ewgs, lsq, parq, reste, ste, "),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
+    ("alpha_weights", ["first"], "one of with, before, after"),
     ("alpha_shape", ["square"], "one of linear, cosine, cubic, sigmoid"),
     ("weight_scale", ["mean", ""], "one of none, layer_mean, channel_mean"),
     ("optimizer", ["adamw"], "one of adam, sgd, bop"),

@@ -240,6 +240,15 @@ def test_alpha_by_layer():
   assert experiment.num_steps == 4 * 19  # Two convolutions, two dense layers.
   assert experiment.alpha(19).tolist() == [1.0, 0.25, 0.25, 0.25]
   assert experiment.alpha(0).shape == (4,) and tiny_experiment().alpha(0).shape == ()
+  # The last of the four layers is the first, and weights wait for all activations.
+  experiment = Experiment(tiny_config(
+      alpha_per_layer=True, alpha_backward=True, alpha_weights="after", alpha_end=1.0,
+      num_epochs=8, alpha_start=0.25))
+  assert experiment.alpha(19).tolist() == [0.25] * 7 + [1]
+  assert experiment.alpha(5 * 19).tolist() == [0.25] * 3 + [1] * 5
+  experiment = Experiment(tiny_config(
+      alpha_weights="before", alpha_end=1.0, num_epochs=4, alpha_start=0.25))
+  assert experiment.alpha(38).tolist() == [1] * 4 + [0.25] * 4
 
 
 @pytest.mark.parametrize("size, weights", [

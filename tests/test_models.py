@@ -181,6 +181,28 @@ def test_every_weight_is_quantized(weight_bits):
     assert (run(halved, images, 0.9)[name] != mixed[name]).any()
 
 
+@pytest.mark.parametrize("net, shape, names", [
+    (models.ConvNet(CLASSES, (4, 3), (5,)), SHAPE,
+     ["conv1", "conv2", "dense1", "dense2"]),
+    (models.ResNet(CLASSES, (1, 1), (4, 6)), (8, 8, 2), [
+        "stem", *(f"stage{i}_block1_{name}" for i, name in (
+            (1, "conv1"), (1, "conv2"), (2, "projection"), (2, "conv1"),
+            (2, "conv2"))), "dense1"])], ids=["convnet", "resnet"])
+def test_alphas_of_weights_and_of_activations(net, shape, names):
+  """Twice as many alphas as layers: first those of weights, then of activations."""
+  variables = random_variables(net, shape=shape)
+  alphas = jnp.linspace(0.25, 1, 2 * len(names))
+  assert net.depth == len(names)
+  sown = quick_jit(lambda variables: net.apply(
+      variables, np.zeros((2, *shape), np.float32), alphas, "mixed",
+      mutable=["quantized", "distance"])[1]["quantized"])(variables)
+  got = {path[-2]: leaf[0][1] for path, leaf in traverse_util.flatten_dict(sown).items()
+         if path[-1] == "value"}
+  last = f"norm_{names[-1]}"  # The logits are not quantized.
+  want = dict(zip([*names, *(f"norm_{name}" for name in names)], alphas))
+  assert got == {name: alpha for name, alpha in want.items() if name != last}
+
+
 def test_one_compilation_serves_all_alphas():
   net = small(network(3, 1))
   variables, images = random_variables(net), random_images(2)

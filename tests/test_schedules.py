@@ -97,6 +97,45 @@ def test_layers_are_annealed_one_after_another(shape, fifth):
   assert (np.asarray(alpha(40)) == np.float32(0.6)).all()
 
 
+# Alphas of the weights of two layers and of their activations after 10, 20 and 30 of
+# the 40 steps of annealing from 0 to 1, where each alpha grows for a time of its own.
+ORDERS = {
+    ("together", "with"): ([.25, .25], [.5, .5], [.75, .75]),
+    ("together", "before"): ([.5, .5, 0, 0], [1, 1, 0, 0], [1, 1, .5, .5]),
+    ("together", "after"): ([0, 0, .5, .5], [0, 0, 1, 1], [.5, .5, 1, 1]),
+    ("forward", "with"): ([.5, 0], [1, 0], [1, .5]),
+    ("forward", "before"): ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]),
+    ("forward", "after"): ([0, 0, 1, 0], [0, 0, 1, 1], [1, 0, 1, 1]),
+    ("backward", "with"): ([0, .5], [0, 1], [.5, 1]),
+    ("backward", "before"): ([0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 1]),
+    ("backward", "after"): ([0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1]),
+}
+# The shapes at a quarter, a half and three quarters of their way. The sigmoid is
+# 1/2 + tanh(5/4) / tanh(5/2) / 2 at the last of these.
+SHAPES = {
+    "linear": (.25, .5, .75), "cosine": (.14644661, .5, .85355339),
+    "cubic": (.015625, .125, .421875), "sigmoid": (.0701037, .5, .9298963)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("order, weights", ORDERS)
+def test_order_shape_and_synchronization(order, weights, shape):
+  alpha = schedules.alpha(
+      shape, 0.0, 1.0, 0.5, 80, depth=2, backward=order == "backward",
+      at_once=order == "together", weights=weights)
+  of = dict(zip((0, .25, .5, .75, 1), (0, *SHAPES[shape], 1)))
+  for step, expected in zip((10, 20, 30), ORDERS[order, weights]):
+    np.testing.assert_allclose(
+        alpha(step), [of[value] for value in expected], rtol=1e-5, atol=1e-6)
+  count = 2 if weights == "with" else 4
+  assert alpha(0).tolist() == [0] * count and alpha(40).tolist() == [1] * count
+
+
+def test_unknown_synchronization():
+  with pytest.raises(ValueError, match="weights='first': must be one of with, before"):
+    schedules.alpha("linear", 0.0, 1.0, 0.5, 80, depth=2, weights="first")
+
+
 def test_one_layer_is_the_global_schedule():
   one = default_alpha(depth=1)
   for step in (0, 7, 9_999, 16_274, 16_275):

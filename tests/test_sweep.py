@@ -461,6 +461,8 @@ SWEEPS = [
     ("recipes", "", 3 * (27 + 7)),
     ("recipes", "dataset=cifar100,seeds=2,estimators=aqe+ste", 2 * (2 + 2 * 32)),
     ("recipes", "dataset=cifar10,size=full,seeds=1,runs=teacher+cosine", 4),
+    ("annealing", "", 3 * 37), ("annealing", "network=resnet20,seeds=1", 37),
+    ("annealing", "dataset=cifar10,network=A,size=full,seeds=1,epochs=9", 37),
     ("networks", "", 2), ("networks", "size=short", 1), ("networks", "size=quarter", 2),
 ]
 
@@ -503,6 +505,8 @@ def test_misspelt_sweep():
     ("tables", "networks=E"), ("estimators", "dataset=mnist"),
     ("estimators", "width=half"), ("estimators", "seeds=many"),
     ("estimators", "epochs=1"),
+    ("annealing", "network=E"), ("annealing", "dataset=digits"),
+    ("annealing", "runs=forward"), ("annealing", "seeds=0"),
     ("alpha_schedules", "dataset=digit"), ("alpha_schedules", "seeds=-1"),
     ("recipes", "runs=cosin"), ("recipes", "dataset=mnist"), ("recipes", "seeds=0"),
     ("recipes", "estimators=aq"), ("recipes", "epochs=2"), ("networks", "size=half")])
@@ -558,6 +562,22 @@ def test_controls_have_the_rates_of_one_run(read_sweep, argument, epochs):
     assert both[-1] == pytest.approx(one[-1])
   assert a.alpha_end == 1
   assert runs["aqe-then-aqe-seed0"].alpha_start == 1
+
+
+def test_annealing(read_sweep):
+  """The name of each run says what its fields do."""
+  runs = {run.name: run.config for run in read_sweep(
+      "annealing", "network=resnet20,seeds=1")}
+  for order, layer, backward in (("together", False, False), ("forward", True, False),
+                                 ("backward", True, True)):
+    for shape in ("linear", "cosine", "cubic", "sigmoid"):
+      for weights in ("with", "before", "after"):
+        c = runs.pop(f"{order}-{shape}-{weights}-seed0")
+        assert (c.network, c.estimator, c.weight_bits, c.input_bits) == (
+            "resnet20", "aqe", 1, 1)
+        assert (c.alpha_per_layer, c.alpha_backward, c.alpha_shape,
+                c.alpha_weights) == (layer, backward, shape, weights)
+  assert [*runs] == ["ste-seed0"] and runs["ste-seed0"].estimator == "ste"
 
 
 def test_recipes_that_need_other_runs(read_sweep):
