@@ -39,6 +39,11 @@ _TERNARY_THRESHOLD = 0.1
 _TERNARY_FACTOR = 0.7
 _POWERS_FACTOR = 2.5
 
+# Smallest distance of learned thresholds, as a fraction of the sum of their widths, and
+# what is added to this sum, which is not to be 0.
+_LEAST_WIDTH = 2.0 ** -20
+_NO_WIDTH = 2.0 ** -40
+
 Thresholds = jax.Array | np.ndarray | Sequence[float]
 
 
@@ -204,9 +209,9 @@ def positive_step(step: Any) -> Any:
 def learned_thresholds(widths: Any) -> Any:
   """The thresholds of activations that learn the widths of their steps.
 
-  The widths divide the interval from 0 to 1. Let a be their magnitudes plus 2^-20. The
-  i-th threshold is (a_1 + ... + a_i) / (a_1 + ... + a_(q+1)), which ascends from more
-  than 0 to less than 1 for any widths.
+  The widths divide the interval from 0 to 1. Let a be their magnitudes plus 2^-20 of
+  the sum of these. The i-th threshold is (a_1 + ... + a_i) / (a_1 + ... + a_(q+1)). For
+  any widths, thresholds ascend from more than 0 to less than 1, and differ in float32.
 
   Args:
     widths: Widths (q + 1, ...) of any sign, a JAX or a NumPy array.
@@ -218,7 +223,9 @@ def learned_thresholds(widths: Any) -> Any:
     >>> quantizers.learned_thresholds(np.array([1.0, -1.0, 2.0])).round(3)
     array([0.25, 0.5 ])
   """
-  ends = (abs(widths) + 2.0**-20).cumsum(0)
+  sizes = abs(widths)
+  least = _LEAST_WIDTH * (sizes.sum(0, keepdims=True) + _NO_WIDTH)
+  ends = (sizes + least).cumsum(0)
   return ends[:-1] / ends[-1:]
 
 
@@ -240,12 +247,13 @@ def threshold_widths(thresholds: np.ndarray) -> np.ndarray:
     ValueError: A threshold is 1 or more.
 
   Examples:
-    >>> quantizers.threshold_widths(np.array([0.25, 0.5]))
+    >>> quantizers.threshold_widths(np.array([0.25, 0.5])).round(3)
     array([0.25, 0.25, 0.5 ])
   """
   if not (np.asarray(thresholds) < 1).all():
     raise ValueError(f"thresholds={thresholds!r}: must be less than 1 to be learned")
-  return np.diff(thresholds, prepend=0, append=1)
+  widths = np.diff(thresholds, prepend=0, append=1)
+  return widths * (1 + len(widths) * _LEAST_WIDTH) - _LEAST_WIDTH
 
 
 def stretch(x: jax.Array, thresholds: jax.Array, fixed: jax.Array) -> jax.Array:

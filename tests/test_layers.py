@@ -623,7 +623,7 @@ def test_thresholds_that_each_channel_learns(bits):
       applied(plain, identity_norm(4), x, 0.3, "mixed"), atol=1e-4)
   widths = np.abs(rng.normal(size=(q + 1, 4))).astype(np.float32) + np.float32(0.1)
   variables["params"]["threshold_widths"] = widths
-  exact = (np.float64(widths) + 2**-20).cumsum(0)
+  exact = (np.float64(widths) + 2**-20 * np.float64(widths).sum(0)).cumsum(0)
   exact = exact[:-1] / exact[-1]
   rows = fold_probe.make_rows(fold.Probe(np.full((2, 2, 4), 2.0), 2.0**-20, 32.0))
   hard = layer.apply(variables, rows, mode="fold", mutable=["hard"])[1]["hard"]

@@ -597,7 +597,8 @@ def test_learned_thresholds(bits):
   grid, q = quantizers.input_grid(bits), quantizers.num_thresholds(bits)
   fixed = np.float64(grid.thresholds)
   widths = np.float32(rng.normal(0, 1, (q + 1, 5)))
-  sizes = np.abs(np.float64(widths)) + 2**-20
+  sizes = np.abs(np.float64(widths))
+  sizes = sizes + 2**-20 * sizes.sum(0)
   learned = np.stack([sizes[:i].sum(0) / sizes.sum(0) for i in range(1, q + 1)])
   np.testing.assert_allclose(quantizers.learned_thresholds(widths), learned, rtol=1e-6)
   x = np.float32(rng.uniform(-1, 1, (400, 5)))
@@ -633,6 +634,25 @@ def test_widths_of_thresholds(bits):
   fixed = quantizers.fixed_thresholds(bits)
   widths = quantizers.threshold_widths(fixed)
   assert widths.shape == (len(fixed) + 1,)
-  np.testing.assert_allclose(quantizers.learned_thresholds(widths), fixed, atol=1e-4)
+  np.testing.assert_allclose(quantizers.learned_thresholds(widths), fixed, rtol=1e-6)
+
+
+@pytest.mark.parametrize("widths", [
+    [0, 0, 0, 0], [50, 0, 0, 50], [0, 1e30, 0, 1e-30], [0, 0, 1e-30, 0]])
+def test_thresholds_differ_for_any_widths(widths):
+  """And gradients are finite on the thresholds and elsewhere."""
+  widths = np.float32(widths)[:, None]
+  learned = np.asarray(quantizers.learned_thresholds(jnp.asarray(widths)))
+  steps = np.diff(learned[:, 0], prepend=0, append=1)
+  assert (steps > 2.0**-21).all()
+  x = jnp.float32([0, 1, -1, 0.3, *learned[:, 0]])[:, None]
+  grid = quantizers.input_grid(3)
+  gradients = jax.grad(lambda x, widths: quantizers.stretch(
+      x, quantizers.learned_thresholds(widths), grid.thresholds).sum(), (0, 1))(
+          x, jnp.asarray(widths))
+  assert all(np.isfinite(leaf).all() for leaf in gradients)
+
+
+def test_thresholds_of_1_cannot_be_learned():
   with pytest.raises(ValueError, match="must be less than 1 to be learned"):
     quantizers.threshold_widths(np.array([0.5, 1.0]))
