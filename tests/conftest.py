@@ -25,6 +25,14 @@ import hypothesis
 import jax
 import pytest
 
+# Most of the tests' time is compilation, which these flags halve. XLA_FLAGS= compiles
+# as users do. XLA exits where it does not know a flag: JAX 0.11 lacks the last one.
+if "XLA_FLAGS" not in os.environ:
+  _flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  if jax.__version_info__ < (0, 11):
+    _flags += " --xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] = _flags
+
 # Tracing makes so many objects that the collector would take a tenth of the time.
 gc.freeze()
 gc.set_threshold(100_000, 20, 100)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from minw.data import augment
 from minw.data import batches
 from minw.data import datasets
@@ -28,13 +27,13 @@ def images_of(count, size=8, seed=0):
 def augmented(images, seed=0, **amounts):
   """`augment.augment` of these images, whose labels count from 0."""
   labels = jnp.arange(len(images), dtype=jnp.int32)
-  return jax.tree.map(np.asarray, quick_jit(lambda images, key: augment.augment(
+  return jax.tree.map(np.asarray, jax.jit(lambda images, key: augment.augment(
       images, labels, key, Augmentation(**amounts), FILL))(
           jnp.asarray(images), jax.random.key(seed)))
 
 
 def rotated(images, corners, size, degrees):
-  return np.asarray(quick_jit(lambda *arrays: augment.rotate(
+  return np.asarray(jax.jit(lambda *arrays: augment.rotate(
       arrays[0], arrays[1], size, arrays[2], FILL))(
           jnp.asarray(images), jnp.asarray(corners, jnp.int32),
           jnp.radians(jnp.asarray(degrees, jnp.float32))))
@@ -119,7 +118,7 @@ def test_erasing():
 
 def test_mixup():
   images = np.repeat(np.uint8([10, 20, 31]), 4).reshape(3, 2, 2, 1)
-  found, share = quick_jit(augment.mixup)(
+  found, share = jax.jit(augment.mixup)(
       jnp.asarray(images), jnp.float32([0.25, 0.6, 1]))
   # 0.25 * 10 + 0.75 * 31 = 25.75; the middle is mixed with itself; all of the last.
   assert np.asarray(found)[:, 1, 0, 0].tolist() == [26, 20, 31]
@@ -134,7 +133,7 @@ def test_mixup():
     (0.9, (0.25, 0.75), (slice(1, 2), slice(3, 4)), 15 / 16)])
 def test_cutmix(share, center, box, kept):
   images = np.stack([np.zeros((4, 4, 1), np.uint8), np.ones((4, 4, 1), np.uint8)])
-  found, shares = quick_jit(augment.cutmix)(
+  found, shares = jax.jit(augment.cutmix)(
       jnp.asarray(images), jnp.float32([share] * 2), jnp.float32([center] * 2).T)
   expected = np.zeros((4, 4, 1), np.uint8)
   expected[box] = 1
@@ -207,7 +206,7 @@ def test_crops_stay_where_they_are():
   """Augmentation draws nothing from the random stream of crops and flips."""
   pixels = pixels_lib.Pixels((1.0,) * 3, (1.0,) * 3)
   data = batches.Examples(jnp.asarray(images_of(8, 6)), jnp.arange(8, dtype=jnp.int32))
-  found = [np.asarray(quick_jit(lambda key: resident.random_crops(
+  found = [np.asarray(jax.jit(lambda key: resident.random_crops(
       data, data.labels, 0, key, batch_size=8, crop_size=4, crop_padding=1, flip=True,
       pixels=pixels, augmentation=Augmentation(**amounts)))(jax.random.key(5))[0])
       for amounts in ({}, dict(random_erasing=1.0), dict(rotation=1e-6))]  # noqa: B023
@@ -229,7 +228,7 @@ def test_streamed_batches_are_augmented():
       workers=0, max_damaged=0.0, shrink=True)
   images, key = jnp.asarray(images_of(6)), jax.random.key(3)
   labels = jnp.arange(6, dtype=jnp.int32)
-  found, mixed = quick_jit(lambda *arrays: source.train_inputs(
+  found, mixed = jax.jit(lambda *arrays: source.train_inputs(
       batches.Examples(*arrays), None, 0, key))(images, labels)
   turned = rotated(images, np.zeros((6, 2)), 8,
                    np.degrees(augment.angles(key, 6, 90.0)))

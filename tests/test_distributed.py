@@ -76,7 +76,7 @@ def environment(devices):
   return kept | {
       "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+      "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def start(count, config, workdir, *flags, before_step="pass", devices=1, configs=None):

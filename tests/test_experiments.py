@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from minw import config as config_lib
 from minw import config_flag
 from minw import errors
@@ -147,7 +146,6 @@ def test_digits():
 
 def take_a_step(experiment, data):
   """One training step from the start; the state before and after, and the loss."""
-  experiment.jit = quick_jit
   state = experiment.jit(lambda: train.init_state(experiment))()
   before = jax.device_get(state)
   order = jnp.arange(experiment.info.splits["train"], dtype=jnp.int32)
@@ -346,7 +344,7 @@ def test_kernels_start_as_told():
     model = build_model(tiny_config(kernel_init=name))
     initialize = model.conv.keywords["kernel_init"]
     assert model.dense.keywords["kernel_init"] is initialize
-    kernel = np.asarray(quick_jit(lambda initialize=initialize: initialize(
+    kernel = np.asarray(jax.jit(lambda initialize=initialize: initialize(
         jax.random.key(0), (3, 3, 4, 6)))())
     assert 0.95 * limit < np.abs(kernel).max() <= limit
 
@@ -367,14 +365,14 @@ def test_batches_are_made_as_configured():
   data = experiment.data.load("validation")
   assert isinstance(data, batches.Examples) and data.images.shape == (180, 8, 8, 1)
   order = resident.epoch_order(0, 0, 180)
-  images, labels = quick_jit(experiment.data.train_inputs)(
+  images, labels = jax.jit(experiment.data.train_inputs)(
       data, order, 1, jax.random.key(4))
-  expected = quick_jit(lambda key: resident.random_crops(
+  expected = jax.jit(lambda key: resident.random_crops(
       data, order, 1, key, batch_size=64, crop_size=7, crop_padding=2, flip=False,
       pixels=experiment.pixels))(jax.random.key(4))
   np.testing.assert_array_equal(images, expected[0])
   np.testing.assert_array_equal(labels, np.asarray(data.labels)[order[64:128]])
-  images, labels, mask = quick_jit(experiment.data.eval_inputs)(data, 128)
+  images, labels, mask = jax.jit(experiment.data.eval_inputs)(data, 128)
   assert images.shape == (60, 7, 7, 1) and int(mask.sum()) == 180 - 128
   np.testing.assert_allclose(
       images[3], (data.images[131, :7, :7] / 255 - 0.3055) / 0.3761, rtol=1e-5)

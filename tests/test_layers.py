@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from float64_convnet import h
 from minw import estimators
 from minw import fold
@@ -521,7 +520,7 @@ def test_stochastic_estimator_in_a_network():
   variables = jax.tree.map(
       lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(np.float32), shapes)
 
-  @quick_jit
+  @jax.jit
   def run(seed):
     def loss(params):
       logits, _ = net.apply(

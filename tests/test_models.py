@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from float64_convnet import h
 from minw import errors
 from minw import fold
@@ -193,7 +192,7 @@ def test_alphas_of_weights_and_of_activations(net, shape, names):
   variables = random_variables(net, shape=shape)
   alphas = jnp.linspace(0.25, 1, 2 * len(names))
   assert net.depth == len(names)
-  sown = quick_jit(lambda variables: net.apply(
+  sown = jax.jit(lambda variables: net.apply(
       variables, np.zeros((2, *shape), np.float32), alphas, "mixed",
       mutable=["quantized", "distance"])[1]["quantized"])(variables)
   got = {path[-2]: leaf[0][1] for path, leaf in traverse_util.flatten_dict(sown).items()
@@ -208,7 +207,7 @@ def test_one_compilation_serves_all_alphas():
   variables, images = random_variables(net), random_images(2)
   traced = []
 
-  @functools.partial(quick_jit, static_argnames="mode")
+  @functools.partial(jax.jit, static_argnames="mode")
   def run(variables, alpha, mode):
     traced.append(mode)
     return net.apply(variables, images, alpha, mode,
@@ -229,7 +228,7 @@ def test_gradients_reach_every_parameter(weight_bits, input_bits):
   variables, images = random_variables(net), random_images(16)
   weight = np.random.default_rng(0).normal(size=(16, CLASSES)).astype(np.float32)
 
-  @quick_jit
+  @jax.jit
   def gradients(alpha):
     def loss(params):
       logits, _ = net.apply({**variables, "params": params}, images, alpha, "train",
@@ -457,7 +456,7 @@ def test_hard_is_mixed_at_the_end(name):
 def test_a_step_reaches_every_weight(name):
   net, variables, images = shallow_case(name)
 
-  @quick_jit
+  @jax.jit
   def gradient(params, alpha):
     def loss(params):
       logits, _ = net.apply(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiling import quick_jit
 from minw import estimators
 from minw import fold
 from minw import infer
@@ -256,7 +255,7 @@ def test_mobilenet_learns():
       lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32) if leaf.ndim > 1
       else np.ones(leaf.shape, np.float32), shapes)
 
-  @quick_jit
+  @jax.jit
   def step(params, stats):
     def loss(params):
       logits, new = model.apply({"params": params, "batch_stats": stats}, x, 1.0,

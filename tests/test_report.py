@@ -135,9 +135,6 @@ def test_counts(changes):
   """Against NumPy's histograms of what Flax captures and of weights by hand."""
   experiment = Experiment(tiny_config(
       histogram_layers=("*conv2",), histogram_epochs=(1,), **changes))
-  jitted = lambda f, **_: jax.jit(
-      f, compiler_options={"xla_backend_optimization_level": 0})
-  experiment.jit = jitted
   generator = np.random.default_rng(0)
   shapes = jax.eval_shape(lambda: experiment.model.init(
       dict(params=jax.random.key(0), estimator=jax.random.key(0)),

@@ -114,7 +114,7 @@ def run_on_four(code, config, folder):
       [sys.executable, "-c", code, config_lib.to_json(config), str(folder)],
       text=True, capture_output=True, timeout=600, env={
           **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-          "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+          "JAX_NUM_CPU_DEVICES": "4"})
   assert done.returncode == 0, done.stderr[-5000:]
 
 

@@ -5,12 +5,12 @@ import pathlib
 import re
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
-from compiling import quick_jit
 from minw import config as config_lib
 from minw import experiment
 from minw import layers
@@ -226,7 +226,7 @@ def test_images_are_those_of_the_first_step(monkeypatch):
       crop_padding=2, rotation=30.0, brightness=0.1, mixup=1.0))
   monkeypatch.setattr(train, "update", lambda experiment, state, *batch: (
       state, batch[:2]))
-  monkeypatch.setattr(run, "jit", lambda function, **_: quick_jit(function))
+  monkeypatch.setattr(run, "jit", lambda function, **_: jax.jit(function))
   step = train.make_train_step(run)
   place = next(run.data.train_batches(run.data.load("train"), 0))
   state = train.TrainState(jnp.int32(0), *5 * [()])

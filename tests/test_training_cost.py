@@ -28,7 +28,7 @@ print(*training_cost.of_step(experiment.Experiment(config.from_json(sys.argv[1])
 def environment(devices):
   return os.environ | {
       "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+      "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
 def dense(**changes):
