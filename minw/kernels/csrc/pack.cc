@@ -132,27 +132,37 @@ void each_block(const Conv& c, const Weights& weights, uint64_t first, int input
       }
 }
 
-// The levels of channel i of a block.
-Bytes levels(const Block* planes, int bits, int i) {
-  Bytes magnitude = Bytes{} + 1, negative = bit(planes[0], i) - 1;
-  if (bits > 1) magnitude = bit(planes[1], i);
-  if (bits == 3) {  // A 3 is worth 4.
-    Bytes high = bit(planes[2], i);
-    magnitude += (high << 1) + (magnitude & high);
+// The levels of the first n of the 8 channels of a byte of each plane. Vector i of `to`
+// has channels i and i + 4 in the lower and the upper half of each byte. A level has
+// four bits, in two's complement.
+void levels(const Block* planes, int bits, int byte, int n, Bytes (&to)[4]) {
+  Bytes low = Bytes{} + static_cast<uint8_t>((1 << n) - 1), high = {};
+  if (bits > 1) low = planes[1].of[byte];
+  if (bits > 2) high = planes[2].of[byte];
+  const Bytes negative = (low | high) & ~planes[0].of[byte];
+  MINW_UNROLLED(i, 4) {
+    auto halves = [&](Bytes x) MINW_LAMBDA { return shifted(x, i) & 0x11; };
+    const Bytes l = halves(low), h = halves(high), minus = halves(negative);
+    const Bytes magnitude = l + h + h + (l & h);  // A code of 3 is worth 4.
+    // A half of `ones` is 15 if its level is negative: -m = (m ^ 15) + 1.
+    const Bytes ones = (minus << 4) - minus;
+    to[i] = (magnitude ^ ones) + minus;
   }
-  return (magnitude ^ negative) - negative;
 }
 
-// Joins the levels of two channels for kVector output channels, which are in fours. An
-// int16 has two output channels, the second one in its upper bits. Bytes 0 and 1 of the
-// four go to the first half of the result, and bytes 2 and 3 to the second one:
+// Joins the levels of two channels for kVector output channels, which are in fours. The
+// levels are in the lower (0) or the upper half (4) of each byte. An int16 has two
+// output channels, the second one in its upper bits. Bytes 0 and 1 of the four go to
+// the first half of the result, and bytes 2 and 3 to the second one:
 //
 //   (even 0 + even 1 << kPairsUpper) | (odd 0 + odd 1 << kPairsUpper) << 16
-MINW_INLINE void store_pairs(char* to, Bytes even, Bytes odd) {
+MINW_INLINE void store_pairs(char* to, Bytes even, Bytes odd, int half) {
+  static_assert(kPairsUpper == 12, "the upper bits are the upper half of a byte");
   using Fours = Vec<uint32_t, kVector>;
-  auto both = [](Bytes x) MINW_LAMBDA {
-    const auto low = (Vec<int16_t, kVector>)((Shorts)x << 8) >> 8;  // With its sign.
-    return (Fours)((Shorts)low + ((Shorts)x >> 8 << kPairsUpper));
+  auto both = [half](Bytes x) MINW_LAMBDA {
+    const Shorts up = (Shorts)x << (4 - half);  // Byte 1's half is in the upper bits.
+    const auto low = (Vec<int16_t, kVector>)(up << 8) >> 12;  // With its sign.
+    return (Fours)((Shorts)low + (up & 0xf000));
   };
   const Fours e = both(even), o = both(odd);
   store(to, (e & 0xffff) | o << 16);
@@ -192,10 +202,12 @@ void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int input
   auto visit = [&](int out, int tap, int i, int n, const Block* planes) {
     char* pair = to + out / kVector * c.group_bytes + size_t{1} * tap * tap_bytes +
                  size_t{1} * i * kVector;
-    for (int k = 0; k < n; k += 2) {
-      const Bytes odd = k + 1 < n ? levels(planes, c.w_bits, k + 1) : Bytes{};
-      store_pairs(pair, levels(planes, c.w_bits, k), odd);
-      pair += size_t{2} * kVector;
+    for (int byte = 0; 8 * byte < n; byte++) {
+      const int channels = std::min(8, n - 8 * byte);
+      Bytes x[4];
+      levels(planes, c.w_bits, byte, channels, x);
+      for (int k = 0; k < channels; k += 2, pair += size_t{2} * kVector)
+        store_pairs(pair, x[k % 4], x[k % 4 + 1], k / 4 * 4);
     }
   };
   each_block(c, weights, first, inputs, in_fours, visit);
