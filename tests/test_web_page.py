@@ -5,11 +5,13 @@ import io
 import json
 import math
 import pathlib
+import re
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from c_programs import ROOT
 from c_programs import tool
 from minw import infer
 from minw import packed
@@ -542,6 +544,33 @@ def test_nothing_is_sent(visit, server):
       server, ["evaluate", "fetch(location.href).then(() => 'sent', () => 'refused')"],
       messages=["Content Security Policy"] * 2)
   assert found == ["refused"]
+
+
+GUIDE = (ROOT / "docs/howto/web.md").read_text()
+POLICY, = re.findall("^Content-Security-Policy: (.*)$", GUIDE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("missing", ["", "'wasm-unsafe-eval'", "connect-src 'self'"])
+def test_policy_of_the_guide(browser, tmp_path, missing):
+  """Pages with minw.js work under the policy of the guide, but not under less."""
+  network = infer.load("digits_convnet", backend="native")
+  folder = tmp_path / "web"
+  web.write(folder, web.contents(network.program, "digits", {}))
+  (folder / "own.html").write_text("<!doctype html>")
+  program = """import("/minw.js").then(({ load }) => load("/net.minw")).then(
+      (net) => [...net.logits(new Uint8Array(64))], () => "refused")"""
+  assert missing in POLICY
+  with served(folder, f"default-src 'none'; {POLICY.replace(missing, '')}") as address:
+    visit = {"url": f"{address}own.html", "steps": [["evaluate", program]]}
+    found, = json.loads(node.run("node", node.SCRIPTS / "page.mjs", *browser,
+                                 input=json.dumps([visit])))
+  logits, = found["results"]
+  if missing:
+    assert logits == "refused"
+    return
+  assert found["messages"] == []
+  zeros = np.zeros((1, 8, 8, 1), np.uint8)
+  np.testing.assert_array_equal(np.float32(logits), network.logits(zeros)[0])
 
 
 @pytest.mark.parametrize("screen", [PHONE, DESKTOP])

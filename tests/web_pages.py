@@ -26,9 +26,14 @@ def npm_package(folder: pathlib.Path, package: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def served(folder: pathlib.Path) -> Iterator[str]:
-  """The address at which a server has the files of a folder."""
+def served(folder: pathlib.Path, policy: str = "") -> Iterator[str]:
+  """The address at which a server has the files of a folder, under a policy."""
   class Handler(http.server.SimpleHTTPRequestHandler):
+    def end_headers(self):
+      if policy:
+        self.send_header("Content-Security-Policy", policy)
+      super().end_headers()
+
     def log_message(self, *_):
       pass
 
