@@ -41,6 +41,10 @@ def define_flags() -> None:
       "Steps FIRST:LAST, 100:110 for example, of which a trace is written to profile "
       "in the workdir. Steps are counted from 0, and LAST is the first one that is not "
       "traced.")
+  flags.DEFINE_enum(
+      "tracker", None, ["wandb", "mlflow"],
+      "Service that also receives the measurements: Weights & Biases or MLflow. A run "
+      "does not depend on it.")
   flags.DEFINE_bool(
       "distributed", False,
       "Whether this is one process of several. On TPU pods, under "
@@ -115,7 +119,7 @@ def main() -> int:
     if distributed.is_main():
       cli.show_progress()
     try:
-      status = train.train_and_evaluate(f.config, f.workdir, profile)
+      status = train.train_and_evaluate(f.config, f.workdir, profile, f.tracker)
     except train.Interrupted as interrupted:
       status = interrupted.status
   if status["state"] == "preempted":

@@ -38,6 +38,7 @@ from minw import quantizers
 from minw import stopping
 from minw import stragglers
 from minw import traces
+from minw import trackers
 from minw.data import augment
 from minw.data import datasets
 from minw.experiment import Experiment
@@ -326,7 +327,8 @@ class StorageError(errors.UsageError):
 
 
 def train_and_evaluate(
-    config: Any, workdir: str | os.PathLike, profile: traces.Steps | None = None
+    config: Any, workdir: str | os.PathLike, profile: traces.Steps | None = None,
+    tracker: str | None = None,
 ) -> dict[str, Any]:
   """Trains the network of `config`, or resumes from the last checkpoint in `workdir`.
 
@@ -348,6 +350,7 @@ def train_and_evaluate(
       for it. Its lock is held until this function returns.
     profile: First step, and the step after the last one, of which a trace is written to
       profile/. Steps are counted from 0.
+    tracker: Service that also receives the measurements; see `trackers.SERVICES`.
 
   Returns:
     The final content of status.json: `state` ("done", "diverged" or "preempted"),
@@ -366,6 +369,7 @@ def train_and_evaluate(
   together = distributed.together
   experiment = together(Experiment, config)
   together(traces.check_steps, profile, experiment.num_steps)
+  distributed.on_main(trackers.check, tracker)
   together(datasets.check_available, config.dataset, config.data_dir)
   source = together(read_source, config.init_from, experiment)
   together(lambda: experiment.teacher)
@@ -377,7 +381,7 @@ def train_and_evaluate(
       return status
     with (_stopping(workdir, checkpoint_target(experiment)),
           stopping.StopSignal() as stop):
-      status = _train(experiment, source, workdir, stop, profile)
+      status = _train(experiment, source, workdir, stop, profile, tracker)
   if status["state"] == "preempted" and stop.interrupted:
     raise Interrupted(status)
   return status
@@ -521,7 +525,7 @@ class _Run(NamedTuple):
 
 def _train(
     experiment: Experiment, source: dict[str, Any], workdir: str,
-    stop: stopping.StopSignal, profile: traces.Steps | None,
+    stop: stopping.StopSignal, profile: traces.Steps | None, tracker: str | None,
 ) -> dict[str, Any]:
   """Trains the remaining steps of a run, tests its network, and returns its status."""
   begun = time.monotonic()
@@ -547,7 +551,12 @@ def _train(
         teacher=experiment.teacher and experiment.teacher.record)
     _log.info("%s: starting from step %d of %d", workdir, step, experiment.num_steps)
     run_files.write_status(workdir, "running", step)
-    writer = metrics.Writer(workdir, step, saved) if distributed.is_main() else None
+    writer = None
+    if distributed.is_main():
+      fields = config_lib.to_fields(experiment.config)
+      writer = metrics.Writer(
+          workdir, step, saved, trackers.Tracker(tracker, workdir, fields)
+          if tracker else None)
     if distributed.several():
       stop.hold()  # No process can stop alone. All agree on a step at which they stop.
     progress = Progress(step, experiment.num_steps, experiment.config.batch_size)

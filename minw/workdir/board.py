@@ -233,19 +233,33 @@ class _Events:
     self._file.write(event.SerializeToString())
 
 
+def numbers(line: dict[str, Any]) -> dict[str, float]:
+  """Returns the measurements in a line of metrics.jsonl, by the names of their curves.
+
+  Lines of the test split are no curves. Their names say which checkpoint was tested.
+  """
+  if line["split"] == "test":
+    curve = f"test_{line['checkpoint']}"
+  else:
+    curve = _CURVES[line["split"], line["mode"]]
+  return {(f"{name}/{curve}" if name in _BY_SPLIT else name) + suffix: number
+          for name, value in _measured(line).items()
+          for suffix, number in _parts(value)}
+
+
+def _measured(line: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in line.items()
+          if name not in ("step", "epoch", "split", "mode")}
+
+
 def _show(writer: _Writer, line: dict[str, Any]) -> None:
-  measured = {name: value for name, value in line.items()
-              if name not in ("step", "epoch", "split", "mode")}
   if line["split"] == "test":  # A chart would have a single point.
     writer.add_text(f"test/{line['checkpoint']}",
-                    _as_code(json.dumps(measured, indent=2)),
+                    _as_code(json.dumps(_measured(line), indent=2)),
                     line["step"])
     return
-  for name, value in measured.items():
-    tag = (f"{name}/{_CURVES[line['split'], line['mode']]}" if name in _BY_SPLIT
-           else name)
-    for suffix, number in _numbers(value):
-      writer.add_scalar(tag + suffix, number, line["step"])
+  for tag, number in numbers(line).items():
+    writer.add_scalar(tag, number, line["step"])
 
 
 def _show_histogram(writer: _Writer, line: dict[str, Any]) -> None:
@@ -264,7 +278,7 @@ def _as_code(text: str) -> str:
   return "".join(f"    {line}\n" for line in text.splitlines())
 
 
-def _numbers(value: Any) -> list[tuple[str, float]]:
+def _parts(value: Any) -> list[tuple[str, float]]:
   if isinstance(value, (int, float)):
     return [("", value)]
   parts = (value.items() if isinstance(value, dict)

@@ -18,6 +18,7 @@ from minw import errors
 from minw import files
 from minw import json_files
 from minw import paths
+from minw import trackers
 from minw.workdir import board
 from minw.workdir import environment
 from minw.workdir import run_files
@@ -217,7 +218,8 @@ def _saved(workdir: str) -> tuple[int, dict[str, Lines]]:
 class Writer:
   """Appends lines to metrics.jsonl and histograms.jsonl, and to TensorBoard's files."""
 
-  def __init__(self, workdir: str, step: int, saved: dict[str, Any] | None = None):
+  def __init__(self, workdir: str, step: int, saved: dict[str, Any] | None = None,
+               tracker: trackers.Tracker | None = None):
     """Opens the records of a run that resumes after `step` steps.
 
     Lines beyond the last checkpoint and lines of the test split are dropped, because
@@ -229,11 +231,13 @@ class Writer:
       saved: Copy of the records in the checkpoint of that step. Files that differ from
         it are replaced, with a warning. None if the run begins, or if the checkpoint
         was written by a version of minw without such copies.
+      tracker: Receives the measurements of new lines, too.
 
     Raises:
       json_files.Damaged: A file is damaged, and there is no copy of its content.
       OSError: A file cannot be written. The error names it.
     """
+    self._tracker = tracker
     path = paths.at(workdir)
     make = _Log if isinstance(path, pathlib.Path) else _RemoteLog
     self._metrics = make(path / "metrics.jsonl", _check_line)
@@ -266,7 +270,10 @@ class Writer:
     Raises:
       OSError: The file cannot be written. The error names it.
     """
-    self._board.show(self._metrics.append(line))
+    line = self._metrics.append(line)
+    self._board.show(line)
+    if self._tracker:
+      self._tracker.log(line["step"], board.numbers(line))
 
   def write_histograms(self, step: int, epoch: int, histograms: Lines) -> None:
     """Writes the counts of `histograms.make_histograms` to histograms.jsonl.
@@ -293,6 +300,8 @@ class Writer:
     self._metrics.close()
     self._histograms.close()
     self._board.close()
+    if self._tracker:
+      self._tracker.close()
 
 
 class _Log:
