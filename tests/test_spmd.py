@@ -290,3 +290,42 @@ def test_parts_and_whole_go_on_with_each_other(sharded, tmp_path):
   run(tiny_config(num_epochs=2), tmp_path)
   for ours, theirs in zip(lines_of(sharded / "run"), lines_of(tmp_path), strict=True):
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
+
+
+# Run with 256 virtual devices. It prints the number of devices, the examples of each in
+# the largest array of a convolution, batch norm's sums over all devices, and what it
+# took in seconds of processors and GiB.
+AT_SCALE = '''
+import re, resource
+import jax
+from minw import config as config_lib, train
+from minw.experiment import Experiment
+
+config = config_lib.default_config("imagenet2012")
+config.update(batch_size=32 * 256, eval_batch_size=256)
+experiment = Experiment(config)
+step = train.make_train_step(experiment).lower(
+    train.abstract_state(experiment), *experiment.data.abstract_batch())
+text = step.compile().as_text()
+examples = {int(found) for found in re.findall(r"f32\\[(\\d+),112,112,64\\]", text)}
+everywhere = len(re.findall(
+    r"all-reduce(?:-start)?\\(.*replica_groups=\\S*256\\b.*batch_norm", text))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(len(jax.devices()), max(examples), everywhere, used.ru_utime + used.ru_stime,
+      used.ru_maxrss / 2**20)
+'''
+
+
+def test_a_step_on_256_devices_compiles_quickly():
+  """That of ResNet-18 on ImageNet, with 32 images on each device."""
+  done = subprocess.run(
+      [sys.executable, "-c", AT_SCALE], text=True, capture_output=True,
+      env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+           "JAX_ENABLE_COMPILATION_CACHE": "false",
+           "XLA_FLAGS": "--xla_force_host_platform_device_count=256"})
+  assert done.returncode == 0, done.stderr
+  devices, examples, everywhere, seconds, gibibytes = map(float, done.stdout.split())
+  assert (devices, examples) == (256, 32)
+  # Batch norm has 21 layers, whose sums of a batch are those of all devices.
+  assert everywhere >= 21
+  assert seconds < 120 and gibibytes < 4
