@@ -360,7 +360,7 @@ def test_a_stop_of_one_stops_all_at_a_step(told, tmp_path):
   assert outcome(workdir) == outcome(tmp_path / "whole")
 
 
-# What an error of JAX becomes, and what explains that JAX aborts: the last lines.
+# Last lines of a process that has lost the other: an error of JAX, or an abort by JAX.
 _RESUMES = r".* The same commands resume the run from its last checkpoint\n\Z"
 LOST = re.compile(r"^error: the processes have lost each other \(.*\); process [01] of"
                   r" 2 ends here" + _RESUMES, re.MULTILINE)

@@ -12,7 +12,7 @@ from minw import experiment
 from minw import training_cost
 
 BATCH, WIDTH = 240, 512
-WEIGHTS = 64 * WIDTH + WIDTH * 10  # Of 8x8 images, and of 10 classes.
+WEIGHTS = 64 * WIDTH + WIDTH * 10  # Images are 8x8, and there are 10 classes.
 PARAMETERS = WEIGHTS + 2 * (WIDTH + 10)  # Batch norm has a scale and a shift.
 # Products forward, for the gradients of weights, and for those of the second input.
 PRODUCTS = BATCH * (2 * WEIGHTS + WIDTH * 10)
