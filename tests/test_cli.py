@@ -624,7 +624,7 @@ COMMANDS = {f"minw {name}": module for name, module in minw_command.COMMANDS.ite
 LAUNCHERS = {f"launch/{name}.py": name for name in (
     "local_multiprocess", "sweep")}
 # Flags of type string that are no paths. A new flag that is one is a `cli.DEFINE_path`.
-TEXTS = {"dataset", "layer", "coordinator", "module", "background", "prefix",
+TEXTS = {"profile", "dataset", "layer", "coordinator", "module", "background", "prefix",
          "image_size", "budget_flash", "budget_ram"}
 # Experiment files with arguments: `config_flag.load` expands them.
 FILES_WITH_ARGUMENTS = {"config", "configs"}
