@@ -82,6 +82,8 @@ def apply_rprelu(y: jax.Array, rprelu: Rprelu) -> jax.Array:
   Returns:
     float32 (..., channels).
   """
+  rprelu = Rprelu(*(lax.broadcast_to_rank(jnp.asarray(field), y.ndim)
+                    for field in rprelu))
   below = y - rprelu.gamma
   # XLA may fuse a product into the sum that follows, and round only once.
   product = lax.optimization_barrier(below * rprelu.beta)

@@ -10,12 +10,14 @@ import signal
 import sys
 import threading
 
+import jax
 import pytest
 
 from minw import evaluate
 from minw import stopping
 from minw import train
 from minw.workdir import checkpoint
+import short_runs
 from short_runs import EPOCH
 from short_runs import Stop
 from short_runs import busy_config
@@ -26,6 +28,7 @@ from short_runs import run
 from short_runs import run_with
 from short_runs import start
 from short_runs import stop_before
+from short_runs import tiny_config
 
 # Python announces each opening, renaming and removal of a file before it is done.
 # That is where runs are cut here: a checkpoint's write alone has twenty such moments.
@@ -426,3 +429,23 @@ def test_really_killed_at_many_moments(start_to_end, tmp_path):
   code, _, err = ended(start(config, workdir))
   assert code == 0 and "already done" in err
   assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_recipes_that_learn_more_are_resumed(tmp_path, monkeypatch):
+  """With the state of OvSW, and alphas of weights beside those of activations."""
+  config = tiny_config(
+      ovsw_scaling=0.1, ovsw_decay=0.1, alpha_weights="after", rprelu=True,
+      learn_input_thresholds=True, bits_rules=(("norm_conv2", 2),), ema_decay=0.9,
+      num_epochs=2)
+  experiment = short_runs.experiment_of(config)
+  state = jax.device_get(jax.jit(lambda: train.init_state(experiment))())
+  monkeypatch.setattr(short_runs, "fresh_state", lambda *_: state)
+  run(config, tmp_path / "whole")
+  with pytest.raises(Stop):
+    run_with(stop_before(EPOCH + 5), config, tmp_path / "cut")
+  run(config, tmp_path / "cut")
+  assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+  alphas = [line["alpha"] for line in lines_of(tmp_path / "cut", split="train")
+            if "alpha" in line]
+  assert [len(alpha) for alpha in alphas] == [8, 8]

@@ -63,7 +63,7 @@ def test_estimators(name):
     dict(input_bits=3, weight_bits=2, learn_input_thresholds=True, ovsw_decay=0.1,
          bits_rules=(("conv2", 1),), ovsw_scaling=0.1),
     dict(estimator="lsq", input_bits=2, step_per_channel=True, weight_frequency=20.0),
-    dict(alpha_weights="after"),
+    dict(alpha_weights="after", rprelu=True),
     dict(input_bits="bfloat16", weight_bits="float8_e4m3fn", alpha_shape="cosine"),
 ], ids=str)
 def test_fields(changes):
