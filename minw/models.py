@@ -331,7 +331,8 @@ class AlexNet(nn.Module):
     return self.norm(bits=None, name="norm_dense3")(x, mode=mode)
 
 
-_IMAGENET = dict(widths=(64, 128, 256, 512), large_stem=True)
+_WIDE = (64, 128, 256, 512)
+_IMAGENET = dict(widths=_WIDE, large_stem=True)
 _CIFAR = dict(widths=(16, 32, 64), projection=False)
 
 # Smallest height and width of an image, by network. Smaller images leave nothing to
@@ -345,6 +346,7 @@ NETWORKS = {
     "resnet34": functools.partial(ResNet, stages=(3, 4, 6, 3), **_IMAGENET),
     "resnet50": functools.partial(
         ResNet, stages=(3, 4, 6, 3), bottleneck=True, **_IMAGENET),
+    "cifar_resnet18": functools.partial(ResNet, stages=(2, 2, 2, 2), widths=_WIDE),
     "resnet20": functools.partial(ResNet, stages=(3, 3, 3), **_CIFAR),
     "resnet110": functools.partial(ResNet, stages=(18, 18, 18), **_CIFAR),
     "densenet100": DenseNet,

@@ -11,7 +11,8 @@ NO_ESTIMATOR = "-"  # Estimator of a network without quantized operands.
 
 _DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
              "imagenet2012": "ImageNet"}
-_NETWORKS = {"alexnet": "AlexNet", "resnet": "ResNet-", "densenet": "DenseNet-"}
+_NETWORKS = {"alexnet": "AlexNet", "resnet": "ResNet-",
+             "cifar_resnet": "ResNet-", "densenet": "DenseNet-"}
 _ESTIMATORS = {"aqe": "AQE", "ste": "STE", NO_ESTIMATOR: "float"}
 _FORMAT_BITS = {"float8_e4m3fn": 8, "bfloat16": 16, "float16": 16, "float32": 32}
 

@@ -189,6 +189,8 @@ def test_a_step_on_images_like_cifars(monkeypatch):
 
 # Whole networks on small, made-up images.
 SMALL = {
+    "cifar_best": dict(crop_size=10, conv_widths=(8, 8), dense_widths=(8,),
+                       learning_rate_warmup=0.0),
     "folder_convnet": dict(crop_size=16),
     "cifar_densenet100": dict(crop_size=8),
     "cifar_resnet110": dict(crop_size=8),
@@ -247,6 +249,30 @@ def test_alpha_by_layer():
   experiment = Experiment(tiny_config(
       alpha_weights="before", alpha_end=1.0, num_epochs=4, alpha_start=0.25))
   assert experiment.alpha(38).tolist() == [1] * 4 + [0.25] * 4
+
+
+def test_layers_of_the_best_recipe():
+  """All weights of ConvNet A have one bit; ResNets have float ends, and a teacher."""
+  config = load("cifar_best")
+  experiment = Experiment(config)
+  assert {layer.bits for layer in experiment.layers if layer.kernel_shape} == {1}
+  assert sum(np.prod(layer.kernel_shape)
+             for layer in experiment.grid_layers.values()) == 10_352_000
+  np.testing.assert_allclose(
+      experiment.learning_rate(experiment.num_steps), 0, atol=1e-9)
+  resnet = Experiment(load("cifar_best", "network=resnet20,dataset=cifar100"))
+  assert [layer.path for layer in resnet.layers if layer.bits == "float32"] == [
+      "stem", "dense1"]
+  assert load("cifar_best", "network=resnet18").network == "cifar_resnet18"
+  teacher = load("cifar_best", "weight_bits=float32,input_bits=float32")
+  for name in ("dataset", "crop_size", "pixels"):  # What a teacher must share.
+    assert teacher[name] == config[name]
+  config_lib.validate(teacher)
+
+
+def test_networks_that_the_best_recipe_lacks():
+  with pytest.raises(errors.UsageError, match="network='resnet50': must be A, B, C, D"):
+    load("cifar_best", "network=resnet50")
 
 
 @pytest.mark.parametrize("size, weights", [

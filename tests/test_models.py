@@ -373,6 +373,7 @@ def test_pooling_of_a_convnet():
     ("resnet34", 21_797_672 + 1000, 1000),
     ("resnet50", 25_557_032 + 1000, 1000),
     ("resnet20", 269_722 + 10, 10),
+    ("cifar_resnet18", 11_173_962 + 10, 10),
     ("resnet110", 1_727_962 + 10, 10),
     ("densenet100", 769_162 + 10, 10),
     # 61,100,840 with 10,344 biases; batch norm has 20,688 numbers instead.

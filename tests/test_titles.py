@@ -21,7 +21,8 @@ def test_convnets_are_named_as_in_the_paper(conv, dense, name):
 
 
 @pytest.mark.parametrize("network, name", [
-    ("resnet18", "ResNet-18"), ("resnet110", "ResNet-110"), ("alexnet", "AlexNet"),
+    ("resnet18", "ResNet-18"), ("cifar_resnet18", "ResNet-18"),
+    ("resnet110", "ResNet-110"), ("alexnet", "AlexNet"),
     ("densenet100", "DenseNet-100"), ("mine2", "mine2")])
 def test_other_networks(network, name):
   assert titles.network({"network": network}) == name
