@@ -550,27 +550,61 @@ GUIDE = (ROOT / "docs/howto/web.md").read_text()
 POLICY, = re.findall("^Content-Security-Policy: (.*)$", GUIDE, re.MULTILINE)
 
 
+def own_page(browser, folder, program, contents=None, policy=""):
+  """What a program returns on an empty page beside minw.js and the digits network.
+
+  The result is that of tests/web/page.mjs for a visit of one step.
+  """
+  digits = web.contents(infer.load("digits_convnet").program, "digits", {})
+  web.write(folder, digits | {"own.html": b"<!doctype html>"} | (contents or {}))
+  with served(folder, policy) as address:
+    visits = [{"url": f"{address}own.html", "steps": [["evaluate", program]]}]
+    found, = json.loads(node.run("node", node.SCRIPTS / "page.mjs", *browser,
+                                 input=json.dumps(visits)))
+  return found
+
+
 @pytest.mark.parametrize("missing", ["", "'wasm-unsafe-eval'", "connect-src 'self'"])
 def test_policy_of_the_guide(browser, tmp_path, missing):
   """Pages with minw.js work under the policy of the guide, but not under less."""
-  network = infer.load("digits_convnet", backend="native")
-  folder = tmp_path / "web"
-  web.write(folder, web.contents(network.program, "digits", {}))
-  (folder / "own.html").write_text("<!doctype html>")
   program = """import("/minw.js").then(({ load }) => load("/net.minw")).then(
       (net) => [...net.logits(new Uint8Array(64))], () => "refused")"""
   assert missing in POLICY
-  with served(folder, f"default-src 'none'; {POLICY.replace(missing, '')}") as address:
-    visit = {"url": f"{address}own.html", "steps": [["evaluate", program]]}
-    found, = json.loads(node.run("node", node.SCRIPTS / "page.mjs", *browser,
-                                 input=json.dumps([visit])))
-  logits, = found["results"]
+  policy = f"default-src 'none'; {POLICY.replace(missing, '')}"
+  found = own_page(browser, tmp_path / "web", program, policy=policy)
   if missing:
-    assert logits == "refused"
+    assert found["results"] == ["refused"]
     return
   assert found["messages"] == []
-  zeros = np.zeros((1, 8, 8, 1), np.uint8)
-  np.testing.assert_array_equal(np.float32(logits), network.logits(zeros)[0])
+  logits = infer.load("digits_convnet").logits(np.zeros((1, 8, 8, 1), np.uint8))
+  np.testing.assert_array_equal(np.float32(found["results"]), logits)
+
+
+WORKER = """
+import { decodeImage, load, preprocess } from "./minw.js";
+addEventListener("message", async ({ data }) => {
+  const net = await load("net.minw");
+  postMessage([...net.logits(preprocess(await decodeImage(data), net))]);
+});
+"""
+
+
+def test_worker(browser, tmp_path):
+  """A worker decodes an image file and classifies it."""
+  photo(90, 70).save(tmp_path / "photo.png")
+  program = """fetch("photo.png").then((file) => file.blob()).then((file) =>
+      new Promise((resolve, reject) => {
+        const worker = new Worker("worker.js", { type: "module" });
+        worker.onmessage = ({ data }) => resolve(data);
+        worker.onerror = reject;
+        worker.postMessage(file);
+      }))"""
+  found = own_page(browser, tmp_path / "web", program, {
+      "worker.js": WORKER.encode(),
+      "photo.png": (tmp_path / "photo.png").read_bytes()})
+  pixels = infer.read_image(tmp_path / "photo.png", (8, 8, 1))
+  np.testing.assert_array_equal(
+      np.float32(found["results"]), infer.load("digits_convnet").logits(pixels[None]))
 
 
 @pytest.mark.parametrize("screen", [PHONE, DESKTOP])
