@@ -39,10 +39,10 @@ from minw.kernels import reference
 # The stack that a call takes at most is _STACK bytes, and _STACK_OF_FUNCTION bytes for
 # each level of nested calls. Both are about 1.5 times what gcc and clang use on x86-64,
 # with or without optimization. The functions of `c_sliced` take _STACK_OF_SLICED bytes
-# beside their arrays, about 1.2 times what the same compilers use.
+# beside what they state, about 1.2 times what the same compilers use.
 _STACK = 256
 _STACK_OF_FUNCTION = 128
-_STACK_OF_SLICED = 864
+_STACK_OF_SLICED = 576
 
 _SAMPLE = 4  # Images that show which values are mostly -1.
 
@@ -280,7 +280,7 @@ class _Writer:
         if self.kinds[i].kind == "CODE" and np.mean(value < 0) > 0.5}
     body, run = self.functions()
     helpers: list[str] = []
-    for name, helper in reversed((_HELPERS | c_sliced.HELPERS).items()):
+    for name, helper in reversed((_HELPERS | c_sliced.helpers(self)).items()):
       if any(f"{name}(" in text for text in (body, run, *helpers)):
         helpers.insert(0, helper)
     # The head comes last, because it states the size of the functions' constants.
@@ -296,8 +296,6 @@ class _Writer:
     inlined = {j for value in self.sliced.values() for j in value.inlined}
     values = [self._function(i) for i in range(1, len(self.kinds))
               if not self.memory.is_term(i) and i not in inlined]
-    if any(value.input for value in self.sliced.values()):
-      self.flash += c_sliced.CONSTANTS
     return "\n\n".join(values), self._run()
 
   def static(self) -> int:

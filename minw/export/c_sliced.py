@@ -3,37 +3,68 @@
 A word holds one bit of 32 output channels, and a number of such words, the slices,
 holds one integer for each of these channels. Slice k has bit k of all 32 integers.
 
-Let x be the inputs of a window and w the weights of an output channel, and write
-x = most - u and w = 1 - v, where u and v are not negative. Then
+Let x be the inputs of a window and w the weights of an output channel. Let X and W be
+their greatest levels. Write x = X - u and w = W - v, where u and v are not negative.
+Then
 
-    sum(w * x) = sum(w * most) - sum(u) + sum(v * u).
+    sum(w * x) = X * sum(w) - W * sum(u) + sum(v * u).
 
 The first term is a constant of the channel, which the thresholds absorb. The second one
 is the same for all channels. The third one is a sum of weights, each of which is a bit
 of v for 32 channels: those words are added whose input has the bit k of u set, and they
-count 2^k. About half of the bits of u are 0, and their words are not even read. If most
-inputs are -1, then the signs of all inputs and weights are changed, which changes no
-sum.
+count 2^k. Words whose bit is 0 are not even read. If most inputs of one bit are -1,
+then the signs of all inputs and weights are changed, which changes no sum.
 
-    codes of 1 bit   u is 2 for -1 and 0 for 1, and 1 for a border of zeros.
+    codes of 1 bit   u is 2 for -1 and 0 for 1.
     codes of 2 bits  u is 2, 1 and 0 for -1, 0 and 1.
+    codes of 3 bits  u is 8, 6, 5, 4, 3, 2 and 0 for -4, -2, -1, 0, 1, 2 and 4.
     pixels           u is 255 minus the pixel.
 
+Two neighboring windows are computed together. Let S be the words that are added for
+both windows, A those for the first one alone and B those for the second one alone. The
+sums are S + A and S + B. If half of the bits are set, and a quarter of them in both
+windows, then three words are added in place of four.
+
+    number       0  1  2  3  4  5  6  7
+    first        0  1  1  0  0  0  1  1
+    second       0  1  0  0  1  0  1  1
+    S: 1, 6, 7      A: 2      B: 4
+
 The words are added by carry-save adders, five operations for a word, 16 words before a
-carry leaves the registers. Sums of pixels are looked up four at a time, in tables of
-all sums of four pixels, and become slices afterwards. A maximum over a pool takes seven
-operations for a slice of 32 channels, and a threshold four. The result of a threshold
-is the word that is stored.
+carry leaves the registers. Inputs outside the image are not added one by one. Their
+sums are constants, and there is one for each way in which a window overlaps the border.
+
+Sums of pixels are looked up four at a time, in tables of all sums of four pixels, for
+two windows in the halves of a word. They become slices afterwards. A threshold takes
+five operations for a slice of 32 channels. The maximum over a pool is below a threshold
+where all its values are. The word of a threshold is the one that is stored.
 """
 
 import numpy as np
 
 from minw import packed
 
-CONSTANTS = 132  # Bytes of constants of the C function `more`.
+_STACK_OF_SIX = 384  # Bytes of stack that the words of six thresholds take at most.
+_LEVELS = {1: (1,), 2: (0, 1), 3: (0, 1, 2, 3)}  # Bits k of v for weights of 1-3 bits.
+_GREATEST = {1: 1, 2: 1, 3: 4}  # Greatest level of codes of 1-3 bits.
 
-_LEVELS = {1: (1,), 2: (0, 1)}  # Bits k of v for weights of 1 and 2 bits.
-_MOST_PIXELS = 128  # The sums of more bytes, twice each, do not fit in 16 bits.
+# C lines that store codes of 1-3 bits at p. The word l0 has the channels below the
+# first threshold, and so on.
+_KEEP = {1: ["p[b] = l0;"], 2: ["p[2 * b] = ~(l0 ^ l1);", "p[2 * b + 1] = l0 & l1;"],
+         3: ["keep3(p + 3 * b, l0, l1, l2, l3, l4, l5);"]}
+
+# The bits of u for inputs of 3 bits, in place of the macro WORD.
+_WORD3 = """\
+/* Bit k of 4 - x for 32 codes x of 3 bits. Bit 2 is inverted. */
+static uint32_t part(const uint32_t *x, int k) {
+  switch (k) {
+    case 0: return x[0] & ~x[1];
+    case 1: return (x[1] & ~x[0]) | (x[0] & ~x[1] & ~x[2]);
+    case 2: return (x[0] | x[1]) & ~((x[0] ^ x[1]) & x[2]);
+    default: return x[0] & x[1] & x[2];
+  }
+}
+#define WORD(x) part(x, s->part)"""
 
 # C functions by name. Each one follows those it calls.
 HELPERS = {
@@ -51,189 +82,143 @@ static int first(uint32_t v) {
   return n + !(v >> 31);
 #endif
 }""",
-    "more": """\
-/* The input of a convolution, with bit-planes for each word of channels, and the window
-   that reads it. A word has the weights of `size` channels. */
+    "ripple": """\
+/* Adds a bit to each integer of some slices. */
+static void ripple(uint32_t *n, uint32_t carry) {
+  for (; carry; n++) {
+    const uint32_t old = *n;
+    *n = old ^ carry;
+    carry &= old;
+  }
+}""",
+    "move": """\
+/* A convolution of codes. Its input has `planes` words for each `size` channels. A word
+   of its weights has the bits of 32 output channels. Weights have `levels` bits, from
+   2^bit on. The other members are those of the writer. */
 typedef struct {
+  const uint32_t *weights, *edges;
+  const uint8_t *border;
   int height, width, words, planes, size, rows, columns, down, right;
-} Shape;
-
-/* The words of one plane of a window that are inside the input, inverted if flip is
-   set, or else the words of ones that are outside. The window has its columns from
-   begin to end inside the input. */
-typedef struct {
-  const Shape *of;
-  const uint32_t *map, *weights, *x, *next, *w;
-  int top, side, begin, end, i, j, left, plane, inside;
+  int stride, sideways, above, before;
+  int block, levels, bit, scale, kept, slices, outside, edge, states, borders;
+  int32_t most;
   uint32_t flip;
+} Conv;
+
+/* The words of a window that say which weights are added. A run of `left` words begins
+   at x, and its weights at next. They are inverted if flip is set, and apply where the
+   words `other` further on, inverted if flop is set, apply too. A run ends with the
+   columns of the window, which go from `from` to `to`. Another window reads those from
+   begin to end, too, which is `distance` further on, and inverted if cross is set. */
+typedef struct {
+  const volatile Conv *of;
+  const uint32_t *x, *next, *map, *weights;
+  uint32_t *n, highest, flip, flop, cross;
+  int32_t total;
+  int at, left, planes, size, other, part;
+  int top, side, i, last, j, from, to, begin, end, distance;
 } Window;
 
-static const uint32_t none[32] = {0};
-static const uint32_t all = 0xffffffffu;
-
-/* Puts a window at a row and a column of the input. */
-static void place(Window *s, const Shape *of, int top, int side) {
-  s->of = of;
-  s->top = top;
-  s->side = side;
-  s->begin = 0;
-  while (s->begin < of->columns && side + s->begin * of->right < 0) s->begin++;
-  s->end = of->columns;
-  while (s->end > s->begin && side + (s->end - 1) * of->right >= of->width) s->end--;
-}
-
-/* Moves to the next words that are contiguous, and returns whether there are any. */
-APART static int move(Window *s) {
-  const Shape *const of = s->of;
-  for (;;) {
-    int first, y, inside;
-    if (s->j == of->columns) {
-      s->j = 0;
-      s->i++;
-    }
-    if (s->i >= of->rows) return 0;
-    first = s->j;
-    y = s->top + s->i * of->down;
-    inside = y >= 0 && y < of->height && first >= s->begin && first < s->end;
-    s->j = of->columns;
-    if (inside)
-      s->j = of->right == 1 ? s->end : first + 1;
-    else if (y >= 0 && y < of->height && first < s->begin)
-      s->j = s->begin;
-    if (inside == s->inside) {
-      s->left = (s->j - first) * of->words;
-      s->next = s->weights + (s->i * of->columns + first) * of->words * of->size;
-      s->x = &all;
-      if (inside)
-        s->x = s->map + s->plane +
-               (y * of->width + s->side + first * of->right) * of->words * of->planes;
-      return 1;
-    }
+/* Moves to the next run, and returns whether there is one. */
+APART static int move(volatile Window *s) {
+  const volatile Conv *const of = s->of;
+  int j, end, both;
+  if (s->j >= s->to) {
+    s->j = s->from;
+    s->i = s->i + 1;
   }
-}
-
-/* Moves to the next word, and returns its bits. The first channel, whose weights are
-   w[0], is the highest bit. After the last word there are weights of 0. */
-APART static uint32_t more(Window *s) {
-  uint32_t bits;
-  if (s->left == 0 && !move(s)) {
-    s->w = none;
-    return all;
-  }
-  s->left--;
-  s->w = s->next;
-  s->next += s->of->size;
-  bits = (*s->x ^ s->flip) << (32 - s->of->size);
-  if (s->inside) s->x += s->of->planes;
-  return bits;
+  j = s->j;
+  end = s->to;
+  if (s->i >= s->last || j >= end) return 0;
+  both = j >= s->begin && j < s->end;
+  if (both)
+    end = s->end;
+  else if (j < s->begin && end > s->begin)
+    end = s->begin;
+  if (of->right > 1) end = j + 1;
+  s->j = end;
+  s->left = (end - j) * of->words;
+  s->x = s->map + ((s->top + s->i * of->down) * of->width + s->side + j * of->right) *
+                      of->words * of->planes;
+  s->next = s->weights + (s->i * of->columns + j) * of->words * of->size;
+  s->other = both ? s->distance : 0;
+  s->flop = both ? s->cross : s->flip;
+  return 1;
 }""",
+    "WORD": "#define WORD(x) (*(x))",
     "count": """\
-/* Reads the weights of the next channel whose bit is set. */
-#define NEXT(v) \\
-  do { \\
-    int k; \\
-    while (!bits) { \\
-      bits = more(s); \\
-      w = s->w; \\
-    } \\
-    k = first(bits); \\
-    bits &= ~(0x80000000u >> k); \\
-    v = w[k]; \\
-  } while (0)
+/* Reads the weights of the next input whose bit is set. If there is none in a word,
+   then `count` reads the next word and returns to the label `state`. */
+#define NEXT(v, state) \\
+  if (!bits) { \\
+    s->at = state; \\
+    goto next; \\
+    case state:; \\
+  } \\
+  k = first(bits); \\
+  bits &= ~(highest >> k); \\
+  v = w[k];
 /* Adds the bits of b and c to those of a. The carries are stored in high. */
 #define CARRY(high, a, b, c) \\
-  do { \\
-    const uint32_t differ = b ^ c; \\
-    high = (b & c) | (differ & a); \\
-    a ^= differ; \\
-  } while (0)
-#define NEXT2(high) \\
-  do { \\
-    uint32_t b, c; \\
-    NEXT(b); \\
-    NEXT(c); \\
-    CARRY(high, ones1, b, c); \\
-  } while (0)
-#define NEXT4(high) \\
-  do { \\
-    uint32_t b2, c2; \\
-    NEXT2(b2); \\
-    NEXT2(c2); \\
-    CARRY(high, ones2, b2, c2); \\
-  } while (0)
-#define NEXT8(high) \\
-  do { \\
-    uint32_t b4, c4; \\
-    NEXT4(b4); \\
-    NEXT4(c4); \\
-    CARRY(high, ones4, b4, c4); \\
-  } while (0)
+  high = b ^ c; \\
+  c &= b; \\
+  b = high & a; \\
+  a ^= high; \\
+  high = b | c;
+#define NEXT2(high, state) \\
+  NEXT(b1, state) NEXT(c1, state + 1) CARRY(high, ones1, b1, c1)
+#define NEXT4(high, state) \\
+  NEXT2(b2, state) NEXT2(c2, state + 2) CARRY(high, ones2, b2, c2)
+#define NEXT8(high, state) \\
+  NEXT4(b4, state) NEXT4(c4, state + 4) CARRY(high, ones4, b4, c4)
 
-/* Adds the weights of all channels whose bit is set in a window to the slices n.
-   Returns how many channels these are. */
-APART static int32_t count(uint32_t *n, Window *s, const uint32_t *w) {
-  uint32_t ones1 = n[0], ones2 = n[1], ones4 = n[2], ones8 = n[3], bits = 0;
-  int32_t total = 0;
-  s->weights = w;
-  s->i = s->j = s->left = 0;
+/* Adds the weights of all inputs whose bit is set in a window to the slices n. Returns
+   how many inputs these are. The bits of `at`, which is their number modulo 16, say
+   which of b1, b2, b4 and b8 are still to be added at the end. The window is volatile,
+   so that it stays in memory and leaves the registers to the sums. */
+APART static int32_t count(volatile Window *s) {
+  uint32_t *n = s->n, ones1 = n[0], ones2 = n[1], ones4 = n[2], ones8 = n[3], bits;
+  uint32_t b1 = 0, b2 = 0, b4 = 0, b8 = 0, c1, c2, c4, c8;
+  const uint32_t highest = s->highest, *w, *x;
+  int at, k;
+  s->at = 0;
+  s->total = 0;
+next:
   do {
-    uint32_t b8, c8, carry, *p = n + 4;
-    NEXT8(b8);
-    NEXT8(c8);
-    CARRY(carry, ones8, b8, c8);
-    for (; carry; p++) {
-      const uint32_t old = *p;
-      *p = old ^ carry;
-      carry &= old;
+    if (!s->left && !move(s)) goto last;
+    s->left = s->left - 1;
+    x = s->x;
+    w = s->next;
+    s->x = x + s->planes;
+    s->next = w + s->size;
+    bits = (WORD(x) ^ s->flip) & (WORD(x + s->other) ^ s->flop);
+  } while (!bits);
+  switch (s->at & 15) {
+    for (;;) {
+      NEXT8(b8, 0)
+      NEXT8(c8, 8)
+      CARRY(c1, ones8, b8, c8)
+      ripple(s->n + 4, c1);
+      s->total = s->total + 16;
     }
-    total += 16;
-  } while (w != none);
+  }
+last:
+  n = s->n;
+  at = s->at;
   n[0] = ones1;
   n[1] = ones2;
   n[2] = ones4;
   n[3] = ones8;
-  return total - 32 + ones(bits);
+  if (at & 1) ripple(n, b1);
+  if (at & 2) ripple(n + 1, b2);
+  if (at & 4) ripple(n + 2, b4);
+  if (at & 8) ripple(n + 3, b8);
+  return s->total + at;
 }""",
     "clear": """\
 /* The pointer is volatile, so that no compiler calls memset, which is in a library. */
-static void clear(volatile uint32_t *n, int slices) {
-  for (; slices > 0; slices--) *n++ = 0;
-}""",
-    "look_up": """\
-#define LOOK_UP(shift) \\
-  *sums++ += table[v >> shift & 15] + ((uint32_t)table[v >> (shift + 4) & 15] << 16)
-/* Adds sums over four bytes u, times 2^k, to 32 integers of 16 bits. A word of sums
-   has those of two channels, 16 channels apart. A nibble of the weights says which of
-   the bytes a channel adds. */
-static void look_up(uint32_t *sums, const uint32_t *w, const uint8_t *u, int k) {
-  uint16_t table[16];
-  int i, j;
-  table[0] = 0;
-  for (i = 1; i < 16; i *= 2) {
-    const int term = *u++ << k;
-    for (j = 0; j < i; j++) table[i + j] = (uint16_t)(table[j] + term);
-  }
-  for (i = 0; i < 4; i++) {
-    const uint32_t v = w[i];
-    LOOK_UP(0);
-    LOOK_UP(8);
-    LOOK_UP(16);
-    LOOK_UP(24);
-  }
-}""",
-    "transpose": """\
-/* Turns the integers that look_up makes into slices. Bit 2^k of the number of a word is
-   swapped with bit 2^k of the number of a bit within 16 bits, for each k. */
-static void transpose(uint32_t *n) {
-  uint32_t mask = 0x00ff00ffu;
-  int j, k;
-  for (j = 8; j; j /= 2, mask ^= mask << j) {
-    for (k = 0; k < 16; k = (k + j + 1) & ~j) {
-      const uint32_t differ = ((n[k] >> j) ^ n[k + j]) & mask;
-      n[k + j] ^= differ;
-      n[k] ^= differ << j;
-    }
-  }
+static void clear(volatile uint32_t *n, int words) {
+  for (; words > 0; words--) *n++ = 0;
 }""",
     "increase": """\
 /* Adds the same number to all integers of some slices. */
@@ -246,20 +231,153 @@ static void increase(uint32_t *n, int slices, int32_t number) {
     carry = next;
   }
 }""",
+    "sums": """\
+/* The positions of a window, `step` apart, that are inside an input of some size. */
+static void inside(int at, int step, int window, int size, int *from, int *to) {
+  int i = 0, j = window;
+  while (i < window && at + i * step < 0) i++;
+  while (j > i && at + (j - 1) * step >= size) j--;
+  *from = i;
+  *to = j;
+}
+
+/* Computes the slices of 32 sums for the window of (y, x), and those for (y, x + 1) if
+   there are two. The inputs that apply to both windows come first and are added once.
+   Then come those of each window alone. */
+APART static void sums(uint32_t *n, const volatile Conv *of, const uint32_t *map,
+                       int y, int x, int b, int two) {
+  const uint32_t all = 0xffffffffu >> (32 - of->size);
+  const int parts = of->planes == 3 ? 4 : of->planes;
+  int32_t sum = 0;
+  int from[2] = {0, 0}, to[2] = {0, 0}, first, e, k;
+  volatile Window s;
+  s.of = of;
+  s.highest = 0x80000000u;
+  s.planes = of->planes;
+  s.size = of->size;
+  s.top = y * of->stride - of->above;
+  s.side = x * of->sideways - of->before;
+  s.distance = of->sideways * of->words * of->planes;
+  inside(s.top, of->down, of->rows, of->height, &first, &k);
+  s.last = k;
+  for (e = 0; e <= two; e++)
+    inside(s.side + e * of->sideways, of->right, of->columns, of->width, &from[e],
+           &to[e]);
+  s.from = from[0];
+  s.begin = from[0];
+  s.to = two ? to[1] : 0;
+  s.end = two ? to[1] : 0;
+  clear(n, of->kept);
+  for (e = -two; e <= two; e++) {
+    int32_t found = 0;
+    int part, level;
+    if (e == 1) {
+      n += of->kept;
+      s.side = s.side + of->sideways;
+      s.distance = -s.distance;
+    }
+    if (e >= 0) {
+      s.from = from[e];
+      s.to = to[e];
+    }
+    for (part = 0; part < parts; part++) {
+      const int bit = part + (parts == 1);
+      s.part = part;
+      s.map = map + (parts < 4 ? part : 0);
+      s.flip = parts == 1 ? of->flip : parts - part == 2 ? all : 0;
+      s.cross = e < 0 ? s.flip : s.flip ^ all;
+      for (level = 0; level < of->levels; level++) {
+        s.n = n + bit + of->bit + level;
+        s.weights = of->weights + (b * of->levels + level) * of->block;
+        s.i = first;
+        s.j = s.from;
+        s.left = 0;
+        k = count(&s);
+        if (level == 0) found += k * (1 << bit);
+      }
+    }
+    if (e < 0) {
+      sum = found;
+      for (k = 0; k < of->kept; k++) n[of->kept + k] = n[k];
+      continue;
+    }
+    found = of->most - of->scale * (sum + found);
+    level = of->rows * of->columns - (s.last - first) * (to[e] - from[e]);
+    if (level && of->outside) {
+      const int state = of->border[y] + of->border[of->borders + x + e];
+      const uint32_t *edge = of->edges + (b * of->states + state - 1) * of->edge;
+      for (k = 0; k < of->edge; k++) ripple(n + of->bit + k, edge[k]);
+      found -= level * of->outside;
+    }
+    increase(n, of->slices, found);
+  }
+}""",
+    "look_up": """\
+/* Adds sums over four inputs u, times 2^k, to 32 integers. A nibble of the weights says
+   which of the inputs an output channel adds. Each input and each integer is a pair of
+   16 bits, for two windows. */
+APART static void look_up(uint32_t *sums, const uint32_t *w, const uint32_t *u, int k) {
+  const uint32_t a = u[0] << k, b = u[1] << k, c = u[2] << k, d = u[3] << k;
+  const uint32_t ab = a + b, cd = c + d;
+  const uint32_t table[16] = {0,  a,      b,      ab,
+                              c,  a + c,  b + c,  ab + c,
+                              d,  a + d,  b + d,  ab + d,
+                              cd, a + cd, b + cd, ab + cd};
+  int i;
+  for (i = 0; i < 4; i++, sums += 8) {
+    const uint32_t v = w[i];
+    sums[0] += table[v & 15];
+    sums[1] += table[v >> 4 & 15];
+    sums[2] += table[v >> 8 & 15];
+    sums[3] += table[v >> 12 & 15];
+    sums[4] += table[v >> 16 & 15];
+    sums[5] += table[v >> 20 & 15];
+    sums[6] += table[v >> 24 & 15];
+    sums[7] += table[v >> 28];
+  }
+}""",
+    "transpose": """\
+/* Turns 32 integers into slices: for each k, bit 2^k of the number of a word is swapped
+   with bit 2^k of the number of a bit. */
+APART static void transpose(uint32_t *n) {
+  uint32_t mask = 0x0000ffffu;
+  int j, k;
+  for (j = 16; j; j /= 2, mask ^= mask << j) {
+    for (k = 0; k < 32; k = (k + j + 1) & ~j) {
+      const uint32_t a = n[k], b = n[k + j], differ = ((a >> j) ^ b) & mask;
+      n[k + j] = b ^ differ;
+      n[k] = a ^ differ << j;
+    }
+  }
+}""",
+    "keep3": """\
+/* Stores codes of 3 bits, which are 3 minus the number of words whose bit is set. */
+static void keep3(uint32_t *p, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
+                  uint32_t e, uint32_t f) {
+  const uint32_t ab = a ^ b, de = d ^ e, abc = ab ^ c, def = de ^ f;
+  const uint32_t high = (a & b) | (ab & c), high2 = (d & e) | (de & f);
+  const uint32_t carry = abc & def, differ = high ^ high2;
+  const uint32_t one = abc ^ def, two = differ ^ carry;
+  const uint32_t four = (high & high2) | (differ & carry);
+  p[0] = ~one;
+  p[1] = (four & (one | two)) | ~(four | two);
+  p[2] = four;
+}""",
     "below": """\
 /* Returns the channels whose integer is less in a than in b. */
-static uint32_t below(const uint32_t *a, const uint32_t *b, int slices) {
+APART static uint32_t below(const uint32_t *a, const uint32_t *b, int slices) {
   uint32_t less = 0;
   for (; slices > 0; slices--, a++, b++) less ^= (*a ^ *b) & (less ^ *b);
   return less;
 }""",
-    "maximum": """\
-/* Replaces the integers a by those of b where these are greater. */
-static void maximum(uint32_t *a, const uint32_t *b, int slices) {
-  const uint32_t less = below(a, b, slices);
-  for (; slices > 0; slices--, a++, b++) *a ^= (*a ^ *b) & less;
-}""",
 }
+
+
+def helpers(writer) -> dict[str, str]:
+  """Returns the C functions that a writer's network may need, by name."""
+  inputs = [value.input for value in writer.sliced.values()]
+  three = any(i and writer.memory.bits(i) == 3 for i in inputs)
+  return HELPERS | ({"WORD": _WORD3} if three else {})
 
 
 def find(writer) -> dict[int, "Sliced"]:
@@ -273,8 +391,7 @@ def find(writer) -> dict[int, "Sliced"]:
   """
   found, memory, ops = {}, writer.memory, writer.program.ops
   for i, op in enumerate(ops, start=1):
-    if not isinstance(op, packed.Threshold) or op.bits > 2 or (
-        op.shortcut is not None and memory.bits(op.shortcut) > 2):
+    if not isinstance(op, packed.Threshold):
       continue
     pool, conv = None, op.input
     inner = ops[conv - 1]
@@ -282,22 +399,96 @@ def find(writer) -> dict[int, "Sliced"]:
       pool, conv = conv, inner.input
     if any(j and (j in memory.stored or memory.is_plane(j)) for j in (pool, conv)):
       continue
-    if conv and _is_sliced(ops[conv - 1], writer.kinds, memory):
+    if conv and _is_sliced(ops[conv - 1], conv, writer.kinds):
       found[i] = Sliced(writer, i, conv, pool)
   return found
 
 
-def _is_sliced(op, kinds, memory) -> bool:
-  """Whether a value is a convolution whose weights do not take more room in slices."""
+def _is_sliced(op, i, kinds) -> bool:
+  """Whether a value is a convolution whose constants take not much room in slices.
+
+  They may take twice the room of the weights of the computation channel by channel.
+  """
   if not isinstance(op, packed.Conv) or op.groups > 1 or op.bits not in _LEVELS:
     return False
-  blocks, channels = -(-op.kernel.shape[0] // 32), op.kernel.shape[-1]
+  out, h, w, channels = op.kernel.shape
+  levels, blocks = len(_LEVELS[int(op.bits)]), -(-out // 32)
   if op.input == 0:
-    return (op.kernel[0].size <= _MOST_PIXELS
-            and 4 * blocks * len(_LEVELS[int(op.bits)]) <= op.kernel.shape[0])
-  return (kinds[op.input].kind == "CODE" and memory.bits(op.input) <= 2
-          and (channels < 32 or channels % 32 == 0)
-          and blocks * min(channels, 32) <= op.kernel.shape[0])
+    sums = 510 * _GREATEST[int(op.bits)] * op.kernel[0].size
+    return sums < 2**16 and 4 * blocks * levels <= out
+  if kinds[op.input].kind != "CODE" or (channels > 32 and channels % 32):
+    return False
+  border = _Border(op, kinds[op.input], kinds[i])
+  words = blocks * (levels * h * w * channels + (border.states - 1) * border.slices)
+  words += max(32 - channels, 0)
+  return border.states < 256 and (
+      words <= 2 * out * int(op.bits) * h * w * -(-channels // 32))
+
+
+class _Border:
+  """Which parts of the windows of a convolution are outside its input.
+
+  A window is in the state `rows[y] + columns[x]`. Windows inside are in state 0.
+
+  Attributes:
+    rows: int (height of the result,).
+    columns: int (width of the result,).
+    states: Number of states.
+    slices: Number of bits of a sum over the inputs outside.
+  """
+
+  def __init__(self, op: packed.Conv, source: packed.Value, result: packed.Value):
+    """Finds the states.
+
+    Args:
+      op: The convolution.
+      source: Its input.
+      result: Its result.
+    """
+    self._down, self.rows = _outside(
+        op, 0, op.pads[0], source.shape[0], result.shape[0])
+    self._right, self.columns = _outside(
+        op, 1, op.pads[2], source.shape[1], result.shape[1])
+    self.rows = self.rows * len(self._right)
+    self.states = len(self._down) * len(self._right)
+    most = _GREATEST[source.bits] + abs(_level(op.pad, source.bits))
+    terms = self.outside().sum((1, 2)).max() * op.kernel.shape[-1]
+    greatest = 2 * _GREATEST[int(op.bits)] >> _LEVELS[int(op.bits)][0]
+    self.slices = int(terms * most * greatest).bit_length()
+
+  def outside(self) -> np.ndarray:
+    """Returns the weights whose inputs are outside, bool (states, height, width)."""
+    outside = self._down[:, None, :, None] | self._right[None, :, None, :]
+    return outside.reshape(self.states, *outside.shape[2:])
+
+
+def _outside(op, axis, before, size, count):
+  """Returns which rows or columns of a window are outside the input.
+
+  Args:
+    op: The convolution.
+    axis: 0 for rows and 1 for columns.
+    before: Size of the border above or before the input.
+    size: Size of the input.
+    count: Number of windows.
+
+  Returns:
+    Masks, bool (states, rows or columns of a window), the first of which is False, and
+    the state of each window, int (count,).
+  """
+  at = np.arange(count)[:, None] * op.strides[axis] - before
+  at = at + np.arange(op.kernel.shape[1 + axis]) * op.dilation[axis]
+  outside = (at < 0) | (at >= size)
+  masks = [np.zeros(outside.shape[1], bool)]
+  for mask in outside:
+    if not any((mask == other).all() for other in masks):
+      masks.append(mask)
+  masks = np.stack(masks)
+  return masks, (outside[:, None] == masks).all(2).argmax(1)
+
+
+def _level(code: int, bits: int) -> int:
+  return int(packed.levels(np.array([code], np.int8), bits)[0])
 
 
 class Sliced:
@@ -306,7 +497,7 @@ class Sliced:
   Attributes:
     inlined: The values that are computed within its functions.
     input: The value that the convolution reads.
-    stack: Bytes of stack that its arrays take.
+    stack: Bytes of stack that its arrays and thresholds take.
   """
 
   def __init__(self, writer, i: int, conv: int, pool: int | None):
@@ -321,18 +512,31 @@ class Sliced:
     self._writer, self._i, self._conv, self._pool = writer, i, conv, pool
     self._op: packed.Conv = writer.program.ops[conv - 1]
     self.inlined, self.input = {conv, pool}, self._op.input
-    out, h, w, channels = self._op.kernel.shape
-    self._words = -(-h * w * channels // 4)  # Words of four pixels' bytes in a window.
     self._levels = _LEVELS[int(self._op.bits)]
-    self._blocks, terms = -(-out // 32), h * w * channels
-    self._most_u = (2 if self.input else 255) * terms
+    self._scale = _GREATEST[int(self._op.bits)]
+    self._terms = self._op.kernel[0].size
+    self._blocks = -(-len(self._op.kernel) // 32)
+    self._most = _GREATEST[writer.kinds[self.input].bits] if self.input else 255
+    # The integers of the slices are sums of w * x plus a constant, from 0 on.
+    self._most_u = self._scale * self._most * (2 if self.input else 1) * self._terms
     # One more than the greatest integer fits, so that a threshold can be above all.
     self._slices = (2 * self._most_u + 1).bit_length()
-    # The last pass of `count` uses slices 2 to 5, and `transpose` makes 16 slices.
-    self._kept = max(self._slices, 6 if self.input else 16)
-    self.stack = 4 * (self._kept + self._slices * (pool is not None))
+    # `count` reads four slices from its first one on.
+    first = self._most.bit_length() + self._levels[-1]
+    self._kept = max(self._slices, first + 4) if self.input else 16
+    wide = writer.kinds[conv].shape[1] if pool is None else self._pooling.window[1]
+    # The sums of pixels always fill two windows.
+    self._step = 2 if wide > 1 or not self.input else 1
+    self.stack = 4 * self._kept * self._step
+    if writer.kinds[i].bits == 3:
+      self.stack += _STACK_OF_SIX
     if not self.input:
-      self.stack += 4 * self._words + 32
+      self.stack += 4 * self._terms + 76
+
+  @property
+  def _pooling(self) -> packed.Pool:
+    assert self._pool is not None
+    return self._writer.program.ops[self._pool - 1]
 
   def text(self, negate: bool) -> str:
     """Returns the C constants and functions, the last of which computes the value.
@@ -346,106 +550,121 @@ class Sliced:
     if negate:
       op = op._replace(kernel=-op.kernel, pad=-op.pad)
     self._op = op
-    most = np.ones(op.kernel.shape[-1], np.int64)
+    most = np.full(op.kernel.shape[-1], self._most, np.int64)
     if not self.input:
-      most = 255 - self._writer.program.offset.astype(np.int64)
+      most -= self._writer.program.offset
     weights = packed.levels(op.kernel, int(op.bits)).astype(np.int64)
+    self._v = self._scale - weights
     # The integers of the slices are the sums plus these numbers.
     self._added = self._most_u - (weights * most).sum((1, 2, 3))
-    return f"{self._sums()}\n\n{self._threshold()}"
+    sums = self._sums_of_codes() if self.input else self._sums_of_pixels()
+    return f"{sums}\n{self._threshold()}"
 
   def _planes(self) -> np.ndarray:
-    """Returns the bits of 1 - w, int64 (blocks, planes, 32, terms)."""
-    v = 1 - self._op.kernel.reshape(len(self._op.kernel), -1).astype(np.int64)
+    """Returns the bits of the weights v, int64 (blocks, planes, terms, 32)."""
+    v = self._v.reshape(len(self._v), -1)
     v = np.pad(v, [(0, -len(v) % 32), (0, 0)]).reshape(self._blocks, 32, -1)
-    return np.stack([v >> k & 1 for k in self._levels], 1)
+    return np.stack([v.swapaxes(1, 2) >> k & 1 for k in self._levels], 1)
 
-  def _sums(self) -> str:
-    """Returns the C function that computes the slices of 32 sums."""
-    constants, lines = self._sums_of_codes() if self.input else self._sums_of_pixels()
-    body = "".join(f"  {line}\n" for line in lines)
-    return f"""\
-{constants}
-APART static void sums{self._conv}(uint32_t *n, int y, int x, int b) {{
-  int32_t rest = {self._most_u};
-{body}  increase(n, {self._slices}, rest);
-}}"""
-
-  def _sums_of_codes(self) -> tuple[str, list[str]]:
-    """Returns C constants, and C lines that add up an input of codes."""
-    op, writer = self._op, self._writer
+  def _sums_of_codes(self) -> str:
+    """Returns the C constants of a convolution of codes."""
+    op, writer, conv = self._op, self._writer, self._conv
+    source, result = writer.kinds[op.input], writer.kinds[conv]
     channels = op.kernel.shape[-1]
-    size, (h, w, _) = min(channels, 32), writer.kinds[op.input].shape
-    planes = writer.memory.bits(op.input)
-    shape = (h, w, channels // size, planes, size, *op.kernel.shape[1:3], *op.dilation)
-    writer.flash += 4 * len(shape)
-    # The highest bit of a word is its first channel.
+    size, planes = min(channels, 32), writer.memory.bits(op.input)
+    # The highest bit of a word is its last channel. If there are less than 32 channels,
+    # then the highest bits of a word are 0, and their weights are not read.
     bits = self._planes()
-    bits = bits.reshape(*bits.shape[:3], -1, size)[..., ::-1].reshape(bits.shape)
-    constants = writer.array("uint32_t", f"w{self._conv}", _pack(bits.swapaxes(2, 3)))
-    constants += f"static const Shape shape{self._conv} = {{{str(shape)[1:-1]}}};\n"
-    rows = op.kernel[0].size
-    lines = ["Window s;",
-             f"const uint32_t *const w = w{self._conv}"
-             f" + b * {len(self._levels) * rows};",
-             f"clear(n, {self._kept});",
-             f"place(&s, &shape{self._conv}, y * {op.strides[0]} - {op.pads[0]},"
-             f" x * {op.strides[1]} - {op.pads[2]});", f"s.map = v{op.input};"]
-    # Each pass has a level, whether it is inside the input, a plane and its inversion.
-    passes = [(0, 1, 0, "all")] * (planes == 2) + [
-        (1, 1, planes - 1, "all" if self._negate else "0")]
-    if any(op.pads) and op.pad <= 0:
-      passes.append((-op.pad, 0, 0, "0"))
-    for level, inside, plane, flip in passes:
-      run = [f"s.inside = {inside};", f"s.plane = {plane};", f"s.flip = {flip};"]
-      for k, bit in enumerate(self._levels):
-        call = f"count(n + {level + bit}, &s, w + {k * rows})"
-        run.append(f"{call};" if k else f"rest -= {call} * {1 << level};")
-      if not inside:
-        run = [f"if (s.top < 0 || s.top > {h - op.window[0]} || s.begin > 0"
-               f" || s.end < {op.kernel.shape[2]}) {{",
-               *(f"  {line}" for line in run), "}"]
-      lines += run
-    return constants, lines
+    bits = bits.reshape(*bits.shape[:2], -1, size, 32)[..., ::-1, :]
+    weights = np.pad(_pack(bits).reshape(-1), (32 - size, 0))
+    text = writer.array("uint32_t", f"w{conv}", weights)
+    edges, border, outside = "0", "0", 0
+    states = _Border(op, source, result)
+    if states.states > 1:
+      edges, border = f"edges{conv}", f"border{conv}"
+      outside = self._most - _level(op.pad, source.bits)
+      text += writer.array("uint32_t", edges, self._edges(states, outside))
+      text += writer.array("uint8_t", border, [*states.rows, *states.columns])
+    flip = 2**size - 1 if self._negate else 0
+    members = [
+        f"w{conv}", edges, border, *source.shape[:2], channels // size, planes, size,
+        *op.kernel.shape[1:3], *op.dilation, *op.strides, op.pads[0], op.pads[2],
+        op.kernel[0].size, len(self._levels), self._levels[0], self._scale, self._kept,
+        self._slices, channels * outside * self._scale, states.slices,
+        states.states - 1, result.shape[0], self._most_u, f"0x{flip:x}u"]
+    writer.flash += 4 * len(members)
+    return text + (f"static const Conv conv{conv} = {{\n"
+                   f"  {', '.join(map(str, members))}\n}};\n")
 
-  def _sums_of_pixels(self) -> tuple[str, list[str]]:
-    """Returns C constants and a function, and C lines that add up the image."""
-    words, bits = self._words, self._planes()
-    bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * words - bits.shape[-1])])
-    # A byte has four terms of a channel, and four of the channel 16 channels on.
-    bits = bits.reshape(self._blocks, -1, 2, 16, words, 4)
-    bits = bits.transpose(0, 1, 4, 3, 2, 5).reshape(self._blocks, -1, words, 4, 32)
-    packed_bits = _pack(bits)
-    constants = self._writer.array("uint32_t", f"w{self._conv}", packed_bits)
-    past = [f"bytes[{k}] = 0;" for k in range(self._op.kernel[0].size, 4 * words)]
-    lines = [f"uint8_t bytes[{4 * words}];",
-             f"const uint32_t *w = w{self._conv} + b * {packed_bits[0].size};",
-             "int k;", f"rest -= pixels{self._conv}(bytes, y, x);", *past,
-             f"clear(n, {self._kept});"]
-    for bit in self._levels:
-      lines.append(f"for (k = 0; k < {words}; k++, w += 4)"
-                   f" look_up(n, w, bytes + 4 * k, {bit});")
-    return f"{constants}\n{self._gather()}", [*lines, "transpose(n);"]
+  def _edges(self, states: "_Border", outside: int) -> np.ndarray:
+    """Returns sums over the weights outside, uint32 (blocks, states - 1, slices).
+
+    Args:
+      states: The parts of windows that are outside.
+      outside: The inputs u outside.
+    """
+    v = self._v.sum(3) >> self._levels[0]
+    v = np.pad(v, [(0, -len(v) % 32), (0, 0), (0, 0)])
+    sums = np.einsum("ohw,shw->so", v * outside, states.outside()[1:])
+    sums = sums.reshape(len(sums), self._blocks, 1, 32).swapaxes(0, 1)
+    return _pack(sums >> np.arange(states.slices)[:, None] & 1)
+
+  def _sums_of_pixels(self) -> str:
+    """Returns the C constants and functions of a convolution of the image."""
+    writer, conv = self._writer, self._conv
+    fours, levels = -(-self._terms // 4), self._levels
+    # A nibble has four terms of a channel.
+    bits = self._planes().swapaxes(2, 3)
+    bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * fours - self._terms)])
+    bits = bits.reshape(self._blocks, len(levels), 4, 8, fours, 4)
+    bits = _pack(bits.transpose(0, 1, 4, 2, 3, 5).reshape(-1, 32))
+    text = writer.array("uint32_t", f"w{conv}", bits)
+    past = "".join(f"  u[{k}] = 0;\n" for k in range(self._terms, 4 * fours))
+    look_up = "".join(
+        f"    look_up(n, w + 4 * (k + {fours * i}), u + 4 * k, {level});\n"
+        for i, level in enumerate(levels))
+    return f"""\
+{text}
+{self._gather()}
+APART static void sums{conv}(uint32_t *n, int y, int x, int b, int two) {{
+  const uint32_t *const w = w{conv} + b * {4 * fours * len(levels)};
+  uint32_t u[{4 * fours}], sum = pixels{conv}(u, y, x, 0);
+  int k;
+  if (two) sum += pixels{conv}(u, y, x + 1, 16);
+{past}  clear(n, 32);
+  for (k = 0; k < {fours}; k++) {{
+{look_up}  }}
+  transpose(n);
+  increase(n, {self._slices},
+           {self._most_u} - {self._scale} * (int32_t)(sum & 0xffff));
+  increase(n + 16, {self._slices},
+           {self._most_u} - {self._scale} * (int32_t)(sum >> 16));
+}}
+"""
 
   def _gather(self) -> str:
-    """Returns the C function that reads u of a window in bytes, and returns its sum."""
+    """Returns the C function that reads u of a window, and returns its sum."""
     op, writer = self._op, self._writer
     _, h, w, channels = op.kernel.shape
     height, width, _ = writer.kinds[0].shape
     return f"""\
-static int32_t pixels{self._conv}(uint8_t *bytes, int y, int x) {{
-  int32_t sum = 0;
+/* Adds the pixels of a window to u, shifted to the left. Returns their sum, shifted. */
+static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
+  uint32_t sum = 0;
   int i, j, k;
   for (i = 0; i < {h}; i++) {{
     for (j = 0; j < {w}; j++) {{
       const int r = y * {op.strides[0]} - {op.pads[0]} + i * {op.dilation[0]};
       const int s = x * {op.strides[1]} - {op.pads[2]} + j * {op.dilation[1]};
       const int inside = r >= 0 && r < {height} && s >= 0 && s < {width};
-      for (k = 0; k < {channels}; k++) {{
-        int32_t u = 255 - offset[k];
-        if (inside) u -= {writer.get(0, 'r', 's', 'k')};
-        *bytes++ = (uint8_t)u;
-        sum += u;
+      for (k = 0; k < {channels}; k++, u++) {{
+        int32_t v = 255 - offset[k];
+        if (inside) v -= {writer.get(0, 'r', 's', 'k')};
+        if (shift)
+          *u |= (uint32_t)v << shift;
+        else
+          *u = (uint32_t)v;
+        sum += (uint32_t)v << shift;
       }}
     }}
   }}
@@ -457,38 +676,36 @@ static int32_t pixels{self._conv}(uint8_t *bytes, int y, int x) {{
     """Returns the C constants and the function that compute the value."""
     writer, i, slices = self._writer, self._i, self._slices
     op: packed.Threshold = writer.program.ops[i - 1]
-    h, w, channels = writer.kinds[i].shape
-    bits = writer.memory.bits(i)
+    channels, bits = writer.kinds[i].shape[2], writer.kinds[i].bits
+    count = op.thresholds.shape[1]
     # A channel that falls has sum <= t, which is the opposite of sum >= t + 1.
     t = op.thresholds.astype(np.int64) + op.falling + self._added
     t = np.pad(t.clip(0, 2**slices - 1), [(0, 0), (0, 0), (0, -channels % 32)])
-    # Channels past the last one have the code 1 in one bit, and 0 in two bits.
-    t[:, 1:, channels:] = 2**slices - 1
+    # Channels past the last one have the code 1 in one bit, and 0 in more bits.
+    t[:, (count + 1) // 2:, channels:] = 2**slices - 1
     t = t.reshape(*t.shape[:2], self._blocks, 32).transpose(2, 0, 1, 3)[..., None, :]
     arrays = writer.array(
         "uint32_t", f"t{i}", _pack(t >> np.arange(slices)[:, None] & 1))
-    sums, compute = self._compute()
     tables = self._tables(op)
+    at = f"n + e * {self._kept}" if self._step > 1 else "n"
     less = []
-    for j in range(bits):
+    for j in range(count):
       terms = []
       for k, mask in tables.items():
-        table = f"(b * {len(op.thresholds)} + {k}) * {bits} + {j}"
-        terms.append(f"(below({sums}, t{i} + ({table}) * {slices}, {slices}){mask})")
-      less.append(f"({' | '.join(terms)})")
+        table = f"(b * {len(op.thresholds)} + {k}) * {count} + {j}"
+        terms.append(
+            f"(below({at}, t{i} + ({table}) * {slices}, {slices}){mask})")
+      less.append(" | ".join(terms))
+    falling = ""
     if op.falling.any():
       arrays += writer.array("uint32_t", f"falling{i}", _pack(np.pad(
           op.falling, (0, -channels % 32)).reshape(-1, 32)))
-      less = [f"{term} ^ falling{i}[b]" for term in less]
-    keep = [f"p[b] = {less[0]};"]
-    if bits == 2:
-      keep = [f"const uint32_t low = {less[0]};", f"const uint32_t high = {less[1]};",
-              "p[2 * b] = ~(low ^ high);", "p[2 * b + 1] = low & high;"]
-    if op.shortcut is not None:
-      compute.insert(0, "const uint32_t *const q ="
-                     f" {writer.at(op.shortcut, 'y', 'x')}"
-                     f" + b * {writer.memory.bits(op.shortcut)};")
-    body = "\n".join(f"        {line}" for line in [*compute, *keep])
+      falling = f" ^ falling{i}[b]"
+    keep = [f"const uint32_t l{j} = less{j}{falling};" for j in range(count)]
+    compute = self._compute_pool if self._pool else self._compute
+    body = "".join(f"        {line}\n" for line in compute(less, [*keep, *_KEEP[bits]]))
+    h, w, _ = writer.kinds[i].shape
+    step = f"x += {self._step}" if self._step > 1 and not self._pool else "x++"
     return f"""\
 {arrays}
 static uint32_t *const v{i} = arena + {writer.memory.offsets[i]};
@@ -496,11 +713,9 @@ static uint32_t *const v{i} = arena + {writer.memory.offsets[i]};
 APART static void make{i}(void) {{
   int y, x, b;
   for (y = 0; y < {h}; y++) {{
-    for (x = 0; x < {w}; x++) {{
-      uint32_t *const p = {writer.at(i, 'y', 'x')};
+    for (x = 0; x < {w}; {step}) {{
       for (b = 0; b < {self._blocks}; b++) {{
-{body}
-      }}
+{body}      }}
     }}
   }}
 }}"""
@@ -513,28 +728,83 @@ APART static void make{i}(void) {{
     if op.shortcut is None:
       return {0: ""}
     middle = len(op.thresholds) // 2
-    if self._writer.memory.bits(op.shortcut) == 1:
+    bits = self._writer.memory.bits(op.shortcut)
+    if bits == 1:
       return {middle - 1: " & q[0]", middle + 1: " & ~q[0]"}
-    return {middle - 1: " & q[1]", middle: " & ~q[0]", middle + 1: " & q[0] & ~q[1]"}
+    tables = {}
+    for code in range(-packed.max_code(bits), packed.max_code(bits) + 1):
+      planes = [f"{'' if abs(code) >> k & 1 else '~'}q[{k}]" for k in range(bits - 1)]
+      if code:
+        planes.append(f"{'' if code < 0 else '~'}q[{bits - 1}]")
+      tables[middle + code] = "".join(f" & {plane}" for plane in planes)
+    return tables
 
-  def _compute(self) -> tuple[str, list[str]]:
-    """Returns the C array of slices to compare, and the lines that compute it."""
-    writer, conv = self._writer, self._conv
-    if self._pool is None:
-      return "n", [f"uint32_t n[{self._kept}];", f"sums{conv}(n, y, x, b);"]
-    op: packed.Pool = writer.program.ops[self._pool - 1]
-    h, w, _ = writer.kinds[conv].shape
-    inside = f"if (r >= 0 && r < {h} && s >= 0 && s < {w}) "
-    return "most", [
-        f"uint32_t n[{self._kept}], most[{self._slices}];", "int i, j;",
-        f"clear(most, {self._slices});",
-        f"for (i = 0; i < {op.window[0]}; i++) {{",
-        f"  for (j = 0; j < {op.window[1]}; j++) {{",
-        f"    const int r = y * {op.strides[0]} - {op.pads[0]} + i;",
-        f"    const int s = x * {op.strides[1]} - {op.pads[2]} + j;",
-        f"    {inside if any(op.pads) else ''}{{",
-        f"      sums{conv}(n, r, s, b);",
-        f"      maximum(most, n, {self._slices});", "    }", "  }", "}"]
+  def _compute(self, less: list[str], keep: list[str]) -> list[str]:
+    """Returns the C lines that compute 32 channels of one pixel or two.
+
+    Args:
+      less: The C expressions of the channels below each threshold.
+      keep: The C lines that store what `less0`, `less1`, ... are.
+    """
+    writer, i = self._writer, self._i
+    x = "(x + e)" if self._step > 1 else "x"
+    each = [f"uint32_t *const p = {writer.at(i, 'y', x)};"]
+    shortcut = writer.program.ops[i - 1].shortcut
+    if shortcut is not None:
+      each.append(f"const uint32_t *const q = {writer.at(shortcut, 'y', x)}"
+                  f" + b * {writer.memory.bits(shortcut)};")
+    each += [f"const uint32_t less{j} = {term};" for j, term in enumerate(less)]
+    return [f"uint32_t n[{self._step * self._kept}];",
+            *self._sums("y", "x", str(writer.kinds[i].shape[1])),
+            *self._for_each([*each, *keep])]
+
+  def _compute_pool(self, less: list[str], keep: list[str]) -> list[str]:
+    """Returns the C lines that compute 32 channels of a pixel with a pool.
+
+    The maximum is below a threshold where all values in the window are.
+
+    Args:
+      less: The C expressions of the channels below each threshold.
+      keep: The C lines that store what `less0`, `less1`, ... are.
+    """
+    writer, i, pool = self._writer, self._i, self._pooling
+    height, width, _ = writer.kinds[self._conv].shape
+    lines = [f"uint32_t n[{self._step * self._kept}];",
+             f"uint32_t *const p = {writer.at(i, 'y', 'x')};",
+             *(f"uint32_t less{j} = 0xffffffffu;" for j in range(len(less)))]
+    shortcut = writer.program.ops[i - 1].shortcut
+    if shortcut is not None:
+      lines.append(f"const uint32_t *const q = {writer.at(shortcut, 'y', 'x')}"
+                   f" + b * {writer.memory.bits(shortcut)};")
+    for k, v, axis, size in (("r", "y", 0, height), ("s", "x", 1, width)):
+      first, last = f"{v} * {pool.strides[axis]}", pool.window[axis]
+      if any(pool.pads[2 * axis:2 * axis + 2]):
+        first = f"({first} - {pool.pads[2 * axis]})"
+        lines.append(f"const int {k}0 = {first} < 0 ? 0 : {first};")
+        lines.append(f"const int {k}1 = {first} + {last} > {size} ? {size} :"
+                     f" {first} + {last};")
+      else:
+        lines.append(f"const int {k}0 = {first}, {k}1 = {k}0 + {last};")
+    each = [f"less{j} &= {term};" for j, term in enumerate(less)]
+    inner = [*self._sums("r", "s", "s1"), *self._for_each(each)]
+    return [*lines, "int r, s;", "for (r = r0; r < r1; r++) {",
+            f"  for (s = s0; s < s1; s += {self._step}) {{",
+            *(f"    {line}" for line in inner), "  }", "}", "{",
+            *(f"  {line}" for line in keep), "}"]
+
+  def _sums(self, y: str, x: str, end: str) -> list[str]:
+    """Returns C lines that compute the slices at a row and a column, or two columns."""
+    call = f"sums{self._conv}(n, {y}, {x}, b, "
+    if self.input:
+      call = f"sums(n, &conv{self._conv}, v{self.input}, {y}, {x}, b, "
+    if self._step == 1:
+      return [f"{call}0);"]
+    return [f"const int two = {x} + 1 < {end};", "int e;", f"{call}two);"]
+
+  def _for_each(self, lines: list[str]) -> list[str]:
+    """Returns C lines that are run for each pixel of `_sums`, whose number is e."""
+    head = "for (e = 0; e <= two; e++) {" if self._step > 1 else "{"
+    return [head, *(f"  {line}" for line in lines), "}"]
 
 
 def _pack(bits: np.ndarray) -> np.ndarray:
