@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import pickle
+import sys
 
 import jax
 import numpy as np
@@ -145,6 +147,25 @@ def test_a_config_says_what_is_in_memory(data_dir, tmp_path):
     with pytest.raises(errors.UsageError) as error:
       experiment(data_dir, name, **changes)
     assert str(error.value).startswith(f"config.{message}")
+
+
+def test_data_in_memory_must_fit(data_dir, monkeypatch):
+  monkeypatch.setattr(datasets, "available_memory", lambda: 26 * 28 * 28)
+  assert not datasets.info("mnist", data_dir, "true").streamed
+  monkeypatch.setattr(datasets, "available_memory", lambda: 26 * 28 * 28 - 1)
+  with pytest.raises(errors.UsageError) as error:
+    experiment(data_dir, "mnist", in_memory="true")
+  assert str(error.value) == (
+      "config.in_memory='true': must be auto or false: the images of mnist take 20384"
+      " bytes, and 20383 bytes of memory are available")
+  assert not datasets.info("mnist", data_dir, "auto").streamed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says what is available")
+def test_available_memory_is_a_part_of_all():
+  room = datasets.available_memory()
+  assert room is not None
+  assert 0 < room <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_packed_network_takes_images_as_it_was_trained(data_dir, tmp_path):

@@ -220,8 +220,31 @@ def info(
                f"auto or false: the images of {name} differ in size")
   errors.check(in_memory != "false" or name != "digits", "config.in_memory", in_memory,
                "auto or true: the digits are in no file that could be streamed")
+  room = available_memory() if in_memory == "true" else None
+  errors.check(room is None or size <= room, "config.in_memory", in_memory,
+               f"auto or false: the images of {name} take {size} bytes, and {room}"
+               " bytes of memory are available")
   streamed = {"auto": not small, "true": False, "false": True}[in_memory]
   return found._replace(streamed=streamed)
+
+
+def available_memory() -> int | None:
+  """Returns how many bytes Linux can give to a process without swapping.
+
+  A limit of the control group, as containers have it, counts too. None elsewhere.
+  """
+  try:
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    available = dict(line.split(":") for line in lines)["MemAvailable"]
+    room = 1024 * int(available.split()[0])
+  except (OSError, KeyError, ValueError):
+    return None
+  for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+    try:
+      room = min(room, int(pathlib.Path("/sys/fs/cgroup", limit).read_text()))
+    except (OSError, ValueError):
+      pass  # There is no such limit.
+  return room
 
 
 def _described(name: str, data_dir: str | os.PathLike | None) -> Info:
