@@ -2,7 +2,8 @@
 # One training run on all machines of a Cloud TPU slice, to its end.
 #
 #   ZONE=us-central2-b TYPE=v4-32 VERSION=tpu-ubuntu2204-base launch/tpu_vm.sh NAME \
-#       --config=cifar_convnet --workdir=gs://BUCKET/convnet
+#       --config=cifar_convnet --config.eval_batch_size=1024 \
+#       --workdir=gs://BUCKET/convnet
 #
 # The slice NAME is created if it does not exist, and created again if it was preempted.
 # It still runs when this script ends. `gcloud compute tpus tpu-vm delete NAME` deletes

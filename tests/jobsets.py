@@ -73,8 +73,9 @@ def check_jobset(text):
     pod = spec["template"]["spec"]
     if "podFailurePolicy" in spec:
       assert pod["restartPolicy"] == "Never"
-    mounts = {mount["name"] for c in pod["containers"] for mount in c["volumeMounts"]}
-    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    mounts = {mount["name"] for c in pod["containers"]
+              for mount in c.get("volumeMounts", ())}
+    assert mounts == {volume["name"] for volume in pod.get("volumes", ())}
     try:
       import kubernetes_validate
     except ImportError:

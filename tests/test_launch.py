@@ -293,6 +293,32 @@ def test_jobset_manifest():
   assert container["command"][-1] == "--distributed"
 
 
+# Makes the Experiment of a command's config, on the devices that there are.
+_EXPERIMENT = """
+import jax
+from absl import flags
+from minw import cli, config_flag, experiment
+
+def main():
+  steps = experiment.Experiment(flags.FLAGS.config).num_steps
+  print(len(jax.devices()), steps)
+
+cli.run(main, config_flag.define)
+"""
+
+
+def test_jobset_fits_its_devices(command):
+  (spec,) = check_jobset((LAUNCH / "jobset.yaml").read_text())
+  (container,) = spec["template"]["spec"]["containers"]
+  chips = spec["completions"] * container["resources"]["limits"]["google.com/tpu"]
+  ended = command("x", *[part for part in container["command"] if "config" in part],
+                  code=_EXPERIMENT, env={
+                      "JAX_PLATFORMS": "cpu",
+                      "XLA_FLAGS": f"--xla_force_host_platform_device_count={chips}"})
+  # 90 epochs of 1,271,167 images in batches of 1,024.
+  assert ended == (0, f"{chips} {90 * (1_271_167 // 1024)}\n", "")
+
+
 @pytest.mark.parametrize("old, new", [
     ("maxRestarts", "maxRestart"), ("RestartJobSetAnd", "RestartAnd"),
     ("replicas: 1", "replicas: one"), ("name: minw", "name: Minw"),
