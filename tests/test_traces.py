@@ -6,6 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
+import gcs
 from minw import errors
 from minw import traces
 from minw import train
@@ -90,3 +91,18 @@ def test_a_run_that_is_beyond_the_steps_says_so(tmp_path, caplog):
   assert record.getMessage() == (
       "profile=0:2: this start of the run did none of these steps")
   assert contents(tmp_path) == {}
+
+
+@pytest.mark.slow
+def test_a_trace_on_gs(tmp_path, monkeypatch):
+  with gcs.emulator(tmp_path) as service:
+    for name, value in service.environment.items():
+      monkeypatch.setenv(name, value)
+    with traces.step_traced("gs://bucket/run", (0, 1)) as trace:
+      with trace.step(0):
+        pass
+      trace.stepped(1, jnp.float32(0))
+    found = service.contents("run/profile/plugins/profile/steps_0_1/")
+  assert sorted(found) == ["process_0.trace.json.gz", "process_0.xplane.pb"]
+  (tmp_path / "trace").write_bytes(found["process_0.trace.json.gz"])
+  assert steps_of(tmp_path / "trace") == [0]
