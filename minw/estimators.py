@@ -436,7 +436,9 @@ def periodic(weights: jax.Array, frequency: float) -> jax.Array:
 
   This is the second stage of the authors' public code (edmav4/BiPer). Its first stage
   trains the sine itself as float weights. The code takes a frequency of 20, leaves the
-  first and the last layer as they are, and quantizes activations with `approx_sign`.
+  first and the last layer as they are, quantizes activations with `approx_sign`, and
+  adds tau * mean(sin(frequency * w)^2) to the loss. This function is the quantizer of
+  weights alone.
 
   Args:
     weights: Float array of any shape.

@@ -265,7 +265,7 @@ def test_layers_of_the_best_recipe():
       "stem", "dense1"]
   assert load("cifar_best", "network=resnet18").network == "cifar_resnet18"
   teacher = load("cifar_best", "weight_bits=float32,input_bits=float32")
-  for name in ("dataset", "crop_size", "pixels"):  # What a teacher must share.
+  for name in ("dataset", "crop_size", "pixels"):  # A teacher must share these.
     assert teacher[name] == config[name]
   config_lib.validate(teacher)
 

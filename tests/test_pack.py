@@ -464,7 +464,7 @@ def test_scales_fold(model, weight_scale):
 @pytest.mark.parametrize("model, bits", [
     (CONVNET, 2), pytest.param(RESNET, 3, marks=pytest.mark.slow)], ids=range(2))
 def test_learned_thresholds_pack(model, bits):
-  """Of each channel, with batch norms of any sign, and shortcuts."""
+  """Channels have thresholds of their own, batch norms of any sign, and shortcuts."""
   model = model(norm=functools.partial(
       layers.NormQuant, bits=bits, learn_thresholds=True))
   program = assert_packs(model)
