@@ -156,7 +156,7 @@ def test_experiment_files(refuses, name, reason):
     (f"{CIFAR}:seed=a", "config.seed='a': must be of type int"),
     ("nan.py", "config.alpha_end=nan: must be in [0, 1]"),
     ("grüße.py", "config.seed=-1: must be in [0, 2^32)"),
-    ("tmp", "config 'tmp' does not exist; known: cifar_best, cifar_convnet, cifar_dens"),
+    ("tmp", "config 'tmp' does not exist; known: cifar_best, cifar_convnet, cifar_d"),
     ("digits_convne",
      "config 'digits_convne' does not exist; did you mean 'digits_con"),
     ("experiments/digits_convnet.py", "config='experiments/digits_convnet.py': no such "
