@@ -204,11 +204,14 @@ class _Draw:
         bits=4 if miss == "4 bits" else self.bits(),
         weight_scale="channel_mean" if self.chance(0.1) else "none",
         estimator=estimators.by_name("lsq" if self.chance(0.1) else "ste"),
-        threshold_rule=self.one_of("layer_mean", "channel_mean"))
+        threshold_rule=self.one_of("layer_mean", "channel_mean"),
+        step_per_channel=self.chance(0.5),
+        frequency=self.one_of(*[0.0] * 9, 20.0))
 
   def norm(self, miss):
     return dict(bits=4 if miss == "4 bits" else self.bits(),
-                use_scale=self.chance(0.8))
+                use_scale=self.chance(0.8), learn_thresholds=self.chance(0.1),
+                rprelu=self.chance(0.1))
 
   def convolution(self, x, first, miss):
     """Attributes of a convolution of `x` that fit its size."""

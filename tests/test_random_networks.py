@@ -76,7 +76,7 @@ def outcome(seed: int, backends=("reference", "native")) -> str:
 def check(seeds, backends=("reference", "native")) -> None:
   """Both outcomes must be frequent, as a test of refusals alone tests nothing."""
   outcomes = collections.Counter(outcome(seed, backends) for seed in seeds)
-  assert 0.4 * len(seeds) < outcomes["packed"] < 0.9 * len(seeds), outcomes
+  assert 0.3 * len(seeds) < outcomes["packed"] < 0.9 * len(seeds), outcomes
 
 
 def test_equal_to_the_trained_network_or_refused_by_name():

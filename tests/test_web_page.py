@@ -551,7 +551,7 @@ POLICY, = re.findall("^Content-Security-Policy: (.*)$", GUIDE, re.MULTILINE)
 
 
 def own_page(browser, folder, program, contents=None, policy=""):
-  """What a program returns on an empty page beside minw.js and the digits network.
+  """Runs a program on an empty page beside minw.js and the digits network.
 
   The result is that of tests/web/page.mjs for a visit of one step.
   """
