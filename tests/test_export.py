@@ -275,6 +275,16 @@ def test_c_of_32_channels_at_once(tmp_path, w_bits, x_bits, pad, bias, flags):
 
 
 @needs_gcc
+@pytest.mark.parametrize("x_bits, last_bits", [(3, 1), (2, 3)])
+def test_c_of_32_channels_at_once_of_mixed_bits(tmp_path, x_bits, last_bits):
+  program = sliced(1, x_bits, 0, 900, last_bits=last_bits)
+  text = c.source(program, images(program, 1))
+  assert "&conv3, " in text and "&conv6, " in text
+  assert_c_equal(program, tmp_path, images(program, 3), "-fsanitize=undefined",
+                 "-fno-sanitize-recover")
+
+
+@needs_gcc
 @pytest.mark.parametrize("channels, out", [(7, 14), (31, 62), (64, 32), (96, 96)])
 def test_c_of_32_channels_at_once_by_width(tmp_path, channels, out):
   program = sliced(1, 1, 0, 0, channels, out)

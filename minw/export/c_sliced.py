@@ -55,13 +55,15 @@ _KEEP = {1: ["p[b] = l0;"], 2: ["p[2 * b] = ~(l0 ^ l1);", "p[2 * b + 1] = l0 & l
 
 # The bits of u for inputs of 3 bits, in place of the macro WORD.
 _WORD3 = """\
-/* Bit k of 4 - x for 32 codes x of 3 bits. Bit 2 is inverted. */
+/* Bit k of 4 - x for 32 codes x of 3 bits, where bit 2 is inverted. The word itself for
+   codes of 1 or 2 bits, whose k is 4. */
 static uint32_t part(const uint32_t *x, int k) {
   switch (k) {
     case 0: return x[0] & ~x[1];
     case 1: return (x[1] & ~x[0]) | (x[0] & ~x[1] & ~x[2]);
     case 2: return (x[0] | x[1]) & ~((x[0] ^ x[1]) & x[2]);
-    default: return x[0] & x[1] & x[2];
+    case 3: return x[0] & x[1] & x[2];
+    default: return x[0];
   }
 }
 #define WORD(x) part(x, s->part)"""
@@ -282,7 +284,7 @@ APART static void sums(uint32_t *n, const volatile Conv *of, const uint32_t *map
     }
     for (part = 0; part < parts; part++) {
       const int bit = part + (parts == 1);
-      s.part = part;
+      s.part = parts < 4 ? 4 : part;
       s.map = map + (parts < 4 ? part : 0);
       s.flip = parts == 1 ? of->flip : parts - part == 2 ? all : 0;
       s.cross = e < 0 ? s.flip : s.flip ^ all;
