@@ -719,8 +719,16 @@ def test_command(command, tmp_path, model, form, needs):
                 f"--golden={tmp_path / 'golden'}")
   assert run.code == 0, run.err
   written = [out, tmp_path / "net.h"] if form == "c" else [out]
+  memory = ""
+  if form == "c":
+    constants, static, stack = map(int, re.search(
+        r"Constants: (\d+) .*?memory: (\d+) .*?less than (\d+) ", out.read_text(),
+        re.DOTALL).groups())
+    # Ten labels have a letter, an end and a pointer each.
+    memory = (f"constants: {constants + 60} bytes, static memory: {static} bytes,"
+              f" stack: less than {stack} bytes\n")
   assert run.out == ("".join(f"{p}: {p.stat().st_size} bytes\n" for p in written) +
-                        f"{tmp_path / 'golden'}: 3 values of 4 images\n")
+                     memory + f"{tmp_path / 'golden'}: 3 values of 4 images\n")
   assert b'"abcdefghij"' in out.read_bytes().replace(b'", "', b"")
   assert np.load(tmp_path / "golden" / "input.npy").shape == (4, 8, 8, 1)
   if form == "c":  # By the name of net.minw.

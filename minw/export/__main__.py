@@ -147,6 +147,10 @@ def _write_files(
     files[out.with_suffix(".h")] = c.header(program, prefix).encode()
   for path, data in files.items():
     _write(path, data)
+  if form == "c":
+    found = c.footprint(program)
+    print(f"constants: {found.constants} bytes, static memory: {found.static} bytes,"
+          f" stack: less than {found.stack} bytes")
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
