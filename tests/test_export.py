@@ -267,8 +267,8 @@ def test_c_of_32_channels_at_once(tmp_path, w_bits, x_bits, pad, bias, flags):
   assert (np.mean(values[2] < 0) > 0.5) == (bias < 0)
   assert 0.1 < np.mean(values[5] < 0) < 0.9
   text = c.source(program, batch[:1])
-  for call in ("sums1(n, y, x, b, two)", "sums(n, &conv3, v2, r, s, b, two)",
-               "sums(n, &conv6, v5, y, x, b, two)"):
+  for call in ("sums1(n, y, x, b, two)", "sums(n, &conv3, r, s, b, two)",
+               "sums(n, &conv6, y, x, b, two)"):
     assert call in text
   assert_c_equal(program, tmp_path, batch, "-fsanitize=undefined",
                  "-fno-sanitize-recover", *flags)

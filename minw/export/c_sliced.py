@@ -51,7 +51,7 @@ _GREATEST = {1: 1, 2: 1, 3: 4}  # Greatest level of codes of 1-3 bits.
 # C lines that store codes of 1-3 bits at p. The word l0 has the channels below the
 # first threshold, and so on.
 _KEEP = {1: ["p[b] = l0;"], 2: ["p[2 * b] = ~(l0 ^ l1);", "p[2 * b + 1] = l0 & l1;"],
-         3: ["keep3(p + 3 * b, l0, l1, l2, l3, l4, l5);"]}
+         3: ["const uint32_t l[6] = {l0, l1, l2, l3, l4, l5};", "keep3(p + 3 * b, l);"]}
 
 # The bits of u for inputs of 3 bits, in place of the macro WORD.
 _WORD3 = """\
@@ -94,11 +94,14 @@ static void ripple(uint32_t *n, uint32_t carry) {
   }
 }""",
     "move": """\
-/* A convolution of codes. Its input has `planes` words for each `size` channels. A word
-   of its weights has the bits of 32 output channels. Weights have `levels` bits, from
-   2^bit on. The other members are those of the writer. */
+/* A convolution of codes. A pixel of its input, map, has `words` times `size` channels
+   in `planes` bit-planes. A word of the weights has one bit of 32 output channels.
+   `block` words are a window, and `levels` blocks have the bits from 2^bit on. A sum
+   has `slices` words in an array of `kept` words. The state of a window is the sum of its
+   row's and its column's number in border. Columns begin at `borders`. In each state
+   but 0, edges have `edge` slices of the sum over the inputs outside. */
 typedef struct {
-  const uint32_t *weights, *edges;
+  const uint32_t *map, *weights, *edges;
   const uint8_t *border;
   int height, width, words, planes, size, rows, columns, down, right;
   int stride, sideways, above, before;
@@ -246,8 +249,8 @@ static void inside(int at, int step, int window, int size, int *from, int *to) {
 /* Computes the slices of 32 sums for the window of (y, x), and those for (y, x + 1) if
    there are two. The inputs that apply to both windows come first and are added once.
    Then come those of each window alone. */
-APART static void sums(uint32_t *n, const volatile Conv *of, const uint32_t *map,
-                       int y, int x, int b, int two) {
+APART static void sums(uint32_t *n, const volatile Conv *of, int y, int x, int b,
+                       int two) {
   const uint32_t all = 0xffffffffu >> (32 - of->size);
   const int parts = of->planes == 3 ? 4 : of->planes;
   int32_t sum = 0;
@@ -285,7 +288,7 @@ APART static void sums(uint32_t *n, const volatile Conv *of, const uint32_t *map
     for (part = 0; part < parts; part++) {
       const int bit = part + (parts == 1);
       s.part = parts < 4 ? 4 : part;
-      s.map = map + (parts < 4 ? part : 0);
+      s.map = of->map + (parts < 4 ? part : 0);
       s.flip = parts == 1 ? of->flip : parts - part == 2 ? all : 0;
       s.cross = e < 0 ? s.flip : s.flip ^ all;
       for (level = 0; level < of->levels; level++) {
@@ -354,10 +357,10 @@ APART static void transpose(uint32_t *n) {
 }""",
     "keep3": """\
 /* Stores codes of 3 bits, which are 3 minus the number of words whose bit is set. */
-static void keep3(uint32_t *p, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
-                  uint32_t e, uint32_t f) {
-  const uint32_t ab = a ^ b, de = d ^ e, abc = ab ^ c, def = de ^ f;
-  const uint32_t high = (a & b) | (ab & c), high2 = (d & e) | (de & f);
+static void keep3(uint32_t *p, const uint32_t *l) {
+  const uint32_t ab = l[0] ^ l[1], de = l[3] ^ l[4], abc = ab ^ l[2], def = de ^ l[5];
+  const uint32_t high = (l[0] & l[1]) | (ab & l[2]);
+  const uint32_t high2 = (l[3] & l[4]) | (de & l[5]);
   const uint32_t carry = abc & def, differ = high ^ high2;
   const uint32_t one = abc ^ def, two = differ ^ carry;
   const uint32_t four = (high & high2) | (differ & carry);
@@ -589,7 +592,8 @@ class Sliced:
       text += writer.array("uint8_t", border, [*states.rows, *states.columns])
     flip = 2**size - 1 if self._negate else 0
     members = [
-        f"w{conv}", edges, border, *source.shape[:2], channels // size, planes, size,
+        f"arena + {writer.memory.offsets[op.input]}", f"w{conv}", edges, border,
+        *source.shape[:2], channels // size, planes, size,
         *op.kernel.shape[1:3], *op.dilation, *op.strides, op.pads[0], op.pads[2],
         op.kernel[0].size, len(self._levels), self._levels[0], self._scale, self._kept,
         self._slices, channels * outside * self._scale, states.slices,
@@ -798,7 +802,7 @@ APART static void make{i}(void) {{
     """Returns C lines that compute the slices at a row and a column, or two columns."""
     call = f"sums{self._conv}(n, {y}, {x}, b, "
     if self.input:
-      call = f"sums(n, &conv{self._conv}, v{self.input}, {y}, {x}, b, "
+      call = f"sums(n, &conv{self._conv}, {y}, {x}, b, "
     if self._step == 1:
       return [f"{call}0);"]
     return [f"const int two = {x} + 1 < {end};", "int e;", f"{call}two);"]
