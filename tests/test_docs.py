@@ -397,6 +397,15 @@ def test_links_of_the_site(hooks):
     assert hooks.relinked(given, page, known) == expected
 
 
+def test_every_page_is_in_the_navigation(hooks):
+  pages = [path.relative_to(ROOT / "docs").as_posix()
+           for path in (ROOT / "docs").rglob("*.md")]
+  pages += [path for path in hooks.outside() if path.endswith(".md")]
+  text = (ROOT / "mkdocs.yml").read_text()
+  listed = re.findall(r"^ +- (?:[^:\n]+: )?(\S+\.md)$", text, re.MULTILINE)
+  assert sorted(listed) == sorted(pages)
+
+
 def test_live_demo(hooks):
   """Its frames show the pages that the export makes of networks of three data sets."""
   frames = re.findall(r'<iframe class="demo" src="([^"]*)"', hooks.live_demos())
