@@ -877,7 +877,7 @@ def test_quiet(run, folder):
                                          (("--verbosity=-1",), 0)])
 def test_progress_of_training_can_be_silenced(run, argv, lines):
   code = ("import runpy\nfrom minw import train\nimport logging\n"
-          "def trained(config, workdir):\n"
+          "def trained(config, workdir, *options):\n"
           "  logging.getLogger('minw.train').info('progress')\n"
           "  return {'state': 'done', 'step': 3, 'test_accuracy': 0.5}\n"
           "train.train_and_evaluate = trained\n"
