@@ -97,9 +97,9 @@ static void ripple(uint32_t *n, uint32_t carry) {
 /* A convolution of codes. A pixel of its input, map, has `words` times `size` channels
    in `planes` bit-planes. A word of the weights has one bit of 32 output channels.
    `block` words are a window, and `levels` blocks have the bits from 2^bit on. A sum
-   has `slices` words in an array of `kept` words. The state of a window is the sum of its
-   row's and its column's number in border. Columns begin at `borders`. In each state
-   but 0, edges have `edge` slices of the sum over the inputs outside. */
+   has `slices` words in an array of `kept` words. The state of a window is the sum of
+   its row's and its column's number in border. Columns begin at `borders`. In each
+   state but 0, edges have `edge` slices of the sum over the inputs outside. */
 typedef struct {
   const uint32_t *map, *weights, *edges;
   const uint8_t *border;
