@@ -136,7 +136,8 @@ void each_block(const Conv& c, const Weights& weights, uint64_t first, int input
 // has channels i and i + 4 in the lower and the upper half of each byte. A level has
 // four bits, in two's complement.
 void levels(const Block* planes, int bits, int byte, int n, Bytes (&to)[4]) {
-  Bytes low = Bytes{} + static_cast<uint8_t>((1 << n) - 1), high = {};
+  const uint8_t first = (1 << n) - 1;
+  Bytes low = Bytes{} + first, high = {};
   if (bits > 1) low = planes[1].of[byte];
   if (bits > 2) high = planes[2].of[byte];
   const Bytes negative = (low | high) & ~planes[0].of[byte];
