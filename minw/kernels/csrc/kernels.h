@@ -54,7 +54,11 @@ enum Form : uint8_t {
 // output channels stay in the cache.
 constexpr int kChunk = 192;
 
-// Rows of a block of table lookups, whose counts stay in the cache.
+// Counts of a block of table lookups, rows times columns. They stay in the cache, and
+// all rows of a block look up the same weights while these are there.
+constexpr int kLookupCounts = 12288;
+
+// Rows of swapped lookups, which are output channels.
 constexpr int kRowBlock = 32;
 
 // Tiles of kTiles have at most 16 rows of 64 bytes. A group is two tiles wide, and two
@@ -173,7 +177,7 @@ struct Isa {
   const Isa* others;  // Runs the layers that these kernels do not, or null.
   bool tiles;         // Has int8 tiles (kTiles), and no other form.
   bool dot;           // Has int8 dot products (kBytes).
-  bool lookup;        // Has table lookups (kLookup).
+  int lookup;         // Columns of a tile of table lookups (kLookup), or 0.
   bool pairs;         // Has sums of pairs of products (kPairs).
   // Has kernels in which weights are signs and masks: bit planes, and lanes without
   // multiplications. Without them, all bits are looked up or multiplied.

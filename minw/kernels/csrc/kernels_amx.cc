@@ -247,7 +247,7 @@ const char* choose(Conv* c) {
 
 }  // namespace
 
-const Isa kAmx = {"amx",  &kAvx512, true, true, false,     false,  false,
+const Isa kAmx = {"amx",  &kAvx512, true, true, 0,         false,  false,
                   choose, encode,   pad,  conv, threshold, maximum};
 
 }  // namespace minw

@@ -12,7 +12,7 @@ namespace {
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", &kAvx2, false, true, false,     false,  true,
+const Isa kAvx512 = {"avx512", &kAvx2, false, true, 0,         false,  true,
                      choose,   encode, pad,   conv, threshold, maximum};
 
 }  // namespace minw

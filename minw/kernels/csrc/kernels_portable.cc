@@ -20,7 +20,7 @@ inline Words count(Words x) {
 
 }  // namespace
 
-const Isa kPortable = {"portable", nullptr, false, false, false,     false,  true,
+const Isa kPortable = {"portable", nullptr, false, false, 0,         false,  true,
                        choose,     encode,  pad,   conv,  threshold, maximum};
 
 }  // namespace minw

@@ -18,7 +18,6 @@ namespace {
 
 // Output channels of a group. Few of them keep a group's sums for a chunk of pixels in
 // the cache.
-constexpr int kMaxLookupWidth = 128;
 constexpr int kInt16Width = 64, kInt32Width = 32;
 
 // With fewer output pixels than this, tiles of 16 pixels would be nearly empty.
@@ -264,8 +263,8 @@ class LayerBuilder {
     c_.form = kLookup;
     c_.width = kRowBlock;
     if (!c_.swapped)
-      c_.width = std::min(divided_up(c_.out.c, kLookupColumns) * kLookupColumns,
-                          kMaxLookupWidth);
+      c_.width =
+          std::min(divided_up(c_.out.c, kLookupColumns) * kLookupColumns, isa_->lookup);
   }
 
   // Whether pixels, and the largest sum of an output channel, fit an int16. A negative

@@ -186,7 +186,7 @@ void add(const Conv& c, int pool_h, Needs* needs) {
   if (c.form == kLookup) {
     uint64_t rows = c.joint ? kChunk / 2 : kChunk;
     need(rows * c.row_bytes, &needs->gathered);
-    need(kRowBlock * kChunk * sizeof(uint16_t), &needs->counts);
+    need(kLookupCounts * sizeof(uint16_t), &needs->counts);
   }
 }
 
