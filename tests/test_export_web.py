@@ -23,6 +23,7 @@ from minw.export import web
 import node
 from packed_networks import floats
 from packed_networks import small
+from web_pages import write_digits
 
 NAMES = ["index.html", "minw.d.ts", "minw.js", "minw.wasm", "net.minw", "package.json"]
 # Versions that were tried. Others could complain about other things.
@@ -32,10 +33,7 @@ TYPESCRIPT, VITE = "typescript@7.0.2", "vite@8.3.8"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """The folder of the digits network."""
-  path = tmp_path_factory.mktemp("web") / "digits"
-  program = infer.load("digits_convnet").program
-  web.write(path, web.contents(program, "digits", web.own_samples(program)))
-  return path
+  return write_digits(tmp_path_factory.mktemp("web") / "digits")
 
 
 class Page(html.parser.HTMLParser):

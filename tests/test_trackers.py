@@ -142,7 +142,7 @@ def real(name, monkeypatch, **variables):
 def test_wandb_offline(monkeypatch, caplog, tmp_path):
   real("wandb", monkeypatch, WANDB_MODE="offline", WANDB_DIR=tmp_path,
        WANDB_SILENT=True)
-  for _ in range(2):  # The second start goes on with the same run.
+  for _ in range(2):  # The second start resumes the run of the first one.
     (tmp_path / "run").mkdir(exist_ok=True)
     tracker = trackers.Tracker("wandb", str(tmp_path / "run"), {"seed": 3})
     tracker.log(10, {"loss/train": 0.25})
@@ -167,7 +167,7 @@ def test_mlflow_in_files(monkeypatch, caplog, tmp_path):
   time, value, step = (folder / "metrics/loss/validation").read_text().split()
   assert (float(value), int(step)) == (line["loss"], line["step"])
   assert (folder / "params/network").read_text() == "convnet"
-  # Another start goes on with the same run.
+  # A later start resumes the same run at the service.
   tracker = trackers.Tracker("mlflow", str(tmp_path / "run"), {"network": "convnet"})
   tracker.log(40, {"loss/validation": 0.5})
   tracker.close()

@@ -12,6 +12,7 @@ import node
 from web_pages import image_files
 from web_pages import npm_package
 from web_pages import served
+from web_pages import write_digits
 
 pytestmark = [pytest.mark.slow, node.needs_node]
 
@@ -47,10 +48,7 @@ def visit(browser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   """The folder of the digits network."""
-  path = tmp_path_factory.mktemp("web") / "digits"
-  program = infer.load("digits_convnet").program
-  web.write(path, web.contents(program, "digits", web.own_samples(program)))
-  return path
+  return write_digits(tmp_path_factory.mktemp("web") / "digits")
 
 
 LOGITS = """

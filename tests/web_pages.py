@@ -1,4 +1,4 @@
-"""What tests of web pages in browsers share: packages, a server and image files."""
+"""What tests of web pages share: packages, a network, a server and image files."""
 
 import contextlib
 import functools
@@ -13,6 +13,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from minw import infer
+from minw.export import web
+
 
 def npm_package(folder: pathlib.Path, package: str) -> pathlib.Path:
   """The folder of a package that npm installs; skips without npm or its registry."""
@@ -23,6 +26,13 @@ def npm_package(folder: pathlib.Path, package: str) -> pathlib.Path:
   if done.returncode:
     pytest.skip(f"npm cannot install {package}")
   return folder / "node_modules" / package.partition("@")[0]
+
+
+def write_digits(folder: pathlib.Path) -> pathlib.Path:
+  """Writes the folder of the digits network with its samples, and returns it."""
+  program = infer.load("digits_convnet").program
+  web.write(folder, web.contents(program, "digits", web.own_samples(program)))
+  return folder
 
 
 @contextlib.contextmanager

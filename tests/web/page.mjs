@@ -4,21 +4,21 @@
 //
 // PLAYWRIGHT is the folder of playwright-core, and CHROMIUM the browser's executable.
 // VISITS is a JSON list of {url, steps} with options of a browser's context and `flags`
-// of the browser. Each visit has a browser of its own. A step is [function of this
-// file, arguments...]. RESULTS holds for each visit what its steps returned, what the
-// page wrote to the console, and its requests.
-import { readFileSync } from "node:fs";
+// of the browser. Each visit has a browser of its own. A step is [function of this file
+// or of visits.mjs, arguments...]. RESULTS holds for each visit what its steps returned,
+// what the page wrote to the console, and its requests.
 import { createRequire } from "node:module";
+
+import { answer, common, visit } from "./visits.mjs";
 
 const [playwright, executablePath] = process.argv.slice(2);
 const { chromium } = createRequire(import.meta.url)(playwright);
 
 const steps = {
-  evaluate: (page, expression) => page.evaluate(expression),
+  ...common,
   text: (page, selector) => page.textContent(selector),
   texts: (page, selector) => page.locator(selector).allTextContents(),
   isVisible: (page, selector) => page.isVisible(selector),
-  click: (page, selector) => page.click(selector),
   press: (page, key) => page.keyboard.press(key),
   resize: (page, width, height) => page.setViewportSize({ width, height }),
   choose: (page, selector, path) => page.setInputFiles(selector, path),
@@ -29,9 +29,6 @@ const steps = {
       await page.waitForTimeout(100);
     }
   },
-
-  /** Waits until the result belongs to the picture. */
-  settle: (page) => page.waitForSelector("#result[aria-busy=false]").then(() => {}),
 
   /** Draws lines with the mouse, in units of the pad's width. */
   async draw(page, strokes) {
@@ -80,29 +77,14 @@ const steps = {
   },
 };
 
-async function visit({ url, steps: wanted, flags = [], ...options }) {
+await answer(async ({ url, steps: wanted, flags = [], ...options }) => {
   const browser = await chromium.launch({ executablePath, args: flags });
   try {
     const context = await browser.newContext(options);
     const page = await context.newPage();
     page.setDefaultTimeout(30_000);
-    const [messages, requests] = [[], []];
-    page.on("console", (message) => messages.push(message.text()));
-    page.on("pageerror", (error) => messages.push(String(error)));
-    page.on("request", (request) => requests.push(request.url()));
-    await page.goto(url);
-    const results = [];
-    for (const [name, ...args] of wanted) {
-      results.push(await steps[name](page, ...args) ?? null);
-    }
-    return { results, messages, requests };
+    return await visit(page, steps, { url, steps: wanted });
   } finally {
     await browser.close();
   }
-}
-
-const results = [];
-for (const wanted of JSON.parse(readFileSync(0, "utf8"))) {
-  results.push(await visit(wanted));
-}
-process.stdout.write(JSON.stringify(results));
+});
