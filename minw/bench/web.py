@@ -27,7 +27,7 @@ WHERE = ("node", "chromium")
 _NAMES = {"minw simd128": "simd128", "minw relaxed": "relaxed-simd",
           "ONNX float32": "float32", "ONNX int8": "int8"}
 _BASE = "minw simd128"  # Ratios of times refer to it, because all browsers run it.
-_FIRST_RESULTS = 5  # Number of measurements of the time to the first result.
+_FIRST_RESULTS = 15  # Number of measurements of the time to the first result.
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _FILES = ("web_engines.mjs", "../web/minw.js", "../web/minw.wasm")
 

@@ -16,6 +16,11 @@ namespace {
 constexpr int kVector = 16;
 #include "vectors.inc"
 
+// Marks a lambda that is called for each block of weights. Browsers first compile a
+// function without optimizations, and replace it between two calls. Slow code would
+// pack a whole layer if one call did.
+#define MINW_CALLED __attribute__((noinline))
+
 using Words = Vec<uint64_t, kVector>;
 
 // 64 weights of kVector output channels, in a plane of the file. Each vector has a byte
@@ -176,7 +181,7 @@ void pack_numbers(const Conv& c, const Weights& weights, uint64_t first, int inp
                   int digits, char* to) {
   const int taps = c.window.h * c.window.w;
   const int tap_numbers = static_cast<int>(c.group_bytes / c.width / taps);
-  auto visit = [&](int out, int tap, int i, int, const Block* planes) {
+  auto visit = [&](int out, int tap, int i, int, const Block* planes) MINW_CALLED {
     // Channels past the last one have the code 0, or the sign of their pixels.
     const int begin = tap * tap_numbers + i / digits;
     const int end = std::min(begin + 64 / digits, (tap + 1) * tap_numbers);
@@ -200,7 +205,7 @@ void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int input
                 char* to) {
   static_assert(kPairsWidth == kVector);
   const int tap_bytes = (inputs + 7) / 8 * 8 * kVector;
-  auto visit = [&](int out, int tap, int i, int n, const Block* planes) {
+  auto visit = [&](int out, int tap, int i, int n, const Block* planes) MINW_CALLED {
     char* pair = to + out / kVector * c.group_bytes + size_t{1} * tap * tap_bytes +
                  size_t{1} * i * kVector;
     for (int byte = 0; 8 * byte < n; byte++) {

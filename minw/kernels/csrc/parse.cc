@@ -25,10 +25,11 @@ int bit_length(int64_t x) {
   return n;
 }
 
-// The checksum of zlib and PNG, of 8 bytes at a time: table[k] has what a byte adds to
-// the checksum when k more bytes follow it.
-uint32_t crc32(const uint8_t* bytes, size_t size) {
-  uint32_t table[8][256];
+// Tables for a checksum of 8 bytes at a time. Table k has what a byte adds to the
+// checksum when k more bytes follow it.
+using CrcTables = uint32_t[8][256];
+
+void fill_crc_tables(CrcTables& table) {
   for (uint32_t i = 0; i < 256; i++) {
     table[0][i] = i;
     for (int k = 0; k < 8; k++)
@@ -37,7 +38,13 @@ uint32_t crc32(const uint8_t* bytes, size_t size) {
   for (int k = 1; k < 8; k++)
     for (int i = 0; i < 256; i++)
       table[k][i] = (table[k - 1][i] >> 8) ^ table[0][table[k - 1][i] & 255];
-  uint32_t crc = ~0u;
+}
+
+// Continues a checksum. Browsers first compile a function quickly and without
+// optimizations, and replace it only between two calls. A file is therefore read in
+// pieces, each by a call.
+__attribute__((noinline)) uint32_t crc32_of_piece(const CrcTables& table, uint32_t crc,
+                                                  const uint8_t* bytes, size_t size) {
   for (; size >= 8; size -= 8, bytes += 8) {
     uint32_t low, high;
     std::memcpy(&low, bytes, 4);
@@ -48,6 +55,17 @@ uint32_t crc32(const uint8_t* bytes, size_t size) {
           table[1][high >> 16 & 255] ^ table[0][high >> 24];
   }
   for (; size; size--, bytes++) crc = table[0][(crc ^ *bytes) & 255] ^ (crc >> 8);
+  return crc;
+}
+
+// The checksum of zlib and PNG.
+uint32_t crc32(const uint8_t* bytes, size_t size) {
+  constexpr size_t kPiece = 16384;
+  CrcTables table;
+  fill_crc_tables(table);
+  uint32_t crc = ~0u;
+  for (size_t at = 0; at < size; at += kPiece)
+    crc = crc32_of_piece(table, crc, bytes + at, std::min(kPiece, size - at));
   return ~crc;
 }
 
