@@ -29,6 +29,7 @@ _AMX = ["-mamx-tile", "-mamx-int8"]
 _X86_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mpopcnt"],
     "kernels_avx512": _AVX512,
+    "kernels_vbmi": _AVX512 + ["-mavx512vbmi"],
     "kernels_amx": _AVX512 + _AMX,
 }
 # A reactor is a module without a main function. With -Os, kernels are not slower, and

@@ -72,6 +72,8 @@ def test_kernel_names(isa, weights, activations):
   (_, kernel), = native.load(packed.to_bytes(b.end(3))).layers()[2:3]
   if isa == "amx":
     assert kernel == f"W{weights}A{activations} int8 tiles"
+  elif isa == "vbmi" and 3 in (weights, activations):
+    assert kernel == f"W{weights}A{activations} wide table lookup"
   elif 1 in (weights, activations) or weights == activations == 2:
     assert kernel.split()[0] == f"W{weights}A{activations}"
     assert kernel.endswith("table lookup" if isa == "avx2" else "popcount")
@@ -86,7 +88,9 @@ def test_isas_of_this_cpu():
   flags = set(pathlib.Path("/proc/cpuinfo").read_text().split())
   avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vpopcntdq",
             "avx512_vnni"}
-  needs = {"amx": avx512 | {"amx_tile", "amx_int8"}, "avx512": avx512, "avx2": {"avx2"}}
+  vbmi = avx512 | {"avx512vbmi"}
+  needs = {"amx": vbmi | {"amx_tile", "amx_int8"}, "vbmi": vbmi, "avx512": avx512,
+           "avx2": {"avx2"}}
   assert ISAS == [*(isa for isa, need in needs.items() if need <= flags),
                   *["neon"] * (platform.machine() == "aarch64"), "portable"]
 
@@ -94,31 +98,56 @@ def test_isas_of_this_cpu():
 @pytest.mark.skipif("amx" not in ISAS, reason="the CPU has no int8 tiles")
 @pytest.mark.parametrize("seed", range(12))
 def test_tiles(monkeypatch, seed):
-  """Strides, dilation, borders, pooling and several images, all by int8 tiles."""
   monkeypatch.setenv("MINW_ISA", "amx")
   rng = np.random.default_rng(seed)
+  bits, weights, outputs = (
+      int(rng.choice(choices)) for choices in ((1, 2, 3), (1, 2, 3), (31, 32, 33, 70)))
+  kernels = check_all_geometry(rng, bits, weights, outputs)
+  assert sum(k.endswith("int8 tiles") for k in kernels) == 2, kernels
+
+
+@pytest.mark.skipif("vbmi" not in ISAS, reason="the CPU has no lookups of 64 bytes")
+@pytest.mark.parametrize("seed, outputs", [*enumerate((1, 64, 65, 128, 190, 256, 300))])
+@pytest.mark.parametrize("bits, weights", ((3, 1), (3, 2), (3, 3), (1, 3), (2, 3)))
+def test_wide_tables(monkeypatch, bits, weights, seed, outputs):
+  """Groups of output channels have one to four vectors of 64."""
+  monkeypatch.setenv("MINW_ISA", "vbmi")
+  kernels = check_all_geometry(np.random.default_rng(seed), bits, weights, outputs)
+  assert f"W{weights}A{bits} wide table lookup" in kernels
+
+
+def check_all_geometry(rng, bits, weights, outputs) -> list[str]:
+  """Checks strides, dilation, borders, pooling and several images.
+
+  Args:
+    rng: Generator of the network.
+    bits: Bits of the codes that the second convolution reads.
+    weights: Bits of its weights.
+    outputs: Its output channels.
+
+  Returns:
+    The names of the kernels.
+  """
   draw = lambda *choices: int(rng.choice(choices))
   b = Builder(rng, (draw(29, 36), draw(37, 50), draw(1, 3, 4)))
-  bits, weights = draw(1, 2, 3), draw(1, 2, 3)
   x = b.conv(0, draw(1, 2, 3), draw(15, 40), (3, 2), pads=(1, 0, 2, 1))
-  if seed % 2:
+  if draw(0, 1):
     x = b.add(packed.Pool("pool", x, "max", (2, draw(1, 2)), (2, draw(1, 2))))
   x = b.threshold(x, bits)
   window = draw(1, 2, 3), draw(1, 3, 5)
   pads = tuple(rng.integers(0, 3, 4).tolist())
   pad = draw(-1, 1) if bits == 1 else draw(-1, 0, 1)
-  x = b.conv(x, weights, draw(31, 32, 33, 70), window, (draw(1, 2), draw(1, 2, 3)),
+  x = b.conv(x, weights, outputs, window, (draw(1, 2), draw(1, 2, 3)),
              pads, pad, dilation=(draw(1, 2), draw(1, 2)))
   program = b.end(b.threshold(x, bits))
   network = check(program)
-  kernels = [kernel for _, kernel in network.layers()]
-  assert sum(k.endswith("int8 tiles") for k in kernels) == 2, kernels
   x = images(program, 17)
   want = reference.run(program, x)[-1].reshape(17, -1)
   for batch in (2, 5, 17):
     for threads in (1, 3):
       have = network.logits(x[:batch], threads=threads)
       np.testing.assert_array_equal(have, want[:batch])
+  return [kernel for _, kernel in network.layers()]
 
 
 @pytest.mark.parametrize("size", range(1, 12))
@@ -328,11 +357,13 @@ def test_names_and_kernels(isa):
   assert {kernel for name, kernel in layers if name == "norm"} == {
       "in the pass of its convolution"}
   kernels = [kernel for name, kernel in layers if name == "conv"]
-  dots = isa in ("amx", "avx512", "avx2")  # The maps are too small for tiles.
+  tables = isa in ("amx", "vbmi")  # The maps are too small for tiles.
+  dots = tables or isa in ("avx512", "avx2")
   assert kernels[0] == ("int8 dot products" if dots else "int16 sums")
   for kernel in kernels[1:5]:
     assert "product" not in kernel
-  assert kernels[5] == ("int8 dot products" if dots else "int16 products")
+  assert kernels[5] == ("W3A3 wide table lookup" if tables else
+                        "int8 dot products" if dots else "int16 products")
 
 
 @pytest.mark.parametrize("size, window, stride, step", native_cases.IMAGES)
@@ -398,7 +429,7 @@ def test_peak_counts_products(isa, weights, activations):
   program = b.end(b.threshold(b.conv(x, weights, 70), 1))
   network = native.load(packed.to_bytes(program))
   kernel = network.layers()[2][1]
-  vector = {"amx": 64, "avx512": 64, "avx2": 32}.get(isa, 16)  # Bytes.
+  vector = {"amx": 64, "vbmi": 64, "avx512": 64, "avx2": 32}.get(isa, 16)  # Bytes.
   if kernel.endswith("tiles"):
     step = 2 * 16 * 2 * 16 * 64
   elif kernel.endswith("dot products"):

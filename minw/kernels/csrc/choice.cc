@@ -14,8 +14,8 @@
 namespace minw {
 namespace {
 
-// The measured convolution: a map of 16 x 12 pixels, from 128 to 64 channels, 3 x 3.
-constexpr int kHeight = 16, kWidth = 12, kInputs = 128, kOutputs = 64, kSize = 3;
+// The measured convolution: a map of 16 x 12 pixels, from 128 to 128 channels, 3 x 3.
+constexpr int kHeight = 16, kWidth = 12, kInputs = 128, kOutputs = 128, kSize = 3;
 constexpr int kImageChannels = 3;
 
 // Runs of each candidate. The shortest one counts, as it was disturbed least.

@@ -141,6 +141,10 @@ std::vector<Layer> make_layers(const Program& program, int op, const Isa& isa);
 void pack_numbers(const Conv& c, const Weights& weights, uint64_t first, int inputs,
                   int digits, char* to);
 
+// Packs the weights for kTables, as [step][channel] of each group; see kernels_vbmi.cc.
+void pack_indices(const Conv& c, const Weights& weights, uint64_t first, int inputs,
+                  char* to);
+
 // Packs the weights for kPairs, as [step][pair][vector][channel] of each group, in
 // int16; see tiles.inc.
 void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int inputs,

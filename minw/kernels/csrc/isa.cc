@@ -17,7 +17,8 @@ namespace minw {
 namespace {
 
 // Best first.
-const Isa* const kIsas[] = {&kAmx, &kAvx512, &kAvx2, &kNeon, &kWasm, &kPortable};
+const Isa* const kIsas[] = {&kAmx,  &kVbmi, &kAvx512,  &kAvx2,
+                            &kNeon, &kWasm, &kPortable};
 
 #if defined(__x86_64__)
 bool runs_avx512() {
@@ -27,6 +28,8 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 
+bool runs_vbmi() { return runs_avx512() && __builtin_cpu_supports("avx512vbmi"); }
+
 // Whether the CPU has int8 tiles and the system lets this process use them. Linux
 // reserves the registers' memory for processes that have asked for it.
 bool runs_amx() {
@@ -34,7 +37,7 @@ bool runs_amx() {
   constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // Bits of EDX.
   constexpr long kRequest = 0x1023, kTileData = 18;        // See arch_prctl(2).
   unsigned a, b, c, d;
-  if (!runs_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!runs_vbmi() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   return (d & kTiles) && (d & kInt8) && !syscall(SYS_arch_prctl, kRequest, kTileData);
 #else
   return false;
@@ -49,6 +52,7 @@ bool runs(const Isa& isa) {
   __builtin_cpu_init();
   if (&isa == &kAvx2) return __builtin_cpu_supports("avx2");
   if (&isa == &kAvx512) return runs_avx512();
+  if (&isa == &kVbmi) return runs_vbmi();
   if (&isa == &kAmx) return runs_amx();
 #endif
   return true;
@@ -63,7 +67,7 @@ struct Names {
       std::strcat(text, isa->name);
     }
   }
-  char text[64] = "";  // All names together have 30 characters.
+  char text[64] = "";  // All names together have 35 characters.
 };
 
 // The names are put together when the library is loaded. A fork during a first call

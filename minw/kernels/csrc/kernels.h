@@ -44,6 +44,7 @@ enum Form : uint8_t {
   kLookup,   // Numbers of `fold` channels, which select tables or entries of tables.
   kBytes,    // Levels + 4, as uint8.
   kTiles,    // Levels as int8, or pixels as uint8: rows of windows (kernels_amx.cc).
+  kTables,   // Numbers of two channels, which select wide tables (kernels_vbmi.cc).
   kPairs,    // Levels as int16, whose products are summed in pairs.
   kInt16,    // Levels or pixels.
   kInt32,    // The same, where sums may exceed an int16.
@@ -69,6 +70,14 @@ constexpr int kTilePixels = 2 * kTileRows;
 // The output channels of a group of kPairs, and the bits below the weights of those
 // that are in the upper part of an int16.
 constexpr int kPairsWidth = 16, kPairsUpper = 12;
+
+// The channels of a step of kTables.
+constexpr int table_channels(int w_bits) {
+  return w_bits == 1 ? 6 : w_bits == 2 ? 4 : 2;
+}
+
+// Output channels of a vector of kTables, and vectors of a group.
+constexpr int kTableColumns = 64, kTableVectors = 4;
 
 constexpr int kRowSlack = 32;      // Bytes that may be written past a gathered row.
 constexpr int kPaddedSlack = 256;  // Bytes that may be read past the last padded pixel.
@@ -119,8 +128,8 @@ struct Conv {
   int words;     // Words of a pixel and plane (kPlanes).
   bool paired;   // W1A1 with two words in a step; the second one holds the XOR of both.
   bool sums;     // The sum of the window's magnitudes is added (weights of 1 bit).
-  int fold;      // Channels of a step (kLookup, kBytes, kPairs).
-  int numbers;   // Numbers of a step (kLookup).
+  int fold;      // Channels of a step (kLookup, kBytes, kTables, kPairs).
+  int numbers;   // Numbers of a step (kLookup, kTables).
   bool joint;    // A byte of a row has the numbers of two pixels (kLookup).
   bool swapped;  // Weights select the tables and pixels the entries, not vice versa.
 
@@ -176,6 +185,7 @@ struct Isa {
   const char* name;
   const Isa* others;  // Runs the layers that these kernels do not, or null.
   bool tiles;         // Has int8 tiles (kTiles), and no other form.
+  bool tables;        // Has lookups in wide tables (kTables), and no other form.
   bool dot;           // Has int8 dot products (kBytes).
   int lookup;         // Columns of a tile of table lookups (kLookup), or 0.
   bool pairs;         // Has sums of pairs of products (kPairs).
@@ -202,7 +212,7 @@ struct Isa {
 
 // The name is null where the library was built for another architecture. These are
 // constants because a function in their files might use what the CPU lacks.
-extern const Isa kPortable, kAvx2, kAvx512, kAmx, kNeon, kWasm;
+extern const Isa kPortable, kAvx2, kAvx512, kVbmi, kAmx, kNeon, kWasm;
 
 }  // namespace minw
 

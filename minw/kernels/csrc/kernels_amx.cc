@@ -247,8 +247,8 @@ const char* choose(Conv* c) {
 
 }  // namespace
 
-const Isa kAmx = {"amx",  &kAvx512, true, true, 0,         false,  false,
-                  choose, encode,   pad,  conv, threshold, maximum};
+const Isa kAmx = {"amx", &kVbmi, true,   false, true, 0,         false,
+                  false, choose, encode, pad,   conv, threshold, maximum};
 
 }  // namespace minw
 

@@ -74,9 +74,9 @@ inline Lanes32 dot_total(DotAcc acc) {
 
 }  // namespace
 
-const Isa kAvx2 = {"avx2", nullptr,   false,  true,   kLookupVectors * kVector,
-                   false,  true,      choose, encode, pad,
-                   conv,   threshold, maximum};
+const Isa kAvx2 = {"avx2",    nullptr, false,  false,  true, kLookupVectors * kVector,
+                   false,     true,    choose, encode, pad,  conv,
+                   threshold, maximum};
 
 }  // namespace minw
 

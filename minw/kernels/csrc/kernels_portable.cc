@@ -20,8 +20,8 @@ inline Words count(Words x) {
 
 }  // namespace
 
-const Isa kPortable = {"portable", nullptr, false, false, 0,         false,  true,
-                       choose,     encode,  pad,   conv,  threshold, maximum};
+const Isa kPortable = {"portable", nullptr, false,  false, false, 0,         false,
+                       true,       choose,  encode, pad,   conv,  threshold, maximum};
 
 }  // namespace minw
 

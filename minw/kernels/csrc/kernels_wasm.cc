@@ -36,9 +36,9 @@ inline Ints multiply_pairs(Ints x, Ints w) {
 
 }  // namespace
 
-const Isa kWasm = {"wasm", nullptr,   false,  false,  kLookupVectors * kVector,
-                   true,   false,     choose, encode, pad,
-                   conv,   threshold, maximum};
+const Isa kWasm = {"wasm",    nullptr, false,  false,  false, kLookupVectors * kVector,
+                   true,      false,   choose, encode, pad,   conv,
+                   threshold, maximum};
 
 }  // namespace minw
 

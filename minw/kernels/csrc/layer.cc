@@ -159,7 +159,7 @@ class LayerBuilder {
     first_weight_ = uint64_t{1} * part * c_.out.c * taps() * inputs_;
     c_.own = op_.groups > parts;
     c_.w_bits = op_.weights.grid() ? op_.weights.format : 0;
-    if (isa_->tiles && !fills_tiles()) isa_ = isa_->others;
+    while (!fits(*isa_)) isa_ = isa_->others;
     layer_.isa = isa_;
     choose_form();
     choose_elements();
@@ -192,8 +192,7 @@ class LayerBuilder {
 
   void choose_form() {
     bool codes = c_.in.kind == kCode;
-    c_.a_bits = codes ? c_.in.bits : 0;
-    if (codes && x_.zeros) c_.a_bits = std::max(c_.a_bits, 2);  // Needs a code for 0.
+    c_.a_bits = codes ? code_bits() : 0;
     // Swapped lookups would leave lanes empty, and without bit planes there is no other
     // kernel for pixels of 1 bit. Codes of 1 bit are codes of 2 bits, too.
     if (codes && c_.w_bits > 1 && !isa_->masks && few_pixels())
@@ -203,6 +202,12 @@ class LayerBuilder {
     if (isa_->tiles) {
       c_.form = kTiles;
       c_.width = kTileWidth;
+    } else if (isa_->tables) {
+      c_.form = kTables;
+      c_.fold = table_channels(w);
+      c_.numbers = c_.fold / 2;
+      c_.width =
+          kTableColumns * std::min(divided_up(c_.out.c, kTableColumns), kTableVectors);
     } else if (!w || c_.in.kind == kFloat) {
       c_.form = kFloat32;
       c_.width = kInt32Width;
@@ -223,6 +228,19 @@ class LayerBuilder {
       c_.width = narrow ? kInt16Width : kInt32Width;
     }
   }
+
+  // Whether an instruction set has a kernel for this layer. Tiles need operands that
+  // are bytes and many pixels. Wide tables are slower than counted bits where neither
+  // activations nor weights have 3 bits.
+  bool fits(const Isa& isa) const {
+    if (isa.tables)
+      return c_.w_bits && !c_.own && c_.in.kind == kCode &&
+             (c_.w_bits == 3 || code_bits() == 3);
+    return !isa.tiles || fills_tiles();
+  }
+
+  // Bits of the activations, which are codes. A code of 1 bit cannot be 0.
+  int code_bits() const { return x_.zeros ? std::max(c_.in.bits, 2) : c_.in.bits; }
 
   // Whether the operands are bytes, and there are enough pixels for tiles.
   bool fills_tiles() const {
@@ -317,6 +335,10 @@ class LayerBuilder {
         return {steps, 4, c_.source ? steps * 4 : c_.in.stride, 1, 4};
       }
       case kTiles: return {};  // See store_tiles.
+      case kTables: {
+        int steps = divided_up(inputs_, c_.fold);
+        return {steps, c_.numbers, steps * c_.numbers, 1, 1};
+      }
       case kPairs: return {divided_up(inputs_, 8), 16, c_.in.stride * 2, 8, 1};
       case kInt16: return {inputs_, elements * 2, c_.elements * 2, masks, 2};
       case kInt32: return {inputs_, elements * 4, c_.elements * 4, masks, 4};
@@ -403,6 +425,9 @@ class LayerBuilder {
     allocate_weights();
     if (c_.form == kLookup)
       return pack_numbers(c_, op_.weights, first_weight_, inputs_, channels_of_number(),
+                          layer_.weights->data());
+    if (c_.form == kTables)
+      return pack_indices(c_, op_.weights, first_weight_, inputs_,
                           layer_.weights->data());
     if (c_.form == kPairs)
       return pack_pairs(c_, op_.weights, first_weight_, inputs_,
@@ -515,6 +540,7 @@ class LayerBuilder {
       case kBytes:                           // Codes are stored as level + 4.
         return c_.source ? 0 : -4 * all.levels;
       case kTiles:
+      case kTables:
       case kPairs: return 0;
       case kInt16:
       case kInt32:

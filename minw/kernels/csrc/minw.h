@@ -5,7 +5,7 @@
  * aborts or throws. Functions that can fail take a buffer of error_size bytes, into
  * which they write a message that ends with 0. Pass NULL and 0 if you do not want it.
  *
- * The environment variable MINW_ISA (portable, avx2, avx512, amx, neon) forces an
+ * The environment variable MINW_ISA (portable, avx2, avx512, vbmi, amx, neon) forces an
  * instruction set. It is read when a network is loaded. Results do not depend on it.
  *
  * In WebAssembly, errors are thrown as a JavaScript Error instead of being returned.

@@ -7,6 +7,7 @@
 // transposed, and then a few operations make a number of each of them.
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "engine.h"
 
@@ -199,6 +200,51 @@ void pack_numbers(const Conv& c, const Weights& weights, uint64_t first, int inp
     }
   };
   each_block(c, weights, first, inputs, in_order, visit);
+}
+
+void pack_indices(const Conv& c, const Weights& weights, uint64_t first, int inputs,
+                  char* to) {
+  const int taps = c.window.h * c.window.w, digits = c.fold, bits = c.w_bits;
+  const int tap_steps = c.steps / taps;
+  // The index of a step by the bits of its weights, one plane after the other.
+  std::vector<uint8_t> index(size_t{1} << digits * bits);
+  for (size_t planes = 0; planes < index.size(); planes++) {
+    int number = 0;
+    for (int i = digits - 1; i >= 0; i--) {
+      auto bit = [&](int plane) {
+        return static_cast<int>(planes >> (plane * digits + i) & 1);
+      };
+      int code = bits == 1 ? 1 : bit(1) + (bits == 3 ? 2 * bit(2) : 0);
+      if (!bit(0)) code = -code;
+      number = bits == 1 ? 2 * number + bit(0)
+                         : number * (bits == 2 ? 3 : 7) + code + (bits == 2 ? 1 : 3);
+    }
+    index[planes] = static_cast<uint8_t>(number);
+  }
+  const int of_word = 64 / digits;  // Steps of a word.
+  const uint64_t mask = (uint64_t{1} << digits) - 1;
+  uint64_t at = first;
+  for (int out = 0; out < c.out.c; out++) {
+    // Channels i and i + kTableColumns / 2 of a vector are neighbors.
+    const int column = out % kTableColumns, half = kTableColumns / 2;
+    char* channel = to + out / c.width * c.group_bytes +
+                    out % c.width / kTableColumns * kTableColumns + column % half * 2 +
+                    column / half;
+    for (int tap = 0; tap < taps; tap++)
+      for (int step = 0; step < tap_steps; step += of_word) {
+        const int n = std::min(of_word * digits, inputs - step * digits);
+        uint64_t planes[3];
+        for (int p = 0; p < bits; p++) planes[p] = weights.plane(p, at, n);
+        at += n;
+        char* byte = channel + (size_t{1} * tap * tap_steps + step) * c.width;
+        for (int k = 0; k * digits < n; k++, byte += c.width) {
+          uint64_t all = 0;
+          for (int p = 0; p < bits; p++)
+            all |= (planes[p] >> k * digits & mask) << p * digits;
+          *byte = static_cast<char>(index[all]);
+        }
+      }
+  }
 }
 
 void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int inputs,
