@@ -234,6 +234,7 @@ def _check_choices(checker: _Checker) -> None:
   one_of("weight_threshold_rule", quantizers.THRESHOLD_RULES)
   one_of("weight_scale", tuple(estimators.WEIGHT_SCALES))
   one_of("estimator", estimators.network_estimators())
+  one_of("input_estimator", ("", *estimators.network_estimators()))
   one_of("estimator_gradient", tuple(estimators.GRADIENTS))
   one_of("alpha_shape", schedules.ALPHA_SHAPES)
   one_of("alpha_weights", schedules.ALPHA_WEIGHTS)
@@ -377,10 +378,18 @@ def _check_bits(checker: _Checker) -> None:
 def _check_methods(checker: _Checker) -> None:
   """Checks that estimator and optimizer suit the other fields."""
   c, check = checker.config, checker.check
-  if c.estimator in estimators.ONE_BIT:
-    for value in (c.input_bits, c.weight_bits, *(b for _, b in c.bits_rules)):
-      check("estimator", not (quantizers.is_grid(value) and value > 1),
-            f"another where bits are {value}: it is defined for one bit")
+  operands = {"estimator": [c.weight_bits], "input_estimator": [c.input_bits]}
+  if not c.input_estimator:
+    operands["estimator"].append(c.input_bits)
+  for name, bits in operands.items():
+    if c[name] in estimators.ONE_BIT:
+      for value in (*bits, *(b for _, b in c.bits_rules)):
+        check(name, not (quantizers.is_grid(value) and value > 1),
+              f"another where bits are {value}: it is defined for one bit")
+  check("input_estimator", not c.input_estimator or
+        (c.input_estimator == "lsq") == (c.estimator == "lsq"),
+        f"'' with estimator={c.estimator!r}, because lsq learns the steps of inputs and"
+        " weights or of neither")
   check("step_per_channel", not c.step_per_channel or c.estimator == "lsq",
         f"False with estimator={c.estimator!r}, which learns no steps")
   if c.learn_input_thresholds:

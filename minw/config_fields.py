@@ -113,6 +113,8 @@ FIELDS = {
     "Estimator": {
         "estimator": ("aqe", "Name of the estimator, a function of minw.estimators "
                              "such as ste, aqe, ede or ewgs."),
+        "input_estimator": ("", "Name of the estimator of inputs, such as approx_sign "
+                                "for one bit; '' for that of the weights."),
         "estimator_gradient": ("eq18", "Backward rule of AQE: eq18, algorithm1 or "
                                        "eq15."),
         "estimator_noise_steps": (1,

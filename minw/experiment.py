@@ -45,12 +45,12 @@ def build_model(config: Any, **changes: Any) -> Any:
     The network, a Flax module.
   """
   c = config_lib.copy(config, **changes)
-  estimator = estimators.by_name(c.estimator, gradient=c.estimator_gradient)
+  named = functools.partial(estimators.by_name, gradient=c.estimator_gradient)
   weights: dict[str, Any] = dict(
       bits=layers.bits_by_rule(c.weight_bits, c.bits_rules),
       threshold_rule=c.weight_threshold_rule,
       thresholds=c.weight_thresholds,
-      estimator=estimator,
+      estimator=named(c.estimator),
       step_per_channel=c.step_per_channel,
       weight_scale=c.weight_scale,
       frequency=c.weight_frequency,
@@ -65,7 +65,7 @@ def build_model(config: Any, **changes: Any) -> Any:
           bits=layers.bits_by_rule(c.input_bits, c.bits_rules),
           thresholds=c.input_thresholds,
           learn_thresholds=c.learn_input_thresholds,
-          estimator=estimator,
+          estimator=named(c.input_estimator or c.estimator),
           momentum=c.norm_momentum,
           epsilon=c.norm_epsilon,
           group_size=c.norm_group_size,

@@ -72,5 +72,8 @@ def estimator(config: Mapping[str, Any]) -> str:
 def run(config: Mapping[str, Any]) -> str:
   """Names a run in one line: "ConvNet D, CIFAR-10, AQE, W1A1"."""
   name = estimator(config)
-  return ", ".join([network(config), dataset(config), _ESTIMATORS.get(name, name),
-                    bits(config)])
+  text = _ESTIMATORS.get(name, name)
+  inputs = config.get("input_estimator")  # Older configs have no such field.
+  if inputs and name != NO_ESTIMATOR:
+    text += f" with {_ESTIMATORS.get(inputs, inputs)} inputs"
+  return ", ".join([network(config), dataset(config), text, bits(config)])

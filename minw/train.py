@@ -263,7 +263,7 @@ def make_reestimate(experiment: Experiment) -> Callable[..., Any]:
   # estimator computes the hard quantizer at any alpha, and so does lsq with its steps.
   estimator = "lsq" if experiment.config.estimator == "lsq" else "ste"
   model = experiment_lib.build_model(
-      experiment.config, estimator=estimator, norm_momentum=0.0)
+      experiment.config, estimator=estimator, input_estimator="", norm_momentum=0.0)
 
   @experiment.jit
   def statistics(params, batch_stats, data, order, position):

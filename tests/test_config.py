@@ -182,6 +182,7 @@ NAN, INF = math.nan, math.inf
     ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
      "one of approx_sign, aqe, dsq, ede, ewgs, lsq, parq, reste, ste, "),
+    ("input_estimator", ["stee", "none"], "one of , approx_sign, aqe, dsq, ede,"),
     ("estimator_gradient", ["eq1"], "one of eq18, algorithm1, eq15"),
     ("alpha_weights", ["first"], "one of with, before, after"),
     ("alpha_shape", ["square"], "one of linear, cosine, cubic, sigmoid"),
@@ -416,7 +417,25 @@ def test_stochastic_aqe_is_for_one_bit(fields, bits):
       f"{bits}: it is defined for one bit")
 
 
+def test_estimators_for_one_bit_fit_their_own_operands():
+  """An estimator for one bit may be that of inputs or of weights alone."""
+  config_lib.validate(changed(
+      input_estimator="approx_sign", input_bits=1, weight_bits=2))
+  config_lib.validate(changed(
+      estimator="approx_sign", input_estimator="ste", input_bits=2, weight_bits=1))
+  assert refusal(input_estimator="approx_sign", input_bits=2, weight_bits=1) == (
+      "config.input_estimator='approx_sign': must be another where bits are 2: it is"
+      " defined for one bit")
+  assert refusal(estimator="approx_sign", input_estimator="ste", weight_bits=2) == (
+      "config.estimator='approx_sign': must be another where bits are 2: it is"
+      " defined for one bit")
+
+
 @pytest.mark.parametrize("fields, message", [
+    ({"estimator": "aqe", "input_estimator": "lsq"},
+     "config.input_estimator='lsq': must be '' with estimator='aqe', because"),
+    ({"estimator": "lsq", "input_estimator": "ste"},
+     "config.input_estimator='ste': must be '' with estimator='lsq', because"),
     ({"estimator": "lsq", "weight_scale": "layer_mean"},
      "config.weight_scale='layer_mean': must be 'none' with estimator='lsq'"),
     ({"estimator": "lsq", "pad_value": -1.0},

@@ -17,6 +17,7 @@ from minw import layers
 from minw import models
 from minw import pack
 from minw import packed
+from minw import quantizers
 from minw import train
 from minw import verify
 from minw.data import batches
@@ -361,6 +362,21 @@ def test_networks_with_rprelu_pack(fields):
   logits = jax.jit(functools.partial(experiment.model.apply, mode="hard"))(
       hard, pixels_lib.normalize(images, experiment.pixels))
   np.testing.assert_array_equal(network.logits(images), logits)
+
+
+def test_inputs_may_have_an_estimator_of_their_own():
+  """At 1/4 the slope of the straight-through estimator is 1, of approx_sign 3/2."""
+  grid = quantizers.input_grid(1)
+
+  def slopes(**fields):
+    model = build_model(tiny_config(**fields))
+    return [float(jax.grad(
+        lambda x, f=f: f.keywords["estimator"](x, 0.5, grid, None))(0.25))
+        for f in (model.conv, model.dense, model.norm)]
+
+  assert slopes(estimator="ste") == [1, 1, 1]
+  assert slopes(estimator="ste", input_estimator="approx_sign") == [1, 1, 1.5]
+  assert slopes(estimator="approx_sign", input_estimator="ste") == [1.5, 1.5, 1]
 
 
 def test_kernels_start_as_told():

@@ -52,6 +52,7 @@ RECIPES = {
     "momentum-0.99": {"norm_momentum": 0.99},
     # Quantizers.
     "rprelu": {"rprelu": True},
+    "approx-sign-inputs": {"input_estimator": "approx_sign"},
     # Stages.
     "activations-first": {"init_from": "activations"},
     "weights-first": {"init_from": "weights"},

@@ -44,9 +44,9 @@ NO_MATTER = ("seed", *LOCAL, "shard_optimizer", "max_damaged", "eval_batch_size"
              "eval_train", "histogram_layers", "histogram_epochs")
 
 # Fields that matter only if something is quantized.
-_OF_ESTIMATOR = ("estimator", "estimator_gradient", "estimator_noise_steps",
-                 "alpha_start", "alpha_final", "alpha_end", "alpha_shape",
-                 "alpha_per_layer", "alpha_backward", "alpha_weights")
+_OF_ESTIMATOR = ("estimator", "input_estimator", "estimator_gradient",
+                 "estimator_noise_steps", "alpha_start", "alpha_final", "alpha_end",
+                 "alpha_shape", "alpha_per_layer", "alpha_backward", "alpha_weights")
 
 Record = dict[str, Any]
 
