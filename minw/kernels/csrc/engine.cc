@@ -11,7 +11,8 @@ minw_network::minw_network(const uint8_t* bytes, size_t size,
   for (int i = 0; i < n; i++) {
     minw::Op& op = program.ops[i];
     if (op.kind == minw::kConv) {
-      layers[i] = minw::make_layers(program, i, layer_isa(op));
+      layers[i] =
+          minw::make_layers(program, i, layer_isa(op, program.values[i + 1].map));
       op.weights = {};  // They point into the caller's bytes.
     } else if (op.kind == minw::kThreshold) {
       int stride = program.values[i + 1].map.stride;
@@ -28,9 +29,10 @@ minw_network::minw_network(const uint8_t* bytes, size_t size,
     fast = minw::make_plan(*this, /*fused=*/true, /*reach=*/1);
 }
 
-const minw::Isa& minw_network::layer_isa(const minw::Op& conv) const {
+const minw::Isa& minw_network::layer_isa(const minw::Op& conv,
+                                         const minw::Map& out) const {
   const minw::Map& in = program.values[conv.inputs[0]].map;
   bool bits = conv.weights.grid() && (in.kind == minw::kCode || !conv.inputs[0]);
   if (choice.forced || !bits) return choice.isa;
-  return *minw::fastest_isa(&choice.isa, conv.weights.format, in.bits);
+  return *minw::fastest_isa(&choice.isa, conv.weights.format, in.bits, out.h * out.w);
 }

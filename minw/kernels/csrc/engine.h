@@ -152,8 +152,8 @@ void pack_pairs(const Conv& c, const Weights& weights, uint64_t first, int input
 
 // Measures which instruction set is fastest for weights and activations of these bits:
 // `best`, or one of those that may stand in for it (choice.cc). Activations of 0 bits
-// are images.
-const Isa* fastest_isa(const Isa* best, int w_bits, int a_bits);
+// are images. `pixels` are those of the layer's result.
+const Isa* fastest_isa(const Isa* best, int w_bits, int a_bits, int pixels);
 
 // ---- Plans (plan.cc).
 
@@ -213,7 +213,7 @@ struct minw_network {
   }
 
   // The instruction set for a convolution.
-  const minw::Isa& layer_isa(const minw::Op& conv) const;
+  const minw::Isa& layer_isa(const minw::Op& conv, const minw::Map& out) const;
 
   minw::Program program;
   minw::IsaChoice choice;

@@ -63,7 +63,7 @@ void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory
 
 // ---- Instruction sets. There is one, and nothing to measure (choice.cc).
 
-const minw::Isa* minw::fastest_isa(const Isa* best, int, int) { return best; }
+const minw::Isa* minw::fastest_isa(const Isa* best, int, int, int) { return best; }
 
 // ---- Exceptions. Compiled code calls these functions where C++ has `throw`. All
 // exceptions here derive from std::exception. None can be caught: code in `catch` never
