@@ -106,7 +106,7 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
           f" {instructions / 1e6:.2f} million instructions,"
           f" {each:.2f} for a multiplication")
   if request.node.callspec.id == "D":
-    assert each < 0.21
+    assert each < 0.15
 
 
 def run_make(folder, *arguments):

@@ -42,7 +42,7 @@ from minw.kernels import reference
 # beside what they state, about 1.2 times what the same compilers use.
 _STACK = 256
 _STACK_OF_FUNCTION = 128
-_STACK_OF_SLICED = 576
+_STACK_OF_SLICED = 960
 
 _SAMPLE = 4  # Images that show which values are mostly -1.
 

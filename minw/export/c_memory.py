@@ -3,6 +3,8 @@
 import math
 from typing import Any, NamedTuple, Sequence
 
+import numpy as np
+
 from minw import packed
 
 _MAX_DEPTH = 4  # Largest allowed depth of nested calls between functions of values.
@@ -21,6 +23,16 @@ class Plane(NamedTuple):
   value: int
   first: int
   reader: int
+
+
+class _Buffer(NamedTuple):
+  """A value in the arena: its first word and the one past it, its birth and death."""
+
+  value: int
+  start: int
+  end: int
+  born: tuple[float, float]
+  dies: tuple[float, float]
 
 
 class Memory:
@@ -53,7 +65,8 @@ class Memory:
     roots = [*self.stored, len(program.ops)]
     reads, planes = self._find_sources()
     self.planes = {root: planes[root] for root in roots}
-    self.offsets, self.words = self._place(reads)
+    self._placed: list[_Buffer] = []
+    self.offsets = self._place(reads)
 
   def bits(self, i: int) -> int:
     """Bits that a code is stored in.
@@ -158,19 +171,24 @@ class Memory:
     return reads, planes
 
   def _place(self, reads):
-    """Returns the offsets of all buffers in the arena, and its size.
+    """Returns the offsets of all buffers in the arena, and sets its size.
 
-    Each buffer goes to the first gap that is free during its lifetime. A time is a pair
-    (stored value being computed, number of its planes that have been computed). The
-    planes of a stored value are computed again for each of its channels. Therefore
-    every stored value that it reads, and the value itself, lives until all of it is
-    computed.
+    Each buffer goes where the arena grows least, among the places that are free during
+    its lifetime. A time is a pair (stored value being computed, number of its planes
+    that have been computed). The planes of a stored value are computed again for each
+    of its channels. Therefore every stored value that it reads, and the value itself,
+    lives until all of it is computed.
+
+    A value without planes is computed row by row. Its rows may take the place of those
+    of its inputs that no later row reads:
+
+        result     | row 0 | row 1 | row 2 | ...
+        input              | row 0     | row 1     | row 2     | ...
     """
     last = {i: i for i in self.stored}
     for i in self.planes:
       for j in reads[i]:
         last[j] = i
-    placed, offsets = [], {}
     for root, planes in self.planes.items():
       step = {plane.value: k for k, plane in enumerate(planes, start=1)}
       buffers: list[Any] = [(plane.value, (root, step[plane.value]),
@@ -179,10 +197,81 @@ class Memory:
         buffers.insert(0, (root, (root, 0), (last[root], math.inf)))
       for i, born, dies in buffers:
         h, w, _ = self.kinds[i].shape
-        size, at = h * w * self.pixel(i), 0
-        for start, end, other_dies in sorted(placed):
-          if other_dies >= born and start < at + size and at < end:
-            at = end
-        placed.append((at, at + size, dies))
-        offsets[i] = at
-    return offsets, max((end for _, end, _ in placed), default=0)
+        size, taken = h * w * self.pixel(i), []
+        for other in self._placed:
+          if other.dies >= born:
+            start = other.start
+            if i == root and not planes and last.get(other.value) == i:
+              start += size + self._lag(i, other.value)
+            taken.append((start, other.end))
+        at = self._best_place(size, taken)
+        self._placed.append(_Buffer(i, at, at + size, born, dies))
+    first = min((p.start for p in self._placed), default=0)
+    self._placed = [p._replace(start=p.start - first, end=p.end - first)
+                    for p in self._placed]
+    self.words = max((p.end for p in self._placed), default=0)
+    return {p.value: p.start for p in self._placed}
+
+  def _best_place(self, size: int, taken: list[tuple[int, int]]) -> int:
+    """Returns the offset where a buffer enlarges the arena least. It may be negative.
+
+    Args:
+      size: Size of the buffer.
+      taken: The first word, and the one past the last word, of each part of the arena
+        that the buffer must not touch.
+    """
+    low = min((p.start for p in self._placed), default=0)
+    high = max((p.end for p in self._placed), default=0)
+    free = [at for at in (0, *(a - size for a, _ in taken), *(b for _, b in taken))
+            if all(at + size <= a or at >= b for a, b in taken)]
+    return min(free, key=lambda at: (max(high, at + size) - min(low, at), at))
+
+  def _lag(self, i: int, j: int) -> int:
+    """Returns the greatest offset of a value from its input, which it overwrites.
+
+    Row y of value i may take any place before the first row of value j that it reads.
+
+    Returns:
+      A negative number of words.
+    """
+    row = lambda k: self.kinds[k].shape[1] * self.pixel(k)
+    first = self._first_rows(i, j)
+    return int(min(first * row(j) - np.arange(1, len(first) + 1) * row(i)))
+
+  def _first_rows(self, i: int, j: int) -> np.ndarray:
+    """Returns the first row of value j that each row of value i is computed from."""
+    rows = {j: np.arange(self.kinds[j].shape[0])}
+    for k in range(j + 1, i + 1):
+      op, y = self._ops[k - 1], np.arange(self.kinds[k].shape[0])
+      if isinstance(op, packed.Conv | packed.Pool | packed.Shortcut):
+        y *= op.strides[0]
+      if isinstance(op, packed.Conv | packed.Pool):
+        y -= op.pads[0]
+      first = [rows[m][y.clip(0, len(rows[m]) - 1)] for m in packed.inputs(op)
+               if m in rows]
+      if first and (k == i or k not in self.stored):
+        rows[k] = np.min(first, 0)
+    return rows[i]
+
+  def room(self, i: int) -> tuple[int, int]:
+    """Returns the greatest part of the arena that is free while value i is computed.
+
+    Returns:
+      Its offset and its size, in words of 32 bits.
+    """
+    gaps, at = [], 0
+    for start, end in [*self._taken(i), (self.words, self.words)]:
+      gaps.append((start - at, at))
+      at = max(at, end)
+    size, at = max(gaps)
+    return at, size
+
+  def make_room(self, i: int, words: int):
+    """Enlarges the arena, so that `words` of it are free while value i is computed."""
+    if self.room(i)[1] < words:
+      self.words = max(end for _, end in self._taken(i)) + words
+
+  def _taken(self, i):
+    """Returns where the buffers are that are needed while value i is computed."""
+    return sorted((p.start, p.end) for p in self._placed
+                  if p.born < (i + 1, 0) and p.dies >= (i, 0))

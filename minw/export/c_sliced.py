@@ -30,9 +30,15 @@ windows, then three words are added in place of four.
     second       0  1  0  0  1  0  1  1
     S: 1, 6, 7      A: 2      B: 4
 
+The numbers of S are listed first, and the listed words are then added for one block of
+32 channels after the other, and for each bit of the weights. Lists of A and B follow.
+Finding a bit that is set costs as much as adding a word. As many blocks share a list
+as their sums fit into the free part of the arena. A full list is added and begun again.
+
 The words are added by carry-save adders, five operations for a word, 16 words before a
-carry leaves the registers. Inputs outside the image are not added one by one. Their
-sums are constants, and there is one for each way in which a window overlaps the border.
+carry leaves the registers. Lists are filled up with the number of a word that is 0.
+Inputs outside the image are not added one by one. Their sums are constants, and there
+is one for each way in which a window overlaps the border.
 
 Sums of pixels are looked up four at a time, in tables of all sums of four pixels, for
 two windows in the halves of a word. They become slices afterwards. A threshold takes
@@ -44,16 +50,19 @@ import numpy as np
 
 from minw import packed
 
-_STACK_OF_SIX = 384  # Bytes of stack that the words of six thresholds take at most.
+_LIST = 128  # Inputs in a list at most.
+_STACK_OF_SIX = 192  # Bytes of stack that the words of six thresholds take at most.
+_BLOCKS = 2  # Blocks of 32 channels for which the arena grows if it needs to.
 _LEVELS = {1: (1,), 2: (0, 1), 3: (0, 1, 2, 3)}  # Bits k of v for weights of 1-3 bits.
 _GREATEST = {1: 1, 2: 1, 3: 4}  # Greatest level of codes of 1-3 bits.
 
 # C lines that store codes of 1-3 bits at p. The word l0 has the channels below the
 # first threshold, and so on.
-_KEEP = {1: ["p[b] = l0;"], 2: ["p[2 * b] = ~(l0 ^ l1);", "p[2 * b + 1] = l0 & l1;"],
-         3: ["const uint32_t l[6] = {l0, l1, l2, l3, l4, l5};", "keep3(p + 3 * b, l);"]}
+_KEEP = {1: ["p[0] = l0;"], 2: ["p[0] = ~(l0 ^ l1);", "p[1] = l0 & l1;"],
+         3: ["const uint32_t l[6] = {l0, l1, l2, l3, l4, l5};", "keep3(p, l);"]}
 
-# The bits of u for inputs of 3 bits, in place of the macro WORD.
+# The macro WORD, for networks without inputs of 3 bits and for those with some.
+_WORD = "#define WORD(x) (*(x))"
 _WORD3 = """\
 /* Bit k of 4 - x for 32 codes x of 3 bits, where bit 2 is inverted. The word itself for
    codes of 1 or 2 bits, whose k is 4. */
@@ -93,76 +102,39 @@ static void ripple(uint32_t *n, uint32_t carry) {
     carry &= old;
   }
 }""",
-    "move": """\
+    "WORD": _WORD,
+    "gather": """\
 /* A convolution of codes. A pixel of its input, map, has `words` times `size` channels
    in `planes` bit-planes. A word of the weights has one bit of 32 output channels.
-   `block` words are a window, and `levels` blocks have the bits from 2^bit on. A sum
-   has `slices` words in an array of `kept` words. The state of a window is the sum of
-   its row's and its column's number in border. Columns begin at `borders`. In each
-   state but 0, edges have `edge` slices of the sum over the inputs outside. */
+   `block` words, the last of which is 0, are a window, and `levels` blocks have the
+   bits from 2^bit on. The sums are computed in n. A sum has `slices` words in an array
+   of `kept` words. Those of the next 32 channels are `span` words further on. The state
+   of a window is the sum of its row's and its column's number in border. Columns begin
+   at `borders`. The sums of a state begin with the number in most. In each state but 0,
+   edges have `edge` slices of the sum over the inputs outside. */
 typedef struct {
   const uint32_t *map, *weights, *edges;
   const uint8_t *border;
+  const int32_t *most;
+  uint32_t *n;
   int height, width, words, planes, size, rows, columns, down, right;
   int stride, sideways, above, before;
-  int block, levels, bit, scale, kept, slices, outside, edge, states, borders;
-  int32_t most;
+  int block, levels, bit, scale, kept, span, slices, edge, states, borders;
   uint32_t flip;
 } Conv;
 
-/* The words of a window that say which weights are added. A run of `left` words begins
-   at x, and its weights at next. They are inverted if flip is set, and apply where the
-   words `other` further on, inverted if flop is set, apply too. A run ends with the
-   columns of the window, which go from `from` to `to`. Another window reads those from
-   begin to end, too, which is `distance` further on, and inverted if cross is set. */
+/* The inputs of a window whose bit is set in the map, or inverted if flip is set. They
+   are in rows from first to last, and in columns from `from` to `to`. Those in columns
+   from begin to end must also be set in another window, whose words are `other` further
+   on, or inverted if flop is set. The weights of the inputs are added to the slices n
+   of some blocks. */
 typedef struct {
   const volatile Conv *of;
-  const uint32_t *x, *next, *map, *weights;
-  uint32_t *n, highest, flip, flop, cross;
-  int32_t total;
-  int at, left, planes, size, other, part;
-  int top, side, i, last, j, from, to, begin, end, distance;
+  const uint32_t *map, *weights;
+  uint32_t *n, flip, flop;
+  int blocks, top, side, first, last, from, to, begin, end, other, part;
 } Window;
 
-/* Moves to the next run, and returns whether there is one. */
-APART static int move(volatile Window *s) {
-  const volatile Conv *const of = s->of;
-  int j, end, both;
-  if (s->j >= s->to) {
-    s->j = s->from;
-    s->i = s->i + 1;
-  }
-  j = s->j;
-  end = s->to;
-  if (s->i >= s->last || j >= end) return 0;
-  both = j >= s->begin && j < s->end;
-  if (both)
-    end = s->end;
-  else if (j < s->begin && end > s->begin)
-    end = s->begin;
-  if (of->right > 1) end = j + 1;
-  s->j = end;
-  s->left = (end - j) * of->words;
-  s->x = s->map + ((s->top + s->i * of->down) * of->width + s->side + j * of->right) *
-                      of->words * of->planes;
-  s->next = s->weights + (s->i * of->columns + j) * of->words * of->size;
-  s->other = both ? s->distance : 0;
-  s->flop = both ? s->cross : s->flip;
-  return 1;
-}""",
-    "WORD": "#define WORD(x) (*(x))",
-    "count": """\
-/* Reads the weights of the next input whose bit is set. If there is none in a word,
-   then `count` reads the next word and returns to the label `state`. */
-#define NEXT(v, state) \\
-  if (!bits) { \\
-    s->at = state; \\
-    goto next; \\
-    case state:; \\
-  } \\
-  k = first(bits); \\
-  bits &= ~(highest >> k); \\
-  v = w[k];
 /* Adds the bits of b and c to those of a. The carries are stored in high. */
 #define CARRY(high, a, b, c) \\
   high = b ^ c; \\
@@ -170,60 +142,86 @@ APART static int move(volatile Window *s) {
   b = high & a; \\
   a ^= high; \\
   high = b | c;
-#define NEXT2(high, state) \\
-  NEXT(b1, state) NEXT(c1, state + 1) CARRY(high, ones1, b1, c1)
-#define NEXT4(high, state) \\
-  NEXT2(b2, state) NEXT2(c2, state + 2) CARRY(high, ones2, b2, c2)
-#define NEXT8(high, state) \\
-  NEXT4(b4, state) NEXT4(c4, state + 4) CARRY(high, ones4, b4, c4)
+#define ADD2(high, k) \\
+  b1 = w[x[k]]; \\
+  c1 = w[x[k + 1]]; \\
+  CARRY(high, ones1, b1, c1)
+#define ADD4(high, k) ADD2(b2, k) ADD2(c2, k + 2) CARRY(high, ones2, b2, c2)
+#define ADD8(high, k) ADD4(b4, k) ADD4(c4, k + 4) CARRY(high, ones4, b4, c4)
 
-/* Adds the weights of all inputs whose bit is set in a window to the slices n. Returns
-   how many inputs these are. The bits of `at`, which is their number modulo 16, say
-   which of b1, b2, b4 and b8 are still to be added at the end. The window is volatile,
-   so that it stays in memory and leaves the registers to the sums. */
-APART static int32_t count(volatile Window *s) {
-  uint32_t *n = s->n, ones1 = n[0], ones2 = n[1], ones4 = n[2], ones8 = n[3], bits;
-  uint32_t b1 = 0, b2 = 0, b4 = 0, b8 = 0, c1, c2, c4, c8;
-  const uint32_t highest = s->highest, *w, *x;
-  int at, k;
-  s->at = 0;
-  s->total = 0;
-next:
-  do {
-    if (!s->left && !move(s)) goto last;
-    s->left = s->left - 1;
-    x = s->x;
-    w = s->next;
-    s->x = x + s->planes;
-    s->next = w + s->size;
-    bits = (WORD(x) ^ s->flip) & (WORD(x + s->other) ^ s->flop);
-  } while (!bits);
-  switch (s->at & 15) {
-    for (;;) {
-      NEXT8(b8, 0)
-      NEXT8(c8, 8)
-      CARRY(c1, ones8, b8, c8)
-      ripple(s->n + 4, c1);
-      s->total = s->total + 16;
+/* Adds the weights of the listed inputs, whose number is a multiple of 16. The window is
+   volatile, so that it stays in memory and leaves the registers to the sums. */
+APART static void add(const volatile Window *s, const uint16_t *list, const uint16_t *end) {
+  const uint32_t *w = s->weights;
+  uint32_t *n = s->n;
+  int b, level;
+  for (b = 0; b < s->blocks; b++, n += s->of->span) {
+    for (level = 0; level < s->of->levels; level++, w += s->of->block) {
+      uint32_t *const p = n + level;
+      uint32_t ones1 = p[0], ones2 = p[1], ones4 = p[2], ones8 = p[3], high;
+      uint32_t b1, b2, b4, b8, c1, c2, c4, c8;
+      const uint16_t *x;
+      for (x = list; x < end; x += 16) {
+        ADD8(b8, 0)
+        ADD8(c8, 8)
+        CARRY(high, ones8, b8, c8)
+        ripple(p + 4, high);
+      }
+      p[0] = ones1;
+      p[1] = ones2;
+      p[2] = ones4;
+      p[3] = ones8;
     }
   }
-last:
-  n = s->n;
-  at = s->at;
-  n[0] = ones1;
-  n[1] = ones2;
-  n[2] = ones4;
-  n[3] = ones8;
-  if (at & 1) ripple(n, b1);
-  if (at & 2) ripple(n + 1, b2);
-  if (at & 4) ripple(n + 2, b4);
-  if (at & 8) ripple(n + 3, b8);
-  return s->total + at;
+}
+
+/* Lists the inputs of a window whose bit is set, and adds their weights whenever the
+   list is full. Returns the number of these inputs. */
+APART static int32_t gather(const volatile Window *s) {
+  const volatile Conv *const of = s->of;
+  const int pixel = of->words * of->planes;
+  uint16_t list[LIST], *end = list;
+  volatile uint16_t *m; /* No compiler calls memmove for it. */
+  int total = 0, i, j, k;
+  for (i = s->first; i < s->last && s->from < s->to; i++) {
+    const int at = (s->top + i * of->down) * of->width + s->side;
+    const uint32_t *x = s->map + (at + s->from * of->right) * pixel;
+    int next = (i * of->columns + s->from) * of->words * of->size - (32 - of->size);
+    for (j = s->from; j < s->to; j++, x += (of->right - 1) * pixel) {
+      const int both = j >= s->begin && j < s->end, other = both ? s->other : 0;
+      const uint32_t flip = s->flip, flop = both ? s->flop : flip;
+      for (k = of->words; k > 0; k--, x += of->planes, next += of->size) {
+        uint32_t bits = (WORD(x) ^ flip) & (WORD(x + other) ^ flop);
+        while (bits) {
+          const int zeros = first(bits);
+          bits &= ~(0x80000000u >> zeros);
+          *end++ = (uint16_t)(next + zeros);
+        }
+        if (end - list > LIST - 32) {
+          const uint16_t *rest = end - ((end - list) & 15);
+          add(s, list, rest);
+          total += (int)(rest - list);
+          end -= rest - list;
+          for (m = list; m < end; m++, rest++) *m = *rest;
+        }
+      }
+    }
+  }
+  total += (int)(end - list);
+  while ((end - list) & 15) *end++ = (uint16_t)(of->block - 1);
+  add(s, list, end);
+  return total;
 }""",
-    "clear": """\
+    "fill": """\
 /* The pointer is volatile, so that no compiler calls memset, which is in a library. */
-static void clear(volatile uint32_t *n, int words) {
-  for (; words > 0; words--) *n++ = 0;
+static void fill(volatile uint32_t *n, int words, uint32_t word) {
+  for (; words > 0; words--) *n++ = word;
+}""",
+    "copy": """\
+/* Copies some slices to the words after them. */
+static void copy(volatile uint32_t *n, int slices) {
+  int k;
+  for (k = 0; k < slices; k++) n[slices + k] = n[k];
 }""",
     "increase": """\
 /* Adds the same number to all integers of some slices. */
@@ -246,75 +244,68 @@ static void inside(int at, int step, int window, int size, int *from, int *to) {
   *to = j;
 }
 
+/* Completes the slices n of some blocks from b on, for a window in some state. The sum
+   over its inputs inside is `found`. */
+APART static void finish(const Conv *of, uint32_t *n, int state, int b, int blocks,
+                         int32_t found) {
+  int k;
+  for (; blocks > 0; blocks--, b++, n += of->span) {
+    if (state) {
+      const uint32_t *const edge = of->edges + (b * of->states + state - 1) * of->edge;
+      for (k = 0; k < of->edge; k++) ripple(n + of->bit + k, edge[k]);
+    }
+    increase(n, of->slices, of->most[state] - of->scale * found);
+  }
+}
+
 /* Computes the slices of 32 sums for the window of (y, x), and those for (y, x + 1) if
-   there are two. The inputs that apply to both windows come first and are added once.
-   Then come those of each window alone. */
-APART static void sums(uint32_t *n, const volatile Conv *of, int y, int x, int b,
-                       int two) {
+   there are two, for each of some blocks of channels from b on. The inputs that apply
+   to both windows come first and are added once. Then come those of each window
+   alone. */
+APART static void sums(const Conv *of, int y, int x, int b, int blocks, int two) {
   const uint32_t all = 0xffffffffu >> (32 - of->size);
   const int parts = of->planes == 3 ? 4 : of->planes;
-  int32_t sum = 0;
-  int from[2] = {0, 0}, to[2] = {0, 0}, first, e, k;
-  volatile Window s;
+  const uint8_t *const border = of->border;
+  uint32_t *const n = of->n;
+  int from[2] = {0, 0}, to[2] = {0, 0}, e, k;
+  int32_t shared = 0;
+  Window s;
   s.of = of;
-  s.highest = 0x80000000u;
-  s.planes = of->planes;
-  s.size = of->size;
+  s.weights = of->weights + b * of->levels * of->block;
+  s.blocks = blocks;
   s.top = y * of->stride - of->above;
-  s.side = x * of->sideways - of->before;
-  s.distance = of->sideways * of->words * of->planes;
-  inside(s.top, of->down, of->rows, of->height, &first, &k);
-  s.last = k;
-  for (e = 0; e <= two; e++)
-    inside(s.side + e * of->sideways, of->right, of->columns, of->width, &from[e],
-           &to[e]);
-  s.from = from[0];
+  inside(s.top, of->down, of->rows, of->height, &s.first, &s.last);
+  for (e = 0; e <= two; e++) {
+    s.side = (x + e) * of->sideways - of->before;
+    inside(s.side, of->right, of->columns, of->width, &from[e], &to[e]);
+  }
   s.begin = from[0];
-  s.to = two ? to[1] : 0;
-  s.end = two ? to[1] : 0;
-  clear(n, of->kept);
+  s.end = to[1];
+  for (k = 0; k < blocks; k++) fill(n + k * of->span, of->kept, 0);
   for (e = -two; e <= two; e++) {
+    const int second = e > 0;
     int32_t found = 0;
-    int part, level;
-    if (e == 1) {
-      n += of->kept;
-      s.side = s.side + of->sideways;
-      s.distance = -s.distance;
-    }
-    if (e >= 0) {
-      s.from = from[e];
-      s.to = to[e];
-    }
+    int part;
+    s.side = (x + second) * of->sideways - of->before;
+    s.from = from[second];
+    s.to = to[e < 0 ? 1 : second];
+    s.other = (1 - 2 * second) * of->sideways * of->words * of->planes;
     for (part = 0; part < parts; part++) {
       const int bit = part + (parts == 1);
       s.part = parts < 4 ? 4 : part;
       s.map = of->map + (parts < 4 ? part : 0);
+      s.n = n + second * of->kept + bit + of->bit;
       s.flip = parts == 1 ? of->flip : parts - part == 2 ? all : 0;
-      s.cross = e < 0 ? s.flip : s.flip ^ all;
-      for (level = 0; level < of->levels; level++) {
-        s.n = n + bit + of->bit + level;
-        s.weights = of->weights + (b * of->levels + level) * of->block;
-        s.i = first;
-        s.j = s.from;
-        s.left = 0;
-        k = count(&s);
-        if (level == 0) found += k * (1 << bit);
-      }
+      s.flop = e < 0 ? s.flip : s.flip ^ all;
+      found += gather(&s) * (1 << bit);
     }
-    if (e < 0) {
-      sum = found;
-      for (k = 0; k < of->kept; k++) n[of->kept + k] = n[k];
+    if (e >= 0) {
+      const int state = border ? border[y] + border[of->borders + x + e] : 0;
+      finish(of, n + e * of->kept, state, b, blocks, shared + found);
       continue;
     }
-    found = of->most - of->scale * (sum + found);
-    level = of->rows * of->columns - (s.last - first) * (to[e] - from[e]);
-    if (level && of->outside) {
-      const int state = of->border[y] + of->border[of->borders + x + e];
-      const uint32_t *edge = of->edges + (b * of->states + state - 1) * of->edge;
-      for (k = 0; k < of->edge; k++) ripple(n + of->bit + k, edge[k]);
-      found -= level * of->outside;
-    }
-    increase(n, of->slices, found);
+    shared = found;
+    for (k = 0; k < blocks * of->span; k += of->span) copy(n + k, of->kept);
   }
 }""",
     "look_up": """\
@@ -342,18 +333,35 @@ APART static void look_up(uint32_t *sums, const uint32_t *w, const uint32_t *u, 
   }
 }""",
     "transpose": """\
+/* Swaps the bits of a in the mask, shifted to the left, with those of b in the mask. */
+#define SWAP(a, b, shift, mask) { \\
+  const uint32_t differ = ((a >> shift) ^ b) & mask; \\
+  b ^= differ; \\
+  a ^= differ << shift; \\
+}
+/* Swaps bits of words that are 2 * step apart, then those that are step apart. */
+#define SWAP_FOUR(p, step, wide, narrow) { \\
+  uint32_t a = (p)[0], b = (p)[step], c = (p)[2 * step], d = (p)[3 * step]; \\
+  SWAP(a, c, 2 * step, wide) \\
+  SWAP(b, d, 2 * step, wide) \\
+  SWAP(a, b, step, narrow) \\
+  SWAP(c, d, step, narrow) \\
+  (p)[0] = a; \\
+  (p)[step] = b; \\
+  (p)[2 * step] = c; \\
+  (p)[3 * step] = d; \\
+}
+
 /* Turns 32 integers into slices: for each k, bit 2^k of the number of a word is swapped
    with bit 2^k of the number of a bit. */
 APART static void transpose(uint32_t *n) {
-  uint32_t mask = 0x0000ffffu;
-  int j, k;
-  for (j = 16; j; j /= 2, mask ^= mask << j) {
-    for (k = 0; k < 32; k = (k + j + 1) & ~j) {
-      const uint32_t a = n[k], b = n[k + j], differ = ((a >> j) ^ b) & mask;
-      n[k + j] = b ^ differ;
-      n[k] = a ^ differ << j;
-    }
+  uint32_t *const end = n + 32, *p;
+  for (p = n; p < n + 8; p++) SWAP_FOUR(p, 8, 0x0000ffffu, 0x00ff00ffu)
+  for (p = n; p < end; p += 8) {
+    SWAP_FOUR(p, 2, 0x0f0f0f0fu, 0x33333333u)
+    SWAP_FOUR(p + 1, 2, 0x0f0f0f0fu, 0x33333333u)
   }
+  for (p = n; p < end; p += 2) SWAP(p[0], p[1], 1, 0x55555555u)
 }""",
     "keep3": """\
 /* Stores codes of 3 bits, which are 3 minus the number of words whose bit is set. */
@@ -380,9 +388,10 @@ APART static uint32_t below(const uint32_t *a, const uint32_t *b, int slices) {
 
 def helpers(writer) -> dict[str, str]:
   """Returns the C functions that a writer's network may need, by name."""
-  inputs = [value.input for value in writer.sliced.values()]
-  three = any(i and writer.memory.bits(i) == 3 for i in inputs)
-  return HELPERS | ({"WORD": _WORD3} if three else {})
+  sliced = [value for value in writer.sliced.values() if value.input]
+  word = _WORD3 if any(writer.memory.bits(v.input) == 3 for v in sliced) else _WORD
+  listed = max((value.listed for value in sliced), default=0)
+  return HELPERS | {"WORD": f"{word}\n#define LIST {listed}"}
 
 
 def find(writer) -> dict[int, "Sliced"]:
@@ -406,6 +415,10 @@ def find(writer) -> dict[int, "Sliced"]:
       continue
     if conv and _is_sliced(ops[conv - 1], conv, writer.kinds):
       found[i] = Sliced(writer, i, conv, pool)
+  for value in found.values():
+    memory.make_room(value.index, value.room * min(value.blocks, _BLOCKS))
+  for value in found.values():
+    value.place(*memory.room(value.index))
   return found
 
 
@@ -424,9 +437,9 @@ def _is_sliced(op, i, kinds) -> bool:
   if kinds[op.input].kind != "CODE" or (channels > 32 and channels % 32):
     return False
   border = _Border(op, kinds[op.input], kinds[i])
-  words = blocks * (levels * h * w * channels + (border.states - 1) * border.slices)
-  words += max(32 - channels, 0)
-  return border.states < 256 and (
+  words = blocks * (
+      levels * (h * w * channels + 1) + (border.states - 1) * border.slices)
+  return border.states < 256 and op.kernel[0].size < 2**16 and (
       words <= 2 * out * int(op.bits) * h * w * -(-channels // 32))
 
 
@@ -500,8 +513,12 @@ class Sliced:
   """A threshold, with the pool and the convolution below it.
 
   Attributes:
+    index: The value that the threshold makes.
     inlined: The values that are computed within its functions.
     input: The value that the convolution reads.
+    blocks: Number of blocks of 32 channels.
+    room: Words of the arena that a block takes while it is computed.
+    listed: Room in its lists of inputs, which is 0 if it reads the image.
     stack: Bytes of stack that its arrays and thresholds take.
   """
 
@@ -514,13 +531,13 @@ class Sliced:
       conv: The value that the convolution makes.
       pool: The value that the pool makes, or None.
     """
-    self._writer, self._i, self._conv, self._pool = writer, i, conv, pool
+    self._writer, self.index, self._conv, self._pool = writer, i, conv, pool
     self._op: packed.Conv = writer.program.ops[conv - 1]
     self.inlined, self.input = {conv, pool}, self._op.input
     self._levels = _LEVELS[int(self._op.bits)]
     self._scale = _GREATEST[int(self._op.bits)]
     self._terms = self._op.kernel[0].size
-    self._blocks = -(-len(self._op.kernel) // 32)
+    self.blocks = -(-len(self._op.kernel) // 32)
     self._most = _GREATEST[writer.kinds[self.input].bits] if self.input else 255
     # The integers of the slices are sums of w * x plus a constant, from 0 on.
     self._most_u = self._scale * self._most * (2 if self.input else 1) * self._terms
@@ -532,11 +549,24 @@ class Sliced:
     wide = writer.kinds[conv].shape[1] if pool is None else self._pooling.window[1]
     # The sums of pixels always fill two windows.
     self._step = 2 if wide > 1 or not self.input else 1
-    self.stack = 4 * self._kept * self._step
+    self._span = self._kept * self._step
+    thresholds = writer.program.ops[i - 1].thresholds.shape[1]
+    self.room = self._span + (0 if pool is None else thresholds)
+    self._at, self._together = 0, 1
+    # A list takes a quarter of the inputs, and the 32 of a word beside those.
+    self.listed = min(-(-self._terms // 64) * 16 + 32, _LIST) if self.input else 0
+    self.stack = 2 * self.listed if self.input else 4 * self._terms + 76
     if writer.kinds[i].bits == 3:
       self.stack += _STACK_OF_SIX
-    if not self.input:
-      self.stack += 4 * self._terms + 76
+
+  def place(self, at: int, words: int):
+    """Places the blocks that are computed together in the arena.
+
+    Args:
+      at: Offset of the words that they may take.
+      words: Number of these words.
+    """
+    self._at, self._together = at, min(words // self.room, self.blocks)
 
   @property
   def _pooling(self) -> packed.Pool:
@@ -568,7 +598,7 @@ class Sliced:
   def _planes(self) -> np.ndarray:
     """Returns the bits of the weights v, int64 (blocks, planes, terms, 32)."""
     v = self._v.reshape(len(self._v), -1)
-    v = np.pad(v, [(0, -len(v) % 32), (0, 0)]).reshape(self._blocks, 32, -1)
+    v = np.pad(v, [(0, -len(v) % 32), (0, 0)]).reshape(self.blocks, 32, -1)
     return np.stack([v.swapaxes(1, 2) >> k & 1 for k in self._levels], 1)
 
   def _sums_of_codes(self) -> str:
@@ -577,27 +607,31 @@ class Sliced:
     source, result = writer.kinds[op.input], writer.kinds[conv]
     channels = op.kernel.shape[-1]
     size, planes = min(channels, 32), writer.memory.bits(op.input)
-    # The highest bit of a word is its last channel. If there are less than 32 channels,
-    # then the highest bits of a word are 0, and their weights are not read.
+    # The highest bit of a word is its last channel.
     bits = self._planes()
     bits = bits.reshape(*bits.shape[:2], -1, size, 32)[..., ::-1, :]
-    weights = np.pad(_pack(bits).reshape(-1), (32 - size, 0))
+    weights = _pack(bits).reshape(*bits.shape[:2], -1)
+    weights = np.pad(weights, [(0, 0), (0, 0), (0, 1)])
     text = writer.array("uint32_t", f"w{conv}", weights)
-    edges, border, outside = "0", "0", 0
+    edges, border = "0", "0"
+    outside = self._most - _level(op.pad, source.bits)
     states = _Border(op, source, result)
+    missing = states.outside().sum((1, 2)) * channels * outside
+    text += writer.array(
+        "int32_t", f"most{conv}", self._most_u - self._scale * missing)
     if states.states > 1:
       edges, border = f"edges{conv}", f"border{conv}"
-      outside = self._most - _level(op.pad, source.bits)
       text += writer.array("uint32_t", edges, self._edges(states, outside))
       text += writer.array("uint8_t", border, [*states.rows, *states.columns])
     flip = 2**size - 1 if self._negate else 0
     members = [
         f"arena + {writer.memory.offsets[op.input]}", f"w{conv}", edges, border,
-        *source.shape[:2], channels // size, planes, size,
+        f"most{conv}", f"arena + {self._at}", *source.shape[:2], channels // size,
+        planes, size,
         *op.kernel.shape[1:3], *op.dilation, *op.strides, op.pads[0], op.pads[2],
-        op.kernel[0].size, len(self._levels), self._levels[0], self._scale, self._kept,
-        self._slices, channels * outside * self._scale, states.slices,
-        states.states - 1, result.shape[0], self._most_u, f"0x{flip:x}u"]
+        op.kernel[0].size + 1, len(self._levels), self._levels[0], self._scale,
+        self._kept, self._span, self._slices, states.slices, states.states - 1,
+        result.shape[0], f"0x{flip:x}u"]
     writer.flash += 4 * len(members)
     return text + (f"static const Conv conv{conv} = {{\n"
                    f"  {', '.join(map(str, members))}\n}};\n")
@@ -612,7 +646,7 @@ class Sliced:
     v = self._v.sum(3) >> self._levels[0]
     v = np.pad(v, [(0, -len(v) % 32), (0, 0), (0, 0)])
     sums = np.einsum("ohw,shw->so", v * outside, states.outside()[1:])
-    sums = sums.reshape(len(sums), self._blocks, 1, 32).swapaxes(0, 1)
+    sums = sums.reshape(len(sums), self.blocks, 1, 32).swapaxes(0, 1)
     return _pack(sums >> np.arange(states.slices)[:, None] & 1)
 
   def _sums_of_pixels(self) -> str:
@@ -622,29 +656,31 @@ class Sliced:
     # A nibble has four terms of a channel.
     bits = self._planes().swapaxes(2, 3)
     bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * fours - self._terms)])
-    bits = bits.reshape(self._blocks, len(levels), 4, 8, fours, 4)
+    bits = bits.reshape(self.blocks, len(levels), 4, 8, fours, 4)
     bits = _pack(bits.transpose(0, 1, 4, 2, 3, 5).reshape(-1, 32))
     text = writer.array("uint32_t", f"w{conv}", bits)
     past = "".join(f"  u[{k}] = 0;\n" for k in range(self._terms, 4 * fours))
     look_up = "".join(
-        f"    look_up(n, w + 4 * (k + {fours * i}), u + 4 * k, {level});\n"
+        f"      look_up(n, w + 4 * (k + {fours * i}), u + 4 * k, {level});\n"
         for i, level in enumerate(levels))
     return f"""\
 {text}
 {self._gather()}
-APART static void sums{conv}(uint32_t *n, int y, int x, int b, int two) {{
-  const uint32_t *const w = w{conv} + b * {4 * fours * len(levels)};
+APART static void sums{conv}(uint32_t *n, int y, int x, int b, int blocks, int two) {{
+  const uint32_t *w = w{conv} + b * {4 * fours * len(levels)};
   uint32_t u[{4 * fours}], sum = pixels{conv}(u, y, x, 0);
   int k;
   if (two) sum += pixels{conv}(u, y, x + 1, 16);
-{past}  clear(n, 32);
-  for (k = 0; k < {fours}; k++) {{
-{look_up}  }}
-  transpose(n);
-  increase(n, {self._slices},
-           {self._most_u} - {self._scale} * (int32_t)(sum & 0xffff));
-  increase(n + 16, {self._slices},
-           {self._most_u} - {self._scale} * (int32_t)(sum >> 16));
+{past}  for (; blocks > 0; blocks--, n += 32, w += {4 * fours * len(levels)}) {{
+    fill(n, 32, 0);
+    for (k = 0; k < {fours}; k++) {{
+{look_up}    }}
+    transpose(n);
+    increase(n, {self._slices},
+             {self._most_u} - {self._scale} * (int32_t)(sum & 0xffff));
+    increase(n + 16, {self._slices},
+             {self._most_u} - {self._scale} * (int32_t)(sum >> 16));
+  }}
 }}
 """
 
@@ -680,47 +716,51 @@ static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
 
   def _threshold(self) -> str:
     """Returns the C constants and the function that compute the value."""
-    writer, i, slices = self._writer, self._i, self._slices
+    writer, i, slices = self._writer, self.index, self._slices
     op: packed.Threshold = writer.program.ops[i - 1]
-    channels, bits = writer.kinds[i].shape[2], writer.kinds[i].bits
+    channels = writer.kinds[i].shape[2]
     count = op.thresholds.shape[1]
     # A channel that falls has sum <= t, which is the opposite of sum >= t + 1.
     t = op.thresholds.astype(np.int64) + op.falling + self._added
     t = np.pad(t.clip(0, 2**slices - 1), [(0, 0), (0, 0), (0, -channels % 32)])
     # Channels past the last one have the code 1 in one bit, and 0 in more bits.
     t[:, (count + 1) // 2:, channels:] = 2**slices - 1
-    t = t.reshape(*t.shape[:2], self._blocks, 32).transpose(2, 0, 1, 3)[..., None, :]
+    t = t.reshape(*t.shape[:2], self.blocks, 32).transpose(2, 0, 1, 3)[..., None, :]
     arrays = writer.array(
         "uint32_t", f"t{i}", _pack(t >> np.arange(slices)[:, None] & 1))
     tables = self._tables(op)
-    at = f"n + e * {self._kept}" if self._step > 1 else "n"
+    n = f"n + k * {self._span}" + (f" + e * {self._kept}" if self._step > 1 else "")
     less = []
     for j in range(count):
       terms = []
       for k, mask in tables.items():
-        table = f"(b * {len(op.thresholds)} + {k}) * {count} + {j}"
+        table = f"((b + k) * {len(op.thresholds)} + {k}) * {count} + {j}"
         terms.append(
-            f"(below({at}, t{i} + ({table}) * {slices}, {slices}){mask})")
+            f"(below({n}, t{i} + ({table}) * {slices}, {slices}){mask})")
       less.append(" | ".join(terms))
     falling = ""
     if op.falling.any():
       arrays += writer.array("uint32_t", f"falling{i}", _pack(np.pad(
           op.falling, (0, -channels % 32)).reshape(-1, 32)))
-      falling = f" ^ falling{i}[b]"
-    keep = [f"const uint32_t l{j} = less{j}{falling};" for j in range(count)]
+      falling = f" ^ falling{i}[b + k]"
     compute = self._compute_pool if self._pool else self._compute
-    body = "".join(f"        {line}\n" for line in compute(less, [*keep, *_KEEP[bits]]))
+    body = "".join(f"        {line}\n" for line in compute(less, falling))
     h, w, _ = writer.kinds[i].shape
+    together, blocks = self._together, str(self._together)
+    if self.blocks % together:
+      blocks = f"{self.blocks} - b < {together} ? {self.blocks} - b : {together}"
     step = f"x += {self._step}" if self._step > 1 and not self._pool else "x++"
     return f"""\
 {arrays}
 static uint32_t *const v{i} = arena + {writer.memory.offsets[i]};
 
 APART static void make{i}(void) {{
+  uint32_t *const n = arena + {self._at};
   int y, x, b;
   for (y = 0; y < {h}; y++) {{
     for (x = 0; x < {w}; {step}) {{
-      for (b = 0; b < {self._blocks}; b++) {{
+      for (b = 0; b < {self.blocks}; b += {self._together}) {{
+        const int blocks = {blocks};
 {body}      }}
     }}
   }}
@@ -745,43 +785,30 @@ APART static void make{i}(void) {{
       tables[middle + code] = "".join(f" & {plane}" for plane in planes)
     return tables
 
-  def _compute(self, less: list[str], keep: list[str]) -> list[str]:
-    """Returns the C lines that compute 32 channels of one pixel or two.
+  def _compute(self, less: list[str], falling: str) -> list[str]:
+    """Returns the C lines that compute some blocks of one pixel or two.
 
     Args:
-      less: The C expressions of the channels below each threshold.
-      keep: The C lines that store what `less0`, `less1`, ... are.
+      less: The C expressions of the channels of a block below each threshold.
+      falling: The C text that inverts the channels that fall.
     """
-    writer, i = self._writer, self._i
     x = "(x + e)" if self._step > 1 else "x"
-    each = [f"uint32_t *const p = {writer.at(i, 'y', x)};"]
-    shortcut = writer.program.ops[i - 1].shortcut
-    if shortcut is not None:
-      each.append(f"const uint32_t *const q = {writer.at(shortcut, 'y', x)}"
-                  f" + b * {writer.memory.bits(shortcut)};")
-    each += [f"const uint32_t less{j} = {term};" for j, term in enumerate(less)]
-    return [f"uint32_t n[{self._step * self._kept}];",
-            *self._sums("y", "x", str(writer.kinds[i].shape[1])),
-            *self._for_each([*each, *keep])]
+    keep = [f"const uint32_t l{j} = ({term}){falling};" for j, term in enumerate(less)]
+    width = self._writer.kinds[self.index].shape[1]
+    return ["int k;", *self._sums("y", "x", str(width)),
+            *self._for_each([*self._shortcut(x), *keep, *self._keep(x)])]
 
-  def _compute_pool(self, less: list[str], keep: list[str]) -> list[str]:
-    """Returns the C lines that compute 32 channels of a pixel with a pool.
+  def _compute_pool(self, less: list[str], falling: str) -> list[str]:
+    """Returns the C lines that compute some blocks of a pixel with a pool.
 
     The maximum is below a threshold where all values in the window are.
 
     Args:
-      less: The C expressions of the channels below each threshold.
-      keep: The C lines that store what `less0`, `less1`, ... are.
+      less: The C expressions of the channels of a block below each threshold.
+      falling: The C text that inverts the channels that fall.
     """
-    writer, i, pool = self._writer, self._i, self._pooling
-    height, width, _ = writer.kinds[self._conv].shape
-    lines = [f"uint32_t n[{self._step * self._kept}];",
-             f"uint32_t *const p = {writer.at(i, 'y', 'x')};",
-             *(f"uint32_t less{j} = 0xffffffffu;" for j in range(len(less)))]
-    shortcut = writer.program.ops[i - 1].shortcut
-    if shortcut is not None:
-      lines.append(f"const uint32_t *const q = {writer.at(shortcut, 'y', 'x')}"
-                   f" + b * {writer.memory.bits(shortcut)};")
+    pool, lines = self._pooling, []
+    height, width, _ = self._writer.kinds[self._conv].shape
     for k, v, axis, size in (("r", "y", 0, height), ("s", "x", 1, width)):
       first, last = f"{v} * {pool.strides[axis]}", pool.window[axis]
       if any(pool.pads[2 * axis:2 * axis + 2]):
@@ -791,26 +818,49 @@ APART static void make{i}(void) {{
                      f" {first} + {last};")
       else:
         lines.append(f"const int {k}0 = {first}, {k}1 = {k}0 + {last};")
-    each = [f"less{j} &= {term};" for j, term in enumerate(less)]
-    inner = [*self._sums("r", "s", "s1"), *self._for_each(each)]
-    return [*lines, "int r, s;", "for (r = r0; r < r1; r++) {",
+    below = [f"less[k * {len(less)} + {j}]" for j in range(len(less))]
+    each = [f"{word} &= {term};" for word, term in zip(below, less)]
+    inner = [*self._sums("r", "s", "s1"),
+             *self._for_each([*self._shortcut("x"), *each])]
+    keep = [f"const uint32_t l{j} = {word}{falling};" for j, word in enumerate(below)]
+    return [*lines, f"uint32_t *const less = n + {self._together * self._span};",
+            "int r, s, k;",
+            f"fill(less, {self._together * len(less)}, 0xffffffffu);",
+            "for (r = r0; r < r1; r++) {",
             f"  for (s = s0; s < s1; s += {self._step}) {{",
-            *(f"    {line}" for line in inner), "  }", "}", "{",
-            *(f"  {line}" for line in keep), "}"]
+            *(f"    {line}" for line in inner), "  }", "}",
+            "for (k = 0; k < blocks; k++) {",
+            *(f"  {line}" for line in [*keep, *self._keep("x")]), "}"]
+
+  def _shortcut(self, x: str) -> list[str]:
+    """Returns the C line that finds the codes q of a block's shortcut, if any."""
+    shortcut = self._writer.program.ops[self.index - 1].shortcut
+    if shortcut is None:
+      return []
+    return [f"const uint32_t *const q = {self._writer.at(shortcut, 'y', x)}"
+            f" + (b + k) * {self._writer.memory.bits(shortcut)};"]
+
+  def _keep(self, x: str) -> list[str]:
+    """Returns the C lines that store the codes of a block."""
+    bits = self._writer.kinds[self.index].bits
+    return [f"uint32_t *const p = {self._writer.at(self.index, 'y', x)}"
+            f" + (b + k) * {bits};", *_KEEP[bits]]
 
   def _sums(self, y: str, x: str, end: str) -> list[str]:
     """Returns C lines that compute the slices at a row and a column, or two columns."""
-    call = f"sums{self._conv}(n, {y}, {x}, b, "
-    if self.input:
-      call = f"sums(n, &conv{self._conv}, {y}, {x}, b, "
+    call = f"sums(&conv{self._conv}" if self.input else f"sums{self._conv}(n"
     if self._step == 1:
-      return [f"{call}0);"]
-    return [f"const int two = {x} + 1 < {end};", "int e;", f"{call}two);"]
+      return [f"{call}, {y}, {x}, b, blocks, 0);"]
+    return [f"const int two = {x} + 1 < {end};", "int e;",
+            f"{call}, {y}, {x}, b, blocks, two);"]
 
   def _for_each(self, lines: list[str]) -> list[str]:
-    """Returns C lines that are run for each pixel of `_sums`, whose number is e."""
-    head = "for (e = 0; e <= two; e++) {" if self._step > 1 else "{"
-    return [head, *(f"  {line}" for line in lines), "}"]
+    """Returns C lines that are run for each block k of each pixel e of `_sums`."""
+    head = "for (k = 0; k < blocks; k++) {"
+    lines = [head, *(f"  {line}" for line in lines), "}"]
+    if self._step == 1:
+      return lines
+    return ["for (e = 0; e <= two; e++) {", *(f"  {line}" for line in lines), "}"]
 
 
 def _pack(bits: np.ndarray) -> np.ndarray:
