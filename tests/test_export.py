@@ -579,8 +579,8 @@ def test_rows_take_the_place_of_rows_that_nobody_reads_any_more():
     x = b.add(packed.Pool("pool", b.conv(x, 1, 16), "max", (2, 2), (2, 2)))
     return b.threshold(x, 1)
 
-  # Row 0 has 3 words. Row 1 takes the place of row 0 of the input, because it reads from
-  # row 1 on.
+  # Row 0 has 3 words. Row 1 takes the place of row 0 of the input, because it reads
+  # from row 1 on.
   words, at = arena_of(pooled)
   assert words == 48 + 3 and at == {2: 3, 5: 0}
 

@@ -34,6 +34,7 @@ PROGRAM = pathlib.Path(__file__).parent / "export" / "cortex_m.c"
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "cortex_m"
 GCC = shutil.which("arm-none-eabi-gcc")
 QEMU = shutil.which("qemu-system-arm")
+FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-mthumb"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,6 +49,29 @@ def vectors(program, batch):
     numbers = ",".join(map(str, np.ravel(values).tolist()))
     text += f"static const {name}[] = {{{numbers}}};\n"
   return text
+
+
+def build(folder, program, batch, text, cpu="cortex-m3", level="-O2"):
+  """Builds `net.elf` in a folder, which runs the C file of a network on images."""
+  (folder / "net.c").write_text(text)
+  (folder / "vectors.h").write_text(vectors(program, batch))
+  link(folder / "net.elf", PROGRAM, f"-mcpu={cpu}", level, "-I", folder)
+
+
+def link(elf, source, *flags):
+  """Compiles a program with the start-up code of the example."""
+  subprocess.run(
+      [GCC, *FLAGS, *flags, "-I", EXAMPLE, "-nostartfiles", "-T",
+       EXAMPLE / "cortex_m.ld", "-o", elf, source, EXAMPLE / "startup.c"], check=True)
+
+
+def emulate(program, machine):
+  """Runs a program in QEMU. Returns the lines that it says, each as a list of words."""
+  run = subprocess.run(
+      [QEMU, "-M", machine, "-nographic", "-monitor", "none", "-serial", "none",
+       "-semihosting-config", "enable=on,target=native", "-icount", "shift=0",
+       "-kernel", program], capture_output=True, text=True, timeout=600)
+  return [line.split() for line in (run.stdout + run.stderr).splitlines()]
 
 
 def multiplications(program):
@@ -71,11 +95,9 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
   program = make()
   batch = images(program, count)
   text = c.source(program, batch[:1])
-  (tmp_path / "net.c").write_text(text)
-  (tmp_path / "vectors.h").write_text(vectors(program, batch))
-  flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-O2", "-mcpu=cortex-m3",
-           "-mthumb"]
-  subprocess.run([GCC, *flags, "-c", "net.c"], cwd=tmp_path, check=True)
+  build(tmp_path, program, batch, text)
+  subprocess.run([GCC, *FLAGS, "-mcpu=cortex-m3", "-O2", "-c", "net.c"], cwd=tmp_path,
+                 check=True)
   size = subprocess.run(["arm-none-eabi-size", "net.o"], cwd=tmp_path, check=True,
                         capture_output=True, text=True).stdout.split()
   flash, ram = int(size[6]) + int(size[7]), int(size[7]) + int(size[8])
@@ -84,16 +106,7 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
   assert footprint.static - 8 <= ram <= footprint.static
   if request.node.callspec.id in ("digits", *"ABCD", "W1A2", "W2A2", "W3A3"):
     assert footprint.constants < flash < footprint.constants + search.CODE
-  subprocess.run(
-      [GCC, *flags, "-I", tmp_path, "-I", EXAMPLE, "-nostartfiles", "-T",
-       EXAMPLE / "cortex_m.ld", "-o", tmp_path / "net.elf", PROGRAM,
-       EXAMPLE / "startup.c"], check=True)
-  run = subprocess.run(
-      [QEMU, "-M", "mps2-an385", "-nographic", "-monitor", "none", "-serial", "none",
-       "-semihosting-config", "enable=on,target=native", "-icount", "shift=0",
-       "-kernel", tmp_path / "net.elf"],
-      capture_output=True, text=True, timeout=600)
-  said = [line.split() for line in (run.stdout + run.stderr).splitlines()]
+  said = emulate(tmp_path / "net.elf", "mps2-an385")
   labels = [int(n) for word, n in said if word == "label"]
   assert labels == reference.logits(program, batch).argmax(-1).tolist()
   found = {word: int(n) for word, n in said}
@@ -107,6 +120,36 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
           f" {each:.2f} for a multiplication")
   if request.node.callspec.id == "D":
     assert each < 0.15
+
+
+@pytest.mark.parametrize("cpu, machine, level", [
+    ("cortex-m3", "mps2-an385", "-O3"), ("cortex-m4", "mps2-an386", "-O2"),
+    ("cortex-m7", "mps2-an500", "-O2"), ("cortex-m33", "mps2-an500", "-O2")])
+def test_processors(tmp_path, capsys, cpu, machine, level):
+  """ConvNet D in W1A1. The code for Cortex-M33 runs on an emulated Cortex-M7."""
+  program = convnet(name="D")
+  batch = images(program, 1)
+  build(tmp_path, program, batch, c.source(program, batch), cpu, level)
+  found = {word: int(n) for word, n in emulate(tmp_path / "net.elf", machine)}
+  assert found["right"] == program.num_classes
+  each = found["instructions"] / multiplications(program)
+  with capsys.disabled():
+    print(f"\n{cpu} {level}: {each:.3f} instructions for a multiplication")
+  assert each < 0.15
+
+
+def test_products_by_smlad(tmp_path, capsys):
+  """Products by the DSP extension take more than all of ConvNet D in W3A3.
+
+  The time to find the inputs and to compare the sums comes on top.
+  """
+  link(tmp_path / "smlad.elf", PROGRAM.with_name("smlad.c"), "-mcpu=cortex-m4", "-O2")
+  said = {word: int(n) for word, n in emulate(tmp_path / "smlad.elf", "mps2-an386")}
+  assert said["right"] == 2 * 64 and said["products"] == 2 * 64 * 576
+  each = said["instructions"] / said["products"]
+  with capsys.disabled():
+    print(f"\n{each:.2f} instructions for a multiplication by SMLAD")
+  assert each > 1.1
 
 
 def run_make(folder, *arguments):

@@ -149,9 +149,10 @@ typedef struct {
 #define ADD4(high, k) ADD2(b2, k) ADD2(c2, k + 2) CARRY(high, ones2, b2, c2)
 #define ADD8(high, k) ADD4(b4, k) ADD4(c4, k + 4) CARRY(high, ones4, b4, c4)
 
-/* Adds the weights of the listed inputs, whose number is a multiple of 16. The window is
-   volatile, so that it stays in memory and leaves the registers to the sums. */
-APART static void add(const volatile Window *s, const uint16_t *list, const uint16_t *end) {
+/* Adds the weights of the listed inputs, whose number is a multiple of 16. The window
+   is volatile, so that it stays in memory and leaves the registers to the sums. */
+APART static void add(const volatile Window *s, const uint16_t *list,
+                      const uint16_t *end) {
   const uint32_t *w = s->weights;
   uint32_t *n = s->n;
   int b, level;
