@@ -39,8 +39,8 @@ _BAD_VALUES = {
     tuple: (("?",), (2.0, 1.0), (-1,)),
 }
 # The allowed values of fields that other fields or the run decide on.
-_ALLOWED = {"data_dir": "a path", "init_from": "a path, or '' for none",
-            "teacher": "a path, or '' for none",
+_ALLOWED = {"data_dir": "a path", "cache_dir": "a path",
+            "init_from": "a path, or '' for none", "teacher": "a path, or '' for none",
             "histogram_layers": "a tuple of str",
             "histogram_epochs": "a tuple of int, epochs that end with a validation"}
 

@@ -57,7 +57,8 @@ def define_flags() -> None:
       "gs://BUCKET/NAME.", remote=True)
   cli.DEFINE_path(
       "data_dir", None,
-      "Directory of the prepared data sets, if not where the configs say.")
+      "Directory of the prepared data sets, if not where the configs say. It may be "
+      "gs://BUCKET/NAME.", remote=True)
   flags.DEFINE_integer("jobs", 1, "Number of runs at a time.", lower_bound=1)
   flags.DEFINE_integer(
       "retries", 2, "Number of times that a failed run is started again.",

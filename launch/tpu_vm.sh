@@ -11,8 +11,7 @@
 # and the requirements are installed there. The arguments after NAME are passed to
 # minw.main on each machine. A run that was preempted resumes from its last checkpoint.
 # Therefore all machines, including those created later, must see the workdir and the
-# data. A workdir on gs:// needs nothing else. SETUP can copy prepared data to each
-# machine, as in "gcloud storage cp --recursive gs://BUCKET/data .", or mount a disk.
+# data. Both may be on gs://, which needs nothing else. SETUP can mount a disk.
 #
 #   ZONE, TYPE, VERSION  zone, type and version of the slice, as gcloud takes them
 #   CREATE_FLAGS         further flags of `tpu-vm create`, for example --spot

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import threading
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import IO, Any, Callable, Iterator, NamedTuple
 
 # Seconds for which a request is repeated while the service is not available.
 _PATIENCE = 120.0
@@ -46,6 +46,20 @@ class Stat(NamedTuple):
   generation: int
   st_mtime: float
   writer: str | None
+
+
+class Listed(NamedTuple):
+  """Facts about an object, as a listing of its folder has them.
+
+  Attributes:
+    size: Number of bytes.
+    generation: Number that the service changes with each write.
+    crc32c: Checksum of the content, as the service writes it: Base64 of four bytes.
+  """
+
+  size: int
+  generation: int
+  crc32c: str
 
 
 class Path:
@@ -234,6 +248,29 @@ class Path:
     for name in folders:
       yield from (self / name).walk()
 
+  def listed(self) -> dict[str, Listed]:
+    """Returns the objects in this folder by name, without those in its folders."""
+    with _os_errors(self):
+      return {blob.name.rpartition("/")[2]: Listed(
+          blob.size, int(blob.generation), blob.crc32c)
+              for blob in self._listed(delimiter="/") if not blob.name.endswith("/")}
+
+  def download(self, generation: int, file: IO[bytes]) -> None:
+    """Writes the content of the object to a file.
+
+    Args:
+      generation: Generation of the content.
+      file: Open file.
+
+    Raises:
+      OSError: With errno.ESTALE, the object has another generation.
+    """
+    with _os_errors(self):
+      blob = _client().bucket(self.bucket).blob(self.key)
+      blob.download_to_file(
+          file, if_generation_match=generation, checksum=None, raw_download=True,
+          retry=_retry())
+
   def rename(self, target: "Path") -> None:
     """Moves this folder by copying its objects and deleting them then.
 
@@ -254,6 +291,7 @@ class Path:
           blob.delete(if_generation_match=blob.generation, retry=_retry())
 
   def _listed(self, **options: Any) -> Any:
+    _check_bucket(self.bucket)
     prefix = f"{self.key}/" if self._parts else None
     return _client().list_blobs(self.bucket, prefix=prefix, retry=_retry(), **options)
 

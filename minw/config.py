@@ -8,6 +8,7 @@ import ast
 import copy as copy_lib
 import json
 import math
+import os
 from typing import TYPE_CHECKING, Any, Collection
 
 from ml_collections import config_dict
@@ -22,6 +23,7 @@ from minw import paths
 from minw import quantizers
 from minw import schedules
 from minw.data import datasets
+from minw.data import mirror
 
 # All configs have the same fields.
 FIELDS = config_fields.FIELDS
@@ -241,11 +243,12 @@ def _check_choices(checker: _Checker) -> None:
   one_of("optimizer", ("adam", "sgd", "bop"))
   one_of("class_weights", ("none", "balanced"))
   one_of("learning_rate_schedule", schedules.LEARNING_RATE_SCHEDULES)
-  checker.path("data_dir")
+  checker.path("data_dir", remote=True)
+  checker.path("cache_dir")
   checker.path("init_from", remote=True)
   checker.path("teacher", remote=True)
   c = checker.config
-  checker.check("dataset", datasets.exists(c.dataset, c.data_dir),
+  checker.check("dataset", datasets.exists(c.dataset, data_dir(c)),
                 f"one of {', '.join(datasets.NAMES)}, or a data set that `python -m "
                 f"minw.prepare` wrote to config.data_dir={c.data_dir!r}")
 
@@ -323,7 +326,7 @@ def _check_records(checker: _Checker) -> None:
 def _check_data(checker: _Checker) -> None:
   """Checks what is cut from the images of the data set."""
   c, check = checker.config, checker.check
-  info = datasets.info(c.dataset, c.data_dir, c.in_memory)
+  info = datasets.info(c.dataset, data_dir(c), c.in_memory)
   check("crop_scale", len(c.crop_scale) == 2 and _numbers(c.crop_scale)
         and 0 < c.crop_scale[0] <= c.crop_scale[1] <= 1,
         "two ascending fractions of the image's area, (0.08, 1.0) for example")
@@ -421,7 +424,7 @@ def _check_methods(checker: _Checker) -> None:
 
 # Fields that may change when a run resumes. They affect where work is done, but not its
 # results.
-FREE = ("data_workers", "shard_optimizer")
+FREE = ("cache_dir", "data_workers", "shard_optimizer")
 
 # Smaller numbers are 0 in float32, and numbers from `_HUGE` on are infinite.
 _TINY, _HUGE = 2.0**-126, 2.0**128
@@ -444,6 +447,11 @@ def copy(config: Config, **changes: Any) -> Config:
   result = copy_lib.deepcopy(config)
   result.update(changes)
   return result
+
+
+def data_dir(c: Config) -> str | os.PathLike[str]:
+  """Returns the directory of the prepared data sets, as `minw.data` takes it."""
+  return mirror.place(c.data_dir, c.cache_dir)
 
 
 def from_json(text: str) -> Config:

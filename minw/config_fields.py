@@ -11,7 +11,11 @@ FIELDS = {
                     "Name of the data set: digits, cifar10, cifar100, imagenet2012, or "
                     "one that `python -m minw.prepare --source=FOLDER` wrote."),
         "data_dir": ("~/tensorflow_datasets",
-                     "Directory that `python -m minw.prepare` wrote the data to."),
+                     "Directory that `python -m minw.prepare` wrote the data to, or "
+                     "a copy of it, gs://BUCKET/NAME."),
+        "cache_dir": ("~/.cache/minw",
+                      "Directory on this machine for copies of data sets whose "
+                      "data_dir is on gs://."),
         "in_memory": ("auto",
                       "Whether the data set is held in memory: true, false to decode "
                       "images when they are needed, or auto for true if images have "

@@ -28,6 +28,7 @@ from minw import text
 from minw.data import datasets
 from minw.data import image_files
 from minw.data import labeled
+from minw.data import mirror
 from minw.data import sources
 from minw.data.batches import Examples
 from minw.experiment import Experiment
@@ -216,20 +217,20 @@ def evaluate_model(
   """
   network = infer.load_for_command(path)
   defaults = config_lib.default_config()
-  data_dir = data_dir or defaults.data_dir
+  place = mirror.place(data_dir or defaults.data_dir, defaults.cache_dir)
   config = network.program.metadata.get("config") or {}
   if dataset is None:
     dataset = config.get("dataset")
     errors.check(dataset is not None, "dataset", dataset,
                  "given: the file does not say what it was trained on")
-    if not (isinstance(dataset, str) and datasets.exists(dataset, data_dir)):
+    if not (isinstance(dataset, str) and datasets.exists(dataset, place)):
       raise errors.UsageError(
           f"model={os.fspath(path)!r} was trained on {text.quoted(dataset)}: --dataset"
           f" must be given, one of {', '.join(datasets.NAMES)}, or --data_dir, which"
           " holds it")
   # The file speaks of the data set of its training, and may hold any text.
   in_memory = config.get("in_memory") if dataset == config.get("dataset") else "auto"
-  info = datasets.info(dataset, data_dir,
+  info = datasets.info(dataset, place,
                        in_memory if in_memory in datasets.IN_MEMORY else "auto")
   source_shape = network.program.source_shape
   errors.check(
@@ -241,7 +242,7 @@ def evaluate_model(
                or tuple(labels) == tuple(info.label_names),
                "dataset", dataset, "one with the labels that the network has")
   batches = sources.source_batches(
-      info, split, data_dir, batch_size, image_shape=source_shape,
+      info, split, place, batch_size, image_shape=source_shape,
       shrink=infer.shrinks(network.program), max_damaged=defaults.max_damaged,
       workers=defaults.data_workers if data_workers is None else data_workers)
   return _packed_results(network, batches, info.label_names)
@@ -345,7 +346,8 @@ def define_flags() -> None:
   cli.DEFINE_path(
       "data_dir", None,
       "Directory of the prepared data sets. The default is that of the run's config, "
-      "or ~/tensorflow_datasets for a packed network.")
+      "or ~/tensorflow_datasets for a packed network. It may be gs://BUCKET/NAME.",
+      remote=True)
   cli.DEFINE_path(
       "confusion", None,
       "JSON file to write the confusion matrix to. A picture of it is drawn beside the "

@@ -57,7 +57,7 @@ def build_model(config: Any, **changes: Any) -> Any:
       kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
       dtype=jnp.dtype(c.compute_dtype))
   make: dict[str, Any] = dict(
-      num_classes=datasets.info(c.dataset, c.data_dir).num_classes,
+      num_classes=datasets.info(c.dataset, config_lib.data_dir(c)).num_classes,
       conv=functools.partial(layers.QuantConv, pad_value=c.pad_value, **weights),
       dense=functools.partial(layers.QuantDense, **weights),
       norm=functools.partial(
@@ -189,7 +189,7 @@ class Experiment:
     """
     c = self.config = config
     config_lib.validate(c)
-    self.info = datasets.info(c.dataset, c.data_dir, c.in_memory)
+    self.info = datasets.info(c.dataset, config_lib.data_dir(c), c.in_memory)
     self.data_facts = datasets.facts(self.info)
     self.info = self.info.resized(c.eval_resize or c.crop_size)
     examples = c.train_examples or self.info.splits["train"]
@@ -248,7 +248,7 @@ class Experiment:
     self.replicated = NamedSharding(mesh, PartitionSpec())
     self.sharded = NamedSharding(mesh, PartitionSpec("data"))
     self.data = sources.open_source(
-        self.info, c.data_dir,
+        self.info, config_lib.data_dir(c),
         batches.Batching(
             seed=c.seed, batch_size=c.batch_size, eval_batch_size=c.eval_batch_size,
             crop_size=c.crop_size, crop_padding=c.crop_padding, crop_scale=c.crop_scale,
@@ -298,7 +298,8 @@ class Experiment:
     """
     if self.config.class_weights == "none":
       return None
-    return balanced_weights(datasets.class_counts(self.info, self.config.data_dir))
+    return balanced_weights(
+        datasets.class_counts(self.info, config_lib.data_dir(self.config)))
 
   @functools.cached_property
   def teacher(self) -> Teacher | None:
@@ -312,7 +313,8 @@ class Experiment:
     if not c.teacher:
       return None
     run = checkpoint.read_named("teacher", c.teacher, c.data_dir)
-    theirs = config_lib.copy(run.config, data_dir=c.data_dir)
+    theirs = config_lib.copy(
+        run.config, data_dir=c.data_dir, cache_dir=c.cache_dir)
     for name in ("dataset", "crop_size", "pixels"):
       errors.check(theirs[name] == c[name], "config.teacher", c.teacher,
                    f"a run with {name}={c[name]!r}, as this one: it has"

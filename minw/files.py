@@ -11,7 +11,7 @@ import os
 import pathlib
 import secrets
 import stat
-from typing import Iterator
+from typing import BinaryIO, Iterator
 
 from minw import cloud
 from minw import paths
@@ -54,21 +54,33 @@ def write(path: str | os.PathLike[str] | cloud.Path, content: str | bytes) -> No
             str(path))
       _write_into(path, data)
       return
-    target = path if mode is None else path.resolve()
-    part = target.with_name(f"{target.name[:50]}.{secrets.token_hex(8)}.part")
-    try:
-      with part.open("xb") as file:
-        if mode is not None:
-          os.chmod(file.fileno(), stat.S_IMODE(mode))
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(part, target)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        part.unlink()
-      raise
-    sync_folder(target.parent)
+    with replacing(path if mode is None else path.resolve()) as file:
+      if mode is not None:
+        os.chmod(file.fileno(), stat.S_IMODE(mode))
+      file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """Context with a new file, which replaces `path` at the end as `write` does.
+
+  An error in the context leaves `path` as it was.
+
+  Args:
+    path: Path of a file in an existing folder. A symbolic link is replaced.
+  """
+  part = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.part")
+  try:
+    with part.open("x+b") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(part, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      part.unlink()
+    raise
+  sync_folder(path.parent)
 
 
 def _mode(path: pathlib.Path) -> int | None:

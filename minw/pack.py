@@ -211,7 +211,8 @@ def define_flags() -> None:
       "test split, or on random images if there are no data.")
   cli.DEFINE_path(
       "data_dir", None,
-      "Directory of the prepared data sets; that of the run's config by default.")
+      "Directory of the prepared data sets; that of the run's config by default. It "
+      "may be gs://BUCKET/NAME.", remote=True)
   cli.require("workdir", "out")
 
 

@@ -218,7 +218,8 @@ def check(runs: Sequence[Run]) -> dict[str, int]:
       # Runs that differ only in the seed are checked once, because checks are slow.
       key = config_lib.to_json(config_lib.copy(run.config, seed=0))
       if key not in known:
-        datasets.check_available(run.config.dataset, run.config.data_dir)
+        datasets.check_available(
+            run.config.dataset, config_lib.data_dir(run.config))
         known[key] = experiment.Experiment(run.config).num_steps
       steps[run.name] = known[key]
   return steps

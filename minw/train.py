@@ -370,7 +370,7 @@ def train_and_evaluate(
   experiment = together(Experiment, config)
   together(traces.check_steps, profile, experiment.num_steps)
   distributed.on_main(trackers.check, tracker)
-  together(datasets.check_available, config.dataset, config.data_dir)
+  together(datasets.check_available, config.dataset, config_lib.data_dir(config))
   source = together(read_source, config.init_from, experiment)
   together(lambda: experiment.teacher)
   with run_files.claimed(workdir, config):

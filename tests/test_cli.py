@@ -738,11 +738,14 @@ def test_a_url_makes_no_folder(run, folder, tmp_path, monkeypatch, url):
   for argv in (("minw.main", f"--config={DIGITS}", *FAST, f"--workdir={url}"),
                ("minw.main", f"--config={DIGITS}", *FAST, "--workdir=x",
                 f"--config.init_from={url}"),
+               ("minw.main", f"--config={DIGITS}", *FAST, "--workdir=x",
+                f"--config.data_dir={url}"),
+               ("minw.prepare", "--dataset=cifar10", f"--data_dir={url}"),
                ("minw.pack", "--workdir=x", f"--out={url}"),
                ("minw.evaluate", f"--workdir={url}"), ("minw.report", "tables", url)):
     result = run(*argv, code=code)
     assert result.code == 2 and result.err.count("\n") == 1 and url in result.err
-    allowed = url.startswith("gs") and argv[0] != "minw.pack"
+    allowed = url.startswith("gs") and argv[0] not in ("minw.pack", "minw.prepare")
     assert allowed == ("pip install 'minw[gcs]'" in result.err)
   monkeypatch.setattr(dependencies, "installed", lambda package: package != "gcsfs")
   with pytest.raises(errors.UsageError, match=url):

@@ -288,7 +288,7 @@ def test_values_that_no_machine_can_use(name, values, allowed):
     assert refusal(**{name: value}) == f"config.{name}={shown}: must be {allowed}"
 
 
-@pytest.mark.parametrize("name", ["data_dir", "init_from", "teacher"])
+@pytest.mark.parametrize("name", ["cache_dir", "data_dir", "init_from", "teacher"])
 @pytest.mark.parametrize("value, reason", [
     ("a" * 256, "too long for this system"), ("a/" * 4000, "too long for this system"),
     ("a\0b", "null")])

@@ -202,6 +202,7 @@ ELSEWHERE = {
     "minw/data/cifar.py": ["save"],  # To memory.
     "minw/data/download.py": ["open"],  # A download is appended to.
     "minw/data/imagenet.py": ["save"],  # To memory.
+    "minw/data/mirror.py": ["open"],  # A lock.
     "minw/workdir/locks.py": ["open", "open"],  # Nothing is written to a lock.
     "minw/workdir/metrics.py": ["open"],  # Lines are appended.
     "minw/plots.py": ["savefig"],  # To memory.

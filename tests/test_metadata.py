@@ -175,8 +175,8 @@ def test_every_field_of_a_config_passes():
   config = json.loads(config_lib.to_json(config_lib.default_config()))
   metadata.encode({"config": config}, 3)
   shared = metadata.shared(config)
-  assert config.keys() - shared.keys() == {"data_dir", "data_workers", "init_from",
-                                           "teacher"}
+  assert config.keys() - shared.keys() == {"cache_dir", "data_dir", "data_workers",
+                                           "init_from", "teacher"}
   for name, value in config.items():  # And none of them with another type.
     with pytest.raises(ValueError, match=rf"metadata\.config\.{name}="):
       metadata.encode({"config": {name: {"a": value}}}, 3)

@@ -36,7 +36,7 @@ def test_metadata(workdir, program):
   config, saved, _ = checkpoint.read_run(workdir)
   wanted = json.loads(config.to_json())
   # Where the run was computed is nobody else's business.
-  for name in ("data_dir", "data_workers", "init_from", "teacher"):
+  for name in ("cache_dir", "data_dir", "data_workers", "init_from", "teacher"):
     del wanted[name]
   assert program.metadata["config"] == wanted
   assert program.metadata["step"] == saved.step

@@ -108,10 +108,11 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
     errors.UsageError: The config cannot be run, or there are no data.
   """
   config_lib.validate(config)
-  info = datasets.info(config.dataset, config.data_dir, config.in_memory)
+  data_dir = config_lib.data_dir(config)
+  info = datasets.info(config.dataset, data_dir, config.in_memory)
   errors.check(info.streamed, "config.dataset", config.dataset,
                "a data set that is streamed: imagenet2012")
-  records = datasets.open_records(config.dataset, "train", config.data_dir)
+  records = datasets.open_records(config.dataset, "train", data_dir)
   images = [records[i]["image"] for i in range(min(_IMAGES, len(records)))]
   with tempfile.TemporaryDirectory() as folder:
     loaders = {_MINW: lambda: _minw(config, _Repeated(records, len(images)))}

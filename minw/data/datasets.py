@@ -20,6 +20,7 @@ import numpy as np
 
 from minw import errors
 from minw import paths
+from minw.data import mirror
 from minw.data import statistics
 from minw.data import tfds_directory
 
@@ -205,7 +206,7 @@ def info(
     name: 'digits', 'cifar10', 'cifar100' or 'imagenet2012', or the name of a data set
       in `data_dir`.
     data_dir: Directory of prepared data sets. If it holds a part of ImageNet, the
-      splits have the sizes of that part.
+      splits have the sizes of that part. For gs://, it is what `mirror.place` returns.
     in_memory: Whether images are held in memory: "true", "false", or "auto" if they
       have one size and their pixels take at most 2 GiB.
 
@@ -290,7 +291,8 @@ def _prepared_info(name: str, data_dir: str | os.PathLike | None) -> Info:
   if mean is None or std is None:
     directory = _directory(name, data_dir)
     changed = (directory / "dataset_info.json").stat().st_mtime_ns
-    mean, std = _measured(name, str(directory.parent.parent), changed)
+    mean, std = _measured(name, data_dir if isinstance(data_dir, mirror.Mirror)
+                          else str(directory.parent.parent), changed)
   shape = (height or _SIDE, width or _SIDE, channels)
   return Info(name, shape, contents.label_names, mean, std, splits,
               varies=height is None)
@@ -301,7 +303,8 @@ def _contents(
 ) -> tfds_directory.Contents:
   """Returns what the directory of a data set says that it holds."""
   if not exists(name, data_dir):
-    prepared = tfds_directory.names(data_dir and _expanded(data_dir))
+    prepared = [] if isinstance(data_dir, mirror.Mirror) else tfds_directory.names(
+        data_dir and _expanded(data_dir))
     raise errors.unknown_name("dataset", name, [*_INFOS, *prepared])
   directory = _directory(name, data_dir)
   try:
@@ -328,7 +331,7 @@ def _layout(name: str, data_dir: str | os.PathLike | None) -> _Layout:
 
 @functools.lru_cache(maxsize=16)
 def _measured(
-    name: str, data_dir: str, changed: int
+    name: str, data_dir: str | mirror.Mirror, changed: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Returns the mean and deviation of training images; see `info`.
 
@@ -438,6 +441,8 @@ def _wrong_labels(labels: np.ndarray, found: Info) -> str:
 def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
   """Checks, within a second, that `load` or `open_records` will find the data.
 
+  If the data are on gs://, this copies them first.
+
   Args:
     name: Name of the data set.
     data_dir: Directory of prepared data sets.
@@ -462,9 +467,11 @@ def check_available(name: str, data_dir: str | os.PathLike | None) -> None:
 
 def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
   """Returns the shell command that prepares the data set in `data_dir`."""
-  where = shlex.quote(_expanded(data_dir)) if data_dir else "DIR"
+  remote = isinstance(data_dir, mirror.Mirror)
+  where = shlex.quote(_expanded(data_dir)) if data_dir and not remote else "DIR"
   source = "" if name in _INFOS else " --source=FOLDER"
-  return f"python -m minw.prepare --dataset={name} --data_dir={where}{source}"
+  command = f"python -m minw.prepare --dataset={name} --data_dir={where}{source}"
+  return mirror.prepare_command(data_dir, name, command) if remote else command
 
 
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -530,6 +537,9 @@ def open_records(
   found = {key: count for key, count in found.items() if key not in ignored}
   if found != expected:
     raise _refusal(directory, f"it holds {found} records and must hold {expected}")
+  if isinstance(data_dir, mirror.Mirror):
+    mirror.fetch(data_dir, name, [
+        os.path.basename(file) for file in builder.info.splits[kept_in].filepaths])
   with _named(builder.info, kept_in):
     for file in builder.info.splits[kept_in].filepaths:
       if os.path.exists(file) and not os.path.isfile(file):  # A pipe would not end.
@@ -587,6 +597,11 @@ def _named(tfds_info: Any, kept_in: str) -> Iterator[None]:
 def _refusal(directory: pathlib.Path, what: str) -> errors.UsageError:
   """Returns the error for a `directory` (DATA_DIR/name/version) that is unusable."""
   name, data_dir = directory.parent.name, directory.parent.parent
+  source = mirror.source_of(directory)
+  if source is not None:
+    return errors.UsageError(
+        f"data_dir: {source}, of which {directory} is a copy, is unusable: {what};"
+        f" delete it, prepare {name} again on one machine, and copy it there")
   return errors.UsageError(
       f"data_dir={str(data_dir)!r}: {directory} is unusable: {what}; delete it, or "
       f"choose another data_dir, and run: {prepare_command(name, data_dir)}")
@@ -604,6 +619,8 @@ def _newest_version(
     name: str, data_dir: str | os.PathLike | None
 ) -> pathlib.Path | None:
   """Returns the directory of the newest version of a data set, if there is one."""
+  if isinstance(data_dir, mirror.Mirror):
+    return mirror.newest_version(data_dir, name)
   return tfds_directory.newest_version(name, data_dir and _expanded(data_dir))
 
 

@@ -9,7 +9,11 @@ import math
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any, Iterable, NamedTuple, TypeVar
+
+from minw import paths
+
+_Path = TypeVar("_Path", bound=paths.AnyPath)
 
 # Names that a data set may have: those that TFDS accepts in the names of files.
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
@@ -58,9 +62,12 @@ def newest_version(
   """Returns DATA_DIR/NAME/VERSION with the newest version, or None if there is none."""
   if not data_dir or not is_name(name):
     return None
-  versions = [path for path in pathlib.Path(data_dir, name).glob("*")
-              if _VERSION.fullmatch(path.name)]
-  return max(versions, default=None,
+  return newest(pathlib.Path(data_dir, name).glob("*"))
+
+
+def newest(found: Iterable[_Path]) -> _Path | None:
+  """Returns the path whose name is the newest version; None if none is a version."""
+  return max((path for path in found if _VERSION.fullmatch(path.name)), default=None,
              key=lambda path: [int(n) for n in path.name.split(".")])
 
 

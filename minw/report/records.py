@@ -33,7 +33,7 @@ from minw.workdir import environment
 from minw.workdir import metrics
 from minw.workdir import run_files
 
-LOCAL = ("data_dir", "data_workers")  # Fields that depend on the machine.
+LOCAL = ("cache_dir", "data_dir", "data_workers")  # Fields that depend on the machine.
 _RATES = ("examples_per_second", "decode_rate")
 NOT_COPIED = ", ".join([
     "checkpoints", "TensorBoard's files", *LOCAL, *_RATES, "measurements by layer"])

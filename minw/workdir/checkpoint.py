@@ -30,6 +30,7 @@ from minw import errors
 from minw import json_files
 from minw import paths
 from minw.data import datasets
+from minw.data import mirror
 from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
@@ -479,7 +480,8 @@ def check_same_data(
   if recorded is None:
     return
   place = config.data_dir if data_dir is None else data_dir
-  found = datasets.facts(datasets.info(config.dataset, place)) or {}
+  found = datasets.facts(datasets.info(
+      config.dataset, mirror.place(place, config.cache_dir))) or {}
   different = [name for name, value in recorded.items() if found.get(name) != value]
   if different:
     raise errors.UsageError(

@@ -143,7 +143,7 @@ def check_claimed(workdir: str, config: Any) -> None:
   """
   errors.check(_has_config(workdir), "workdir", workdir,
                "one place that all processes see")
-  local = {name: config[name] for name in ("data_dir", "data_workers")}
+  local = {name: config[name] for name in ("cache_dir", "data_dir", "data_workers")}
   claimed = config_lib.copy(read_config(workdir), **local)
   different = config_lib.differing_fields(claimed, config)
   if different:
