@@ -16,8 +16,8 @@ from minw import exit_codes
 # Modules that need only the core's dependencies, and packages of such modules.
 CORE = ("__main__", "c_flags", "cli", "cloud", "completion", "config_fields", "data",
         "data.image_files", "data.images", "dependencies", "errors", "exit_codes",
-        "files", "paths", "places", "profiling", "progress", "stopping", "text",
-        "usage")
+        "files", "outbox", "paths", "places", "profiling", "progress", "stopping",
+        "text", "usage")
 CORE_PACKAGES = ("export", "infer", "kernels", "packed")
 
 # If one of these packages is missing, the dependencies of training count as missing.

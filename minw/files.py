@@ -14,6 +14,7 @@ import stat
 from typing import BinaryIO, Iterator
 
 from minw import cloud
+from minw import outbox
 from minw import paths
 
 # Error numbers of file systems that cannot sync folders, and of unreadable folders.
@@ -34,7 +35,7 @@ def write(path: str | os.PathLike[str] | cloud.Path, content: str | bytes) -> No
 
   Args:
     path: Path of the file. Its folder must exist. For a file on gs://, see
-      `cloud.Path.put`.
+      `cloud.Path.put` and `outbox.used`.
     content: Text, which is written in UTF-8, or bytes.
 
   Raises:
@@ -43,7 +44,7 @@ def write(path: str | os.PathLike[str] | cloud.Path, content: str | bytes) -> No
   path = paths.at(path)
   data = content.encode() if isinstance(content, str) else content
   if isinstance(path, cloud.Path):
-    path.put(data)
+    outbox.put(path, data)
     return
   with naming(path):
     mode = _mode(path)

@@ -32,6 +32,7 @@ from minw import json_files
 from minw import layers
 from minw import losses
 from minw import optim
+from minw import outbox
 from minw import paths
 from minw import plots
 from minw import quantizers
@@ -380,7 +381,7 @@ def train_and_evaluate(
                    workdir, status["state"], status["step"])
       return status
     with (_stopping(workdir, checkpoint_target(experiment)),
-          stopping.StopSignal() as stop):
+          stopping.StopSignal() as stop, outbox.used(workdir)):
       status = _train(experiment, source, workdir, stop, profile, tracker)
   if status["state"] == "preempted" and stop.interrupted:
     raise Interrupted(status)
@@ -575,6 +576,7 @@ def _train(
     if writer:
       writer.sync()
       writer.close()
+      outbox.wait(workdir)  # The curves are drawn from files that were just written.
       with display.harmless("curves.png cannot be drawn"):
         plots.curves(workdir)
     if status["state"] == "running":
@@ -797,7 +799,8 @@ def _save(
 ) -> dict[str, Any]:
   """Saves a checkpoint, and returns the status: "preempted" if the run must stop."""
   if run.writer:
-    run.writer.sync()  # The records must reach the disk before the checkpoint does.
+    # A disk must have the records before the checkpoint. For gs://, see `outbox`.
+    run.writer.sync()
   checkpoint.save(run.manager, step, tree, accuracy, {
       "config": config_lib.to_fields(run.experiment.config),
       "data": run.experiment.data_facts,

@@ -130,6 +130,18 @@ def imagenet_data(tmp_path_factory):
   return folder / "data"
 
 
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+  """The `gcs.Service` of this process, whose threads keep their connections to it."""
+  import gcs
+
+  with gcs.emulator(tmp_path_factory.mktemp("gcs")) as service:
+    with pytest.MonkeyPatch.context() as patch:
+      for name, value in service.environment.items():
+        patch.setenv(name, value)
+      yield service
+
+
 @pytest.fixture
 def record(tmp_path):
   """A workdir with lines at steps 10, 20, 30 and of the test split."""

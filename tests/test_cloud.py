@@ -3,12 +3,14 @@
 import collections
 import contextlib
 import functools
+import gc
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -18,6 +20,7 @@ import gcs
 from minw import cloud
 from minw import evaluate
 from minw import files
+from minw import outbox
 from minw import pack
 from minw import packed
 from minw import paths
@@ -39,7 +42,6 @@ from short_runs import tiny_config
 from short_runs import write_config
 
 pytestmark = [
-    pytest.mark.slow,
     # TensorStore reports damaged files a second time, when nothing waits any more.
     pytest.mark.filterwarnings(
         "ignore::pytest.PytestUnhandledThreadExceptionWarning",
@@ -48,17 +50,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-  with gcs.emulator(tmp_path_factory.mktemp("gcs")) as service:
-    with pytest.MonkeyPatch.context() as patch:
-      for name, value in (service.environment | {"MINW_LEASE_SECONDS": "3"}).items():
-        patch.setenv(name, value)
-      yield service
-
-
 @pytest.fixture
-def service(emulator):
+def service(emulator, monkeypatch):
+  monkeypatch.setenv("MINW_LEASE_SECONDS", "3")
   emulator.requests.clear()
   yield emulator
   emulator.before = emulator.after = lambda request: None
@@ -168,6 +162,27 @@ def test_errors_name_the_object(service, folder, monkeypatch):
   service.before = lambda request: None
   with pytest.raises(OSError, match="there is no such bucket: 'gs://absent'"):
     paths.exists("gs://absent/run/config.json")
+  gc.collect()  # The library does not close the connections of refused downloads.
+
+
+def test_a_thread_writes_what_its_process_owns(service, folder):
+  """A process that has lost its folder meanwhile replaces nothing of its successor."""
+  owner, done = [True], threading.Event()
+  service.before = lambda request: None if done.wait(20) else 500
+  with cloud.owning(folder, lambda: owner[0]), pytest.raises(
+      OSError, match="another process"), outbox.used(folder):
+    begun = time.monotonic()
+    files.write(folder / "a", "1")
+    files.write(folder / "b", "1")
+    assert time.monotonic() - begun < 1
+    done.set()
+    outbox.wait(folder)
+    assert service.contents(f"{folder.key}/") == {"a": b"1", "b": b"1"}
+    owner[0] = False
+    service.write(f"{folder.key}/a", b"of the next owner")
+    files.write(folder / "a", "2")
+    files.write(folder / "b", "2")
+  assert service.contents(f"{folder.key}/") == {"a": b"of the next owner", "b": b"1"}
 
 
 # --- Leases.
@@ -228,6 +243,7 @@ def test_a_child_shares_a_lease(service, folder, monkeypatch):
 # --- Runs.
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_this_machine(service, folder, expected, tmp_path):
   assert run(tiny_config(), folder)["state"] == "done"
   assert ended(service, folder, tmp_path) == expected
@@ -239,6 +255,7 @@ def test_a_run_is_that_of_this_machine(service, folder, expected, tmp_path):
           if request.kind == "write"} <= {"lease", "config.json"}
 
 
+@pytest.mark.slow
 def test_requests_of_a_report_and_of_a_step(service, folder):
   at = []
   run_with(lambda step, _: at.append(len(service.requests)), tiny_config(), folder)
@@ -250,6 +267,52 @@ def test_requests_of_a_report_and_of_a_step(service, folder):
   assert between(2, EPOCH - 1) == []
   counts = [len(between(i * EPOCH - 1, (i + 1) * EPOCH - 1)) for i in (1, 2, 3)]
   assert 50 < max(counts) <= 200, counts
+
+
+@pytest.mark.slow
+def test_training_does_not_wait_for_records(service, folder, expected, tmp_path):
+  """Writes of records that the first report has begun end some steps later."""
+  trained, waited = threading.Event(), collections.Counter()
+
+  def hold(request):
+    name = request.name.removeprefix(f"{folder.key}/")
+    if request.kind == "write" and name in ("metrics.jsonl", "run.json", "status.json"):
+      if reported and not trained.is_set():
+        waited[name] += trained.wait(60)
+
+  reported = []
+
+  def act(step, _):
+    if step == EPOCH - 1:
+      reported.append(step)
+    if step == EPOCH + 5:
+      trained.set()
+
+  service.before = hold
+  run_with(act, tiny_config(), folder)
+  assert waited and all(waited.values())
+  assert ended(service, folder, tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_a_record_that_cannot_be_written_ends_a_run(
+    service, folder, expected, tmp_path, monkeypatch):
+  """This report or the next one finds the error, and the run resumes."""
+  monkeypatch.setattr(cloud, "_PATIENCE", 0.5)
+  at = []
+
+  def refuse(request):
+    fails = request.kind == "write" and request.name.endswith("/metrics.jsonl")
+    return 503 if fails and at and at[-1] >= EPOCH - 1 else None
+
+  service.before = refuse
+  with pytest.raises(train.StorageError, match="metrics.jsonl.*cannot be reached"):
+    run_with(lambda step, _: at.append(step), tiny_config(), folder)
+  assert at[-1] in (EPOCH - 1, 2 * EPOCH - 1)
+  assert run_files.read_status(str(folder))["state"] == "stopped"
+  service.before = lambda request: None
+  assert run(tiny_config(), folder)["state"] == "done"
+  assert ended(service, folder, tmp_path) == expected
 
 
 def kind_of(request, folder):
@@ -277,6 +340,7 @@ def copies_of_a_run(service, folder):
   return copies
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_kind_of_request_goes_on(
     service, folder, expected, tmp_path, monkeypatch):
   """With MINW_MOMENTS=all at each kind, otherwise at twelve or more of them."""
@@ -297,6 +361,7 @@ def test_a_run_killed_at_any_kind_of_request_goes_on(
       raise
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(service, folder, expected, tmp_path):
   write_config(tmp_path / "config.py", tiny_config())
   command = [sys.executable, "-m", "minw.main", f"--config={tmp_path}/config.py",
@@ -320,6 +385,7 @@ def test_a_killed_process_goes_on(service, folder, expected, tmp_path):
   assert ended(service, folder, tmp_path / "run") == expected
 
 
+@pytest.mark.slow
 def test_a_terminated_run_goes_on_with_a_write_a_second_for_each_object(
     service, folder, expected, tmp_path):
   service.seconds_between_writes = 1.0
@@ -337,6 +403,7 @@ def test_a_terminated_run_goes_on_with_a_write_a_second_for_each_object(
   assert ended(service, folder, tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_moved_aside(service, folder, expected, tmp_path):
   with pytest.raises(Stop):
     run_with(stop_before(2 * EPOCH + 3), tiny_config(), folder)
@@ -353,6 +420,7 @@ def test_a_damaged_checkpoint_is_moved_aside(service, folder, expected, tmp_path
   assert result == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begins", [f"step {EPOCH + 2}", "checkpoints/38/"])
 def test_a_minute_without_the_service(service, folder, expected, tmp_path, begins):
   """Training goes on, or it ends so that it can be resumed."""
@@ -377,6 +445,7 @@ def test_a_minute_without_the_service(service, folder, expected, tmp_path, begin
   assert ended(service, folder, tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_events_that_cannot_be_uploaded_end_no_run(
     service, folder, expected, tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(board, "_UPLOAD_SECONDS", 1.0)
@@ -390,6 +459,7 @@ def test_events_that_cannot_be_uploaded_end_no_run(
   assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_commands_read_a_run(service, folder, expected, tmp_path):
   config = tiny_config()
   run(config, folder)
@@ -410,6 +480,7 @@ def test_commands_read_a_run(service, folder, expected, tmp_path):
   assert kernel.tobytes() == last["params/conv1/kernel"][2]
 
 
+@pytest.mark.slow
 def test_refusals(service, folder, command, tmp_path):
   """One line and code 2, and nothing is made on this machine."""
   write_config(tmp_path / "config.py", tiny_config())
@@ -432,6 +503,7 @@ def test_refusals(service, folder, command, tmp_path):
   assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_two_processes(service, folder, tmp_path):
   write_config(tmp_path / "config.py", tiny_config(num_epochs=2))
   port = gcs.free_port()
@@ -473,6 +545,7 @@ sweeps.run_all(runs, jobs=1, retries=1, steps={}, command=lambda run: [
 """
 
 
+@pytest.mark.slow
 def test_a_frozen_sweep_loses_its_run_to_another(service, folder):
   """No run is trained to its end twice, and no record is lost."""
   def start():
@@ -512,6 +585,7 @@ def test_a_frozen_sweep_loses_its_run_to_another(service, folder):
     assert after[f"{name}/log.txt"].endswith(b"the end\n")
 
 
+@pytest.mark.slow
 def test_two_sweeps_share_the_work(service, folder):
   processes = [subprocess.Popen(
       [sys.executable, "-c", _SWEEP, str(folder), _RUN],

@@ -37,13 +37,11 @@ def local(tmp_path_factory):
   return folder
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-  with gcs.emulator(tmp_path_factory.mktemp("gcs")) as service:
-    with pytest.MonkeyPatch.context() as patch:
-      for name, value in service.environment.items():
-        patch.setenv(name, value)
-      yield service
+@pytest.fixture
+def service(emulator):
+  emulator.requests.clear()
+  yield emulator
+  emulator.before = lambda request: None
 
 
 @pytest.fixture
@@ -55,8 +53,7 @@ def remote(service, local, request, tmp_path):
       service.write(f"{url.removeprefix('gs://bucket/')}/{path.relative_to(local)}",
                     path.read_bytes())
   service.requests.clear()
-  yield mirror.place(url, str(tmp_path / "cache"))
-  service.before = lambda request: None
+  return mirror.place(url, str(tmp_path / "cache"))
 
 
 def forget(remote):

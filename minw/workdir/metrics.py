@@ -373,7 +373,11 @@ class _Log:
 
 
 class _RemoteLog(_Log):
-  """A `_Log` on gs://, where nothing can be appended: `sync` writes the whole file."""
+  """A `_Log` on gs://, where nothing can be appended: `sync` writes the whole file.
+
+  In training it does not wait until the file is there, see `outbox.used`. Checkpoints
+  hold a copy of the lines, from which a file is mended that was not written in time.
+  """
 
   _synced = -1  # Number of lines in the file; -1 if this object has not written it.
 
