@@ -98,7 +98,8 @@ def shared_programs(draw=False):
       yield patch
     finally:
       for writer in writers:  # A run that is stopped leaves its files open.
-        writer.close()
+        with contextlib.suppress(OSError):  # On gs://, lines may be left to write.
+          writer.close()
 
 
 def run(config, workdir, draw=False):
