@@ -54,6 +54,15 @@ def borders(bits: int, pad: int) -> packed.Program:
   return b.end(b.threshold(y, bits))
 
 
+def thin_borders(bits: int, pad: int) -> packed.Program:
+  """A map with few pixels in the border, where kernels do not skip its taps."""
+  b = Builder(np.random.default_rng(0), (32, 40, 1))
+  x = b.threshold(b.conv(0, 2, 70), bits)
+  for weights in BITS:
+    y = b.conv(x, weights, 9, (3, 3), pads=(1, 1, 1, 1), pad=pad)
+  return b.end(b.threshold(y, bits))
+
+
 def groups(
     weights: int, activations: int, count: int, inputs: int, outputs: int
 ) -> packed.Program:
@@ -199,8 +208,8 @@ def every() -> Iterator[tuple[str, packed.Program]]:
     calls += [(dilation, *both, pad) for pad in (-1, 0, 1)]
     calls += [(largest_counts, *both, sign) for sign in (-1, 1)]
   calls += [(kernel_size, size) for size in range(1, 12)]
-  calls += [(borders, bits, pad) for bits in BITS for pad in PADS
-            if abs(pad) <= packed.max_code(bits)]
+  calls += [(make, bits, pad) for make in (borders, thin_borders) for bits in BITS
+            for pad in PADS if abs(pad) <= packed.max_code(bits)]
   calls += [(packed_networks.residual_and_dense, bits) for bits in BITS]
   calls += [(image, *sizes, count) for sizes in IMAGES for count in (1, 3, 4, 5)]
   for make, *arguments in calls:

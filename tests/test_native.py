@@ -161,6 +161,7 @@ def test_borders(isa, bits, pad):
   if abs(pad) > packed.max_code(bits):
     pytest.skip("no such code")
   check(native_cases.borders(bits, pad))
+  check(native_cases.thin_borders(bits, pad))
 
 
 @pytest.mark.parametrize("activations", native_cases.BITS)

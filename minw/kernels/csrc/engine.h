@@ -122,6 +122,7 @@ struct Layer {
   std::vector<int32_t> base;
   std::vector<int32_t> offsets, channels;
   std::vector<int> row_class, col_class;
+  std::vector<Taps> taps;
   std::vector<char> border;
   const Isa* isa = nullptr;
   const char* kernel = "";
@@ -188,7 +189,8 @@ struct Plan {
 struct Places {
   uint64_t padded, magnitudes, part_in, part_out;
   uint64_t own, own_bytes;  // The first thread's part, and the size of each one.
-  uint64_t pixels, base, sums, acc, gathered, counts;  // Within a thread's part.
+  uint64_t pixels, base, sums, kind, order;  // Within a thread's part.
+  uint64_t acc, gathered, counts;
 };
 
 // The needs of one convolution whose pooling windows have `pool_h` rows.

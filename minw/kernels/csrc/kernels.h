@@ -82,15 +82,27 @@ constexpr int kTableColumns = 64, kTableVectors = 4;
 constexpr int kRowSlack = 32;      // Bytes that may be written past a gathered row.
 constexpr int kPaddedSlack = 256;  // Bytes that may be read past the last padded pixel.
 
+// The steps of the taps inside the map: runs of neighboring steps, one for each row of
+// the kernel, or a single one if the rows are whole.
+struct Taps {
+  int runs, first, steps, distance;
+};
+
+// Classes of pixels by which taps are inside the map, if taps in the border are
+// skipped.
+constexpr int kMostClasses = 64;
+
 // Scratch memory of one thread. The threads of a call share the first two arrays. The
-// arrays `pixels`, `base` and `sums` have an element for each output pixel of the chunk
-// that is being convolved.
+// arrays `pixels`, `base`, `sums`, `kind` and `order` have an element for each output
+// pixel of the chunk that is being convolved.
 struct Work {
   char* padded;          // The input in the convolution's form, with its border.
   int32_t* magnitudes;   // Sum of the magnitudes of each padded pixel.
   const char** pixels;   // Begin of the window in `padded`.
   const int32_t** base;  // Initial values of the sums.
   int32_t* sums;         // Sum of the magnitudes in the window.
+  int32_t* kind;         // kPlanes: its class, see Conv::taps.
+  int32_t* order;        // kPlanes: its place among the chunk's sums.
   int32_t* acc;          // The sums of one group, [pixel][width].
   uint8_t* gathered;     // Lookups: numbers in the windows; kTiles: weights.
   uint16_t* counts;      // Lookups: sums of the entries that were looked up.
@@ -157,6 +169,8 @@ struct Conv {
   const int* row_class;  // Class of each output row ...
   const int* col_class;  // ... and column, by which taps lie in the border.
   int col_classes;       // Number of classes of columns.
+  const Taps* taps;      // The taps of each class; null if all taps are summed.
+  int tap_classes;       // Number of elements of `taps`.
   const char* border;    // A pixel of padding.
   int32_t border_sum;    // Its sum of magnitudes.
   Group group;           // The kernel.

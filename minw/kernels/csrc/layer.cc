@@ -30,6 +30,9 @@ constexpr int kLookupColumns = 32;
 // pixels, half of the lanes would be empty, and counting bits is faster.
 constexpr int kMostUnswappedPixels = 16;
 
+// Taps in the border are skipped if at most this part of all taps is inside.
+constexpr double kMostInside = 0.93;
+
 // Lookups count in uint16. An entry of a step is at most 4 (signs of 4 channels, or
 // magnitudes of 4 codes of 2 bits), or 16 (magnitudes of 4 codes of 3 bits).
 constexpr int kCountLimit = 65536;
@@ -80,6 +83,13 @@ struct WeightSums {
 struct TapClasses {
   std::vector<int> of;                      // Class of each output row.
   std::vector<std::pair<int, int>> inside;  // Taps [first, last) of each class.
+
+  // The part of all taps of all rows that lies inside.
+  double share(int kernel) const {
+    double sum = 0;
+    for (int i : of) sum += std::max(0, inside[i].second - inside[i].first);
+    return sum / (double(kernel) * of.size());
+  }
 };
 
 TapClasses tap_classes(int out, int in, int kernel, int stride, int step, int before) {
@@ -426,9 +436,11 @@ class LayerBuilder {
     if (c_.form == kLookup)
       return pack_numbers(c_, op_.weights, first_weight_, inputs_, channels_of_number(),
                           layer_.weights->data());
+#ifndef __wasm__  // It has no wide tables, and its module is to be small.
     if (c_.form == kTables)
       return pack_indices(c_, op_.weights, first_weight_, inputs_,
                           layer_.weights->data());
+#endif
     if (c_.form == kPairs)
       return pack_pairs(c_, op_.weights, first_weight_, inputs_,
                         layer_.weights->data());
@@ -585,17 +597,18 @@ class LayerBuilder {
   //
   //   border = all taps - taps inside = total - rectangle [top, bottom) x [left, right)
   //
-  // Other forms and other paddings need no correction. They have one class with all
-  // taps inside, for which the border's sum is 0.
+  // Other forms and other paddings need no correction. If the kernel skips the taps in
+  // the border, sums begin with the part of the taps inside.
   void choose_base() {
     const Window& w = c_.window;
     bool bits = (c_.form == kPlanes || c_.form == kLookup) && c_.a_bits == 1;
     TapClasses rows = {std::vector<int>(c_.out.h), {{0, w.h}}};
     TapClasses cols = {std::vector<int>(c_.out.w), {{0, w.w}}};
-    if (bits && !op_.pad) {
+    if ((bits || c_.form == kPlanes) && !op_.pad) {
       rows = tap_classes(c_.out.h, c_.in.h, w.h, w.stride_h, w.step_h, w.top);
       cols = tap_classes(c_.out.w, c_.in.w, w.w, w.stride_w, w.step_w, w.left);
     }
+    choose_taps(rows, cols);
     size_t stride = size_t{1} * c_.groups * c_.width;
     layer_.base.resize(rows.inside.size() * cols.inside.size() * stride);
     const bool summed = rows.inside.size() * cols.inside.size() > 1 || leaves_out();
@@ -604,17 +617,21 @@ class LayerBuilder {
         std::vector<WeightSums> of_tap(taps());
         if (summed) each(o, [&](int tap, int, const Bits& b) { of_tap[tap].add(b); });
         WeightSums all;
-        TapTotals totals(w.h, w.w);
+        TapTotals totals(w.h, w.w), magnitudes(w.h, w.w);
         for (int tap = 0; tap < taps(); tap++) {
           totals.set(tap / w.w, tap % w.w, of_tap[tap].levels);
+          magnitudes.set(tap / w.w, tap % w.w, of_tap[tap].magnitudes);
           all.add(of_tap[tap]);
         }
         const int64_t inside = left_out(all) - offsets(o);
         size_t at = o;
         for (const auto& r : rows.inside)
           for (const auto& k : cols.inside) {
-            int64_t border = all.levels - totals.sum(r, k);
-            layer_.base[at] = static_cast<int32_t>(inside + border);
+            int64_t base = inside;
+            if (bits)
+              base =
+                  c_.taps ? magnitudes.sum(r, k) : base + all.levels - totals.sum(r, k);
+            layer_.base[at] = static_cast<int32_t>(base);
             at += stride;
           }
       }
@@ -624,6 +641,31 @@ class LayerBuilder {
     c_.row_class = layer_.row_class.data();
     c_.col_class = layer_.col_class.data();
     c_.col_classes = static_cast<int>(cols.inside.size());
+  }
+
+  // Lists the steps of each class of pixels if kPlanes skips the others, which are in
+  // the border. It does not if only few are, because tiles of pixels of one class need
+  // an order of their own, and if there are too many classes.
+  void choose_taps(const TapClasses& rows, const TapClasses& cols) {
+    const Window& w = c_.window;
+    const size_t classes = rows.inside.size() * cols.inside.size();
+    if (c_.form != kPlanes || classes > kMostClasses ||
+        rows.share(w.h) * cols.share(w.w) > kMostInside)
+      return;
+    const int tap = c_.steps / taps(), row = w.w * tap;
+    layer_.taps.resize(classes);
+    Taps* to = layer_.taps.data();
+    for (const auto& y : rows.inside)
+      for (const auto& x : cols.inside) {
+        const int height = std::max(0, y.second - y.first);
+        const int width = std::max(0, x.second - x.first);
+        Taps steps = {height, y.first * row + x.first * tap, width * tap, row};
+        if (width == w.w) steps = {1, steps.first, height * row, row};
+        if (!width || !height) steps.runs = 0;
+        *to++ = steps;
+      }
+    c_.taps = layer_.taps.data();
+    c_.tap_classes = static_cast<int>(classes);
   }
 
   // A pixel of padding in the form of the layer. Pixels that are no codes are padded by

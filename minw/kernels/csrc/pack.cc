@@ -7,7 +7,6 @@
 // transposed, and then a few operations make a number of each of them.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "engine.h"
 
@@ -207,13 +206,11 @@ void pack_indices(const Conv& c, const Weights& weights, uint64_t first, int inp
   const int taps = c.window.h * c.window.w, digits = c.fold, bits = c.w_bits;
   const int tap_steps = c.steps / taps;
   // The index of a step by the bits of its weights, one plane after the other.
-  std::vector<uint8_t> index(size_t{1} << digits * bits);
-  for (size_t planes = 0; planes < index.size(); planes++) {
+  uint8_t index[256];
+  for (int planes = 0; planes < 1 << digits * bits; planes++) {
     int number = 0;
     for (int i = digits - 1; i >= 0; i--) {
-      auto bit = [&](int plane) {
-        return static_cast<int>(planes >> (plane * digits + i) & 1);
-      };
+      auto bit = [&](int plane) { return planes >> (plane * digits + i) & 1; };
       int code = bits == 1 ? 1 : bit(1) + (bits == 3 ? 2 * bit(2) : 0);
       if (!bit(0)) code = -code;
       number = bits == 1 ? 2 * number + bit(0)

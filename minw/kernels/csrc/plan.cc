@@ -234,6 +234,8 @@ Places scratch_places(const Plan& plan, size_t images) {
   p.pixels = part(kChunk * sizeof(void*));
   p.base = part(kChunk * sizeof(void*));
   p.sums = part(kChunk * sizeof(int32_t));
+  p.kind = part(kChunk * sizeof(int32_t));
+  p.order = part(kChunk * sizeof(int32_t));
   p.acc = part(needs.image.acc * images + needs.acc);
   p.gathered = part(needs.gathered);
   p.counts = part(needs.counts);
@@ -250,6 +252,8 @@ Work work_in(char* scratch, const Places& places, int thread, size_t images) {
   work.pixels = reinterpret_cast<const char**>(own + places.pixels);
   work.base = reinterpret_cast<const int32_t**>(own + places.base);
   work.sums = reinterpret_cast<int32_t*>(own + places.sums);
+  work.kind = reinterpret_cast<int32_t*>(own + places.kind);
+  work.order = reinterpret_cast<int32_t*>(own + places.order);
   work.gathered = reinterpret_cast<uint8_t*>(own + places.gathered);
   work.counts = reinterpret_cast<uint16_t*>(own + places.counts);
   work.images = static_cast<int>(images);
