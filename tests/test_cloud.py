@@ -343,7 +343,11 @@ def copies_of_a_run(service, folder):
 @pytest.mark.slow
 def test_a_run_killed_at_any_kind_of_request_goes_on(
     service, folder, expected, tmp_path, monkeypatch):
-  """With MINW_MOMENTS=all at each kind, otherwise at twelve or more of them."""
+  """With MINW_MOMENTS=all at each kind, otherwise at twelve or more of them.
+
+  The service accepts a write a second for each object.
+  """
+  service.seconds_between_writes = 1.0
   copies = copies_of_a_run(service, folder)
   every = 1 if os.environ.get("MINW_MOMENTS") == "all" else len(copies) // 12
   assert every > 0

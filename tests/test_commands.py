@@ -203,6 +203,8 @@ def test_documented_overrides_are_accepted_by_the_first_config(run):
   found = set(re.findall(r"`(--config\.\w+=[^`]+)`", text))
   assert len(found) > 5 and any("histogram_layers" in flag for flag in found)
   for flag in found:
+    if "gs://" in flag:  # The bucket would be asked for its data sets.
+      continue
     argv = ["--config=experiments/digits_convnet.py", "--workdir=x", *shlex.split(flag)]
     result = accepted(run, "minw.main", argv)
     assert result.code == 0, (flag, result.err)
