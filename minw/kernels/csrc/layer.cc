@@ -88,7 +88,7 @@ struct TapClasses {
   double share(int kernel) const {
     double sum = 0;
     for (int i : of) sum += std::max(0, inside[i].second - inside[i].first);
-    return sum / (double(kernel) * of.size());
+    return sum / (static_cast<double>(kernel) * static_cast<double>(of.size()));
   }
 };
 
