@@ -9,7 +9,9 @@
      torn    the first half of the bytes is written, and the process gets SIGKILL
      term    the process gets SIGTERM, and the operation succeeds
      int     the process gets SIGINT, and the operation succeeds
-     past    the clock is an hour behind from then on
+     past    the clock is a minute behind from then on. Libraries of others may wait
+             for a time of this clock, and then wait a minute longer if it is set back
+             meanwhile.
      full    no bytes, files or directories can be added from then on (ENOSPC)
      bad     all operations fail from then on (EIO)
      locked  all operations fail from then on (EROFS)
@@ -185,6 +187,6 @@ OPENS(openat64, (int at, const char *path, int flags, ...), at, at, path)
 int clock_gettime(clockid_t clock, struct timespec *time) {
   REAL(clock_gettime);
   int result = real(clock, time);
-  if (behind && clock == CLOCK_REALTIME) time->tv_sec -= 3600;
+  if (behind && clock == CLOCK_REALTIME) time->tv_sec -= 60;
   return result;
 }
