@@ -611,7 +611,7 @@ class LayerBuilder {
     choose_taps(rows, cols);
     size_t stride = size_t{1} * c_.groups * c_.width;
     layer_.base.resize(rows.inside.size() * cols.inside.size() * stride);
-    const bool summed = rows.inside.size() * cols.inside.size() > 1 || leaves_out();
+    const bool summed = leaves_out();  // Otherwise no weights are needed.
     if (c_.form != kFloat32)
       for (int o = 0; o < c_.out.c; o++) {
         std::vector<WeightSums> of_tap(taps());
@@ -623,14 +623,15 @@ class LayerBuilder {
           magnitudes.set(tap / w.w, tap % w.w, of_tap[tap].magnitudes);
           all.add(of_tap[tap]);
         }
-        const int64_t inside = left_out(all) - offsets(o);
+        const int64_t whole = left_out(all) - offsets(o);
         size_t at = o;
         for (const auto& r : rows.inside)
           for (const auto& k : cols.inside) {
-            int64_t base = inside;
-            if (bits)
-              base =
-                  c_.taps ? magnitudes.sum(r, k) : base + all.levels - totals.sum(r, k);
+            int64_t base = whole;
+            if (bits && c_.taps)
+              base = magnitudes.sum(r, k);
+            else if (bits)
+              base += all.levels - totals.sum(r, k);
             layer_.base[at] = static_cast<int32_t>(base);
             at += stride;
           }
