@@ -3,6 +3,9 @@
 Packed networks hold configs too. Therefore this module needs no module of training.
 """
 
+# Fields that depend on the machine. Results do not depend on them.
+MACHINE = ("cache_dir", "data_dir", "data_workers")
+
 # Default and description of each field, by section. All configs have the same fields.
 FIELDS = {
     "Data": {

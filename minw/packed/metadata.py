@@ -26,7 +26,7 @@ from minw import text
 
 # Fields of a config that say where a run was computed. Packed networks are shared with
 # others, whom this does not concern.
-LOCAL = ("cache_dir", "data_dir", "data_workers", "init_from", "teacher")
+LOCAL = (*config_fields.MACHINE, "init_from", "teacher")
 
 # Largest metadata in a file. Python objects take about 30 times more.
 MAX_BYTES = 2**22

@@ -24,6 +24,7 @@ import pathlib
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from minw import config as config_lib
+from minw import config_fields
 from minw import errors
 from minw import files
 from minw import json_files
@@ -33,7 +34,7 @@ from minw.workdir import environment
 from minw.workdir import metrics
 from minw.workdir import run_files
 
-LOCAL = ("cache_dir", "data_dir", "data_workers")  # Fields that depend on the machine.
+LOCAL = config_fields.MACHINE
 _RATES = ("examples_per_second", "decode_rate")
 NOT_COPIED = ", ".join([
     "checkpoints", "TensorBoard's files", *LOCAL, *_RATES, "measurements by layer"])

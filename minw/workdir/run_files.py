@@ -10,6 +10,7 @@ import logging
 from typing import Any, ContextManager, Iterator
 
 from minw import config as config_lib
+from minw import config_fields
 from minw import distributed
 from minw import errors
 from minw import files
@@ -143,7 +144,7 @@ def check_claimed(workdir: str, config: Any) -> None:
   """
   errors.check(_has_config(workdir), "workdir", workdir,
                "one place that all processes see")
-  local = {name: config[name] for name in ("cache_dir", "data_dir", "data_workers")}
+  local = {name: config[name] for name in config_fields.MACHINE}
   claimed = config_lib.copy(read_config(workdir), **local)
   different = config_lib.differing_fields(claimed, config)
   if different:
