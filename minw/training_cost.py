@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from minw import errors
-from minw import train
+from minw import train_step
 from minw.experiment import Experiment
 
 _MIB = 2 ** 20
@@ -50,9 +50,9 @@ def of_step(experiment: Experiment) -> StepCost:
   teacher = experiment.config.teacher
   errors.check(not teacher, "config.teacher", teacher,
                "left out: the step is measured without a teacher")
-  state = train.abstract_state(experiment)
+  state = train_step.abstract_state(experiment)
   batch = experiment.data.abstract_batch()
-  lowered = train.make_train_step(experiment).lower(state, *batch)
+  lowered = train_step.make_train_step(experiment).lower(state, *batch)
   devices = experiment.replicated.mesh.size
   # Counts of the compiled program depend on XLA's fusions and kernels.
   operations = lowered.cost_analysis()["flops"] / devices

@@ -123,7 +123,7 @@ def _run(module: str, argv: list[str], folder: str, env: dict[str, str],
     resource.setrlimit(
         resource.RLIMIT_AS, (pages * resource.getpagesize() + memory,) * 2)
   if not trains:
-    sys.modules["minw.train"].make_train_step = lambda _: os._exit(TRAINING)
+    sys.modules["minw.train_step"].make_train_step = lambda _: os._exit(TRAINING)
   sys.argv = [module, *argv]
   try:
     if code is not None:

@@ -21,6 +21,7 @@ from minw import files
 from minw import paths
 from minw import plots
 from minw import train
+from minw import train_step
 from minw.experiment import Experiment
 from minw.workdir import checkpoint
 from minw.workdir import metrics
@@ -51,7 +52,7 @@ def busy_config(**changes):
 
 _experiment = functools.cache(lambda text: Experiment(config_lib.from_json(text)))
 forget_experiments = _experiment.cache_clear
-programs = {name: functools.cache(getattr(train, name)) for name in (
+programs = {name: functools.cache(getattr(train_step, name)) for name in (
     "abstract_state", "make_train_step", "make_reestimate", "make_weight_report")}
 _evaluator = functools.cache(evaluate.Evaluator)
 
@@ -63,12 +64,12 @@ def experiment_of(config):
 
 @functools.cache
 def fresh_state(seed=0, ema_decay=0.0):
-  """`train.init_state` of the tiny network, in NumPy."""
+  """`train_step.init_state` of the tiny network, in NumPy."""
   experiment = experiment_of(tiny_config(seed=seed, ema_decay=ema_decay))
   return jax.device_get(jax.jit(lambda: _init_state(experiment))())
 
 
-_init_state = train.init_state
+_init_state = train_step.init_state
 
 
 @contextlib.contextmanager
@@ -86,10 +87,10 @@ def shared_programs(draw=False):
     for module in (train, evaluate):
       patch.setattr(module, "Experiment", lambda c: fresh_state(c.seed, c.ema_decay)
                     and experiment_of(c))
-    patch.setattr(train, "init_state", lambda experiment: jax.tree.map(
+    patch.setattr(train_step, "init_state", lambda experiment: jax.tree.map(
         jnp.asarray, fresh_state(experiment.config.seed, experiment.config.ema_decay)))
     for name, make in programs.items():
-      patch.setattr(train, name, make)
+      patch.setattr(train_step, name, make)
     patch.setattr(evaluate, "Evaluator", _evaluator)
     writers, make_writer = [], metrics.Writer
     patch.setattr(metrics, "Writer", lambda *a: writers.append(make_writer(*a))
@@ -119,7 +120,7 @@ def run_with(action, config, workdir):
         action(int(state.step), state) or state, *batch)
 
   with shared_programs() as patch:
-    patch.setattr(train, "make_train_step", make_train_step)
+    patch.setattr(train_step, "make_train_step", make_train_step)
     return train.train_and_evaluate(config, str(workdir))
 
 

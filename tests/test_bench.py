@@ -18,7 +18,7 @@ import pytest
 from minw import config as config_lib
 from minw import errors
 from minw import packed
-from minw import train
+from minw import train_step
 from minw.bench import data
 from minw.bench import engines
 from minw.bench import float_networks
@@ -190,7 +190,7 @@ def test_torch_crops_as_we_do(tmp_path):
 def test_torch_network_is_ours(changes):
   torch = pytest.importorskip("torch", reason="PyTorch is not installed")
   experiment = float_experiment(**changes)
-  state = jax.jit(lambda: train.init_state(experiment))()
+  state = jax.jit(lambda: train_step.init_state(experiment))()
   generator = np.random.default_rng(0)
   images = generator.normal(0, 1, (16, *experiment.image_shape)).astype(np.float32)
   logits, changed = jax.jit(lambda: experiment.model.apply(

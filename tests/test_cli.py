@@ -30,6 +30,7 @@ from minw import config as config_lib
 from minw import dependencies
 from minw import errors
 from minw import train
+from minw import train_step
 from minw import usage
 
 DIGITS = str(ROOT / "experiments" / "digits_convnet.py")
@@ -373,7 +374,7 @@ def tiny_config(**changes):
 ])
 def test_workdirs(folder, monkeypatch, workdir, message):
   monkeypatch.chdir(folder)
-  monkeypatch.setattr(train, "make_train_step", None)
+  monkeypatch.setattr(train_step, "make_train_step", None)
   with pytest.raises(errors.UsageError) as error:
     train.train_and_evaluate(tiny_config(), workdir)
   assert begins(str(error.value), message)
@@ -391,7 +392,7 @@ def test_workdirs(folder, monkeypatch, workdir, message):
 ])
 def test_nothing_is_written_before_all_is_there(folder, monkeypatch, changes, message):
   monkeypatch.chdir(folder)
-  monkeypatch.setattr(train, "make_train_step", None)
+  monkeypatch.setattr(train_step, "make_train_step", None)
   with pytest.raises(errors.UsageError) as error:
     train.train_and_evaluate(tiny_config(**changes), "new")
   assert message in str(error.value)

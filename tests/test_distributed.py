@@ -41,20 +41,20 @@ from short_runs import write_config
 COMMAND = '''
 import os, runpy, signal, time
 import jax
-from minw import train
+from minw import train_step
 from minw.workdir import checkpoint
 
-make, save = train.make_train_step, checkpoint.save
+make, save = train_step.make_train_step, checkpoint.save
 
 def make_train_step(experiment):
-  train_step = make(experiment)
+  program = make(experiment)
   def call(state, *batch):
     step, process = int(state.step), jax.process_index()
     {}
-    return train_step(state, *batch)
+    return program(state, *batch)
   return call
 
-train.make_train_step = make_train_step
+train_step.make_train_step = make_train_step
 runpy.run_module("minw.main", run_name="__main__", alter_sys=True)
 '''
 
@@ -204,7 +204,7 @@ kind, coordinator, count, process, path, text = sys.argv[1:]
 if kind == "float64":  # All that asks for float32.
   jax.config.update("jax_enable_x64", True)
   jnp.float32 = jnp.float64
-from minw import config as config_lib, distributed, train
+from minw import config as config_lib, distributed, train_step
 from minw.experiment import Experiment
 if int(count) > 1:
   distributed.initialize(coordinator, int(count), int(process))
@@ -219,11 +219,11 @@ for step in (0, 30):
     assert len(part.sharding.device_set) == len(jax.devices())
     assert part.addressable_shards[0].data.shape[0] * len(jax.devices()) == len(part)
     found[f"{name}{step}"] = distributed.whole(part)
-state = train.make_init_state(experiment)()
-train_step = train.make_train_step(experiment)
+state = train_step.make_init_state(experiment)()
+take_step = train_step.make_train_step(experiment)
 batches = experiment.data.train_batches(data, 0)
 for step in range(5):
-  state, loss = train_step(state, *next(batches))
+  state, loss = take_step(state, *next(batches))
   found[f"loss{step}"] = np.asarray(loss)
   if step in (0, 4):
     tree = state.opt_state[0].trace if step == 0 else state.params

@@ -19,6 +19,7 @@ from minw import pack
 from minw import packed
 from minw import quantizers
 from minw import train
+from minw import train_step
 from minw import verify
 from minw.data import batches
 from minw.data import datasets
@@ -147,10 +148,10 @@ def test_digits():
 
 def take_a_step(experiment, data):
   """One training step from the start; the state before and after, and the loss."""
-  state = experiment.jit(lambda: train.init_state(experiment))()
+  state = experiment.jit(lambda: train_step.init_state(experiment))()
   before = jax.device_get(state)
   order = jnp.arange(experiment.info.splits["train"], dtype=jnp.int32)
-  after, loss = train.make_train_step(experiment)(state, data, order)
+  after, loss = train_step.make_train_step(experiment)(state, data, order)
   return before, jax.device_get(after), float(loss)
 
 
@@ -449,7 +450,7 @@ def test_an_epoch_of_one_batch():
 
 def test_init_from_a_run_of_other_shapes(monkeypatch):
   other = Experiment(tiny_config(conv_widths=(4, 7)))
-  tree = jax.eval_shape(lambda: train.init_state(other))._asdict()
+  tree = jax.eval_shape(lambda: train_step.init_state(other))._asdict()
   saved = type("Saved", (), {"step": 0, "tree": tree})
   monkeypatch.setattr(train.checkpoint, "read_run",
                       lambda workdir, data_dir: train.checkpoint.Run(None, saved, {}))

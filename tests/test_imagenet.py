@@ -37,6 +37,7 @@ from minw import pack
 from minw import packed
 from minw import prepare
 from minw import train
+from minw import train_step
 from minw import verify
 from minw.data import datasets
 from minw.data import imagenet
@@ -305,7 +306,7 @@ def fixed_logits(logits, images, *_, **__):
 @contextlib.contextmanager
 def stop_after(monkeypatch, count):
   """The training loop is told to stop, as by SIGTERM, after `count` steps."""
-  make = train.make_train_step
+  make = train_step.make_train_step
 
   def make_train_step(experiment):
     step, calls = make(experiment), iter(range(1, 10**6))
@@ -318,7 +319,7 @@ def stop_after(monkeypatch, count):
     return counted
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, "make_train_step", make_train_step)
+    patch.setattr(train_step, "make_train_step", make_train_step)
     yield
 
 

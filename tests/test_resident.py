@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minw import config as config_lib
-from minw import train
+from minw import train_step
 from minw.data import batches
 from minw.data import datasets
 from minw.data import pixels as pixels_lib
@@ -210,12 +210,12 @@ def test_batch_t_is_a_function_of_seed_and_step(monkeypatch):
   experiment.jit = lambda function, out_shardings=None, **options: jax.jit(
       function, **options)
   data = experiment.data.load("train")
-  monkeypatch.setattr(train, "update", lambda experiment, state, *batch: (
+  monkeypatch.setattr(train_step, "update", lambda experiment, state, *batch: (
       state._replace(step=state.step + 1), batch))
-  step_and_batch = train.make_train_step(experiment)
+  step_and_batch = train_step.make_train_step(experiment)
 
   def batch_at(step, then=1):
-    state = train.TrainState(jnp.int32(step), (), (), (), (), ())
+    state = train_step.TrainState(jnp.int32(step), (), (), (), (), ())
     for t in range(step, step + then):
       # Each asks anew, in whatever place of an epoch it starts.
       place = next(experiment.data.train_batches(data, t))

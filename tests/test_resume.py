@@ -16,6 +16,7 @@ import pytest
 from minw import evaluate
 from minw import stopping
 from minw import train
+from minw import train_step
 from minw.workdir import checkpoint
 import short_runs
 from short_runs import EPOCH
@@ -351,8 +352,8 @@ import glob, os, re, sys, time
 number, moment, workdir = os.environ["END_AT"].split(":")
 end = lambda: os.kill(os.getpid(), int(number))
 if moment.startswith("step "):
-  from minw import train
-  make = train.make_train_step
+  from minw import train_step
+  make = train_step.make_train_step
   def make_train_step(experiment):
     step = make(experiment)
     def wrapped(state, *batch):
@@ -362,7 +363,7 @@ if moment.startswith("step "):
         end()
       return step(state, *batch)
     return wrapped
-  train.make_train_step = make_train_step
+  train_step.make_train_step = make_train_step
 else:
   moment, _, count = moment.partition("#")
   event, path = moment.split()
@@ -439,7 +440,7 @@ def test_recipes_that_learn_more_are_resumed(tmp_path, monkeypatch):
       learn_input_thresholds=True, bits_rules=(("norm_conv2", 2),), ema_decay=0.9,
       num_epochs=2)
   experiment = short_runs.experiment_of(config)
-  state = jax.device_get(jax.jit(lambda: train.init_state(experiment))())
+  state = jax.device_get(jax.jit(lambda: train_step.init_state(experiment))())
   monkeypatch.setattr(short_runs, "fresh_state", lambda *_: state)
   run(config, tmp_path / "whole")
   with pytest.raises(Stop):

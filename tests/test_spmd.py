@@ -39,7 +39,7 @@ STEPS = (0, 5, 30)
 FOUND = '''
 import os, signal, sys
 import jax, numpy as np
-from minw import config as config_lib, errors, evaluate, train
+from minw import config as config_lib, errors, evaluate, train, train_step
 from minw.experiment import Experiment
 
 config, folder = config_lib.from_json(sys.argv[1]), sys.argv[2]
@@ -70,7 +70,7 @@ for step in (0, 5, 30):
 
 # A run that ends before its step 30, and what it made its programs of.
 steps, programs, evaluators = [], [], []
-make_train_step, Evaluator = train.make_train_step, evaluate.Evaluator
+make_train_step, Evaluator = train_step.make_train_step, evaluate.Evaluator
 
 def make(experiment):
   train_step = make_train_step(experiment)
@@ -91,7 +91,7 @@ def make_evaluator(experiment):
   evaluators.append(Evaluator(experiment))
   return evaluators[-1]
 
-train.make_train_step, evaluate.Evaluator = make, make_evaluator
+train_step.make_train_step, evaluate.Evaluator = make, make_evaluator
 status = train.train_and_evaluate(config, f"{folder}/run")
 assert status == {"state": "preempted", "step": 31}, status
 assert [program._cache_size() for program in programs] == [1]
@@ -213,15 +213,15 @@ def test_one_device_goes_on(four, tmp_path):
 SHARDED = '''
 import os, signal, sys
 import jax, numpy as np
-from minw import config as config_lib, train
+from minw import config as config_lib, train_step
 from minw.experiment import Experiment
 
 config, folder = config_lib.from_json(sys.argv[1]), sys.argv[2]
 found = {}
 for name, shard in (("whole", False), ("parts", True)):
   experiment = Experiment(config_lib.copy(config, shard_optimizer=shard))
-  state = train.make_init_state(experiment)()
-  step = train.make_train_step(experiment)
+  state = train_step.make_init_state(experiment)()
+  step = train_step.make_train_step(experiment)
   batches = experiment.data.train_batches(experiment.data.load("train"), 0)
   for _ in range(5):
     state, _ = step(state, *next(batches))
@@ -234,7 +234,7 @@ for name, shard in (("whole", False), ("parts", True)):
         part.data.nbytes for part in leaf.addressable_shards]
 
 # Whole to parts to whole.
-make = train.make_train_step
+make = train_step.make_train_step
 def make_train_step(experiment):
   train_step = make(experiment)
   def call(state, *batch):
@@ -242,7 +242,7 @@ def make_train_step(experiment):
       os.kill(os.getpid(), signal.SIGTERM)
     return train_step(state, *batch)
   return call
-train.make_train_step = make_train_step
+train_step.make_train_step = make_train_step
 for shard, stops, step in ((False, [5], 6), (True, [20], 21), (False, [], 38)):
   status = train.train_and_evaluate(
       config_lib.copy(config, shard_optimizer=shard), f"{folder}/run")
@@ -298,14 +298,14 @@ def test_parts_and_whole_go_on_with_each_other(sharded, tmp_path):
 AT_SCALE = '''
 import re, resource
 import jax
-from minw import config as config_lib, train
+from minw import config as config_lib, train_step
 from minw.experiment import Experiment
 
 config = config_lib.default_config("imagenet2012")
 config.update(batch_size=32 * 256, eval_batch_size=256)
 experiment = Experiment(config)
-step = train.make_train_step(experiment).lower(
-    train.abstract_state(experiment), *experiment.data.abstract_batch())
+step = train_step.make_train_step(experiment).lower(
+    train_step.abstract_state(experiment), *experiment.data.abstract_batch())
 text = step.compile().as_text()
 examples = {int(found) for found in re.findall(r"f32\\[(\\d+),112,112,64\\]", text)}
 everywhere = len(re.findall(

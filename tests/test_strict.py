@@ -11,7 +11,7 @@ from minw import evaluate
 from minw import histograms
 from minw import infer
 from minw import models
-from minw import train
+from minw import train_step
 from minw.experiment import Experiment
 from minw.kernels import reference
 from minw.kernels import xla
@@ -33,12 +33,12 @@ def trace_a_step(experiment):
   labels = jax.ShapeDtypeStruct((64,), jnp.int32)
   key = jax.eval_shape(lambda: jax.random.key(0))
   state, loss = jax.eval_shape(
-      lambda *arguments: train.update(experiment, *arguments),
-      train.abstract_state(experiment), images, labels, key)
+      lambda *arguments: train_step.update(experiment, *arguments),
+      train_step.abstract_state(experiment), images, labels, key)
   assert (loss.shape, loss.dtype) == ((), jnp.float32)
   shape_of = lambda leaf: (leaf.shape, leaf.dtype)
   assert jax.tree.map(shape_of, state) == jax.tree.map(
-      shape_of, train.abstract_state(experiment))
+      shape_of, train_step.abstract_state(experiment))
 
 
 def test_promotion_is_strict_here():
@@ -98,8 +98,8 @@ def test_batches_and_evaluation():
 def test_a_step_with_all_augmentation():
   experiment = tiny(rotation=20.0, brightness=0.2, contrast=0.2, random_erasing=0.5,
                     mixup=0.2, cutmix=1.0, class_weights="balanced")
-  state = train.abstract_state(experiment)
-  after, loss = jax.eval_shape(train.make_train_step(experiment), state,
+  state = train_step.abstract_state(experiment)
+  after, loss = jax.eval_shape(train_step.make_train_step(experiment), state,
                                *experiment.data.abstract_batch())
   assert (loss.shape, loss.dtype) == ((), jnp.float32)
   assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, state)

@@ -17,7 +17,7 @@ from minw import layers
 from minw import models
 from minw import plots
 from minw import summary
-from minw import train
+from minw import train_step
 from minw.data import datasets
 from minw.data import resident
 
@@ -224,12 +224,12 @@ def test_images_are_those_of_the_first_step(monkeypatch):
   """As the compiled step sees them."""
   run = experiment.Experiment(digits(
       crop_padding=2, rotation=30.0, brightness=0.1, mixup=1.0))
-  monkeypatch.setattr(train, "update", lambda experiment, state, *batch: (
+  monkeypatch.setattr(train_step, "update", lambda experiment, state, *batch: (
       state, batch[:2]))
   monkeypatch.setattr(run, "jit", lambda function, **_: jax.jit(function))
-  step = train.make_train_step(run)
+  step = train_step.make_train_step(run)
   place = next(run.data.train_batches(run.data.load("train"), 0))
-  state = train.TrainState(jnp.int32(0), *5 * [()])
+  state = train_step.TrainState(jnp.int32(0), *5 * [()])
   images, labels = step(state, *place)[1]
   pixels, titles = summary.first_batch(run, 5)
   assert pixels.shape == (5, 8, 8, 1) and pixels.dtype == np.uint8

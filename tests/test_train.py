@@ -29,6 +29,7 @@ from minw import pack
 from minw import packed
 from minw import progress
 from minw import train
+from minw import train_step
 from minw import verify
 from minw.data import augment
 from minw.data import datasets
@@ -148,7 +149,7 @@ def test_train_line_is_the_mean_over_the_epoch(tmp_path):
     return spy
 
   with shared_programs() as patch:
-    patch.setattr(train, "make_train_step", make_train_step)
+    patch.setattr(train_step, "make_train_step", make_train_step)
     train.train_and_evaluate(tiny_config(), str(tmp_path))
   assert [len(epoch) for epoch in losses] == 4 * [EPOCH]
   for line, epoch, right in zip(
@@ -442,7 +443,7 @@ def steps():
                          alpha_per_layer=True),
       "ste": tiny_config(**fields, estimator="ste")}
   return {name: (experiment_of(c),
-                 jax.jit(functools.partial(train.update, experiment_of(c))))
+                 jax.jit(functools.partial(train_step.update, experiment_of(c))))
           for name, c in configs.items()}
 
 
@@ -658,7 +659,7 @@ def test_no_batch_is_reestimated_on_twice(busy, monkeypatch):
   note = lambda params, batch_stats, data, order, i: asked.append(i) or batch_stats
   monkeypatch.setattr(experiment, "jit", lambda _: note)
   batches = itertools.repeat((None, None))
-  train.make_reestimate(experiment)({}, {"mean": jnp.zeros(2)}, batches)
+  train_step.make_reestimate(experiment)({}, {"mean": jnp.zeros(2)}, batches)
   assert asked == list(range(EPOCH))
 
 
@@ -703,7 +704,7 @@ def test_moving_average(averaged):
 
 def test_decay_of_the_moving_average_is_reached():
   for step, decay in ((0, 0.1), (1, 2 / 11), (79, 80 / 89), (80, 0.9), (10**6, 0.9)):
-    got = train.update_ema({"w": jnp.float32(1)}, {"w": jnp.float32(0)},
+    got = train_step.update_ema({"w": jnp.float32(1)}, {"w": jnp.float32(0)},
                            jnp.int32(step), 0.9)
     assert got["w"] == pytest.approx(decay, rel=1e-6)
 
@@ -752,7 +753,7 @@ def save_run(config, workdir):
   """A workdir with a checkpoint of random numbers; these."""
   run_files.claim(str(workdir), config)
   experiment = Experiment(config)
-  shapes = jax.eval_shape(lambda: train.init_state(experiment))
+  shapes = jax.eval_shape(lambda: train_step.init_state(experiment))
   rng = np.random.default_rng(0)
   state = jax.tree_util.tree_map_with_path(
       lambda path, s: np.asarray(rng.uniform(
@@ -848,7 +849,7 @@ def test_loss_with_a_teacher(tmp_path):
   data, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
   images, labels = map(np.asarray, experiment.data.train_inputs(
       data, order, 0, jax.random.key(0)))
-  state = train.make_init_state(experiment)()
+  state = train_step.make_init_state(experiment)()
   every_sign = lambda values, name: sign(values)
   learned, _ = network(jax.device_get(state.params), images, every_sign)
   taught, _ = network(teacher.params, images, every_sign, teacher.batch_stats)
@@ -860,7 +861,7 @@ def test_loss_with_a_teacher(tmp_path):
   p, q = log_softmax(taught / 2), log_softmax(learned / 2)
   soft = 4 * (np.exp(p) * (p - q)).sum(-1).mean()
   assert soft > 0.01
-  _, loss = train.make_train_step(experiment)(state, data, order)
+  _, loss = train_step.make_train_step(experiment)(state, data, order)
   assert float(loss) == pytest.approx(0.25 * hard + 0.75 * soft, rel=1e-4)
 
 
@@ -966,9 +967,9 @@ def test_main_says_how_a_run_ended(tmp_path):
 ], ids=lambda changes: "-".join(str(v) for v in list(changes.values())[:2]))
 def test_methods_that_came_after(changes):
   experiment = Experiment(tiny_config(dense_widths=(), **changes))
-  state = jax.jit(lambda: train.init_state(experiment))()
+  state = jax.jit(lambda: train_step.init_state(experiment))()
   first = jax.device_get(state.params)
-  step = train.make_train_step(experiment)
+  step = train_step.make_train_step(experiment)
   batches = experiment.data.train_batches(experiment.data.load("train"), 0)
   losses = []
   for _ in range(30):
@@ -980,7 +981,7 @@ def test_methods_that_came_after(changes):
   if changes.get("optimizer") == "bop":
     for path in experiment.grid_layers:
       assert (jnp.abs(state.params[path]["kernel"]) == 1).all()
-  codes, distance = train.make_weight_report(experiment)(state.params)
+  codes, distance = train_step.make_weight_report(experiment)(state.params)
   assert all(set(np.unique(code)) == {-1, 1} for code in codes.values())
   assert all(0 <= value < 1.5 for value in distance.values())
 
@@ -1008,7 +1009,7 @@ def test_classes_have_weights_in_the_loss():
   assert weights[labels].mean() == pytest.approx(1) and weights.std() > 0.1
   assert experiment.class_weights == pytest.approx(weights)
 
-  state = train.init_state(experiment)
+  state = train_step.init_state(experiment)
   data, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
   images, labels = experiment.data.train_inputs(data, order, 0, jax.random.key(0))
   variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -1016,7 +1017,7 @@ def test_classes_have_weights_in_the_loss():
       variables, images, 0.5, mode="train", mutable=["batch_stats"],
       rngs={"estimator": jax.random.key(0)})
   losses = cross_entropy(np.asarray(logits, np.float64), np.asarray(labels))
-  after, loss = train.update(experiment, state, images, labels, jax.random.key(0))
+  after, loss = train_step.update(experiment, state, images, labels, jax.random.key(0))
   assert float(loss) == pytest.approx((weights[labels] * losses).mean(), rel=1e-5)
   assert float(loss) != pytest.approx(losses.mean(), rel=1e-3)
   # The accuracy in the record has no weights.
@@ -1025,7 +1026,7 @@ def test_classes_have_weights_in_the_loss():
   # A mixed image has the losses of two labels, each with its own weight.
   share = np.linspace(0, 1, 64, dtype=np.float32)
   mixed = augment.MixedLabels(labels, labels[::-1], share)
-  after, loss = train.update(experiment, state, images, mixed, jax.random.key(0))
+  after, loss = train_step.update(experiment, state, images, mixed, jax.random.key(0))
   other = np.asarray(labels)[::-1]
   expected = share * weights[labels] * losses + (1 - share) * weights[
       other] * cross_entropy(np.asarray(logits, np.float64), other)
@@ -1038,12 +1039,12 @@ def test_classes_have_weights_in_the_loss():
 def test_noise_is_kept_for_so_many_steps():
   keys = []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, "update", lambda experiment, state, images, labels, key, _: (
+    patch.setattr(train_step, "update", lambda _, state, images, labels, key, __: (
         keys.append(jax.random.key_data(key)) or state, images.sum()))
     experiment = Experiment(tiny_config(estimator_noise_steps=3))
     patch.setattr(experiment, "jit", lambda function, **options: function)
-    state = jax.eval_shape(lambda: train.init_state(experiment))
-    step, data = train.make_train_step(experiment), experiment.data.load("train")
+    state = jax.eval_shape(lambda: train_step.init_state(experiment))
+    step, data = train_step.make_train_step(experiment), experiment.data.load("train")
     data, order = next(experiment.data.train_batches(data, 0))
     sums = [step(state._replace(step=i), data, order)[1] for i in range(7)]
   same = [(a == b).all() for a, b in zip(keys, keys[1:])]
@@ -1065,11 +1066,11 @@ def test_ovsw_needs_weights_of_one_bit():
 @pytest.mark.slow
 def test_statistics_are_of_the_learned_steps():
   experiment = Experiment(tiny_config(estimator="lsq", reestimate_batches=1))
-  state = train.init_state(experiment)
+  state = train_step.init_state(experiment)
   params = dict(state.params)
   params["conv1"] = params["conv1"] | {"step": 2 * params["conv1"]["step"]}
   data = experiment.data.load("train")
-  run = lambda params: train.make_reestimate(experiment)(
+  run = lambda params: train_step.make_reestimate(experiment)(
       params, state.batch_stats, experiment.data.train_batches(data, 0))
   a, b = (run(p)["norm_conv1"]["batch_norm"]["var"] for p in (state.params, params))
   np.testing.assert_allclose(b, 4 * a, rtol=1e-4)

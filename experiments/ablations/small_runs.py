@@ -13,7 +13,7 @@ from minw import config as config_lib
 from minw import evaluate
 from minw import layers
 from minw import plots
-from minw import train
+from minw import train_step
 from minw.data import resident
 from minw.experiment import Experiment
 from minw.report import comparison
@@ -47,7 +47,8 @@ def accuracies(config: Any, seeds: Sequence[int] = SEEDS) -> dict[int, float]:
   with other random numbers.
   """
   experiment = Experiment(config)
-  step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
+  step = experiment.jit(
+      functools.partial(train_step.update, experiment), donate_argnums=0)
   batch = experiment.jit(experiment.data.train_inputs)
   epoch_order = experiment.jit(functools.partial(
       resident.epoch_order, size=experiment.info.splits["train"]))
@@ -55,10 +56,10 @@ def accuracies(config: Any, seeds: Sequence[int] = SEEDS) -> dict[int, float]:
   @experiment.jit
   def init(seed):
     variables = layers.initialize(experiment.model, experiment.image_shape, seed)
-    return train.init_state(experiment)._replace(
+    return train_step.init_state(experiment)._replace(
         **variables, opt_state=experiment.optimizer.init(variables["params"]))
 
-  reestimate = train.make_reestimate(experiment)
+  reestimate = train_step.make_reestimate(experiment)
   evaluator = evaluate.Evaluator(experiment)
   data, test = experiment.data.load("train"), experiment.data.load("test")
   results = {}

@@ -8,7 +8,7 @@ import jax
 from minw import config as config_lib
 from minw import config_flag
 from minw import summary
-from minw import train
+from minw import train_step
 from minw.bench import timing
 from minw.bench import train as bench_train
 from minw.experiment import Experiment
@@ -52,9 +52,10 @@ def _measure(experiment: Experiment, rounds: int) -> dict[str, Any]:
   # With optimization, compiling the initialization would take as long as compiling the
   # step.
   state = experiment.jit(
-      lambda: train.init_state(experiment),
+      lambda: train_step.init_state(experiment),
       compiler_options={"xla_backend_optimization_level": 0})()
-  step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
+  step = experiment.jit(
+      functools.partial(train_step.update, experiment), donate_argnums=0)
   run = bench_train.run_of(step, state, *batch, key)
   seconds = timing.measure({"step": run}, rounds)
   network = summary.summarize(experiment.layers)

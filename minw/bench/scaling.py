@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Sequence
 import jax
 
 from minw import errors
-from minw import train
+from minw import train_step
 from minw.experiment import Experiment
 
 DEVICES = 8
@@ -96,8 +96,8 @@ def compile_step(config: Any) -> tuple[int, float, list[Collective]]:
     errors.UsageError: The config cannot be run.
   """
   experiment = Experiment(config)
-  state = train.abstract_state(experiment)
-  lowered = train.make_train_step(experiment).lower(
+  state = train_step.abstract_state(experiment)
+  lowered = train_step.make_train_step(experiment).lower(
       state, *experiment.data.abstract_batch())
   # Operations are counted before compilation. Later counts depend on XLA's fusions.
   operations = lowered.cost_analysis()["flops"] / config.batch_size

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from minw import config as config_lib
 from minw import errors
 from minw import places
-from minw import train
+from minw import train_step
 from minw.bench import timing
 from minw.bench import train as bench_train
 from minw.data import resident
@@ -51,22 +51,22 @@ def _one_program(config: Any, seeds: int) -> Callable[[], None]:
   data, _ = bench_train.random_batch(experiment)
   size = experiment.info.splits["train"]
 
-  def train_step(state, seed, order, data):
+  def one_step(state, seed, order, data):
     batch_key, noise_key = jax.random.split(
         jax.random.fold_in(jax.random.key(seed), state.step))
     batch = experiment.data.train_inputs(
         data, order, state.step % experiment.steps_per_epoch, batch_key)
-    return train.update(experiment, state, *batch, noise_key)[0]
+    return train_step.update(experiment, state, *batch, noise_key)[0]
 
   numbers = jnp.arange(seeds)
   orders = jax.vmap(lambda seed: resident.epoch_order(seed, 0, size))(numbers)
-  state = train.make_init_state(experiment)()
+  state = train_step.make_init_state(experiment)()
   if seeds > 1:
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds), state)
-    train_step = jax.vmap(train_step, in_axes=(0, 0, 0, None))
+    one_step = jax.vmap(one_step, in_axes=(0, 0, 0, None))
   else:  # A single seed is trained as in `minw.main`, without a vmapped dimension.
     numbers, orders = numbers[0], orders[0]
-  step = experiment.jit(train_step, donate_argnums=0)
+  step = experiment.jit(one_step, donate_argnums=0)
 
   def ten_steps():
     nonlocal state

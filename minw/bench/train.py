@@ -10,7 +10,7 @@ import numpy as np
 from minw import config as config_lib
 from minw import titles
 from minw import traces
-from minw import train
+from minw import train_step
 from minw.bench import timing
 from minw.data.batches import Examples
 from minw.experiment import Experiment
@@ -56,13 +56,14 @@ def bench_train(
   key = jax.random.key(config.seed)
   batch = aqe.jit(aqe.data.train_inputs)(data, order, 0, key)
 
-  init = aqe.jit(lambda: train.init_state(aqe))  # All three networks start with it.
+  init = aqe.jit(lambda: train_step.init_state(aqe))  # All three start with it.
   state = jax.device_put(init(), aqe.replicated)
   runs = {}
   for name, experiment in (("float32", floats), ("ste", ste), ("aqe", aqe)):
-    step = experiment.jit(functools.partial(train.update, experiment), donate_argnums=0)
+    step = experiment.jit(
+        functools.partial(train_step.update, experiment), donate_argnums=0)
     runs[name] = run_of(step, state, *batch, key)
-  runs["aqe with data"] = run_of(train.make_train_step(aqe), state, data, order)
+  runs["aqe with data"] = run_of(train_step.make_train_step(aqe), state, data, order)
   theirs, left_out = torch_runs(floats, *map(np.asarray, batch))
   seconds = timing.measure(runs | theirs, rounds)
   if trace:
@@ -112,7 +113,7 @@ def random_batch(experiment: Experiment) -> tuple[Examples, Any]:
       arrays, (examples, order))
 
 
-def run_of(step: Callable, state: train.TrainState, *arguments: Any) -> timing.Run:
+def run_of(step: Callable, state: train_step.TrainState, *arguments: Any) -> timing.Run:
   """Returns a function that runs a compiled step, starting from a copy of `state`.
 
   Args:
