@@ -135,14 +135,15 @@ def fold_kernel(
   """
   if not quantizers.is_grid(bits) or isinstance(bits, str):
     return np.asarray(_round_to(kernel, str(bits)))
-  kernel = _without_denormals(np.asarray(kernel, np.float64))
+  kernel = np.asarray(kernel, np.float64)
   if step is not None:
-    kernel = _without_denormals(kernel / np.asarray(step, np.float64))
+    kernel = _without_denormals(kernel) / np.asarray(step, np.float64)
     in_units: Any = quantizers.unit_thresholds(bits, thresholds)
     rule, thresholds = "fixed", in_units
   magnitudes = quantizers.level_magnitudes(bits)
   if bits == 1:
-    return np.where(kernel > 0, magnitudes[0], -magnitudes[0])
+    return np.where(kernel >= quantizers.SMALLEST, magnitudes[0], -magnitudes[0])
+  kernel = _without_denormals(kernel)
   factors = quantizers.weight_factors(bits, rule, thresholds)
   axes = tuple(range(kernel.ndim - 1)) if rule == "channel_mean" else None
   unit = 1.0 if rule == "fixed" else np.abs(kernel).mean(axes)
@@ -454,7 +455,8 @@ class _Folding:
   def _check_again(self, name, leaves):
     """Checks that further calls of a layer give the same variables, bit for bit."""
     before = self._made.setdefault(name, leaves)
-    if any(a.tobytes() != b.tobytes() for a, b in zip(before, leaves)):
+    if before is not leaves and any(
+        a.tobytes() != b.tobytes() for a, b in zip(before, leaves)):
       raise structure.refusal(
           f"{name}: is called more than once, with inputs that need different hard"
           " networks (another bound, unit or scale); use one layer for each call")
