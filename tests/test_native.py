@@ -116,6 +116,32 @@ def test_wide_tables(monkeypatch, bits, weights, seed, outputs):
   assert f"W{weights}A{bits} wide table lookup" in kernels
 
 
+@pytest.mark.skipif("vbmi" not in ISAS, reason="the CPU has no lookups of 64 bytes")
+@pytest.mark.parametrize("size", ((9, 22), (8, 13), (5, 4)), ids=range(3))
+def test_channels_select_wide_tables(monkeypatch, size):
+  """Chunks have three, two and one vectors of pixels. Sums are the largest ones.
+
+  A window has 550 steps, which are more than a block, and 3200 weights, the magnitude
+  of which is 4. All signs of an output channel agree with those of its inputs, or none.
+  """
+  monkeypatch.setenv("MINW_ISA", "vbmi")
+  b = Builder(np.random.default_rng(0), (*size, 3))
+  x = b.threshold(b.conv(0, 1, 128, (1, 1), pads=(0, 0, 0, 0)), 1)
+  x = b.conv(x, 3, 34, (5, 5), pads=(2, 2, 2, 2))
+  program = b.end(b.threshold(x, 1))
+  image = images(program, 1)[:, :1, :1].repeat(size[0], 1).repeat(size[1], 2)
+  signs = reference.run(program, image)[2][0, 0, 0]  # Those of all pixels.
+  conv = program.ops[2]
+  kernel = np.zeros_like(conv.kernel) + 3 * np.int8([1, -1] * 17)[:, None, None, None]
+  ops = (*program.ops[:2], conv._replace(kernel=kernel * signs), *program.ops[3:])
+  network = native.load(packed.to_bytes(program._replace(ops=ops)))
+  assert network.layers()[2][1] == "W3A1 wide table lookup"
+  rows, columns = (np.minimum(np.arange(n), 2) + np.minimum(np.arange(n)[::-1], 2) + 1
+                   for n in size)  # Taps inside the map.
+  want = 4 * 128 * np.outer(rows, columns)[..., None] * np.int32([1, -1] * 17)
+  np.testing.assert_array_equal(network.values(image)[3][0], want)
+
+
 def check_all_geometry(rng, bits, weights, outputs) -> list[str]:
   """Checks strides, dilation, borders, pooling and several images.
 

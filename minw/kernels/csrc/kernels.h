@@ -71,12 +71,10 @@ constexpr int kTilePixels = 2 * kTileRows;
 // that are in the upper part of an int16.
 constexpr int kPairsWidth = 16, kPairsUpper = 12;
 
-// The channels of a step of kTables.
-constexpr int table_channels(int w_bits) {
-  return w_bits == 1 ? 6 : w_bits == 2 ? 4 : 2;
-}
+// The channels of a step of kTables, by the bits of the codes that select entries.
+constexpr int table_channels(int bits) { return bits == 1 ? 6 : bits == 2 ? 4 : 2; }
 
-// Output channels of a vector of kTables, and vectors of a group.
+// Output channels of a vector of kTables, and vectors of a group, unless swapped.
 constexpr int kTableColumns = 64, kTableVectors = 4;
 
 constexpr int kRowSlack = 32;      // Bytes that may be written past a gathered row.
@@ -153,7 +151,7 @@ struct Conv {
   bool multiplied;          // Weights are numbers, not masks (kInt16, kInt32).
   const int32_t* channels;  // Input channel of each element; null if in order.
 
-  int row_bytes;           // Bytes of a pixel's window in work.gathered (kLookup).
+  int row_bytes;           // Bytes of a pixel's window in work.gathered, or 0.
   uint64_t expanded;       // Bytes of a group's weights in work.gathered (kTiles).
   int pixel_bytes;         // Bytes of a pixel in `form`.
   int padded_h, padded_w;  // Size of the input with its border.

@@ -26,6 +26,9 @@ constexpr int kMinTilePixels = 24;
 // Columns of lookups come in vectors of this many bytes.
 constexpr int kLookupColumns = 32;
 
+// The number of two codes of 0, which are digits of base 7, as pack_numbers stores it.
+constexpr int kZeroNumber = 2 * (3 + 7 * 3);
+
 // Swapped lookups hold pixels in the lanes of vectors. With at most this many output
 // pixels, half of the lanes would be empty, and counting bits is faster.
 constexpr int kMostUnswappedPixels = 16;
@@ -214,10 +217,12 @@ class LayerBuilder {
       c_.width = kTileWidth;
     } else if (isa_->tables) {
       c_.form = kTables;
-      c_.fold = table_channels(w);
+      c_.swapped = w == 3 && a == 1 && !few_pixels();
+      c_.fold = table_channels(c_.swapped ? a : w);
       c_.numbers = c_.fold / 2;
       c_.width =
           kTableColumns * std::min(divided_up(c_.out.c, kTableColumns), kTableVectors);
+      if (c_.swapped) c_.width = kRowBlock;
     } else if (!w || c_.in.kind == kFloat) {
       c_.form = kFloat32;
       c_.width = kInt32Width;
@@ -347,6 +352,7 @@ class LayerBuilder {
       case kTiles: return {};  // See store_tiles.
       case kTables: {
         int steps = divided_up(inputs_, c_.fold);
+        if (c_.swapped) return {steps, 1, steps, c_.numbers, 1};
         return {steps, c_.numbers, steps * c_.numbers, 1, 1};
       }
       case kPairs: return {divided_up(inputs_, 8), 16, c_.in.stride * 2, 8, 1};
@@ -373,7 +379,8 @@ class LayerBuilder {
       }
     c_.steps = static_cast<int>(layer_.offsets.size());
     c_.offsets = layer_.offsets.data();
-    if (c_.form == kLookup) c_.row_bytes = c_.steps * storage_.step_bytes + kRowSlack;
+    if (c_.form == kLookup || c_.swapped)
+      c_.row_bytes = c_.steps * storage_.step_bytes + kRowSlack;
     c_.groups = divided_up(c_.out.c, c_.width);
     c_.group_bytes = uint64_t{1} * w.h * stored_columns() * storage_.tap_steps *
                      storage_.planes * c_.width * storage_.size;
@@ -437,6 +444,12 @@ class LayerBuilder {
       return pack_numbers(c_, op_.weights, first_weight_, inputs_, channels_of_number(),
                           layer_.weights->data());
 #ifndef __wasm__  // It has no wide tables, and its module is to be small.
+    if (c_.form == kTables && c_.swapped) {
+      // The last steps have numbers past the last channel.
+      std::memset(layer_.weights->data(), kZeroNumber, c_.group_bytes * c_.groups);
+      return pack_numbers(c_, op_.weights, first_weight_, inputs_, 2,
+                          layer_.weights->data());
+    }
     if (c_.form == kTables)
       return pack_indices(c_, op_.weights, first_weight_, inputs_,
                           layer_.weights->data());
@@ -551,8 +564,8 @@ class LayerBuilder {
         return int64_t{c_.fold} * c_.steps;  // Entries are less the sums of products.
       case kBytes:                           // Codes are stored as level + 4.
         return c_.source ? 0 : -4 * all.levels;
+      case kTables: return c_.swapped ? all.magnitudes : 0;
       case kTiles:
-      case kTables:
       case kPairs: return 0;
       case kInt16:
       case kInt32:
@@ -567,6 +580,7 @@ class LayerBuilder {
     switch (c_.form) {
       case kPlanes:
       case kLookup: return c_.a_bits == 1;
+      case kTables: return c_.swapped;
       case kBytes: return !c_.source;
       case kInt16:
       case kInt32: return !c_.multiplied;
@@ -601,7 +615,8 @@ class LayerBuilder {
   // the border, sums begin with the part of the taps inside.
   void choose_base() {
     const Window& w = c_.window;
-    bool bits = (c_.form == kPlanes || c_.form == kLookup) && c_.a_bits == 1;
+    bool signs = c_.form == kPlanes || c_.form == kLookup || c_.swapped;
+    bool bits = signs && c_.a_bits == 1;
     TapClasses rows = {std::vector<int>(c_.out.h), {{0, w.h}}};
     TapClasses cols = {std::vector<int>(c_.out.w), {{0, w.w}}};
     if ((bits || c_.form == kPlanes) && !op_.pad) {

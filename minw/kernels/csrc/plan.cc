@@ -183,7 +183,7 @@ void add(const Conv& c, int pool_h, Needs* needs) {
   }
   need(pixels * c.pixel_bytes, &needs->image.padded);
   if (c.sums) need(pixels * sizeof(int32_t), &needs->image.magnitudes);
-  if (c.form == kLookup) {
+  if (c.row_bytes) {
     uint64_t rows = c.joint ? kChunk / 2 : kChunk;
     need(rows * c.row_bytes, &needs->gathered);
     need(kLookupCounts * sizeof(uint16_t), &needs->counts);
