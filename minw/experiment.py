@@ -331,10 +331,10 @@ class Experiment:
   def jit(self, function: Callable, **options: Any) -> Callable:
     """Calls `jax.jit` with the compiler options that the config requires."""
     if self.config.deterministic and jax.default_backend() == "gpu":
-      # Autotuning picks algorithms by timing them, and they may sum in different
-      # orders.
-      options["compiler_options"] = {
-          "xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
+      # Autotuning then takes the first algorithm that repeats to the bit. Without
+      # autotuning, convolutions would have no algorithm and run on the library's
+      # default, whose gradients need not repeat.
+      options["compiler_options"] = {"xla_gpu_deterministic_ops": True}
     return jax.jit(function, **options)
 
   def optimizer_sharding(self, shape: tuple[int, ...]) -> NamedSharding:

@@ -577,8 +577,63 @@ _max_pool_first.defvjp(
     lambda x, window: (_max_pool_first(x, window), x), _max_pool_first_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def overlapping_max_pool(x, window: int, stride: int, pads=((0, 0), (0, 0))):
+  """Takes the maximum over windows that may overlap, like `nn.max_pool`.
+
+  The gradient is that of `nn.max_pool`, to the bit: the first maximum of a window gets
+  the gradient of the window. XLA would compute it by a scatter, which is slow, and on
+  GPUs a sort of the whole gradient where sums must have a fixed order. Here each pixel
+  adds up the gradients of the windows in which it is first.
+
+  Args:
+    x: Array (batch, height, width, channels).
+    window: Height and width of a window.
+    stride: Vertical and horizontal distance of windows.
+    pads: Border in pixels, ((top, bottom), (left, right)). It is never a maximum.
+
+  Returns:
+    Array of the dtype of `x`: (batch, rows of windows, columns of windows, channels).
+  """
+  padding: Any = pads  # Flax's type hint is str.
+  return nn.max_pool(x, (window, window), (stride, stride), padding)
+
+
+def _overlapping_max_pool_backward(window, stride, pads, residuals, g):
+  x, pooled = residuals
+  padded = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
+  # In a window, the places of a row are neighbors. A place of all windows is a slice.
+  ends = [stride * (count - 1) + 1 for count in g.shape[1:3]]
+  taken = jnp.zeros(g.shape, bool)
+  parts = []
+  for row, column in np.ndindex(window, window):
+    values = lax.slice(
+        padded, (0, row, column, 0),
+        (x.shape[0], row + ends[0], column + ends[1], x.shape[3]),
+        (1, stride, stride, 1))
+    first = (values == pooled) & ~taken
+    taken |= first
+    beside = [(start, padded.shape[axis] - start - end, stride - 1) for axis, start, end
+              in ((1, row, ends[0]), (2, column, ends[1]))]
+    parts.append(lax.pad(jnp.where(first, g, 0), jnp.zeros((), g.dtype),
+                         [(0, 0, 0), *beside, (0, 0, 0)]))
+  # The last place belongs to the first window that holds a pixel.
+  total = functools.reduce(jnp.add, reversed(parts))
+  (top, _), (left, _) = pads
+  return (total[:, top:top + x.shape[1], left:left + x.shape[2]],)
+
+
+def _overlapping_max_pool_forward(x, window, stride, pads):
+  pooled = overlapping_max_pool(x, window, stride, pads)
+  return pooled, (x, pooled)
+
+
+overlapping_max_pool.defvjp(
+    _overlapping_max_pool_forward, _overlapping_max_pool_backward)
+
+
 def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtype,
-         precision=None):
+         exact=False):
   """Computes a convolution (NHWC, HWIO) with constant padding and float32 sums.
 
   Args:
@@ -590,7 +645,9 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
     dilation: Distance between neighboring weights in pixels, (vertical, horizontal).
     groups: Number of groups into which input and output channels are split.
     dtype: Dtype to which the operands are converted.
-    precision: Precision of the products; see `lax.conv_general_dilated`.
+    exact: Whether sums that are integers, and that float32 holds, must be exact. On
+      GPUs the library chooses among algorithms, and some of them transform the operands
+      and round (Winograd, FFT). There, exact sums are those of matrix products.
 
   Returns:
     float32 array (batch, height, width, output channels).
@@ -598,15 +655,53 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
   if pad_value:
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=pad_value)
     pads = ((0, 0), (0, 0))
+  x, kernel = x.astype(dtype), kernel.astype(dtype)
+  if not exact:
+    return _convolution(x, kernel, strides, pads, dilation, groups, None)
+  highest = lax.Precision.HIGHEST
+  products = functools.partial(
+      _matrix_products, strides=strides, pads=pads, dilation=dilation, groups=groups)
+  return lax.platform_dependent(
+      x, kernel, cuda=products, rocm=products,
+      default=lambda x, kernel: _convolution(
+          x, kernel, strides, pads, dilation, groups, highest))
+
+
+def _convolution(x, kernel, strides, pads, dilation, groups, precision):
   return lax.conv_general_dilated(
-      x.astype(dtype), kernel.astype(dtype), strides, pads, rhs_dilation=dilation,
+      x, kernel, strides, pads, rhs_dilation=dilation,
       feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
       precision=precision, preferred_element_type=jnp.float32)
 
 
-def dense(x, kernel, *, dtype, precision=None):
-  """Computes a matrix product with float32 sums, of operands converted to `dtype`."""
-  return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=precision,
+def _matrix_products(x, kernel, strides, pads, dilation, groups):
+  """Computes a convolution as the sum of a matrix product for each weight's place."""
+  height, width, inputs, outputs = kernel.shape
+  x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+  rows, columns = (
+      stride * ((size - step * (taps - 1) - 1) // stride) + 1
+      for size, taps, stride, step in zip(
+          x.shape[1:3], (height, width), strides, dilation))
+  acc: Any = 0
+  for i, j in np.ndindex(height, width):
+    top, left = i * dilation[0], j * dilation[1]
+    part = lax.slice(x, (0, top, left, 0),
+                     (x.shape[0], top + rows, left + columns, x.shape[3]),
+                     (1, *strides, 1))
+    acc += jnp.einsum(
+        "nhwgi,igo->nhwgo", part.reshape(*part.shape[:3], groups, inputs),
+        kernel[i, j].reshape(inputs, groups, outputs // groups),
+        precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+  return acc.reshape(*acc.shape[:3], outputs)
+
+
+def dense(x, kernel, *, dtype, exact=False):
+  """Computes a matrix product with float32 sums, of operands converted to `dtype`.
+
+  With `exact`, sums that are integers, and that float32 holds, are exact.
+  """
+  return jnp.matmul(x.astype(dtype), kernel.astype(dtype),
+                    precision=lax.Precision.HIGHEST if exact else None,
                     preferred_element_type=jnp.float32)
 
 
@@ -654,12 +749,11 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     alpha: The estimator's alpha.
     mode: Mode of the call; see the module.
     pad_value: Value of the padding, 0 if there is none.
-    apply: Function apply(x, kernel, dtype=, precision=) that computes the sums.
+    apply: Function apply(x, kernel, dtype=, exact=) that computes the sums.
   """
   bits = bits_of(layer)
   if mode == "hard":  # The operands are exact. Their float32 sums must be exact, too.
-    return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32,
-                 precision=lax.Precision.HIGHEST)
+    return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32, exact=True)
   kernel = layer.param("kernel", layer.kernel_init, shape)
   if layer.frequency:
     periodic: Any = fold.periodic if mode == "fold" else estimators.periodic

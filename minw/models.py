@@ -194,8 +194,7 @@ class ResNet(nn.Module):
     x = self.conv(self.widths[0], (size, size), (stride, stride), pad_value=0.0,
                   name="stem")(x, alpha, mode)
     if self.large_stem:
-      padding: Any = ((1, 1), (1, 1))  # Flax's type hint is str.
-      x = nn.max_pool(x, (3, 3), (2, 2), padding)
+      x = layers.overlapping_max_pool(x, 3, 2, ((1, 1), (1, 1)))
     x = self.norm(name="norm_stem")(x, alpha, mode)
 
     for i, (blocks, width) in enumerate(zip(self.stages, self.widths), start=1):
@@ -320,7 +319,7 @@ class AlexNet(nn.Module):
       first = dict(strides=(4, 4), pad_value=0.0) if i == 1 else {}
       x = self.conv(width, (size, size), name=f"conv{i}", **first)(x, alpha, mode)
       if i in pooled:
-        x = nn.max_pool(x, (3, 3), (2, 2))
+        x = layers.overlapping_max_pool(x, 3, 2)
       x = self.norm(name=f"norm_conv{i}")(x, alpha, mode)
     x = x.reshape(x.shape[0], -1)
     for i, width in enumerate(self.dense_widths, start=1):

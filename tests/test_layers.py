@@ -294,6 +294,37 @@ def test_the_hard_network_computes_in_float32():
   assert dense.apply({"hard": {"kernel": kernel[0, 0]}}, x[0, 0]) == (kernel * x)[0, 0]
 
 
+@pytest.mark.parametrize("kernel_size, strides, pads, dilation, groups", [
+    ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1),
+    ((3, 2), (2, 1), ((0, 2), (1, 0)), (2, 1), 2),
+    ((1, 1), (2, 2), ((0, 0), (0, 0)), (1, 1), 1),
+    ((3, 3), (2, 3), ((1, 1), (0, 1)), (1, 2), 4),
+    ((5, 1), (1, 2), ((2, 2), (0, 0)), (1, 1), 2)])
+def test_exact_sums_of_accelerators(kernel_size, strides, pads, dilation, groups):
+  """Matrix products against the sums of a convolution, which this CPU has exactly."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(-4, 5, (2, 9, 10, 4)).astype(np.float32)
+  kernel = rng.integers(-4, 5, (*kernel_size, 4 // groups, 8)).astype(np.float32)
+  want = jax.lax.conv_general_dilated(
+      x, kernel, strides, pads,
+      rhs_dilation=dilation, feature_group_count=groups,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  got = layers._matrix_products(x, kernel, strides, pads, dilation, groups)
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("platform, convolutions, products", [
+    ("cpu", 1, 0), ("tpu", 1, 0), ("cuda", 0, 9), ("rocm", 0, 9)])
+def test_hard_networks_use_no_convolutions_of_gpus(platform, convolutions, products):
+  conv = layers.QuantConv(4, (3, 3), bits=1)
+  kernel, x = np.ones((3, 3, 2, 4), "f4"), np.ones((1, 5, 5, 2), "f4")
+  run = jax.jit(lambda x: conv.apply({"hard": {"kernel": kernel}}, x, 1.0, "hard"))
+  text = run.trace(x).lower(lowering_platforms=(platform,)).as_text()
+  assert text.count("stablehlo.convolution") == convolutions
+  assert text.count("stablehlo.dot_general") == products
+
+
 # Batch norm, shortcut, HardTanh, quantizer.
 
 
@@ -664,6 +695,43 @@ def test_max_pool(shape, window, share):
   got = layers.max_pool(x, window, share)
   assert got.dtype == jnp.float32
   np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("window, stride, pads", [
+    (3, 2, ((0, 0), (0, 0))), (3, 2, ((1, 1), (1, 1))), (3, 1, ((1, 2), (0, 2))),
+    (2, 3, ((0, 1), (1, 0)))])
+def test_overlapping_max_pool(window, stride, pads):
+  """The first maximum of a window gets its gradient; windows are added in order."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(-3, 3, (2, 7, 9, 3)).astype(np.float32)  # Has many ties.
+  got, backward = jax.vjp(
+      lambda x: layers.overlapping_max_pool(x, window, stride, pads), x)
+  gradient = rng.normal(size=got.shape).astype(np.float32)
+  padded = np.pad(x, [(0, 0), *pads, (0, 0)], constant_values=-np.inf)
+  want, spread = np.empty_like(got), np.zeros_like(padded)
+  for n, i, j, c in np.ndindex(got.shape):
+    at = np.s_[n, i * stride:i * stride + window, j * stride:j * stride + window, c]
+    want[n, i, j, c] = padded[at].max()
+    first = np.unravel_index(padded[at].argmax(), padded[at].shape)
+    spread[at][first] += gradient[n, i, j, c]
+  (top, _), (left, _) = pads
+  np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(
+      backward(gradient)[0], spread[:, top:top + 7, left:left + 9])
+
+
+def test_gradient_of_overlapping_max_pool_is_that_of_flax_without_a_scatter():
+  rng = np.random.default_rng(1)
+  x = rng.integers(-3, 3, (2, 11, 8, 5)).astype(np.float32)
+  ours = lambda x: layers.overlapping_max_pool(x, 3, 2, ((1, 1), (1, 1)))
+  gradient = rng.normal(size=ours(x).shape).astype(np.float32)
+  found, texts = [], []
+  for pool in (ours, lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))):
+    backward = jax.jit(lambda x, g, pool=pool: jax.vjp(pool, x)[1](g)[0])
+    found.append(np.asarray(backward(x, gradient)).tobytes())
+    texts.append(backward.lower(x, gradient).as_text())
+  assert found[0] == found[1]
+  assert "scatter" in texts[1] and "scatter" not in texts[0]
 
 
 def test_gradient_of_max_pool_at_ties():
