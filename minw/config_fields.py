@@ -90,6 +90,9 @@ FIELDS = {
                                           "jax.nn.initializers."),
         "compute_dtype": ("float32", "Dtype of operands in training: float32, or "
                                      "bfloat16 on accelerators."),
+        "sum_dtype": ("float32", "Dtype to which training steps round sums of "
+                                 "products: float32 or bfloat16. With float32, GPUs "
+                                 "convert bfloat16 operands back."),
     },
     "Bits: 1 to 5, or a float format: float8_e4m3fn, bfloat16, float16, float32": {
         "input_bits": (1, "Bits of all activations except the image and the logits."),

@@ -55,7 +55,8 @@ def build_model(config: Any, **changes: Any) -> Any:
       weight_scale=c.weight_scale,
       frequency=c.weight_frequency,
       kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
-      dtype=jnp.dtype(c.compute_dtype))
+      dtype=jnp.dtype(c.compute_dtype),
+      sum_dtype=jnp.dtype(c.sum_dtype))
   make: dict[str, Any] = dict(
       num_classes=datasets.info(c.dataset, config_lib.data_dir(c)).num_classes,
       conv=functools.partial(layers.QuantConv, pad_value=c.pad_value, **weights),

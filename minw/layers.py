@@ -131,7 +131,9 @@ class QuantConv(nn.Module):
     frequency: Frequency of BiPer's periodic function of the weights, see
       `estimators.periodic`, or 0 for none.
     kernel_init: Initializer of the weights.
-    dtype: Dtype of the operands in training. Sums are always float32.
+    dtype: Dtype of the operands in training.
+    sum_dtype: Dtype to which sums are rounded in mode "train". Otherwise they are
+      float32.
     feature_group_count: Number of equal groups into which input and output channels are
       split, in order. An output channel sums over the inputs of its own group. As many
       groups as input channels make a depthwise convolution.
@@ -157,6 +159,7 @@ class QuantConv(nn.Module):
   frequency: float = 0.0
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
+  sum_dtype: Any = jnp.float32
   feature_group_count: int = 1
   kernel_dilation: Sequence[int] = (1, 1)
 
@@ -228,7 +231,9 @@ class QuantDense(nn.Module):
     weight_scale: "none", "layer_mean" or "channel_mean", as in `QuantConv`.
     frequency: Frequency of a periodic function of the weights, as in `QuantConv`.
     kernel_init: Initializer of the weights.
-    dtype: Dtype of the operands in training. Sums are always float32.
+    dtype: Dtype of the operands in training.
+    sum_dtype: Dtype to which sums are rounded in mode "train". Otherwise they are
+      float32.
 
   Raises:
     ValueError: `features` is not a positive integer. The constructor raises this.
@@ -244,6 +249,7 @@ class QuantDense(nn.Module):
   frequency: float = 0.0
   kernel_init: Callable = nn.initializers.glorot_uniform()
   dtype: Any = jnp.float32
+  sum_dtype: Any = jnp.float32
 
   def __post_init__(self):
     _check_features(self.features)
@@ -633,8 +639,8 @@ overlapping_max_pool.defvjp(
 
 
 def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtype,
-         exact=False):
-  """Computes a convolution (NHWC, HWIO) with constant padding and float32 sums.
+         sum_dtype=jnp.float32, exact=False):
+  """Computes a convolution (NHWC, HWIO) with constant padding.
 
   Args:
     x: Input (batch, height, width, input channels).
@@ -645,6 +651,7 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
     dilation: Distance between neighboring weights in pixels, (vertical, horizontal).
     groups: Number of groups into which input and output channels are split.
     dtype: Dtype to which the operands are converted.
+    sum_dtype: Dtype to which the sums are rounded.
     exact: Whether sums that are integers, and that float32 holds, must be exact. On
       GPUs the library chooses among algorithms, and some of them transform the operands
       and round (Winograd, FFT). There, exact sums are those of matrix products.
@@ -657,7 +664,8 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
     pads = ((0, 0), (0, 0))
   x, kernel = x.astype(dtype), kernel.astype(dtype)
   if not exact:
-    return _convolution(x, kernel, strides, pads, dilation, groups, None)
+    sums = _convolution(x, kernel, strides, pads, dilation, groups, None, sum_dtype)
+    return sums.astype(jnp.float32)
   highest = lax.Precision.HIGHEST
   products = functools.partial(
       _matrix_products, strides=strides, pads=pads, dilation=dilation, groups=groups)
@@ -667,11 +675,12 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
           x, kernel, strides, pads, dilation, groups, highest))
 
 
-def _convolution(x, kernel, strides, pads, dilation, groups, precision):
+def _convolution(x, kernel, strides, pads, dilation, groups, precision,
+                 sum_dtype=jnp.float32):
   return lax.conv_general_dilated(
       x, kernel, strides, pads, rhs_dilation=dilation,
       feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      precision=precision, preferred_element_type=jnp.float32)
+      precision=precision, preferred_element_type=sum_dtype)
 
 
 def _matrix_products(x, kernel, strides, pads, dilation, groups):
@@ -695,14 +704,16 @@ def _matrix_products(x, kernel, strides, pads, dilation, groups):
   return acc.reshape(*acc.shape[:3], outputs)
 
 
-def dense(x, kernel, *, dtype, exact=False):
-  """Computes a matrix product with float32 sums, of operands converted to `dtype`.
+def dense(x, kernel, *, dtype, sum_dtype=jnp.float32, exact=False):
+  """Computes a matrix product, of operands converted to `dtype`, as float32.
 
-  With `exact`, sums that are integers, and that float32 holds, are exact.
+  The sums are rounded to `sum_dtype`. With `exact`, sums that are integers, and that
+  float32 holds, are exact.
   """
-  return jnp.matmul(x.astype(dtype), kernel.astype(dtype),
+  sums = jnp.matmul(x.astype(dtype), kernel.astype(dtype),
                     precision=lax.Precision.HIGHEST if exact else None,
-                    preferred_element_type=jnp.float32)
+                    preferred_element_type=sum_dtype)
+  return sums.astype(jnp.float32)
 
 
 bits_of = structure.bits_of
@@ -749,7 +760,7 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     alpha: The estimator's alpha.
     mode: Mode of the call; see the module.
     pad_value: Value of the padding, 0 if there is none.
-    apply: Function apply(x, kernel, dtype=, exact=) that computes the sums.
+    apply: Function apply(x, kernel, dtype=, sum_dtype=, exact=) that computes the sums.
   """
   bits = bits_of(layer)
   if mode == "hard":  # The operands are exact. Their float32 sums must be exact, too.
@@ -784,7 +795,8 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     kernel = estimators.WEIGHT_SCALES[layer.weight_scale](quantized, kernel)
   else:
     kernel = quantizers.round_to(kernel, bits)
-  return apply(x, kernel, dtype=layer.dtype)
+  sum_dtype = layer.sum_dtype if mode == "train" else jnp.float32
+  return apply(x, kernel, dtype=layer.dtype, sum_dtype=sum_dtype)
 
 
 def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> Any:

@@ -179,6 +179,8 @@ NAN, INF = math.nan, math.inf
     ("pad_value", [0.5, NAN, -2.0], "one of 0.0, 1.0, -1.0"),
     ("kernel_init", ["zeros", "glorot"], "one of glorot_uniform, glorot_normal, "),
     ("compute_dtype", ["float16", "f32"], "one of float32, bfloat16"),
+    ("sum_dtype", ["float16"], "one of float32, bfloat16"),
+    ("sum_dtype", ["bfloat16"], "float32 unless config.compute_dtype is bfloat16, too"),
     ("weight_threshold_rule", ["mean"], "one of layer_mean, channel_mean, fixed"),
     ("estimator", ["stee", "stochastic_neuron", "by_name", ""],
      "one of approx_sign, aqe, dsq, ede, ewgs, lsq, parq, reste, ste, "),

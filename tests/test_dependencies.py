@@ -57,7 +57,7 @@ def requirements(section, key):
 def test_layers():
   assert requirements("options", "install_requires") == {
       "absl-py", "ml-dtypes", "numpy", "pillow"}
-  for extra in ("bench", "gpu", "notebooks", "test"):
+  for extra in ("bench", "cuda12", "cuda13", "notebooks", "test"):
     assert "minw[train]" in requirements("options.extras_require", extra)
 
 

@@ -286,6 +286,24 @@ def test_operands_are_rounded_to_the_compute_type():
   assert gradient.dtype == jnp.float32 and gradient[0, 0, 0, 0] == one
 
 
+def test_training_rounds_sums():
+  """257 is no bfloat16. Only steps of training round it, and their gradients."""
+  kernel, x = np.ones((1, 1, 257, 1), "f4"), np.ones((1, 1, 1, 257), "f4")
+  layer = lambda cls, *size: cls(
+      1, *size, dtype=jnp.bfloat16, sum_dtype=jnp.bfloat16, bits=1)
+  for module, kernel, x in ((layer(layers.QuantConv, (1, 1)), kernel, x),
+                            (layer(layers.QuantDense), kernel[0, 0], x[0, 0])):
+    run = lambda kernel, mode, x=x, module=module: module.apply(
+        {"params": {"kernel": kernel}}, x, 1.0, mode).sum()
+    assert run(kernel, "mixed") == 257
+    value, gradient = jax.value_and_grad(run)(kernel, "train")
+    assert value == 256 and value.dtype == gradient.dtype == jnp.float32
+    text = jax.jit(jax.grad(run), static_argnums=1).lower(kernel, "train").as_text()
+    products = [line for line in text.splitlines()
+                if "stablehlo.convolution" in line or "dot_general" in line]
+    assert products and not any("xf32>" in line for line in products)
+
+
 def test_the_hard_network_computes_in_float32():
   kernel, x = np.full((1, 1, 1, 1), 1 / 3, "f4"), np.full((1, 1, 1, 1), 1.01, "f4")
   conv = layers.QuantConv(1, (1, 1), dtype=jnp.bfloat16, bits="float32")
