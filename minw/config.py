@@ -234,9 +234,9 @@ def _check_choices(checker: _Checker) -> None:
   one_of("kernel_init", KERNEL_INITS)
   one_of("compute_dtype", ("float32", "bfloat16"))
   one_of("sum_dtype", ("float32", "bfloat16"))
-  checker.check(
-      "sum_dtype", checker.config.sum_dtype in ("float32", checker.config.compute_dtype),
-      "float32 unless config.compute_dtype is bfloat16, too")
+  computed = checker.config.compute_dtype
+  checker.check("sum_dtype", checker.config.sum_dtype in ("float32", computed),
+                "float32 unless config.compute_dtype is bfloat16, too")
   one_of("weight_threshold_rule", quantizers.THRESHOLD_RULES)
   one_of("weight_scale", tuple(estimators.WEIGHT_SCALES))
   one_of("estimator", estimators.network_estimators())

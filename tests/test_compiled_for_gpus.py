@@ -24,7 +24,7 @@ pytestmark = [
 # Run with configs, whose steps it compiles for one H100. Prints for each of them the
 # element types of convolutions, how many of them name an algorithm, the sizes of sorts
 # and the number of scatters that select.
-COMPILE = '''
+COMPILE = r'''
 import json, os, re, sys
 import jax
 from jax.experimental import topologies
@@ -86,13 +86,14 @@ for text in sys.argv[1:]:
       {"xla_gpu_enable_triton_gemm": False}).as_text()
   lines = [line for line in program.splitlines() if "__cudnn$conv" in line]
   found.append({
-      "convolutions": [re.search(r"= [(]?(\\\\w+)", line)[1] for line in lines],
+      "convolutions": [re.search(r"= [(]?(\w+)", line)[1] for line in lines],
       "algorithms": sum('"algorithm"' in line for line in lines),
-      "sorts": [int(n) for n in re.findall(r"= [(]?\\\\w+\\\\[(\\\\d+)[^=]* sort[(]", program)],
+      "sorts": list(map(int, re.findall(
+          r"= [(]?\w+\[(\d+)[^=]* sort[(]", program))),
       "selecting scatters": program.count("select-and-scatter"),
       "gathers": program.count("all-gather")})
 print(json.dumps(found))
-'''.replace("\\\\", "\\")
+'''
 
 
 def compiled(*configs):

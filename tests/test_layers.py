@@ -288,11 +288,11 @@ def test_operands_are_rounded_to_the_compute_type():
 
 def test_training_rounds_sums():
   """257 is no bfloat16. Only steps of training round it, and their gradients."""
-  kernel, x = np.ones((1, 1, 257, 1), "f4"), np.ones((1, 1, 1, 257), "f4")
-  layer = lambda cls, *size: cls(
-      1, *size, dtype=jnp.bfloat16, sum_dtype=jnp.bfloat16, bits=1)
-  for module, kernel, x in ((layer(layers.QuantConv, (1, 1)), kernel, x),
-                            (layer(layers.QuantDense), kernel[0, 0], x[0, 0])):
+  dtypes = dict(dtype=jnp.bfloat16, sum_dtype=jnp.bfloat16)
+  for module, shape in ((layers.QuantConv(1, (1, 1), **dtypes), (1, 1, 1, 257)),
+                        (layers.QuantDense(1, **dtypes), (1, 257))):
+    x = np.ones(shape, "f4")
+    kernel = np.swapaxes(x, -1, -2)
     run = lambda kernel, mode, x=x, module=module: module.apply(
         {"params": {"kernel": kernel}}, x, 1.0, mode).sum()
     assert run(kernel, "mixed") == 257

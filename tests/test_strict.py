@@ -56,8 +56,8 @@ def test_estimators(name):
 @pytest.mark.parametrize("changes", [
     dict(optimizer="sgd", weight_decay=1e-4, learning_rate_schedule="steps"),
     dict(optimizer="bop", estimator="ste", learning_rate_schedule="constant"),
-    dict(learning_rate_schedule="exponential", compute_dtype="bfloat16", sum_dtype="bfloat16",
-         class_weights="balanced"),
+    dict(learning_rate_schedule="exponential", compute_dtype="bfloat16",
+         sum_dtype="bfloat16", class_weights="balanced"),
     dict(norm_group_size=32, alpha_per_layer=True, share_pool_gradient=True),
     dict(input_bits=2, weight_bits=3, weight_scale="channel_mean", pad_value=1.0),
     dict(input_bits=3, weight_bits=2, learn_input_thresholds=True, ovsw_decay=0.1,
