@@ -28,7 +28,7 @@ TRAINING = 99  # Exit code of a run that would have started to train.
 _MODULES = (
     "ml_collections.config_flags", "PIL.PngImagePlugin", "sklearn.datasets",
     "matplotlib.backends.backend_agg", "minw.evaluate", "minw.export.c", "minw.plots",
-    "minw.prepare", "minw.stopping", "minw.train")
+    "minw.data.streamed", "minw.prepare", "minw.stopping", "minw.train")
 _OPTIONAL = ("minw.export.onnx_graph", "minw.export.stablehlo")
 
 

@@ -1,5 +1,6 @@
 """What runs record for minw.report: run.json, histograms and lines; the commands."""
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -90,12 +91,21 @@ def test_journal_of_several_starts(tmp_path, monkeypatch):
   assert [start["commit"] for start in content["environments"]] == ["one", "two"]
 
 
-def test_commit_of_an_installed_package(monkeypatch):
+def test_commit_of_an_installed_package(monkeypatch, tmp_path):
+  """Without git, a digest says whether two installations have the same code."""
   def none(*_, **__):
     raise FileNotFoundError("git")
 
+  package = tmp_path / "minw"
+  (package / "csrc").mkdir(parents=True)
+  for name, content in (("__init__.py", b"x = 1\n"), ("csrc/a.cc", b"int a;"),
+                        ("notes.txt", b"no code"), ("minw.wasm", b"built")):
+    (package / name).write_bytes(content)
   monkeypatch.setattr(environment.subprocess, "run", none)
-  assert environment.commit.__wrapped__() == f"minw {environment.minw.__version__}"
+  monkeypatch.setattr(environment.minw, "__file__", str(package / "__init__.py"))
+  code = b"__init__.py 6\nx = 1\ncsrc/a.cc 6\nint a;"
+  assert environment.commit.__wrapped__() == (
+      f"minw {environment.minw.__version__} {hashlib.sha256(code).hexdigest()[:40]}")
 
 
 def test_hard_training_lines(runs):

@@ -5,7 +5,6 @@ from typing import Any, Iterator, Sequence
 
 from minw.data import datasets
 from minw.data import resident
-from minw.data import streamed
 from minw.data.batches import Batching
 from minw.data.batches import Examples
 from minw.data.batches import Source
@@ -26,6 +25,8 @@ def open_source(
     **options: `workers`, `max_damaged` and `shrink`; see `streamed.Streamed`.
   """
   if info.streamed:
+    from minw.data import streamed  # Imports grain, which takes a while.
+
     return streamed.Streamed(info, data_dir, batching, **options)
   return resident.Resident(info, data_dir, batching)
 
@@ -59,6 +60,8 @@ def source_batches(
     errors.UsageError: There are no data, or too many images are damaged.
   """
   if info.streamed:
+    from minw.data import streamed
+
     size = (image_shape[0], image_shape[1])
     opened = streamed.open_split(
         info.name, split, data_dir, workers=workers, max_damaged=max_damaged,

@@ -109,7 +109,7 @@ def study(path: pathlib.Path, title: str, runs: Sequence[records.Record]) -> str
       f"### {title}\n",
       f"[{path}]({path}) holds {len(runs)} runs {times} "
       f"on {names(_device(run) for run in runs)}, from commits "
-      f"{names((run['commit'] or 'unknown')[:7] for run in runs)}. Its "
+      f"{names((run['commit'] or 'unknown').split()[-1][:7] for run in runs)}. Its "
       f"[README]({path.with_suffix('')}/README.md) says how they were made.\n"]
   for each in compared:
     run = _any_run(each)

@@ -1,6 +1,7 @@
 """run.json of a workdir: where a run was trained, and how long it took."""
 
 import functools
+import hashlib
 from importlib import metadata
 import json
 import logging
@@ -21,6 +22,7 @@ from minw import paths
 
 _log = logging.getLogger(__name__)
 
+_CODE = (".cc", ".h", ".inc", ".py")  # Endings of files with code.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -52,7 +54,8 @@ def versions() -> dict[str, str]:
 def commit() -> str:
   """Returns the git commit of the code, with "-dirty" if files differ from it.
 
-  If the package is not in a git checkout of its own, returns "minw" and its version.
+  If the package is not in a git checkout of its own, returns "minw", its version and
+  `code_digest`.
   """
   def git(*arguments):
     # Without this option, `describe` locks the index, and a git command that the user
@@ -67,7 +70,23 @@ def commit() -> str:
     git("ls-files", "--error-unmatch", "__init__.py")
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
   except (OSError, subprocess.CalledProcessError):
-    return f"minw {minw.__version__}"
+    return f"minw {minw.__version__} {code_digest()}"
+
+
+def code_digest() -> str:
+  """Returns the SHA-256 of the package's code, as 40 hexadecimal digits.
+
+  It covers names and contents of all files of Python and C++ in the package's folder.
+  Equal digests of two installations mean equal code.
+  """
+  folder = pathlib.Path(minw.__file__).parent
+  found = hashlib.sha256()
+  for path in sorted(folder.rglob("*")):
+    if path.suffix in _CODE:
+      content = path.read_bytes()
+      found.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+      found.update(content)
+  return found.hexdigest()[:40]
 
 
 # Environment of a start of which nothing is known.
