@@ -14,12 +14,13 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY",
                       os.path.join(tempfile.gettempdir(), "minw-hypothesis"))
 
 # What is compiled is kept for all the tests of a run and the processes that they start,
-# many of which compile the same. Files are locked only if there is a largest size.
+# many of which compile the same. Files are locked only if there is a largest size. The
+# folder may also be given, for several runs to share.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _compiled = tempfile.TemporaryDirectory(prefix="minw-compiled-")
-  os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name,
-                 "JAX_COMPILATION_CACHE_MAX_SIZE": str(10**10),
-                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(10**10))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis
 import jax

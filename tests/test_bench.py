@@ -336,7 +336,9 @@ def assert_alive(program, shape):
       assert 0.1 < (value > 0).mean() < 0.9 and value.std((0, 1, 2)).any()
 
 
-@pytest.mark.parametrize("rules", [(), (("stem", "float32"), ("dense1", "float32"))])
+@pytest.mark.parametrize("rules", [
+    (), pytest.param((("stem", "float32"), ("dense1", "float32")),
+                     marks=pytest.mark.slow)])
 def test_residual_networks_have_float_layers(rules):
   program = networks.random_network(
       tiny_config(**RESNET, input_bits=2, weight_bits=1, bits_rules=rules))
@@ -399,7 +401,8 @@ def windows(x, window, strides, pads, fill):
 
 
 FLOAT_NETWORKS = pytest.mark.parametrize(
-    "changes", [{}, dict(first_padding="VALID"), {**RESNET, "weight_bits": 1}],
+    "changes", [{}, dict(first_padding="VALID"), pytest.param(
+        {**RESNET, "weight_bits": 1}, marks=pytest.mark.slow)],
     ids=["convnet", "valid", "resnet"])
 
 
@@ -530,7 +533,7 @@ def test_binary_convolutions_in_openvino(block, pad):
 @pytest.mark.parametrize("changes", [
     dict(pad_value=-1.0, conv_widths=(32, 64), dense_widths=(40,)),
     dict(first_padding="VALID", conv_widths=(32, 64, 32, 32), dense_widths=()),
-    RESNET])
+    pytest.param(RESNET, marks=pytest.mark.slow)])
 def test_binary_network_in_openvino(changes):
   program = random_network(weight_bits=1, **changes)
   assert any(op.falling.any() for op in program.ops if hasattr(op, "falling"))

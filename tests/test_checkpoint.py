@@ -118,7 +118,15 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+# Damages of the fast test: one of each file and of each kind.
+FAST = ("arrays truncated", "metadata missing", "manifest truncated", "tree missing",
+        "record of nothing", "run emptied", "another run", "another checksum",
+        "no accuracy", "empty")
+
+
+@pytest.mark.parametrize("damage", [
+    pytest.param(damage, marks=() if damage in FAST else pytest.mark.slow)
+    for damage in DAMAGES])
 def test_damaged_newest_is_not_used(damage, cut, caplog):
   DAMAGES[damage](cut / "checkpoints" / str(NEWEST))
   before = contents(cut)
@@ -143,7 +151,8 @@ def test_damaged_newest_is_not_used(damage, cut, caplog):
                              for name, data in before.items() if name.startswith(place)}
 
 
-@pytest.mark.parametrize("damage", ["arrays truncated", "no accuracy"])
+@pytest.mark.parametrize("damage", [
+    "arrays truncated", pytest.param("no accuracy", marks=pytest.mark.slow)])
 def test_run_with_damaged_newest_ends_alike(damage, runs, cut):
   DAMAGES[damage](cut / "checkpoints" / str(NEWEST))
   begun = []
@@ -284,7 +293,8 @@ def test_saved_is_what_was_there_when_it_was_saved(tmp_path):
     ((0.1, 0.3, None, None, None), 2, {1, 2, 4, 5}),
     ((None, 0.0, None, None, None), 2, {2, 4, 5}),
     ((None, None, None, None, None), 5, {4, 5})])
-@pytest.mark.parametrize("reopened", [False, True])
+@pytest.mark.parametrize("reopened", [
+    pytest.param(False, marks=pytest.mark.slow), True])
 def test_last_epochs_and_best_are_kept(accuracies, best, kept, reopened, tmp_path):
   manager = checkpoint.open_manager(str(tmp_path))
   for step, accuracy in enumerate(accuracies, start=1):
@@ -321,10 +331,11 @@ def test_best_of_none_known_is_the_newest(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "lr=[0.1]", "[!a]", "[", "]", "a*b", "**", "a?", "a\\b", "\\", "\\[", "gs:", "s3:x",
-    " ", "a b", "a\nb", "Zahl-\u00e9\U0001f389", "\udc80", "~", "%41", "#x", "{a}",
-    "$HOME",
-    "'\"", "checkpoints", "12", "x.orbax-checkpoint-tmp"])
+    "lr=[0.1]", "**", "a?", "\\[", "gs:", "a\nb", "\udc80", "{a}", "12",
+    *(pytest.param(slow, marks=pytest.mark.slow) for slow in (
+        "[!a]", "[", "]", "a*b", "a\\b", "\\", "s3:x", " ", "a b",
+        "Zahl-\u00e9\U0001f389", "~", "%41", "#x", "$HOME", "'\"", "checkpoints",
+        "x.orbax-checkpoint-tmp"))])
 def test_workdirs_of_any_name(name, tmp_path):
   """Orbax looks for files by patterns, and TensorStore refuses backslashes."""
   workdir = tmp_path / name

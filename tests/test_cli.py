@@ -124,24 +124,25 @@ FILE = "must be a name or a Python file whose get_config returns a config"
 @pytest.mark.parametrize("name, reason", [
     ("", "FileNotFoundError: "),
     ("nothing.py", "FileNotFoundError: "),
-    ("good.py/x", "NotADirectoryError: "),
-    ("file", "SyntaxError: "),
-    ("syntax.py", "SyntaxError: "),
     ("null.py", "SyntaxError: "),
     ("nothing_in_it.py", "AttributeError: module 'nothing_in_it.py' has no attribute"),
-    ("no_function.py", "TypeError: 'int' object is not callable"),
     ("import_error.py", "ModuleNotFoundError: No module named 'minw.nothing'"),
     ("value_error.py", "ValueError: seven lines"),
-    ("key_error.py", "KeyError: 'a'"),
-    ("division.py", "ZeroDivisionError: division by zero"),
-    ("assertion.py", "AssertionError: an assertion"),
-    ("os_error.py", "FileNotFoundError: "),
-    ("none.py", "TypeError: it returned NoneType"),
     ("dict.py", "TypeError: it returned dict"),
-    ("frozen.py", "AttributeError: "),
     ("good.py:seed=1", "TypeError: get_config() takes 0 positional arguments but 1"),
-    ("good.py:", "TypeError: get_config() takes 0 positional arguments but 1"),
     (f"{CIFAR}:network=[1]", "TypeError: "),
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ("good.py/x", "NotADirectoryError: "),
+        ("file", "SyntaxError: "),
+        ("syntax.py", "SyntaxError: "),
+        ("no_function.py", "TypeError: 'int' object is not callable"),
+        ("key_error.py", "KeyError: 'a'"),
+        ("division.py", "ZeroDivisionError: division by zero"),
+        ("assertion.py", "AssertionError: an assertion"),
+        ("os_error.py", "FileNotFoundError: "),
+        ("none.py", "TypeError: it returned NoneType"),
+        ("frozen.py", "AttributeError: "),
+        ("good.py:", "TypeError: get_config() takes 0 positional arguments but 1")))
 ])
 def test_experiment_files(refuses, name, reason):
   for override in ((), ("--config.seed=1",)):
@@ -478,6 +479,7 @@ def test_summary_and_bench(refuses, module, subcommand, argv, message):
   refuses(message, module, *subcommand, *argv)
 
 
+@pytest.mark.slow  # The other tests fork commands.
 def test_without_a_fork():
   """As users start them, both at once."""
   commands = {

@@ -94,7 +94,7 @@ def lines(text):
 
 
 def commands():
-  """All documented commands that have arguments."""
+  """Yields all documented commands that have arguments."""
   for where, text in texts():
     for line in lines(text):
       starts = [*_START.finditer(line)]
@@ -132,7 +132,11 @@ def commands_of(name, argv, where):
   yield Command(module, tuple(argv), where)
 
 
-ALL = sorted({(c.module, c.argv): c for c in commands()}.values())
+FOUND = [*commands()]
+ALL = sorted({(c.module, c.argv): c for c in FOUND}.values())
+# Commands of the fast test: those that a reader meets first, and one of each kind.
+FAST = {*{(c.module, c.argv[0].partition("=")[0]): c for c in ALL}.values(), *(
+    c for c in ALL if c.where.startswith(("README", "docs/tutorials")))}
 
 
 def accepted(run, module, argv):
@@ -166,7 +170,7 @@ def run(command, folder):
 
 
 def test_commands_are_found():
-  found = {(c.where, c.module) for c in ALL}
+  found = {(c.where, c.module) for c in FOUND}
   assert len(ALL) > 50
   for where, module in (
       ("README.md", "minw.main"), ("README.md", "minw.export"),
@@ -175,12 +179,12 @@ def test_commands_are_found():
       ("minw/networks/digits_convnet.md", "minw.pack"), ("launch/sweep.py", "sweep"),
       ("launch/slurm.sbatch", "minw.main"), ("launch/tpu_vm.sh", "minw.main"),
       ("results/networks/README.md", "sweep")):
-    assert any(c.where == where and c.module == module for c in commands()), (
-        where, module, sorted(found))
+    assert (where, module) in found, (where, module, sorted(found))
 
 
-@pytest.mark.parametrize(
-    "documented", ALL, ids=lambda c: f"{c.where}: {c.module} {' '.join(c.argv)}"[:90])
+@pytest.mark.parametrize("documented", [
+    pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in ALL],
+    ids=lambda c: f"{c.where}: {c.module} {' '.join(c.argv)}"[:90])
 def test_documented_commands_are_accepted(run, documented):
   result = accepted(run, documented.module, documented.argv)
   assert result.code == 0 and result.err == "", result
@@ -190,7 +194,8 @@ def test_commands_that_are_named_exist(run):
   """Such as `python -m minw.report tables`, without flags."""
   named = set()
   for _, text in texts():
-    named |= set(re.findall(r"python -m (minw[\w.]*\w)(?: (\w+))?`", text))
+    named |= set(re.findall(
+        r"python -m (minw[\w.]*\w)(?: (\w+))?(?:`| *#| *$)", text, re.MULTILINE))
   assert ("minw.bench", "train") in named and ("minw.main", "") in named
   for module, subcommand in named:
     argv = [subcommand] if subcommand else []
@@ -210,6 +215,7 @@ def test_documented_overrides_are_accepted_by_the_first_config(run):
     assert result.code == 0, (flag, result.err)
 
 
+@pytest.mark.slow  # Sweeps in commands are accepted by the fast tests, too.
 def test_documented_sweeps_are_accepted(run):
   """`name:arguments` in the documents' tables of sweeps."""
   text = "\n".join(text for where, text in texts() if where.endswith(".md"))

@@ -30,7 +30,8 @@ finally:
 
 def counts_of(command, tmp_path, cache, name, env={}):
   """The counts of a run in the workdir `name`."""
-  write_config(tmp_path / "config.py", tiny_config(conv_widths=(), num_epochs=1))
+  write_config(tmp_path / "config.py", tiny_config(
+      conv_widths=(), dense_widths=(), num_epochs=1))
   ended = command("minw.main", f"--config={tmp_path}/config.py", "--quiet",
                   f"--workdir={tmp_path / name}", f"--compilation_cache_dir={cache}",
                   code=COUNTING, env=env)

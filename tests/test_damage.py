@@ -340,12 +340,13 @@ def trials(workdirs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("state, name, what, ended", [
-    ("killed", "status.json", "zeros", "same"),
     ("killed", "metrics.jsonl", "line 1 lost", "same"),
     ("killed", "config.json", "half", "config.json is damaged: "),
     ("killed", "run.json", "a pipe", "run.json: a pipe that no process reads is in"),
     ("done", "status.json", "done too early", "same"),
-    ("killed", "checkpoints/38/tree/_sharding", "empty", "same")])
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ("killed", "status.json", "zeros", "same"),
+        ("killed", "checkpoints/38/tree/_sharding", "empty", "same")))])
 def test_a_damage(state, name, what, ended, trials, caplog):
   trial = trials[state]
   damage, = (damage for *which, damage in damages(trial.source)

@@ -181,8 +181,9 @@ def test_dtype_is_kept_and_the_mixture_is_wide(dtype):
 
 
 @pytest.mark.parametrize("name", [
-    "ste", "aqe", "stochastic_aqe", "approx_sign", "swish_sign", "ede", "reste", "dsq",
-    "ewgs"])
+    "aqe", "stochastic_aqe", "ewgs", *(
+        pytest.param(slow, marks=pytest.mark.slow) for slow in (
+            "ste", "approx_sign", "swish_sign", "ede", "reste", "dsq"))])
 def test_transformations_change_nothing(name):
   x = np.stack([X, X / 3])
   key = jax.random.key(1)

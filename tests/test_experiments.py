@@ -51,6 +51,12 @@ def tiny_config(**changes):
 
 
 @functools.cache
+def experiment_of(name, *argument):
+  """The `Experiment` of a file; those of large networks take seconds to construct."""
+  return Experiment(load(name, *argument))
+
+
+@functools.cache
 def tiny_experiment():
   return Experiment(tiny_config())
 
@@ -79,11 +85,17 @@ def test_names():
   assert config_lib.differing_fields(ours, load("cifar_convnet", "network=A")) == []
 
 
-@pytest.mark.parametrize("name", FILES)
+# Of these, the fast tests make experiments with other arguments.
+_LARGE = ("cifar_densenet100", "cifar_resnet110", "imagenet_alexnet")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name in _LARGE else ())
+    for name in FILES])
 def test_every_file_gives_a_config_that_can_be_run(name):
   config = load(name)
   config_lib.validate(config)
-  experiment = Experiment(config)
+  experiment = experiment_of(name)
   assert experiment.num_steps > 100
   assert config_lib.differing_fields(
       config_lib.from_json(config_lib.to_json(config)), config) == []
@@ -123,13 +135,15 @@ def test_cifar_with_wrong_arguments():
 
 
 @pytest.mark.parametrize("name, ends, argument, bits", [
-    ("resnet18", ("stem", "dense1"), "", ["float32", 1, "float32"]),
-    ("resnet18", ("stem", "dense1"), "last=1", ["float32", 1, 1]),
-    ("alexnet", ("conv1", "dense3"), "", ["float32", 1, "float32"]),
-    ("alexnet", ("conv1", "dense3"), "first=2,last=2,weight_bits=3", [2, 3, 2])])
+    ("resnet18", ("stem", "dense1"), (), ["float32", 1, "float32"]),
+    ("resnet18", ("stem", "dense1"), ("last=1",), ["float32", 1, 1]),
+    pytest.param("alexnet", ("conv1", "dense3"), (), ["float32", 1, "float32"],
+                 marks=pytest.mark.slow),
+    ("alexnet", ("conv1", "dense3"), ("first=2,last=2,weight_bits=3",), [2, 3, 2])])
 def test_imagenet_first_and_last_layers(name, ends, argument, bits):
-  config = load(f"imagenet_{name}", argument)
-  found = {layer.path: layer.bits for layer in Experiment(config).layers}
+  experiment = experiment_of(f"imagenet_{name}", *argument)
+  config = experiment.config
+  found = {layer.path: layer.bits for layer in experiment.layers}
   kernels = [path for path in found if not path.startswith("norm_")]
   assert (kernels[0], kernels[-1]) == ends
   assert [found[path] for path in kernels] == (
@@ -170,7 +184,7 @@ def check_step(experiment, data):
 
 
 def test_a_step_on_the_digits():
-  experiment = Experiment(load("digits_convnet"))
+  experiment = experiment_of("digits_convnet")
   assert (experiment.steps_per_epoch, experiment.num_steps) == (19, 760)
   check_step(experiment, experiment.data.load("train"))
 
@@ -222,7 +236,7 @@ def test_a_step_of_the_other_files(name, monkeypatch):
 
 
 def test_steps_and_schedules_of_the_paper():
-  experiment = Experiment(load("cifar_convnet"))
+  experiment = experiment_of("cifar_convnet")
   # 45,000 // 256 = 175 batches in each of 200 epochs.
   assert (experiment.steps_per_epoch, experiment.num_steps) == (175, 35_000)
   assert float(experiment.alpha(0)) == 0.5
@@ -255,8 +269,8 @@ def test_alpha_by_layer():
 
 def test_layers_of_the_best_recipe():
   """All weights of ConvNet A have one bit; ResNets have float ends, and a teacher."""
-  config = load("cifar_best")
-  experiment = Experiment(config)
+  experiment = experiment_of("cifar_best")
+  config = experiment.config
   assert {layer.bits for layer in experiment.layers if layer.kernel_shape} == {1}
   assert sum(np.prod(layer.kernel_shape)
              for layer in experiment.grid_layers.values()) == 10_352_000
@@ -468,8 +482,9 @@ def test_convnets():
 
 
 @pytest.mark.parametrize("name, steps, drops", [
-    ("cifar_resnet110", 63_882, (31_941, 37_930)),  # 182 epochs of 45,000 // 128.
-    ("cifar_densenet100", 210_900, (105_450, 158_175))])  # 300 of 45,000 // 64.
+    # 182 epochs of 45,000 // 128 steps, and 300 of 45,000 // 64.
+    ("cifar_resnet110", 63_882, (31_941, 37_930)),
+    ("cifar_densenet100", 210_900, (105_450, 158_175))])
 def test_recipes_of_table_three(name, steps, drops):
   experiment = Experiment(load(name, "dataset=cifar100,seed=3"))
   assert experiment.num_steps == steps

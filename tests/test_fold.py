@@ -744,7 +744,9 @@ def example(name):
   return net, variables, fold_network(net, variables), images, want
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name == "strides" else ())
+    for name in NETWORKS])
 def test_hard_network_is_the_same_in_eager_jit_and_numpy(name):
   net, _, hard, images, want = example(name)
   assert_clean(hard)

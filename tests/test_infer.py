@@ -167,14 +167,14 @@ def test_copies(model, backend):
     copies += [copy.copy(native_network), pickle.loads(pickle.dumps(native_network))]
     del native_network
   del network
-  gc.collect()
+  gc.collect(1)  # All generations would take long.
   while copies:  # Each ends by itself; the others still run.
     np.testing.assert_array_equal(copies[-1].logits(images), digits_logits(images))
     if isinstance(copies[-1], infer.Network):
       assert (copies[-1].name, copies[-1].backend, copies[-1].threads,
               copies[-1].labels[3]) == ("net", backend, 3, "d")
     copies.pop()
-    gc.collect()
+    gc.collect(1)
 
 
 def test_copy_of_a_default_backend_takes_what_is_there(model, monkeypatch):

@@ -866,6 +866,7 @@ print(__debug__, len(first), assert_, sorted(shapes["params"]))
 """
 
 
+@pytest.mark.slow  # It starts Python.
 def test_trace_leaves_nothing_behind_without_asserts():
   """Flax removes an interceptor in an assert, which Python skips then."""
   found = subprocess.run(

@@ -370,14 +370,15 @@ def test_pooling_of_a_convnet():
 # layers' biases, which batch norm replaces here: one scale and one shift a class.
 @pytest.mark.parametrize("name, parameters, classes", [
     ("resnet18", 11_689_512 + 1000, 1000),
-    ("resnet34", 21_797_672 + 1000, 1000),
     ("resnet50", 25_557_032 + 1000, 1000),
     ("resnet20", 269_722 + 10, 10),
-    ("cifar_resnet18", 11_173_962 + 10, 10),
-    ("resnet110", 1_727_962 + 10, 10),
-    ("densenet100", 769_162 + 10, 10),
     # 61,100,840 with 10,344 biases; batch norm has 20,688 numbers instead.
-    ("alexnet", 61_100_840 + 10_344, 1000)])
+    ("alexnet", 61_100_840 + 10_344, 1000),
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ("resnet34", 21_797_672 + 1000, 1000),
+        ("cifar_resnet18", 11_173_962 + 10, 10),
+        ("resnet110", 1_727_962 + 10, 10),
+        ("densenet100", 769_162 + 10, 10)))])
 def test_published_sizes(name, parameters, classes):
   size = 32 if classes == 10 else 224
   net = models.NETWORKS[name](classes)
@@ -390,7 +391,7 @@ def test_published_sizes(name, parameters, classes):
 @pytest.mark.parametrize("name, maps", [
     ("resnet18", [112, *[56] * 4, *[28] * 5, *[14] * 5, *[7] * 5, 1]),
     ("resnet20", [32, *[32] * 6, *[16] * 6, *[8] * 6, 1]),
-    ("alexnet", [56, 27, 13, 13, 13, 1, 1, 1])])
+    pytest.param("alexnet", [56, 27, 13, 13, 13, 1, 1, 1], marks=pytest.mark.slow)])
 def test_maps(name, maps):
   """Heights of the layers' outputs, in the order of their calls."""
   size = 32 if name == "resnet20" else 224

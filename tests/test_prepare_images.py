@@ -165,6 +165,7 @@ def test_sizes_that_cannot_be_used(command, tmp_path, value):
   assert (code, out) == (2, "") and f"image_size={value!r}: must be SIDE or" in err
 
 
+@pytest.mark.slow  # The tests below train in this process, which takes less.
 def test_from_a_folder_to_a_packed_network(command, tmp_path):
   """Both classes differ in their mean, so that a few steps are enough."""
   source = tmp_path / "source"
@@ -242,9 +243,10 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("counts, change, differing", [
-    ({"cat": 20, "dog": 20}, lambda x: x // 2, ["mean", "std"]),
     ({"cat": 20, "hen": 20}, lambda x: x, ["labels"]),
-    ({"cat": 20, "dog": 30}, lambda x: x, ["mean", "std", "splits"])])
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        ({"cat": 20, "dog": 20}, lambda x: x // 2, ["mean", "std"]),
+        ({"cat": 20, "dog": 30}, lambda x: x, ["mean", "std", "splits"])))])
 def test_other_data_in_the_same_place_are_refused(
     trained, tmp_path, monkeypatch, counts, change, differing):
   """The mean is folded into a packed network, and labels are only numbers in it."""

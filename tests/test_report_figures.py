@@ -5,34 +5,36 @@ import pathlib
 
 from matplotlib.backends import backend_agg
 import numpy as np
+import pytest
 
 from drawings import drawn
 from minw.report import figures
 from report_records import made
 
 
-def test_labels_of_histograms_do_not_collide():
+@pytest.mark.parametrize("number", [
+    1, 4, 9, *(pytest.param(slow, marks=pytest.mark.slow) for slow in (2, 3, 5))])
+def test_labels_of_histograms_do_not_collide(number):
   """Whatever the number of epochs: no two labels of the picture overlap."""
   counts = [1] * 201
-  for number in (1, 2, 3, 4, 5, 9):
-    lines = [{"epoch": 100 + i, "alpha": 0.5, "kind": "weights", "counts": counts}
-             for i in range(number)]
-    figure = figures.histogram_figure(lines, "Fig 1")
-    assert len(figure.axes) == number
-    renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
-    texts = []
-    for axes in figure.axes:
-      (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-      texts += [axes.title]
-      texts += [label for label in axes.get_xticklabels()
-                if left <= label.get_position()[0] <= right]
-      texts += [label for label in axes.get_yticklabels()
-                if low <= label.get_position()[1] <= high]
-    boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
-    assert len(boxes) >= 6 * number
-    for i, box in enumerate(boxes):
-      assert not box.padded(1).count_overlaps(boxes[:i]), number
+  lines = [{"epoch": 100 + i, "alpha": 0.5, "kind": "weights", "counts": counts}
+           for i in range(number)]
+  figure = figures.histogram_figure(lines, "Fig 1")
+  assert len(figure.axes) == number
+  renderer = backend_agg.FigureCanvasAgg(figure).get_renderer()
+  figure.draw(renderer)
+  texts = []
+  for axes in figure.axes:
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    texts += [axes.title]
+    texts += [label for label in axes.get_xticklabels()
+              if left <= label.get_position()[0] <= right]
+    texts += [label for label in axes.get_yticklabels()
+              if low <= label.get_position()[1] <= high]
+  boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+  assert len(boxes) >= 6 * number
+  for i, box in enumerate(boxes):
+    assert not box.padded(1).count_overlaps(boxes[:i])
 
 
 def curve_run(tmp_path, estimator, seed, losses, splits=("validation",), **changes):

@@ -5,6 +5,8 @@ import math
 import pathlib
 import shutil
 
+import pytest
+
 from minw.report import records
 from minw.report import results
 from report_records import T2
@@ -93,6 +95,7 @@ def test_runs_that_others_went_on_from_have_no_row():
   assert "2 runs of" in text
 
 
+@pytest.mark.slow  # It reads the records of all studies.
 def test_results_of_the_repository(tmp_path):
   """RESULTS.md is what the studies give."""
   shutil.copytree(ROOT / "results", tmp_path / "results")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -284,9 +285,9 @@ print(json.dumps(result))
 
 def batches_on_devices(command, *amounts):
   """Checksums of augmented batches by the number of devices."""
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
   code, out, err = command("on_devices", code=_ON_DEVICES, env={
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-      "JAX_PLATFORMS": "cpu", "AUGMENTATION": json.dumps(amounts)})
+      "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "AUGMENTATION": json.dumps(amounts)})
   assert code == 0, err
   return json.loads(out)
 

@@ -123,13 +123,11 @@ def assert_ends_like(workdir, expected, config):
 
 
 @pytest.mark.parametrize("moment", [
-    "step 5",
     "os.mkdir checkpoints/19.orbax-checkpoint-tmp",  # All lines, but no checkpoint.
-    "step 25",
     "os.rename checkpoints/38.orbax-checkpoint-tmp",
-    "step 75",
     "os.rename status.json.part#6",  # Nothing is left to do but to say so.
-    "os.rename curves.png.part"])
+    *(pytest.param(slow, marks=pytest.mark.slow) for slow in (
+        "step 5", "step 25", "step 75", "os.rename curves.png.part"))])
 def test_killed_run_goes_on(moment, busy, tmp_path):
   expected, copies = busy
   shutil.copytree(copies[moment], tmp_path / "run")
@@ -211,7 +209,8 @@ def terminate_at(wanted):
   return send_at(wanted, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("step", [EPOCH - 1, EPOCH + 6])
+@pytest.mark.parametrize("step", [
+    EPOCH - 1, pytest.param(EPOCH + 6, marks=pytest.mark.slow)])
 def test_terminated_run_stops_and_goes_on(step, busy, tmp_path):
   expected, _ = busy
   handler = signal.getsignal(signal.SIGTERM)
@@ -255,7 +254,8 @@ def test_terminated_at_the_end_is_done(busy, tmp_path):
 # SIGINT.
 
 
-@pytest.mark.parametrize("step", [EPOCH - 1, EPOCH + 6])
+@pytest.mark.parametrize("step", [
+    pytest.param(EPOCH - 1, marks=pytest.mark.slow), EPOCH + 6])
 def test_interrupted_run_stops_and_goes_on(step, busy, tmp_path):
   expected, _ = busy
   handler = signal.getsignal(signal.SIGINT)

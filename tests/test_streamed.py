@@ -109,6 +109,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow  # Python and what trains start twice in it.
 def test_workers_end_with_a_killed_process_and_not_with_signals_as_they_start(tmp_path):
   script = tmp_path / "script.py"
   script.write_text(_STARTED_AND_KILLED)

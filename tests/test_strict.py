@@ -48,7 +48,9 @@ def test_promotion_is_strict_here():
     jnp.ones((2, 2)) + jnp.ones(2)
 
 
-@pytest.mark.parametrize("name", estimators.network_estimators())
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("aqe", "lsq", "parq", "stochastic_aqe")
+                 else pytest.mark.slow) for name in estimators.network_estimators()])
 def test_estimators(name):
   trace_a_step(tiny(estimator=name))
 
@@ -70,7 +72,8 @@ def test_fields(changes):
   trace_a_step(tiny(**changes))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "alexnet"])
+@pytest.mark.parametrize("name", [
+    "resnet20", pytest.param("alexnet", marks=pytest.mark.slow)])
 def test_networks(name):
   c = config_lib.default_config(dataset="imagenet2012")
   c.network = name

@@ -121,11 +121,12 @@ def transformed_block(transform, **options):
 @pytest.mark.parametrize("body, plain", [
     (transformed_block(nn.remat, static_argnums=(3,)),
      lambda x, *a: Block(name="block")(x, *a)),
-    (transformed_block(nn.jit, static_argnums=(2, 3)),
-     lambda x, *a: Block(name="block")(x, *a)),
-    (of_layers(nn.remat, static_argnums=(3,)), of_layers(lambda layer: layer)),
     (of_layers(nn.jit, static_argnums=(2, 3)), of_layers(lambda layer: layer)),
-], ids=["remat", "jit", "remat of layers", "jit of layers"])
+    *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        (transformed_block(nn.jit, static_argnums=(2, 3)),
+         lambda x, *a: Block(name="block")(x, *a)),
+        (of_layers(nn.remat, static_argnums=(3,)), of_layers(lambda layer: layer)))),
+], ids=["remat", "jit of layers", "jit", "remat of layers"])
 def test_transforms_change_nothing(body, plain):
   variables = variables_of(Net(plain))
   assert jax.tree.structure(variables) == jax.tree.structure(variables_of(Net(body)))

@@ -205,6 +205,7 @@ def test_a_damaged_workdir_stops_no_other_run(name, damage, state, reason, tmp_p
       "done", "failed" if state == "failed" else "done", "done"]
 
 
+@pytest.mark.slow  # The other tests of several processes are about the same locks.
 def test_two_sweeps_share_the_work(tmp_path):
   behaviours = ["second", "fail-once", "ok", "stopped-once", "ok", "diverge"] * 2
   processes = [drive(tmp_path, 2, *behaviours) for _ in range(2)]
@@ -247,6 +248,7 @@ def test_second_signal_kills(tmp_path):
   assert process.returncode == 75
 
 
+@pytest.mark.slow  # Fast tests of locks kill processes, too.
 def test_killed_sweep_leaves_no_lock_but_its_runs_keep_theirs(tmp_path):
   process = drive(tmp_path, 2, "long", "long", "ok")
   wait_until(lambda: [state_in(tmp_path, f"r{i}") for i in range(2)] == ["running"] * 2)

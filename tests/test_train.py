@@ -752,8 +752,7 @@ def test_no_moving_average_unless_asked_for(busy):
 def save_run(config, workdir):
   """A workdir with a checkpoint of random numbers; these."""
   run_files.claim(str(workdir), config)
-  experiment = Experiment(config)
-  shapes = jax.eval_shape(lambda: train_step.init_state(experiment))
+  shapes = programs["abstract_state"](experiment_of(config))
   rng = np.random.default_rng(0)
   state = jax.tree_util.tree_map_with_path(
       lambda path, s: np.asarray(rng.uniform(
@@ -834,18 +833,23 @@ def test_init_from_no_run_is_refused(tmp_path):
 # Learning from another run.
 
 
-def teaching(tmp_path, **changes):
+def with_teacher(workdir):
   """The config of a run with a teacher of random weights; the teacher's arrays."""
-  tree = save_run(tiny_config(seed=5), tmp_path / "teacher")
-  return tiny_config(**dict(
-      teacher=str(tmp_path / "teacher"), teacher_weight=0.75, teacher_temperature=2.0,
-      label_smoothing=0.1, estimator="ste", num_epochs=1) | changes), tree
+  tree = save_run(tiny_config(seed=5), workdir)
+  return tiny_config(
+      teacher=str(workdir), teacher_weight=0.75, teacher_temperature=2.0,
+      label_smoothing=0.1, estimator="ste", num_epochs=2), tree
 
 
-def test_loss_with_a_teacher(tmp_path):
+@pytest.fixture(scope="module")
+def teaching(tmp_path_factory):
+  return with_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def test_loss_with_a_teacher(teaching):
   """The loss of the first step. Batch norms have the statistics of the batch."""
-  config, teacher = teaching(tmp_path)
-  experiment = Experiment(config)
+  config, teacher = teaching
+  experiment = experiment_of(config)
   data, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
   images, labels = map(np.asarray, experiment.data.train_inputs(
       data, order, 0, jax.random.key(0)))
@@ -861,12 +865,12 @@ def test_loss_with_a_teacher(tmp_path):
   p, q = log_softmax(taught / 2), log_softmax(learned / 2)
   soft = 4 * (np.exp(p) * (p - q)).sum(-1).mean()
   assert soft > 0.01
-  _, loss = train_step.make_train_step(experiment)(state, data, order)
+  _, loss = programs["make_train_step"](experiment)(state, data, order)
   assert float(loss) == pytest.approx(0.25 * hard + 0.75 * soft, rel=1e-4)
 
 
-def test_resumed_run_with_a_teacher(tmp_path):
-  config, _ = teaching(tmp_path, num_epochs=2)
+def test_resumed_run_with_a_teacher(teaching, tmp_path):
+  config, _ = teaching
   run(config, tmp_path / "whole")
   with pytest.raises(Stop):
     run_with(stop_before(EPOCH + 5), config, tmp_path / "cut")
@@ -877,7 +881,7 @@ def test_resumed_run_with_a_teacher(tmp_path):
 
 
 def test_another_teacher_in_the_same_place(tmp_path):
-  config, _ = teaching(tmp_path, num_epochs=2)
+  config, _ = with_teacher(tmp_path / "teacher")
   with pytest.raises(Stop):
     run_with(stop_before(EPOCH + 5), config, tmp_path / "run")
   shutil.rmtree(tmp_path / "teacher")
@@ -1009,15 +1013,16 @@ def test_classes_have_weights_in_the_loss():
   assert weights[labels].mean() == pytest.approx(1) and weights.std() > 0.1
   assert experiment.class_weights == pytest.approx(weights)
 
-  state = train_step.init_state(experiment)
+  state = train_step.make_init_state(experiment)()
+  update = jax.jit(functools.partial(train_step.update, experiment))
   data, order = next(experiment.data.train_batches(experiment.data.load("train"), 0))
   images, labels = experiment.data.train_inputs(data, order, 0, jax.random.key(0))
   variables = {"params": state.params, "batch_stats": state.batch_stats}
-  logits, _ = experiment.model.apply(
+  logits, _ = jax.jit(lambda variables, images: experiment.model.apply(
       variables, images, 0.5, mode="train", mutable=["batch_stats"],
-      rngs={"estimator": jax.random.key(0)})
+      rngs={"estimator": jax.random.key(0)}))(variables, images)
   losses = cross_entropy(np.asarray(logits, np.float64), np.asarray(labels))
-  after, loss = train_step.update(experiment, state, images, labels, jax.random.key(0))
+  after, loss = update(state, images, labels, jax.random.key(0))
   assert float(loss) == pytest.approx((weights[labels] * losses).mean(), rel=1e-5)
   assert float(loss) != pytest.approx(losses.mean(), rel=1e-3)
   # The accuracy in the record has no weights.
@@ -1026,7 +1031,7 @@ def test_classes_have_weights_in_the_loss():
   # A mixed image has the losses of two labels, each with its own weight.
   share = np.linspace(0, 1, 64, dtype=np.float32)
   mixed = augment.MixedLabels(labels, labels[::-1], share)
-  after, loss = train_step.update(experiment, state, images, mixed, jax.random.key(0))
+  after, loss = update(state, images, mixed, jax.random.key(0))
   other = np.asarray(labels)[::-1]
   expected = share * weights[labels] * losses + (1 - share) * weights[
       other] * cross_entropy(np.asarray(logits, np.float64), other)

@@ -81,8 +81,9 @@ DENSENET = functools.partial(models.DenseNet, 3, (1, 1), 4)
 
 
 @pytest.mark.parametrize("make, kind", [
-    (CONVNET, "plain"), (RESNET, "lsq"), (RESNET, "bfloat16"),
+    (CONVNET, "plain"), (RESNET, "lsq"),
     *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        (RESNET, "bfloat16"),
         (CONVNET, "lsq"), (RESNET, "channel_mean"), (DENSENET, "channel_mean"),
         (DENSENET, "bfloat16")))],
     ids=range(7))

@@ -195,7 +195,8 @@ def test_all_bits_over_many_words(products):
 
 
 @pytest.mark.parametrize("products, bits", [
-    ("popcount", 1), ("popcount", 2), ("popcount", 3), ("dot", 3)])
+    ("popcount", 1), ("dot", 3), *(
+        pytest.param("popcount", slow, marks=pytest.mark.slow) for slow in (2, 3))])
 def test_everything_between_convolutions(products, bits):
   net = Network(bits, (11, 10), 5)
   a = net.threshold(0, bits)
@@ -273,7 +274,8 @@ def test_batches_and_crops():
 
 
 @pytest.mark.parametrize("bits, pad, products", [
-    (1, 0.0, "popcount"), (2, 1.0, "dot"), (3, -1.0, "popcount")])
+    (3, -1.0, "popcount"), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        (1, 0.0, "popcount"), (2, 1.0, "dot")))])
 def test_trained_networks(bits, pad, products):
   net = models.ConvNet(
       10, (8, 33), (20,),
