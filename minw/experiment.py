@@ -213,6 +213,7 @@ class Experiment:
     self.pixels = pixels_lib.pixels(c.pixels, self.info.mean, self.info.std)
     self.model = build_model(c)
     self.layers = layers.trace(self.model, self.image_shape)
+    self._traced = None  # What `fold` traces at first.
     self._check_patterns()
 
     self.alpha = schedules.alpha(
@@ -362,10 +363,12 @@ class Experiment:
     Args:
       variables: Trained variables, {"params", "batch_stats"}; see `fold.fold`.
     """
-    return self._folded(self.model, variables)
-
-  def _folded(self, model, variables):
     probe = pixels_lib.probe(self.pixels, self.image_shape)
-    hard = fold.fold(model, variables, probe)
+    self._traced = self._traced or fold.trace(self.model, variables, probe)
+    return self._folded(self.model, variables, self._traced)
+
+  def _folded(self, model, variables, traced=None):
+    probe = pixels_lib.probe(self.pixels, self.image_shape)
+    hard = fold.fold(model, variables, probe, traced)
     distributed.check_same(hard, "the hard network")
     return distributed.put(hard, self.replicated)

@@ -328,7 +328,23 @@ class Folded(NamedTuple):
   layers: list[FoldedLayer]
 
 
-def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
+def trace(model: Any, variables: Any, probe: Probe) -> structure.Network:
+  """Traces a network for `fold`, which takes most of the time of folding.
+
+  Args:
+    model: As for `fold`.
+    variables: As for `fold`. Only their shapes matter.
+    probe: As for `fold`. Only its shape matters.
+
+  Raises:
+    ValueError: The network cannot be traced; the message names the layer.
+  """
+  return structure.trace(model, variables, fold_probe.make_rows(probe), "fold")
+
+
+def fold(
+    model: Any, variables: Any, probe: Probe, network: structure.Network | None = None
+) -> dict[str, Any]:
   """Returns the variables of the hard network, for model.apply with mode="hard".
 
   Args:
@@ -337,6 +353,7 @@ def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
       own, as `minw.affine` describes.
     variables: Trained variables {"params": ..., "batch_stats": ...}, on any device.
     probe: Probe of the input images, each field (height, width, channels).
+    network: What `trace` has returned, for a network that is folded repeatedly.
 
   Returns:
     {"hard": tree of float32 NumPy arrays}: for each layer its `kernel`, or the fields
@@ -348,16 +365,19 @@ def fold(model: Any, variables: Any, probe: Probe) -> dict[str, Any]:
       parameter of the network itself does not fold, or a layer is called twice and
       would need two hard versions. The message names the layer or variable.
   """
-  return fold_layers(model, variables, probe).hard
+  return fold_layers(model, variables, probe, network).hard
 
 
-def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
+def fold_layers(
+    model: Any, variables: Any, probe: Probe, network: structure.Network | None = None
+) -> Folded:
   """Folds a network like `fold`, and also describes each of its layers.
 
   Args:
     model: As for `fold`.
     variables: As for `fold`.
     probe: As for `fold`.
+    network: As for `fold`.
 
   Raises:
     ValueError: The network does not fold; see `fold`.
@@ -367,8 +387,8 @@ def fold_layers(model: Any, variables: Any, probe: Probe) -> Folded:
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     if not np.isfinite(leaf).all():
       raise ValueError(f"{jax.tree_util.keystr(path)} is not finite")
+  network = network or trace(model, variables, probe)
   rows = fold_probe.make_rows(probe)
-  network = structure.trace(model, variables, rows, "fold")
   folding = _Folding(network.calls)
   parameters = [
       affine.Parameter("/".join(str(key.key) for key in path), leaf, np.size(leaf))

@@ -20,7 +20,6 @@ from minw import evaluate
 from minw import files
 from minw import paths
 from minw import plots
-from minw import structure
 from minw import train
 from minw import train_step
 from minw.experiment import Experiment
@@ -56,21 +55,11 @@ forget_experiments = _experiment.cache_clear
 programs = {name: functools.cache(getattr(train_step, name)) for name in (
     "abstract_state", "make_train_step", "make_reestimate", "make_weight_report")}
 _evaluator = functools.cache(evaluate.Evaluator)
-_trace, _traces = structure.trace, {}
 
 
 def experiment_of(config):
   """The one Experiment of a config in this process; `init_from` is none of it."""
   return _experiment(config_lib.to_json(config_lib.copy(config, init_from="")))
-
-
-def trace_once(model, variables, images, mode):
-  """`structure.trace`, once for each model and each shape of its variables."""
-  leaves, tree = jax.tree.flatten((variables, images))
-  key = (model, mode, tree, *((leaf.shape, leaf.dtype) for leaf in leaves))
-  if key not in _traces:
-    _traces[key] = _trace(model, variables, images, mode)
-  return _traces[key]
 
 
 @functools.cache
@@ -97,7 +86,6 @@ def shared_programs(draw=False):
           paths.at(workdir) / "curves.png", ""))
       patch.setattr(plots, "confusion_figure", lambda *arguments: None)
       patch.setattr(plots, "save", lambda figure, path: files.write(path, ""))
-    patch.setattr(structure, "trace", trace_once)
     for module in (train, evaluate):
       patch.setattr(module, "Experiment", lambda c: fresh_state(c.seed, c.ema_decay)
                     and experiment_of(c))
