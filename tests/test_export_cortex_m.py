@@ -26,6 +26,7 @@ from minw.export import c
 from minw.kernels import reference
 from packed_models import convnet
 from packed_models import digits_convnet
+from packed_models import pooled_convnet
 from packed_models import resnet18
 from packed_networks import groups_and_dilation
 from packed_networks import images
@@ -133,10 +134,10 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
     assert each < 0.15
 
 
-@pytest.mark.parametrize("cpu, level", [
-    ("cortex-m3", "-O3"), ("cortex-m4", "-O2"), ("cortex-m7", "-O2"),
-    ("cortex-m33", "-O2")])
-def test_processors(tmp_path, capsys, cpu, level):
+@pytest.mark.parametrize("cpu, level, most", [
+    ("cortex-m3", "-O3", 0.15), ("cortex-m4", "-O2", 0.15), ("cortex-m7", "-O2", 0.15),
+    ("cortex-m33", "-O2", 0.15), ("cortex-m55", "-O2", 0.12)])
+def test_processors(tmp_path, capsys, cpu, level, most):
   """ConvNet D in W1A1."""
   program = convnet(name="D")
   batch = images(program, 1)
@@ -145,8 +146,24 @@ def test_processors(tmp_path, capsys, cpu, level):
   assert found["right"] == program.num_classes
   each = found["instructions"] / multiplications(program)
   with capsys.disabled():
-    print(f"\n{cpu} {level}: {each:.3f} instructions for a multiplication")
-  assert each < 0.15
+    print(f"\n{cpu} {level}: {each:.3f} instructions for a multiplication,"
+          f" stack {found['stack']} bytes")
+  assert each < most
+
+
+@pytest.mark.parametrize("level", ["-O0", "-Os", "-O3"])
+@pytest.mark.parametrize("bits, widths", [
+    (1, (32, 64, 96)), (2, (32, 96, 128)), (3, (64, 128, 160))])
+def test_helium(tmp_path, bits, widths, level):
+  """Vectors of two, three and four blocks, and blocks that fill no vector."""
+  program = pooled_convnet(bits, widths)
+  batch = images(program, 3)
+  text = c.source(program, batch)
+  assert "#define HELIUM" in text
+  build(tmp_path, program, batch, text, "cortex-m55", level)
+  found = {word: int(n) for word, n in emulate(tmp_path / "net.elf", "cortex-m55")}
+  assert found["right"] == 3 * program.num_classes
+  assert found["stack"] < c.footprint(program).stack
 
 
 def test_products_by_smlad(tmp_path, capsys):
