@@ -53,7 +53,9 @@ import numpy as np
 from minw import packed
 
 _LIST = 512  # Inputs in a list at most.
-_SHORT = 64  # Inputs in a list for which the arena grows if it needs to.
+# Inputs in a list for which the arena grows if it needs to: a tenth of its words, but
+# at least and at most these numbers.
+_SHORT = 64, 128
 _WORD_OF_LIST = 32  # Inputs in a word, for which a list that is not full has room.
 _STACK_OF_SIX = 192  # Bytes of stack that the words of six thresholds take at most.
 _LANES = 4  # Blocks in a group at most, which a vector of Helium holds.
@@ -642,8 +644,10 @@ class Sliced:
     # A list takes half of the inputs, and the 32 of a word beside those.
     listed = -(-self._terms // 32) * 16 + _WORD_OF_LIST
     listed = min(listed, _LIST) if self.input else 0
+    short = writer.memory.words // 160 * 16
     self._list = 0, listed // 2
-    self.least = self.room * min(self.blocks, _BLOCKS) + min(listed, _SHORT) // 2
+    self._short = min(listed, max(_SHORT[0], min(short, _SHORT[1]))) // 2
+    self.least = self.room * min(self.blocks, _BLOCKS) + self._short
     self.stack = 0 if self.input else 4 * self._terms + 76
     if writer.kinds[i].bits == 3:
       self.stack += _STACK_OF_SIX
@@ -656,8 +660,7 @@ class Sliced:
       words: Number of these words.
     """
     _, listed = self._list
-    self._together = min(
-        (words - min(listed, _SHORT // 2)) // self.room, self.blocks)
+    self._together = min((words - self._short) // self.room, self.blocks)
     self._at = at
     if self.input:
       # A list has numbers of 16 bits.
