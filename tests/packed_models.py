@@ -51,10 +51,10 @@ def digits_convnet():
   return convnet(shape=(8, 8, 1), crop=(8, 8))
 
 
-def pooled_convnet(bits=1):
+def pooled_convnet(bits=1, widths=(32, 32, 64)):
   """Like `folder_convnet`: two pools at the start, and a sum over the last map."""
   model = models.ConvNet(
-      10, (32, 32, 64), (), pool_layers=(1, 2), global_pool=True,
+      10, widths, (), pool_layers=(1, 2), global_pool=True,
       conv=functools.partial(layers.QuantConv, bits=bits),
       dense=functools.partial(layers.QuantDense, bits=bits),
       norm=functools.partial(layers.NormQuant, bits=bits))

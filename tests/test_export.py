@@ -522,10 +522,30 @@ int main() {
 
 
 @needs_gcc
-@pytest.mark.parametrize("bits", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_c_of_a_convnet_that_sums_over_its_last_map(tmp_path, bits):
-  program = pooled_convnet(bits)
+@pytest.mark.parametrize("bits, widths", [
+    (1, (32, 64, 96)), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
+        (1, (32, 32, 64)), (2, (32, 32, 64)), (2, (32, 96, 128)),
+        (3, (64, 128, 160))))])
+def test_c_of_a_convnet_that_sums_over_its_last_map(tmp_path, bits, widths):
+  """Blocks of 32 channels in groups of one to four."""
+  program = pooled_convnet(bits, widths)
   assert_c_equal(program, tmp_path, images(program, 4))
+
+
+@needs_gcc
+@pytest.mark.parametrize("width", [2**15 - 3, 2**15 - 2, 2**15 + 8])
+def test_c_of_a_wide_image(tmp_path, width):
+  """Positions in a map that is computed in slices have 16 bits."""
+  b = Builder(np.random.default_rng(0), (1, width, 1))
+  x = b.threshold(b.conv(0, 1, 32), 1)
+  x = b.threshold(b.conv(x, 1, 32), 1)
+  for _ in range(2):
+    x = b.add(packed.Pool("pool", x, "max", (1, 64), (1, 64)))
+  program = b.end(x)
+  text = c.source(program, images(program, 1))
+  # The pads of the second convolution are one column on each side.
+  assert ("gather(" in text) == (width + 2 < 2**15)
+  assert_c_equal(program, tmp_path, images(program, 1))
 
 
 @needs_gcc
@@ -559,7 +579,8 @@ def test_c_states_its_memory(tmp_path):
   constants = sum(size[k] for k in size if k.startswith((".rodata", ".data.rel.ro")))
   assert stated[0] <= constants < stated[0] + 400  # Labels, and room between arrays.
   assert size[".bss"] <= stated[1] + 64  # 64 bytes are for alignment.
-  assert stated[1] < 512  # Codes in words of bits, each map in the room of others.
+  # Codes in words of bits, each map in the room of others, and a list of 64 inputs.
+  assert stated[1] < 384 + 2 * 64 + 64
 
 
 def arena_of(make):

@@ -1,9 +1,12 @@
 """The C export on a Cortex-M3, emulated by QEMU: scores, instructions and stack.
 
 The firmware in examples/cortex_m is built and run, too, and shares its start-up code.
+The variable MINW_CMSIS_NN names a checkout of CMSIS-NN, whose int8 convolutions are
+measured in the same way.
 """
 
 import functools
+import os
 import pathlib
 import shlex
 import shutil
@@ -23,6 +26,7 @@ from minw.export import c
 from minw.kernels import reference
 from packed_models import convnet
 from packed_models import digits_convnet
+from packed_models import pooled_convnet
 from packed_models import resnet18
 from packed_networks import groups_and_dilation
 from packed_networks import images
@@ -35,6 +39,13 @@ EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "cortex_m"
 GCC = shutil.which("arm-none-eabi-gcc")
 QEMU = shutil.which("qemu-system-arm")
 FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-mthumb"]
+# The machine and the flags for each processor. QEMU's machine of a Cortex-M33 has
+# another timer, so that its code runs on a Cortex-M7.
+PROCESSORS = {
+    "cortex-m3": ("mps2-an385", []), "cortex-m4": ("mps2-an386", []),
+    "cortex-m7": ("mps2-an500", []), "cortex-m33": ("mps2-an500", []),
+    "cortex-m55": ("mps3-an547", [
+        "-mfloat-abi=hard", "-Wl,--defsym=ram_start=0x21000000,--defsym=ram_size=2M"])}
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,21 +66,22 @@ def build(folder, program, batch, text, cpu="cortex-m3", level="-O2"):
   """Builds `net.elf` in a folder, which runs the C file of a network on images."""
   (folder / "net.c").write_text(text)
   (folder / "vectors.h").write_text(vectors(program, batch))
-  link(folder / "net.elf", PROGRAM, f"-mcpu={cpu}", level, "-I", folder)
+  link(folder / "net.elf", PROGRAM, cpu, level, "-I", folder)
 
 
-def link(elf, source, *flags):
-  """Compiles a program with the start-up code of the example."""
+def link(elf, source, cpu, *flags):
+  """Compiles a program for a processor with the start-up code of the example."""
   subprocess.run(
-      [GCC, *FLAGS, *flags, "-I", EXAMPLE, "-nostartfiles", "-T",
-       EXAMPLE / "cortex_m.ld", "-o", elf, source, EXAMPLE / "startup.c"], check=True)
+      [GCC, *FLAGS, f"-mcpu={cpu}", *PROCESSORS[cpu][1], *flags, "-I", EXAMPLE,
+       "-nostartfiles", "-T", EXAMPLE / "cortex_m.ld", "-o", elf, source,
+       EXAMPLE / "startup.c"], check=True)
 
 
-def emulate(program, machine):
+def emulate(program, cpu):
   """Runs a program in QEMU. Returns the lines that it says, each as a list of words."""
   run = subprocess.run(
-      [QEMU, "-M", machine, "-nographic", "-monitor", "none", "-serial", "none",
-       "-semihosting-config", "enable=on,target=native", "-icount", "shift=0",
+      [QEMU, "-M", PROCESSORS[cpu][0], "-nographic", "-monitor", "none", "-serial",
+       "none", "-semihosting-config", "enable=on,target=native", "-icount", "shift=0",
        "-kernel", program], capture_output=True, text=True, timeout=600)
   return [line.split() for line in (run.stdout + run.stderr).splitlines()]
 
@@ -106,7 +118,7 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
   assert footprint.static - 8 <= ram <= footprint.static
   if request.node.callspec.id in ("digits", *"ABCD", "W1A2", "W2A2", "W3A3"):
     assert footprint.constants < flash < footprint.constants + search.CODE
-  said = emulate(tmp_path / "net.elf", "mps2-an385")
+  said = emulate(tmp_path / "net.elf", "cortex-m3")
   labels = [int(n) for word, n in said if word == "label"]
   assert labels == reference.logits(program, batch).argmax(-1).tolist()
   found = {word: int(n) for word, n in said}
@@ -122,20 +134,36 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
     assert each < 0.15
 
 
-@pytest.mark.parametrize("cpu, machine, level", [
-    ("cortex-m3", "mps2-an385", "-O3"), ("cortex-m4", "mps2-an386", "-O2"),
-    ("cortex-m7", "mps2-an500", "-O2"), ("cortex-m33", "mps2-an500", "-O2")])
-def test_processors(tmp_path, capsys, cpu, machine, level):
-  """ConvNet D in W1A1. The code for Cortex-M33 runs on an emulated Cortex-M7."""
+@pytest.mark.parametrize("cpu, level, most", [
+    ("cortex-m3", "-O3", 0.15), ("cortex-m4", "-O2", 0.15), ("cortex-m7", "-O2", 0.15),
+    ("cortex-m33", "-O2", 0.15), ("cortex-m55", "-O2", 0.12)])
+def test_processors(tmp_path, capsys, cpu, level, most):
+  """ConvNet D in W1A1."""
   program = convnet(name="D")
   batch = images(program, 1)
   build(tmp_path, program, batch, c.source(program, batch), cpu, level)
-  found = {word: int(n) for word, n in emulate(tmp_path / "net.elf", machine)}
+  found = {word: int(n) for word, n in emulate(tmp_path / "net.elf", cpu)}
   assert found["right"] == program.num_classes
   each = found["instructions"] / multiplications(program)
   with capsys.disabled():
-    print(f"\n{cpu} {level}: {each:.3f} instructions for a multiplication")
-  assert each < 0.15
+    print(f"\n{cpu} {level}: {each:.3f} instructions for a multiplication,"
+          f" stack {found['stack']} bytes")
+  assert each < most
+
+
+@pytest.mark.parametrize("level", ["-O0", "-Os", "-O3"])
+@pytest.mark.parametrize("bits, widths", [
+    (1, (32, 64, 96)), (2, (32, 96, 128)), (3, (64, 128, 160))])
+def test_helium(tmp_path, bits, widths, level):
+  """Vectors of two, three and four blocks, and blocks that fill no vector."""
+  program = pooled_convnet(bits, widths)
+  batch = images(program, 3)
+  text = c.source(program, batch)
+  assert "#define HELIUM" in text
+  build(tmp_path, program, batch, text, "cortex-m55", level)
+  found = {word: int(n) for word, n in emulate(tmp_path / "net.elf", "cortex-m55")}
+  assert found["right"] == 3 * program.num_classes
+  assert found["stack"] < c.footprint(program).stack
 
 
 def test_products_by_smlad(tmp_path, capsys):
@@ -143,13 +171,58 @@ def test_products_by_smlad(tmp_path, capsys):
 
   The time to find the inputs and to compare the sums comes on top.
   """
-  link(tmp_path / "smlad.elf", PROGRAM.with_name("smlad.c"), "-mcpu=cortex-m4", "-O2")
-  said = {word: int(n) for word, n in emulate(tmp_path / "smlad.elf", "mps2-an386")}
+  link(tmp_path / "smlad.elf", PROGRAM.with_name("smlad.c"), "cortex-m4", "-O2")
+  said = {word: int(n) for word, n in emulate(tmp_path / "smlad.elf", "cortex-m4")}
   assert said["right"] == 2 * 64 and said["products"] == 2 * 64 * 576
   each = said["instructions"] / said["products"]
   with capsys.disabled():
     print(f"\n{each:.2f} instructions for a multiplication by SMLAD")
   assert each > 1.1
+
+
+def convolutions(program):
+  """The shapes of the convolutions of more than one pixel, as in `cmsis_nn.c`."""
+  kinds = packed.infer_values(program)
+  return [(*kinds[op.input].shape, *op.kernel.shape[:3], op.pads[0], *kind.shape[:2])
+          for op, kind in zip(program.ops, kinds[1:])
+          if isinstance(op, packed.Conv) and op.kernel[0, ..., 0].size > 1]
+
+
+def write_layers(path, layers):
+  h, w, c, out, _, _, _, high, wide = np.transpose(layers)
+  rows = ", ".join("{" + ", ".join(map(str, layer)) + "}" for layer in layers)
+  path.write_text(f"""\
+#define LAYERS {{{rows}}}
+#define INPUTS {max(h * w * c)}
+#define WEIGHTS {max(np.prod(np.transpose(layers)[2:6], 0))}
+#define OUTPUTS {max(out * high * wide)}
+#define CHANNELS {max(out)}
+""")
+
+
+@pytest.mark.parametrize("cpu", ["cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"])
+@pytest.mark.parametrize("name", ["D", "digits"])
+def test_cmsis_nn(tmp_path, capsys, name, cpu):
+  """CMSIS-NN's int8 convolutions with the shapes of a network's layers."""
+  if "MINW_CMSIS_NN" not in os.environ:
+    pytest.skip("MINW_CMSIS_NN names no checkout of CMSIS-NN")
+  checkout = pathlib.Path(os.environ["MINW_CMSIS_NN"])
+  program = convnet(name="D") if name == "D" else infer.load("digits_convnet").program
+  layers = convolutions(program)
+  write_layers(tmp_path / "layers.h", layers)
+  files = [file for part in ("ConvolutionFunctions", "NNSupportFunctions")
+           for file in (checkout / "Source" / part).glob("*.c")
+           if not file.stem.endswith(("f16", "f32", "flt"))]
+  link(tmp_path / "net.elf", PROGRAM.with_name("cmsis_nn.c"), cpu, "-std=gnu11", "-w",
+       "-O2", "-ffunction-sections", "-Wl,--gc-sections", "-I", tmp_path, "-I",
+       checkout / "Include", *files)
+  said = emulate(tmp_path / "net.elf", cpu)
+  found = {word: [int(n) for key, n in said if key == word] for word, _ in said}
+  assert found["right"] == [3 * layer[3] for layer in layers]
+  products = np.prod(np.transpose(layers)[[2, 3, 4, 5, 7, 8]], 0)
+  with capsys.disabled():
+    print(f"\n{name} on {cpu}: {sum(found['instructions']) / sum(products):.3f}"
+          " instructions of CMSIS-NN for a multiplication")
 
 
 def run_make(folder, *arguments):

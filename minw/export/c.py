@@ -42,7 +42,7 @@ from minw.kernels import reference
 # beside what they state, about 1.2 times what the same compilers use.
 _STACK = 256
 _STACK_OF_FUNCTION = 128
-_STACK_OF_SLICED = 960
+_STACK_OF_SLICED = 880
 
 _SAMPLE = 4  # Images that show which values are mostly -1.
 
@@ -119,6 +119,15 @@ static int32_t score(int32_t sum, int c) {
   bits.f = y + 0.0f;
   return bits.i < 0 ? bits.i ^ 0x7fffffff : bits.i;
 }"""
+
+# The arena, if `c_sliced` keeps lists of 16-bit numbers in it.
+_ARENA = """\
+static union {{
+  uint32_t words[{words}];
+  uint16_t halves[{halves}];
+}} memory;
+#define arena memory.words
+"""
 
 _DECLARATIONS = """\
 #define {NAME}_CLASSES {classes}
@@ -308,6 +317,8 @@ class _Writer:
     words = self.memory.words
     labels = "\n".join(f"  {c_text.string(str(label))}," for label in meta["labels"])
     arena = f"static uint32_t arena[{words}];\n" if words else ""
+    if any(value.input for value in self.sliced.values()):
+      arena = _ARENA.format(words=words, halves=2 * words)
     offset = ", ".join(map(str, self.program.offset))
     return f"""\
 /* {self.title()}
@@ -352,11 +363,11 @@ static const uint8_t offset[] = {{{offset}}};
     calls = "".join(f"  make{i}();\n" for i in self.memory.stored)
     planes = "".join(f"    {line}\n" for line in self._make_planes(len(self.kinds) - 1))
     return f"""\
-int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
+/* Writes the scores, and returns the label. */
+APART static int classify(int32_t *scores) {{
   int c, label = 0;
   int32_t best = INT32_MIN;
-  input = image;
-{calls}  for (c = 0; c < {self.prefix.upper()}_CLASSES; c++) {{
+  for (c = 0; c < {self.prefix.upper()}_CLASSES; c++) {{
     int32_t s;
 {planes}    s = score({self.get(last, '0', '0', 'c')}, c);
     if (s > best) {{
@@ -366,6 +377,11 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
     if (scores) scores[c] = s;
   }}
   return label;
+}}
+
+int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
+  input = image;
+{calls}  return classify(scores);
 }}
 """
 

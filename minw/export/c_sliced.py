@@ -33,10 +33,12 @@ windows, then three words are added in place of four.
 The numbers of S are listed first, and the listed words are then added for one block of
 32 channels after the other, and for each bit of the weights. Lists of A and B follow.
 Finding a bit that is set costs as much as adding a word. As many blocks share a list
-as their sums fit into the free part of the arena. A full list is added and begun again.
+as their sums fit into the free part of the arena, beside the list. A full list is added
+and begun again.
 
 The words are added by carry-save adders, five operations for a word, 16 words before a
-carry leaves the registers. Lists are filled up with the number of a word that is 0.
+carry leaves the registers. Lists are filled up with the number of a word that is 0. The
+words of up to four blocks are neighbors, and a vector of Helium adds them at once.
 Inputs outside the image are not added one by one. Their sums are constants, and there
 is one for each way in which a window overlaps the border.
 
@@ -50,8 +52,13 @@ import numpy as np
 
 from minw import packed
 
-_LIST = 128  # Inputs in a list at most.
+_LIST = 512  # Inputs in a list at most.
+# Inputs in a list for which the arena grows if it needs to: a tenth of its words, but
+# at least and at most these numbers.
+_SHORT = 64, 128
+_WORD_OF_LIST = 32  # Inputs in a word, for which a list that is not full has room.
 _STACK_OF_SIX = 192  # Bytes of stack that the words of six thresholds take at most.
+_LANES = 4  # Blocks in a group at most, which a vector of Helium holds.
 _BLOCKS = 2  # Blocks of 32 channels for which the arena grows if it needs to.
 _LEVELS = {1: (1,), 2: (0, 1), 3: (0, 1, 2, 3)}  # Bits k of v for weights of 1-3 bits.
 _GREATEST = {1: 1, 2: 1, 3: 4}  # Greatest level of codes of 1-3 bits.
@@ -76,6 +83,46 @@ static uint32_t part(const uint32_t *x, int k) {
   }
 }
 #define WORD(x) part(x, s->part)"""
+
+# The part of the C file for Helium, if some layer has groups of several blocks.
+_HELIUM = """\
+/* Helium, the vector extension of Cortex-M55, adds to up to four blocks at once. A
+   compiler that does not optimize would keep all vectors on the stack. */
+#if defined(__ARM_FEATURE_MVE) && defined(__OPTIMIZE__)
+#include <arm_mve.h>
+#define HELIUM
+#define GET4(p) vldrwq_gather_shifted_offset_z_u32(p, at, lanes)
+#define PUT4(p, words) vstrwq_scatter_shifted_offset_p_u32(p, at, words, lanes)
+
+/* Adds the listed weights to the slices n of `count` blocks, which are `span` words
+   apart. */
+static void columns(uint32_t *n, int count, int span, const uint32_t *w,
+                    const uint16_t *list, const uint16_t *end) {
+  const mve_pred16_t lanes = vctp32q((uint32_t)count);
+  const uint32x4_t at = vmulq_n_u32(vidupq_n_u32(0, 1), (uint32_t)span);
+  uint32x4_t ones1 = GET4(n), ones2 = GET4(n + 1), ones4 = GET4(n + 2);
+  uint32x4_t ones8 = GET4(n + 3);
+  uint32x4_t b1, b2, b4, b8, c1, c2, c4, c8, high;
+  const uint16_t *x;
+  for (x = list; x < end; x += 16) {
+    uint32_t *p = n + 4;
+    ADD8(vldrwq_u32, b8, 0)
+    ADD8(vldrwq_u32, c8, 8)
+    CARRY(high, ones8, b8, c8)
+    for (; vmaxvq_p_u32(0, high, lanes); p++) {
+      const uint32x4_t old = GET4(p);
+      PUT4(p, old ^ high);
+      high &= old;
+    }
+  }
+  PUT4(n, ones1);
+  PUT4(n + 1, ones2);
+  PUT4(n + 2, ones4);
+  PUT4(n + 3, ones8);
+}
+#endif
+
+"""
 
 # C functions by name. Each one follows those it calls.
 HELPERS = {
@@ -105,35 +152,56 @@ static void ripple(uint32_t *n, uint32_t carry) {
     "WORD": _WORD,
     "gather": """\
 /* A convolution of codes. A pixel of its input, map, has `words` times `size` channels
-   in `planes` bit-planes. A word of the weights has one bit of 32 output channels.
-   `block` words, the last of which is 0, are a window, and `levels` blocks have the
-   bits from 2^bit on. The sums are computed in n. A sum has `slices` words in an array
-   of `kept` words. Those of the next 32 channels are `span` words further on. The state
-   of a window is the sum of its row's and its column's number in border. Columns begin
-   at `borders`. The sums of a state begin with the number in most. In each state but 0,
-   edges have `edge` slices of the sum over the inputs outside. */
+   in `planes` bit-planes, which are `pixel` words. There are `gap` words between two
+   neighboring pixels of a window. A word of the weights has one bit of 32 output
+   channels, which are a block. `lanes` blocks are a group, and have `block` words each.
+   The words of a group are `levels` parts of `part` words, for the bits from 2^bit on.
+   A part has `lanes` words for each input of a window, and then zeros for one more.
+
+   A list has positions in a part. They grow by `pace` from a word of the map to the
+   next one, and begin at -`ahead` for bits that a word of fewer channels does not
+   have. A list is added when it ends past `full`. The sums are computed in n. A sum
+   has `slices` words in an array of `kept` words. Those of the next block are `span`
+   words further on. The state of a window is the sum of its row's and its column's
+   number in border. Columns begin at `borders`. The sums of a state begin with the
+   number in most. In each state but 0, edges have `edge` slices of the sum over the
+   inputs outside. */
 typedef struct {
   const uint32_t *map, *weights, *edges;
   const uint8_t *border;
   const int32_t *most;
   uint32_t *n;
-  int height, width, words, planes, size, rows, columns, down, right;
-  int stride, sideways, above, before;
-  int block, levels, bit, scale, kept, span, slices, edge, states, borders;
+  uint16_t *list, *full;
+  int height, width, words, planes, size, pixel, pace, ahead, gap;
+  int rows, columns, down, right, stride, sideways, above, before;
+  int block, lanes, part, levels, bit, scale, kept, span, slices, edge, states, borders;
   uint32_t flip;
 } Conv;
 
-/* The inputs of a window whose bit is set in the map, or inverted if flip is set. They
-   are in rows from first to last, and in columns from `from` to `to`. Those in columns
-   from begin to end must also be set in another window, whose words are `other` further
-   on, or inverted if flop is set. The weights of the inputs are added to the slices n
-   of some blocks. */
+/* The inputs of a window whose bit is set in the map, or inverted if flip is set.
+   They are in rows from first to last, and in columns from `from` to `to`. Those in
+   columns from begins[0] to ends[1] must also be set in another window, whose words
+   are `other` further on, or inverted if flop is set. The weights of the inputs are
+   added to the slices n of some blocks from b on. Each one counts 2^bit in `found`.
+   Two windows begin at their `sides`, have columns from `begins` to `ends`, and are
+   in `states`. */
 typedef struct {
   const volatile Conv *of;
   const uint32_t *map, *weights;
   uint32_t *n, flip, flop;
-  int blocks, top, side, first, last, from, to, begin, end, other, part;
+  int32_t found;
+  int other;
+  int16_t b, blocks, top, side, first, last, from, to, bit, part;
+  int16_t sides[2], begins[2], ends[2];
+  uint8_t states[2];
 } Window;
+
+/* Keeps a compiler from reading more words at once than the registers can hold. */
+#ifdef __GNUC__
+#define IN_ORDER __asm__ volatile("" ::: "memory");
+#else
+#define IN_ORDER
+#endif
 
 /* Adds the bits of b and c to those of a. The carries are stored in high. */
 #define CARRY(high, a, b, c) \\
@@ -142,76 +210,91 @@ typedef struct {
   b = high & a; \\
   a ^= high; \\
   high = b | c;
-#define ADD2(high, k) \\
-  b1 = w[x[k]]; \\
-  c1 = w[x[k + 1]]; \\
+#define ADD2(load, high, k) \\
+  b1 = load(w + x[k]); \\
+  c1 = load(w + x[k + 1]); \\
+  IN_ORDER \\
   CARRY(high, ones1, b1, c1)
-#define ADD4(high, k) ADD2(b2, k) ADD2(c2, k + 2) CARRY(high, ones2, b2, c2)
-#define ADD8(high, k) ADD4(b4, k) ADD4(c4, k + 4) CARRY(high, ones4, b4, c4)
+#define ADD4(load, high, k) \\
+  ADD2(load, b2, k) ADD2(load, c2, k + 2) CARRY(high, ones2, b2, c2)
+#define ADD8(load, high, k) \\
+  ADD4(load, b4, k) ADD4(load, c4, k + 4) CARRY(high, ones4, b4, c4)
 
-/* Adds the weights of the listed inputs, whose number is a multiple of 16. The window
-   is volatile, so that it stays in memory and leaves the registers to the sums. */
-APART static void add(const volatile Window *s, const uint16_t *list,
-                      const uint16_t *end) {
+/* Adds the listed weights to the slices n of a block. */
+static void column(uint32_t *n, const uint32_t *w, const uint16_t *list,
+                   const uint16_t *end) {
+  uint32_t ones1 = n[0], ones2 = n[1], ones4 = n[2], ones8 = n[3], high;
+  uint32_t b1, b2, b4, b8, c1, c2, c4, c8;
+  const uint16_t *x;
+  for (x = list; x < end; x += 16) {
+    ADD8(*, b8, 0)
+    ADD8(*, c8, 8)
+    CARRY(high, ones8, b8, c8)
+    ripple(n + 4, high);
+  }
+  n[0] = ones1;
+  n[1] = ones2;
+  n[2] = ones4;
+  n[3] = ones8;
+}
+
+@HELIUM@
+/* Adds the weights of the inputs that are listed before `end`, except for those after
+   the last multiple of 16, which begin the next list. Returns the end of that one.
+   The window is volatile, so that it stays in memory and leaves registers to the
+   sums. No compiler calls memmove for volatile numbers. */
+APART static uint16_t *add(volatile Window *s, const uint16_t *end) {
+  const uint16_t *const stop = end - ((end - s->of->list) & 15);
   const uint32_t *w = s->weights;
   uint32_t *n = s->n;
-  int b, level;
-  for (b = 0; b < s->blocks; b++, n += s->of->span) {
-    for (level = 0; level < s->of->levels; level++, w += s->of->block) {
-      uint32_t *const p = n + level;
-      uint32_t ones1 = p[0], ones2 = p[1], ones4 = p[2], ones8 = p[3], high;
-      uint32_t b1, b2, b4, b8, c1, c2, c4, c8;
-      const uint16_t *x;
-      for (x = list; x < end; x += 16) {
-        ADD8(b8, 0)
-        ADD8(c8, 8)
-        CARRY(high, ones8, b8, c8)
-        ripple(p + 4, high);
+  int b, level, k;
+  for (b = s->blocks; b > 0; b -= s->of->lanes, n += s->of->lanes * s->of->span) {
+    for (level = 0; level < s->of->levels; level++, w += s->of->part) {
+#ifdef HELIUM
+      if (s->of->lanes > 1) {
+        columns(n + level, s->of->lanes, s->of->span, w, s->of->list, stop);
+        continue;
       }
-      p[0] = ones1;
-      p[1] = ones2;
-      p[2] = ones4;
-      p[3] = ones8;
+#endif
+      for (k = 0; k < s->of->lanes; k++)
+        column(n + level + k * s->of->span, w + k, s->of->list, stop);
     }
   }
+  s->found = s->found + (int32_t)(stop - s->of->list) * (1 << s->bit);
+  for (k = 0; k < end - stop; k++) ((volatile uint16_t *)s->of->list)[k] = stop[k];
+  return s->of->list + k;
 }
 
 /* Lists the inputs of a window whose bit is set, and adds their weights whenever the
-   list is full. Returns the number of these inputs. */
-APART static int32_t gather(const volatile Window *s) {
+   list is full. */
+APART static void gather(volatile Window *s) {
   const volatile Conv *const of = s->of;
-  const int pixel = of->words * of->planes;
-  uint16_t list[LIST], *end = list;
-  volatile uint16_t *m; /* No compiler calls memmove for it. */
-  int total = 0, i, j, k;
+  uint16_t *end = of->list;
+  int i, j, k;
   for (i = s->first; i < s->last && s->from < s->to; i++) {
-    const int at = (s->top + i * of->down) * of->width + s->side;
-    const uint32_t *x = s->map + (at + s->from * of->right) * pixel;
-    int next = (i * of->columns + s->from) * of->words * of->size - (32 - of->size);
-    for (j = s->from; j < s->to; j++, x += (of->right - 1) * pixel) {
-      const int both = j >= s->begin && j < s->end, other = both ? s->other : 0;
-      const uint32_t flip = s->flip, flop = both ? s->flop : flip;
-      for (k = of->words; k > 0; k--, x += of->planes, next += of->size) {
-        uint32_t bits = (WORD(x) ^ flip) & (WORD(x + other) ^ flop);
+    const int at = (s->top + i * of->down) * of->width + s->side + s->from * of->right;
+    const uint32_t *x = s->map + at * of->pixel;
+    int next = (i * of->columns + s->from) * of->words * of->pace - of->ahead;
+    for (j = s->from; j < s->to; j++, x += of->gap) {
+      const int both = j >= s->begins[0] && j < s->ends[1], other = both ? s->other : 0;
+      const uint32_t flop = both ? s->flop : s->flip;
+      for (k = of->words; k > 0; k--, x += of->planes, next += of->pace) {
+        uint32_t bits = (WORD(x) ^ s->flip) & (WORD(x + other) ^ flop);
+        const int lanes = of->lanes;
         while (bits) {
           const int zeros = first(bits);
           bits &= ~(0x80000000u >> zeros);
-          *end++ = (uint16_t)(next + zeros);
+          *end++ = (uint16_t)(next + zeros * lanes);
         }
-        if (end - list > LIST - 32) {
-          const uint16_t *rest = end - ((end - list) & 15);
-          add(s, list, rest);
-          total += (int)(rest - list);
-          end -= rest - list;
-          for (m = list; m < end; m++, rest++) *m = *rest;
-        }
+        if (end > of->full) end = add(s, end);
       }
     }
   }
-  total += (int)(end - list);
-  while ((end - list) & 15) *end++ = (uint16_t)(of->block - 1);
-  add(s, list, end);
-  return total;
+  while ((end - of->list) & 15) {
+    *end++ = (uint16_t)(of->part - of->lanes);
+    s->found = s->found - (1 << s->bit);
+  }
+  add(s, end);
 }""",
     "fill": """\
 /* The pointer is volatile, so that no compiler calls memset, which is in a library. */
@@ -237,25 +320,25 @@ static void increase(uint32_t *n, int slices, int32_t number) {
 }""",
     "sums": """\
 /* The positions of a window, `step` apart, that are inside an input of some size. */
-static void inside(int at, int step, int window, int size, int *from, int *to) {
+APART static void inside(int at, int step, int window, int size,
+                         volatile int16_t *from, volatile int16_t *to) {
   int i = 0, j = window;
   while (i < window && at + i * step < 0) i++;
   while (j > i && at + (j - 1) * step >= size) j--;
-  *from = i;
-  *to = j;
+  *from = (int16_t)i;
+  *to = (int16_t)j;
 }
 
-/* Completes the slices n of some blocks from b on, for a window in some state. The sum
-   over its inputs inside is `found`. */
-APART static void finish(const Conv *of, uint32_t *n, int state, int b, int blocks,
-                         int32_t found) {
-  int k;
-  for (; blocks > 0; blocks--, b++, n += of->span) {
+/* Completes the slices n of the blocks of a window, which is in some state. */
+APART static void finish(const volatile Window *s, uint32_t *n, int state) {
+  const volatile Conv *const of = s->of;
+  int b, k;
+  for (b = s->b; b < s->b + s->blocks; b++, n += of->span) {
     if (state) {
       const uint32_t *const edge = of->edges + (b * of->states + state - 1) * of->edge;
       for (k = 0; k < of->edge; k++) ripple(n + of->bit + k, edge[k]);
     }
-    increase(n, of->slices, of->most[state] - of->scale * found);
+    increase(n, of->slices, of->most[state] - of->scale * s->found);
   }
 }
 
@@ -263,50 +346,49 @@ APART static void finish(const Conv *of, uint32_t *n, int state, int b, int bloc
    there are two, for each of some blocks of channels from b on. The inputs that apply
    to both windows come first and are added once. Then come those of each window
    alone. */
-APART static void sums(const Conv *of, int y, int x, int b, int blocks, int two) {
-  const uint32_t all = 0xffffffffu >> (32 - of->size);
-  const int parts = of->planes == 3 ? 4 : of->planes;
+APART static void sums(const volatile Conv *of, int y, int x, int b, int blocks,
+                       int two) {
   const uint8_t *const border = of->border;
-  uint32_t *const n = of->n;
-  int from[2] = {0, 0}, to[2] = {0, 0}, e, k;
+  volatile Window s;
   int32_t shared = 0;
-  Window s;
+  int e, k, part;
   s.of = of;
-  s.weights = of->weights + b * of->levels * of->block;
-  s.blocks = blocks;
-  s.top = y * of->stride - of->above;
+  s.weights = of->weights + b * of->block;
+  s.b = (int16_t)b;
+  s.blocks = (int16_t)blocks;
+  s.top = (int16_t)(y * of->stride - of->above);
   inside(s.top, of->down, of->rows, of->height, &s.first, &s.last);
+  s.ends[1] = 0;
   for (e = 0; e <= two; e++) {
-    s.side = (x + e) * of->sideways - of->before;
-    inside(s.side, of->right, of->columns, of->width, &from[e], &to[e]);
+    s.sides[e] = (int16_t)((x + e) * of->sideways - of->before);
+    inside(s.sides[e], of->right, of->columns, of->width, &s.begins[e], &s.ends[e]);
+    s.states[e] = 0;
+    if (border) s.states[e] = (uint8_t)(border[y] + border[of->borders + x + e]);
   }
-  s.begin = from[0];
-  s.end = to[1];
-  for (k = 0; k < blocks; k++) fill(n + k * of->span, of->kept, 0);
+  for (k = 0; k < blocks; k++) fill(of->n + k * of->span, of->kept, 0);
   for (e = -two; e <= two; e++) {
     const int second = e > 0;
-    int32_t found = 0;
-    int part;
-    s.side = (x + second) * of->sideways - of->before;
-    s.from = from[second];
-    s.to = to[e < 0 ? 1 : second];
-    s.other = (1 - 2 * second) * of->sideways * of->words * of->planes;
-    for (part = 0; part < parts; part++) {
-      const int bit = part + (parts == 1);
-      s.part = parts < 4 ? 4 : part;
-      s.map = of->map + (parts < 4 ? part : 0);
-      s.n = n + second * of->kept + bit + of->bit;
-      s.flip = parts == 1 ? of->flip : parts - part == 2 ? all : 0;
+    s.side = s.sides[second];
+    s.from = s.begins[second];
+    s.to = s.ends[e < 0 ? 1 : second];
+    s.other = (1 - 2 * second) * of->sideways * of->pixel;
+    s.found = shared;
+    for (part = 0; part < (of->planes < 3 ? of->planes : 4); part++) {
+      const uint32_t all = 0xffffffffu >> (32 - of->size);
+      s.bit = (int16_t)(part + (of->planes == 1));
+      s.part = (int16_t)(of->planes < 3 ? 4 : part);
+      s.map = of->map + (of->planes < 3 ? part : 0);
+      s.n = of->n + second * of->kept + s.bit + of->bit;
+      s.flip = of->planes == 1 ? of->flip : part == 2 * (of->planes - 2) ? all : 0;
       s.flop = e < 0 ? s.flip : s.flip ^ all;
-      found += gather(&s) * (1 << bit);
+      gather(&s);
     }
-    if (e >= 0) {
-      const int state = border ? border[y] + border[of->borders + x + e] : 0;
-      finish(of, n + e * of->kept, state, b, blocks, shared + found);
-      continue;
+    if (e < 0) {
+      shared = s.found;
+      for (k = 0; k < blocks; k++) copy(of->n + k * of->span, of->kept);
+    } else {
+      finish(&s, of->n + e * of->kept, s.states[e]);
     }
-    shared = found;
-    for (k = 0; k < blocks * of->span; k += of->span) copy(n + k, of->kept);
   }
 }""",
     "look_up": """\
@@ -391,8 +473,9 @@ def helpers(writer) -> dict[str, str]:
   """Returns the C functions that a writer's network may need, by name."""
   sliced = [value for value in writer.sliced.values() if value.input]
   word = _WORD3 if any(writer.memory.bits(v.input) == 3 for v in sliced) else _WORD
-  listed = max((value.listed for value in sliced), default=0)
-  return HELPERS | {"WORD": f"{word}\n#define LIST {listed}"}
+  helium = _HELIUM if any(value.lanes > 1 for value in sliced) else ""
+  gather = HELPERS["gather"].replace("@HELIUM@\n", helium)
+  return HELPERS | {"WORD": word, "gather": gather}
 
 
 def find(writer) -> dict[int, "Sliced"]:
@@ -417,7 +500,7 @@ def find(writer) -> dict[int, "Sliced"]:
     if conv and _is_sliced(ops[conv - 1], conv, writer.kinds):
       found[i] = Sliced(writer, i, conv, pool)
   for value in found.values():
-    memory.make_room(value.index, value.room * min(value.blocks, _BLOCKS))
+    memory.make_room(value.index, value.least)
   for value in found.values():
     value.place(*memory.room(value.index))
   return found
@@ -437,6 +520,9 @@ def _is_sliced(op, i, kinds) -> bool:
     return sums < 2**16 and 4 * blocks * levels <= out
   if kinds[op.input].kind != "CODE" or (channels > 32 and channels % 32):
     return False
+  height, width, _ = kinds[op.input].shape
+  if max(height + sum(op.pads[:2]), width + sum(op.pads[2:])) >= 2**15:
+    return False  # Positions have 16 bits.
   border = _Border(op, kinds[op.input], kinds[i])
   words = blocks * (
       levels * (h * w * channels + 1) + (border.states - 1) * border.slices)
@@ -519,7 +605,8 @@ class Sliced:
     input: The value that the convolution reads.
     blocks: Number of blocks of 32 channels.
     room: Words of the arena that a block takes while it is computed.
-    listed: Room in its lists of inputs, which is 0 if it reads the image.
+    least: Words of the arena that the computation takes at least.
+    lanes: Number of blocks in a group: see the C structure Conv.
     stack: Bytes of stack that its arrays and thresholds take.
   """
 
@@ -544,7 +631,7 @@ class Sliced:
     self._most_u = self._scale * self._most * (2 if self.input else 1) * self._terms
     # One more than the greatest integer fits, so that a threshold can be above all.
     self._slices = (2 * self._most_u + 1).bit_length()
-    # `count` reads four slices from its first one on.
+    # `column` reads four slices from its first one on.
     first = self._most.bit_length() + self._levels[-1]
     self._kept = max(self._slices, first + 4) if self.input else 16
     wide = writer.kinds[conv].shape[1] if pool is None else self._pooling.window[1]
@@ -553,10 +640,15 @@ class Sliced:
     self._span = self._kept * self._step
     thresholds = writer.program.ops[i - 1].thresholds.shape[1]
     self.room = self._span + (0 if pool is None else thresholds)
-    self._at, self._together = 0, 1
-    # A list takes a quarter of the inputs, and the 32 of a word beside those.
-    self.listed = min(-(-self._terms // 64) * 16 + 32, _LIST) if self.input else 0
-    self.stack = 2 * self.listed if self.input else 4 * self._terms + 76
+    self._at, self._together, self.lanes = 0, 1, 1
+    # A list takes half of the inputs, and the 32 of a word beside those.
+    listed = -(-self._terms // 32) * 16 + _WORD_OF_LIST
+    listed = min(listed, _LIST) if self.input else 0
+    short = writer.memory.words // 160 * 16
+    self._list = 0, listed // 2
+    self._short = min(listed, max(_SHORT[0], min(short, _SHORT[1]))) // 2
+    self.least = self.room * min(self.blocks, _BLOCKS) + self._short
+    self.stack = 0 if self.input else 4 * self._terms + 76
     if writer.kinds[i].bits == 3:
       self.stack += _STACK_OF_SIX
 
@@ -567,7 +659,16 @@ class Sliced:
       at: Offset of the words that they may take.
       words: Number of these words.
     """
-    self._at, self._together = at, min(words // self.room, self.blocks)
+    _, listed = self._list
+    self._together = min((words - self._short) // self.room, self.blocks)
+    self._at = at
+    if self.input:
+      # A list has numbers of 16 bits.
+      most = min(_LANES, self._together, 2**16 // (self._terms + 1))
+      self.lanes = max(n for n in range(1, most + 1) if self.blocks % n == 0)
+      self._together -= self._together % self.lanes
+    taken = self._together * self.room
+    self._list = at + taken, min(listed, words - taken)
 
   @property
   def _pooling(self) -> packed.Pool:
@@ -608,11 +709,16 @@ class Sliced:
     source, result = writer.kinds[op.input], writer.kinds[conv]
     channels = op.kernel.shape[-1]
     size, planes = min(channels, 32), writer.memory.bits(op.input)
+    pixel = channels // size * planes
     # The highest bit of a word is its last channel.
     bits = self._planes()
     bits = bits.reshape(*bits.shape[:2], -1, size, 32)[..., ::-1, :]
-    weights = _pack(bits).reshape(*bits.shape[:2], -1)
-    weights = np.pad(weights, [(0, 0), (0, 0), (0, 1)])
+    weights = _pack(bits).reshape(-1, self.lanes, len(self._levels), self._terms)
+    weights = np.pad(weights.transpose(0, 2, 3, 1), [(0, 0), (0, 0), (0, 1), (0, 0)])
+    block, part = weights[0, ..., 0].size, weights[0, 0].size
+    weights = weights.reshape(-1)
+    if self.lanes > 1:  # A vector reads four words.
+      weights = np.pad(weights, (0, _LANES - self.lanes))
     text = writer.array("uint32_t", f"w{conv}", weights)
     edges, border = "0", "0"
     outside = self._most - _level(op.pad, source.bits)
@@ -627,10 +733,13 @@ class Sliced:
     flip = 2**size - 1 if self._negate else 0
     members = [
         f"arena + {writer.memory.offsets[op.input]}", f"w{conv}", edges, border,
-        f"most{conv}", f"arena + {self._at}", *source.shape[:2], channels // size,
-        planes, size,
+        f"most{conv}", f"arena + {self._at}", f"memory.halves + {2 * self._list[0]}",
+        f"memory.halves + {2 * sum(self._list) - _WORD_OF_LIST}",
+        *source.shape[:2], channels // size, planes, size,
+        pixel, size * self.lanes, (32 - size) * self.lanes,
+        (op.dilation[1] - 1) * pixel,
         *op.kernel.shape[1:3], *op.dilation, *op.strides, op.pads[0], op.pads[2],
-        op.kernel[0].size + 1, len(self._levels), self._levels[0], self._scale,
+        block, self.lanes, part, len(self._levels), self._levels[0], self._scale,
         self._kept, self._span, self._slices, states.slices, states.states - 1,
         result.shape[0], f"0x{flip:x}u"]
     writer.flash += 4 * len(members)
