@@ -26,6 +26,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+CHANGES = ("write", "copy", "delete")  # Kinds of requests that change something.
+
 
 class Request(NamedTuple):
   """A request that has reached the proxy.
@@ -51,6 +53,8 @@ class Service:
     after: Function that is called with each request after it was passed on. It may
       return a status, which replaces the answer.
     seconds_between_writes: Least number of seconds between two writes of an object.
+    one_by_one: Whether a request that changes something waits until the one before it
+      is answered. Then nothing changes while `before` runs for such a request.
   """
 
   def __init__(self, emulator: int):
@@ -58,6 +62,8 @@ class Service:
     self.before: Callable[[Request], int | None] = lambda request: None
     self.after: Callable[[Request], int | None] = lambda request: None
     self.seconds_between_writes = 0.0
+    self.one_by_one = False
+    self._turn = threading.Lock()
     self._written: dict[str, float] = collections.defaultdict(lambda: -1e9)
     self._lock = threading.Lock()
     self._emulator = emulator
@@ -138,6 +144,11 @@ class Service:
       def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         found = _request(self.command, self.path, body)
+        waits = service.one_by_one and found.kind in CHANGES
+        with service._turn if waits else contextlib.nullcontext():
+          self._pass_on(found, body)
+
+      def _pass_on(self, found, body):
         status = service._refusal(self.command, self.path, found)
         if status:
           self._refuse(status)

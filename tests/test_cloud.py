@@ -56,7 +56,7 @@ def service(emulator, monkeypatch):
   emulator.requests.clear()
   yield emulator
   emulator.before = emulator.after = lambda request: None
-  emulator.seconds_between_writes = 0.0
+  emulator.seconds_between_writes, emulator.one_by_one = 0.0, False
 
 
 @pytest.fixture
@@ -328,15 +328,14 @@ def copies_of_a_run(service, folder):
 
   def copy(request):
     kind = kind_of(request, folder)
-    if request.kind in ("write", "copy", "delete") and request.name.startswith(
-        folder.key):
+    if request.kind in gcs.CHANGES and request.name.startswith(folder.key):
       counts[kind] += 1
       if counts[kind] <= 2:
         copies[kind] = service.contents(f"{folder.key}/")
 
-  service.before = copy
+  service.before, service.one_by_one = copy, True
   run(tiny_config(), folder)
-  service.before = lambda request: None
+  service.before, service.one_by_one = lambda request: None, False
   return copies
 
 
