@@ -23,6 +23,8 @@ from typing import IO, Any, Callable, Iterator, NamedTuple
 _PATIENCE = 120.0
 _TRIES = 5  # Writes of a file that others keep replacing.
 
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+[a-z0-9]")  # What the service allows.
+
 # Errors by the code of a response. All others become EIO.
 _ERRORS = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT,
            "412": errno.ESTALE}
@@ -73,8 +75,9 @@ class Path:
     """
     scheme, _, rest = str(url).partition("://")
     bucket, *parts = rest.split("/")
-    if scheme != "gs" or not bucket or ".." in parts:
-      raise ValueError("must be gs://BUCKET/NAME without '..'")
+    if scheme != "gs" or not _BUCKET.fullmatch(bucket) or ".." in parts:
+      raise ValueError("must be gs://BUCKET/NAME without '..', and with a BUCKET of"
+                       " small letters, digits and . _ -")
     self.bucket = bucket
     self._parts = tuple(part for part in parts if part not in ("", "."))
 
