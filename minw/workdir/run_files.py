@@ -9,6 +9,7 @@ import json
 import logging
 from typing import Any, ContextManager, Iterator
 
+from minw import cloud
 from minw import config as config_lib
 from minw import config_fields
 from minw import distributed
@@ -54,7 +55,10 @@ def claimed(workdir: str, config: Any) -> Iterator[None]:
 def _lock(workdir: str) -> ContextManager:
   """Creates `workdir` and takes its lock. Leaving the context releases the lock."""
   with _refusing(workdir):
-    paths.at(workdir).mkdir(parents=True, exist_ok=True)
+    folder = paths.at(workdir)
+    if isinstance(folder, cloud.Path):
+      cloud.check_properties(folder.bucket)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
       lock = locks.take(workdir)
     except OSError as error:
@@ -178,6 +182,10 @@ def read_config(workdir: str) -> Any:
 REMEDY = "move it away, and the next start of the run writes it again"
 
 
+# Orbax writes a checkpoint on gs:// in its place, and this file when it is complete.
+COMPLETE = "commit_success.txt"
+
+
 def checkpoints(workdir: str) -> dict[int, paths.AnyPath]:
   """Returns the folders of all checkpoints by their steps."""
   folder = paths.at(workdir) / "checkpoints"
@@ -185,9 +193,8 @@ def checkpoints(workdir: str) -> dict[int, paths.AnyPath]:
     return {}
   found = {int(path.name): path for path in folder.iterdir() if path.name.isdecimal()}
   if paths.is_url(folder):
-    # Orbax writes a checkpoint in its place, and this file when it is complete.
     found = {step: path for step, path in found.items()
-             if paths.is_file(path / "commit_success.txt")}
+             if paths.is_file(path / COMPLETE)}
   return found
 
 
