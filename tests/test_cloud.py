@@ -19,6 +19,7 @@ import pytest
 import gcs
 from minw import cloud
 from minw import evaluate
+from minw import exit_codes
 from minw import files
 from minw import outbox
 from minw import pack
@@ -208,12 +209,14 @@ def test_a_lease_that_is_not_renewed_is_taken_over(service, folder):
 
 
 def test_a_lease_is_lost_to_a_successor(service, folder):
-  with locks.take(str(folder)) as lease:
+  lost = threading.Event()
+  with locks.take(str(folder), lost.set) as lease:
     files.write(folder / "status.json", "1")
+    assert not lost.wait(1)
     successor = json.dumps({"owner": "a successor", "seconds": 60}).encode()
     service.write(f"{folder.key}/lease", successor)
     service.write(f"{folder.key}/status.json", b"of the successor")
-    time.sleep(2)  # The lease would be renewed.
+    assert lost.wait(10)  # The lease would be renewed.
     assert not lease.is_held()
     with pytest.raises(OSError, match="another process"):
       files.write(folder / "status.json", "2")
@@ -551,6 +554,83 @@ def test_two_processes(service, folder, tmp_path):
   assert run_files.read_status(str(folder))["state"] == "done"
   result = evaluate.evaluate_workdir(str(folder))
   assert result["accuracy"] == run_files.read_status(str(folder))["test_accuracy"]
+
+
+def successor_takes(service, folder):
+  """Makes another process the owner of a folder."""
+  service.write(f"{folder.key}/lease", json.dumps(
+      {"owner": "a successor", "seconds": 60}).encode())
+
+
+def complete(service, folder):
+  """The parts of checkpoints that are said to be complete."""
+  return [name for name in service.objects(f"{folder.key}/checkpoints/")
+          if name.endswith("/commit_success.txt")]
+
+
+@pytest.mark.slow
+def test_a_replaced_process_begins_no_checkpoint(service, folder, monkeypatch):
+  monkeypatch.setenv("MINW_LEASE_SECONDS", "600")  # No renewal finds the successor.
+  with pytest.raises(train.StorageError, match="another process"):
+    run_with(lambda step, _: step == EPOCH - 1 and successor_takes(service, folder)
+             and None, tiny_config(), folder)
+  assert service.objects(f"{folder.key}/checkpoints/") == {}
+
+
+@pytest.mark.slow
+def test_a_replaced_process_completes_no_checkpoint(service, folder, monkeypatch):
+  monkeypatch.setenv("MINW_LEASE_SECONDS", "600")
+
+  def replace(request):
+    if request == ("write", f"{folder.key}/checkpoints/19/tree/manifest.ocdbt"):
+      successor_takes(service, folder)
+
+  service.before = replace
+  with pytest.raises(train.StorageError, match="another process"):
+    run(tiny_config(), folder)
+  assert f"{folder.key}/checkpoints/19/tree/manifest.ocdbt" in service.objects()
+  assert complete(service, folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [
+    "tree/ocdbt.process_0/d/", "tree/d/", "tree/commit_success.txt", "run/metadata"])
+def test_a_process_frozen_amid_a_checkpoint_ends_when_it_wakes(
+    service, folder, tmp_path, moment):
+  """A successor writes the same checkpoint, before the first process goes on.
+
+  The write of run/metadata is one that may arrive late. The next start mends that.
+  """
+  config = tiny_config(num_epochs=1)
+  run(config, tmp_path / "expected")
+  write_config(tmp_path / "config.py", config)
+  first = subprocess.Popen(
+      [sys.executable, "-m", "minw.main", f"--config={tmp_path}/config.py",
+       f"--workdir={folder}"], stderr=subprocess.PIPE, text=True)
+  frozen = threading.Event()
+
+  def freeze(request):
+    if request.kind == "write" and not frozen.is_set() and request.name.startswith(
+        f"{folder.key}/checkpoints/19/{moment}"):
+      os.kill(first.pid, signal.SIGSTOP)
+      frozen.set()
+
+  service.before = freeze
+  try:
+    assert frozen.wait(300)
+    assert f"{folder.key}/checkpoints/19/commit_success.txt" not in service.objects()
+    assert run(config, folder)["state"] == "done"
+  finally:
+    os.kill(first.pid, signal.SIGCONT)
+  told = first.communicate(timeout=200)[1]
+  assert first.returncode == exit_codes.IO_ERROR, told
+  assert told.splitlines()[-1] == (
+      f"error: {folder}: another process has taken over the run, because this one was"
+      " suspended or cut off")
+  if moment == "run/metadata":
+    assert run(config, folder)["state"] == "done"
+  assert evaluate.evaluate_workdir(str(folder))["step"] == EPOCH
+  assert ended(service, folder, tmp_path / "run") == outcome(tmp_path / "expected")
 
 
 # --- Sweeps.

@@ -121,7 +121,9 @@ def open_manager(workdir: str, read_only: bool = False) -> Manager:
         read_only=True, create=False, save_interval_steps=0)
   else:
     options = ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=True, preservation_policy=_NewestAndBest(directory))
+        cleanup_tmp_directories=True, preservation_policy=_NewestAndBest(directory),
+        temporary_path_class=(
+            _owned(folder) if isinstance(folder, cloud.Path) else None))
   verbosity = absl_logging.get_verbosity()
   if read_only:  # Suppress the warning of Orbax that the manager is read-only.
     absl_logging.set_verbosity(absl_logging.ERROR)
@@ -210,6 +212,21 @@ def _plainly_named(
   return names / str(number), lambda: os.close(number)
 
 
+def _owned(workdir: cloud.Path) -> type[ocp.path.atomicity.CommitFileTemporaryPath]:
+  """Returns Orbax's class of folders that are written, for those of the owner only.
+
+  Orbax's writes do not name the generations that they replace. A process that was
+  suspended amid a checkpoint, and has lost its workdir to a successor, must not declare
+  parts of that checkpoint complete.
+  """
+  class Owned(ocp.path.atomicity.CommitFileTemporaryPath):
+    async def finalize(self, *arguments: Any) -> None:
+      cloud.check_owned(workdir)
+      await super().finalize(*arguments)
+
+  return Owned
+
+
 class _NewestAndBest:
   """Policy that tells Orbax which checkpoints to keep.
 
@@ -278,7 +295,12 @@ def save(
       None if it is unknown.
     run: Records of the run as JSON. Files of the workdir that are lost or damaged are
       restored from it.
+
+  Raises:
+    OSError: The workdir is on gs://, and another process has taken it over.
   """
+  if isinstance(manager.folder, cloud.Path):
+    cloud.check_owned(manager.folder.parent)
   manager.save(
       step,
       args=ocp.args.Composite(

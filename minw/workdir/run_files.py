@@ -14,9 +14,11 @@ from minw import config as config_lib
 from minw import config_fields
 from minw import distributed
 from minw import errors
+from minw import exit_codes
 from minw import files
 from minw import json_files
 from minw import paths
+from minw import stopping
 from minw.workdir import locks
 
 _log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ def _lock(workdir: str) -> ContextManager:
       cloud.check_properties(folder.bucket)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-      lock = locks.take(workdir)
+      lock = locks.take(workdir, lambda: _give_up(workdir))
     except OSError as error:
       if error.errno not in _NO_LOCKS:
         raise
@@ -71,6 +73,17 @@ def _lock(workdir: str) -> ContextManager:
     raise errors.UsageError(
         f"workdir={workdir!r} is in use: another process is training there")
   return lock
+
+
+def _give_up(workdir: str) -> None:
+  """Ends this process, if it is a command, because another one trains in `workdir`.
+
+  Orbax may be amid a checkpoint, and would damage the other process's. In a notebook,
+  the next record or checkpoint fails.
+  """
+  stopping.end_command(
+      f"error: {workdir}: another process has taken over the run, because this one was"
+      " suspended or cut off", exit_codes.IO_ERROR)
 
 
 def claim(workdir: str, config: Any) -> None:
