@@ -17,11 +17,13 @@ import os
 import re
 import secrets
 import threading
-from typing import IO, Any, Callable, Iterator, NamedTuple
+from typing import IO, Any, Callable, Iterable, Iterator, NamedTuple
 
 # Seconds for which a request is repeated while the service is not available.
 _PATIENCE = 120.0
 _TRIES = 5  # Writes of a file that others keep replacing.
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]+[a-z0-9]")  # What the service allows.
 
 # Errors by the code of a response. All others become EIO.
 _ERRORS = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT,
@@ -73,8 +75,9 @@ class Path:
     """
     scheme, _, rest = str(url).partition("://")
     bucket, *parts = rest.split("/")
-    if scheme != "gs" or not bucket or ".." in parts:
-      raise ValueError("must be gs://BUCKET/NAME without '..'")
+    if scheme != "gs" or not _BUCKET.fullmatch(bucket) or ".." in parts:
+      raise ValueError("must be gs://BUCKET/NAME without '..', and with a BUCKET of"
+                       " small letters, digits and . _ -")
     self.bucket = bucket
     self._parts = tuple(part for part in parts if part not in ("", "."))
 
@@ -286,14 +289,28 @@ class Path:
           # It is there if the answer to an earlier try was lost.
           bucket.copy_blob(blob, bucket, target.key + rest, if_generation_match=0,
                            retry=_retry())
-      for blob in blobs:
-        with contextlib.suppress(_libraries().api.NotFound):
-          blob.delete(if_generation_match=blob.generation, retry=_retry())
+      _delete(blobs)
+
+  def remove(self, first: str) -> None:
+    """Deletes the objects in this folder.
+
+    Args:
+      first: Name of the object that is deleted before all others, if it is there.
+    """
+    with _os_errors(self):
+      _delete(sorted(self._listed(), key=lambda blob: blob.name != (self / first).key))
 
   def _listed(self, **options: Any) -> Any:
     _check_bucket(self.bucket)
     prefix = f"{self.key}/" if self._parts else None
     return _client().list_blobs(self.bucket, prefix=prefix, retry=_retry(), **options)
+
+
+def _delete(blobs: Iterable[Any]) -> None:
+  """Deletes objects, unless they have changed since they were listed."""
+  for blob in blobs:
+    with contextlib.suppress(_libraries().api.NotFound):
+      blob.delete(if_generation_match=blob.generation, retry=_retry())
 
 
 # Generation of each object that this process wrote last, by path.
@@ -320,6 +337,17 @@ def owning(folder: Path, owns: Callable[[], bool]) -> Iterator[None]:
   finally:
     if _owners.get(str(folder)) is owns:
       del _owners[str(folder)]
+
+
+def check_owned(folder: Path) -> None:
+  """Checks that this process has not lost a folder that it owned; see `owning`.
+
+  Raises:
+    OSError: With errno.ESTALE, another process owns the folder.
+  """
+  owns = _owners.get(str(folder))
+  if owns is not None and not owns():
+    raise OSError(errno.ESTALE, "another process has taken over", str(folder))
 
 
 class _Libraries(NamedTuple):
@@ -413,16 +441,33 @@ def as_os_error(error: BaseException, path: Any) -> OSError | None:
   return _error(number, path, "" if number == errno.ENOENT else text[:200])
 
 
+def check_properties(bucket: str) -> None:
+  """Checks that Orbax can ask for the properties of a bucket, as it does.
+
+  Raises:
+    OSError: It cannot.
+  """
+  with _os_errors(Path(f"gs://{bucket}")):
+    try:
+      _client().get_bucket(bucket, retry=_retry())
+    except _libraries().api.Forbidden as error:
+      raise OSError(
+          errno.EACCES, "Orbax needs the permission storage.buckets.get, which"
+          " roles/storage.bucketViewer grants", f"gs://{bucket}") from error
+
+
 def prepare_orbax() -> None:
   """Sets what Orbax needs for gs://, before it is first used with such a path.
 
-  Listings must not be cached, because a cache hides the objects of other processes. An
-  emulator of the service is found by the same variable as here.
+  Listings must not be cached, because a cache hides the objects of other processes.
+  Orbax's client wants a project, although no request is about one. An emulator of the
+  service is found by the same variable as here.
   """
   config = importlib.import_module("fsspec.config")
   config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   os.environ.setdefault("EPATH_USE_TF", "false")
+  os.environ.setdefault("GOOGLE_CLOUD_PROJECT", "none")
   emulator = os.environ.get("STORAGE_EMULATOR_HOST")
   if emulator:
     os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)

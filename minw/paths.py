@@ -21,6 +21,8 @@ AnyPath = pathlib.Path | cloud.Path
 # Begins with a scheme, or with what remains of one if slashes were merged.
 _URL = re.compile(r"[A-Za-z][A-Za-z\d+.-]*://|(gs|s3):/")
 
+_SPECIAL = re.compile(r"[#*?\[\]\x00-\x1f\x7f]")
+
 
 def is_url(path: str | os.PathLike | cloud.Path) -> bool:
   """Returns whether a path is a URL such as gs://bucket/name."""
@@ -45,6 +47,9 @@ def _remote(url: str) -> cloud.Path:
   """Returns the path object of a URL. Raises ValueError if minw cannot use it."""
   if not url.startswith("gs://"):
     raise ValueError("the only URLs that minw reads and writes are gs://BUCKET/NAME")
+  if _SPECIAL.search(url):
+    raise ValueError("a name on gs:// must not contain # * ? [ ] or control"
+                     " characters, which Orbax and others take for patterns")
   if not all(map(dependencies.installed, ("gcsfs", "google.cloud.storage"))):
     raise ValueError("gs:// needs other packages: pip install 'minw[gcs]'")
   return cloud.Path(url)

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from minw import exit_codes
 
@@ -100,9 +100,26 @@ def _end(number: int) -> None:
   line = "interrupted" if number == signal.SIGINT else (
       "stopped by SIGTERM; nothing is lost, and the same command starts or resumes the"
       " run")
+  _end_saying(line, exit_codes.INTERRUPTED if number == signal.SIGINT
+              else exit_codes.PREEMPTED)
+
+
+def _end_saying(line: str, code: int) -> NoReturn:
   os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
-  os._exit(exit_codes.INTERRUPTED if number == signal.SIGINT
-           else exit_codes.PREEMPTED)
+  os._exit(code)
+
+
+def end_command(line: str, code: int) -> None:
+  """Ends this process at once if it is a command that has called `watch`.
+
+  Any thread may call this. Processes that use minw as a library are not ended.
+
+  Args:
+    line: Line that says why.
+    code: Exit code.
+  """
+  if _watched:
+    _end_saying(line, code)
 
 
 def _forget() -> None:

@@ -206,7 +206,13 @@ def _storage_error(error: BaseException, workdir: str) -> OSError | None:
   """
   folder = paths.at(workdir)
   if isinstance(folder, cloud.Path):
-    return cloud.as_os_error(error, folder / "checkpoints")
+    found = cloud.as_os_error(error, folder / "checkpoints")
+    if found is None and isinstance(error, Exception):
+      try:
+        cloud.check_owned(folder)  # A successor removes what this process was writing.
+      except OSError as lost:
+        return lost
+    return found
   if not isinstance(error, OSError):
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if not number:

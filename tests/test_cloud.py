@@ -19,6 +19,7 @@ import pytest
 import gcs
 from minw import cloud
 from minw import evaluate
+from minw import exit_codes
 from minw import files
 from minw import outbox
 from minw import pack
@@ -28,6 +29,7 @@ from minw import train
 from minw import verify
 from minw.report import records
 from minw.workdir import board
+from minw.workdir import checkpoint
 from minw.workdir import locks
 from minw.workdir import run_files
 from short_runs import EPOCH
@@ -56,7 +58,8 @@ def service(emulator, monkeypatch):
   emulator.requests.clear()
   yield emulator
   emulator.before = emulator.after = lambda request: None
-  emulator.seconds_between_writes = 0.0
+  emulator.seconds_between_writes, emulator.one_by_one = 0.0, False
+  gc.collect()  # Orbax's coroutines of failed saves warn here, and not in other tests.
 
 
 @pytest.fixture
@@ -207,12 +210,14 @@ def test_a_lease_that_is_not_renewed_is_taken_over(service, folder):
 
 
 def test_a_lease_is_lost_to_a_successor(service, folder):
-  with locks.take(str(folder)) as lease:
+  lost = threading.Event()
+  with locks.take(str(folder), lost.set) as lease:
     files.write(folder / "status.json", "1")
+    assert not lost.wait(1)
     successor = json.dumps({"owner": "a successor", "seconds": 60}).encode()
     service.write(f"{folder.key}/lease", successor)
     service.write(f"{folder.key}/status.json", b"of the successor")
-    time.sleep(2)  # The lease would be renewed.
+    assert lost.wait(10)  # The lease would be renewed.
     assert not lease.is_held()
     with pytest.raises(OSError, match="another process"):
       files.write(folder / "status.json", "2")
@@ -267,6 +272,20 @@ def test_requests_of_a_report_and_of_a_step(service, folder):
   assert between(2, EPOCH - 1) == []
   counts = [len(between(i * EPOCH - 1, (i + 1) * EPOCH - 1)) for i in (1, 2, 3)]
   assert 50 < max(counts) <= 200, counts
+
+
+@pytest.mark.slow
+def test_requests_of_a_save_that_removes_two_checkpoints(service, folder):
+  tree = {"params": np.arange(6.0), "step": np.int32(3)}
+  with checkpoint.open_manager(str(folder)) as manager:
+    for step, accuracy in enumerate((0.5, 0.1, 0.2, 0.9)):
+      begun = len(service.requests)
+      checkpoint.save(manager, step, tree, accuracy, {"journal": []})
+      manager.wait_until_finished()
+    assert run_files.checkpoints(str(folder)).keys() == {2, 3}
+  left = {name.split("/")[0] for name in service.contents(f"{folder.key}/checkpoints/")}
+  assert left == {"2", "3"}
+  assert 100 < len(service.requests) - begun <= 190  # A report makes ten more.
 
 
 @pytest.mark.slow
@@ -328,15 +347,14 @@ def copies_of_a_run(service, folder):
 
   def copy(request):
     kind = kind_of(request, folder)
-    if request.kind in ("write", "copy", "delete") and request.name.startswith(
-        folder.key):
+    if request.kind in gcs.CHANGES and request.name.startswith(folder.key):
       counts[kind] += 1
       if counts[kind] <= 2:
         copies[kind] = service.contents(f"{folder.key}/")
 
-  service.before = copy
+  service.before, service.one_by_one = copy, True
   run(tiny_config(), folder)
-  service.before = lambda request: None
+  service.before, service.one_by_one = lambda request: None, False
   return copies
 
 
@@ -508,6 +526,22 @@ def test_refusals(service, folder, command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_missing_right_to_the_bucket(service, folder, command, tmp_path):
+  """Orbax asks for the properties of a bucket. Rights to its objects do not suffice."""
+  run(tiny_config(num_epochs=1), folder)
+  write_config(tmp_path / "config.py", tiny_config(num_epochs=1))
+  service.before = lambda request: 403 if request.kind == "bucket" else None
+  for argv in (("minw.main", "--config=config.py", f"--workdir={folder}-new"),
+               ("minw.evaluate", f"--workdir={folder}")):
+    found = command(*argv, folder=tmp_path, env=service.environment, trains=False)
+    assert found.code == 2 and found.err.count("\n") == 1, found
+    assert ("Orbax needs the permission storage.buckets.get, which"
+            " roles/storage.bucketViewer grants") in found.err
+  assert service.objects(f"{folder.key}-new/") == {}
+  gc.collect()
+
+
+@pytest.mark.slow
 def test_two_processes(service, folder, tmp_path):
   write_config(tmp_path / "config.py", tiny_config(num_epochs=2))
   port = gcs.free_port()
@@ -521,6 +555,83 @@ def test_two_processes(service, folder, tmp_path):
   assert run_files.read_status(str(folder))["state"] == "done"
   result = evaluate.evaluate_workdir(str(folder))
   assert result["accuracy"] == run_files.read_status(str(folder))["test_accuracy"]
+
+
+def successor_takes(service, folder):
+  """Makes another process the owner of a folder."""
+  service.write(f"{folder.key}/lease", json.dumps(
+      {"owner": "a successor", "seconds": 60}).encode())
+
+
+def complete(service, folder):
+  """The parts of checkpoints that are said to be complete."""
+  return [name for name in service.objects(f"{folder.key}/checkpoints/")
+          if name.endswith("/commit_success.txt")]
+
+
+@pytest.mark.slow
+def test_a_replaced_process_begins_no_checkpoint(service, folder, monkeypatch):
+  monkeypatch.setenv("MINW_LEASE_SECONDS", "600")  # No renewal finds the successor.
+  with pytest.raises(train.StorageError, match="another process"):
+    run_with(lambda step, _: step == EPOCH - 1 and successor_takes(service, folder)
+             and None, tiny_config(), folder)
+  assert service.objects(f"{folder.key}/checkpoints/") == {}
+
+
+@pytest.mark.slow
+def test_a_replaced_process_completes_no_checkpoint(service, folder, monkeypatch):
+  monkeypatch.setenv("MINW_LEASE_SECONDS", "600")
+
+  def replace(request):
+    if request == ("write", f"{folder.key}/checkpoints/19/tree/manifest.ocdbt"):
+      successor_takes(service, folder)
+
+  service.before = replace
+  with pytest.raises(train.StorageError, match="another process"):
+    run(tiny_config(), folder)
+  assert f"{folder.key}/checkpoints/19/tree/manifest.ocdbt" in service.objects()
+  assert complete(service, folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [
+    "tree/ocdbt.process_0/d/", "tree/d/", "tree/commit_success.txt", "run/metadata"])
+def test_a_process_frozen_amid_a_checkpoint_ends_when_it_wakes(
+    service, folder, tmp_path, moment):
+  """A successor writes the same checkpoint, before the first process goes on.
+
+  The write of run/metadata is one that may arrive late. The next start mends that.
+  """
+  config = tiny_config(num_epochs=1)
+  run(config, tmp_path / "expected")
+  write_config(tmp_path / "config.py", config)
+  first = subprocess.Popen(
+      [sys.executable, "-m", "minw.main", f"--config={tmp_path}/config.py",
+       f"--workdir={folder}"], stderr=subprocess.PIPE, text=True)
+  frozen = threading.Event()
+
+  def freeze(request):
+    if request.kind == "write" and not frozen.is_set() and request.name.startswith(
+        f"{folder.key}/checkpoints/19/{moment}"):
+      os.kill(first.pid, signal.SIGSTOP)
+      frozen.set()
+
+  service.before = freeze
+  try:
+    assert frozen.wait(300)
+    assert f"{folder.key}/checkpoints/19/commit_success.txt" not in service.objects()
+    assert run(config, folder)["state"] == "done"
+  finally:
+    os.kill(first.pid, signal.SIGCONT)
+  told = first.communicate(timeout=200)[1]
+  assert first.returncode == exit_codes.IO_ERROR, told
+  assert told.splitlines()[-1] == (
+      f"error: {folder}: another process has taken over the run, because this one was"
+      " suspended or cut off")
+  if moment == "run/metadata":
+    assert run(config, folder)["state"] == "done"
+  assert evaluate.evaluate_workdir(str(folder))["step"] == EPOCH
+  assert ended(service, folder, tmp_path / "run") == outcome(tmp_path / "expected")
 
 
 # --- Sweeps.

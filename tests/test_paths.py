@@ -77,13 +77,22 @@ def test_gs_is_allowed_where_a_caller_says_so(text, path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["s3://bucket", "gs:/bucket", "gs://", "gs:///x",
-                                  "gs://bucket/../x", "http://host"])
+                                  "gs://bucket/../x", "http://host", "gs://Bucket/x",
+                                  "gs://-bucket/x", "gs://a b/x"])
 def test_no_other_url_is_allowed_anywhere(text, monkeypatch):
   monkeypatch.setattr(dependencies, "installed", lambda package: True)
   with pytest.raises(ValueError, match="gs://BUCKET/NAME"):
     paths.expand(text, remote=True)
   with pytest.raises(errors.UsageError, match=f"^{text}: .*gs://BUCKET/NAME"):
     paths.at(text)
+
+
+@pytest.mark.parametrize("character", "#*?[]\n")
+def test_names_on_gs_are_no_patterns(character, monkeypatch):
+  monkeypatch.setattr(dependencies, "installed", lambda package: True)
+  with pytest.raises(ValueError, match="must not contain # \\* \\?"):
+    paths.expand(f"gs://bucket/a{character}b", remote=True)
+  assert paths.expand("gs://bucket/ü b%20\\", remote=True) == "gs://bucket/ü b%20\\"
 
 
 def test_paths_of_this_machine_are_those_of_pathlib():

@@ -7,7 +7,8 @@ for the time that it states belongs to nobody any more, and another process take
 No clocks are compared for that: the other process waits for this time itself.
 
 A process that was suspended for longer finds on waking that it lost the lease. Its
-writes fail from then on, see `cloud.Path.put`.
+writes fail from then on, see `cloud.Path.put`, and those of Orbax, which know nothing
+of leases, end with the process if it is a command; see `Lease`.
 """
 
 import json
@@ -17,7 +18,7 @@ import secrets
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, Callable
 
 from minw import cloud
 from minw import errors
@@ -40,9 +41,11 @@ class Lease:
     owner: Name of the owner. A process that knows it may renew the lease.
   """
 
-  def __init__(self, path: cloud.Path, owner: str, generation: int, inherited: bool):
+  def __init__(self, path: cloud.Path, owner: str, generation: int, inherited: bool,
+               lost: Callable[[], None] | None):
     self.owner = owner
     self._path, self._generation, self._inherited = path, generation, inherited
+    self._lost = lost
     self._seconds = _time_to_live()
     self._closed = threading.Event()
     self._owning = cloud.owning(path.parent, self.is_held)
@@ -84,27 +87,45 @@ class Lease:
 
   def _renew(self) -> None:
     """Renews the lease until it is closed or lost."""
-    content = _content(self.owner, self._seconds)
-    while not self._closed.wait(self._seconds / 3):
+    renewed, pause = time.monotonic(), self._seconds / 3
+    while not self._closed.wait(pause):
       try:
-        written = self._path.replace_generation(
-            content, self._generation, patience=self._seconds / 3)
-        if written is None:  # It is lost, or a process that shares it has renewed it.
-          found = _read(self._path)
-          if found is None or found[0]["owner"] != self.owner:
-            _log.error("%s: another process has taken the lease", self._path)
-            return
-          written = found[1]
-        self._generation = written
+        # After a suspension, a look at the lease tells sooner than a refused write.
+        suspended = time.monotonic() - renewed > self._seconds
+        if suspended and not self.is_held() or not self._is_renewed():
+          if self._lost:
+            self._lost()
+          _log.error("%s: another process has taken the lease", self._path)
+          return
+        renewed, pause = time.monotonic(), self._seconds / 3
       except OSError as error:
         _log.warning("%s: it was not renewed (%s)", self._path, error)
+        pause = self._seconds / _POLLS
+
+  def _is_renewed(self) -> bool:
+    """Renews the lease. Returns False if another process has it."""
+    written = self._path.replace_generation(
+        _content(self.owner, self._seconds), self._generation,
+        patience=self._seconds / 3)
+    if written is None:  # It is lost, or a process that shares it has renewed it.
+      found = _read(self._path)
+      if found is None or found[0]["owner"] != self.owner:
+        return False
+      written = found[1]
+    self._generation = written
+    return True
 
 
-def take(folder: cloud.Path) -> Lease | None:
+def take(
+    folder: cloud.Path, lost: Callable[[], None] | None = None) -> Lease | None:
   """Takes the lease of a folder for this process.
 
   If there is a lease that a dead process may have held, this waits until the lease is
   renewed or runs out.
+
+  Args:
+    folder: The folder.
+    lost: Function that a thread calls if another process has taken the lease.
 
   Returns:
     The lease, or None if another process has it.
@@ -117,7 +138,7 @@ def take(folder: cloud.Path) -> Lease | None:
   inherited = os.environ.get(_INHERITED, "")
   if found is not None and inherited and found[0]["owner"] == inherited:
     del os.environ[_INHERITED]
-    return Lease(path, inherited, found[1], inherited=True)
+    return Lease(path, inherited, found[1], inherited=True, lost=lost)
   if found is not None and found[0]["owner"]:
     before, found = found, _after_waiting(path, found)
     if found is not None and found[0]["owner"] and found[1] != before[1]:
@@ -125,7 +146,9 @@ def take(folder: cloud.Path) -> Lease | None:
   owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
   written = path.replace_generation(
       _content(owner, _time_to_live()), found[1] if found else 0)
-  return None if written is None else Lease(path, owner, written, inherited=False)
+  if written is None:
+    return None
+  return Lease(path, owner, written, inherited=False, lost=lost)
 
 
 def is_held(folder: cloud.Path) -> bool:

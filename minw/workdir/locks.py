@@ -12,7 +12,7 @@ import fcntl
 import os
 import pathlib
 import time
-from typing import IO, Sequence
+from typing import IO, Callable, Sequence
 
 from minw import cloud
 from minw import paths
@@ -25,11 +25,13 @@ _INHERITED = "MINW_LOCK"  # Variable with the file descriptor that holds the loc
 _TRIES, _PAUSE = 10, 0.05
 
 
-def take(workdir: str) -> Lock | None:
+def take(workdir: str, lost: Callable[[], None] | None = None) -> Lock | None:
   """Takes the lock of a folder for this process.
 
   Args:
     workdir: Folder that exists. Its file `lock` is created if it is missing.
+    lost: Function that a thread calls if the lock is a lease, and another process has
+      taken it because this one was suspended.
 
   Returns:
     An open file or a lease that holds the lock until it is closed. None if another
@@ -40,7 +42,7 @@ def take(workdir: str) -> Lock | None:
   """
   folder = paths.at(workdir)
   if isinstance(folder, cloud.Path):
-    return leases.take(folder)
+    return leases.take(folder, lost)
   path = folder / "lock"
   file = _inherited(path) or path.open("a+")
   for _ in range(_TRIES):

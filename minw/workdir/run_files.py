@@ -9,13 +9,16 @@ import json
 import logging
 from typing import Any, ContextManager, Iterator
 
+from minw import cloud
 from minw import config as config_lib
 from minw import config_fields
 from minw import distributed
 from minw import errors
+from minw import exit_codes
 from minw import files
 from minw import json_files
 from minw import paths
+from minw import stopping
 from minw.workdir import locks
 
 _log = logging.getLogger(__name__)
@@ -54,9 +57,12 @@ def claimed(workdir: str, config: Any) -> Iterator[None]:
 def _lock(workdir: str) -> ContextManager:
   """Creates `workdir` and takes its lock. Leaving the context releases the lock."""
   with _refusing(workdir):
-    paths.at(workdir).mkdir(parents=True, exist_ok=True)
+    folder = paths.at(workdir)
+    if isinstance(folder, cloud.Path):
+      cloud.check_properties(folder.bucket)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-      lock = locks.take(workdir)
+      lock = locks.take(workdir, lambda: _give_up(workdir))
     except OSError as error:
       if error.errno not in _NO_LOCKS:
         raise
@@ -67,6 +73,17 @@ def _lock(workdir: str) -> ContextManager:
     raise errors.UsageError(
         f"workdir={workdir!r} is in use: another process is training there")
   return lock
+
+
+def _give_up(workdir: str) -> None:
+  """Ends this process, if it is a command, because another one trains in `workdir`.
+
+  Orbax may be amid a checkpoint, and would damage the other process's. In a notebook,
+  the next record or checkpoint fails.
+  """
+  stopping.end_command(
+      f"error: {workdir}: another process has taken over the run, because this one was"
+      " suspended or cut off", exit_codes.IO_ERROR)
 
 
 def claim(workdir: str, config: Any) -> None:
@@ -178,6 +195,10 @@ def read_config(workdir: str) -> Any:
 REMEDY = "move it away, and the next start of the run writes it again"
 
 
+# Orbax writes a checkpoint on gs:// in its place, and this file when it is complete.
+COMPLETE = "commit_success.txt"
+
+
 def checkpoints(workdir: str) -> dict[int, paths.AnyPath]:
   """Returns the folders of all checkpoints by their steps."""
   folder = paths.at(workdir) / "checkpoints"
@@ -185,9 +206,8 @@ def checkpoints(workdir: str) -> dict[int, paths.AnyPath]:
     return {}
   found = {int(path.name): path for path in folder.iterdir() if path.name.isdecimal()}
   if paths.is_url(folder):
-    # Orbax writes a checkpoint in its place, and this file when it is complete.
     found = {step: path for step, path in found.items()
-             if paths.is_file(path / "commit_success.txt")}
+             if paths.is_file(path / COMPLETE)}
   return found
 
 
