@@ -231,6 +231,7 @@ def test_gradient_that_is_unknown(function):
     function("eq5")
 
 
+@pytest.mark.gpu
 def test_theorem_1():
   """Eq 13: the stochastic forward's mean has slope 1; 2 alpha g has it at 1/2 only.
 

@@ -74,6 +74,7 @@ def without_classes(result):
           if name not in ("class_accuracy", "confusion")}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("split", SPLITS)
 def test_hard_is_the_paper_network(split, variables, plain):
   logits, _, labels = reference(variables, split)
@@ -86,6 +87,7 @@ def test_hard_is_the_paper_network(split, variables, plain):
                    **classes(logits, labels)}
 
 
+@pytest.mark.gpu
 def test_every_image_gets_the_label_of_the_paper_network(variables):
   logits, _, _ = reference(variables, "validation")
   experiment = experiment_of(tiny_config())

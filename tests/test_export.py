@@ -701,6 +701,7 @@ def stablehlo():
   return module
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_stablehlo_without_minw(tmp_path):
   programs = [digits_convnet(), residual_and_dense(3), groups_and_dilation(1, -1),

@@ -254,6 +254,7 @@ def test_signs_for_every_accumulator(unit):
   assert (error <= np.abs(beta) * 2 * reach / (2**23 - reach))[:, constant].all()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("has_shortcut", [False, True])
 def test_norm_is_the_same_in_eager_jit_and_numpy(has_shortcut):
   rng = np.random.default_rng(1)
@@ -744,6 +745,7 @@ def example(name):
   return net, variables, fold_network(net, variables), images, want
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=pytest.mark.slow if name == "strides" else ())
     for name in NETWORKS])

@@ -312,6 +312,7 @@ def test_the_hard_network_computes_in_float32():
   assert dense.apply({"hard": {"kernel": kernel[0, 0]}}, x[0, 0]) == (kernel * x)[0, 0]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel_size, strides, pads, dilation, groups", [
     ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1),
     ((3, 2), (2, 1), ((0, 2), (1, 0)), (2, 1), 2),

@@ -122,6 +122,7 @@ def assert_ends_like(workdir, expected, config):
     assert found[name] == expected[name], name
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("moment", [
     "os.mkdir checkpoints/19.orbax-checkpoint-tmp",  # All lines, but no checkpoint.
     "os.rename checkpoints/38.orbax-checkpoint-tmp",

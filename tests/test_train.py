@@ -221,6 +221,7 @@ def test_mixed_and_hard_agree_at_alpha_one_only(plain):
   assert max(differences[1:]) < 1e-5
 
 
+@pytest.mark.gpu
 def test_same_seed_same_bits(plain, tmp_path, monkeypatch):
   # With a look at the device after every step, which must not matter.
   monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
@@ -228,6 +229,7 @@ def test_same_seed_same_bits(plain, tmp_path, monkeypatch):
   assert outcome(tmp_path) == outcome(plain)
 
 
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_same_seed_same_bits_compiled_anew(plain, tmp_path):
   code, _, err = ended(start(
@@ -490,6 +492,7 @@ def reference_step():
   return call
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name, at, alphas", [
     ("aqe", 0, (0.7, 0.7, 0.7, 0.7)),
     # A run of 76 steps anneals its four layers in 19 steps each.

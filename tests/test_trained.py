@@ -80,6 +80,7 @@ RESNET = functools.partial(models.ResNet, 3, (1, 1), (4, 8))
 DENSENET = functools.partial(models.DenseNet, 3, (1, 1), 4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("make, kind", [
     (CONVNET, "plain"), (RESNET, "lsq"),
     *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (

@@ -58,6 +58,7 @@ def test_accuracy_is_the_runs(workdir, program, tmp_path):
     assert result["loss"] == pytest.approx(run_result["loss"], rel=1e-6)
 
 
+@pytest.mark.gpu
 def test_nothing_differs(workdir, program, tmp_path, capsys):
   packed.write(tmp_path / "net.minw", program)
   assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 0

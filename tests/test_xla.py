@@ -115,6 +115,7 @@ def levels(codes, bits):
   return np.float32(np.sign(codes) * size)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("products", PRODUCTS)
 @settings(max_examples=8)
 @given(data=st.data())
@@ -194,6 +195,7 @@ def test_all_bits_over_many_words(products):
     assert len(np.unique(want[x])) == len(LEVELS[bits])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("products, bits", [
     ("popcount", 1), ("dot", 3), *(
         pytest.param("popcount", slow, marks=pytest.mark.slow) for slow in (2, 3))])
@@ -273,6 +275,7 @@ def test_batches_and_crops():
     np.testing.assert_array_equal(got, want[:batch])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bits, pad, products", [
     (3, -1.0, "popcount"), *(pytest.param(*slow, marks=pytest.mark.slow) for slow in (
         (1, 0.0, "popcount"), (2, 1.0, "dot")))])
