@@ -85,7 +85,7 @@ def test_names():
   assert config_lib.differing_fields(ours, load("cifar_convnet", "network=A")) == []
 
 
-# Of these, the fast tests make experiments with other arguments.
+# The fast tests make experiments with other arguments.
 _LARGE = ("cifar_densenet100", "cifar_resnet110", "imagenet_alexnet")
 
 
