@@ -639,7 +639,7 @@ overlapping_max_pool.defvjp(
 
 
 def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtype,
-         sum_dtype=jnp.float32, exact=False):
+         sum_dtype=jnp.float32, precision=None):
   """Computes a convolution (NHWC, HWIO) with constant padding.
 
   Args:
@@ -652,9 +652,10 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
     groups: Number of groups into which input and output channels are split.
     dtype: Dtype to which the operands are converted.
     sum_dtype: Dtype to which the sums are rounded.
-    exact: Whether sums that are integers, and that float32 holds, must be exact. On
-      GPUs the library chooses among algorithms, and some of them transform the operands
-      and round (Winograd, FFT). There, exact sums are those of matrix products.
+    precision: Precision of the products; see `lax.conv_general_dilated`. With
+      `lax.Precision.HIGHEST`, sums that are integers, and that float32 holds, are
+      exact. On GPUs the library chooses among algorithms, and some of them transform
+      the operands and round (Winograd, FFT). There, these sums are of matrix products.
 
   Returns:
     float32 array (batch, height, width, output channels).
@@ -663,16 +664,16 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=pad_value)
     pads = ((0, 0), (0, 0))
   x, kernel = x.astype(dtype), kernel.astype(dtype)
-  if not exact:
-    sums = _convolution(x, kernel, strides, pads, dilation, groups, None, sum_dtype)
+  if precision != lax.Precision.HIGHEST:
+    sums = _convolution(
+        x, kernel, strides, pads, dilation, groups, precision, sum_dtype)
     return sums.astype(jnp.float32)
-  highest = lax.Precision.HIGHEST
   products = functools.partial(
       _matrix_products, strides=strides, pads=pads, dilation=dilation, groups=groups)
   return lax.platform_dependent(
       x, kernel, cuda=products, rocm=products,
       default=lambda x, kernel: _convolution(
-          x, kernel, strides, pads, dilation, groups, highest))
+          x, kernel, strides, pads, dilation, groups, precision))
 
 
 def _convolution(x, kernel, strides, pads, dilation, groups, precision,
@@ -704,15 +705,13 @@ def _matrix_products(x, kernel, strides, pads, dilation, groups):
   return acc.reshape(*acc.shape[:3], outputs)
 
 
-def dense(x, kernel, *, dtype, sum_dtype=jnp.float32, exact=False):
+def dense(x, kernel, *, dtype, sum_dtype=jnp.float32, precision=None):
   """Computes a matrix product, of operands converted to `dtype`, as float32.
 
-  The sums are rounded to `sum_dtype`. With `exact`, sums that are integers, and that
-  float32 holds, are exact.
+  The sums are rounded to `sum_dtype`. For `precision`, see `conv`.
   """
   sums = jnp.matmul(x.astype(dtype), kernel.astype(dtype),
-                    precision=lax.Precision.HIGHEST if exact else None,
-                    preferred_element_type=sum_dtype)
+                    precision=precision, preferred_element_type=sum_dtype)
   return sums.astype(jnp.float32)
 
 
@@ -760,11 +759,13 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     alpha: The estimator's alpha.
     mode: Mode of the call; see the module.
     pad_value: Value of the padding, 0 if there is none.
-    apply: Function apply(x, kernel, dtype=, sum_dtype=, exact=) that computes the sums.
+    apply: Function apply(x, kernel, dtype=, precision=) that computes the sums, and
+      which also takes sum_dtype= if the layer has one that is not float32.
   """
   bits = bits_of(layer)
   if mode == "hard":  # The operands are exact. Their float32 sums must be exact, too.
-    return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32, exact=True)
+    return apply(x, layer.get_variable("hard", "kernel"), dtype=jnp.float32,
+                 precision=lax.Precision.HIGHEST)
   kernel = layer.param("kernel", layer.kernel_init, shape)
   if layer.frequency:
     periodic: Any = fold.periodic if mode == "fold" else estimators.periodic
@@ -795,8 +796,9 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     kernel = estimators.WEIGHT_SCALES[layer.weight_scale](quantized, kernel)
   else:
     kernel = quantizers.round_to(kernel, bits)
-  sum_dtype = layer.sum_dtype if mode == "train" else jnp.float32
-  return apply(x, kernel, dtype=layer.dtype, sum_dtype=sum_dtype)
+  rounds = mode == "train" and layer.sum_dtype != jnp.float32
+  return apply(x, kernel, dtype=layer.dtype,
+               **{"sum_dtype": layer.sum_dtype} if rounds else {})
 
 
 def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> Any:
