@@ -213,7 +213,7 @@ def test_one_device_goes_on(four, tmp_path):
 SHARDED = '''
 import os, signal, sys
 import jax, numpy as np
-from minw import config as config_lib, train_step
+from minw import config as config_lib, train, train_step
 from minw.experiment import Experiment
 
 config, folder = config_lib.from_json(sys.argv[1]), sys.argv[2]
