@@ -363,12 +363,15 @@ class Experiment:
     Args:
       variables: Trained variables, {"params", "batch_stats"}; see `fold.fold`.
     """
-    probe = pixels_lib.probe(self.pixels, self.image_shape)
-    self._traced = self._traced or fold.trace(self.model, variables, probe)
+    if self._traced is None:
+      self._traced = fold.trace(self.model, variables, self._probe)
     return self._folded(self.model, variables, self._traced)
 
+  @functools.cached_property
+  def _probe(self):
+    return pixels_lib.probe(self.pixels, self.image_shape)
+
   def _folded(self, model, variables, traced=None):
-    probe = pixels_lib.probe(self.pixels, self.image_shape)
-    hard = fold.fold(model, variables, probe, traced)
+    hard = fold.fold(model, variables, self._probe, traced)
     distributed.check_same(hard, "the hard network")
     return distributed.put(hard, self.replicated)

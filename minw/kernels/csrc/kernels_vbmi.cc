@@ -133,10 +133,9 @@ struct Scheme {
   }
 };
 
-// The sums of a vector of columns. Entries are added in bytes,
-// which begin at 128 so that they are not negative, and these are added in words. A
-// pair of bytes read as one word is lower + 256 * upper. The sum of these words modulo
-// 2^16, and that of `upper` alone, give both:
+// The sums of a vector of columns. Entries are added in bytes, and these are added in
+// words. A pair of bytes read as one word is lower + 256 * upper. The sum of these
+// words modulo 2^16, and that of `upper` alone, give both:
 //
 //   lower = (sum of lower + 256 * upper) - 256 * (sum of upper)    modulo 2^16
 struct Sums {
@@ -176,7 +175,7 @@ MINW_INLINE void tile(const Conv& c, const char* weights, int pixel, int begin, 
   int flushes = 0;
   for (int step = begin; step < end; flushes++) {
     const int last = smaller(step + S::kSteps, end);
-    Bytes sums[kPixels][kColumns];
+    Bytes sums[kPixels][kColumns];  // They begin at 128, so as not to be negative.
     MINW_UNROLLED(p, kPixels)
       MINW_UNROLLED(v, kColumns) sums[p][v] = Bytes{} + 128;
     for (; step < last; step++, index += c.width) {
@@ -429,9 +428,6 @@ const char* choose(Conv* conv) {
     case 23:
       conv->group = by_columns<Scheme<3, 2>>(columns);
       return "W2A3 wide table lookup";
-    case 31:
-      conv->group = by_columns<Scheme<1, 3>>(columns);
-      return "W3A1 wide table lookup";
     case 32:
       conv->group = by_columns<Scheme<1, 3>>(columns);
       return "W3A2 wide table lookup";
