@@ -604,6 +604,7 @@ _ESTIMATORS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+@functools.lru_cache
 def by_name(name: str, *, gradient: str = "eq18") -> Callable[..., jax.Array]:
   """The estimator called `name`, with the one signature that networks use.
 

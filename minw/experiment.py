@@ -54,7 +54,7 @@ def build_model(config: Any, **changes: Any) -> Any:
       step_per_channel=c.step_per_channel,
       weight_scale=c.weight_scale,
       frequency=c.weight_frequency,
-      kernel_init=getattr(jax.nn.initializers, c.kernel_init)(),
+      kernel_init=_initializer(c.kernel_init),
       dtype=jnp.dtype(c.compute_dtype),
       sum_dtype=jnp.dtype(c.sum_dtype))
   make: dict[str, Any] = dict(
@@ -83,6 +83,11 @@ def build_model(config: Any, **changes: Any) -> Any:
       pool=functools.partial(
           layers.max_pool, share_gradient=c.share_pool_gradient),
       **make)
+
+
+@functools.cache  # Layers are equal, for caches of JAX, if their initializers are one.
+def _initializer(name: str) -> Callable:
+  return getattr(jax.nn.initializers, name)()
 
 
 def _make_norm(*, bits: Any, rprelu: bool, **options: Any) -> layers.NormQuant:

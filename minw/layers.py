@@ -668,12 +668,19 @@ def conv(x, kernel, strides, pads, pad_value, dilation=(1, 1), groups=1, *, dtyp
     sums = _convolution(
         x, kernel, strides, pads, dilation, groups, precision, sum_dtype)
     return sums.astype(jnp.float32)
+  strides, pads, dilation = tuple(strides), tuple(map(tuple, pads)), tuple(dilation)
+  return _exact_convolution(x, kernel, strides, pads, dilation, groups)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _exact_convolution(x, kernel, strides, pads, dilation, groups):
+  # It is jitted so that layers of the same shape are traced once.
   products = functools.partial(
       _matrix_products, strides=strides, pads=pads, dilation=dilation, groups=groups)
   return lax.platform_dependent(
       x, kernel, cuda=products, rocm=products,
       default=lambda x, kernel: _convolution(
-          x, kernel, strides, pads, dilation, groups, precision))
+          x, kernel, strides, pads, dilation, groups, lax.Precision.HIGHEST))
 
 
 def _convolution(x, kernel, strides, pads, dilation, groups, precision,
@@ -839,7 +846,7 @@ def trace(model: nn.Module, image_shape: Sequence[int]) -> list[LayerInfo]:
     return LayerInfo(
         path=call.path,
         kind={QuantConv: "conv", QuantDense: "dense", NormQuant: "norm"}[
-            type(call.layer)],
+            call.layer.layer_class],
         bits=call.layer.bits,
         input_bits=fold_probe.bits_of(folded.rows),
         input_shape=folded.rows.shape[1:],

@@ -8,6 +8,7 @@ callers see plain layers and plain operations, in the order of the computation. 
 """
 
 import contextlib
+import functools
 from typing import Any, Callable, NamedTuple, Sequence
 
 from flax import errors
@@ -210,9 +211,7 @@ def _bind(calls, module, mode, x, shortcut):
   unbound = module.clone(parent=None, name=None, bits=bits_of(module))
   hard = variables.get("hard") or _hard_shapes(unbound, variables, x, shortcut)
   try:
-    out = jax.eval_shape(
-        lambda hard, x, shortcut: unbound.apply(
-            {"hard": hard}, x, 1.0, "hard", **_given(shortcut)), hard, x, shortcut)
+    shape = _shape_of_output(unbound, hard, x, shortcut)
   except (TypeError, ValueError) as error:
     raise refusal(f"{path}: {str(error).strip().split(chr(10))[0]}") from error
   leaves, tree = jax.tree.flatten(variables)
@@ -221,13 +220,36 @@ def _bind(calls, module, mode, x, shortcut):
   out, *made = layer_p.bind(
       x, *([] if shortcut is None else [shortcut]), *leaves, index=len(calls) - 1,
       path=path, results=tuple(results),
-      shapes=(out.shape, *(leaf.shape for leaf in results.values())))
+      shapes=(shape, *(leaf.shape for leaf in results.values())))
   if results and not module.is_mutable_collection("hard"):
     raise refusal(f"{path}: is inside a transform of Flax that does not carry the"
                   " collection 'hard': add it to variable_axes, beside 'params'")
   for name, leaf in zip(results, made):
     module.put_variable("hard", name, leaf)
   return out
+
+
+def _shape_of_output(layer, hard, x, shortcut):
+  given = tuple(
+      (name, jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)))
+      for name, leaf in (hard | {"x": x} | _given(shortcut)).items())
+  try:
+    hash(layer)
+  except TypeError:  # A field is a list, for example.
+    return _compute_shape(layer, given)
+  if type(layer) is not layer.layer_class:  # It may compute anything, at any time.
+    return _compute_shape(layer, given)
+  return _shape_computed_once(layer, given)
+
+
+def _compute_shape(layer, given):
+  def apply(x, shortcut=None, **hard):
+    return layer.apply({"hard": hard}, x, 1.0, "hard", **_given(shortcut))
+
+  return jax.eval_shape(apply, **dict(given)).shape
+
+
+_shape_computed_once = functools.lru_cache(maxsize=1024)(_compute_shape)
 
 
 def _hard_shapes(unbound, variables, x, shortcut):

@@ -232,6 +232,35 @@ def test_a_subclass_with_parameters_of_its_own_does_not_fold():
     fold.fold(model, variables, pixels_lib.probe(PIXELS, SHAPE))
 
 
+def test_fields_may_be_lists():
+  def body(x, *a):
+    conv = layers.QuantConv(
+        8, kernel_size=[3, 3], strides=[2, 1], padding=[[0, 1], [2, 0]], name="conv")
+    return layers.NormQuant(thresholds=[0.4], bits=2, name="norm")(conv(x, *a), *a)
+
+  hard, packed_logits, program = logits(Net(body), variables_of(Net(body)))
+  np.testing.assert_array_equal(hard, packed_logits)
+  # (6 + 1 - 3) // 2 + 1 rows and 6 + 2 - 3 + 1 columns.
+  assert packed.infer_values(program)[4].shape == (3, 6, 8)
+
+
+def test_a_subclass_may_change_its_shape_from_trace_to_trace():
+  width = 4
+
+  class Cut(layers.QuantConv):
+
+    @nn.compact
+    def __call__(self, x, alpha=1.0, mode="hard"):
+      return super().__call__(x, alpha, mode)[..., :width]
+
+  def body(x, *a):
+    return layers.NormQuant(name="norm")(Cut(8, name="conv")(x, *a), *a)
+
+  for width in (4, 6):  # noqa: B007 (`Cut` reads it)
+    shapes = [info.output_shape for info in layers.trace(Net(body), SHAPE)]
+    assert shapes[2:4] == [(6, 6, width)] * 2
+
+
 def test_evaluate_runs_loops_backwards_and_stacks():
   def f(x):
     return jax.lax.scan(lambda c, y: (c + y, c * y), x, jnp.arange(4.0), reverse=True)

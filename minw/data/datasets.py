@@ -474,19 +474,26 @@ def prepare_command(name: str, data_dir: str | os.PathLike | None) -> str:
   return mirror.prepare_command(data_dir, name, command) if remote else command
 
 
-def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the images and labels of a split of the digits; see `load`."""
+@functools.cache  # The package reads them from a text, which takes long.
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+  """Returns the images and the labels of all digits."""
   from sklearn import datasets as sklearn_datasets
 
   digits: Any = sklearn_datasets.load_digits()
-  index = np.arange(len(digits.target))
+  images = np.round(digits.images * 255 / 16).astype(np.uint8)
+  return images[..., None], digits.target.astype(np.int32)
+
+
+def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the images and labels of a split of the digits; see `load`."""
+  images, labels = _all_digits()
+  index = np.arange(len(labels))
   test = index % 5 == 0
   validation = index % 10 == 1
   chosen = {
       "train": ~(test | validation), "validation": validation, "test": test
   }[split]
-  images = np.round(digits.images[chosen] * 255 / 16).astype(np.uint8)
-  return images[..., None], digits.target[chosen].astype(np.int32)
+  return images[chosen], labels[chosen]
 
 
 def open_records(
