@@ -204,7 +204,7 @@ def built(folder: pathlib.Path) -> bytes:
 
 @pytest.mark.slow
 def test_module_is_built_from_the_sources(tmp_path):
-  """A build in another folder has the committed bytes; .ci/run builds in this one."""
+  """A build in another folder has the committed bytes."""
   if not importlib.util.find_spec("ziglang"):
     pytest.skip("the extra web-build is not installed")
   shutil.copy(ROOT / "setup.py", tmp_path)
