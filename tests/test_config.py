@@ -339,7 +339,8 @@ HOSTILE = {
 def test_hostile_values_are_refused_in_a_line(name):
   streamed = name in ("crop_size", "crop_scale", "eval_resize", "data_workers")
   dataset = "imagenet2012" if streamed else "digits"
-  fields = config_lib.default_config(dataset).to_dict() | {"histogram_layers": ("*",)}
+  default = config_lib.default_config(dataset)
+  fields = default.to_dict() | {"histogram_layers": ("*",)}
   for value in itertools.chain.from_iterable(HOSTILE.values()):
     config = config_dict.ConfigDict(fields | {name: value}, type_safe=False)
     try:
@@ -348,7 +349,8 @@ def test_hostile_values_are_refused_in_a_line(name):
       assert name in str(error) or name in ("dataset", "network", "num_epochs")
       assert "\n" not in str(error) and len(str(error)) < 1500
     try:
-      setattr(config_lib.default_config(dataset), name, value)
+      setattr(default, name, value)
+      default = config_lib.default_config(dataset)
     except errors.UsageError as error:
       assert str(error).startswith(f"config.{name}=") and len(str(error)) < 1500
 
