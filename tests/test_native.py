@@ -1,6 +1,7 @@
 """The native library against the NumPy reference: equal integers, equal logits."""
 
 import concurrent.futures
+import functools
 import os
 import pathlib
 import platform
@@ -37,11 +38,18 @@ HERE = pathlib.Path(__file__).parent / "native"
 SANITIZED = int(os.environ.get("MINW_SANITIZED_MUTANTS", 1000))
 
 
+@functools.lru_cache(maxsize=500)  # Each instruction set gets the same networks.
+def expected(data, batch):
+  program = packed.from_bytes(data)
+  x = images(program, batch)
+  return x, reference.run(program, x)
+
+
 def check(program, batch=3):
   """All values, then the logits of the fused path, on one instruction set."""
-  network = native.load(packed.to_bytes(program))
-  x = images(program, batch)
-  want, have = reference.run(program, x), network.values(x)
+  data = packed.to_bytes(program)
+  network, (x, want) = native.load(data), expected(data, batch)
+  have = network.values(x)
   for i, (a, b) in enumerate(zip(want, have, strict=True)):
     where = f"{network.isa}, value {i}, {network.layers()[i - 1]}"
     assert a.dtype == b.dtype and a.shape == b.shape, where
