@@ -27,6 +27,7 @@ from minw import packed
 from minw.data import datasets
 from minw.export import __main__ as export_command
 from minw.export import c
+from minw.export import c_cost
 from minw.export import c_memory
 from minw.export import c_text
 from minw.export import golden
@@ -809,6 +810,9 @@ def test_command(command, tmp_path, model, form, needs):
     # Ten labels have a letter, an end and a pointer each.
     memory = (f"constants: {constants + 60} bytes, static memory: {static} bytes,"
               f" stack: less than {stack} bytes\n")
+    blank = np.zeros((4, 8, 8, 1), np.uint8)  # The image does not matter.
+    layers = c_cost.estimate(c.steps(digits_network(), blank))
+    memory += c_cost.report(layers) + "\n"
   assert run.out == ("".join(f"{p}: {p.stat().st_size} bytes\n" for p in written) +
                      memory + f"{tmp_path / 'golden'}: 3 values of 4 images\n")
   assert b'"abcdefghij"' in out.read_bytes().replace(b'", "', b"")

@@ -523,14 +523,14 @@ def _is_sliced(op, i, kinds) -> bool:
   height, width, _ = kinds[op.input].shape
   if max(height + sum(op.pads[:2]), width + sum(op.pads[2:])) >= 2**15:
     return False  # Positions have 16 bits.
-  border = _Border(op, kinds[op.input], kinds[i])
+  border = Border(op, kinds[op.input], kinds[i])
   words = blocks * (
       levels * (h * w * channels + 1) + (border.states - 1) * border.slices)
   return border.states < 256 and op.kernel[0].size < 2**16 and (
       words <= 2 * out * int(op.bits) * h * w * -(-channels // 32))
 
 
-class _Border:
+class Border:
   """Which parts of the windows of a convolution are outside its input.
 
   A window is in the state `rows[y] + columns[x]`. Windows inside are in state 0.
@@ -619,36 +619,36 @@ class Sliced:
       conv: The value that the convolution makes.
       pool: The value that the pool makes, or None.
     """
-    self._writer, self.index, self._conv, self._pool = writer, i, conv, pool
+    self._writer, self.index, self.conv, self.pool = writer, i, conv, pool
     self._op: packed.Conv = writer.program.ops[conv - 1]
     self.inlined, self.input = {conv, pool}, self._op.input
-    self._levels = _LEVELS[int(self._op.bits)]
+    self.levels = _LEVELS[int(self._op.bits)]
     self._scale = _GREATEST[int(self._op.bits)]
-    self._terms = self._op.kernel[0].size
+    self.terms = self._op.kernel[0].size
     self.blocks = -(-len(self._op.kernel) // 32)
-    self._most = _GREATEST[writer.kinds[self.input].bits] if self.input else 255
+    self.most = _GREATEST[writer.kinds[self.input].bits] if self.input else 255
     # The integers of the slices are sums of w * x plus a constant, from 0 on.
-    self._most_u = self._scale * self._most * (2 if self.input else 1) * self._terms
+    self._most_u = self._scale * self.most * (2 if self.input else 1) * self.terms
     # One more than the greatest integer fits, so that a threshold can be above all.
-    self._slices = (2 * self._most_u + 1).bit_length()
+    self.slices = (2 * self._most_u + 1).bit_length()
     # `column` reads four slices from its first one on.
-    first = self._most.bit_length() + self._levels[-1]
-    self._kept = max(self._slices, first + 4) if self.input else 16
+    first = self.most.bit_length() + self.levels[-1]
+    self.kept = max(self.slices, first + 4) if self.input else 16
     wide = writer.kinds[conv].shape[1] if pool is None else self._pooling.window[1]
     # The sums of pixels always fill two windows.
-    self._step = 2 if wide > 1 or not self.input else 1
-    self._span = self._kept * self._step
+    self.step = 2 if wide > 1 or not self.input else 1
+    self._span = self.kept * self.step
     thresholds = writer.program.ops[i - 1].thresholds.shape[1]
     self.room = self._span + (0 if pool is None else thresholds)
-    self._at, self._together, self.lanes = 0, 1, 1
+    self._at, self.together, self.lanes, self.full = 0, 1, 1, 0
     # A list takes half of the inputs, and the 32 of a word beside those.
-    listed = -(-self._terms // 32) * 16 + _WORD_OF_LIST
+    listed = -(-self.terms // 32) * 16 + _WORD_OF_LIST
     listed = min(listed, _LIST) if self.input else 0
     short = writer.memory.words // 160 * 16
     self._list = 0, listed // 2
     self._short = min(listed, max(_SHORT[0], min(short, _SHORT[1]))) // 2
     self.least = self.room * min(self.blocks, _BLOCKS) + self._short
-    self.stack = 0 if self.input else 4 * self._terms + 76
+    self.stack = 0 if self.input else 4 * self.terms + 76
     if writer.kinds[i].bits == 3:
       self.stack += _STACK_OF_SIX
 
@@ -660,20 +660,21 @@ class Sliced:
       words: Number of these words.
     """
     _, listed = self._list
-    self._together = min((words - self._short) // self.room, self.blocks)
+    self.together = min((words - self._short) // self.room, self.blocks)
     self._at = at
     if self.input:
       # A list has numbers of 16 bits.
-      most = min(_LANES, self._together, 2**16 // (self._terms + 1))
+      most = min(_LANES, self.together, 2**16 // (self.terms + 1))
       self.lanes = max(n for n in range(1, most + 1) if self.blocks % n == 0)
-      self._together -= self._together % self.lanes
-    taken = self._together * self.room
+      self.together -= self.together % self.lanes
+    taken = self.together * self.room
     self._list = at + taken, min(listed, words - taken)
+    self.full = 2 * self._list[1] - _WORD_OF_LIST
 
   @property
   def _pooling(self) -> packed.Pool:
-    assert self._pool is not None
-    return self._writer.program.ops[self._pool - 1]
+    assert self.pool is not None
+    return self._writer.program.ops[self.pool - 1]
 
   def text(self, negate: bool) -> str:
     """Returns the C constants and functions, the last of which computes the value.
@@ -682,12 +683,12 @@ class Sliced:
       negate: Whether to change the signs of the convolution's inputs, which must be
         codes of 1 bit, and of its weights.
     """
-    op: packed.Conv = self._writer.program.ops[self._conv - 1]
+    op: packed.Conv = self._writer.program.ops[self.conv - 1]
     self._negate = negate
     if negate:
       op = op._replace(kernel=-op.kernel, pad=-op.pad)
     self._op = op
-    most = np.full(op.kernel.shape[-1], self._most, np.int64)
+    most = np.full(op.kernel.shape[-1], self.most, np.int64)
     if not self.input:
       most -= self._writer.program.offset
     weights = packed.levels(op.kernel, int(op.bits)).astype(np.int64)
@@ -701,11 +702,11 @@ class Sliced:
     """Returns the bits of the weights v, int64 (blocks, planes, terms, 32)."""
     v = self._v.reshape(len(self._v), -1)
     v = np.pad(v, [(0, -len(v) % 32), (0, 0)]).reshape(self.blocks, 32, -1)
-    return np.stack([v.swapaxes(1, 2) >> k & 1 for k in self._levels], 1)
+    return np.stack([v.swapaxes(1, 2) >> k & 1 for k in self.levels], 1)
 
   def _sums_of_codes(self) -> str:
     """Returns the C constants of a convolution of codes."""
-    op, writer, conv = self._op, self._writer, self._conv
+    op, writer, conv = self._op, self._writer, self.conv
     source, result = writer.kinds[op.input], writer.kinds[conv]
     channels = op.kernel.shape[-1]
     size, planes = min(channels, 32), writer.memory.bits(op.input)
@@ -713,7 +714,7 @@ class Sliced:
     # The highest bit of a word is its last channel.
     bits = self._planes()
     bits = bits.reshape(*bits.shape[:2], -1, size, 32)[..., ::-1, :]
-    weights = _pack(bits).reshape(-1, self.lanes, len(self._levels), self._terms)
+    weights = _pack(bits).reshape(-1, self.lanes, len(self.levels), self.terms)
     weights = np.pad(weights.transpose(0, 2, 3, 1), [(0, 0), (0, 0), (0, 1), (0, 0)])
     block, part = weights[0, ..., 0].size, weights[0, 0].size
     weights = weights.reshape(-1)
@@ -721,8 +722,8 @@ class Sliced:
       weights = np.pad(weights, (0, _LANES - self.lanes))
     text = writer.array("uint32_t", f"w{conv}", weights)
     edges, border = "0", "0"
-    outside = self._most - _level(op.pad, source.bits)
-    states = _Border(op, source, result)
+    outside = self.most - _level(op.pad, source.bits)
+    states = Border(op, source, result)
     missing = states.outside().sum((1, 2)) * channels * outside
     text += writer.array(
         "int32_t", f"most{conv}", self._most_u - self._scale * missing)
@@ -739,21 +740,21 @@ class Sliced:
         pixel, size * self.lanes, (32 - size) * self.lanes,
         (op.dilation[1] - 1) * pixel,
         *op.kernel.shape[1:3], *op.dilation, *op.strides, op.pads[0], op.pads[2],
-        block, self.lanes, part, len(self._levels), self._levels[0], self._scale,
-        self._kept, self._span, self._slices, states.slices, states.states - 1,
+        block, self.lanes, part, len(self.levels), self.levels[0], self._scale,
+        self.kept, self._span, self.slices, states.slices, states.states - 1,
         result.shape[0], f"0x{flip:x}u"]
     writer.flash += 4 * len(members)
     return text + (f"static const Conv conv{conv} = {{\n"
                    f"  {', '.join(map(str, members))}\n}};\n")
 
-  def _edges(self, states: "_Border", outside: int) -> np.ndarray:
+  def _edges(self, states: "Border", outside: int) -> np.ndarray:
     """Returns sums over the weights outside, uint32 (blocks, states - 1, slices).
 
     Args:
       states: The parts of windows that are outside.
       outside: The inputs u outside.
     """
-    v = self._v.sum(3) >> self._levels[0]
+    v = self._v.sum(3) >> self.levels[0]
     v = np.pad(v, [(0, -len(v) % 32), (0, 0), (0, 0)])
     sums = np.einsum("ohw,shw->so", v * outside, states.outside()[1:])
     sums = sums.reshape(len(sums), self.blocks, 1, 32).swapaxes(0, 1)
@@ -761,15 +762,15 @@ class Sliced:
 
   def _sums_of_pixels(self) -> str:
     """Returns the C constants and functions of a convolution of the image."""
-    writer, conv = self._writer, self._conv
-    fours, levels = -(-self._terms // 4), self._levels
+    writer, conv = self._writer, self.conv
+    fours, levels = -(-self.terms // 4), self.levels
     # A nibble has four terms of a channel.
     bits = self._planes().swapaxes(2, 3)
-    bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * fours - self._terms)])
+    bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * fours - self.terms)])
     bits = bits.reshape(self.blocks, len(levels), 4, 8, fours, 4)
     bits = _pack(bits.transpose(0, 1, 4, 2, 3, 5).reshape(-1, 32))
     text = writer.array("uint32_t", f"w{conv}", bits)
-    past = "".join(f"  u[{k}] = 0;\n" for k in range(self._terms, 4 * fours))
+    past = "".join(f"  u[{k}] = 0;\n" for k in range(self.terms, 4 * fours))
     look_up = "".join(
         f"      look_up(n, w + 4 * (k + {fours * i}), u + 4 * k, {level});\n"
         for i, level in enumerate(levels))
@@ -786,9 +787,9 @@ APART static void sums{conv}(uint32_t *n, int y, int x, int b, int blocks, int t
     for (k = 0; k < {fours}; k++) {{
 {look_up}    }}
     transpose(n);
-    increase(n, {self._slices},
+    increase(n, {self.slices},
              {self._most_u} - {self._scale} * (int32_t)(sum & 0xffff));
-    increase(n + 16, {self._slices},
+    increase(n + 16, {self.slices},
              {self._most_u} - {self._scale} * (int32_t)(sum >> 16));
   }}
 }}
@@ -801,7 +802,7 @@ APART static void sums{conv}(uint32_t *n, int y, int x, int b, int blocks, int t
     height, width, _ = writer.kinds[0].shape
     return f"""\
 /* Adds the pixels of a window to u, shifted to the left. Returns their sum, shifted. */
-static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
+static uint32_t pixels{self.conv}(uint32_t *u, int y, int x, int shift) {{
   uint32_t sum = 0;
   int i, j, k;
   for (i = 0; i < {h}; i++) {{
@@ -826,7 +827,7 @@ static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
 
   def _threshold(self) -> str:
     """Returns the C constants and the function that compute the value."""
-    writer, i, slices = self._writer, self.index, self._slices
+    writer, i, slices = self._writer, self.index, self.slices
     op: packed.Threshold = writer.program.ops[i - 1]
     channels = writer.kinds[i].shape[2]
     count = op.thresholds.shape[1]
@@ -839,7 +840,7 @@ static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
     arrays = writer.array(
         "uint32_t", f"t{i}", _pack(t >> np.arange(slices)[:, None] & 1))
     tables = self._tables(op)
-    n = f"n + k * {self._span}" + (f" + e * {self._kept}" if self._step > 1 else "")
+    n = f"n + k * {self._span}" + (f" + e * {self.kept}" if self.step > 1 else "")
     less = []
     for j in range(count):
       terms = []
@@ -853,13 +854,13 @@ static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
       arrays += writer.array("uint32_t", f"falling{i}", _pack(np.pad(
           op.falling, (0, -channels % 32)).reshape(-1, 32)))
       falling = f" ^ falling{i}[b + k]"
-    compute = self._compute_pool if self._pool else self._compute
+    compute = self._compute_pool if self.pool else self._compute
     body = "".join(f"        {line}\n" for line in compute(less, falling))
     h, w, _ = writer.kinds[i].shape
-    together, blocks = self._together, str(self._together)
+    together, blocks = self.together, str(self.together)
     if self.blocks % together:
       blocks = f"{self.blocks} - b < {together} ? {self.blocks} - b : {together}"
-    step = f"x += {self._step}" if self._step > 1 and not self._pool else "x++"
+    step = f"x += {self.step}" if self.step > 1 and not self.pool else "x++"
     return f"""\
 {arrays}
 static uint32_t *const v{i} = arena + {writer.memory.offsets[i]};
@@ -869,7 +870,7 @@ APART static void make{i}(void) {{
   int y, x, b;
   for (y = 0; y < {h}; y++) {{
     for (x = 0; x < {w}; {step}) {{
-      for (b = 0; b < {self.blocks}; b += {self._together}) {{
+      for (b = 0; b < {self.blocks}; b += {self.together}) {{
         const int blocks = {blocks};
 {body}      }}
     }}
@@ -902,7 +903,7 @@ APART static void make{i}(void) {{
       less: The C expressions of the channels of a block below each threshold.
       falling: The C text that inverts the channels that fall.
     """
-    x = "(x + e)" if self._step > 1 else "x"
+    x = "(x + e)" if self.step > 1 else "x"
     keep = [f"const uint32_t l{j} = ({term}){falling};" for j, term in enumerate(less)]
     width = self._writer.kinds[self.index].shape[1]
     return ["int k;", *self._sums("y", "x", str(width)),
@@ -918,7 +919,7 @@ APART static void make{i}(void) {{
       falling: The C text that inverts the channels that fall.
     """
     pool, lines = self._pooling, []
-    height, width, _ = self._writer.kinds[self._conv].shape
+    height, width, _ = self._writer.kinds[self.conv].shape
     for k, v, axis, size in (("r", "y", 0, height), ("s", "x", 1, width)):
       first, last = f"{v} * {pool.strides[axis]}", pool.window[axis]
       if any(pool.pads[2 * axis:2 * axis + 2]):
@@ -933,11 +934,11 @@ APART static void make{i}(void) {{
     inner = [*self._sums("r", "s", "s1"),
              *self._for_each([*self._shortcut("x"), *each])]
     keep = [f"const uint32_t l{j} = {word}{falling};" for j, word in enumerate(below)]
-    return [*lines, f"uint32_t *const less = n + {self._together * self._span};",
+    return [*lines, f"uint32_t *const less = n + {self.together * self._span};",
             "int r, s, k;",
-            f"fill(less, {self._together * len(less)}, 0xffffffffu);",
+            f"fill(less, {self.together * len(less)}, 0xffffffffu);",
             "for (r = r0; r < r1; r++) {",
-            f"  for (s = s0; s < s1; s += {self._step}) {{",
+            f"  for (s = s0; s < s1; s += {self.step}) {{",
             *(f"    {line}" for line in inner), "  }", "}",
             "for (k = 0; k < blocks; k++) {",
             *(f"  {line}" for line in [*keep, *self._keep("x")]), "}"]
@@ -958,8 +959,8 @@ APART static void make{i}(void) {{
 
   def _sums(self, y: str, x: str, end: str) -> list[str]:
     """Returns C lines that compute the slices at a row and a column, or two columns."""
-    call = f"sums(&conv{self._conv}" if self.input else f"sums{self._conv}(n"
-    if self._step == 1:
+    call = f"sums(&conv{self.conv}" if self.input else f"sums{self.conv}(n"
+    if self.step == 1:
       return [f"{call}, {y}, {x}, b, blocks, 0);"]
     return [f"const int two = {x} + 1 < {end};", "int e;",
             f"{call}, {y}, {x}, b, blocks, two);"]
@@ -968,7 +969,7 @@ APART static void make{i}(void) {{
     """Returns C lines that are run for each block k of each pixel e of `_sums`."""
     head = "for (k = 0; k < blocks; k++) {"
     lines = [head, *(f"  {line}" for line in lines), "}"]
-    if self._step == 1:
+    if self.step == 1:
       return lines
     return ["for (e = 0; e <= two; e++) {", *(f"  {line}" for line in lines), "}"]
 
