@@ -143,7 +143,7 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
   with capsys.disabled():
     print(f"estimate off by {100 * error:+.1f} %")
   # The first layer of ResNet-18 multiplies 118 million pixels one by one.
-  assert abs(error) < (0.25 if request.node.callspec.id == "resnet18" else 0.06)
+  assert abs(error) < (0.25 if request.node.callspec.id == "resnet18" else 0.07)
 
 
 @pytest.mark.parametrize("make", [
@@ -165,7 +165,7 @@ def test_estimates(tmp_path, capsys, monkeypatch, make, form):
     print(f"\n{said['instructions']:,} instructions, RAM"
           f" {c.footprint(program).static}, stack {said['stack']} bytes,"
           f" estimate off by {100 * error:+.1f} %")
-  assert abs(error) < 0.06
+  assert abs(error) < 0.07
 
 
 @pytest.mark.parametrize("cpu, level, most", [

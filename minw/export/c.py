@@ -270,12 +270,15 @@ class _Writer:
       raise ValueError(f"prefix {prefix!r} must be made of {c_text.ALLOWED_PREFIX}")
     self.program, self.prefix = program, prefix
     self.kinds = common.values(program)
-    self.memory = c_memory.Memory(program, self.kinds)
+    plans = []
+    for by_row in (False, True):
+      self.memory = c_memory.Memory(program, self.kinds, by_row)
+      plans.append((self.memory, c_sliced.find(self)))
+    self.memory, self.sliced = min(plans, key=lambda plan: plan[0].words)
     most = packed.Limits().memory
     if 4 * self.memory.words > most:
       raise ValueError(f"the C code would keep {4 * self.memory.words} bytes of"
                        f" values; it may keep at most {most}")
-    self.sliced = c_sliced.find(self)
     self.mostly_minus: set[int] = set()  # Values whose codes are mostly negative.
     self.flash = 0  # Bytes of constants.
 

@@ -3,9 +3,11 @@
 The estimate counts what the C functions do for some images: how many words they search
 for inputs to add, how many inputs they list and add, how many thresholds they compare,
 and so on. Each of these steps takes a number of instructions that is nearly the same
-everywhere. `_INSTRUCTIONS` holds these numbers. They were measured with QEMU, which
-executed code of gcc 12.2 with -O2 one instruction at a time: the instructions of a C
-function, over ten networks, were fitted by the number of its steps.
+everywhere. `_INSTRUCTIONS` holds these numbers. They were measured with QEMU on code of
+gcc 12.2 with -O2. For channels in blocks of 32, QEMU logged every instruction, and the
+instructions of each C function were fitted by the numbers of its steps, for digits,
+`folder_convnet` and ConvNet D. For values that are computed element by element, the
+instructions of 20 networks without such blocks were fitted.
 
 The steps of `c_sliced` depend on the image, because it adds only inputs that are not
 the commonest value. Therefore the estimate is of the given images.
@@ -26,28 +28,30 @@ from minw.export import c_text
 CMSIS_NN = 1.73
 
 _INSTRUCTIONS = {
-    # The lists of inputs: `gather` and `add`.
-    "row of a list": 67,
-    "pixel of a list": 18,
-    "word of a list": 18,  # A word of 32 inputs, whatever its bits are.
-    "listed input": 6.2,
-    "filler": 13,
-    "addition": 90,  # A call of `add`.
-    "block of an addition": 6,
-    "sixteen": 133,  # The words of 16 inputs, for a block of 32 channels.
-    # What surrounds the lists: `sums`, `finish` and `make`.
-    "pair": 93,  # Windows that are computed together.
-    "part": 75,
+    # The lists of inputs, in the C functions `gather` and `add`.
+    "part": 90,  # A list of one bit of the inputs, in `sums` and `gather`.
+    "row of a list": 45,
+    "pixel of a list": 23,
+    "word of a list": 23,  # It has one bit of 32 inputs, any of which may be set.
+    "word of 3 bits": 40,  # It comes on top, because its bits are computed.
+    "listed input": 5.7,
+    "watched input": 5,  # It comes on top if the list might be full.
+    "filler": 14,
+    "addition": 57,  # A call of `add`.
+    "block of an addition": 17,
+    "sixteen": 130,  # The words of 16 inputs are added to a block of 32 channels.
+    # What surrounds the lists, in `sums`, `inside` and `finish`.
+    "pair": 72,  # One or two windows are computed together.
     "filled word": 4,
     "copied word": 5,
-    "finished block": 60,
-    "increased slice": 13,
-    "edge slice": 30,
-    # Sums of pixels: `sums`, `look_up` and `transpose`.
+    "finished block": 38,
+    "increased slice": 12,
+    "edge slice": 34,
+    # Sums of pixels, in `pixels`, `look_up` and `transpose`.
     "pixel": 21,
-    "look-up": 247,
+    "look-up": 245,
     "transposition": 593,
-    # Thresholds of 32 channels: `below` and `make`.
+    # Thresholds of 32 channels, in `below` and `make`.
     "comparison": 15,
     "compared slice": 8,
     "block of a result": 8,
@@ -59,7 +63,7 @@ _INSTRUCTIONS = {
     "product of code of 1 bits": 26,
     "product of code of 2 bits": 28,
     "product of code of 3 bits": 41,
-    "word of 1 and 1 bits": 19,  # 32 products of codes.
+    "word of 1 and 1 bits": 19,  # It has 32 products of codes.
     "word of 2 and 1 bits": 35,
     "word of 2 and 2 bits": 39,
     "word of 3 and 1 bits": 110,
@@ -73,7 +77,7 @@ _INSTRUCTIONS = {
     "read code of 3 bits": 24,
     "element of a threshold": 4,
     "threshold": 4,
-    "term": 8,  # Of sums, concatenations and shortcuts.
+    "term": 8,  # A sum, a concatenation or a shortcut reads a value.
     "store sum": 5,
     "store code of 1 bits": 6,
     "store code of 2 bits": 18,
@@ -83,7 +87,7 @@ _INSTRUCTIONS = {
 
 
 class Steps(NamedTuple):
-  """What a convolution or dense layer does, with what follows up to the next one.
+  """The steps of a convolution or dense layer, with what follows up to the next one.
 
   Attributes:
     name: Path of the layer.
@@ -296,14 +300,19 @@ def _sums_of_codes(writer, value, values, rows, columns, two) -> Mapping[str, fl
   for windows, listed in lists:
     sixteens = -(-listed // 16)
     scanned = parts * windows.rows * windows.columns * words
-    # A list that is full has, on average, half a word of inputs too much.
-    each = value.full + listed.sum() / count / max(scanned, 1) / 2
-    added = (1 + (listed / each - 0.5).clip(0)).sum() / count
+    # A list is added when it is full, and at the end.
+    full, rest = np.divmod(listed, value.listed)
+    added = listed[0, 0].size * parts + full.sum() / count
+    # The end of a list is watched while 32 inputs might not fit.
+    watched = full * min(value.listed, 32) + np.minimum(
+        rest, (rest + 32 - value.listed).clip(0))
     steps.update({
         "row of a list": groups * parts * windows.rows * (windows.right.any(1)).sum(),
         "pixel of a list": groups * scanned // words,
         "word of a list": groups * scanned,
+        "word of 3 bits": groups * scanned * (parts == 4),
         "listed input": groups * listed.sum() / count,
+        "watched input": groups * watched.sum() / count,
         "filler": groups * (16 * sixteens - listed).sum() / count,
         "addition": groups * added,
         "block of an addition": added * value.blocks * len(value.levels),

@@ -51,8 +51,18 @@ class Memory:
     words: Size of the arena, in words of 32 bits.
   """
 
-  def __init__(self, program: packed.Program, kinds: Sequence[packed.Value]):
-    self.kinds = kinds
+  def __init__(self, program: packed.Program, kinds: Sequence[packed.Value],
+               by_row: bool = False):
+    """Plans the memory.
+
+    Args:
+      program: The network.
+      kinds: What is known of its values.
+      by_row: Whether only whole rows of a value take the place of rows of its input.
+        Each buffer then overlaps less with its input, but buffers are placed one after
+        the other, and all of them together may fit better.
+    """
+    self.kinds, self._by_row = kinds, by_row
     self._ops = program.ops
     self._signs = packed.only_signs(program)
     self._readers: list[list[int]] = [[] for _ in kinds]
@@ -244,6 +254,8 @@ class Memory:
     x = np.arange(len(columns))
     y = np.arange(len(rows))[:, None]
     written = y * len(x) + np.minimum(x + 2, len(x))
+    if self._by_row:
+      read, written = read[:, 0], written[:, -1]
     return int((read * self.pixel(j) - written * self.pixel(i)).min())
 
   def _first_reads(self, i: int, j: int, axis: int) -> np.ndarray:

@@ -52,11 +52,10 @@ import numpy as np
 
 from minw import packed
 
-_LIST = 512  # Inputs in a list at most.
+_LIST = 512  # Inputs in a list at most. The number is a multiple of 16.
 # Inputs in a list for which the arena grows if it needs to: a tenth of its words, but
 # at least and at most these numbers.
-_SHORT = 64, 128
-_WORD_OF_LIST = 32  # Inputs in a word, for which a list that is not full has room.
+_SHORT = 32, 128
 _STACK_OF_SIX = 192  # Bytes of stack that the words of six thresholds take at most.
 _LANES = 4  # Blocks in a group at most, which a vector of Helium holds.
 _BLOCKS = 2  # Blocks of 32 channels for which the arena grows if it needs to.
@@ -82,7 +81,7 @@ static uint32_t part(const uint32_t *x, int k) {
     default: return x[0];
   }
 }
-#define WORD(x) part(x, s->part)"""
+#define WORD(x) part(x, s->of->planes < 3 ? 4 : s->bit)"""
 
 # The part of the C file for Helium, if some layer has groups of several blocks.
 _HELIUM = """\
@@ -160,12 +159,13 @@ static void ripple(uint32_t *n, uint32_t carry) {
 
    A list has positions in a part. They grow by `pace` from a word of the map to the
    next one, and begin at -`ahead` for bits that a word of fewer channels does not
-   have. A list is added when it ends past `full`. The sums are computed in n. A sum
-   has `slices` words in an array of `kept` words. Those of the next block are `span`
-   words further on. The state of a window is the sum of its row's and its column's
-   number in border. Columns begin at `borders`. The sums of a state begin with the
-   number in most. In each state but 0, edges have `edge` slices of the sum over the
-   inputs outside. */
+   have. A list is full at `full`, with a multiple of 16 positions. The sums are
+   computed in n. A sum has `slices` words in an array of `kept` words. Those of the
+   next block are `span` words further on. The state of a window is the sum of its row's
+   and its column's number in border. Columns begin at `borders`. The sums of a state
+   begin with the number in most. In each state but 0, edges have `edge` slices of the
+   sum over the inputs outside. The words of the next window are `beside` further on.
+   `all` has the bits of a word. */
 typedef struct {
   const uint32_t *map, *weights, *edges;
   const uint8_t *border;
@@ -174,25 +174,22 @@ typedef struct {
   uint16_t *list, *full;
   int height, width, words, planes, size, pixel, pace, ahead, gap;
   int rows, columns, down, right, stride, sideways, above, before;
-  int block, lanes, part, levels, bit, scale, kept, span, slices, edge, states, borders;
-  uint32_t flip;
+  int block, lanes, part, levels, bit, scale, kept, span, slices, edge, states;
+  int borders, beside;
+  uint32_t all, flip;
 } Conv;
 
-/* The inputs of a window whose bit is set in the map, or inverted if flip is set.
-   They are in rows from first to last, and in columns from `from` to `to`. Those in
-   columns from begins[0] to ends[1] must also be set in another window, whose words
-   are `other` further on, or inverted if flop is set. The weights of the inputs are
-   added to the slices n of some blocks from b on. Each one counts 2^bit in `found`.
-   Two windows begin at their `sides`, have columns from `begins` to `ends`, and are
-   in `states`. */
+/* Two windows, the first of which begins at `top` and `side`. The ranges of their rows
+   and columns are inside the input, and they are in `states`. The weights of the inputs
+   whose bit is set in the map, or clear if that bit of flip is set, are added to the
+   slices n of some blocks from b on. Each one counts 2^bit in `found`. */
 typedef struct {
   const volatile Conv *of;
   const uint32_t *map, *weights;
-  uint32_t *n, flip, flop;
+  uint32_t *n, flip;
   int32_t found;
-  int other;
-  int16_t b, blocks, top, side, first, last, from, to, bit, part;
-  int16_t sides[2], begins[2], ends[2];
+  int16_t b, blocks, bit, top, side;
+  int16_t rows[2], columns[2][2];
   uint8_t states[2];
 } Window;
 
@@ -239,12 +236,9 @@ static void column(uint32_t *n, const uint32_t *w, const uint16_t *list,
 }
 
 @HELIUM@
-/* Adds the weights of the inputs that are listed before `end`, except for those after
-   the last multiple of 16, which begin the next list. Returns the end of that one.
-   The window is volatile, so that it stays in memory and leaves registers to the
-   sums. No compiler calls memmove for volatile numbers. */
-APART static uint16_t *add(volatile Window *s, const uint16_t *end) {
-  const uint16_t *const stop = end - ((end - s->of->list) & 15);
+/* Adds the weights of the inputs that are listed before `end`, a multiple of 16. The
+   window is volatile, so that it stays in memory and leaves registers to the sums. */
+APART static void add(volatile Window *s, const uint16_t *end) {
   const uint32_t *w = s->weights;
   uint32_t *n = s->n;
   int b, level, k;
@@ -252,41 +246,55 @@ APART static uint16_t *add(volatile Window *s, const uint16_t *end) {
     for (level = 0; level < s->of->levels; level++, w += s->of->part) {
 #ifdef HELIUM
       if (s->of->lanes > 1) {
-        columns(n + level, s->of->lanes, s->of->span, w, s->of->list, stop);
+        columns(n + level, s->of->lanes, s->of->span, w, s->of->list, end);
         continue;
       }
 #endif
       for (k = 0; k < s->of->lanes; k++)
-        column(n + level + k * s->of->span, w + k, s->of->list, stop);
+        column(n + level + k * s->of->span, w + k, s->of->list, end);
     }
   }
-  s->found = s->found + (int32_t)(stop - s->of->list) * (1 << s->bit);
-  for (k = 0; k < end - stop; k++) ((volatile uint16_t *)s->of->list)[k] = stop[k];
-  return s->of->list + k;
+  s->found = s->found + (int32_t)(end - s->of->list) * (1 << s->bit);
 }
 
-/* Lists the inputs of a window whose bit is set, and adds their weights whenever the
-   list is full. */
-APART static void gather(volatile Window *s) {
+/* Lists the input of the highest bit that is set, and clears the bit. */
+#define LIST \
+  const int zeros = first(bits); \
+  bits &= ~(0x80000000u >> zeros); \
+  *end++ = (uint16_t)(next + zeros * lanes);
+
+/* Lists inputs whose bit is set, and adds their weights whenever the list is full. If e
+   is -1, they are those of both windows. Otherwise they are those of window e alone.
+   The list is only compared with its end if it might become full within a word. */
+APART static void gather(volatile Window *s, int e) {
   const volatile Conv *const of = s->of;
+  const int second = e > 0, side = s->side + second * of->sideways;
+  const int from = s->columns[second][0], to = s->columns[e < 0 ? 1 : second][1];
   uint16_t *end = of->list;
   int i, j, k;
-  for (i = s->first; i < s->last && s->from < s->to; i++) {
-    const int at = (s->top + i * of->down) * of->width + s->side + s->from * of->right;
+  for (i = s->rows[0]; i < s->rows[1] && from < to; i++) {
+    const int at = (s->top + i * of->down) * of->width + side + from * of->right;
     const uint32_t *x = s->map + at * of->pixel;
-    int next = (i * of->columns + s->from) * of->words * of->pace - of->ahead;
-    for (j = s->from; j < s->to; j++, x += of->gap) {
-      const int both = j >= s->begins[0] && j < s->ends[1], other = both ? s->other : 0;
-      const uint32_t flop = both ? s->flop : s->flip;
+    int next = (i * of->columns + from) * of->words * of->pace - of->ahead;
+    for (j = from; j < to; j++, x += of->gap) {
+      const int both = j >= s->columns[0][0] && j < s->columns[1][1];
+      const int other = both * (second ? -of->beside : of->beside);
+      const uint32_t flop = both && e >= 0 ? s->flip ^ of->all : s->flip;
       for (k = of->words; k > 0; k--, x += of->planes, next += of->pace) {
         uint32_t bits = (WORD(x) ^ s->flip) & (WORD(x + other) ^ flop);
         const int lanes = of->lanes;
-        while (bits) {
-          const int zeros = first(bits);
-          bits &= ~(0x80000000u >> zeros);
-          *end++ = (uint16_t)(next + zeros * lanes);
+        if (of->full - end < 32) {
+          while (bits) {
+            LIST
+            if (end == of->full) {
+              add(s, end);
+              end = of->list;
+            }
+          }
         }
-        if (end > of->full) end = add(s, end);
+        while (bits) {
+          LIST
+        }
       }
     }
   }
@@ -319,14 +327,14 @@ static void increase(uint32_t *n, int slices, int32_t number) {
   }
 }""",
     "sums": """\
-/* The positions of a window, `step` apart, that are inside an input of some size. */
-APART static void inside(int at, int step, int window, int size,
-                         volatile int16_t *from, volatile int16_t *to) {
-  int i = 0, j = window;
-  while (i < window && at + i * step < 0) i++;
+/* Sets the range of positions in a window that are inside an input of some size. There
+   are range[1] of them, and position i is at + i * step. */
+APART static void inside(volatile int16_t *range, int at, int step, int size) {
+  int i = 0, j = range[1];
+  while (i < j && at + i * step < 0) i++;
   while (j > i && at + (j - 1) * step >= size) j--;
-  *from = (int16_t)i;
-  *to = (int16_t)j;
+  range[0] = (int16_t)i;
+  range[1] = (int16_t)j;
 }
 
 /* Completes the slices n of the blocks of a window, which is in some state. */
@@ -357,31 +365,25 @@ APART static void sums(const volatile Conv *of, int y, int x, int b, int blocks,
   s.b = (int16_t)b;
   s.blocks = (int16_t)blocks;
   s.top = (int16_t)(y * of->stride - of->above);
-  inside(s.top, of->down, of->rows, of->height, &s.first, &s.last);
-  s.ends[1] = 0;
+  s.side = (int16_t)(x * of->sideways - of->before);
+  s.rows[1] = (int16_t)of->rows;
+  inside(s.rows, s.top, of->down, of->height);
+  s.columns[1][1] = 0;
   for (e = 0; e <= two; e++) {
-    s.sides[e] = (int16_t)((x + e) * of->sideways - of->before);
-    inside(s.sides[e], of->right, of->columns, of->width, &s.begins[e], &s.ends[e]);
+    s.columns[e][1] = (int16_t)of->columns;
+    inside(s.columns[e], s.side + e * of->sideways, of->right, of->width);
     s.states[e] = 0;
     if (border) s.states[e] = (uint8_t)(border[y] + border[of->borders + x + e]);
   }
   for (k = 0; k < blocks; k++) fill(of->n + k * of->span, of->kept, 0);
   for (e = -two; e <= two; e++) {
-    const int second = e > 0;
-    s.side = s.sides[second];
-    s.from = s.begins[second];
-    s.to = s.ends[e < 0 ? 1 : second];
-    s.other = (1 - 2 * second) * of->sideways * of->pixel;
     s.found = shared;
     for (part = 0; part < (of->planes < 3 ? of->planes : 4); part++) {
-      const uint32_t all = 0xffffffffu >> (32 - of->size);
       s.bit = (int16_t)(part + (of->planes == 1));
-      s.part = (int16_t)(of->planes < 3 ? 4 : part);
       s.map = of->map + (of->planes < 3 ? part : 0);
-      s.n = of->n + second * of->kept + s.bit + of->bit;
-      s.flip = of->planes == 1 ? of->flip : part == 2 * (of->planes - 2) ? all : 0;
-      s.flop = e < 0 ? s.flip : s.flip ^ all;
-      gather(&s);
+      s.n = of->n + (e > 0) * of->kept + s.bit + of->bit;
+      s.flip = of->planes == 1 ? of->flip : part == 2 * (of->planes - 2) ? of->all : 0;
+      gather(&s, e);
     }
     if (e < 0) {
       shared = s.found;
@@ -601,12 +603,21 @@ class Sliced:
 
   Attributes:
     index: The value that the threshold makes.
+    conv: The value that the convolution makes.
+    pool: The value that the pool makes, or None.
     inlined: The values that are computed within its functions.
     input: The value that the convolution reads.
+    most: Greatest level of an input, or 255 for pixels.
+    levels: The bits k of the weights v.
+    terms: Number of inputs of a window.
     blocks: Number of blocks of 32 channels.
+    together: Number of blocks that are computed together.
+    lanes: Number of blocks in a group: see the C structure Conv.
+    step: Number of windows that are computed together.
+    slices, kept: Words of a sum, and those of the array that it is computed in.
+    listed: Number of inputs that a list has room for.
     room: Words of the arena that a block takes while it is computed.
     least: Words of the arena that the computation takes at least.
-    lanes: Number of blocks in a group: see the C structure Conv.
     stack: Bytes of stack that its arrays and thresholds take.
   """
 
@@ -640,10 +651,9 @@ class Sliced:
     self._span = self.kept * self.step
     thresholds = writer.program.ops[i - 1].thresholds.shape[1]
     self.room = self._span + (0 if pool is None else thresholds)
-    self._at, self.together, self.lanes, self.full = 0, 1, 1, 0
-    # A list takes half of the inputs, and the 32 of a word beside those.
-    listed = -(-self.terms // 32) * 16 + _WORD_OF_LIST
-    listed = min(listed, _LIST) if self.input else 0
+    self._at, self.together, self.lanes, self.listed = 0, 1, 1, 0
+    # A list takes half of the inputs, rounded up to a multiple of 16.
+    listed = min(-(-self.terms // 32) * 16, _LIST) if self.input else 0
     short = writer.memory.words // 160 * 16
     self._list = 0, listed // 2
     self._short = min(listed, max(_SHORT[0], min(short, _SHORT[1]))) // 2
@@ -668,8 +678,8 @@ class Sliced:
       self.lanes = max(n for n in range(1, most + 1) if self.blocks % n == 0)
       self.together -= self.together % self.lanes
     taken = self.together * self.room
-    self._list = at + taken, min(listed, words - taken)
-    self.full = 2 * self._list[1] - _WORD_OF_LIST
+    self._list = at + taken, min(listed, (words - taken) // 8 * 8)
+    self.listed = 2 * self._list[1]
 
   @property
   def _pooling(self) -> packed.Pool:
@@ -735,14 +745,14 @@ class Sliced:
     members = [
         f"arena + {writer.memory.offsets[op.input]}", f"w{conv}", edges, border,
         f"most{conv}", f"arena + {self._at}", f"memory.halves + {2 * self._list[0]}",
-        f"memory.halves + {2 * sum(self._list) - _WORD_OF_LIST}",
+        f"memory.halves + {2 * sum(self._list)}",
         *source.shape[:2], channels // size, planes, size,
         pixel, size * self.lanes, (32 - size) * self.lanes,
         (op.dilation[1] - 1) * pixel,
         *op.kernel.shape[1:3], *op.dilation, *op.strides, op.pads[0], op.pads[2],
         block, self.lanes, part, len(self.levels), self.levels[0], self._scale,
         self.kept, self._span, self.slices, states.slices, states.states - 1,
-        result.shape[0], f"0x{flip:x}u"]
+        result.shape[0], op.strides[1] * pixel, f"0x{2**size - 1:x}u", f"0x{flip:x}u"]
     writer.flash += 4 * len(members)
     return text + (f"static const Conv conv{conv} = {{\n"
                    f"  {', '.join(map(str, members))}\n}};\n")
