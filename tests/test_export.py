@@ -622,6 +622,16 @@ def test_pixels_take_the_place_of_pixels_that_nobody_reads_any_more():
   assert words == 9 + 48 + 48 and at == {2: 57, 4: 9, 6: 0}
 
 
+def test_the_smaller_plan_of_the_arena_is_chosen():
+  """Buffers that overlap more with their input fit worse together in this network."""
+  program = groups_and_dilation(1, -1)
+  by_pixel, by_row = (
+      c_memory.Memory(program, packed.infer_values(program), by_row).words
+      for by_row in (False, True))
+  assert by_row < by_pixel
+  assert c.footprint(program).static == 4 * by_row + 8
+
+
 def test_room_in_the_arena_by_hand():
   """Its greatest free part, while the second map of a 3x3 convolution is computed."""
   b = Builder(np.random.default_rng(0), (8, 6, 1))

@@ -32,7 +32,7 @@ _INSTRUCTIONS = {
     "part": 90,  # A list of one bit of the inputs, in `sums` and `gather`.
     "row of a list": 45,
     "pixel of a list": 23,
-    "word of a list": 23,  # It has one bit of 32 inputs, any of which may be set.
+    "word of a list": 21,  # It has one bit of 32 inputs, any of which may be set.
     "word of 3 bits": 40,  # It comes on top, because its bits are computed.
     "listed input": 5.7,
     "watched input": 5,  # It comes on top if the list might be full.

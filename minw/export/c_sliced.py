@@ -193,11 +193,14 @@ typedef struct {
   uint8_t states[2];
 } Window;
 
-/* Keeps a compiler from reading more words at once than the registers can hold. */
+/* IN_ORDER keeps a compiler from reading more words at once than the registers can
+   hold. AS_IT_IS keeps it from cutting all terms of a sum to 16 bits. */
 #ifdef __GNUC__
 #define IN_ORDER __asm__ volatile("" ::: "memory");
+#define AS_IT_IS(x) __asm__("" : "+r"(x));
 #else
 #define IN_ORDER
+#define AS_IT_IS(x)
 #endif
 
 /* Adds the bits of b and c to those of a. The carries are stored in high. */
@@ -258,10 +261,12 @@ APART static void add(volatile Window *s, const uint16_t *end) {
 }
 
 /* Lists the input of the highest bit that is set, and clears the bit. */
-#define LIST \
-  const int zeros = first(bits); \
-  bits &= ~(0x80000000u >> zeros); \
-  *end++ = (uint16_t)(next + zeros * lanes);
+#define LIST \\
+  const int zeros = first(bits); \\
+  int number = next + zeros * lanes; \\
+  AS_IT_IS(number) \\
+  bits &= ~(0x80000000u >> zeros); \\
+  *end++ = (uint16_t)number;
 
 /* Lists inputs whose bit is set, and adds their weights whenever the list is full. If e
    is -1, they are those of both windows. Otherwise they are those of window e alone.
