@@ -9,9 +9,9 @@ These are the sizes in W1A1 with ten classes. Activations are what the exported 
 keeps in memory, with an image of 32x32 and of 128x128 pixels:
 
   size     packed   activations
-  tiny      10 kB   1.3 and 20 kB
-  small     49 kB   1.5 and 25 kB
-  medium   244 kB   3.1 and 49 kB
+  tiny      10 kB   1.2 and 17 kB
+  small     49 kB   1.3 and 17 kB
+  medium   244 kB   2.9 and 41 kB
 
 `python -m minw.search` trains them with several bits, and compares them.
 

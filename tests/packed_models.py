@@ -5,6 +5,8 @@ import functools
 import flax.linen as nn
 import numpy as np
 
+from minw import config_flag
+from minw import experiment
 from minw import layers
 from minw import models
 from minw import pack
@@ -59,6 +61,13 @@ def pooled_convnet(bits=1, widths=(32, 32, 64)):
       dense=functools.partial(layers.QuantDense, bits=bits),
       norm=functools.partial(layers.NormQuant, bits=bits))
   return packed_model(model, (12, 13, 1), (12, 13))
+
+
+def folder_convnet(size, weights=1, inputs=1):
+  """A network of the experiment `folder_convnet`, for images of 32x32 pixels."""
+  config = config_flag.load(
+      f"folder_convnet:size={size},weight_bits={weights},input_bits={inputs}")
+  return packed_model(experiment.Experiment(config).model, (32, 32, 3), (32, 32))
 
 
 def resnet18():

@@ -27,6 +27,7 @@ from minw import packed
 from minw.data import datasets
 from minw.export import __main__ as export_command
 from minw.export import c
+from minw.export import c_cost
 from minw.export import c_memory
 from minw.export import c_text
 from minw.export import golden
@@ -595,20 +596,21 @@ def arena_of(make):
   return memory.words, memory.offsets
 
 
-def test_rows_take_the_place_of_rows_that_nobody_reads_any_more():
+def test_pixels_take_the_place_of_pixels_that_nobody_reads_any_more():
   """By hand: row y of a 3x3 convolution reads its input from row y - 1 on."""
   words, at = arena_of(lambda b, x: b.threshold(b.conv(x, 1, 16), 1))
-  # Rows 0 and 1 precede row 0 of the input, and row 2 takes its place.
-  assert words == 48 + 2 * 6 and at == {2: 12, 4: 0}
+  # While pixel (1, x) is computed, all of row 0 and pixels up to (1, x + 1) may be
+  # written. The first pixel that is still read is (0, x - 1).
+  assert words == 48 + 9 and at == {2: 9, 4: 0}
 
   def pooled(b, x):
     x = b.add(packed.Pool("pool", b.conv(x, 1, 16), "max", (2, 2), (2, 2)))
     return b.threshold(x, 1)
 
-  # Row 0 has 3 words. Row 1 takes the place of row 0 of the input, because it reads
-  # from row 1 on.
+  # While pixel (0, 1) is computed, row 0 with its 3 pixels may be written. Column 1 of
+  # the input is still read.
   words, at = arena_of(pooled)
-  assert words == 48 + 3 and at == {2: 3, 5: 0}
+  assert words == 48 + 2 and at == {2: 2, 5: 0}
 
   def residual(b, x):
     y = b.threshold(b.conv(x, 1, 16), 1)
@@ -617,7 +619,17 @@ def test_rows_take_the_place_of_rows_that_nobody_reads_any_more():
   # The second map does not overwrite the first one, which is read again. The third map
   # overwrites the second one.
   words, at = arena_of(residual)
-  assert words == 12 + 48 + 48 and at == {2: 60, 4: 12, 6: 0}
+  assert words == 9 + 48 + 48 and at == {2: 57, 4: 9, 6: 0}
+
+
+def test_the_smaller_plan_of_the_arena_is_chosen():
+  """Buffers that overlap more with their input fit worse together in this network."""
+  program = groups_and_dilation(1, -1)
+  by_pixel, by_row = (
+      c_memory.Memory(program, packed.infer_values(program), by_row).words
+      for by_row in (False, True))
+  assert by_row < by_pixel
+  assert c.footprint(program).static == 4 * by_row + 8
 
 
 def test_room_in_the_arena_by_hand():
@@ -626,14 +638,14 @@ def test_room_in_the_arena_by_hand():
   x = b.threshold(b.conv(0, 1, 16), 1)
   program = b.end(b.threshold(b.conv(x, 1, 16), 1))
   memory = c_memory.Memory(program, packed.infer_values(program))
-  assert memory.room(4) == (60, 0) and memory.room(2) == (0, 12)
-  memory.make_room(2, 12)
-  assert memory.words == 60
+  assert memory.room(4) == (57, 0) and memory.room(2) == (0, 9)
+  memory.make_room(2, 9)
+  assert memory.words == 57
   memory.make_room(4, 5)
-  assert memory.words == 65 and memory.room(4) == (60, 5)
-  assert memory.room(2) == (0, 12)
+  assert memory.words == 62 and memory.room(4) == (57, 5)
+  assert memory.room(2) == (0, 9)
   memory.make_room(2, 13)
-  assert memory.words == 73 and memory.room(2) == (60, 13)
+  assert memory.words == 70 and memory.room(2) == (57, 13)
 
 
 def test_values_in_floats_are_refused_by_name(tmp_path):
@@ -809,6 +821,9 @@ def test_command(command, tmp_path, model, form, needs):
     # Ten labels have a letter, an end and a pointer each.
     memory = (f"constants: {constants + 60} bytes, static memory: {static} bytes,"
               f" stack: less than {stack} bytes\n")
+    blank = np.zeros((4, 8, 8, 1), np.uint8)  # The image does not matter.
+    layers = c_cost.estimate(c.steps(digits_network(), blank))
+    memory += c_cost.report(layers) + "\n"
   assert run.out == ("".join(f"{p}: {p.stat().st_size} bytes\n" for p in written) +
                      memory + f"{tmp_path / 'golden'}: 3 values of 4 images\n")
   assert b'"abcdefghij"' in out.read_bytes().replace(b'", "', b"")

@@ -23,9 +23,12 @@ from minw import packed
 from minw import search
 from minw.data import datasets
 from minw.export import c
+from minw.export import c_cost
+from minw.export import c_sliced
 from minw.kernels import reference
 from packed_models import convnet
 from packed_models import digits_convnet
+from packed_models import folder_convnet
 from packed_models import pooled_convnet
 from packed_models import resnet18
 from packed_networks import groups_and_dilation
@@ -93,6 +96,10 @@ def multiplications(program):
              if isinstance(op, packed.Conv))
 
 
+def estimate(program, batch):
+  return sum(layer.instructions for layer in c_cost.estimate(c.steps(program, batch)))
+
+
 @pytest.mark.parametrize("make, count", [
     (digits_convnet, 20), (lambda: residual_and_dense(1), 4),
     (lambda: residual_and_dense(3), 4),
@@ -132,6 +139,33 @@ def test_cortex_m3(tmp_path, capsys, request, make, count):
           f" {each:.2f} for a multiplication")
   if request.node.callspec.id == "D":
     assert each < 0.15
+  error = estimate(program, batch[-1:]) / instructions - 1
+  with capsys.disabled():
+    print(f"estimate off by {100 * error:+.1f} %")
+  # The first layer of ResNet-18 multiplies 118 million pixels one by one.
+  assert abs(error) < (0.25 if request.node.callspec.id == "resnet18" else 0.07)
+
+
+@pytest.mark.parametrize("make", [
+    digits_convnet, *[functools.partial(folder_convnet, size, bits, bits)
+                      for size in ("tiny", "small") for bits in (1, 2)]], ids=[
+        "digits", "tiny-1", "tiny-2", "small-1", "small-2"])
+@pytest.mark.parametrize("form", ["blocks", "channels"])
+def test_estimates(tmp_path, capsys, monkeypatch, make, form):
+  """The estimate of the instructions, of channels in blocks and one at a time."""
+  if form == "channels":
+    monkeypatch.setattr(c_sliced, "find", lambda writer: {})
+  program = make()
+  batch = images(program, 1, seed=5)
+  build(tmp_path, program, batch, c.source(program, batch))
+  said = {word: int(n) for word, n in emulate(tmp_path / "net.elf", "cortex-m3")}
+  assert said["right"] == program.num_classes
+  error = estimate(program, batch) / said["instructions"] - 1
+  with capsys.disabled():
+    print(f"\n{said['instructions']:,} instructions, RAM"
+          f" {c.footprint(program).static}, stack {said['stack']} bytes,"
+          f" estimate off by {100 * error:+.1f} %")
+  assert abs(error) < 0.07
 
 
 @pytest.mark.parametrize("cpu, level, most", [

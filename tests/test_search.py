@@ -91,9 +91,10 @@ def test_cost():
         dense_widths=(), weight_bits=bits[0], input_bits=bits[1]))
     assert cost.xnor == xnor(*bits)
     found[bits] = cost
-  # One word for each pixel of the first map, for those of a row of the second map, and
-  # for each threshold of that one. The image has 64 bytes, and the stack more than 256.
-  words = 64 + 4 + 1
+  # One word for each pixel of the first map, for the two of the second map that precede
+  # it, and for each threshold of that one. The image has 64 bytes, and the stack more
+  # than 256.
+  words = 64 + 2 + 1
   assert found[1, 1].ram == found[1, 2].ram - 4 * words > 4 * words + 64 + 256
   assert found[1, 1].flash > search.CODE + (9 * 8 + 9 * 8 * 8 + 128 * 10) / 8
   assert found[2, 2].flash > found[1, 2].flash >= found[1, 1].flash

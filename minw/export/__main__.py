@@ -30,6 +30,7 @@ from minw import infer
 from minw import packed
 from minw import paths
 from minw.export import c
+from minw.export import c_cost
 from minw.export import c_text
 from minw.export import golden
 from minw.export import web
@@ -151,6 +152,9 @@ def _write_files(
     found = c.footprint(program)
     print(f"constants: {found.constants} bytes, static memory: {found.static} bytes,"
           f" stack: less than {found.stack} bytes")
+    layers = c_cost.estimate(c.steps(program, images))
+    if layers:
+      print(c_cost.report(layers))
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minw import packed
+from minw.export import c_cost
 from minw.export import c_memory
 from minw.export import c_sliced
 from minw.export import c_text
@@ -44,7 +45,7 @@ _STACK = 256
 _STACK_OF_FUNCTION = 128
 _STACK_OF_SLICED = 880
 
-_SAMPLE = 4  # Images that show which values are mostly -1.
+_SAMPLE = 4  # Images that show which values are mostly -1, and how much is computed.
 
 # C functions that are written if a network needs them. Each one follows those it calls.
 _HELPERS = {
@@ -249,6 +250,18 @@ def footprint(program: packed.Program) -> Footprint:
   return Footprint(writer.flash + labels, writer.static(), writer.stack())
 
 
+def steps(program: packed.Program, images: np.ndarray) -> list[c_cost.Steps]:
+  """Counts what the C file does in each layer, from which its cost is estimated.
+
+  Args:
+    program: The network.
+    images: Images, uint8 (batch, *program.source_shape). Numbers are the mean over the
+      first four of them.
+  """
+  writer = _Writer(program, "minw")
+  return c_cost.count(writer, writer.look_at(images))
+
+
 class _Writer:
   """Writes the functions of a program's values."""
 
@@ -257,12 +270,15 @@ class _Writer:
       raise ValueError(f"prefix {prefix!r} must be made of {c_text.ALLOWED_PREFIX}")
     self.program, self.prefix = program, prefix
     self.kinds = common.values(program)
-    self.memory = c_memory.Memory(program, self.kinds)
+    plans = []
+    for by_row in (False, True):
+      self.memory = c_memory.Memory(program, self.kinds, by_row)
+      plans.append((self.memory, c_sliced.find(self)))
+    self.memory, self.sliced = min(plans, key=lambda plan: plan[0].words)
     most = packed.Limits().memory
     if 4 * self.memory.words > most:
       raise ValueError(f"the C code would keep {4 * self.memory.words} bytes of"
                        f" values; it may keep at most {most}")
-    self.sliced = c_sliced.find(self)
     self.mostly_minus: set[int] = set()  # Values whose codes are mostly negative.
     self.flash = 0  # Bytes of constants.
 
@@ -284,9 +300,7 @@ class _Writer:
 
   def text(self, images: np.ndarray) -> str:
     """Returns the text of the C file."""
-    self.mostly_minus = {
-        i for i, value in enumerate(reference.run(self.program, images[:_SAMPLE]))
-        if self.kinds[i].kind == "CODE" and np.mean(value < 0) > 0.5}
+    self.look_at(images)
     body, run = self.functions()
     helpers: list[str] = []
     for name, helper in reversed((_HELPERS | c_sliced.helpers(self)).items()):
@@ -296,6 +310,18 @@ class _Writer:
     head = self._head(len(images))
     return "\n".join(
         [head, "\n\n".join([*helpers, body]), "", run, self._main(images)])
+
+  def look_at(self, images: np.ndarray) -> list[np.ndarray]:
+    """Finds values that are mostly negative for images. Returns all their values."""
+    values = reference.run(self.program, images[:_SAMPLE])
+    self.mostly_minus = {
+        i for i, value in enumerate(values)
+        if self.kinds[i].kind == "CODE" and np.mean(value < 0) > 0.5}
+    return values
+
+  def negates(self, i: int) -> bool:
+    """Whether the signs of codes of 1 bit and of their weights are changed."""
+    return i in self.mostly_minus and self.memory.bits(i) == 1
 
   def functions(self) -> tuple[str, str]:
     """Returns the functions of the values and the one that calls them.
@@ -439,8 +465,7 @@ int {self.prefix}_run(const uint8_t *image, int32_t *scores) {{
     """Returns the C function that computes an element of value i, and its constants."""
     op = self.program.ops[i - 1]
     if i in self.sliced:
-      x = self.sliced[i].input
-      return self.sliced[i].text(x in self.mostly_minus and self.memory.bits(x) == 1)
+      return self.sliced[i].text(self.negates(self.sliced[i].input))
     if isinstance(op, packed.Logits):
       return self.array("float", "unit", op.unit) + "".join(
           self.array("float", field, getattr(op, field))

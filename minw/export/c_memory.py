@@ -51,8 +51,18 @@ class Memory:
     words: Size of the arena, in words of 32 bits.
   """
 
-  def __init__(self, program: packed.Program, kinds: Sequence[packed.Value]):
-    self.kinds = kinds
+  def __init__(self, program: packed.Program, kinds: Sequence[packed.Value],
+               by_row: bool = False):
+    """Plans the memory.
+
+    Args:
+      program: The network.
+      kinds: What is known of its values.
+      by_row: Whether only whole rows of a value take the place of rows of its input.
+        Each buffer then overlaps less with its input, but buffers are placed one after
+        the other, and all of them together may fit better.
+    """
+    self.kinds, self._by_row = kinds, by_row
     self._ops = program.ops
     self._signs = packed.only_signs(program)
     self._readers: list[list[int]] = [[] for _ in kinds]
@@ -179,8 +189,8 @@ class Memory:
     of its channels. Therefore every stored value that it reads, and the value itself,
     lives until all of it is computed.
 
-    A value without planes is computed row by row. Its rows may take the place of those
-    of its inputs that no later row reads:
+    A value without planes is computed row by row. Its pixels may take the place of
+    those of its inputs that are not read any more:
 
         result     | row 0 | row 1 | row 2 | ...
         input              | row 0     | row 1     | row 2     | ...
@@ -229,29 +239,45 @@ class Memory:
   def _lag(self, i: int, j: int) -> int:
     """Returns the greatest offset of a value from its input, which it overwrites.
 
-    Row y of value i may take any place before the first row of value j that it reads.
+    Pixels of value i are computed row by row, and at most two of a row together. While
+    pixel (y, x) is computed, those up to (y, x + 1) may be written already. They may
+    take any place before the first pixel of value j that is read then or later. It is
+    read by (y, x) itself or by the first pixel of the next row.
 
     Returns:
       A negative number of words.
     """
-    row = lambda k: self.kinds[k].shape[1] * self.pixel(k)
-    first = self._first_rows(i, j)
-    return int(min(first * row(j) - np.arange(1, len(first) + 1) * row(i)))
+    rows, columns = self._first_reads(i, j, 0), self._first_reads(i, j, 1)
+    width = self.kinds[j].shape[1]
+    later = np.append(rows[1:], self.kinds[j].shape[0]) * width + columns[0]
+    read = np.minimum(rows[:, None] * width + columns, later[:, None])
+    x = np.arange(len(columns))
+    y = np.arange(len(rows))[:, None]
+    written = y * len(x) + np.minimum(x + 2, len(x))
+    if self._by_row:
+      read, written = read[:, 0], written[:, -1]
+    return int((read * self.pixel(j) - written * self.pixel(i)).min())
 
-  def _first_rows(self, i: int, j: int) -> np.ndarray:
-    """Returns the first row of value j that each row of value i is computed from."""
-    rows = {j: np.arange(self.kinds[j].shape[0])}
+  def _first_reads(self, i: int, j: int, axis: int) -> np.ndarray:
+    """Returns the first row of value j that each row of value i is computed from.
+
+    Args:
+      i: Index of a value.
+      j: Index of a value that it is computed from.
+      axis: 0, or 1 for columns in place of rows.
+    """
+    reads = {j: np.arange(self.kinds[j].shape[axis])}
     for k in range(j + 1, i + 1):
-      op, y = self._ops[k - 1], np.arange(self.kinds[k].shape[0])
+      op, at = self._ops[k - 1], np.arange(self.kinds[k].shape[axis])
       if isinstance(op, packed.Conv | packed.Pool | packed.Shortcut):
-        y *= op.strides[0]
+        at *= op.strides[axis]
       if isinstance(op, packed.Conv | packed.Pool):
-        y -= op.pads[0]
-      first = [rows[m][y.clip(0, len(rows[m]) - 1)] for m in packed.inputs(op)
-               if m in rows]
+        at -= op.pads[2 * axis]
+      first = [reads[m][at.clip(0, len(reads[m]) - 1)] for m in packed.inputs(op)
+               if m in reads]
       if first and (k == i or k not in self.stored):
-        rows[k] = np.min(first, 0)
-    return rows[i]
+        reads[k] = np.min(first, 0)
+    return reads[i]
 
   def room(self, i: int) -> tuple[int, int]:
     """Returns the greatest part of the arena that is free while value i is computed.

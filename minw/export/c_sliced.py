@@ -52,11 +52,10 @@ import numpy as np
 
 from minw import packed
 
-_LIST = 512  # Inputs in a list at most.
+_LIST = 512  # Inputs in a list at most. The number is a multiple of 16.
 # Inputs in a list for which the arena grows if it needs to: a tenth of its words, but
 # at least and at most these numbers.
-_SHORT = 64, 128
-_WORD_OF_LIST = 32  # Inputs in a word, for which a list that is not full has room.
+_SHORT = 32, 128
 _STACK_OF_SIX = 192  # Bytes of stack that the words of six thresholds take at most.
 _LANES = 4  # Blocks in a group at most, which a vector of Helium holds.
 _BLOCKS = 2  # Blocks of 32 channels for which the arena grows if it needs to.
@@ -82,7 +81,7 @@ static uint32_t part(const uint32_t *x, int k) {
     default: return x[0];
   }
 }
-#define WORD(x) part(x, s->part)"""
+#define WORD(x) part(x, s->of->planes < 3 ? 4 : s->bit)"""
 
 # The part of the C file for Helium, if some layer has groups of several blocks.
 _HELIUM = """\
@@ -160,12 +159,13 @@ static void ripple(uint32_t *n, uint32_t carry) {
 
    A list has positions in a part. They grow by `pace` from a word of the map to the
    next one, and begin at -`ahead` for bits that a word of fewer channels does not
-   have. A list is added when it ends past `full`. The sums are computed in n. A sum
-   has `slices` words in an array of `kept` words. Those of the next block are `span`
-   words further on. The state of a window is the sum of its row's and its column's
-   number in border. Columns begin at `borders`. The sums of a state begin with the
-   number in most. In each state but 0, edges have `edge` slices of the sum over the
-   inputs outside. */
+   have. A list is full at `full`, with a multiple of 16 positions. The sums are
+   computed in n. A sum has `slices` words in an array of `kept` words. Those of the
+   next block are `span` words further on. The state of a window is the sum of its row's
+   and its column's number in border. Columns begin at `borders`. The sums of a state
+   begin with the number in most. In each state but 0, edges have `edge` slices of the
+   sum over the inputs outside. The words of the next window are `beside` further on.
+   `all` has the bits of a word. */
 typedef struct {
   const uint32_t *map, *weights, *edges;
   const uint8_t *border;
@@ -174,33 +174,33 @@ typedef struct {
   uint16_t *list, *full;
   int height, width, words, planes, size, pixel, pace, ahead, gap;
   int rows, columns, down, right, stride, sideways, above, before;
-  int block, lanes, part, levels, bit, scale, kept, span, slices, edge, states, borders;
-  uint32_t flip;
+  int block, lanes, part, levels, bit, scale, kept, span, slices, edge, states;
+  int borders, beside;
+  uint32_t all, flip;
 } Conv;
 
-/* The inputs of a window whose bit is set in the map, or inverted if flip is set.
-   They are in rows from first to last, and in columns from `from` to `to`. Those in
-   columns from begins[0] to ends[1] must also be set in another window, whose words
-   are `other` further on, or inverted if flop is set. The weights of the inputs are
-   added to the slices n of some blocks from b on. Each one counts 2^bit in `found`.
-   Two windows begin at their `sides`, have columns from `begins` to `ends`, and are
-   in `states`. */
+/* Two windows, the first of which begins at `top` and `side`. The ranges of their rows
+   and columns are inside the input, and they are in `states`. The weights of the inputs
+   whose bit is set in the map, or clear if that bit of flip is set, are added to the
+   slices n of some blocks from b on. Each one counts 2^bit in `found`. */
 typedef struct {
   const volatile Conv *of;
   const uint32_t *map, *weights;
-  uint32_t *n, flip, flop;
+  uint32_t *n, flip;
   int32_t found;
-  int other;
-  int16_t b, blocks, top, side, first, last, from, to, bit, part;
-  int16_t sides[2], begins[2], ends[2];
+  int16_t b, blocks, bit, top, side;
+  int16_t rows[2], columns[2][2];
   uint8_t states[2];
 } Window;
 
-/* Keeps a compiler from reading more words at once than the registers can hold. */
+/* IN_ORDER keeps a compiler from reading more words at once than the registers can
+   hold. AS_IT_IS keeps it from cutting all terms of a sum to 16 bits. */
 #ifdef __GNUC__
 #define IN_ORDER __asm__ volatile("" ::: "memory");
+#define AS_IT_IS(x) __asm__("" : "+r"(x));
 #else
 #define IN_ORDER
+#define AS_IT_IS(x)
 #endif
 
 /* Adds the bits of b and c to those of a. The carries are stored in high. */
@@ -239,12 +239,9 @@ static void column(uint32_t *n, const uint32_t *w, const uint16_t *list,
 }
 
 @HELIUM@
-/* Adds the weights of the inputs that are listed before `end`, except for those after
-   the last multiple of 16, which begin the next list. Returns the end of that one.
-   The window is volatile, so that it stays in memory and leaves registers to the
-   sums. No compiler calls memmove for volatile numbers. */
-APART static uint16_t *add(volatile Window *s, const uint16_t *end) {
-  const uint16_t *const stop = end - ((end - s->of->list) & 15);
+/* Adds the weights of the inputs that are listed before `end`, a multiple of 16. The
+   window is volatile, so that it stays in memory and leaves registers to the sums. */
+APART static void add(volatile Window *s, const uint16_t *end) {
   const uint32_t *w = s->weights;
   uint32_t *n = s->n;
   int b, level, k;
@@ -252,41 +249,57 @@ APART static uint16_t *add(volatile Window *s, const uint16_t *end) {
     for (level = 0; level < s->of->levels; level++, w += s->of->part) {
 #ifdef HELIUM
       if (s->of->lanes > 1) {
-        columns(n + level, s->of->lanes, s->of->span, w, s->of->list, stop);
+        columns(n + level, s->of->lanes, s->of->span, w, s->of->list, end);
         continue;
       }
 #endif
       for (k = 0; k < s->of->lanes; k++)
-        column(n + level + k * s->of->span, w + k, s->of->list, stop);
+        column(n + level + k * s->of->span, w + k, s->of->list, end);
     }
   }
-  s->found = s->found + (int32_t)(stop - s->of->list) * (1 << s->bit);
-  for (k = 0; k < end - stop; k++) ((volatile uint16_t *)s->of->list)[k] = stop[k];
-  return s->of->list + k;
+  s->found = s->found + (int32_t)(end - s->of->list) * (1 << s->bit);
 }
 
-/* Lists the inputs of a window whose bit is set, and adds their weights whenever the
-   list is full. */
-APART static void gather(volatile Window *s) {
+/* Lists the input of the highest bit that is set, and clears the bit. */
+#define LIST \\
+  const int zeros = first(bits); \\
+  int number = next + zeros * lanes; \\
+  AS_IT_IS(number) \\
+  bits &= ~(0x80000000u >> zeros); \\
+  *end++ = (uint16_t)number;
+
+/* Lists inputs whose bit is set, and adds their weights whenever the list is full. If e
+   is -1, they are those of both windows. Otherwise they are those of window e alone.
+   The list is only compared with its end if it might become full within a word. */
+APART static void gather(volatile Window *s, int e) {
   const volatile Conv *const of = s->of;
+  const int second = e > 0, side = s->side + second * of->sideways;
+  const int from = s->columns[second][0], to = s->columns[e < 0 ? 1 : second][1];
   uint16_t *end = of->list;
   int i, j, k;
-  for (i = s->first; i < s->last && s->from < s->to; i++) {
-    const int at = (s->top + i * of->down) * of->width + s->side + s->from * of->right;
+  for (i = s->rows[0]; i < s->rows[1] && from < to; i++) {
+    const int at = (s->top + i * of->down) * of->width + side + from * of->right;
     const uint32_t *x = s->map + at * of->pixel;
-    int next = (i * of->columns + s->from) * of->words * of->pace - of->ahead;
-    for (j = s->from; j < s->to; j++, x += of->gap) {
-      const int both = j >= s->begins[0] && j < s->ends[1], other = both ? s->other : 0;
-      const uint32_t flop = both ? s->flop : s->flip;
+    int next = (i * of->columns + from) * of->words * of->pace - of->ahead;
+    for (j = from; j < to; j++, x += of->gap) {
+      const int both = j >= s->columns[0][0] && j < s->columns[1][1];
+      const int other = both * (second ? -of->beside : of->beside);
+      const uint32_t flop = both && e >= 0 ? s->flip ^ of->all : s->flip;
       for (k = of->words; k > 0; k--, x += of->planes, next += of->pace) {
         uint32_t bits = (WORD(x) ^ s->flip) & (WORD(x + other) ^ flop);
         const int lanes = of->lanes;
-        while (bits) {
-          const int zeros = first(bits);
-          bits &= ~(0x80000000u >> zeros);
-          *end++ = (uint16_t)(next + zeros * lanes);
+        if (of->full - end < 32) {
+          while (bits) {
+            LIST
+            if (end == of->full) {
+              add(s, end);
+              end = of->list;
+            }
+          }
         }
-        if (end > of->full) end = add(s, end);
+        while (bits) {
+          LIST
+        }
       }
     }
   }
@@ -319,14 +332,14 @@ static void increase(uint32_t *n, int slices, int32_t number) {
   }
 }""",
     "sums": """\
-/* The positions of a window, `step` apart, that are inside an input of some size. */
-APART static void inside(int at, int step, int window, int size,
-                         volatile int16_t *from, volatile int16_t *to) {
-  int i = 0, j = window;
-  while (i < window && at + i * step < 0) i++;
+/* Sets the range of positions in a window that are inside an input of some size. There
+   are range[1] of them, and position i is at + i * step. */
+APART static void inside(volatile int16_t *range, int at, int step, int size) {
+  int i = 0, j = range[1];
+  while (i < j && at + i * step < 0) i++;
   while (j > i && at + (j - 1) * step >= size) j--;
-  *from = (int16_t)i;
-  *to = (int16_t)j;
+  range[0] = (int16_t)i;
+  range[1] = (int16_t)j;
 }
 
 /* Completes the slices n of the blocks of a window, which is in some state. */
@@ -357,31 +370,25 @@ APART static void sums(const volatile Conv *of, int y, int x, int b, int blocks,
   s.b = (int16_t)b;
   s.blocks = (int16_t)blocks;
   s.top = (int16_t)(y * of->stride - of->above);
-  inside(s.top, of->down, of->rows, of->height, &s.first, &s.last);
-  s.ends[1] = 0;
+  s.side = (int16_t)(x * of->sideways - of->before);
+  s.rows[1] = (int16_t)of->rows;
+  inside(s.rows, s.top, of->down, of->height);
+  s.columns[1][1] = 0;
   for (e = 0; e <= two; e++) {
-    s.sides[e] = (int16_t)((x + e) * of->sideways - of->before);
-    inside(s.sides[e], of->right, of->columns, of->width, &s.begins[e], &s.ends[e]);
+    s.columns[e][1] = (int16_t)of->columns;
+    inside(s.columns[e], s.side + e * of->sideways, of->right, of->width);
     s.states[e] = 0;
     if (border) s.states[e] = (uint8_t)(border[y] + border[of->borders + x + e]);
   }
   for (k = 0; k < blocks; k++) fill(of->n + k * of->span, of->kept, 0);
   for (e = -two; e <= two; e++) {
-    const int second = e > 0;
-    s.side = s.sides[second];
-    s.from = s.begins[second];
-    s.to = s.ends[e < 0 ? 1 : second];
-    s.other = (1 - 2 * second) * of->sideways * of->pixel;
     s.found = shared;
     for (part = 0; part < (of->planes < 3 ? of->planes : 4); part++) {
-      const uint32_t all = 0xffffffffu >> (32 - of->size);
       s.bit = (int16_t)(part + (of->planes == 1));
-      s.part = (int16_t)(of->planes < 3 ? 4 : part);
       s.map = of->map + (of->planes < 3 ? part : 0);
-      s.n = of->n + second * of->kept + s.bit + of->bit;
-      s.flip = of->planes == 1 ? of->flip : part == 2 * (of->planes - 2) ? all : 0;
-      s.flop = e < 0 ? s.flip : s.flip ^ all;
-      gather(&s);
+      s.n = of->n + (e > 0) * of->kept + s.bit + of->bit;
+      s.flip = of->planes == 1 ? of->flip : part == 2 * (of->planes - 2) ? of->all : 0;
+      gather(&s, e);
     }
     if (e < 0) {
       shared = s.found;
@@ -523,14 +530,14 @@ def _is_sliced(op, i, kinds) -> bool:
   height, width, _ = kinds[op.input].shape
   if max(height + sum(op.pads[:2]), width + sum(op.pads[2:])) >= 2**15:
     return False  # Positions have 16 bits.
-  border = _Border(op, kinds[op.input], kinds[i])
+  border = Border(op, kinds[op.input], kinds[i])
   words = blocks * (
       levels * (h * w * channels + 1) + (border.states - 1) * border.slices)
   return border.states < 256 and op.kernel[0].size < 2**16 and (
       words <= 2 * out * int(op.bits) * h * w * -(-channels // 32))
 
 
-class _Border:
+class Border:
   """Which parts of the windows of a convolution are outside its input.
 
   A window is in the state `rows[y] + columns[x]`. Windows inside are in state 0.
@@ -601,12 +608,21 @@ class Sliced:
 
   Attributes:
     index: The value that the threshold makes.
+    conv: The value that the convolution makes.
+    pool: The value that the pool makes, or None.
     inlined: The values that are computed within its functions.
     input: The value that the convolution reads.
+    most: Greatest level of an input, or 255 for pixels.
+    levels: The bits k of the weights v.
+    terms: Number of inputs of a window.
     blocks: Number of blocks of 32 channels.
+    together: Number of blocks that are computed together.
+    lanes: Number of blocks in a group: see the C structure Conv.
+    step: Number of windows that are computed together.
+    slices, kept: Words of a sum, and those of the array that it is computed in.
+    listed: Number of inputs that a list has room for.
     room: Words of the arena that a block takes while it is computed.
     least: Words of the arena that the computation takes at least.
-    lanes: Number of blocks in a group: see the C structure Conv.
     stack: Bytes of stack that its arrays and thresholds take.
   """
 
@@ -619,36 +635,35 @@ class Sliced:
       conv: The value that the convolution makes.
       pool: The value that the pool makes, or None.
     """
-    self._writer, self.index, self._conv, self._pool = writer, i, conv, pool
+    self._writer, self.index, self.conv, self.pool = writer, i, conv, pool
     self._op: packed.Conv = writer.program.ops[conv - 1]
     self.inlined, self.input = {conv, pool}, self._op.input
-    self._levels = _LEVELS[int(self._op.bits)]
+    self.levels = _LEVELS[int(self._op.bits)]
     self._scale = _GREATEST[int(self._op.bits)]
-    self._terms = self._op.kernel[0].size
+    self.terms = self._op.kernel[0].size
     self.blocks = -(-len(self._op.kernel) // 32)
-    self._most = _GREATEST[writer.kinds[self.input].bits] if self.input else 255
+    self.most = _GREATEST[writer.kinds[self.input].bits] if self.input else 255
     # The integers of the slices are sums of w * x plus a constant, from 0 on.
-    self._most_u = self._scale * self._most * (2 if self.input else 1) * self._terms
+    self._most_u = self._scale * self.most * (2 if self.input else 1) * self.terms
     # One more than the greatest integer fits, so that a threshold can be above all.
-    self._slices = (2 * self._most_u + 1).bit_length()
+    self.slices = (2 * self._most_u + 1).bit_length()
     # `column` reads four slices from its first one on.
-    first = self._most.bit_length() + self._levels[-1]
-    self._kept = max(self._slices, first + 4) if self.input else 16
+    first = self.most.bit_length() + self.levels[-1]
+    self.kept = max(self.slices, first + 4) if self.input else 16
     wide = writer.kinds[conv].shape[1] if pool is None else self._pooling.window[1]
     # The sums of pixels always fill two windows.
-    self._step = 2 if wide > 1 or not self.input else 1
-    self._span = self._kept * self._step
+    self.step = 2 if wide > 1 or not self.input else 1
+    self._span = self.kept * self.step
     thresholds = writer.program.ops[i - 1].thresholds.shape[1]
     self.room = self._span + (0 if pool is None else thresholds)
-    self._at, self._together, self.lanes = 0, 1, 1
-    # A list takes half of the inputs, and the 32 of a word beside those.
-    listed = -(-self._terms // 32) * 16 + _WORD_OF_LIST
-    listed = min(listed, _LIST) if self.input else 0
+    self._at, self.together, self.lanes, self.listed = 0, 1, 1, 0
+    # A list takes half of the inputs, rounded up to a multiple of 16.
+    listed = min(-(-self.terms // 32) * 16, _LIST) if self.input else 0
     short = writer.memory.words // 160 * 16
     self._list = 0, listed // 2
     self._short = min(listed, max(_SHORT[0], min(short, _SHORT[1]))) // 2
     self.least = self.room * min(self.blocks, _BLOCKS) + self._short
-    self.stack = 0 if self.input else 4 * self._terms + 76
+    self.stack = 0 if self.input else 4 * self.terms + 76
     if writer.kinds[i].bits == 3:
       self.stack += _STACK_OF_SIX
 
@@ -660,20 +675,21 @@ class Sliced:
       words: Number of these words.
     """
     _, listed = self._list
-    self._together = min((words - self._short) // self.room, self.blocks)
+    self.together = min((words - self._short) // self.room, self.blocks)
     self._at = at
     if self.input:
       # A list has numbers of 16 bits.
-      most = min(_LANES, self._together, 2**16 // (self._terms + 1))
+      most = min(_LANES, self.together, 2**16 // (self.terms + 1))
       self.lanes = max(n for n in range(1, most + 1) if self.blocks % n == 0)
-      self._together -= self._together % self.lanes
-    taken = self._together * self.room
-    self._list = at + taken, min(listed, words - taken)
+      self.together -= self.together % self.lanes
+    taken = self.together * self.room
+    self._list = at + taken, min(listed, (words - taken) // 8 * 8)
+    self.listed = 2 * self._list[1]
 
   @property
   def _pooling(self) -> packed.Pool:
-    assert self._pool is not None
-    return self._writer.program.ops[self._pool - 1]
+    assert self.pool is not None
+    return self._writer.program.ops[self.pool - 1]
 
   def text(self, negate: bool) -> str:
     """Returns the C constants and functions, the last of which computes the value.
@@ -682,12 +698,12 @@ class Sliced:
       negate: Whether to change the signs of the convolution's inputs, which must be
         codes of 1 bit, and of its weights.
     """
-    op: packed.Conv = self._writer.program.ops[self._conv - 1]
+    op: packed.Conv = self._writer.program.ops[self.conv - 1]
     self._negate = negate
     if negate:
       op = op._replace(kernel=-op.kernel, pad=-op.pad)
     self._op = op
-    most = np.full(op.kernel.shape[-1], self._most, np.int64)
+    most = np.full(op.kernel.shape[-1], self.most, np.int64)
     if not self.input:
       most -= self._writer.program.offset
     weights = packed.levels(op.kernel, int(op.bits)).astype(np.int64)
@@ -701,11 +717,11 @@ class Sliced:
     """Returns the bits of the weights v, int64 (blocks, planes, terms, 32)."""
     v = self._v.reshape(len(self._v), -1)
     v = np.pad(v, [(0, -len(v) % 32), (0, 0)]).reshape(self.blocks, 32, -1)
-    return np.stack([v.swapaxes(1, 2) >> k & 1 for k in self._levels], 1)
+    return np.stack([v.swapaxes(1, 2) >> k & 1 for k in self.levels], 1)
 
   def _sums_of_codes(self) -> str:
     """Returns the C constants of a convolution of codes."""
-    op, writer, conv = self._op, self._writer, self._conv
+    op, writer, conv = self._op, self._writer, self.conv
     source, result = writer.kinds[op.input], writer.kinds[conv]
     channels = op.kernel.shape[-1]
     size, planes = min(channels, 32), writer.memory.bits(op.input)
@@ -713,7 +729,7 @@ class Sliced:
     # The highest bit of a word is its last channel.
     bits = self._planes()
     bits = bits.reshape(*bits.shape[:2], -1, size, 32)[..., ::-1, :]
-    weights = _pack(bits).reshape(-1, self.lanes, len(self._levels), self._terms)
+    weights = _pack(bits).reshape(-1, self.lanes, len(self.levels), self.terms)
     weights = np.pad(weights.transpose(0, 2, 3, 1), [(0, 0), (0, 0), (0, 1), (0, 0)])
     block, part = weights[0, ..., 0].size, weights[0, 0].size
     weights = weights.reshape(-1)
@@ -721,8 +737,8 @@ class Sliced:
       weights = np.pad(weights, (0, _LANES - self.lanes))
     text = writer.array("uint32_t", f"w{conv}", weights)
     edges, border = "0", "0"
-    outside = self._most - _level(op.pad, source.bits)
-    states = _Border(op, source, result)
+    outside = self.most - _level(op.pad, source.bits)
+    states = Border(op, source, result)
     missing = states.outside().sum((1, 2)) * channels * outside
     text += writer.array(
         "int32_t", f"most{conv}", self._most_u - self._scale * missing)
@@ -734,26 +750,26 @@ class Sliced:
     members = [
         f"arena + {writer.memory.offsets[op.input]}", f"w{conv}", edges, border,
         f"most{conv}", f"arena + {self._at}", f"memory.halves + {2 * self._list[0]}",
-        f"memory.halves + {2 * sum(self._list) - _WORD_OF_LIST}",
+        f"memory.halves + {2 * sum(self._list)}",
         *source.shape[:2], channels // size, planes, size,
         pixel, size * self.lanes, (32 - size) * self.lanes,
         (op.dilation[1] - 1) * pixel,
         *op.kernel.shape[1:3], *op.dilation, *op.strides, op.pads[0], op.pads[2],
-        block, self.lanes, part, len(self._levels), self._levels[0], self._scale,
-        self._kept, self._span, self._slices, states.slices, states.states - 1,
-        result.shape[0], f"0x{flip:x}u"]
+        block, self.lanes, part, len(self.levels), self.levels[0], self._scale,
+        self.kept, self._span, self.slices, states.slices, states.states - 1,
+        result.shape[0], op.strides[1] * pixel, f"0x{2**size - 1:x}u", f"0x{flip:x}u"]
     writer.flash += 4 * len(members)
     return text + (f"static const Conv conv{conv} = {{\n"
                    f"  {', '.join(map(str, members))}\n}};\n")
 
-  def _edges(self, states: "_Border", outside: int) -> np.ndarray:
+  def _edges(self, states: "Border", outside: int) -> np.ndarray:
     """Returns sums over the weights outside, uint32 (blocks, states - 1, slices).
 
     Args:
       states: The parts of windows that are outside.
       outside: The inputs u outside.
     """
-    v = self._v.sum(3) >> self._levels[0]
+    v = self._v.sum(3) >> self.levels[0]
     v = np.pad(v, [(0, -len(v) % 32), (0, 0), (0, 0)])
     sums = np.einsum("ohw,shw->so", v * outside, states.outside()[1:])
     sums = sums.reshape(len(sums), self.blocks, 1, 32).swapaxes(0, 1)
@@ -761,15 +777,15 @@ class Sliced:
 
   def _sums_of_pixels(self) -> str:
     """Returns the C constants and functions of a convolution of the image."""
-    writer, conv = self._writer, self._conv
-    fours, levels = -(-self._terms // 4), self._levels
+    writer, conv = self._writer, self.conv
+    fours, levels = -(-self.terms // 4), self.levels
     # A nibble has four terms of a channel.
     bits = self._planes().swapaxes(2, 3)
-    bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * fours - self._terms)])
+    bits = np.pad(bits, [(0, 0)] * 3 + [(0, 4 * fours - self.terms)])
     bits = bits.reshape(self.blocks, len(levels), 4, 8, fours, 4)
     bits = _pack(bits.transpose(0, 1, 4, 2, 3, 5).reshape(-1, 32))
     text = writer.array("uint32_t", f"w{conv}", bits)
-    past = "".join(f"  u[{k}] = 0;\n" for k in range(self._terms, 4 * fours))
+    past = "".join(f"  u[{k}] = 0;\n" for k in range(self.terms, 4 * fours))
     look_up = "".join(
         f"      look_up(n, w + 4 * (k + {fours * i}), u + 4 * k, {level});\n"
         for i, level in enumerate(levels))
@@ -786,9 +802,9 @@ APART static void sums{conv}(uint32_t *n, int y, int x, int b, int blocks, int t
     for (k = 0; k < {fours}; k++) {{
 {look_up}    }}
     transpose(n);
-    increase(n, {self._slices},
+    increase(n, {self.slices},
              {self._most_u} - {self._scale} * (int32_t)(sum & 0xffff));
-    increase(n + 16, {self._slices},
+    increase(n + 16, {self.slices},
              {self._most_u} - {self._scale} * (int32_t)(sum >> 16));
   }}
 }}
@@ -801,7 +817,7 @@ APART static void sums{conv}(uint32_t *n, int y, int x, int b, int blocks, int t
     height, width, _ = writer.kinds[0].shape
     return f"""\
 /* Adds the pixels of a window to u, shifted to the left. Returns their sum, shifted. */
-static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
+static uint32_t pixels{self.conv}(uint32_t *u, int y, int x, int shift) {{
   uint32_t sum = 0;
   int i, j, k;
   for (i = 0; i < {h}; i++) {{
@@ -826,7 +842,7 @@ static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
 
   def _threshold(self) -> str:
     """Returns the C constants and the function that compute the value."""
-    writer, i, slices = self._writer, self.index, self._slices
+    writer, i, slices = self._writer, self.index, self.slices
     op: packed.Threshold = writer.program.ops[i - 1]
     channels = writer.kinds[i].shape[2]
     count = op.thresholds.shape[1]
@@ -839,7 +855,7 @@ static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
     arrays = writer.array(
         "uint32_t", f"t{i}", _pack(t >> np.arange(slices)[:, None] & 1))
     tables = self._tables(op)
-    n = f"n + k * {self._span}" + (f" + e * {self._kept}" if self._step > 1 else "")
+    n = f"n + k * {self._span}" + (f" + e * {self.kept}" if self.step > 1 else "")
     less = []
     for j in range(count):
       terms = []
@@ -853,13 +869,13 @@ static uint32_t pixels{self._conv}(uint32_t *u, int y, int x, int shift) {{
       arrays += writer.array("uint32_t", f"falling{i}", _pack(np.pad(
           op.falling, (0, -channels % 32)).reshape(-1, 32)))
       falling = f" ^ falling{i}[b + k]"
-    compute = self._compute_pool if self._pool else self._compute
+    compute = self._compute_pool if self.pool else self._compute
     body = "".join(f"        {line}\n" for line in compute(less, falling))
     h, w, _ = writer.kinds[i].shape
-    together, blocks = self._together, str(self._together)
+    together, blocks = self.together, str(self.together)
     if self.blocks % together:
       blocks = f"{self.blocks} - b < {together} ? {self.blocks} - b : {together}"
-    step = f"x += {self._step}" if self._step > 1 and not self._pool else "x++"
+    step = f"x += {self.step}" if self.step > 1 and not self.pool else "x++"
     return f"""\
 {arrays}
 static uint32_t *const v{i} = arena + {writer.memory.offsets[i]};
@@ -869,7 +885,7 @@ APART static void make{i}(void) {{
   int y, x, b;
   for (y = 0; y < {h}; y++) {{
     for (x = 0; x < {w}; {step}) {{
-      for (b = 0; b < {self.blocks}; b += {self._together}) {{
+      for (b = 0; b < {self.blocks}; b += {self.together}) {{
         const int blocks = {blocks};
 {body}      }}
     }}
@@ -902,7 +918,7 @@ APART static void make{i}(void) {{
       less: The C expressions of the channels of a block below each threshold.
       falling: The C text that inverts the channels that fall.
     """
-    x = "(x + e)" if self._step > 1 else "x"
+    x = "(x + e)" if self.step > 1 else "x"
     keep = [f"const uint32_t l{j} = ({term}){falling};" for j, term in enumerate(less)]
     width = self._writer.kinds[self.index].shape[1]
     return ["int k;", *self._sums("y", "x", str(width)),
@@ -918,7 +934,7 @@ APART static void make{i}(void) {{
       falling: The C text that inverts the channels that fall.
     """
     pool, lines = self._pooling, []
-    height, width, _ = self._writer.kinds[self._conv].shape
+    height, width, _ = self._writer.kinds[self.conv].shape
     for k, v, axis, size in (("r", "y", 0, height), ("s", "x", 1, width)):
       first, last = f"{v} * {pool.strides[axis]}", pool.window[axis]
       if any(pool.pads[2 * axis:2 * axis + 2]):
@@ -933,11 +949,11 @@ APART static void make{i}(void) {{
     inner = [*self._sums("r", "s", "s1"),
              *self._for_each([*self._shortcut("x"), *each])]
     keep = [f"const uint32_t l{j} = {word}{falling};" for j, word in enumerate(below)]
-    return [*lines, f"uint32_t *const less = n + {self._together * self._span};",
+    return [*lines, f"uint32_t *const less = n + {self.together * self._span};",
             "int r, s, k;",
-            f"fill(less, {self._together * len(less)}, 0xffffffffu);",
+            f"fill(less, {self.together * len(less)}, 0xffffffffu);",
             "for (r = r0; r < r1; r++) {",
-            f"  for (s = s0; s < s1; s += {self._step}) {{",
+            f"  for (s = s0; s < s1; s += {self.step}) {{",
             *(f"    {line}" for line in inner), "  }", "}",
             "for (k = 0; k < blocks; k++) {",
             *(f"  {line}" for line in [*keep, *self._keep("x")]), "}"]
@@ -958,8 +974,8 @@ APART static void make{i}(void) {{
 
   def _sums(self, y: str, x: str, end: str) -> list[str]:
     """Returns C lines that compute the slices at a row and a column, or two columns."""
-    call = f"sums(&conv{self._conv}" if self.input else f"sums{self._conv}(n"
-    if self._step == 1:
+    call = f"sums(&conv{self.conv}" if self.input else f"sums{self.conv}(n"
+    if self.step == 1:
       return [f"{call}, {y}, {x}, b, blocks, 0);"]
     return [f"const int two = {x} + 1 < {end};", "int e;",
             f"{call}, {y}, {x}, b, blocks, two);"]
@@ -968,7 +984,7 @@ APART static void make{i}(void) {{
     """Returns C lines that are run for each block k of each pixel e of `_sums`."""
     head = "for (k = 0; k < blocks; k++) {"
     lines = [head, *(f"  {line}" for line in lines), "}"]
-    if self._step == 1:
+    if self.step == 1:
       return lines
     return ["for (e = 0; e <= two; e++) {", *(f"  {line}" for line in lines), "}"]
 
