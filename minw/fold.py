@@ -135,14 +135,18 @@ def fold_kernel(
   """
   if not quantizers.is_grid(bits) or isinstance(bits, str):
     return np.asarray(_round_to(kernel, str(bits)))
-  kernel = np.asarray(kernel, np.float64)
+  kernel = np.asarray(kernel)
+  whole = bits == 1 and step is None  # Then float32 is compared without rounding.
+  kernel = kernel.astype(
+      np.promote_types(kernel.dtype, np.float32 if whole else np.float64), copy=False)
   if step is not None:
     kernel = _without_denormals(kernel) / np.asarray(step, np.float64)
     in_units: Any = quantizers.unit_thresholds(bits, thresholds)
     rule, thresholds = "fixed", in_units
-  magnitudes = quantizers.level_magnitudes(bits)
   if bits == 1:
-    return np.where(kernel >= quantizers.SMALLEST, magnitudes[0], -magnitudes[0])
+    # A choice between 1 and -1 would mispredict half of its branches.
+    return (kernel >= quantizers.SMALLEST).astype(np.float32) * 2 - 1
+  magnitudes = quantizers.level_magnitudes(bits)
   kernel = _without_denormals(kernel)
   factors = quantizers.weight_factors(bits, rule, thresholds)
   axes = tuple(range(kernel.ndim - 1)) if rule == "channel_mean" else None
@@ -312,8 +316,8 @@ class FoldedLayer(NamedTuple):
   call: structure.Call
   name: str
   variables: Any
-  rows: jax.Array
-  output_rows: jax.Array
+  rows: fold_probe.Rows
+  output_rows: fold_probe.Rows
 
 
 class Folded(NamedTuple):
