@@ -22,7 +22,8 @@ the batch norm that follows. So are parameters that the network itself adds to s
 multiplies sums by (`minw.affine`). `fold` raises an error if that is not possible.
 """
 
-from typing import Any, NamedTuple, Sequence
+import contextlib
+from typing import Any, ContextManager, NamedTuple, Sequence
 
 import jax
 from jax import lax
@@ -397,8 +398,9 @@ def fold_layers(
   parameters = [
       affine.Parameter("/".join(str(key.key) for key in path), leaf, np.size(leaf))
       for path, leaf in jax.tree_util.tree_leaves_with_path(variables)]
-  results = structure.evaluate(
-      network.jaxpr, [*parameters, affine.Activation(rows)], folding.apply)
+  with _computing_on_the_host():
+    results = structure.evaluate(
+        network.jaxpr, [*parameters, affine.Activation(rows)], folding.apply)
   output, made = jax.tree.unflatten(network.output, results)
   for leaf in jax.tree.leaves(
       output, is_leaf=lambda x: isinstance(x, affine.Activation)):
@@ -412,6 +414,14 @@ def fold_layers(
          for p in parameters
          if p.path.startswith("params/") and p.path not in folding.used}
   return Folded(hard | _nested(own), folding.layers)
+
+
+def _computing_on_the_host() -> ContextManager:
+  """Context in which JAX computes on the host, so that it waits for no other device."""
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # JAX_PLATFORMS leaves the host out.
+    return contextlib.nullcontext()
 
 
 def _check_cast(eqn, x, layers):
