@@ -35,6 +35,7 @@ from minw import trackers
 from minw import train_step
 from minw.data import datasets
 from minw.experiment import Experiment
+from minw.progress import LINE_SECONDS
 from minw.progress import Progress
 from minw.train_step import Totals
 from minw.train_step import TrainState
@@ -575,7 +576,7 @@ def _save(
       "teacher": run.experiment.teacher and run.experiment.teacher.record,
       "journal": run.journal.content,
       **(run.writer.lines if run.writer else {})}, checksum)
-  run.journal.note()
+  run.journal.note(LINE_SECONDS)
   status = run_files.write_status(run.workdir, "running", step)
   if distributed.any_of(run.stop.requested) and step < run.experiment.num_steps:
     run.manager.wait_until_finished()
