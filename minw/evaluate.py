@@ -11,7 +11,7 @@ import collections
 import json
 import os
 import pathlib
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 from absl import flags
 import jax
@@ -59,7 +59,17 @@ class Evaluator:
     Returns:
       {"loss", "accuracy"}, and "top5_accuracy" with 100 classes or more.
     """
-    return self.confused(variables, data)[0]
+    return self.start_hard(variables, data)()
+
+  def start_hard(
+      self, variables: Any, data: Any
+  ) -> Callable[[], dict[str, float]]:
+    """Starts `hard`. The returned function waits for the result and returns it.
+
+    Meanwhile the devices evaluate, and the host may do something else.
+    """
+    wait = self._start(self._experiment.fold(variables), data, 1.0, mode="hard")
+    return lambda: _means(wait()[0])
 
   def confused(
       self, variables: Any, data: Any
@@ -73,8 +83,8 @@ class Evaluator:
     Returns:
       The result of `hard`, and the confusion matrix; see `minw.confusion`.
     """
-    sums, labels, predicted = self._sums(
-        self._experiment.fold(variables), data, 1.0, mode="hard")
+    sums, labels, predicted = self._start(
+        self._experiment.fold(variables), data, 1.0, mode="hard")()
     return _means(sums), confusion.count(
         labels, predicted, self._experiment.info.num_classes)
 
@@ -93,25 +103,44 @@ class Evaluator:
       more. "input_distance" is a dict from layers' paths to the mean distance of
       activations from their grid.
     """
-    sums, _, _ = self._sums(variables, data, alpha, mode="mixed")
-    distance = {path: value / sums["count"] for path, value in sums["distance"].items()}
-    return {**_means(sums), "input_distance": distance}
+    return self.start_mixed(variables, data, alpha)()
 
-  def _sums(self, variables, data, alpha, mode):
-    """Returns sums over a split, its labels and the predicted classes.
+  def start_mixed(
+      self, variables: Any, data: Any, alpha: jax.Array
+  ) -> Callable[[], dict[str, Any]]:
+    """Starts `mixed`, as `start_hard` does."""
+    wait = self._start(variables, data, alpha, mode="mixed")
 
-    An example that is not counted has the label -1.
+    def result() -> dict[str, Any]:
+      sums, _, _ = wait()
+      distance = {path: value / sums["count"]
+                  for path, value in sums["distance"].items()}
+      return {**_means(sums), "input_distance": distance}
+
+    return result
+
+  def _start(self, variables, data, alpha, mode):
+    """Starts the evaluation of a split.
+
+    Returns:
+      A function that returns sums over the split, its labels and the predicted classes.
+      An example that is not counted has the label -1.
     """
-    sums, classes = [], []
+    sums, classes, before = [], [], None
     for part, start in self._experiment.data.eval_batches(data):
       batch = self._step(variables, part, start, alpha, mode=mode)
-      # Without this wait, streamed batches would pile up in memory.
-      jax.block_until_ready(sums[-1:])
+      if part is not before:  # Without this wait, streamed batches would pile up.
+        jax.block_until_ready(sums[-1:])
+      before = part
       sums.append(batch[0])
       classes.append(batch[1])
-    sums = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
-                        *jax.device_get(sums))
-    return sums, *np.concatenate(jax.device_get(classes), axis=1)
+
+    def wait():
+      total = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)),
+                           *jax.device_get(sums))
+      return total, *np.concatenate(jax.device_get(classes), axis=1)
+
+    return wait
 
   def _eval_step(self, variables, data, start, alpha, mode):
     images, labels, mask = self._experiment.data.eval_inputs(data, start)

@@ -22,7 +22,8 @@ the batch norm that follows. So are parameters that the network itself adds to s
 multiplies sums by (`minw.affine`). `fold` raises an error if that is not possible.
 """
 
-from typing import Any, NamedTuple, Sequence
+import contextlib
+from typing import Any, ContextManager, NamedTuple, Sequence
 
 import jax
 from jax import lax
@@ -135,14 +136,18 @@ def fold_kernel(
   """
   if not quantizers.is_grid(bits) or isinstance(bits, str):
     return np.asarray(_round_to(kernel, str(bits)))
-  kernel = np.asarray(kernel, np.float64)
+  kernel = np.asarray(kernel)
+  whole = bits == 1 and step is None  # Then float32 is compared without rounding.
+  kernel = kernel.astype(
+      np.promote_types(kernel.dtype, np.float32 if whole else np.float64), copy=False)
   if step is not None:
     kernel = _without_denormals(kernel) / np.asarray(step, np.float64)
     in_units: Any = quantizers.unit_thresholds(bits, thresholds)
     rule, thresholds = "fixed", in_units
-  magnitudes = quantizers.level_magnitudes(bits)
   if bits == 1:
-    return np.where(kernel >= quantizers.SMALLEST, magnitudes[0], -magnitudes[0])
+    # A choice between 1 and -1 would mispredict half of its branches.
+    return (kernel >= quantizers.SMALLEST).astype(np.float32) * 2 - 1
+  magnitudes = quantizers.level_magnitudes(bits)
   kernel = _without_denormals(kernel)
   factors = quantizers.weight_factors(bits, rule, thresholds)
   axes = tuple(range(kernel.ndim - 1)) if rule == "channel_mean" else None
@@ -312,8 +317,8 @@ class FoldedLayer(NamedTuple):
   call: structure.Call
   name: str
   variables: Any
-  rows: jax.Array
-  output_rows: jax.Array
+  rows: fold_probe.Rows
+  output_rows: fold_probe.Rows
 
 
 class Folded(NamedTuple):
@@ -393,8 +398,9 @@ def fold_layers(
   parameters = [
       affine.Parameter("/".join(str(key.key) for key in path), leaf, np.size(leaf))
       for path, leaf in jax.tree_util.tree_leaves_with_path(variables)]
-  results = structure.evaluate(
-      network.jaxpr, [*parameters, affine.Activation(rows)], folding.apply)
+  with _computing_on_the_host():
+    results = structure.evaluate(
+        network.jaxpr, [*parameters, affine.Activation(rows)], folding.apply)
   output, made = jax.tree.unflatten(network.output, results)
   for leaf in jax.tree.leaves(
       output, is_leaf=lambda x: isinstance(x, affine.Activation)):
@@ -408,6 +414,14 @@ def fold_layers(
          for p in parameters
          if p.path.startswith("params/") and p.path not in folding.used}
   return Folded(hard | _nested(own), folding.layers)
+
+
+def _computing_on_the_host() -> ContextManager:
+  """Context in which JAX computes on the host, so that it waits for no other device."""
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # JAX_PLATFORMS leaves the host out.
+    return contextlib.nullcontext()
 
 
 def _check_cast(eqn, x, layers):

@@ -55,12 +55,15 @@ upper half and the mark are therefore equal in all sums, which tells cheaply tha
 network has no scales at all (`has_scale`).
 """
 
+import math
 from typing import Any, NamedTuple, Sequence
 
 import jax
 import numpy as np
 
 from minw import quantizers
+
+Rows = np.ndarray | jax.Array  # Layers return rows of NumPy, pooling those of JAX.
 
 ROW_BOUND, ROW_UNIT, ROW_BITS, ROW_COUNT, ROW_HIGH, ROW_LOW, ROW_MARK = range(7)
 NUM_ROWS = 7
@@ -87,7 +90,7 @@ class Probe(NamedTuple):
   bits: Any
 
 
-def make_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
+def make_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> np.ndarray:
   """Returns the batch to run a network on: float32 (7, ...).
 
   Args:
@@ -99,10 +102,10 @@ def make_rows(probe: Probe, scale: np.ndarray | float = 1.0) -> jax.Array:
   rows = np.empty((NUM_ROWS, *np.broadcast_shapes(*map(np.shape, fields))), np.float32)
   for row, field in zip(range(NUM_ROWS), fields):
     rows[row] = field
-  return jax.device_put(rows)  # `jnp.asarray` would compile a program for each shape.
+  return rows
 
 
-def probe_of(x: jax.Array) -> Probe:
+def probe_of(x: Rows) -> Probe:
   """Returns what is known of an activation that nothing was summed of.
 
   Args:
@@ -112,7 +115,7 @@ def probe_of(x: jax.Array) -> Probe:
   return Probe(rows[ROW_BOUND], rows[ROW_UNIT], rows[ROW_BITS])
 
 
-def bound_and_unit(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def bound_and_unit(x: Rows) -> tuple[np.ndarray, np.ndarray]:
   """Returns the largest bound and the smallest unit of each channel: float32 each.
 
   Args:
@@ -122,7 +125,7 @@ def bound_and_unit(x: jax.Array) -> tuple[np.ndarray, np.ndarray]:
   return rows[ROW_BOUND].max(0), rows[ROW_UNIT].min(0)
 
 
-def bits_of(x: jax.Array) -> int:
+def bits_of(x: Rows) -> int:
   """Returns the bits that an activation takes, in the channel that takes the most.
 
   Args:
@@ -139,7 +142,7 @@ def round_scale(scale: np.ndarray | float) -> np.ndarray:
   return np.where(scale < _LEAST_SCALE, 0.0, scale)
 
 
-def has_scale(x: jax.Array) -> bool:
+def has_scale(x: Rows) -> bool:
   """Returns whether an activation has a scale other than 1.
 
   Args:
@@ -150,7 +153,7 @@ def has_scale(x: jax.Array) -> bool:
   return not ((count == rows[ROW_HIGH]).all() and (count == rows[ROW_MARK]).all())
 
 
-def scale_of(x: jax.Array) -> np.ndarray:
+def scale_of(x: Rows) -> np.ndarray:
   """Returns the scale of each channel of an activation: float64 (channels,).
 
   It is 1 for channels that a network filled with zeros.
@@ -177,7 +180,7 @@ def scale_of(x: jax.Array) -> np.ndarray:
   return of_channel
 
 
-def filled(x: jax.Array) -> np.ndarray:
+def filled(x: Rows) -> np.ndarray:
   """Returns which channels of an activation hold only zeros: bool (channels,).
 
   Args:
@@ -200,7 +203,7 @@ def _mark(scale):
     return np.where(scale == 0, 0.0, (1 + hashed / (2 * _HASH_PRIME)) / scale)
 
 
-def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
+def shortcut_scale(shortcut: Rows, step: float) -> np.ndarray | None:
   """Returns the factor of a shortcut's levels, in units of `step`.
 
   Args:
@@ -223,13 +226,13 @@ def shortcut_scale(shortcut: jax.Array, step: float) -> np.ndarray | None:
 
 
 def linear(
-    x: jax.Array,
+    x: Rows,
     kernel: np.ndarray,
     bits: int | str,
     pad_value: float,
     output_shape: Sequence[int],
     scale: np.ndarray | float = 1.0,
-) -> jax.Array:
+) -> np.ndarray:
   """Returns the rows that a convolution or dense layer makes of its input's.
 
   Args:
@@ -257,15 +260,18 @@ def linear(
   bound, unit = (
       row.astype(np.float64).reshape(groups, inputs) for row in bound_and_unit(x))
   bound = np.maximum(bound, abs(pad_value))
-  fan_in = np.abs(kernel).reshape(-1, inputs, groups, outputs // groups).sum(
-      0, dtype=np.float64)
-  bound = np.einsum("gi,igo->go", bound, fan_in).reshape(-1)
+  if bits == 1 and unit.all():  # All weights are 1 or -1, and the sums are exact.
+    bound = of_output(bound.sum(1) * math.prod(kernel.shape[:-2]))
+  else:
+    fan_in = np.abs(kernel).reshape(-1, inputs, groups, outputs // groups).sum(
+        0, dtype=np.float64)
+    bound = np.einsum("gi,igo->go", bound, fan_in).reshape(-1)
   unit = quantizers.step_size(bits) * of_output(unit.min(1))
   return make_rows(Probe(np.broadcast_to(bound, output_shape), unit, 32.0),
                    round_scale(of_output(input_scale) * scale))
 
 
-def _scale_of_groups(x: jax.Array, groups: int) -> np.ndarray:
+def _scale_of_groups(x: Rows, groups: int) -> np.ndarray:
   """Returns the scale that the channels of each group share: float64 (groups,)."""
   scales = scale_of(x).reshape(groups, -1)
   zeros = filled(x).reshape(groups, -1)

@@ -188,8 +188,14 @@ class QuantConv(nn.Module):
     shape = (*self.kernel_size, channels // groups, self.features)
     pads = self.pads(x.shape[1:3])
     pad_value = self.pad_value if any(map(any, pads)) else 0.0
+    if mode == "fold":
+      size = [(n + sum(pad) - (k - 1) * dilation - 1) // stride + 1
+              for n, pad, k, dilation, stride in zip(
+                  x.shape[1:3], pads, self.kernel_size, self.kernel_dilation,
+                  self.strides)]
+      return _fold_linear(self, x, shape, pad_value, size)
     return _linear(
-        self, x, shape, alpha, mode, pad_value,
+        self, x, shape, alpha, mode,
         lambda x, kernel, **how: conv(
             x, kernel, self.strides, pads, pad_value, self.kernel_dilation, groups,
             **how))
@@ -258,7 +264,9 @@ class QuantDense(nn.Module):
   @nn.compact
   def __call__(self, x, alpha=1.0, mode: str = "hard"):
     shape = (x.shape[-1], self.features)
-    return _linear(self, x, shape, alpha, mode, 0.0, dense)
+    if mode == "fold":
+      return _fold_linear(self, x, shape, 0.0, x.shape[1:-1])
+    return _linear(self, x, shape, alpha, mode, dense)
 
   def hard_shapes(self, params, input_shape, has_shortcut):
     """The shapes of the variables that mode "fold" makes."""
@@ -752,11 +760,10 @@ def _learns_thresholds(layer):
           and bits > 1)
 
 
-def _linear(layer, x, shape, alpha, mode, pad_value, apply):
+def _linear(layer, x, shape, alpha, mode, apply):
   """Computes a QuantConv or QuantDense, which differ in shapes and operation only.
 
-  The kernel depends on the mode. In mode "hard" it is the folded one. In mode "fold"
-  the latent kernel is folded, and the probe takes the place of the input. In the other
+  The kernel depends on the mode. In mode "hard" it is the folded one. In the other
   modes the latent kernel goes through the estimator.
 
   Args:
@@ -765,7 +772,6 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
     shape: Shape of the kernel.
     alpha: The estimator's alpha.
     mode: Mode of the call; see the module.
-    pad_value: Value of the padding, 0 if there is none.
     apply: Function apply(x, kernel, dtype=, precision=) that computes the sums, and
       which also takes sum_dtype= if the layer has one that is not float32.
   """
@@ -775,21 +781,13 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
                  precision=lax.Precision.HIGHEST)
   kernel = layer.param("kernel", layer.kernel_init, shape)
   if layer.frequency:
-    periodic: Any = fold.periodic if mode == "fold" else estimators.periodic
-    kernel = periodic(kernel, layer.frequency)
+    kernel = estimators.periodic(kernel, layer.frequency)
   step = None
   if _learns_step(layer):
     first = 2 * max(quantizers.num_thresholds(bits), 1) ** 0.5
     rule = "channel_mean" if layer.step_per_channel else "layer_mean"
     step = quantizers.positive_step(layer.param(
         "step", lambda _: first * estimators.mean_magnitude(kernel, rule)))
-  if mode == "fold":
-    levels = fold.fold_kernel(
-        kernel, bits, rule=layer.threshold_rule, thresholds=layer.thresholds, step=step)
-    scale = fold.kernel_scale(kernel, bits, layer.weight_scale, step)
-    layer.put_variable("hard", "kernel", levels)
-    output = jax.eval_shape(lambda x: apply(x, levels, dtype=jnp.float32), x)
-    return fold_probe.linear(x, levels, bits, pad_value, output.shape[1:], scale)
   if quantizers.is_grid(bits):
     learned = {} if step is None else {"step": step}
     if isinstance(alpha, Alphas):
@@ -806,6 +804,35 @@ def _linear(layer, x, shape, alpha, mode, pad_value, apply):
   rounds = mode == "train" and layer.sum_dtype != jnp.float32
   return apply(x, kernel, dtype=layer.dtype,
                **{"sum_dtype": layer.sum_dtype} if rounds else {})
+
+
+def _fold_linear(layer, x, shape, pad_value, size):
+  """Folds the latent kernel of a QuantConv or QuantDense in mode "fold".
+
+  Nothing is traced here, because each validation folds the whole network.
+
+  Args:
+    layer: The layer.
+    x: Rows of the probe at its input.
+    shape: Shape of the kernel.
+    pad_value: Value of the padding, 0 if there is none.
+    size: Shape of the output without examples and channels.
+
+  Returns:
+    Rows of the probe at the output.
+  """
+  bits, params = bits_of(layer), layer.variables["params"]
+  kernel = params["kernel"]
+  if kernel.shape != shape:
+    raise ValueError(f"its kernel has the shape {kernel.shape}: must be {shape}")
+  if layer.frequency:
+    kernel = fold.periodic(kernel, layer.frequency)
+  step = quantizers.positive_step(params["step"]) if _learns_step(layer) else None
+  levels = fold.fold_kernel(
+      kernel, bits, rule=layer.threshold_rule, thresholds=layer.thresholds, step=step)
+  scale = fold.kernel_scale(kernel, bits, layer.weight_scale, step)
+  layer.put_variable("hard", "kernel", levels)
+  return fold_probe.linear(x, levels, bits, pad_value, (*size, shape[-1]), scale)
 
 
 def initialize(model: nn.Module, image_shape: Sequence[int], seed: int = 0) -> Any:

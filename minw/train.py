@@ -35,6 +35,7 @@ from minw import trackers
 from minw import train_step
 from minw.data import datasets
 from minw.experiment import Experiment
+from minw.progress import LINE_SECONDS
 from minw.progress import Progress
 from minw.train_step import Totals
 from minw.train_step import TrainState
@@ -236,6 +237,7 @@ class _Programs(NamedTuple):
   step: Callable[..., tuple[TrainState, jax.Array]]
   reestimate: Callable[..., Any]
   weight_report: Callable[[Any], tuple[dict, dict]]
+  flip_rates: Callable[[dict, dict], dict]
   histogram: Callable[..., Any]
   no_totals: Callable[[], Totals]
   evaluator: evaluate.Evaluator
@@ -285,6 +287,7 @@ def _train(
       step=train_step.make_train_step(experiment),
       reestimate=train_step.make_reestimate(experiment),
       weight_report=train_step.make_weight_report(experiment),
+      flip_rates=experiment.jit(train_step.flip_rates),
       histogram=histograms.make_histograms(experiment),
       no_totals=experiment.jit(
           train_step.no_totals, out_shardings=experiment.replicated),
@@ -468,11 +471,12 @@ def _pause(
     tree["reestimated_batch_stats"] = run.programs.reestimate(
         **checkpoint.hard_variables(tree),
         batches=run.experiment.data.train_batches(run.splits.train, 0))
-  accuracy = None
+  finish = lambda: None
   if epoch:
     trained = _train_line(run, step, totals, rate, codes, state.params)
-    accuracy = _evaluate_epoch(run, step, epoch, trained, tree)
-  return state, _save(run, step, tree, accuracy)
+    finish = _start_evaluation(run, step, epoch, trained, tree)
+  checksum = checkpoint.checksum(tree)  # Meanwhile, the devices evaluate.
+  return state, _save(run, step, tree, finish(), checksum)
 
 
 def _train_line(
@@ -485,6 +489,8 @@ def _train_line(
   """
   experiment = run.experiment
   new_codes, distance = run.programs.weight_report(params)
+  flip_rates, distance = jax.device_get(
+      (run.programs.flip_rates(codes, new_codes), distance))
   return {
       "split": "train",
       "mode": "mixed",
@@ -493,17 +499,18 @@ def _train_line(
       "alpha": np.asarray(experiment.alpha(step - 1)).tolist(),
       "learning_rate": float(experiment.learning_rate(step - 1)),
       "examples_per_second": rate,
-      "flip_rate": {path: float(np.mean(codes[path] != new_codes[path]))
-                    for path in codes},
+      "flip_rate": {path: float(flip_rates[path]) for path in codes},
       "weight_distance": {path: float(value) for path, value in distance.items()},
       **experiment.data.report(run.splits.train),
   }
 
 
-def _evaluate_epoch(
+def _start_evaluation(
     run: _Run, step: int, epoch: int, trained: dict[str, Any], tree: dict[str, Any]
-) -> float:
-  """Evaluates the networks after an epoch, and records and shows the results.
+) -> Callable[[], float]:
+  """Starts to evaluate the networks after an epoch.
+
+  The hard network is folded on the host while the devices evaluate the mixed one.
 
   Args:
     run: Objects that all steps share.
@@ -513,36 +520,51 @@ def _evaluate_epoch(
     tree: Arrays that the checkpoint of this step will hold.
 
   Returns:
-    The hard network's accuracy on the validation split.
+    A function that waits for the results, records and shows them, and returns the hard
+    network's accuracy on the validation split.
   """
   config, evaluator, splits = run.experiment.config, run.programs.evaluator, run.splits
   mixed_variables = checkpoint.trained_variables(tree)
   hard_variables = checkpoint.hard_variables(tree)
   alpha: Any = np.asarray(run.experiment.alpha(step - 1))
-  mixed = evaluator.mixed(mixed_variables, splits.validation, alpha)
-  hard = evaluator.hard(hard_variables, splits.validation)
-  lines = [trained]
-  if config.eval_train:
-    lines.append({"split": "train", "mode": "hard",
-                  **evaluator.hard(hard_variables, splits.train)})
-  lines += [{"split": "validation", "mode": "mixed", **mixed},
-            {"split": "validation", "mode": "hard", **hard}]
-  counted = None
-  if config.histogram_layers and epoch in config_lib.histogram_epochs(config):
-    counted = run.programs.histogram(mixed_variables, splits.validation, alpha)
+  wait_mixed = evaluator.start_mixed(mixed_variables, splits.validation, alpha)
+  wait_hard = evaluator.start_hard(hard_variables, splits.validation)
+
+  def finish() -> float:
+    mixed, hard = wait_mixed(), wait_hard()
+    lines = [trained]
+    if config.eval_train:
+      lines.append({"split": "train", "mode": "hard",
+                    **evaluator.hard(hard_variables, splits.train)})
+    lines += [{"split": "validation", "mode": "mixed", **mixed},
+              {"split": "validation", "mode": "hard", **hard}]
+    counted = None
+    if config.histogram_layers and epoch in config_lib.histogram_epochs(config):
+      counted = run.programs.histogram(mixed_variables, splits.validation, alpha)
+    _record(run, step, epoch, lines, counted)
+    text = f"loss {trained['loss']:.4f}, validation accuracy {hard['accuracy']:.4f}"
+    _log.info("epoch %d/%d: %s; %s", epoch, config.num_epochs, text,
+              run.progress.line())
+    run.show(step, text)
+    return hard["accuracy"]
+
+  return finish
+
+
+def _record(
+    run: _Run, step: int, epoch: int, lines: list[dict[str, Any]],
+    counted: list[dict[str, Any]] | None,
+) -> None:
+  """Writes the measurements after an epoch, and histograms if there are any."""
   if run.writer:
     for line in lines:
       run.writer.write({"step": step, "epoch": epoch, **line})
     if counted is not None:
       run.writer.write_histograms(step, epoch, counted)
-  text = f"loss {trained['loss']:.4f}, validation accuracy {hard['accuracy']:.4f}"
-  _log.info("epoch %d/%d: %s; %s", epoch, config.num_epochs, text, run.progress.line())
-  run.show(step, text)
-  return hard["accuracy"]
 
 
 def _save(
-    run: _Run, step: int, tree: dict[str, Any], accuracy: float | None
+    run: _Run, step: int, tree: dict[str, Any], accuracy: float | None, checksum: int
 ) -> dict[str, Any]:
   """Saves a checkpoint, and returns the status: "preempted" if the run must stop."""
   if run.writer:
@@ -553,8 +575,8 @@ def _save(
       "data": run.experiment.data_facts,
       "teacher": run.experiment.teacher and run.experiment.teacher.record,
       "journal": run.journal.content,
-      **(run.writer.lines if run.writer else {})})
-  run.journal.note()
+      **(run.writer.lines if run.writer else {})}, checksum)
+  run.journal.note(LINE_SECONDS)
   status = run_files.write_status(run.workdir, "running", step)
   if distributed.any_of(run.stop.requested) and step < run.experiment.num_steps:
     run.manager.wait_until_finished()

@@ -271,3 +271,10 @@ def make_weight_report(experiment: Experiment) -> Callable[[Any], tuple[dict, di
     return codes, distance
 
   return experiment.jit(report)
+
+
+def flip_rates(
+    before: dict[str, jax.Array], after: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns the fractions of codes that differ, by layer: float32 () each."""
+  return {path: jnp.mean(before[path] != after[path]) for path in before}

@@ -34,6 +34,13 @@ pytestmark = pytest.mark.filterwarnings(
 OLDER, NEWEST = EPOCH, 2 * EPOCH
 
 
+def test_checksum():
+  """It is the sum of the CRC-32 of "123456789", a published value, and of zeros."""
+  digits = np.frombuffer(b"123456789", np.uint8).reshape(3, 3)
+  tree = {"a": jnp.asarray(digits), "b": [digits.T.copy().T, np.float32(0)]}
+  assert checkpoint.checksum(tree) == 2 * 0xCBF43926 + 0x2144DF1C
+
+
 @pytest.fixture(autouse=True, scope="module")
 def collected():
   """What Orbax dropped is found here, not in the tests of another file."""

@@ -11,6 +11,7 @@ import pytest
 
 import minw
 from minw import dependencies
+from minw.__main__ import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -161,6 +162,18 @@ def test_inference_is_light():
       infer.load("digits_convnet").logits(np.zeros((1, 8, 8, 1), np.uint8))
       assert not {"absl", "jax", "PIL", "subprocess", "tempfile"} & {*sys.modules}"""
   subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_commands_are_light():
+  """Grain and tensorboardX take a second. Only runs that use them import them."""
+  code = f"""if True:
+      import importlib, sys
+      for module in {[*COMMANDS.values(), "minw.train"]}:
+        importlib.import_module(module)
+      print({{"grain", "tensorboardX"}} & {{*sys.modules}})"""
+  done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
+                        check=True, cwd=ROOT)
+  assert done.stdout == "set()\n"
 
 
 def test_submodules():

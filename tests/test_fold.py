@@ -430,7 +430,8 @@ def probe_rows(shape, bound, unit, bits=16.0, scale=1.0):
 def test_bounds_of_a_convolution_are_attained(
     size, kernel_size, strides, padding, pad):
   rng = np.random.default_rng(sum(size))
-  for weight_bits, input_bits in ((1, 3), (3, 2), (3, 3), (2, "image")):
+  for weight_bits, input_bits in (
+      (1, 3), (3, 2), (3, 3), (1, "image"), (2, "image")):
     image = input_bits == "image"
     bound = np.array([2.0, 1.5, 0.75]) if image else np.ones(3)
     unit = 1 / 64 if image else STEP[input_bits]
@@ -470,6 +471,43 @@ def test_bounds_of_a_convolution_are_attained(
         acc = convolve(sign * worst, levels, strides, padding, pad)
         assert acc[0, place[0], place[1], channel] == sign * rows[
             0, 0, 0, channel]
+
+
+@pytest.mark.parametrize("options, size", [
+    # A window of 3 weights in every second pixel covers 5 pixels.
+    (dict(strides=(2, 2), kernel_dilation=(2, 2), padding="VALID"), (3, 2)),
+    (dict(strides=(2, 2), padding="SAME"), (5, 4)),
+    # 9 + 1 pixels hold 7 windows of 4, and 8 + 3 pixels 9 of 3, every third of which
+    # counts.
+    (dict(kernel_size=(2, 3), strides=(1, 3), kernel_dilation=(3, 1),
+          padding=((1, 0), (2, 1))), (7, 3)),
+])
+def test_rows_of_a_convolution_have_the_shape_of_its_output(options, size):
+  layer = layers.QuantConv(4, **options)
+  kernel = np.ones((*layer.kernel_size, 3, 4), np.float32)
+  rows = probe_rows((9, 8, 3), 1.0, 1.0)
+  out, hard = layer.apply({"params": {"kernel": kernel}}, rows, mode="fold",
+                          mutable=["hard"])
+  assert out.shape == (7, *size, 4)
+  assert layer.apply(hard, np.zeros((1, 9, 8, 3), np.float32)).shape == (1, *size, 4)
+
+
+def test_a_kernel_of_another_shape_is_refused():
+  with pytest.raises(ValueError, match=r"shape \(2, 5\): must be \(2, 4\)"):
+    layers.QuantDense(4).apply(
+        {"params": {"kernel": np.ones((2, 5), np.float32)}},
+        probe_rows((2,), 1.0, 1.0), mode="fold", mutable=["hard"])
+
+
+def test_a_traced_network_is_folded_without_tracing(monkeypatch):
+  """Each validation folds, and tracing takes longer than the arithmetic."""
+  net, variables, hard, _, _ = example("mixed")
+  probe = fold.Probe(*np.broadcast_arrays(
+      np.full(SHAPE, BOUND, np.float32), np.float32(1 / 64), np.float32(16)))
+  traced = fold.trace(net, variables, probe)
+  monkeypatch.setattr(jax, "eval_shape", None)
+  monkeypatch.setattr(jax, "make_jaxpr", None)
+  jax.tree.map(assert_bitwise, fold.fold(net, variables, probe, traced), hard)
 
 
 def test_bounds_scales_and_units_of_groups():

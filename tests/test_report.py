@@ -91,6 +91,25 @@ def test_journal_of_several_starts(tmp_path, monkeypatch):
   assert [start["commit"] for start in content["environments"]] == ["one", "two"]
 
 
+def test_journal_between_notes(tmp_path, monkeypatch):
+  """A checkpoint knows the time that has passed since the file was written."""
+  now = [100.0]
+  monkeypatch.setattr(environment.time, "monotonic", lambda: now[0])
+  journal = environment.Journal(str(tmp_path))
+  seconds = []
+  for moment in (104.0, 109.9, 110.0, 119.0):
+    now[0] = moment
+    journal.note(every=10.0)
+    seconds.append(environment.read(str(tmp_path))["seconds"])
+  assert seconds == [0.0, 0.0, 10.0, 10.0]
+  saved = journal.content
+  now[0] = 300.0  # Killed at once, and resumed from a checkpoint.
+  assert environment.Journal(str(tmp_path), saved=saved).content["seconds"] == 19.0
+  now[0] = 306.0  # Killed again, before another checkpoint.
+  journal = environment.Journal(str(tmp_path), saved=saved)
+  assert journal.content["seconds"] == 19.0
+
+
 def test_commit_of_an_installed_package(monkeypatch, tmp_path):
   """Without git, a digest says whether two installations have the same code."""
   def none(*_, **__):

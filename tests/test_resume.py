@@ -232,16 +232,16 @@ def test_terminated_run_stops_and_goes_on(step, busy, tmp_path):
 
 def test_terminated_while_it_evaluates(busy, tmp_path, monkeypatch):
   expected, _ = busy
-  hard = evaluate.Evaluator.hard
+  start_hard = evaluate.Evaluator.start_hard
   counted = []
 
   def terminated(*args):
     counted.append(1)
     if len(counted) == 2:
       os.kill(os.getpid(), signal.SIGTERM)
-    return hard(*args)
+    return start_hard(*args)
 
-  monkeypatch.setattr(evaluate.Evaluator, "hard", terminated)
+  monkeypatch.setattr(evaluate.Evaluator, "start_hard", terminated)
   assert run(busy_config(), tmp_path) == {"state": "preempted", "step": 2 * EPOCH}
   assert_ends_like(tmp_path, expected, busy_config())
 
@@ -311,13 +311,13 @@ def test_ignored_interrupt_stays_ignored():
 
 def run_with_accuracies(accuracies, workdir, action=lambda *_: None):
   """A run whose validation has these accuracies, one for each epoch."""
-  hard = evaluate.Evaluator.hard
+  start_hard = evaluate.Evaluator.start_hard
 
   def invented(self, variables, data):
-    result = hard(self, variables, data)
+    result = start_hard(self, variables, data)()
     if data.labels.shape[0] == 180:
       result["accuracy"] = accuracies[int(now[0]) // EPOCH]
-    return result
+    return lambda: result
 
   now = [0]
 
@@ -326,7 +326,7 @@ def run_with_accuracies(accuracies, workdir, action=lambda *_: None):
     return action(step, state)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(evaluate.Evaluator, "hard", invented)
+    patch.setattr(evaluate.Evaluator, "start_hard", invented)
     return run_with(note, busy_config(), workdir)
 
 

@@ -15,7 +15,6 @@ from minw import errors
 from minw.bench import timing
 from minw.data import datasets
 from minw.data import pixels as pixels_lib
-from minw.data import streamed
 
 _IMAGES = 1000  # Number of training images that are used. They stay in memory.
 _WARM, _BATCHES = 6, 12  # Batches of a measurement that are not timed, and timed.
@@ -146,6 +145,8 @@ def bench_data(config: Any, rounds: int) -> dict[str, Any]:
 
 
 def _minw(config: Any, records: Any) -> Iterator[Any]:
+  from minw.data import streamed  # Imports grain, which takes a while.
+
   return streamed.Split(records, "train", workers=1, max_damaged=1.0).random_crops(
       0, seed=config.seed, batch_size=config.batch_size, crop_size=config.crop_size,
       crop_scale=config.crop_scale, flip=True)

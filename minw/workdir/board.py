@@ -9,31 +9,24 @@ would then join them too. But each workdir would appear as several runs, and the
 would not name the split.
 """
 
-import contextlib
 import json
 import logging
 import os
 import pathlib
-import re
-import socket
 import tempfile
 import threading
-import time
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
-import tensorboardX
-from tensorboardX import record_writer
-from tensorboardX.proto import event_pb2
 
 from minw import cloud
 from minw import files
 from minw import paths
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+  from minw.workdir import events
 
-# Its classes are made when it is imported, where a type checker does not see them.
-_events: Any = event_pb2
+_log = logging.getLogger(__name__)
 
 # Names of curves by split and mode. The usual modes are not named: training uses the
 # mixed network, and validation the hard network.
@@ -64,15 +57,17 @@ class Board:
       workdir: Directory of the run. The events are written to its folder `tensorboard`.
       config: Text of the config to show, or None.
     """
+    from minw.workdir import events  # Imports tensorboardX, which takes a while.
+
     folder = paths.at(workdir) / "tensorboard"
     self._folder = os.path.abspath(folder) if isinstance(
         folder, pathlib.Path) else str(folder)
-    self._writer: _Writer | None = None
+    self._writer: events.Writer | None = None
     self._upload: _Upload | None = None
     try:
       if isinstance(folder, cloud.Path):
         self._upload = _Upload(folder)
-      self._writer = _Writer(self._upload.local if self._upload else self._folder)
+      self._writer = events.Writer(self._upload.local if self._upload else self._folder)
     except Exception as error:  # pylint: disable=broad-exception-caught
       self._drop(error)
     self._try(lambda writer: writer.add_custom_scalars({"train and validation": {
@@ -102,7 +97,7 @@ class Board:
     if self._upload:
       self._upload.close()
 
-  def _try(self, action: Callable[["_Writer"], None]) -> None:
+  def _try(self, action: Callable[["events.Writer"], None]) -> None:
     if self._writer is None:
       return
     try:
@@ -168,71 +163,6 @@ class _Upload:
                      " after the next upload", self._folder, error)
 
 
-class _Writer(tensorboardX.SummaryWriter):
-  """A SummaryWriter that writes to `_Events` in the calling thread.
-
-  The original writes in a separate thread, which ends at the first error. Later calls
-  would wait for that thread forever.
-  """
-
-  def _get_file_writer(self):
-    if self.file_writer is None:
-      self.file_writer = _Events(self.logdir)
-      self.all_writers = {self.logdir: self.file_writer}
-    return self.file_writer
-
-  def abandon(self) -> None:
-    """Closes the file, even if buffered events cannot be written."""
-    if self.file_writer is not None:
-      self.file_writer.abandon()
-
-
-class _Events:
-  """A file of events that replaces the events of earlier files.
-
-  TensorBoard reads files in the order of their names, which contain the time in
-  seconds. A new file must have a later time than all others. If the clock does not give
-  one, the new file is named after the second that follows the newest file.
-  """
-
-  def __init__(self, folder: str):
-    os.makedirs(folder, exist_ok=True)
-    matches = (re.match(r"events\.out\.tfevents\.(\d{10})\.", name)
-               for name in os.listdir(folder))
-    newest = max((int(match[1]) for match in matches if match), default=0)
-    second = max(int(time.time()), newest + 1)
-    self._file = record_writer.RecordWriter(os.path.join(
-        folder, f"events.out.tfevents.{second:010d}.{socket.gethostname()}"))
-    try:
-      self._add(_events.Event(file_version="brain.Event:2"))
-      self._add(_events.Event(session_log=_events.SessionLog(
-          status=_events.SessionLog.START)))
-    except OSError:
-      self.abandon()
-      raise
-
-  def add_summary(self, summary: Any, step: int | None = None, _: Any = None) -> None:
-    """Writes a summary for a step."""
-    self._add(_events.Event(summary=summary, step=step or 0))
-
-  def flush(self) -> None:
-    """Writes buffered events to the file."""
-    self._file.flush()
-
-  def close(self) -> None:
-    """Closes the file."""
-    self._file.close()
-
-  def abandon(self) -> None:
-    """Closes the file, even if buffered events cannot be written."""
-    with contextlib.suppress(OSError):
-      self._file.close()
-
-  def _add(self, event: Any) -> None:
-    event.wall_time = time.time()
-    self._file.write(event.SerializeToString())
-
-
 def numbers(line: dict[str, Any]) -> dict[str, float]:
   """Returns the measurements in a line of metrics.jsonl, by the names of their curves.
 
@@ -252,7 +182,7 @@ def _measured(line: dict[str, Any]) -> dict[str, Any]:
           if name not in ("step", "epoch", "split", "mode")}
 
 
-def _show(writer: _Writer, line: dict[str, Any]) -> None:
+def _show(writer: "events.Writer", line: dict[str, Any]) -> None:
   if line["split"] == "test":  # A chart would have a single point.
     writer.add_text(f"test/{line['checkpoint']}",
                     _as_code(json.dumps(_measured(line), indent=2)),
@@ -262,7 +192,7 @@ def _show(writer: _Writer, line: dict[str, Any]) -> None:
     writer.add_scalar(tag, number, line["step"])
 
 
-def _show_histogram(writer: _Writer, line: dict[str, Any]) -> None:
+def _show_histogram(writer: "events.Writer", line: dict[str, Any]) -> None:
   counts = np.asarray(line["counts"])
   centres = np.linspace(-1, 1, len(counts))
   filled = centres[counts > 0]

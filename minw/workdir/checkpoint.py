@@ -4,6 +4,7 @@ If the newest checkpoint is damaged, an older one is read. `read_run` reads a ru
 its workdir without training it.
 """
 
+from concurrent import futures
 import contextlib
 import functools
 import json
@@ -35,6 +36,7 @@ from minw.workdir import run_files
 
 _log = logging.getLogger(__name__)
 
+_CHECKSUM_THREADS = 4  # Number of threads that compute checksums of arrays.
 _CLOSED = "Event loop is closed"  # Message of asyncio's RuntimeError.
 
 
@@ -282,6 +284,7 @@ def save(
     tree: dict[str, Any],
     accuracy: float | None,
     run: dict[str, Any] | None = None,
+    arrays_checksum: int | None = None,
 ) -> None:
   """Saves a checkpoint in the background.
 
@@ -295,18 +298,21 @@ def save(
       None if it is unknown.
     run: Records of the run as JSON. Files of the workdir that are lost or damaged are
       restored from it.
+    arrays_checksum: The `checksum` of `tree`, if it is known.
 
   Raises:
     OSError: The workdir is on gs://, and another process has taken it over.
   """
   if isinstance(manager.folder, cloud.Path):
     cloud.check_owned(manager.folder.parent)
+  if arrays_checksum is None:
+    arrays_checksum = checksum(tree)
   manager.save(
       step,
       args=ocp.args.Composite(
           tree=ocp.args.StandardSave(tree),
           record=ocp.args.JsonSave(
-              {"accuracy": accuracy, "crc32": _crc32(tree, accuracy),
+              {"accuracy": accuracy, "crc32": _crc32(arrays_checksum, accuracy),
                "run": run is not None}),
           **({} if run is None
              else {"run": ocp.args.JsonSave(json_files.sealed(run))})),
@@ -342,7 +348,7 @@ def restore(
       args=ocp.args.Composite(
           tree=ocp.args.StandardRestore(on_host), record=ocp.args.JsonRestore(),
           **({"run": ocp.args.JsonRestore()} if has_run else {})))
-  if _crc32(saved.tree, saved.record["accuracy"]) != saved.record["crc32"]:
+  if _crc32(checksum(saved.tree), saved.record["accuracy"]) != saved.record["crc32"]:
     raise ValueError("the checksum differs")
   if has_run != saved.record.get("run", False):
     raise ValueError("a part is missing")
@@ -595,13 +601,22 @@ def _rank(directory: paths.AnyPath, step: int) -> tuple[float, int]:
     return -1.0, step
 
 
-def _crc32(tree: Any, accuracy: float | None) -> int:
-  """Computes a checksum of all arrays and of the accuracy.
+def checksum(tree: Any) -> int:
+  """Computes a checksum of all arrays. Orbax itself does not notice every flipped bit.
 
-  The checksums of the arrays are added. Therefore their order does not matter. Orbax
-  itself does not notice every flipped bit.
+  The checksums of the arrays are added. Therefore their order does not matter. Threads
+  compute them while this one fetches the next array from the device.
   """
-  arrays = map(distributed.whole, jax.tree.leaves(tree))
-  parts = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-           for array in arrays)
-  return (sum(map(zlib.crc32, parts)) + zlib.crc32(repr(accuracy).encode())) % 2**32
+  leaves = jax.tree.leaves(tree)
+  for leaf in leaves:
+    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+      leaf.copy_to_host_async()
+  parts = (np.ascontiguousarray(distributed.whole(leaf)).reshape(-1).view(np.uint8).data
+           for leaf in leaves)
+  with futures.ThreadPoolExecutor(_CHECKSUM_THREADS) as pool:
+    return sum(pool.map(zlib.crc32, parts))
+
+
+def _crc32(arrays_checksum: int, accuracy: float | None) -> int:
+  """Returns the checksum in a checkpoint's record, of its arrays and its accuracy."""
+  return (arrays_checksum + zlib.crc32(repr(accuracy).encode())) % 2**32

@@ -5,6 +5,7 @@ import hashlib
 from importlib import metadata
 import json
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -161,6 +162,7 @@ class Journal:
     self._here = time.monotonic() if begun is None else begun  # When this start began.
     self._began = self._here - (before["seconds"] or 0.0)
     self._startup = before["startup_seconds"]
+    self._noted = -math.inf  # Time of the last note.
     here = {"commit": commit(), "hardware": hardware(), "versions": versions()}
     if self._environments[-1:] != [here]:
       self._environments.append(here)
@@ -179,9 +181,13 @@ class Journal:
     self._startup += time.monotonic() - self._here
     self.note()
 
-  def note(self) -> None:
-    """Writes run.json. If a run is killed, the time since the last note is lost."""
-    if distributed.is_main():
+  def note(self, every: float = 0.0) -> None:
+    """Writes run.json, unless it was written less than `every` seconds ago.
+
+    If a run is killed, the time since the last note or checkpoint is lost.
+    """
+    if distributed.is_main() and time.monotonic() - self._noted >= every:
+      self._noted = time.monotonic()
       files.write(paths.at(self._workdir) / "run.json",
                   json.dumps(self.content, indent=2) + "\n")
 
@@ -190,7 +196,7 @@ def _before(workdir: str, saved: dict[str, Any] | None, step: int) -> dict[str, 
   """Returns what is known of earlier starts.
 
   It is read from run.json. If that file is missing or damaged, the copy in a checkpoint
-  is returned.
+  is returned. The copy may also have been made after the file was last written.
   """
   try:
     found = read(workdir)
@@ -199,7 +205,8 @@ def _before(workdir: str, saved: dict[str, Any] | None, step: int) -> dict[str, 
     found = {"seconds": None, "startup_seconds": 0.0, "environments": []}
     fault = error.why
   if not fault:
-    return found
+    seconds = [each["seconds"] for each in (found, saved or found)]
+    return {**found, "seconds": max(filter(None, seconds), default=None)}
   if saved is not None:
     found = {**saved, "environments": [*saved["environments"]]}
   elif step:
