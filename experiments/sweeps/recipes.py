@@ -53,6 +53,8 @@ RECIPES = {
     # Quantizers.
     "rprelu": {"rprelu": True},
     "approx-sign-inputs": {"input_estimator": "approx_sign"},
+    # The accelerators' fast floats, also for sums.
+    "bfloat16": {"compute_dtype": "bfloat16", "sum_dtype": "bfloat16"},
     # Stages.
     "activations-first": {"init_from": "activations"},
     "weights-first": {"init_from": "weights"},
