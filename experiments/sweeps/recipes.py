@@ -53,6 +53,9 @@ RECIPES = {
     # Quantizers.
     "rprelu": {"rprelu": True},
     "approx-sign-inputs": {"input_estimator": "approx_sign"},
+    # What helped alone, together.
+    "linear-warm-up": {"learning_rate_schedule": "linear",
+                       "learning_rate_warmup": 0.05},
     # The accelerators' fast floats, also for sums.
     "bfloat16": {"compute_dtype": "bfloat16", "sum_dtype": "bfloat16"},
     # Stages.
