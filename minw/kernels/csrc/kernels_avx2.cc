@@ -17,6 +17,7 @@ constexpr int kCountSteps = 31, kDotSteps = 256, kImageDotSteps = 16;
 constexpr int kPairPixels = 2, kPlanePixels = 3, kMaskPixels = 2;
 constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2;
 #define MINW_KEEP(x) asm volatile("" : "+x"(x))
+#define MINW_RELOAD(x)
 #define MINW_MASKS 1
 #define MINW_LOOKUP 1
 #define MINW_DOT 1
@@ -59,6 +60,11 @@ inline int64_t narrow(Ints x) {
   __m256i bytes = _mm256_packs_epi16(shorts, shorts);
   return _mm_cvtsi128_si64(_mm_unpacklo_epi32(_mm256_castsi256_si128(bytes),
                                               _mm256_extracti128_si256(bytes, 1)));
+}
+
+// GCC 12 converts vectors of bytes one by one.
+inline Lanes32 widened(const int8_t* from) {
+  return (Lanes32)_mm256_cvtepi8_epi32(_mm_loadu_si64(from));
 }
 
 inline DotAcc dot(DotAcc acc, Lanes32 x, Lanes32 w) {
