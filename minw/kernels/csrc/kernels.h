@@ -102,6 +102,7 @@ struct Work {
   int32_t* kind;         // kPlanes: its class, see Conv::taps.
   int32_t* order;        // kPlanes: its place among the chunk's sums.
   int32_t* acc;          // The sums of one group, [pixel][width].
+  int32_t* lines;        // Rows that overlapping windows pool.
   uint8_t* gathered;     // Lookups: numbers in the windows; kTiles: weights.
   uint16_t* counts;      // Lookups: sums of the entries that were looked up.
   int images;            // Images of the call.
@@ -111,7 +112,8 @@ struct Conv;
 
 // A piece of a convolution's result: `size` pooling windows of all images from window
 // `first` on, or with kTiles as many rows of windows in each image; and the groups
-// [begin, end) of output channels.
+// [begin, end) of output channels. With Finish::by_rows(), windows are counted in all
+// rows of the convolution's result, and a piece lies in one row.
 struct Piece {
   size_t first;
   int size, begin, end;
@@ -185,11 +187,24 @@ struct Threshold {
   const int32_t* thresholds;  // [code][count][channel], XORed with `flip`.
 };
 
+// Whether windows that overlap are pooled in the convolution's pass. The module for
+// WebAssembly is to be small.
+#ifdef __wasm__
+constexpr bool kPoolsRows = false;
+#else
+constexpr bool kPoolsRows = true;
+#endif
+
 // Operations after a convolution in the same pass: max pooling, then thresholds.
 struct Finish {
   int pool_h, pool_w;  // 1 x 1 if there is no pooling.
   Map out;
   const Threshold* threshold;  // Null if there are none.
+  // The windows if they overlap or reach into a border, else null. A kernel then pools
+  // rows of 1 x pool_w, which run.cc joins.
+  const Window* windows;
+
+  bool by_rows() const { return kPoolsRows && windows; }
 };
 
 // The kernels of an instruction set.
@@ -218,8 +233,8 @@ struct Isa {
   // Turns the sums of `pixels` pixels into codes.
   void (*threshold)(const Threshold& threshold, const int32_t* in,
                     const int8_t* shortcut, size_t pixels, int8_t* out);
-  // Replaces `n` integers, a multiple of kLane, by the maximum of both.
-  void (*maximum)(const int32_t* from, size_t n, int32_t* to);
+  // Replaces `n` integers or floats, a multiple of kLane, by the maximum of both.
+  void (*maximum)(Kind kind, const int32_t* from, size_t n, int32_t* to);
 };
 
 // The name is null where the library was built for another architecture. These are
