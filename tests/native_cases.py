@@ -185,6 +185,16 @@ def floats(form: str) -> tuple[packed.Program, list[packed.Value]]:
   return b.end(x, form), b.values
 
 
+def wide_groups(activations: int, inputs: int) -> packed.Program:
+  """Weights of 1 bit, and channels that fill groups of 32; with few and many pixels."""
+  b = Builder(np.random.default_rng(inputs), (33, 40, 3))
+  x = b.threshold(b.conv(0, 1, inputs), activations)
+  x = b.threshold(b.conv(x, 1, 64), activations)  # Taps in the border are not skipped.
+  x = b.add(packed.Pool("max", x, "max", (5, 5), (5, 5)))
+  y = b.threshold(b.conv(x, 1, 96), 2)
+  return b.end(b.threshold(b.conv(y, 1, 96, (5, 2), (1, 1), (2, 2, 1, 0)), 1, y))
+
+
 def pools(
     weights: int | str, activations: int, size: tuple[int, int],
     window: tuple[int, int], stride: tuple[int, int], border: tuple[int, int, int, int]
@@ -231,6 +241,8 @@ def every() -> Iterator[tuple[str, packed.Program]]:
             for pad in PADS if abs(pad) <= packed.max_code(bits)]
   calls += [(packed_networks.residual_and_dense, bits) for bits in BITS]
   calls += [(image, *sizes, count) for sizes in IMAGES for count in (1, 3, 4, 5)]
+  calls += [(wide_groups, activations, inputs) for activations in BITS
+            for inputs in (64, 128)]
   calls += [(pools, weights, activations, *POOLS[0]) for weights in BITS
             for activations in BITS]
   calls += [(pools, 1, 2, *case) for case in POOLS]

@@ -246,6 +246,12 @@ def test_image_is_read_by_other_operations(isa):
   check(native_cases.image_operations())
 
 
+@pytest.mark.parametrize("inputs", (64, 128))
+@pytest.mark.parametrize("activations", native_cases.BITS)
+def test_wide_groups(isa, activations, inputs):
+  check(native_cases.wide_groups(activations, inputs))
+
+
 @pytest.mark.parametrize("activations", native_cases.BITS)
 @pytest.mark.parametrize("weights", native_cases.BITS)
 def test_pools(isa, weights, activations):
@@ -496,11 +502,16 @@ def test_profile(isa):
 
 @pytest.mark.parametrize("activations", (1, 2, 3))
 @pytest.mark.parametrize("weights", (1, 2, 3))
-def test_peak_counts_products(isa, weights, activations):
-  """A step's products are those of a tile: its pixels, channels and inputs."""
+@pytest.mark.parametrize("outputs, planes", ((70, (4, 6)), (96, (4, 6, 8))))
+def test_peak_counts_products(isa, weights, activations, outputs, planes):
+  """A step's products are those of a tile: its pixels, channels and inputs.
+
+  `planes` are the pixels of the tiles of bit planes with AVX-512. Wide ones, for 32
+  channels, count twice.
+  """
   b = Builder(np.random.default_rng(0), (9, 8, 3))
   x = b.threshold(b.conv(0, 1, 64), activations)
-  program = b.end(b.threshold(b.conv(x, weights, 70), 1))
+  program = b.end(b.threshold(b.conv(x, weights, outputs), 1))
   network = native.load(packed.to_bytes(program))
   kernel = network.layers()[2][1]
   vector = {"amx": 64, "vbmi": 64, "avx512": 64, "avx2": 32}.get(isa, 16)  # Bytes.
@@ -510,7 +521,7 @@ def test_peak_counts_products(isa, weights, activations):
     pixels = {64: 6, 32: 4}[vector]
     step = pixels * 2 * vector // 4 * 4
   elif kernel.endswith("popcount"):
-    every = {64: (4, 6, 4), 32: (2, 3, 2)}.get(vector)
+    every = {64: planes, 32: (2, 3)}.get(vector)
     one = network.peak(2, 1)
     words = 2 * vector // 8 * 64
     assert one % words == 0 and (not every or one // words in every)

@@ -216,9 +216,10 @@ struct Isa {
   bool dot;           // Has int8 dot products (kBytes).
   int lookup;         // Columns of a tile of table lookups (kLookup), or 0.
   bool pairs;         // Has sums of pairs of products (kPairs).
-  // Has kernels in which weights are signs and masks: bit planes, and lanes without
-  // multiplications. Without them, all bits are looked up or multiplied.
-  bool masks;
+  // The largest groups of bit planes, in output channels; a multiple of kLane. It is 0
+  // if there are no kernels in which weights are signs and masks: bit planes, and lanes
+  // without multiplications. Without them, all bits are looked up or multiplied.
+  int masks;
   // Sets conv->group and conv->peak, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
   // Converts `n` pixels to conv.form. `magnitudes` may be null.

@@ -15,6 +15,7 @@ constexpr int kCountSteps = 31, kDotSteps = 256, kImageDotSteps = 16;
 
 // Tiles whose sums and operands fit the 16 registers.
 constexpr int kPairPixels = 2, kPlanePixels = 3, kMaskPixels = 2;
+constexpr int kWidePairPixels = 0, kWidePixels = 0;
 constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2;
 #define MINW_KEEP(x) asm volatile("" : "+x"(x))
 #define MINW_RELOAD(x)
@@ -81,7 +82,7 @@ inline Lanes32 dot_total(DotAcc acc) {
 }  // namespace
 
 const Isa kAvx2 = {"avx2",    nullptr, false,  false,  true, kLookupVectors * kVector,
-                   false,     true,    choose, encode, pad,  conv,
+                   false,     kLane,   choose, encode, pad,  conv,
                    threshold, maximum};
 
 }  // namespace minw

@@ -44,7 +44,7 @@ inline Ints multiply_pairs(Ints x, Ints w) {
 }  // namespace
 
 const Isa kWasm = {"wasm",    nullptr, false,  false,  false, kLookupVectors * kVector,
-                   true,      false,   choose, encode, pad,   conv,
+                   true,      0,       choose, encode, pad,   conv,
                    threshold, maximum};
 
 }  // namespace minw

@@ -157,7 +157,9 @@ class Run {
     bool rows = c.form == kTiles;
     size_t units = rows ? f.out.h : n_ * f.out.h * f.out.w;
     size_t pixels = rows ? n_ * c.out.w * f.pool_h : size_t{1} * f.pool_h * f.pool_w;
-    size_t chunk = std::max(kChunk / pixels, size_t{1});
+    // With wide groups of bit planes, fewer pixels have as many sums.
+    size_t limit = c.form == kPlanes ? kChunk * kLane / c.width : kChunk;
+    size_t chunk = std::max(limit / pixels, size_t{1});
     size_t chunks = divided_up(units, chunk);
     uint64_t most = units * pixels * c.products / kMinProducts;
     size_t wanted = std::min<uint64_t>(team_.threads() * kPiecesOfThread, most);
