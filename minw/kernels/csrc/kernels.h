@@ -95,7 +95,7 @@ constexpr int kMostClasses = 64;
 // pixel of the chunk that is being convolved.
 struct Work {
   char* padded;          // The input in the convolution's form, with its border.
-  int32_t* magnitudes;   // Sum of the magnitudes of each padded pixel.
+  int32_t* magnitudes;   // Sums of magnitudes: of the row of a window at each pixel.
   const char** pixels;   // Begin of the window in `padded`.
   const int32_t** base;  // Initial values of the sums.
   int32_t* sums;         // Sum of the magnitudes in the window.
