@@ -24,6 +24,11 @@ IMAGES = (  # Size, window, stride and dilation.
     ((9, 8), (3, 3), (1, 1), (1, 1)), ((13, 17), (7, 7), (2, 2), (1, 1)),
     ((8, 9), (2, 4), (1, 2), (2, 1)), ((11, 9), (3, 2), (2, 1), (1, 3)),
     ((5, 6), (1, 1), (1, 1), (1, 1)), ((16, 16), (9, 11), (1, 1), (1, 1)))
+POOLS = (  # Size of the map, window, stride and border.
+    ((17, 35), (3, 3), (2, 2), (1, 1, 1, 1)), ((19, 40), (3, 3), (2, 2), (0, 1, 0, 1)),
+    ((9, 16), (2, 5), (1, 2), (0, 0, 4, 4)), ((13, 33), (4, 2), (3, 1), (3, 2, 1, 0)),
+    ((8, 18), (2, 2), (2, 2), (1, 0, 0, 1)), ((5, 430), (3, 3), (1, 2), (2, 0, 2, 2)),
+    ((6, 21), (6, 8), (1, 1), (0, 0, 0, 0)))
 
 
 def channels(weights: int, activations: int, count: int) -> packed.Program:
@@ -180,6 +185,30 @@ def floats(form: str) -> tuple[packed.Program, list[packed.Value]]:
   return b.end(x, form), b.values
 
 
+def wide_groups(activations: int, inputs: int) -> packed.Program:
+  """Weights of 1 bit, and channels that fill groups of 32; with few and many pixels."""
+  b = Builder(np.random.default_rng(inputs), (33, 40, 3))
+  x = b.threshold(b.conv(0, 1, inputs), activations)
+  x = b.threshold(b.conv(x, 1, 64), activations)  # Taps in the border are not skipped.
+  x = b.add(packed.Pool("max", x, "max", (5, 5), (5, 5)))
+  y = b.threshold(b.conv(x, 1, 96), 2)
+  return b.end(b.threshold(b.conv(y, 1, 96, (5, 2), (1, 1), (2, 2, 1, 0)), 1, y))
+
+
+def pools(
+    weights: int | str, activations: int, size: tuple[int, int],
+    window: tuple[int, int], stride: tuple[int, int], border: tuple[int, int, int, int]
+) -> packed.Program:
+  """Maxima over windows that overlap or reach into a border, then with a shortcut."""
+  b = Builder(np.random.default_rng(0), (*size, 3))
+  encoded = b.norm if isinstance(weights, str) else b.threshold
+  x = b.add(packed.Pool("max", b.conv(0, weights, 37), "max", window, stride, border))
+  x = encoded(x, activations)
+  y = b.add(packed.Pool("max", b.conv(x, weights, 37), "max", (3, 2), (1, 1),
+                        (1, 1, 0, 1)))
+  return b.end(encoded(y, activations, x), weights)
+
+
 def small() -> packed.Program:
   """Two convolutions with codes of 1 bit."""
   b = Builder(np.random.default_rng(0), (8, 8, 3))
@@ -212,6 +241,11 @@ def every() -> Iterator[tuple[str, packed.Program]]:
             for pad in PADS if abs(pad) <= packed.max_code(bits)]
   calls += [(packed_networks.residual_and_dense, bits) for bits in BITS]
   calls += [(image, *sizes, count) for sizes in IMAGES for count in (1, 3, 4, 5)]
+  calls += [(wide_groups, activations, inputs) for activations in BITS
+            for inputs in (64, 128)]
+  calls += [(pools, weights, activations, *POOLS[0]) for weights in BITS
+            for activations in BITS]
+  calls += [(pools, 1, 2, *case) for case in POOLS]
   for make, *arguments in calls:
     yield f"{make.__name__}{tuple(arguments)}", make(*arguments)
   for form in FLOATS:

@@ -246,6 +246,49 @@ def test_image_is_read_by_other_operations(isa):
   check(native_cases.image_operations())
 
 
+@pytest.mark.parametrize("inputs", (64, 128))
+@pytest.mark.parametrize("activations", native_cases.BITS)
+def test_wide_groups(isa, activations, inputs):
+  check(native_cases.wide_groups(activations, inputs))
+
+
+@pytest.mark.parametrize("activations", native_cases.BITS)
+@pytest.mark.parametrize("weights", native_cases.BITS)
+def test_pools(isa, weights, activations):
+  network = check(native_cases.pools(weights, activations, *native_cases.POOLS[0]))
+  if isa != "amx":  # Tiles do not pool rows one by one.
+    assert [kernel for name, kernel in network.layers() if name == "max"] == 2 * [
+        "in the pass of its convolution"]
+
+
+@pytest.mark.parametrize("case", native_cases.POOLS)
+@pytest.mark.parametrize("threads", (1, 2, 3))
+def test_shapes_of_pools(isa, case, threads):
+  program = native_cases.pools(1, 2, *case)
+  network = check(program)
+  x, want = expected(packed.to_bytes(program), 7)
+  for batch in (1, 2, 7):
+    np.testing.assert_array_equal(network.logits(x[:batch], threads=threads),
+                                  want[-1].reshape(7, -1)[:batch])
+
+
+@pytest.mark.parametrize("case", native_cases.POOLS)
+def test_pools_of_floats(isa, case):
+  program = native_cases.pools("float32", 1, *case)
+  network = native.load(packed.to_bytes(program))
+  x = images(program, 3)
+  values = network.values(x)
+  _, window, (vertical, horizontal), (top, bottom, left, right) = case
+  padded = np.pad(values[1], ((0, 0), (top, bottom), (left, right), (0, 0)),
+                  constant_values=-np.inf)
+  windows = np.lib.stride_tricks.sliding_window_view(padded, window, (1, 2))
+  np.testing.assert_array_equal(
+      values[2], windows[:, ::vertical, ::horizontal].max((-2, -1)))
+  for threads in (1, 3):
+    np.testing.assert_array_equal(
+        network.logits(x, threads=threads), values[-1].reshape(3, -1))
+
+
 @hypothesis.given(programs(), st.integers(1, 4), st.sampled_from(ISAS or ["none"]))
 @hypothesis.settings(max_examples=120, deadline=None)
 def test_random_networks(program, batch, isa):
@@ -459,11 +502,16 @@ def test_profile(isa):
 
 @pytest.mark.parametrize("activations", (1, 2, 3))
 @pytest.mark.parametrize("weights", (1, 2, 3))
-def test_peak_counts_products(isa, weights, activations):
-  """A step's products are those of a tile: its pixels, channels and inputs."""
+@pytest.mark.parametrize("outputs, planes", ((70, (4, 6)), (96, (4, 6, 8))))
+def test_peak_counts_products(isa, weights, activations, outputs, planes):
+  """A step's products are those of a tile: its pixels, channels and inputs.
+
+  `planes` are the pixels of the tiles of bit planes with AVX-512. Wide ones, for 32
+  channels, count twice.
+  """
   b = Builder(np.random.default_rng(0), (9, 8, 3))
   x = b.threshold(b.conv(0, 1, 64), activations)
-  program = b.end(b.threshold(b.conv(x, weights, 70), 1))
+  program = b.end(b.threshold(b.conv(x, weights, outputs), 1))
   network = native.load(packed.to_bytes(program))
   kernel = network.layers()[2][1]
   vector = {"amx": 64, "vbmi": 64, "avx512": 64, "avx2": 32}.get(isa, 16)  # Bytes.
@@ -473,7 +521,7 @@ def test_peak_counts_products(isa, weights, activations):
     pixels = {64: 6, 32: 4}[vector]
     step = pixels * 2 * vector // 4 * 4
   elif kernel.endswith("popcount"):
-    every = {64: (4, 6, 4), 32: (2, 3, 2)}.get(vector)
+    every = {64: planes, 32: (2, 3)}.get(vector)
     one = network.peak(2, 1)
     words = 2 * vector // 8 * 64
     assert one % words == 0 and (not every or one // words in every)

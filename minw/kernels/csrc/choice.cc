@@ -59,7 +59,7 @@ Program probe(int w_bits, int a_bits, const Size& size,
 // Seconds of the fastest of a few runs.
 double seconds(const Layer& layer, const std::vector<uint8_t>& input) {
   const Conv& c = layer.conv;
-  const Finish finish = {1, 1, c.out, nullptr};
+  const Finish finish = {1, 1, c.out, nullptr, nullptr};
   Plan plan;
   plan.needs = needs_of(c, 1);
   const Places places = scratch_places(plan, 1);

@@ -172,7 +172,7 @@ struct Needs {
   struct {
     uint64_t padded = 0, magnitudes = 0, part_in = 0, part_out = 0, acc = 0;
   } image;
-  uint64_t padded = 0, acc = 0, gathered = 0, counts = 0;
+  uint64_t padded = 0, acc = 0, lines = 0, gathered = 0, counts = 0;
 };
 
 // An order of steps, and the place of each value in memory. Values that do not live at
@@ -190,7 +190,7 @@ struct Places {
   uint64_t padded, magnitudes, part_in, part_out;
   uint64_t own, own_bytes;  // The first thread's part, and the size of each one.
   uint64_t pixels, base, sums, kind, order;  // Within a thread's part.
-  uint64_t acc, gathered, counts;
+  uint64_t acc, lines, gathered, counts;
 };
 
 // The needs of one convolution whose pooling windows have `pool_h` rows.

@@ -95,13 +95,14 @@ constexpr int kMostClasses = 64;
 // pixel of the chunk that is being convolved.
 struct Work {
   char* padded;          // The input in the convolution's form, with its border.
-  int32_t* magnitudes;   // Sum of the magnitudes of each padded pixel.
+  int32_t* magnitudes;   // Sums of magnitudes: of the row of a window at each pixel.
   const char** pixels;   // Begin of the window in `padded`.
   const int32_t** base;  // Initial values of the sums.
   int32_t* sums;         // Sum of the magnitudes in the window.
   int32_t* kind;         // kPlanes: its class, see Conv::taps.
   int32_t* order;        // kPlanes: its place among the chunk's sums.
   int32_t* acc;          // The sums of one group, [pixel][width].
+  int32_t* lines;        // Rows that overlapping windows pool.
   uint8_t* gathered;     // Lookups: numbers in the windows; kTiles: weights.
   uint16_t* counts;      // Lookups: sums of the entries that were looked up.
   int images;            // Images of the call.
@@ -111,7 +112,8 @@ struct Conv;
 
 // A piece of a convolution's result: `size` pooling windows of all images from window
 // `first` on, or with kTiles as many rows of windows in each image; and the groups
-// [begin, end) of output channels.
+// [begin, end) of output channels. With Finish::by_rows(), windows are counted in all
+// rows of the convolution's result, and a piece lies in one row.
 struct Piece {
   size_t first;
   int size, begin, end;
@@ -185,11 +187,24 @@ struct Threshold {
   const int32_t* thresholds;  // [code][count][channel], XORed with `flip`.
 };
 
+// Whether windows that overlap are pooled in the convolution's pass. The module for
+// WebAssembly is to be small.
+#ifdef __wasm__
+constexpr bool kPoolsRows = false;
+#else
+constexpr bool kPoolsRows = true;
+#endif
+
 // Operations after a convolution in the same pass: max pooling, then thresholds.
 struct Finish {
   int pool_h, pool_w;  // 1 x 1 if there is no pooling.
   Map out;
   const Threshold* threshold;  // Null if there are none.
+  // The windows if they overlap or reach into a border, else null. A kernel then pools
+  // rows of 1 x pool_w, which run.cc joins.
+  const Window* windows;
+
+  bool by_rows() const { return kPoolsRows && windows; }
 };
 
 // The kernels of an instruction set.
@@ -201,9 +216,10 @@ struct Isa {
   bool dot;           // Has int8 dot products (kBytes).
   int lookup;         // Columns of a tile of table lookups (kLookup), or 0.
   bool pairs;         // Has sums of pairs of products (kPairs).
-  // Has kernels in which weights are signs and masks: bit planes, and lanes without
-  // multiplications. Without them, all bits are looked up or multiplied.
-  bool masks;
+  // The largest groups of bit planes, in output channels; a multiple of kLane. It is 0
+  // if there are no kernels in which weights are signs and masks: bit planes, and lanes
+  // without multiplications. Without them, all bits are looked up or multiplied.
+  int masks;
   // Sets conv->group and conv->peak, and returns the name of the kernel.
   const char* (*choose)(Conv* conv);
   // Converts `n` pixels to conv.form. `magnitudes` may be null.
@@ -218,8 +234,8 @@ struct Isa {
   // Turns the sums of `pixels` pixels into codes.
   void (*threshold)(const Threshold& threshold, const int32_t* in,
                     const int8_t* shortcut, size_t pixels, int8_t* out);
-  // Replaces `n` integers, a multiple of kLane, by the maximum of both.
-  void (*maximum)(const int32_t* from, size_t n, int32_t* to);
+  // Replaces `n` integers or floats, a multiple of kLane, by the maximum of both.
+  void (*maximum)(Kind kind, const int32_t* from, size_t n, int32_t* to);
 };
 
 // The name is null where the library was built for another architecture. These are

@@ -248,7 +248,7 @@ const char* choose(Conv* c) {
 }  // namespace
 
 const Isa kAmx = {"amx", &kVbmi, true,   false, true, 0,         false,
-                  false, choose, encode, pad,   conv, threshold, maximum};
+                  0,     choose, encode, pad,   conv, threshold, maximum};
 
 }  // namespace minw
 

@@ -15,8 +15,10 @@ constexpr int kCountSteps = 31, kDotSteps = 256, kImageDotSteps = 16;
 
 // Tiles whose sums and operands fit the 16 registers.
 constexpr int kPairPixels = 2, kPlanePixels = 3, kMaskPixels = 2;
+constexpr int kWidePairPixels = 0, kWidePixels = 0;
 constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2;
 #define MINW_KEEP(x) asm volatile("" : "+x"(x))
+#define MINW_RELOAD(x)
 #define MINW_MASKS 1
 #define MINW_LOOKUP 1
 #define MINW_DOT 1
@@ -61,6 +63,11 @@ inline int64_t narrow(Ints x) {
                                               _mm256_extracti128_si256(bytes, 1)));
 }
 
+// GCC 12 converts vectors of bytes one by one.
+inline Lanes32 widened(const int8_t* from) {
+  return (Lanes32)_mm256_cvtepi8_epi32(_mm_loadu_si64(from));
+}
+
 inline DotAcc dot(DotAcc acc, Lanes32 x, Lanes32 w) {
   return acc + (DotAcc)_mm256_maddubs_epi16((__m256i)x, (__m256i)w);
 }
@@ -75,7 +82,7 @@ inline Lanes32 dot_total(DotAcc acc) {
 }  // namespace
 
 const Isa kAvx2 = {"avx2",    nullptr, false,  false,  true, kLookupVectors * kVector,
-                   false,     true,    choose, encode, pad,  conv,
+                   false,     kLane,   choose, encode, pad,  conv,
                    threshold, maximum};
 
 }  // namespace minw

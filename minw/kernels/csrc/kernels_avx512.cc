@@ -12,8 +12,8 @@ namespace {
 
 }  // namespace
 
-const Isa kAvx512 = {"avx512", &kAvx2, false,  false, true, 0,         false,
-                     true,     choose, encode, pad,   conv, threshold, maximum};
+const Isa kAvx512 = {"avx512",  &kAvx2, false,  false, true, 0,         false,
+                     2 * kLane, choose, encode, pad,   conv, threshold, maximum};
 
 }  // namespace minw
 

@@ -16,7 +16,7 @@ inline Words count(Words x) { return (Words)vcntq_u8((uint8x16_t)x); }
 }  // namespace
 
 const Isa kNeon = {"neon", nullptr, false,  false, false, 0,         false,
-                   true,   choose,  encode, pad,   conv,  threshold, maximum};
+                   kLane,  choose,  encode, pad,   conv,  threshold, maximum};
 
 }  // namespace minw
 

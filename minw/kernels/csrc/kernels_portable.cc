@@ -21,7 +21,7 @@ inline Words count(Words x) {
 }  // namespace
 
 const Isa kPortable = {"portable", nullptr, false,  false, false, 0,         false,
-                       true,       choose,  encode, pad,   conv,  threshold, maximum};
+                       kLane,      choose,  encode, pad,   conv,  threshold, maximum};
 
 }  // namespace minw
 

@@ -440,7 +440,7 @@ const char* choose(Conv* conv) {
 }  // namespace
 
 const Isa kVbmi = {"vbmi", &kAvx512, false,  true,     false, 0,         false,
-                   false,  choose,   encode, pad_rows, conv,  threshold, maximum};
+                   0,      choose,   encode, pad_rows, conv,  threshold, maximum};
 
 }  // namespace minw
 

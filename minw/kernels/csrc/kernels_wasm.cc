@@ -14,10 +14,17 @@ constexpr int kLanePixels = 4, kLaneVectors = 2;
 constexpr int kPairsPixels = 4, kPairsVectors = 2;
 // Lookups are faster than the instruction that counts bits, and kernels that are not
 // needed would make the module larger.
+#define MINW_RELOAD(x)
 #define MINW_MASKS 0
 #define MINW_LOOKUP 1
 #define MINW_DOT 0
 #define MINW_PAIRS 1
+
+typedef int32_t Four __attribute__((vector_size(16)));
+inline Four widened(const int8_t* from) {
+  const v128_t shorts = wasm_i16x8_extend_low_i8x16(wasm_v128_load32_zero(from));
+  return (Four)wasm_i32x4_extend_low_i16x8(shorts);
+}
 
 template <class Ints>
 inline int32_t narrow(Ints x) {
@@ -37,7 +44,7 @@ inline Ints multiply_pairs(Ints x, Ints w) {
 }  // namespace
 
 const Isa kWasm = {"wasm",    nullptr, false,  false,  false, kLookupVectors * kVector,
-                   true,      false,   choose, encode, pad,   conv,
+                   true,      0,       choose, encode, pad,   conv,
                    threshold, maximum};
 
 }  // namespace minw

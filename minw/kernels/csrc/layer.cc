@@ -285,7 +285,9 @@ class LayerBuilder {
     c_.sums = c_.sums && isa_->masks;
     if (!isa_->masks) return false;
     c_.form = kPlanes;
-    c_.width = kLane;
+    // Wide groups are for one bit of weights, which leaves registers for them.
+    c_.width =
+        w == 1 && a <= 2 && c_.out.stride % isa_->masks == 0 ? isa_->masks : kLane;
     c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
     return true;
   }

@@ -14,6 +14,9 @@ constexpr size_t kGroupBytes = size_t{1} << 20;
 // Largest pooling window that is fused: a chunk then still holds several of them.
 constexpr int kMaxFusedWindow = kChunk / 4;
 
+// Shortest rows that are pooled one by one. Shorter ones would fill few tiles.
+constexpr int kMinPooledRow = 16;
+
 // How many operations read each value, and which one reads it last.
 struct Readers {
   explicit Readers(const std::vector<Op>& ops)
@@ -30,11 +33,14 @@ struct Readers {
   std::vector<int> count, last;
 };
 
-// Whether a window's pixels are next to each other and windows do not overlap.
+// Whether windows lie side by side, without a border.
 bool tiles(const Window& w) {
   return !w.top && !w.bottom && !w.left && !w.right && w.h == w.stride_h &&
          w.w == w.stride_w;
 }
+
+// Whether there are no gaps between windows.
+bool covers(const Window& w) { return w.stride_h <= w.h && w.stride_w <= w.w; }
 
 // Joins operations into steps.
 class Fuser {
@@ -64,11 +70,12 @@ class Fuser {
     step.op = i;
     if (net_.layers[i].size() != 1) return step;
     step.conv = i;
-    step.finish = {1, 1, net_.program.values[i + 1].map, nullptr};
+    step.finish = {1, 1, net_.program.values[i + 1].map, nullptr, nullptr};
     if (join(&step, kMaxPool)) {
       const Window& w = net_.program.ops[step.op].window;
-      step.finish.pool_h = w.h;
+      step.finish.pool_h = tiles(w) ? w.h : 1;
       step.finish.pool_w = w.w;
+      step.finish.windows = tiles(w) ? nullptr : &w;
     }
     if (join(&step, kThreshold)) {
       step.threshold = step.op;
@@ -81,20 +88,24 @@ class Fuser {
   // given kind and near enough.
   bool join(Step* step, OpKind kind) {
     int value = step->op + 1;
-    if (!fused_ || readers_.count[value] != 1 ||
-        net_.program.values[value].map.kind != kInt)
-      return false;
+    if (!fused_ || readers_.count[value] != 1) return false;
     int next = readers_.last[value];
     if (next > step->op + reach_) return false;
     const Op& op = net_.program.ops[next];
     if (op.kind != kind || op.inputs[0] != value) return false;
-    if (kind == kMaxPool &&
-        (!tiles(op.window) || op.window.h * op.window.w > kMaxFusedWindow))
+    if (kind == kMaxPool && !pools(net_.layers[step->conv][0].conv, op.window))
       return false;
     step->op = next;
     step->finish.out = net_.program.values[next + 1].map;
     joined_[next] = true;
     return true;
+  }
+
+  // Whether a convolution's pass is to pool its sums. The kernel of kTiles cannot pool
+  // single rows.
+  static bool pools(const Conv& c, const Window& w) {
+    const bool rows = kPoolsRows && c.out.w >= kMinPooledRow && c.form != kTiles;
+    return w.h * w.w <= kMaxFusedWindow && (tiles(w) || (rows && covers(w)));
   }
 
   const minw_network& net_;
@@ -190,11 +201,19 @@ void add(const Conv& c, int pool_h, Needs* needs) {
   }
 }
 
+// Bytes of a row of pooled sums.
+uint64_t line_bytes(const Finish& f) {
+  return sizeof(int32_t) * f.out.w * f.out.stride;
+}
+
 Needs needs_of(const minw_network& net, const std::vector<Step>& steps) {
   Needs needs;
   for (const Step& step : steps) {
     if (step.conv >= 0) {
-      add(net.layers[step.conv][0].conv, step.finish.pool_h, &needs);
+      const Finish& f = step.finish;
+      add(net.layers[step.conv][0].conv, f.pool_h, &needs);
+      if (f.by_rows())
+        needs.lines = std::max(needs.lines, line_bytes(f) * (f.windows->h + 1));
       continue;
     }
     for (const Layer& part : net.layers[step.op]) {
@@ -237,6 +256,7 @@ Places scratch_places(const Plan& plan, size_t images) {
   p.kind = part(kChunk * sizeof(int32_t));
   p.order = part(kChunk * sizeof(int32_t));
   p.acc = part(needs.image.acc * images + needs.acc);
+  p.lines = part(needs.lines);
   p.gathered = part(needs.gathered);
   p.counts = part(needs.counts);
   p.own_bytes = end;
@@ -249,6 +269,7 @@ Work work_in(char* scratch, const Places& places, int thread, size_t images) {
   work.padded = scratch + places.padded;
   work.magnitudes = reinterpret_cast<int32_t*>(scratch + places.magnitudes);
   work.acc = reinterpret_cast<int32_t*>(own + places.acc);
+  work.lines = reinterpret_cast<int32_t*>(own + places.lines);
   work.pixels = reinterpret_cast<const char**>(own + places.pixels);
   work.base = reinterpret_cast<const int32_t**>(own + places.base);
   work.sums = reinterpret_cast<int32_t*>(own + places.sums);

@@ -133,8 +133,7 @@ class Run {
              shortcut >= 0 ? codes(shortcut) : nullptr, at(step.op + 1));
   }
 
-  // Converts the input and convolves it. Pieces of the result are chunks, and where
-  // there are few of them, chunks of some of the channels.
+  // Converts the input and convolves it.
   void convolve(const Layer& layer, const Finish& f, const void* in,
                 const int8_t* shortcut, void* out) const {
     const Conv& c = layer.conv;
@@ -143,11 +142,24 @@ class Run {
            [&](size_t begin, size_t end, int thread) {
              layer.isa->pad(c, in, begin, end, work(thread));
            });
+    if (f.by_rows())
+      convolve_rows(layer, f, shortcut, out);
+    else
+      convolve_chunks(layer, f, shortcut, out);
+  }
+
+  // Pieces of the result are chunks, and where there are few of them, chunks of some of
+  // the channels.
+  void convolve_chunks(const Layer& layer, const Finish& f, const int8_t* shortcut,
+                       void* out) const {
+    const Conv& c = layer.conv;
     // Units of a chunk: pooling windows, or rows of them in all images.
     bool rows = c.form == kTiles;
     size_t units = rows ? f.out.h : n_ * f.out.h * f.out.w;
     size_t pixels = rows ? n_ * c.out.w * f.pool_h : size_t{1} * f.pool_h * f.pool_w;
-    size_t chunk = std::max(kChunk / pixels, size_t{1});
+    // With wide groups of bit planes, fewer pixels have as many sums.
+    size_t limit = c.form == kPlanes ? kChunk * kLane / c.width : kChunk;
+    size_t chunk = std::max(limit / pixels, size_t{1});
     size_t chunks = divided_up(units, chunk);
     uint64_t most = units * pixels * c.products / kMinProducts;
     size_t wanted = std::min<uint64_t>(team_.threads() * kPiecesOfThread, most);
@@ -165,6 +177,58 @@ class Run {
            [&](size_t begin, size_t end, int thread) {
              for (size_t i = begin; i < end; i++) piece(i, thread);
            });
+  }
+
+  // Pools windows that overlap or that reach into a border. A row of the convolution
+  // becomes a line, which has the maximum of each window's part of this row. Lines are
+  // kept while windows read them: line y lies at place y modulo the height of a window.
+  //
+  //   rows of the convolution   0 1 2 3 4 5 6     windows of 3 rows, stride 2
+  //   first row of windows      * * *
+  //   second row                    * * *         makes lines 3 and 4; line 2 is there
+  //   third row                         * * *     makes lines 5 and 6
+  void convolve_rows(const Layer& layer, const Finish& f, const int8_t* shortcut,
+                     void* out) const {
+    const Conv& c = layer.conv;
+    const Window& w = *f.windows;
+    const size_t line = size_t{1} * f.out.w * f.out.stride;
+    uint64_t products = c.products * c.out.w * w.stride_h;  // Per row of windows.
+    auto rows = [&](size_t begin, size_t end, int thread) {
+      int32_t* lines = work(thread).lines;
+      size_t next = 0;  // The row of the convolution after the last line.
+      for (size_t row = begin; row < end; row++) {
+        const size_t image = row / f.out.h * c.out.h;
+        const int top = static_cast<int>(row % f.out.h) * w.stride_h - w.top;
+        const size_t first = image + std::max(top, 0);
+        const size_t last = image + std::min(top + w.h, c.out.h);
+        for (next = std::max(next, first); next < last; next++)
+          make_line(layer, f, next, thread, lines + next % w.h * line);
+        int32_t* most =
+            f.threshold ? lines + w.h * line : static_cast<int32_t*>(out) + row * line;
+        std::copy_n(lines + first % w.h * line, line, most);
+        for (size_t y = first + 1; y < last; y++)
+          layer.isa->maximum(c.out.kind, lines + y % w.h * line, line, most);
+        if (f.threshold)
+          layer.isa->threshold(*f.threshold, most,
+                               shortcut ? shortcut + row * line : nullptr, f.out.w,
+                               static_cast<int8_t*>(out) + row * line);
+      }
+    };
+    divide(n_ * f.out.h, kMinProducts / products + 1, rows);
+  }
+
+  // Convolves row `y` of all images and pools it horizontally.
+  void make_line(const Layer& layer, const Finish& f, size_t y, int thread,
+                 int32_t* line) const {
+    Finish row = f;
+    row.threshold = nullptr;
+    row.out.kind = layer.conv.out.kind;
+    const int windows = (kChunk - f.pool_w) / f.windows->stride_w + 1;  // In a chunk.
+    for (int x = 0; x < f.out.w; x += windows) {
+      const Piece piece = {y * f.out.w + x, std::min(windows, f.out.w - x), 0,
+                           layer.conv.groups};
+      layer.isa->conv(layer.conv, row, piece, nullptr, work(thread), line);
+    }
   }
 
   void operation(const Op& op, int index) {
@@ -193,7 +257,8 @@ class Run {
     for (int part = 0; part < static_cast<int>(layers.size()); part++) {
       const Conv& c = layers[part].conv;
       copy_channels(at(x), map(x), part * c.in.c, part_in, c.in, 0, n_, c.in.c);
-      convolve(layers[part], {1, 1, c.out, nullptr}, part_in, nullptr, part_out);
+      convolve(layers[part], {1, 1, c.out, nullptr, nullptr}, part_in, nullptr,
+               part_out);
       copy_channels(part_out, c.out, 0, to, out, part * c.out.c, n_, c.out.c);
     }
   }
@@ -210,21 +275,15 @@ class Run {
 
   void max_pool(const Op& op, int x, const Map& out, char* to) {
     const Map& in = map(x);
-    if (in.kind == kInt)
+    if (in.kind != kCode)
       return max_pool(op.window, in, ints(x), out, reinterpret_cast<int32_t*>(to));
-    auto run = [&](auto* from) {
-      using X = std::decay_t<decltype(*from)>;
-      pool(
-          op.window, in, out, from, n_, std::numeric_limits<X>::lowest(),
-          [](X a, X b) { return b > a ? b : a; }, reinterpret_cast<X*>(to));
-    };
-    if (in.kind == kCode)
-      run(codes(x));
-    else
-      run(floats(x));
+    pool(
+        op.window, in, out, codes(x), n_, std::numeric_limits<int8_t>::lowest(),
+        [](int8_t a, int8_t b) { return b > a ? b : a; },
+        reinterpret_cast<int8_t*>(to));
   }
 
-  // Integers: the maximum of the rows of windows, then that of their pixels.
+  // Integers or floats: the maximum of the rows of windows, then that of their pixels.
   void max_pool(const Window& w, const Map& in, const int32_t* x, const Map& out,
                 int32_t* to) const {
     const size_t row_size = size_t{1} * in.w * in.stride, pixel = in.stride;
@@ -235,14 +294,14 @@ class Run {
       const int first = std::max(top, 0), end = std::min(top + w.h, in.h);
       std::copy_n(image + first * row_size, row_size, line);
       for (int y = first + 1; y < end; y++)
-        net_.choice.isa.maximum(image + y * row_size, row_size, line);
+        net_.choice.isa.maximum(in.kind, image + y * row_size, row_size, line);
       int32_t* result = to + row * out.w * pixel;
       for (int k = 0; k < out.w; k++, result += pixel) {
         int left = k * w.stride_w - w.left;
         const int begin = std::max(left, 0), last = std::min(left + w.w, in.w);
         std::copy_n(line + begin * pixel, pixel, result);
         for (int i = begin + 1; i < last; i++)
-          net_.choice.isa.maximum(line + i * pixel, pixel, result);
+          net_.choice.isa.maximum(in.kind, line + i * pixel, pixel, result);
       }
     };
     divide(n_ * out.h, kMinBytes / (row_size * sizeof(int32_t)) + 1,
