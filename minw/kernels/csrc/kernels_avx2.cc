@@ -19,6 +19,7 @@ constexpr int kWidePairPixels = 0, kWidePixels = 0;
 constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2;
 #define MINW_KEEP(x) asm volatile("" : "+x"(x))
 #define MINW_RELOAD(x)
+#define MINW_IN_ORDER(x)
 #define MINW_MASKS 1
 #define MINW_LOOKUP 1
 #define MINW_DOT 1
@@ -28,6 +29,7 @@ typedef uint64_t Words __attribute__((vector_size(32)));
 typedef int32_t Lanes32 __attribute__((vector_size(32)));
 typedef int16_t DotAcc __attribute__((vector_size(32)));  // Two sums for a channel.
 
+inline Words in_all_lanes(const uint64_t* word) { return Words{} + *word; }
 // Looks up the counts of half bytes.
 inline Words count(Words x) {
   const __m256i table =
