@@ -718,8 +718,10 @@ def test_arm(tmp_path):
   compiler = tool("aarch64-linux-gnu-g++")
   emulator = tool("qemu-aarch64", "qemu-aarch64-static")
   run = build(compiler, tmp_path, ["-static"], "compare.cc", x86=False)
-  files = [tmp_path / f"{i}.minw" for i in range(len(seeds()))]
-  for path, data in zip(files, seeds()):
+  networks = [*seeds(), *(packed.to_bytes(native_cases.pools(1, 2, *case))
+                          for case in native_cases.POOLS)]
+  files = [tmp_path / f"{i}.minw" for i in range(len(networks))]
+  for path, data in zip(files, networks):
     path.write_bytes(data)
   result = subprocess.run([emulator, run, "portable", "neon", *files],
                           capture_output=True, text=True)
