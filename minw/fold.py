@@ -432,7 +432,9 @@ def _check_cast(eqn, x, layers):
   """
   dtype = eqn.outvars[0].aval.dtype
   wide = dtype in (np.float32, np.float64) and eqn.primitive.name != "reduce_precision"
-  if isinstance(x, affine.Activation) and not wide and fold_probe.has_scale(x.rows):
+  if (isinstance(x, affine.Activation) and not wide
+      and jnp.shape(x.rows)[:1] == (fold_probe.NUM_ROWS,)  # Not summed over images.
+      and fold_probe.has_scale(x.rows)):
     raise structure.refusal(
         f"{layers[-1].name}: after it, numbers that have a scale are cast to"
         f" {np.dtype(dtype).name}")

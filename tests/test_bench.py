@@ -4,11 +4,14 @@ import functools
 import gzip
 from importlib import metadata
 import importlib.util
+import io
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -684,6 +687,52 @@ def test_throughput_takes_turns(monkeypatch):
   lines = [line.split() for line in throughput.table(result).splitlines()]
   assert lines[2:] == [["1", "10.00", "10.00", "1.00"],
                        ["4", "30.00", "17.00", "2.12"]]  # The median of 1.25 and 3.
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_throughput_counts_the_steps_of_all_seeds(seeds, monkeypatch, capsys):
+  """A process trains ten steps of each seed at a time, for three seconds here."""
+  steps, seconds = [], itertools.count()
+  update = train_step.update
+
+  def counted(experiment, state, *batch):
+    jax.debug.callback(lambda step: steps.append(int(step)), state.step)
+    return update(experiment, state, *batch)
+
+  monkeypatch.setattr(train_step, "update", counted)
+  monkeypatch.setattr(throughput, "time", types.SimpleNamespace(
+      perf_counter=lambda: float(next(seconds))))  # Each look takes a second.
+  monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+  throughput.work(tiny_config(conv_widths=(2, 2), dense_widths=(), batch_size=8),
+                  seeds, 3.0)
+  jax.effects_barrier()
+  # Ten steps compile the program. Looks at the seconds 0, 1, 2, 3 time two times ten
+  # steps, and the last one ends them at second 4.
+  assert sorted(steps) == sorted([*range(30)] * seeds)
+  assert capsys.readouterr().out == f"ready\n{20 * seeds / 4}\n"
+  assert sys.stdin.read() == ""
+
+
+def test_throughput_is_the_sum_of_processes_that_begin_together(monkeypatch, tmp_path):
+  code = ("import pathlib, sys; path = pathlib.Path(sys.argv[1]); print('ready', "
+          "flush=True); go = sys.stdin.readline(); path.write_text(go); print(2.5)")
+  started = []
+
+  def start(command, place, **pipes):
+    started.append((command, place))
+    argument = str(tmp_path / str(len(started)))
+    return subprocess.Popen([sys.executable, "-S", "-c", code, argument], **pipes)
+
+  monkeypatch.setattr(throughput.places, "split", lambda count: ["a", "b", "c"][:count])
+  monkeypatch.setattr(throughput.places, "start", start)
+  assert throughput.measure(3, 2, ["--seconds=1"]) == 7.5
+  assert started == [([sys.executable, "-m", "minw.bench", "throughput", "--work=2",
+                       "--seconds=1"], place) for place in "abc"]
+  assert [path.read_text() for path in tmp_path.iterdir()] == ["go\n"] * 3
+  code = "pass"
+  with pytest.raises(errors.UsageError, match=(
+      "a process with seeds=2, one of 3, ended before it trained: see above")):
+    throughput.measure(3, 2, [])
 
 
 @pytest.mark.slow

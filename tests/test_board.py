@@ -6,12 +6,16 @@ import json
 import os
 import re
 import resource
+import tempfile
+import threading
 import time
 
 import numpy as np
 import pytest
 from tensorboardX.proto import layout_pb2
 
+from minw import cloud
+from minw import dependencies
 from minw.workdir import board
 from minw.workdir import metrics
 from resource_limits import limited
@@ -182,3 +186,164 @@ def test_a_clock_that_is_set_back(tmp_path, monkeypatch):
   names = sorted(os.listdir(tmp_path / "tensorboard"))
   assert [int(name.split(".")[3]) for name in names] == [
       1_700_000_000 + start for start in range(4)]
+
+
+# Events of workdirs on gs://.
+
+RUN = "gs://bucket/run"
+
+
+class Bucket:
+  """A stand-in for the service: it keeps what is written below `RUN`.
+
+  Attributes:
+    files: Contents by name in the run's folder `tensorboard`.
+    writes: Names in the order in which they were written.
+    error: Error of each request, if any.
+    open: Event without which writes wait.
+  """
+
+  def __init__(self):
+    self.files, self.writes, self.error = {}, [], None
+    self.open = threading.Event()
+    self.open.set()
+
+  def put(self, path, content):
+    assert self.open.wait(20)
+    self._answer(path.parent)
+    self.writes.append(path.name)
+    self.files[path.name] = content
+
+  def list(self, folder):
+    self._answer(folder)
+    return (folder / name for name in sorted(self.files))
+
+  def numbers(self, target):
+    """Returns the points of the charts, from a download to the folder `target`."""
+    (target / "tensorboard").mkdir(exist_ok=True)
+    for name, content in self.files.items():
+      (target / "tensorboard" / name).write_bytes(content)
+    return numbers_of(target)
+
+  def _answer(self, folder):
+    assert str(folder) == f"{RUN}/tensorboard"
+    if self.error:
+      raise self.error
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+  """A `Bucket`. Temporary folders are made in the folder `temporary` of the test."""
+  bucket = Bucket()
+  monkeypatch.setattr(cloud.Path, "put", lambda path, data: bucket.put(path, data))
+  monkeypatch.setattr(cloud.Path, "iterdir", lambda path: bucket.list(path))
+  monkeypatch.setattr(dependencies, "installed", lambda package: True)
+  (tmp_path / "temporary").mkdir()
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+  return bucket
+
+
+def wait_until(happened):
+  end = time.monotonic() + 20
+  while not happened():
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def test_events_are_uploaded_when_they_are_flushed(bucket, tmp_path):
+  shown = board.Board(RUN, "{}")
+  shown.show(line_at(10))
+  assert bucket.files == {}
+  shown.flush()
+  wait_until(lambda: bucket.files)
+  assert bucket.numbers(tmp_path) == {
+      ("loss/validation", 10): np.float32(10 / 7), ("accuracy/validation", 10): 0.5}
+  shown.show(line_at(20))
+  shown.close()
+  assert bucket.numbers(tmp_path) == {
+      (f"{name}/validation", step): value for step in (10, 20)
+      for name, value in (("loss", np.float32(step / 7)), ("accuracy", 0.5))}
+  assert len(bucket.files) == 1 and not any((tmp_path / "temporary").iterdir())
+
+
+def test_a_start_leaves_the_events_in_the_bucket_as_they_are(
+    bucket, tmp_path, monkeypatch):
+  monkeypatch.setattr(time, "time", lambda: 1_700_000_000.5)  # All in one second.
+  for start, loss in enumerate((0.25, 0.5, 0.75)):
+    before = dict(bucket.files)
+    shown = board.Board(RUN, None)
+    shown.show(line_at(10, loss=loss))
+    shown.close()
+    assert bucket.numbers(tmp_path)["loss/validation", 10] == loss
+    assert [int(name.split(".")[3]) for name in sorted(bucket.files)] == [
+        1_700_000_000 + number for number in range(start + 1)]
+    assert before.items() <= bucket.files.items()
+    assert not {*before} & {*bucket.writes[start:]}  # They are not written again.
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_board_alone(bucket, tmp_path, caplog):
+  bucket.error = OSError(errno.EIO, "no answer")
+  shown = board.Board(RUN, None)
+  bucket.error = None
+  shown.show(line_at(10))
+  shown.flush()
+  shown.close()
+  warning, = warnings_in(caplog)
+  assert f"{RUN}/tensorboard cannot be written" in warning and "no answer" in warning
+  assert bucket.files == {} and not any((tmp_path / "temporary").iterdir())
+
+
+def test_events_that_cannot_be_uploaded_come_with_the_next_upload(
+    bucket, tmp_path, caplog):
+  shown = board.Board(RUN, None)
+  bucket.error = OSError(errno.EIO, "no answer")
+  shown.show(line_at(10))
+  shown.flush()
+  wait_until(lambda: caplog.records)
+  warning, = warnings_in(caplog)
+  assert f"{RUN}/tensorboard cannot be written" in warning and "no answer" in warning
+  assert bucket.files == {}
+  bucket.error = None
+  shown.show(line_at(20))
+  shown.close()
+  assert {step for _, step in bucket.numbers(tmp_path)} == {10, 20}
+  assert len(warnings_in(caplog)) == 1
+
+
+def test_a_service_that_does_not_answer_delays_the_end_only(
+    bucket, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(board, "_UPLOAD_SECONDS", 0.1)
+  bucket.open.clear()
+  shown = board.Board(RUN, None)
+  shown.show(line_at(10))
+  shown.close()
+  assert warnings_in(caplog) == [
+      f"{RUN}/tensorboard: the last events were not uploaded within 0 s"]
+  bucket.open.set()  # The thread can still read the file, and removes it then.
+  wait_until(lambda: not any((tmp_path / "temporary").iterdir()))
+  assert bucket.numbers(tmp_path)["loss/validation", 10] == np.float32(10 / 7)
+
+
+def test_the_end_is_noticed_while_the_thread_begins_an_upload(
+    bucket, tmp_path, monkeypatch, caplog):
+  """The board is closed between the thread's steps before an upload."""
+  monkeypatch.setattr(board, "_UPLOAD_SECONDS", 5.0)
+  closed = []
+
+  class Slow(threading.Event):
+    def clear(self):
+      if not closed:
+        closed.append(threading.Thread(target=shown.close))
+        closed[0].start()
+        time.sleep(0.3)  # The other thread asks for the last upload.
+      super().clear()
+
+  with monkeypatch.context() as patch:
+    patch.setattr(threading, "Event", Slow)
+    shown = board.Board(RUN, None)
+  shown.show(line_at(10))
+  shown.flush()
+  wait_until(lambda: closed)
+  closed[0].join()
+  assert warnings_in(caplog) == []
+  assert {step for _, step in bucket.numbers(tmp_path)} == {10}

@@ -17,11 +17,13 @@ import pytest
 
 from minw import errors
 from minw import evaluate
+from minw import json_files
 from minw import pack
 from minw import packed
 from minw import sweeps
 from minw.report import records
 from minw.workdir import environment
+from minw.workdir import run_files
 from short_runs import EPOCH
 from short_runs import Stop
 from short_runs import lines_of
@@ -375,6 +377,43 @@ def test_readers_refuse_a_damaged_status(trials, reader):
   trial.damage("status.json", content(CONTENTS["zeros"]))
   _, line = attempt(READERS[reader], trial.workdir)
   assert "status.json is damaged" in line and "next start of the run" in line
+
+
+MADE = {"commit": "minw 1.0", "versions": {"jax": "0.10"}, "hardware": {
+    "device": "cpu", "num_devices": 1, "cpu": "one", "cores": 2}}
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("status", {"state": "asleep", "step": 1}, "state='asleep' is not one of "),
+    ("status", {"state": "running", "step": -1}, "step is not a number of steps"),
+    ("status", {"state": "done", "step": 1, "test_accuracy": "0.5"},
+     "test_accuracy is not a number"),
+    ("run", {"seconds": -1.0, "environments": [MADE]},
+     "seconds is not a number of seconds"),
+    ("run", {"seconds": 1.0}, "it does not say where the run was made"),
+    ("run", {"seconds": 1.0, "environments": [MADE, {"commit": "minw 1.0"}]},
+     "it does not say where the run was made"),
+    ("run", {"seconds": 1.0, "environments": [
+        MADE | {"hardware": MADE["hardware"] | {"cores": "2"}}]},
+     "it does not say where the run was made"),
+    ("run", {"seconds": 1.0, "environments": [MADE | {"versions": {"jax": 0.1}}]},
+     "it does not say where the run was made"),
+])
+def test_values_that_no_run_writes_are_refused(name, content, message, tmp_path):
+  (tmp_path / f"{name}.json").write_text(json.dumps(content))
+  read = {"status": run_files.read_status, "run": environment.read}[name]
+  with pytest.raises(json_files.Damaged) as error:
+    read(str(tmp_path))
+  assert f"{name}.json is damaged: {message}" in str(error.value)
+
+
+def test_what_a_run_writes_is_read(tmp_path):
+  content = {"seconds": 3.0, "startup_seconds": 1.0, "environments": [MADE]}
+  (tmp_path / "run.json").write_text(json.dumps(content))
+  assert environment.read(str(tmp_path)) == content
+  status = {"state": "done", "step": 7, "test_accuracy": 0.5}
+  (tmp_path / "status.json").write_text(json.dumps(status))
+  assert run_files.read_status(str(tmp_path)) == status
 
 
 def test_a_lost_config_lets_no_other_run_go_on(workdirs, tmp_path):

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from minw import cloud
+from minw import dependencies
+from minw import errors
 from minw.workdir import locks
 
 CHILD = """
@@ -77,3 +80,17 @@ def test_a_child_has_the_lock_of_its_parent(tmp_path, child):
   assert locks.is_held(str(tmp_path))
   process.communicate("")
   assert not locks.is_held(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "inf", "nan"])
+def test_times_to_live_that_cannot_be(value, monkeypatch):
+  """A lease has one, and it is checked before the service is asked."""
+  monkeypatch.setattr(dependencies, "installed", lambda package: True)
+  monkeypatch.setattr(cloud.Path, "read_generation", lambda path: (
+      b'{"owner": "", "seconds": 0.0}', 1))
+  monkeypatch.setattr(cloud.Path, "replace_generation", lambda *arguments: None)
+  monkeypatch.setenv("MINW_LEASE_SECONDS", value)
+  with pytest.raises(errors.UsageError) as error:
+    locks.take("gs://bucket/run")
+  assert str(error.value) == (
+      f"MINW_LEASE_SECONDS={value!r}: must be a positive number")

@@ -218,6 +218,14 @@ def test_a_complete_record(tmp_path):
      "step of the best checkpoint is 10 in metrics.jsonl and 20 in status.json"),
     (lambda lines: lines[0].pop("epoch"),
      "metrics.jsonl is damaged: line 1: epoch is not a number of epochs"),
+    (lambda lines: lines[1].pop("accuracy"),
+     "metrics.jsonl is damaged: line 2: it has no accuracy"),
+    (lambda lines: lines[2].update(split="dev"),
+     "metrics.jsonl is damaged: line 3: split='dev', mode='hard' is not what is"),
+    (lambda lines: lines[2].update(mode=["hard"]),
+     "metrics.jsonl is damaged: line 3: split='validation', mode=['hard'] is not what"),
+    (lambda lines: lines[9].update(checkpoint="first"),
+     "metrics.jsonl is damaged: line 10: it does not say which checkpoint was tested"),
     (lambda lines: lines.clear(),
      "has 0 validation lines of the hard network instead of 3"),
 ])
@@ -229,6 +237,15 @@ def test_what_a_record_lacks_is_named(change, message, tmp_path):
   assert str(error.value).startswith(f"workdir='{tmp_path}': must be that of a run"
                                      " whose")
   assert message in str(error.value)
+
+
+def test_missing_histograms_are_named(tmp_path):
+  (tmp_path / "histograms.jsonl").write_text("".join(json.dumps({
+      "step": step, "epoch": step // 10, "layer": "conv1", "kind": "weights",
+      "alpha": 0.5, "counts": [1, 2, 3]}) + "\n" for step in (10, 30)))
+  with pytest.raises(errors.UsageError, match=(
+      r"histograms.jsonl has those after the epochs \[1, 3\]")):
+    check(tmp_path, complete_lines(), histogram_layers=("conv1",))
 
 
 def test_a_status_without_results(tmp_path):

@@ -361,11 +361,75 @@ def test_what_may_stand_between_layers(body):
     (lambda x, *a: jax.lax.div(quantized(x, *a, bits=2).astype(jnp.int32).sum((1, 2)),
                                2),
      r"div of sum_pool2 \(of norm1\) gives int32"),
-], ids=range(26))
+    (lambda x, *a: quantized(x, *a).reshape(x.shape[0], 81, 4),
+     r"reshaping norm1 from \(2, 9, 9, 4\) to \(2, 81, 4\) is not supported"),
+    (lambda x, *a: quantized(x, *a)[:, None],
+     r"broadcast_in_dim of norm1, from \(2, 9, 9, 4\) to \(2, 1, 9, 9, 4\), does not"),
+    (lambda x, *a: quantized(x, *a)[:, :7:2, ::2],
+     "a slice of norm1 with strides must be one of all its pixels"),
+    (lambda x, *a: quantized(x, *a).max(1),
+     r"a max of norm1 over axes \(1,\) is not supported"),
+    (lambda x, *a: jax.lax.reduce_window(
+        quantized(x, *a), -jnp.inf, jax.lax.max, (1, 1, 1, 2), (1, 1, 1, 2), "VALID"),
+     "a max of norm1 must be over windows of its pixels"),
+    (lambda x, *a: quantized(x - 1.0, *a), "a subtraction with conv1 is not supported"),
+    (lambda x, *a: jnp.concatenate([quantized(x, *a), jnp.ones_like(x)], -1),
+     "a constant cannot be concatenated to norm1"),
+    (lambda x, *a: jnp.concatenate(
+        [quantized(x, *a).reshape(x.shape[0], -1)] * 2, -1),
+     "norm1: a flattened map cannot be concatenated"),
+    (lambda x, *a: jnp.concatenate([quantized(x, *a, bits=2), x], -1),
+     r"norm1 \(activations of 2 bits\), conv1 \(sums\): numbers of different kinds"),
+    (lambda x, *a: quantized(x.reshape(x.shape[0], -1), *a),
+     "norm1: batch norm cannot take a flattened map"),
+    (lambda x, *a: layers.NormQuant(name="norm1")(x, *a, shortcut=x),
+     "norm1: its shortcut is not quantized"),
+    (lambda x, *a: layers.NormQuant(name="norm1")(x, *a, shortcut=jnp.ones_like(x)),
+     "norm1: its input does not depend on the image"),
+    (lambda x, *a: layers.QuantConv(3, name="conv2")(jnp.ones((2, 9, 9, 4)), *a),
+     "conv2: its input does not depend on the image"),
+], ids=range(39))
 def test_what_may_not_is_refused_by_name(body, message):
   model = Net(body)
   variables = randomized(model, (9, 9, 3))
   with pytest.raises(ValueError, match=message):
+    pack.pack(model, variables, pixels=PIXELS, source_shape=(9, 9, 3))
+
+
+class Ends(nn.Module):
+  """A quantized conv layer, and then the end that a test gives the network."""
+
+  end: object
+
+  @nn.compact
+  def __call__(self, x, alpha=1.0, mode="hard"):
+    x = layers.QuantConv(4, name="conv1")(x, alpha, mode)
+    return self.end(quantized(x, alpha, mode), alpha, mode)
+
+
+def logits_of(x, alpha, mode):
+  x = layers.QuantDense(3, name="fc")(x.reshape(x.shape[0], -1), alpha, mode)
+  return layers.NormQuant(bits=None, name="norm_fc")(x, mode=mode)
+
+
+@pytest.mark.parametrize("end, message", [
+    (lambda x, *a: (logits_of(x, *a), x),
+     "norm_fc: the network returns 2 arrays; it must return the logits alone"),
+    (lambda x, *a: (logits_of(x, *a), x)[1],
+     "norm_fc: its result is not the one that the network returns"),
+    (lambda x, *a: layers.NormQuant(bits=None, name="norm2")(
+        layers.QuantConv(3, name="conv2")(x, *a), mode=a[1]),
+     r"norm2: gives logits of shape \(9, 9, 3\), for each place of a map; sum over it"),
+    (lambda x, *a: layers.QuantDense(3, name="fc")(x.reshape(x.shape[0], -1), *a),
+     "fc: is the last layer, which must be a NormQuant with bits=None"),
+    (lambda x, *a: logits_of(layers.NormQuant(bits=None, name="norm2")(
+        layers.QuantConv(3, bits="float32", name="conv2")(x, *a), mode=a[1]), *a),
+     "norm2: has bits=None, which only the last layer may have"),
+], ids=range(5))
+def test_a_network_that_does_not_end_in_its_logits_is_refused_by_name(end, message):
+  model = Ends(end)
+  variables = randomized(model, (9, 9, 3))
+  with pytest.raises(ValueError, match="cannot be packed: " + message):
     pack.pack(model, variables, pixels=PIXELS, source_shape=(9, 9, 3))
 
 

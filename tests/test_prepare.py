@@ -1,6 +1,7 @@
 """minw.prepare: small CIFAR sources, in every form a user may have them in."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -124,6 +125,17 @@ def test_two_at_once_are_refused(small, tmp_path):
     fcntl.flock(lock, fcntl.LOCK_SH)  # Even so weak a lock keeps others out.
     assert "another preparation" in refusal("cifar10", tmp_path / "data", source)
   prepare.prepare("cifar10", tmp_path / "data", source)
+
+
+def test_a_file_system_without_locks_will_do(small, tmp_path, monkeypatch):
+  def flock(file, operation):
+    raise OSError(errno.ENOLCK, "no locks")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  source = write_directory(tmp_path / "source", "cifar10", "binary")
+  target = prepare.prepare("cifar10", tmp_path / "data", source)
+  assert (target / "dataset_info.json").is_file()
+  assert os.listdir(tmp_path / "data/cifar10") == [target.name]
 
 
 def test_what_another_run_finished_meanwhile_is_kept(small, tmp_path, monkeypatch):

@@ -157,6 +157,34 @@ def test_the_command_reports(command, tmp_path):
       "--config.batch_size=16 --config.eval_batch_size=16")
 
 
+def test_the_command_says_what_may_be_wrong_with_images(command, tmp_path):
+  """Gray images of six widths, of which one is in two splits."""
+  for folder, widths in (("train/a", [12] * 4), ("train/b", [9, 14, 15, 16, 17]),
+                         ("test/a", [12]), ("test/b", [12])):
+    (tmp_path / "source" / folder).mkdir(parents=True)
+    for i, width in enumerate(widths):
+      image = picture(len(folder) + i + 10 * ("b" in folder), 10, width)[..., :1]
+      (tmp_path / "source" / folder / f"{i}.png").write_bytes(png(image))
+  (tmp_path / "source/test/a/0.png").write_bytes(
+      (tmp_path / "source/train/a/0.png").read_bytes())
+
+  def lines_of(*arguments):
+    code, out, err = command("minw.prepare", f"--data_dir={tmp_path}/data",
+                             f"--source={tmp_path}/source", *arguments)
+    assert code == 0, err
+    return out.splitlines()
+
+  lines = lines_of("--dataset=mine")
+  sizes = "6 of 12x10, 1 of 9x10, 1 of 14x10, 1 of 15x10, 1 of 16x10, ..."
+  gray = "  all images are gray: --grayscale stores one channel"
+  assert lines[1] == f"  images of 12x10 pixels and 3 channels; in the source: {sizes}"
+  assert gray in lines
+  assert "  1 images are smaller and were enlarged" in lines
+  assert "  equal images in different splits: train/a/0.png, test/a/0.png" in lines
+  assert "  1 images equal another one, 1 of them in another split" in lines
+  assert gray not in lines_of("--dataset=gray", "--grayscale")
+
+
 @pytest.mark.parametrize("value", ["0", "8x", "x8", "8x0", "12345", "8 x 8", "-1"])
 def test_sizes_that_cannot_be_used(command, tmp_path, value):
   source = write_classes(tmp_path / "source", {"a": 3, "b": 3})

@@ -532,6 +532,22 @@ def test_commands(command, runs, tmp_path):
        *(f"fig{i}.png" for i in range(1, 6))])
 
 
+@pytest.mark.parametrize("arguments", [
+    ("tables",), ("compare", "--by=estimator"), ("figures",)], ids=lambda a: a[0])
+def test_a_folder_that_cannot_be_written_is_refused(arguments, command, runs, tmp_path):
+  (tmp_path / "out").write_text("a file")
+  code, _, err = command("minw.report", *arguments, f"--runs={runs}",
+                         f"--out={tmp_path}/out")
+  assert (code, err.count("\n")) == (2, 1)
+  assert err.startswith(f"error: out='{tmp_path}/out' cannot be written: ")
+
+
+def test_tables_are_printed_alone_without_a_folder(command, runs):
+  code, out, err = command("minw.report", "tables", f"--runs={runs}")
+  assert (code, err) == (0, "")
+  assert out.endswith("--out=DIR writes all rows, also those without a run.\n")
+
+
 @pytest.mark.slow
 def test_commands_refuse_in_one_line(command, tmp_path):
   runs = f"--runs={tmp_path}"

@@ -221,6 +221,33 @@ def test_what_does_not_pack_is_refused_by_name(body, message):
     pack.pack(model, variables, pixels=PIXELS, source_shape=SHAPE)
 
 
+def one_block(x, *arguments):
+  return Block(name="block")(x, *arguments)
+
+
+def without_a_layer(variables):
+  del variables["params"]["block"]["conv"]
+  return variables
+
+
+@pytest.mark.parametrize("body, change, side, message", [
+    (one_block, without_a_layer, 6, "block/conv: its variables are missing"),
+    (one_block, lambda variables: variables, 8, r"last: .* \(512,\) and \(288,\)"),
+    (lambda x, *a: x + np.asarray(one_block(x, *a)), lambda variables: variables, 6,
+     "block/norm: after it, TracerArrayConversionError: The numpy.ndarray conversion"),
+    (lambda x, *a: nn.cond(
+        x.sum() > 0, lambda block, x: block(x, *a), lambda block, x: -block(x, *a),
+        Block(name="block"), x), lambda variables: variables, 6,
+     "block/conv: is inside a cond"),
+], ids=["missing", "shape", "NumPy", "cond"])
+def test_other_networks_than_the_trained_one_are_refused_by_name(
+    body, change, side, message):
+  """The variables are those of a network with one block, for images of 6 x 6."""
+  variables = change(variables_of(Net(one_block)))
+  with pytest.raises(ValueError, match="cannot be packed: " + message):
+    pack.pack(Net(body), variables, pixels=PIXELS, source_shape=(side, side, 3))
+
+
 def test_a_subclass_with_parameters_of_its_own_does_not_fold():
   model = Net(lambda x, *a: Block(Biased, name="block")(x, *a))
   variables = jax.tree.map(

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import logging
 import re
+import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -127,6 +129,150 @@ def test_bad_values(command, tmp_path):
     if importlib.util.find_spec(name) is None:
       assert refusal(name) == (f"error: tracker={name!r}: must be installed: pip"
                                f" install 'minw[{name}]'\n")
+
+
+# What the packages are told, by stand-ins for them.
+
+
+class Wandb(types.ModuleType):
+  """A stand-in for the package wandb."""
+
+  def __init__(self):
+    super().__init__("wandb")
+    self.told = []
+    self.Settings = lambda **fields: ("settings", fields)
+
+  def init(self, **arguments):
+    self.told.append(("init", arguments))
+    return self
+
+  def log(self, numbers, step):
+    self.told.append(("log", numbers, step))
+
+  def finish(self):
+    self.told.append(("finish",))
+
+
+class Mlflow:
+  """A stand-in for the client of the package mlflow: a server with its runs."""
+
+  def __init__(self):
+    self.experiments, self.runs = {"others": "7"}, {}
+
+  def get_experiment_by_name(self, name):
+    number = self.experiments.get(name)
+    return number and types.SimpleNamespace(experiment_id=number)
+
+  def create_experiment(self, name):
+    assert name not in self.experiments
+    self.experiments[name] = "8"
+    return "8"
+
+  def create_run(self, experiment, run_name):
+    name = f"run{len(self.runs)}"
+    self.runs[name] = dict(experiment=experiment, name=run_name, params={}, metrics=[])
+    return types.SimpleNamespace(info=types.SimpleNamespace(run_id=name))
+
+  def log_param(self, run, key, value):
+    assert key not in self.runs[run]["params"]  # The service allows no other value.
+    self.runs[run]["params"][key] = value
+
+  def update_run(self, run, status):
+    self.runs[run]["status"] = status
+
+  def log_batch(self, run, metrics):
+    assert self.runs[run]["status"] == "RUNNING"
+    self.runs[run]["metrics"] += metrics
+
+  def set_terminated(self, run):
+    self.runs[run]["status"] = "FINISHED"
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+  package = Wandb()
+  monkeypatch.setitem(sys.modules, "wandb", package)
+  monkeypatch.delenv("WANDB_PROJECT", raising=False)
+  return package
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+  server = Mlflow()
+  for name, content in (
+      ("mlflow", {}), ("mlflow.tracking", {"MlflowClient": lambda: server}),
+      ("mlflow.entities", {"Metric": lambda *fields: fields})):
+    package = types.ModuleType(name)
+    vars(package).update(content)
+    monkeypatch.setitem(sys.modules, name, package)
+  monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+  return server
+
+
+def track(service, workdir, config, *logged):
+  """A start of a run that sends these measurements."""
+  workdir.mkdir(exist_ok=True)
+  tracker = trackers.Tracker(service, f"{workdir}/", config)
+  for line in logged:
+    tracker.log(*line)
+  tracker.close()
+
+
+def test_what_wandb_is_told(wandb, monkeypatch, caplog, tmp_path):
+  first, later = {"loss/train": 0.25}, {"loss/train": 0.125, "accuracy/train": 0.5}
+  track("wandb", tmp_path / "run", {"seed": 3}, (10, first), (20, later))
+  (opened, arguments), *rest = wandb.told
+  assert rest == [("log", first, 10), ("log", later, 20), ("finish",)]
+  name = json.loads((tmp_path / "run/tracker.json").read_text())["wandb"]
+  assert re.fullmatch("[0-9a-f]{16}", name)
+  assert (opened, arguments) == ("init", {
+      "project": "minw", "name": "run", "id": name, "resume": "allow",
+      "config": {"seed": 3}, "settings": ("settings", {"console": "off"})})
+  # A later start resumes the run, and another workdir has another one.
+  wandb.told.clear()
+  monkeypatch.setenv("WANDB_PROJECT", "ours")
+  track("wandb", tmp_path / "run", {"seed": 3})
+  track("wandb", tmp_path / "other", {"seed": 4})
+  (_, resumed), _, (_, other), _ = wandb.told
+  assert resumed == arguments | {"project": "ours"}
+  assert (other["name"], other["config"]) == ("other", {"seed": 4})
+  assert other["id"] not in (name, None)
+  assert warnings_of(caplog) == []
+
+
+def test_what_mlflow_is_told(mlflow, monkeypatch, caplog, tmp_path):
+  monkeypatch.setattr(time, "time", lambda: 1_700_000_000.25)
+  config = {"seed": 3, "conv_widths": [8, 8], "bits_rules": "x" * 600}
+  track("mlflow", tmp_path / "run", config,
+        (10, {"loss/train": 0.25, "accuracy/train": 0.5}), (20, {"loss/train": 0.125}))
+  expected = {
+      "experiment": "8", "name": "run", "status": "FINISHED",
+      # MLflow takes text of at most 500 characters.
+      "params": {"seed": "3", "conv_widths": "[8, 8]", "bits_rules": "x" * 500},
+      "metrics": [("loss/train", 0.25, 1_700_000_000_250, 10),
+                  ("accuracy/train", 0.5, 1_700_000_000_250, 10),
+                  ("loss/train", 0.125, 1_700_000_000_250, 20)]}
+  assert mlflow.runs == {"run0": expected}
+  assert mlflow.experiments == {"others": "7", "minw": "8"}
+  # A later start resumes the run, whose parameters the service would not replace.
+  track("mlflow", tmp_path / "run", config, (30, {"loss/train": 1.0}))
+  expected["metrics"].append(("loss/train", 1.0, 1_700_000_000_250, 30))
+  assert mlflow.runs == {"run0": expected}
+  # An experiment that exists is used.
+  monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "others")
+  track("mlflow", tmp_path / "other", {})
+  assert mlflow.runs["run1"]["experiment"] == "7"
+  assert warnings_of(caplog) == []
+
+
+def test_a_run_keeps_its_names_at_both_services(wandb, mlflow, tmp_path):
+  track("wandb", tmp_path / "run", {})
+  track("mlflow", tmp_path / "run", {})
+  track("wandb", tmp_path / "run", {})
+  (_, first), _, (_, second), _ = wandb.told
+  assert json.loads((tmp_path / "run/tracker.json").read_text()) == {
+      "wandb": first["id"], "mlflow": "run0"}
+  assert second["id"] == first["id"]
 
 
 # The packages themselves, offline.

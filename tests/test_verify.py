@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from minw import errors
 from minw import evaluate
 from minw import infer
 from minw import layers
@@ -12,6 +13,7 @@ from minw import pack
 from minw import packed
 from minw import verify
 from minw.data import datasets
+from minw.data import resident
 from minw.kernels import native
 from minw.workdir import checkpoint
 from short_runs import run
@@ -66,6 +68,21 @@ def test_nothing_differs(workdir, program, tmp_path, capsys):
   assert "360 images (the test split of digits): the trained network, " in first
   assert second.endswith("of 360 labels of the hard network differ from those of"
                          " training (alpha = 1)")
+
+
+def test_random_images_are_compared_without_data(
+    workdir, program, tmp_path, capsys, monkeypatch):
+  def no_images(data, split):
+    raise errors.UsageError(f"config.data_dir: no {split} split")
+
+  monkeypatch.setattr(resident.Resident, "source_images", no_images)
+  packed.write(tmp_path / "net.minw", program)
+  assert verify.verify_workdir(workdir, str(tmp_path / "net.minw")) == 0
+  why, first, second = capsys.readouterr().out.splitlines()
+  assert why == ("Random images are compared, because there are no data:"
+                 " config.data_dir: no test split")
+  assert "1024 images (random images): the trained network, " in first
+  assert "of 1024 labels of the hard network differ" in second
 
 
 def test_a_hard_network_that_is_not_the_trained_one_is_found(

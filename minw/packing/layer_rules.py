@@ -53,10 +53,7 @@ def apply(
   call.check_exact()
   x, shortcut, variables = call.split(operands)
   name = builder.call_name(call.name(where))
-  given = [x] if shortcut is None else [x, shortcut]
-  if not all(isinstance(operand, Array) for operand in given):
-    raise refusal(f"{name}: its input is a constant")
-  given = [builder.whole(operand) for operand in given]
+  given = [builder.whole(x) for x in (x, shortcut) if x is not None]
   packing = _Call(call.layer, name, variables["hard"])
   if isinstance(call.layer, layers.NormQuant):
     return _norm(builder, packing, *given)

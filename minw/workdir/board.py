@@ -117,15 +117,15 @@ class _Upload:
   """Uploads the files of a local folder in a thread, which never fails.
 
   Attributes:
-    local: The local folder, which is removed at the end. An empty file stands for the
-      newest file of events that was uploaded before.
+    local: The local folder, which the thread removes at its end. An empty file stands
+      for the newest file of events that was uploaded before.
   """
 
   def __init__(self, folder: cloud.Path):
     self._folder = folder
+    before = sorted(path.name for path in folder.iterdir())
     self._temporary = tempfile.TemporaryDirectory(prefix="minw-tensorboard-")
     self.local = self._temporary.name
-    before = sorted(path.name for path in folder.iterdir())
     if before:
       pathlib.Path(self.local, before[-1]).touch()
     self._old = {*before}
@@ -145,15 +145,13 @@ class _Upload:
     if self._thread.is_alive():
       _log.warning("%s: the last events were not uploaded within %.0f s", self._folder,
                    _UPLOAD_SECONDS)
-      return  # The thread still reads the files.
-    self._temporary.cleanup()
 
   def _run(self) -> None:
     closed = False
     while not closed:
       self._asked.wait()
-      closed = self._closed
       self._asked.clear()
+      closed = self._closed  # In this order, no request of `close` is cleared unseen.
       try:
         for path in pathlib.Path(self.local).iterdir():
           if path.name not in self._old:
@@ -161,6 +159,7 @@ class _Upload:
       except Exception as error:  # pylint: disable=broad-exception-caught
         _log.warning("%s cannot be written (%s): TensorBoard shows the last events"
                      " after the next upload", self._folder, error)
+    self._temporary.cleanup()
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float]:
