@@ -33,7 +33,8 @@ def pictures(path):
 
 
 def test_there_are_notebooks():
-  assert [path.stem for path in NOTEBOOKS] == ["estimators", "neuron", "open_choices"]
+  assert [path.stem for path in NOTEBOOKS] == [
+      "estimators", "neuron", "open_choices", "recipes"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

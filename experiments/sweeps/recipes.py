@@ -53,7 +53,7 @@ RECIPES = {
     # Quantizers.
     "rprelu": {"rprelu": True},
     "approx-sign-inputs": {"input_estimator": "approx_sign"},
-    # What helped alone, together.
+    # The best schedule of results/recipes_quarter, with a warm-up.
     "linear-warm-up": {"learning_rate_schedule": "linear",
                        "learning_rate_warmup": 0.05},
     # The accelerators' fast floats, also for sums.
