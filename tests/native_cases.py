@@ -190,6 +190,8 @@ def wide_groups(activations: int, inputs: int) -> packed.Program:
   b = Builder(np.random.default_rng(inputs), (33, 40, 3))
   x = b.threshold(b.conv(0, 1, inputs), activations)
   x = b.threshold(b.conv(x, 1, 64), activations)  # Taps in the border are not skipped.
+  x = b.add(packed.Pool("max", b.conv(x, 1, 64), "max", (3, 3), (1, 1), (1, 1, 1, 1)))
+  x = b.threshold(x, activations)  # Pooled in the pass of its convolution.
   x = b.add(packed.Pool("max", x, "max", (5, 5), (5, 5)))
   y = b.threshold(b.conv(x, 1, 96), 2)
   return b.end(b.threshold(b.conv(y, 1, 96, (5, 2), (1, 1), (2, 2, 1, 0)), 1, y))
