@@ -99,8 +99,9 @@ def apply(eqn: Any, given: Sequence[Any], neutral: dict[str, float]) -> list[Any
   if owners:
     return [_carry(eqn, given, owners)]
   if activations and eqn.primitive.name in CASTS:
-    # The probe is always float32, for any dtype of the network.
-    return list(given)
+    # The probe's numbers are float32, for any dtype of the network.
+    x = activations[0]
+    return [x._replace(rows=x.rows.astype(np.float32))]
   results = structure.apply_equation(eqn, _operands(eqn, given))
   if activations:
     return [Activation(result) for result in results]

@@ -213,7 +213,11 @@ class Biased(layers.QuantConv):
         variable_axes=AXES, split_rngs={"params": True})(
             layers.QuantDense(8, name="dense"), 0, x)[1],
      "dense: is in a loop that takes activations apart"),
-], ids=range(8))
+    (lambda x, *a: x * (Block(name="block")(x, *a).sum() > 0).astype(x.dtype),
+     r"a sum of block/norm over axes \(0, 1, 2, 3\) is not supported"),
+    (lambda x, *a: (lambda y: y * (y > 0).astype(y.dtype))(Block(name="block")(x, *a)),
+     "gt of block/norm does not pack"),
+], ids=range(10))
 def test_what_does_not_pack_is_refused_by_name(body, message):
   model = Net(body)
   variables = variables_of(model)
