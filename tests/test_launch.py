@@ -1,6 +1,7 @@
 """launch/: several processes on one machine, Slurm, TPU VMs, JobSet."""
 
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -124,7 +125,8 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
 def test_shellcheck():
-  assert {path.name for path in SCRIPTS} == {"slurm.sbatch", "tpu_vm.sh"}
+  assert {path.name for path in SCRIPTS} == {
+      "accelerator.sh", "slurm.sbatch", "tpu_vm.sh"}
   shellcheck(*SCRIPTS)
 
 
@@ -148,6 +150,57 @@ def test_slurm_script(tmp_path, code, requeued):
   assert run[-5:] == ["-m", "minw.main", "--config=x.py", "--workdir=a b",
                       "--distributed"]
   assert more == [["requeue", "12"]] * requeued
+
+
+# --- Checks and measurements of an accelerator, with a stand-in for Python.
+
+
+def run_accelerator(folder, *arguments, stub=""):
+  make_stub(folder / "python", RECORD.format(folder=folder) + stub)
+  return subprocess.run(
+      ["bash", LAUNCH / "accelerator.sh", *arguments], text=True, capture_output=True,
+      timeout=60, env=os.environ | {"PYTHON": str(folder / "python"),
+                                    "SECONDS_EACH": "5"})
+
+
+def test_accelerator_runs_all_stages(tmp_path):
+  out = tmp_path / "a b"
+  done = run_accelerator(tmp_path, out, stub='echo "$*"; [ "$2" != pytest ]')
+  assert done.returncode == 1  # The tests failed, and the others ran nevertheless.
+  tests, *benches = calls(tmp_path)
+  assert tests == ["-m", "pytest", "-m", "gpu", "-n", "2", "-q"]
+  fields = lambda call: dict(part.removeprefix("--").split("=", 1) for part in call[3:])
+  names = [*6 * ["train"], "throughput", "inference"]
+  assert [call[:3] for call in benches] == [["-m", "minw.bench", name] for name in names]
+  assert [(f["config"][-1], f["config.sum_dtype"], f["config.deterministic"])
+          for f in map(fields, benches[:6])] == [
+      (network, *of) for network in "DA" for of in (
+          ("float32", "true"), ("float32", "false"), ("bfloat16", "true"))]
+  records = [fields(call)["json"] for call in benches]
+  assert len(set(records)) == 8
+  for record in records:  # Beside it, there is what was printed.
+    text = pathlib.Path(record).with_suffix(".txt")
+    assert text.parent == out and record in text.read_text()
+
+
+def test_accelerator_runs_one_stage(tmp_path):
+  done = run_accelerator(tmp_path, tmp_path / "out", "inference", stub="exit 0")
+  assert done.returncode == 0
+  assert [call[2] for call in calls(tmp_path)] == ["inference"]
+
+
+def test_accelerator_stops_what_takes_too_long(tmp_path):
+  done = run_accelerator(tmp_path, tmp_path / "out", "throughput", stub="sleep 60")
+  assert done.returncode == 1 and "throughput: stopped after 5 seconds" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "no arguments"), (["out", "train", "speed"], "speed")])
+def test_accelerator_bad_input(tmp_path, arguments, message):
+  done = run_accelerator(
+      tmp_path, *(tmp_path / x if x == "out" else x for x in arguments))
+  assert done.returncode == 2 and done.stderr.startswith(f"error: {message}: must be")
+  assert done.stderr.count("\n") == 1 and not calls(tmp_path)
 
 
 # --- TPU VMs, with a stand-in for gcloud.
