@@ -171,7 +171,8 @@ def test_accelerator_runs_all_stages(tmp_path):
   assert tests == ["-m", "pytest", "-m", "gpu", "-n", "2", "-q"]
   fields = lambda call: dict(part.removeprefix("--").split("=", 1) for part in call[3:])
   names = [*6 * ["train"], "throughput", "inference"]
-  assert [call[:3] for call in benches] == [["-m", "minw.bench", name] for name in names]
+  assert [call[:3] for call in benches] == [
+      ["-m", "minw.bench", name] for name in names]
   assert [(f["config"][-1], f["config.sum_dtype"], f["config.deterministic"])
           for f in map(fields, benches[:6])] == [
       (network, *of) for network in "DA" for of in (
