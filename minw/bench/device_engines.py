@@ -93,6 +93,10 @@ def _int8_convolution(
       acc = lax.conv_general_dilated(
           x, kernel, op.strides, "VALID", rhs_dilation=op.dilation,
           dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=np.int32)
+      # XLA compiles convolutions of int8 for NVIDIA's GPUs only if their sums become
+      # int8 or float32. float32 holds them unless a layer has a million weights for
+      # each output, and the logits are checked.
+      acc = acc.astype(np.float32).astype(np.int32)
     else:
       acc = lax.dot_general(
           xla.patches(x, op), kernel.reshape(-1, kernel.shape[3]),
