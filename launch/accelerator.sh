@@ -84,7 +84,7 @@ for stage in "${stages[@]}"; do
       bench throughput throughput --config=cifar_convnet:network=D \
         --config.batch_size=256
       ;;
-    inference) bench inference inference --batches=1,64,1024,4096 ;;
+    inference) bench inference inference ;;
   esac
 done
 exit $failed

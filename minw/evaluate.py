@@ -32,7 +32,6 @@ from minw.data import mirror
 from minw.data import sources
 from minw.data.batches import Examples
 from minw.experiment import Experiment
-from minw.workdir import checkpoint
 from minw.workdir import metrics
 
 _TOP5_CLASSES = 100  # Smallest number of classes with a top-5 accuracy.
@@ -198,6 +197,8 @@ def evaluate_workdir(
     errors.UsageError: There is no run, no checkpoint or no data, its status is damaged,
       or the record of a completed run is not complete; see `metrics.check_complete`.
   """
+  from minw.workdir import checkpoint  # Imports Orbax, which takes a while.
+
   config, saved, status = checkpoint.read_run(workdir, which, data_dir)
   if status and status["state"] == "done":
     metrics.check_complete(workdir, config, status)

@@ -31,7 +31,6 @@ from minw.data import batches
 from minw.data import datasets
 from minw.data import pixels as pixels_lib
 from minw.data import sources
-from minw.workdir import checkpoint
 
 
 def build_model(config: Any, **changes: Any) -> Any:
@@ -319,6 +318,8 @@ class Experiment:
     c = self.config
     if not c.teacher:
       return None
+    from minw.workdir import checkpoint  # Imports Orbax, which takes a while.
+
     run = checkpoint.read_named("teacher", c.teacher, c.data_dir)
     theirs = config_lib.copy(
         run.config, data_dir=c.data_dir, cache_dir=c.cache_dir)

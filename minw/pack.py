@@ -28,7 +28,6 @@ from minw.packing import array_rules
 from minw.packing import layer_rules
 from minw.packing.builder import Array
 from minw.packing.builder import Builder
-from minw.workdir import checkpoint
 
 
 def pack_workdir(
@@ -49,6 +48,8 @@ def pack_workdir(
     >>> program.source_shape
     (8, 8, 1)
   """
+  from minw.workdir import checkpoint  # Imports Orbax, which takes a while.
+
   config, saved, _ = checkpoint.read_run(workdir, which, data_dir)
   text = config_lib.to_json(config)
   shared = metadata_lib.shared(json.loads(text))

@@ -19,7 +19,6 @@ from minw.data import pixels as pixels_lib
 from minw.experiment import Experiment
 from minw.kernels import native
 from minw.kernels import reference
-from minw.workdir import checkpoint
 
 _LAYERS = (packed.Conv, packed.Threshold, packed.Logits, packed.FloatNorm)
 # Allowed error of sums of floats, relative to the largest one. Such sums depend on the
@@ -156,6 +155,8 @@ def verify_workdir(
   Returns:
     Exit code: 0 if nothing differs, otherwise 1.
   """
+  from minw.workdir import checkpoint  # Imports Orbax, which takes a while.
+
   config, saved, _ = checkpoint.read_run(workdir, which, data_dir)
   if data_dir is not None:
     config.data_dir = data_dir

@@ -27,8 +27,9 @@ TRAINING = 99  # Exit code of a run that would have started to train.
 # What commands import, also where they first need it.
 _MODULES = (
     "ml_collections.config_flags", "PIL.PngImagePlugin", "sklearn.datasets",
-    "matplotlib.backends.backend_agg", "minw.evaluate", "minw.export.c", "minw.plots",
-    "minw.data.streamed", "minw.prepare", "minw.stopping", "minw.train")
+    "matplotlib.backends.backend_agg", "scipy.special", "scipy.stats", "minw.evaluate",
+    "minw.export.c", "minw.plots", "minw.data.streamed", "minw.prepare",
+    "minw.stopping", "minw.train")
 _OPTIONAL = ("minw.export.onnx_graph", "minw.export.stablehlo")
 
 

@@ -410,11 +410,16 @@ FLOAT_NETWORKS = pytest.mark.parametrize(
 
 
 @FLOAT_NETWORKS
-def test_float_network_in_xla(changes):
+@pytest.mark.parametrize("matrices", [False, True])
+def test_float_network_in_xla(changes, matrices):
   layers, x, want = float_example(**changes)
   weights = [(layer.kernel, layer.bias) for layer in layers]
-  got = jax.jit(lambda w, x: float_networks.logits(layers, w, x))(weights, x)
-  np.testing.assert_allclose(got, want, atol=1e-4)
+  function = jax.jit(
+      lambda w, x: float_networks.logits(layers, w, x, matrices=matrices))
+  np.testing.assert_allclose(function(weights, x), want, atol=1e-4)
+  text = function.lower(weights, x).as_text()
+  dense = 1 if "network" in changes else 2  # A ResNet has one dense layer.
+  assert text.count("stablehlo.dot_general") == dense * matrices
 
 
 @FLOAT_NETWORKS

@@ -1,4 +1,4 @@
-"""What training steps are compiled to for a GPU, by XLA's compiler without a GPU.
+"""What programs are compiled to for a GPU, by XLA's compiler without a GPU.
 
 The compiler comes with the packages jax-cuda13-plugin and jax-cuda13-pjrt of JAX's own
 version, installed with --no-deps.
@@ -21,15 +21,14 @@ pytestmark = [
         or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
         reason="jax-cuda13-plugin and jax-cuda13-pjrt are not installed")]
 
-# Run with configs, whose steps it compiles for one H100. Prints for each of them the
-# element types of convolutions, how many of them name an algorithm, the sizes of sorts
-# and the number of scatters that select.
-COMPILE = r'''
+# Begins the programs below: `gpu` stands for one H100.
+DEVICE = r'''
 import json, os, re, sys
 import jax
 from jax.experimental import topologies
 import numpy as np
 from minw import config as config_lib, train_step
+from minw.bench import device_engines, networks
 from minw.experiment import Experiment
 
 H100 = """
@@ -69,6 +68,12 @@ gpu_device_info {
 """
 gpu, = topologies.get_topology_desc(
     platform="cuda", topology_name="", target_config=H100, topology="1x1x1").devices
+'''
+
+# Run with configs, whose steps it compiles. Prints for each of them the element types
+# of convolutions, how many of them name an algorithm, the sizes of sorts and the number
+# of scatters that select.
+STEPS = DEVICE + r'''
 auto = (jax.sharding.AxisType.Auto,)
 mesh = jax.sharding.Mesh(np.array([gpu]), ("data",), axis_types=auto)
 jax.devices = lambda *_: [gpu]
@@ -95,12 +100,35 @@ for text in sys.argv[1:]:
 print(json.dumps(found))
 '''
 
+# Run with a config, whose network the engines of the benchmark compute for 64 images.
+# Prints for each engine the products of matrices and the convolutions that libraries
+# compute: the types of the two factors and of the sums.
+INFERENCE = DEVICE + r'''
+program = networks.random_network(config_lib.from_json(sys.argv[1]))
+engines = {name: make(program) for name, make in device_engines.ENGINES.items()}
+jax.default_backend = lambda: "gpu"
+on_gpu = lambda leaf: jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(gpu))
+images = np.zeros((64, *program.source_shape), np.uint8)
+found = {}
+for name, engine in engines.items():
+  text = jax.jit(engine.logits).lower(
+      *jax.tree.map(on_gpu, (engine.operands, images))).compile(
+          {"xla_gpu_enable_triton_gemm": False}).as_text()
+  types = dict(re.findall(r"(%[\w.-]+) = [(]?(\w+)\[", text))
+  found[name] = [
+      [types[operand] for operand in operands.split(", ")[:2]] + [types[result]]
+      for result, operands in re.findall(
+          r"(%[\w.-]+) = .* custom-call\((.*?)\),.*target=\"__cu", text)]
+print(json.dumps(found))
+'''
 
-def compiled(*configs):
+
+def compiled(*configs, program=STEPS):
   environment = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "XLA_FLAGS": "",
                               "JAX_PLATFORMS": "cpu"}
   run = subprocess.run(
-      [sys.executable, "-c", COMPILE, *map(config_lib.to_json, configs)],
+      [sys.executable, "-c", program, *map(config_lib.to_json, configs)],
       env=environment, capture_output=True, text=True)
   assert run.returncode == 0, run.stderr[-2000:]
   return json.loads(run.stdout)
@@ -120,3 +148,16 @@ def test_steps_for_an_h100():
     assert got["algorithms"] == count
     assert not got["selecting scatters"] and not got["gathers"]
     assert all(size <= batch for size in got["sorts"])  # That of the labels' gradient.
+
+
+def test_inference_for_an_h100():
+  """All ways in int8 multiply bytes; convolutions of int8 have sums in float32."""
+  config = config_lib.copy(config_lib.default_config("cifar10"),
+                           conv_widths=(128, 128, 256), dense_widths=(256,))
+  found = compiled(config, program=INFERENCE)
+  bytes_ = ["s8", "s8", "s32"]
+  assert found == {
+      "packed": [["f32", "f32", "f32"]] + [bytes_] * 4,  # Pixels take nine bits.
+      "float32": [["f32"] * 3] * 5, "bfloat16": [["bf16"] * 3] * 5,
+      "int8 products": [bytes_] * 5,
+      "int8 convolutions": [["s8", "s8", "f32"]] * 3 + [bytes_] * 2}

@@ -8,6 +8,7 @@ import os
 import sys
 
 from absl import flags
+import jax
 
 from minw import cli
 from minw import config_flag
@@ -15,6 +16,7 @@ from minw import errors
 from minw import files
 from minw.bench import configs
 from minw.bench import data
+from minw.bench import device_inference
 from minw.bench import inference
 from minw.bench import scaling
 from minw.bench import throughput
@@ -46,11 +48,24 @@ def main_inference() -> None:
   binary convolutions of OpenVINO. They need `pip install 'minw[bench]'`. All are timed
   on one thread and on all cores. With --layers, convolutions and dense layers are timed
   alone.
+
+  If JAX finds a GPU or a TPU, the packed network is timed there, beside networks in
+  float32, bfloat16 and int8, which XLA compiles. JAX_PLATFORMS=cpu prevents that.
   """
-  batches = _positive("batches")
-  _report(inference, lambda: inference.bench_inference(
-      flags.FLAGS.config, flags.FLAGS.rounds, batches,
-      inference.BLOCKS if flags.FLAGS.layers else ()))
+  f, backend = flags.FLAGS, jax.default_backend()
+  on_cpu = backend == "cpu"
+  errors.check(on_cpu or not f.layers, "layers", f.layers,
+               f"false on a {backend}; JAX_PLATFORMS=cpu times layers on the CPU")
+  if f.batches is None:
+    batches = inference.BATCHES if on_cpu else device_inference.BATCHES
+  else:
+    batches = _positive("batches")
+  if on_cpu:
+    _report(inference, lambda: inference.bench_inference(
+        f.config, f.rounds, batches, inference.BLOCKS if f.layers else ()))
+  else:
+    _report(device_inference, lambda: device_inference.bench_inference(
+        f.config, f.rounds, batches))
 
 
 def main_web() -> None:
@@ -180,7 +195,9 @@ def define_flags(subcommand: str) -> None:
     cli.DEFINE_path(
         "trace", None, "Folder for a trace of some steps, which are not timed.")
   if subcommand == "inference":
-    flags.DEFINE_list("batches", ["1", "64"], "Batch sizes.")
+    flags.DEFINE_list(
+        "batches", None,
+        "Batch sizes; by default 1,64 on CPUs, and 1,8,64,512,4096 on GPUs and TPUs.")
     flags.DEFINE_bool(
         "layers", False, "Whether to time single layers instead of networks.")
   if subcommand == "web":

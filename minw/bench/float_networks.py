@@ -9,16 +9,19 @@ import jax.numpy as jnp
 from minw.bench.networks import Layer
 
 
-def logits(layers: Sequence[Layer], weights: Any, x: jax.Array) -> jax.Array:
-  """Computes the float network in XLA.
+def logits(
+    layers: Sequence[Layer], weights: Any, x: jax.Array, matrices: bool = False
+) -> jax.Array:
+  """Computes the float network in XLA, in the dtype of its operands.
 
   Args:
     layers: Layers of the network.
     weights: Pairs of kernel and bias, one for each layer.
-    x: Images, float32 (batch, height, width, channels).
+    x: Images, float32 or bfloat16 (batch, height, width, channels).
+    matrices: Whether dense layers are products of matrices, and not convolutions.
 
   Returns:
-    Logits, float32 (batch, classes).
+    Logits (batch, classes).
   """
   values = [x]
   for layer, (kernel, bias) in zip(layers, weights):
@@ -26,9 +29,13 @@ def logits(layers: Sequence[Layer], weights: Any, x: jax.Array) -> jax.Array:
     if layer.mean:
       y = y.mean((1, 2), keepdims=True)
     top, bottom, left, right = layer.pads
-    y = lax.conv_general_dilated(
-        y, kernel, layer.strides, [(top, bottom), (left, right)],
-        dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+    if matrices and kernel.shape[:3] == y.shape[1:] and not any(layer.pads):
+      product = y.reshape(len(y), -1) @ kernel.reshape(-1, kernel.shape[3])
+      y = product[:, None, None] + bias
+    else:
+      y = lax.conv_general_dilated(
+          y, kernel, layer.strides, [(top, bottom), (left, right)],
+          dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
     if layer.pool:
       top, bottom, left, right = layer.pool.pads
       y = lax.reduce_window(

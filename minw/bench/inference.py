@@ -31,6 +31,7 @@ _PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "torch")  # Recorded ve
 _EXTENSIONS = (
     "avx2", "avx_vnni", "avx512bw", "avx512_vnni", "avx512_vpopcntdq", "amx_int8",
     "asimddp", "i8mm")
+BATCHES = (1, 64)  # Default batch sizes.
 # What --layers times, and the bits of the weights and the activations.
 BLOCKS = (Block(24, 128), Block(12, 256), Block(6, 512), Block(1, 1024, 1))
 _PAIRS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (3, 3)]
@@ -71,7 +72,7 @@ def bench_inference(
       "bench": "inference", "config": config.to_dict(), "rounds": rounds,
       "layers": bool(blocks), "machine": timing.machine(_PACKAGES), "core": _core(),
       "isa": _isa(),
-      "runs": runs, "left_out": _left_out_of_all(runs),
+      "runs": runs, "left_out": left_out_of_all(runs),
       "peak_bytes": native_memory(file) if file else {},
   }
 
@@ -98,7 +99,7 @@ def _in_process(measure: Callable[..., Any], *arguments: Any) -> list[dict[str, 
     return pool.submit(measure, *arguments).result()
 
 
-def _left_out_of_all(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+def left_out_of_all(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
   """Returns the engines that no run has, with the reason of the last run."""
   timed = {name for run in runs for name in run["engines"]}
   return {name: why for run in runs for name, why in run["left_out"].items()

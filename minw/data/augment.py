@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import ndimage
 import numpy as np
-from scipy import special
 
 # Each augmentation derives its own random key, so that none changes another. The keys 0
 # and 1 are those of crops and flips; see `resident.random_crops`.
@@ -201,6 +200,8 @@ def shares(key: jax.Array, count: int, alpha: float) -> jax.Array:
   Returns:
     float32 (count,) in 0..1.
   """
+  from scipy import special  # This import takes half a second.
+
   places = (np.arange(_TABLE) + 0.5) / _TABLE
   table = special.betaincinv(alpha, alpha, places)
   return jnp.interp(jax.random.uniform(key, (count,)), *(

@@ -28,6 +28,11 @@ import numpy as np
 from minw import packed
 
 Operands = Any  # A pytree of arrays.
+# A rule takes a convolution and the kinds of its input and result. It returns arrays,
+# and a function that computes the sums from these and the input.
+Rule = Callable[
+    [packed.Conv, packed.Value, packed.Value],
+    tuple[Operands, Callable[[Operands, jax.Array], jax.Array]]]
 
 _WORD = 32  # Bits of a word.
 # A fused loop handles at most this many words of a sum (counted once for each mask) and
@@ -75,13 +80,17 @@ def logits(
 
 
 def values(
-    program: packed.Program, products: str | None = None
+    program: packed.Program,
+    products: str | None = None,
+    convolution: Rule | None = None,
 ) -> tuple[Operands, Callable[[Operands, jax.Array], list[jax.Array]]]:
   """Returns a packed network as a function that computes all of its values.
 
   Args:
     program: The network.
     products: As for `logits`.
+    convolution: Rule that computes convolutions instead of `products`, so that other
+      ways can be compared with these.
 
   Returns:
     The operands, and a pure function for `jax.jit` that maps the operands and images,
@@ -97,8 +106,8 @@ def values(
   for op, result in zip(program.ops, kinds[1:]):
     given = packed.inputs(op)
     if isinstance(op, packed.Conv):
-      arrays, function = _conv(
-          op, kinds[op.input], result, signs[op.input], products)
+      arrays, function = convolution(op, kinds[op.input], result) if convolution else (
+          _conv(op, kinds[op.input], result, signs[op.input], products))
     else:
       arrays, function = _RULES[type(op)](op, [kinds[i] for i in given])
     operands.append(arrays)
@@ -125,7 +134,7 @@ def _products(products):
   return products or ("popcount" if jax.default_backend() == "cpu" else "dot")
 
 
-def _pad(x: Any, pads: Sequence[int], fill: Any = 0) -> Any:
+def pad(x: Any, pads: Sequence[int], fill: Any = 0) -> Any:
   """Pads height and width of maps (batch, height, width, channels)."""
   top, bottom, left, right = pads
   return jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)),
@@ -144,10 +153,14 @@ def _windows(x, window, strides, dilation=(1, 1)):
           for j in range(0, window[1] * dilation[1], dilation[1])]
 
 
-def _patches(x, op):
+def patches(x: jax.Array, op: packed.Conv) -> jax.Array:
   """Returns the windows of a convolution, (batch, h, w, window * channels).
 
   The last axis is ordered (window height, window width, channels).
+
+  Args:
+    x: Padded input (batch, height, width, channels).
+    op: The convolution.
   """
   if x.shape[1:3] == op.window:  # There is one window, perhaps of very many pixels.
     x = x[:, ::op.dilation[0], ::op.dilation[1]]
@@ -156,7 +169,7 @@ def _patches(x, op):
       _windows(x, op.kernel.shape[1:3], op.strides, op.dilation), -1)
 
 
-def _level(x, kind):
+def level(x: Any, kind: packed.Value) -> Any:
   """Returns the integer levels of a CODE, and any other value unchanged."""
   if kind.kind != "CODE" or kind.bits < 3:
     return x
@@ -355,7 +368,7 @@ def _popcount(op, kind, result, signs):
 
   def function(arrays, x):
     if narrow:
-      x = _patches(_pad(x, op.pads, op.pad), op)
+      x = patches(pad(x, op.pads, op.pad), op)
     if integer:
       x = x[..., None] >> np.arange(planes, dtype=np.int32) & 1
     else:
@@ -363,10 +376,10 @@ def _popcount(op, kind, result, signs):
     x = _words(jnp, x)
     if not narrow:
       inside = np.ones((1, *x.shape[1:3], 1), bool)
-      x = _pad(x, op.pads)
+      x = pad(x, op.pads)
       if op.pad:
-        x = jnp.where(_pad(inside, op.pads), x, fill)
-      x = _patches(x, op)
+        x = jnp.where(pad(inside, op.pads), x, fill)
+      x = patches(x, op)
     shape = x.shape[:3]
     x = x.reshape(math.prod(shape), count, -1)
     acc = _sums(arrays[0], x, arrays[1], x_sizes, w_sizes)[:, :out]
@@ -519,7 +532,7 @@ def _dot(op, kind, result, cpu):
           x, kernel, op.strides, "VALID", rhs_dilation=op.dilation,
           dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
     else:  # Convolutions of accelerators may round, and may not support int8.
-      acc = lax.dot_general(_patches(x, op), kernel.reshape(-1, out),
+      acc = lax.dot_general(patches(x, op), kernel.reshape(-1, out),
                             (((3,), (0,)), ((), ())), **options)
     return acc.astype(np.float32 if floats else np.int32)
 
@@ -560,7 +573,7 @@ def _numbers(op, kind, floats, kernel, x, dtype):
     kernel = _unpack(kernel, (*shape, out))
   kernel = kernel.astype(dtype)
   fill = packed.levels(np.array([op.pad], np.int8), kind.bits)[0] if kind.bits else 0
-  x = _pad(_level(x, kind), op.pads, fill).astype(dtype)
+  x = pad(level(x, kind), op.pads, fill).astype(dtype)
   if floats and kind.kind != "FLOAT":
     x = x * np.float32(op.input_unit)
   if floats and not isinstance(op.bits, str):
@@ -585,10 +598,10 @@ def _unpack(planes, shape):
   """Unpacks the planes of `_pack` to levels, int8 (height, width, in, out)."""
   shifts = np.arange(8, dtype=np.uint8)[:, None, None]
   sign, *size = ((plane >> shifts & 1).astype(np.int8) for plane in planes)
-  level = 2 * sign - 1
+  levels = 2 * sign - 1
   if size:
-    level = level * (size[0] if len(size) == 1 else 1 << size[0] + 2 * size[1] >> 1)
-  return level.reshape(-1, shape[-1])[:math.prod(shape[:-1])].reshape(shape)
+    levels = levels * (size[0] if len(size) == 1 else 1 << size[0] + 2 * size[1] >> 1)
+  return levels.reshape(-1, shape[-1])[:math.prod(shape[:-1])].reshape(shape)
 
 
 # Operations between convolutions.
@@ -599,7 +612,7 @@ def _pool(op, kinds):
 
   def function(_, x):
     if op.kind == "sum":
-      x = _level(x, kind)
+      x = level(x, kind)
       x = x if kind.kind == "FLOAT" else x.astype(np.int32)
       combine, fill = lax.add, 0
     else:
@@ -607,7 +620,7 @@ def _pool(op, kinds):
       fill = -np.inf if kind.kind == "FLOAT" else jnp.iinfo(x.dtype).min
     if math.prod(op.window) <= 9:  # For small windows this is faster on CPUs.
       return functools.reduce(combine, _windows(
-          _pad(x, op.pads, fill), op.window, op.strides))
+          pad(x, op.pads, fill), op.window, op.strides))
     top, bottom, left, right = op.pads
     return lax.reduce_window(
         x, x.dtype.type(fill), combine, (1, *op.window, 1), (1, *op.strides, 1),
@@ -653,8 +666,8 @@ def _float_norm(op, kinds):
   def function(arrays, x, shortcut=None):
     y = _affine(op, arrays, x)
     if shortcut is not None:
-      level = _level(shortcut, kinds[1]).astype(np.float32)
-      y = y + _rounded(level * np.float32(op.shortcut_unit))
+      added = level(shortcut, kinds[1]).astype(np.float32)
+      y = y + _rounded(added * np.float32(op.shortcut_unit))
     if op.bits is None:
       return y
     y = jnp.clip(y, -1, 1)
@@ -681,8 +694,8 @@ def _shortcut(op, kinds):
 
 def _add(op, kinds):
   return (), lambda _, a, b: (
-      (_level(a, kinds[0]).astype(np.int32) << op.shift_a)
-      + (_level(b, kinds[1]).astype(np.int32) << op.shift_b))
+      (level(a, kinds[0]).astype(np.int32) << op.shift_a)
+      + (level(b, kinds[1]).astype(np.int32) << op.shift_b))
 
 
 _RULES = {

@@ -5,7 +5,6 @@ import statistics
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
-from scipy import stats
 
 from minw import config as config_lib
 from minw import errors
@@ -75,6 +74,8 @@ def estimate(values: Sequence[float]) -> Estimate:
   n, mean = len(values), statistics.mean(values)
   if n == 1:
     return Estimate(1, mean, None, None)
+  from scipy import stats  # This import takes seconds.
+
   deviation = statistics.stdev(values)
   quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
   return Estimate(n, mean, deviation, quantile * deviation / math.sqrt(n))
@@ -128,6 +129,8 @@ def p_value(values: Sequence[float]) -> float | None:
   """
   if len({*values}) < 2:
     return None
+  from scipy import stats  # This import takes seconds.
+
   result: Any = stats.ttest_1samp(values, 0.0)
   return float(result.pvalue)
 
