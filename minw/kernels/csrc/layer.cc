@@ -245,6 +245,7 @@ class LayerBuilder {
     } else if (!w || c_.in.kind == kFloat) {
       c_.form = choose_winograd() ? kWinograd : kFloat32;
       c_.width = kInt32Width;
+      if (c_.form == kWinograd && c_.out.c > kInt32Width) c_.width = 2 * kInt32Width;
     } else if (codes && !c_.own && planes && choose_signs()) {
       return;
     } else if (codes && !c_.own && isa_->pairs) {
