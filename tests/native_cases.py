@@ -24,6 +24,13 @@ IMAGES = (  # Size, window, stride and dilation.
     ((9, 8), (3, 3), (1, 1), (1, 1)), ((13, 17), (7, 7), (2, 2), (1, 1)),
     ((8, 9), (2, 4), (1, 2), (2, 1)), ((11, 9), (3, 2), (2, 1), (1, 3)),
     ((5, 6), (1, 1), (1, 1), (1, 1)), ((16, 16), (9, 11), (1, 1), (1, 1)))
+STEMS = (  # Size, window, stride and border of images with float weights.
+    ((29, 42, 3), (7, 7), (2, 2), (3, 3, 3, 3)),
+    ((24, 39, 3), (7, 8), (1, 2), (0, 0, 0, 0)),
+    ((40, 70, 4), (11, 11), (4, 4), (2, 1, 0, 2)),
+    ((30, 21, 1), (16, 4), (1, 1), (1, 1, 1, 1)),
+    ((13, 45, 3), (5, 5), (2, 2), (1, 4, 4, 1)),
+    ((24, 30, 6), (3, 3), (1, 1), (1, 1, 1, 1)))
 POOLS = (  # Size of the map, window, stride and border.
     ((17, 35), (3, 3), (2, 2), (1, 1, 1, 1)), ((19, 40), (3, 3), (2, 2), (0, 1, 0, 1)),
     ((9, 16), (2, 5), (1, 2), (0, 0, 4, 4)), ((13, 33), (4, 2), (3, 1), (3, 2, 1, 0)),
@@ -167,6 +174,18 @@ def image(
   return b.end(b.threshold(x, 2))
 
 
+def stem(
+    form: str, size: tuple[int, int, int], window: tuple[int, int],
+    stride: tuple[int, int], border: tuple[int, int, int, int], pool: int
+) -> packed.Program:
+  """A wide convolution of a cropped image with float weights, which is then pooled."""
+  b = Builder(np.random.default_rng(0), (size[0] + 2, size[1] + 3, size[2]), size[:2])
+  x = b.conv(0, form, 37, window, stride, border)
+  pad = (pool % 2,) * 4  # Windows lie side by side, or overlap.
+  x = b.add(packed.Pool("max", x, "max", (pool, pool), (2, 2), pad))
+  return b.end(b.norm(x, 2), 1)
+
+
 def floats(form: str) -> tuple[packed.Program, list[packed.Value]]:
   """All operations on floats, and the values of the network."""
   b = Builder(np.random.default_rng(0), (8, 7, 3), (7, 6))
@@ -250,5 +269,9 @@ def every() -> Iterator[tuple[str, packed.Program]]:
   calls += [(pools, 1, 2, *case) for case in POOLS]
   for make, *arguments in calls:
     yield f"{make.__name__}{tuple(arguments)}", make(*arguments)
+  calls = [(form, *STEMS[0], 3) for form in FLOATS]
+  calls += [("float32", *case, pool) for case in STEMS for pool in (2, 3)]
+  for arguments in calls:
+    yield f"stem{arguments}", stem(*arguments)
   for form in FLOATS:
     yield f"floats({form!r})", floats(form)[0]

@@ -314,15 +314,35 @@ def test_floats(isa, form):
   np.testing.assert_array_equal(network.logits(x), have[-1].reshape(3, -1))
 
 
+@pytest.mark.parametrize("pool", (2, 3))
+@pytest.mark.parametrize("case", native_cases.STEMS, ids=str)
+def test_fast_convolutions_of_images(isa, case, pool):
+  """Sums of the reference are in double precision."""
+  program = native_cases.stem("float32", *case, pool)
+  network = native.load(packed.to_bytes(program))
+  assert network.layers()[0] == ("conv", "float32 Winograd")
+  x = images(program, 3)
+  pixels, sums, *_, logits = network.values(x)
+  image, kind = packed.infer_values(program)[:2]
+  want = reference.run_op(program.ops[0], [pixels], [image], kind)
+  assert np.abs(sums - want).max() <= 3e-6 * np.abs(want).max()
+  for batch, threads in ((3, 1), (2, 3), (1, 2)):  # In passes with the pooling.
+    np.testing.assert_array_equal(
+        network.logits(x[:batch], threads=threads), logits.reshape(3, -1)[:batch])
+
+
 def test_floats_are_the_same_on_all_isas(monkeypatch):
   b = Builder(np.random.default_rng(0), (8, 7, 3))
-  program = b.end(b.norm(b.conv(0, "float32", 20), "float32"), "float16")
-  every = []
-  for isa in ISAS:
-    monkeypatch.setenv("MINW_ISA", isa)
-    every.append(native.load(packed.to_bytes(program)).logits(images(program, 5)))
-  for other in every[1:]:
-    np.testing.assert_array_equal(every[0], other)
+  cases = [b.end(b.norm(b.conv(0, "float32", 20), "float32"), "float16")]
+  cases += [native_cases.stem("float32", *case, 3) for case in native_cases.STEMS]
+  for program in cases:
+    every = []
+    for isa in ISAS:
+      monkeypatch.setenv("MINW_ISA", isa)
+      network = native.load(packed.to_bytes(program))
+      every.append(network.values(images(program, 5))[1])
+    for other in every[1:]:
+      np.testing.assert_array_equal(every[0], other)
 
 
 @pytest.mark.parametrize("threads", range(1, 5))

@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "winograd.h"
+
 namespace minw {
 
 // Stored pixels have a multiple of kLane channels, so that vectors need no tails.
@@ -40,15 +42,16 @@ struct Source {
 // The form in which a convolution reads its input. The input is converted once,
 // together with the border around it.
 enum Form : uint8_t {
-  kPlanes,   // Bits, uint64 [word][plane]: signs (1 is positive), masks of 1, 2, 4.
-  kLookup,   // Numbers of `fold` channels, which select tables or entries of tables.
-  kBytes,    // Levels + 4, as uint8.
-  kTiles,    // Levels as int8, or pixels as uint8: rows of windows (kernels_amx.cc).
-  kTables,   // Numbers of two channels, which select wide tables (kernels_vbmi.cc).
-  kPairs,    // Levels as int16, whose products are summed in pairs.
-  kInt16,    // Levels or pixels.
-  kInt32,    // The same, where sums may exceed an int16.
-  kFloat32,  // Levels, pixels or floats in their own unit.
+  kPlanes,    // Bits, uint64 [word][plane]: signs (1 is positive), masks of 1, 2, 4.
+  kLookup,    // Numbers of `fold` channels, which select tables or entries of tables.
+  kBytes,     // Levels + 4, as uint8.
+  kTiles,     // Levels as int8, or pixels as uint8: rows of windows (kernels_amx.cc).
+  kTables,    // Numbers of two channels, which select wide tables (kernels_vbmi.cc).
+  kPairs,     // Levels as int16, whose products are summed in pairs.
+  kInt16,     // Levels or pixels.
+  kInt32,     // The same, where sums may exceed an int16.
+  kFloat32,   // Levels, pixels or floats in their own unit.
+  kWinograd,  // Sums of pixels, as floats; see winograd.h.
 };
 
 // Pixels that are convolved and then finished at a time. Their sums for one group of
@@ -99,13 +102,14 @@ struct Work {
   const char** pixels;   // Begin of the window in `padded`.
   const int32_t** base;  // Initial values of the sums.
   int32_t* sums;         // Sum of the magnitudes in the window.
-  int32_t* kind;         // kPlanes: its class, see Conv::taps.
+  int32_t* kind;         // kPlanes: its class, see Conv::taps; kWinograd: its power.
   int32_t* order;        // kPlanes: its place among the chunk's sums.
   int32_t* acc;          // The sums of one group, [pixel][width].
   int32_t* lines;        // Rows that overlapping windows pool.
-  uint8_t* gathered;     // Lookups: numbers in the windows; kTiles: weights.
-  uint16_t* counts;      // Lookups: sums of the entries that were looked up.
-  int images;            // Images of the call.
+  // Lookups: numbers in the windows; kTiles: weights; kWinograd: sums of the points.
+  uint8_t* gathered;
+  uint16_t* counts;  // Lookups: sums of the entries that were looked up.
+  int images;        // Images of the call.
 };
 
 struct Conv;
@@ -153,11 +157,17 @@ struct Conv {
   bool multiplied;          // Weights are numbers, not masks (kInt16, kInt32).
   const int32_t* channels;  // Input channel of each element; null if in order.
 
-  int row_bytes;           // Bytes of a pixel's window in work.gathered, or 0.
-  uint64_t expanded;       // Bytes of a group's weights in work.gathered (kTiles).
-  int pixel_bytes;         // Bytes of a pixel in `form`.
-  int padded_h, padded_w;  // Size of the input with its border.
-  int steps;               // Steps of a window.
+  // Results of a row that are computed together, how many times a row has them, and
+  // the floats of a padded row of the image that they read (kWinograd).
+  int results, tiles, line;
+
+  int row_bytes;      // Bytes of a pixel's window in work.gathered, or 0.
+  uint64_t expanded;  // Bytes of a group's weights in work.gathered (kTiles).
+  int pixel_bytes;    // Bytes of a pixel in `form`.
+  // Size of the input with its border. With kWinograd, a row has elements for each
+  // point and tile.
+  int padded_h, padded_w;
+  int steps;  // Steps of a window.
   // Bytes from a window's first pixel to each step. With kTiles, padded rows from its
   // first row to each row of the kernel.
   const int32_t* offsets;

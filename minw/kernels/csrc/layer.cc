@@ -40,12 +40,27 @@ constexpr double kMostInside = 0.93;
 // magnitudes of 4 codes of 2 bits), or 16 (magnitudes of 4 codes of 3 bits).
 constexpr int kCountLimit = 65536;
 
+// With fewer sums than this for a point and a result, computing the results from the
+// sums of the points would take too long.
+constexpr int kMinPointSums = 16;
+
+// Most bytes of an image's sums of pixels.
+constexpr int64_t kMostTransformed = int64_t{1} << 24;
+
 constexpr int kMostEntry = 4, kMostEntry3 = 16;
 
 // Sums and pixels below this limit fit an int16.
 constexpr int64_t kInt16Limit = 32768;
 
 int divided_up(int x, int by) { return (x + by - 1) / by; }
+
+// The power of a point of winograd.h by which tap i of so many contributes to its U.
+double point_power(int point, int i, int taps) {
+  if (point == kFinite) return i == taps - 1;
+  double power = 1;
+  while (i--) power *= kFinitePoints[point];
+  return power;
+}
 
 // Bit planes of codes or weights: signs, then a mask for each magnitude (1, 2, 4).
 // With 1 bit all magnitudes are 1, and signs suffice.
@@ -178,7 +193,11 @@ class LayerBuilder {
     choose_elements();
     storage_ = storage();
     lay_out_steps();
-    c_.form == kFloat32 ? store_floats() : store_levels();
+    switch (c_.form) {
+      case kFloat32: store_floats(); break;
+      case kWinograd: store_transformed(); break;
+      default: store_levels();
+    }
     choose_base();
     encode_border();
     layer_.kernel = isa_->choose(&c_);
@@ -224,8 +243,9 @@ class LayerBuilder {
           kTableColumns * std::min(divided_up(c_.out.c, kTableColumns), kTableVectors);
       if (c_.swapped) c_.width = kRowBlock;
     } else if (!w || c_.in.kind == kFloat) {
-      c_.form = kFloat32;
+      c_.form = choose_winograd() ? kWinograd : kFloat32;
       c_.width = kInt32Width;
+      if (c_.form == kWinograd && c_.out.c > kInt32Width) c_.width = 2 * kInt32Width;
     } else if (codes && !c_.own && planes && choose_signs()) {
       return;
     } else if (codes && !c_.own && isa_->pairs) {
@@ -252,6 +272,25 @@ class LayerBuilder {
       return c_.w_bits && !c_.own && c_.in.kind == kCode &&
              (c_.w_bits == 3 || code_bits() == 3);
     return !isa.tiles || fills_tiles();
+  }
+
+  // Chooses the tiles of fast convolutions, if they are for this layer and take fewer
+  // products.
+  bool choose_winograd() {
+    const Window& w = c_.window;
+    const int taps = divided_up(w.w, w.stride_w);
+    if (!c_.source || c_.own || w.step_w != 1 || taps < 3 || taps > 4) return false;
+    const int elements = w.stride_w * c_.in.c;
+    c_.results = kPoints - taps + 1;
+    c_.tiles = divided_up(c_.out.w, c_.results);
+    c_.line = (c_.tiles * c_.results + taps) * elements + kTileNumbers;
+    // Numbers past the last tile of a point have a place, too.
+    const int64_t row = int64_t{kPoints} * (c_.tiles + kTileNumbers);
+    if (c_.tiles * kPoints > c_.out.w * taps || w.h * elements < kMinPointSums ||
+        row * elements * 4 * (c_.in.h + w.top + w.bottom) > kMostTransformed)
+      return false;
+    c_.padded_w = static_cast<int>(row);
+    return true;
   }
 
   // Bits of the activations, which are codes. A code of 1 bit cannot be 0.
@@ -321,6 +360,7 @@ class LayerBuilder {
   // output o.
   void choose_elements() {
     c_.elements = c_.own ? inputs_ * c_.out.stride : c_.in.c;
+    if (c_.form == kWinograd) c_.elements *= c_.window.stride_w;
     if (!c_.own || (inputs_ == 1 && c_.in.c == c_.out.c)) return;  // In order.
     layer_.channels.resize(c_.elements);
     int outputs = c_.out.c / (c_.in.c / inputs_);  // Output channels of a group.
@@ -361,6 +401,7 @@ class LayerBuilder {
       case kInt16: return {inputs_, elements * 2, c_.elements * 2, masks, 2};
       case kInt32: return {inputs_, elements * 4, c_.elements * 4, masks, 4};
       case kFloat32: return {inputs_, elements * 4, c_.elements * 4, 1, 4};
+      case kWinograd: return {c_.elements, 4, c_.elements * 4, 1, 4};
     }
     return {};
   }
@@ -369,7 +410,7 @@ class LayerBuilder {
   void lay_out_steps() {
     const Window& w = c_.window;
     c_.padded_h = c_.in.h + w.top + w.bottom;
-    c_.padded_w = c_.in.w + w.left + w.right;
+    if (c_.form != kWinograd) c_.padded_w = c_.in.w + w.left + w.right;
     if (c_.form == kTiles) return lay_out_tiles();
     c_.pixel_bytes = storage_.pixel_bytes;
     int words = c_.paired ? 2 : 1;  // Words of a step.
@@ -386,12 +427,14 @@ class LayerBuilder {
     c_.groups = divided_up(c_.out.c, c_.width);
     c_.group_bytes = uint64_t{1} * w.h * stored_columns() * storage_.tap_steps *
                      storage_.planes * c_.width * storage_.size;
+    if (c_.form == kWinograd) c_.group_bytes *= kPoints;
   }
 
-  // Columns of the kernel whose steps are apart. If pixels are rows of windows, all
-  // columns are in the steps of the first one.
+  // Columns of the kernel whose steps are apart. If pixels are rows of windows or sums
+  // over them, all columns are in the steps of the first one.
   int stored_columns() const {
-    return c_.form == kBytes && c_.source ? 1 : c_.window.w;
+    const bool joined = (c_.form == kBytes && c_.source) || c_.form == kWinograd;
+    return joined ? 1 : c_.window.w;
   }
 
   // The same for tiles, whose pixels are rows of windows; see kernels_amx.cc.
@@ -438,6 +481,31 @@ class LayerBuilder {
           float x = op_.weights.value(next++) * unit;
           std::memcpy(weight(o, tap, i), &x, sizeof x);
         }
+  }
+
+  // The weights U of winograd.h: [group][point][row][element][channel].
+  void store_transformed() {
+    allocate_weights();
+    const Window& w = c_.window;
+    const int taps = kPoints - c_.results + 1;
+    uint64_t next = first_weight_;
+    for (int row = 0; row < c_.out.c * w.h; row++) {
+      std::vector<double> sums(size_t{1} * kPoints * c_.elements);
+      for (int x = 0; x < w.w; x++)
+        for (int i = 0; i < inputs_; i++) {
+          const double weight = op_.weights.value(next++);
+          double* sum = sums.data() + x % w.stride_w * inputs_ + i;
+          for (int p = 0; p < kPoints; p++)
+            sum[p * c_.elements] += point_power(p, x / w.stride_w, taps) * weight;
+        }
+      const int o = row / w.h, y = row % w.h;
+      for (int p = 0; p < kPoints; p++)
+        for (int e = 0; e < c_.elements; e++) {
+          const double sum = sums[p * c_.elements + e] / kProducts[p].value;
+          const auto x = static_cast<float>(sum * c_.unit);
+          std::memcpy(weight(o, p * w.h + y, e), &x, sizeof x);
+        }
+    }
   }
 
   void store_levels() {
@@ -572,7 +640,8 @@ class LayerBuilder {
       case kInt16:
       case kInt32:
         return c_.multiplied ? 0 : all.negative;  // -x is computed as ~x = -x - 1.
-      case kFloat32: return 0;
+      case kFloat32:
+      case kWinograd: return 0;
     }
     return 0;
   }
@@ -629,7 +698,7 @@ class LayerBuilder {
     size_t stride = size_t{1} * c_.groups * c_.width;
     layer_.base.resize(rows.inside.size() * cols.inside.size() * stride);
     const bool summed = leaves_out();  // Otherwise no weights are needed.
-    if (c_.form != kFloat32)
+    if (c_.form != kFloat32 && c_.form != kWinograd)
       for (int o = 0; o < c_.out.c; o++) {
         std::vector<WeightSums> of_tap(taps());
         if (summed) each(o, [&](int tap, int, const Bits& b) { of_tap[tap].add(b); });

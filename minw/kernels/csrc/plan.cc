@@ -193,6 +193,11 @@ void add(const Conv& c, int pool_h, Needs* needs) {
     return;
   }
   need(pixels * c.pixel_bytes, &needs->image.padded);
+  if (c.form == kWinograd) {
+    uint64_t line = uint64_t{1} * c.line + c.in.w * c.in.c;
+    need(line * sizeof(float), &needs->acc);
+    need(kPoints * kChunk * width_bytes, &needs->gathered);
+  }
   if (c.sums) need(pixels * sizeof(int32_t), &needs->image.magnitudes);
   if (c.row_bytes) {
     uint64_t rows = c.joint ? kChunk / 2 : kChunk;
