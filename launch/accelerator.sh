@@ -42,17 +42,18 @@ dir=$(cd "$1" && pwd)
 shift
 [ "$#" -eq 0 ] || stages=("$@")
 python=${PYTHON:-python3}
+seconds=${SECONDS_EACH:-900}
 cd "$(dirname "$0")/.." || exit 2
 failed=0
 
 measure() {  # measure NAME ARGUMENTS OF python
   local name=$1 code
   echo "== $name"
-  timeout "${SECONDS_EACH:-900}" "$python" "${@:2}" >"$dir/$name.txt" 2>&1
+  timeout "$seconds" "$python" "${@:2}" >"$dir/$name.txt" 2>&1
   code=$?
   tail -n 12 "$dir/$name.txt"
   [ $code -eq 0 ] || failed=1
-  [ $code -ne 124 ] || echo "$name: stopped after ${SECONDS_EACH:-900} seconds"
+  [ $code -ne 124 ] || echo "$name: stopped after $seconds seconds"
 }
 
 bench() {  # bench NAME ARGUMENTS OF minw.bench

@@ -196,11 +196,9 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", f"{batch:22}{'ms':>10}{'quartiles':>22}"
               f"{'images/s':>12}{'/ packed':>10}{'weights':>11}{'temporary':>13}"]
     for name, e in run["engines"].items():
-      spread = f"{1e3 * e['low']:.3f} - {1e3 * e['high']:.3f}"
       ratio = run["ratios"].get(f"{name} / packed")
       lines.append(
-          f"{name:22}{1e3 * e['median']:10.3f}{spread:>22}"
-          f"{e['images_per_second']:12.0f}"
+          f"{inference.times(name, e)}{e['images_per_second']:12.0f}"
           + (f"{ratio['median']:10.2f}" if ratio else " " * 10)
           + f"{_mib(e['operand_bytes'], 2):>11}{_mib(e['temporary_bytes'], 1):>13}")
     lines += [f"{name:22} left out: {why}" for name, why in run["left_out"].items()

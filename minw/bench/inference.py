@@ -277,9 +277,7 @@ def table(result: dict[str, Any]) -> str:
               f"{'':22}{'ms':>10}{'quartiles':>22}{'GMAC/s':>9}{'/ native':>10}"
               f"{'/ XLA':>8}"]
     for name, e in run["engines"].items():
-      spread = f"{1e3 * e['low']:.3f} - {1e3 * e['high']:.3f}"
-      line = (f"{name:22}{1e3 * e['median']:10.3f}{spread:>22}"
-              f"{e['per_second'] / 1e9:9.0f}")
+      line = f"{times(name, e)}{e['per_second'] / 1e9:9.0f}"
       for base, width in (("native", 10), ("XLA packed", 8)):
         ratio = run["ratios"].get(f"{name} / {base}")
         line += f"{ratio['median']:{width}.2f}" if ratio else " " * width
@@ -300,6 +298,12 @@ def table(result: dict[str, Any]) -> str:
              for name, size in result["peak_bytes"].items())
     lines += ["", "Native path, peak memory at batch 1: " + ", ".join(sizes)]
   return "\n".join(lines)
+
+
+def times(name: str, summary: dict[str, Any]) -> str:
+  """Returns the first columns of a row: a name, and median and quartiles in ms."""
+  spread = f"{1e3 * summary['low']:.3f} - {1e3 * summary['high']:.3f}"
+  return f"{name:22}{1e3 * summary['median']:10.3f}{spread:>22}"
 
 
 def _describe_core(core: dict[str, Any]) -> str:
