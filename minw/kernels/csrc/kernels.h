@@ -42,7 +42,7 @@ struct Source {
 // The form in which a convolution reads its input. The input is converted once,
 // together with the border around it.
 enum Form : uint8_t {
-  kPlanes,    // Bits, uint64 [word][plane]: signs (1 is positive), masks of 1, 2, 4.
+  kPlanes,    // Bits, uint32 [word][plane]: signs (1 is positive), masks of 1, 2, 4.
   kLookup,    // Numbers of `fold` channels, which select tables or entries of tables.
   kBytes,     // Levels + 4, as uint8.
   kTiles,     // Levels as int8, or pixels as uint8: rows of windows (kernels_amx.cc).

@@ -15,7 +15,6 @@ constexpr int kCountSteps = 31, kDotSteps = 256, kImageDotSteps = 16;
 
 // Tiles whose sums and operands fit the 16 registers.
 constexpr int kPairPixels = 2, kPlanePixels = 3, kMaskPixels = 2;
-constexpr int kWidePairPixels = 0, kWidePixels = 0;
 constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2;
 #define MINW_KEEP(x) asm volatile("" : "+x"(x))
 #define MINW_RELOAD(x)
@@ -25,11 +24,11 @@ constexpr int kLanePixels = 4, kLaneVectors = 2, kDotPixels = 4, kDotVectors = 2
 #define MINW_DOT 1
 #define MINW_PAIRS 0
 
-typedef uint64_t Words __attribute__((vector_size(32)));
+typedef uint32_t Words __attribute__((vector_size(32)));
 typedef int32_t Lanes32 __attribute__((vector_size(32)));
 typedef int16_t DotAcc __attribute__((vector_size(32)));  // Two sums for a channel.
 
-inline Words in_all_lanes(const uint64_t* word) { return Words{} + *word; }
+inline Words in_all_lanes(const uint32_t* word) { return Words{} + *word; }
 // Looks up the counts of half bytes.
 inline Words count(Words x) {
   const __m256i table =
@@ -42,11 +41,8 @@ inline Words count(Words x) {
                                 _mm256_shuffle_epi8(table, high));
 }
 inline Words total(Words x) {
-  return (Words)_mm256_sad_epu8((__m256i)x, _mm256_setzero_si256());
-}
-inline Words low_halves(Words a, Words b) {
-  __m256 mixed = _mm256_shuffle_ps((__m256)a, (__m256)b, 0x88);
-  return (Words)_mm256_permute4x64_epi64((__m256i)mixed, 0xd8);
+  const __m256i halves = _mm256_maddubs_epi16((__m256i)x, _mm256_set1_epi8(1));
+  return (Words)_mm256_madd_epi16(halves, _mm256_set1_epi16(1));
 }
 inline Words masked(Words a, Words b, Words m) { return (a ^ b) & m; }
 inline Words parity(Words a, Words b, Words c) { return a ^ b ^ c; }

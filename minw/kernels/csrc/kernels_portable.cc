@@ -11,9 +11,9 @@ namespace {
 #include "swar.inc"
 
 inline Words count(Words x) {
-  x -= (x >> 1) & 0x5555555555555555;
-  x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333);
-  return (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
+  x -= (x >> 1) & 0x55555555;
+  x = (x & 0x33333333) + ((x >> 2) & 0x33333333);
+  return (x + (x >> 4)) & 0x0f0f0f0f;
 }
 
 #include "kernels.inc"

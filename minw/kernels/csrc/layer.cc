@@ -16,6 +16,9 @@
 namespace minw {
 namespace {
 
+// Input channels of a word of bit planes.
+constexpr int kWordBits = 32;
+
 // Output channels of a group. Few of them keep a group's sums for a chunk of pixels in
 // the cache.
 constexpr int kInt16Width = 64, kInt32Width = 32;
@@ -307,7 +310,7 @@ class LayerBuilder {
   // has neither.
   bool choose_signs() {
     int a = c_.a_bits, w = c_.w_bits;
-    c_.words = divided_up(c_.in.c, 64);
+    c_.words = divided_up(c_.in.c, kWordBits);
     c_.sums = w == 1 && a > 1;
     c_.fold = a == 2 && w == 2 ? 2 : 4;
     bool swapped = a == 1 && w > 1;
@@ -324,9 +327,7 @@ class LayerBuilder {
     c_.sums = c_.sums && isa_->masks;
     if (!isa_->masks) return false;
     c_.form = kPlanes;
-    // Wide groups are for one bit of weights, which leaves registers for them.
-    c_.width =
-        w == 1 && a <= 2 && c_.out.stride % isa_->masks == 0 ? isa_->masks : kLane;
+    c_.width = c_.out.stride % isa_->masks ? kLane : isa_->masks;
     c_.paired = a == 1 && w == 1 && c_.words % 2 == 0;
     return true;
   }
@@ -376,8 +377,8 @@ class LayerBuilder {
     int masks = c_.w_bits == 2 && !c_.multiplied ? 2 : 1;  // Signs, and a mask.
     switch (c_.form) {
       case kPlanes: {
-        int bytes = 8 * planes_of(c_.a_bits);
-        return {c_.words, bytes, c_.words * bytes, planes_of(c_.w_bits), 8};
+        int bytes = 4 * planes_of(c_.a_bits);
+        return {c_.words, bytes, c_.words * bytes, planes_of(c_.w_bits), 4};
       }
       case kLookup: {
         // Signs need one byte of weights a step, and numbers of pixels one each.
@@ -532,7 +533,7 @@ class LayerBuilder {
         if (c_.form == kTiles)
           store_tiles(o, tap, first, b);
         else if (c_.form == kPlanes)
-          store_planes(weight(o, tap, first / 64), first / 64, b);
+          store_planes(o, tap, first, b);
         else
           for (int i = 0; i < std::min(64, inputs_ - first); i++)
             store_level(o, tap, first + i, level_of(b, i));
@@ -576,18 +577,18 @@ class LayerBuilder {
     return b.positive >> i & 1 ? magnitude : -magnitude;
   }
 
-  // One word of each plane. Of two words that are paired, the second one's signs are
-  // stored as the XOR of both (see PairStep in tiles.inc).
-  void store_planes(char* to, int word, const Bits& b) {
-    uint64_t signs = b.positive;
-    if (c_.paired && word % 2) {
-      uint64_t first;
-      std::memcpy(&first, to - sizeof first * c_.width, sizeof first);
-      signs ^= first;
+  // Two words of each plane, or the last one. Of two words that are paired, the second
+  // one's signs are stored as the XOR of both (see PairStep in tiles.inc).
+  void store_planes(int o, int tap, int first, const Bits& b) {
+    const uint64_t signs =
+        c_.paired ? b.positive ^ b.positive << kWordBits : b.positive;
+    for (int k = 0; k < std::min(64, inputs_ - first); k += kWordBits) {
+      char* to = weight(o, tap, (first + k) / kWordBits);
+      for (int p = 0; p < storage_.planes; p++) {
+        const auto word = static_cast<uint32_t>((p ? b.mask[p - 1] : signs) >> k);
+        std::memcpy(to + sizeof word * p * c_.width, &word, sizeof word);
+      }
     }
-    std::memcpy(to, &signs, sizeof signs);
-    for (int p = 1; p < storage_.planes; p++)
-      std::memcpy(to + sizeof signs * p * c_.width, &b.mask[p - 1], sizeof signs);
   }
 
   void store_level(int o, int tap, int channel, int level) {
