@@ -13,6 +13,14 @@
 
 namespace minw {
 
+// Whether the machine code is to be small, where more of it would be faster: browsers
+// load the module for WebAssembly.
+#ifdef __wasm__
+constexpr bool kSmallCode = true;
+#else
+constexpr bool kSmallCode = false;
+#endif
+
 // Stored pixels have a multiple of kLane channels, so that vectors need no tails.
 constexpr int kLane = 16;
 
@@ -197,24 +205,16 @@ struct Threshold {
   const int32_t* thresholds;  // [code][count][channel], XORed with `flip`.
 };
 
-// Whether windows that overlap are pooled in the convolution's pass. The module for
-// WebAssembly is to be small.
-#ifdef __wasm__
-constexpr bool kPoolsRows = false;
-#else
-constexpr bool kPoolsRows = true;
-#endif
-
 // Operations after a convolution in the same pass: max pooling, then thresholds.
 struct Finish {
   int pool_h, pool_w;  // 1 x 1 if there is no pooling.
   Map out;
   const Threshold* threshold;  // Null if there are none.
   // The windows if they overlap or reach into a border, else null. A kernel then pools
-  // rows of 1 x pool_w, which run.cc joins.
+  // rows of 1 x pool_w, which run.cc joins. Small code has no such passes.
   const Window* windows;
 
-  bool by_rows() const { return kPoolsRows && windows; }
+  bool by_rows() const { return !kSmallCode && windows; }
 };
 
 // The kernels of an instruction set.

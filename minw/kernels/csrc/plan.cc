@@ -104,7 +104,7 @@ class Fuser {
   // Whether a convolution's pass is to pool its sums. The kernel of kTiles cannot pool
   // single rows.
   static bool pools(const Conv& c, const Window& w) {
-    const bool rows = kPoolsRows && c.out.w >= kMinPooledRow && c.form != kTiles;
+    const bool rows = !kSmallCode && c.out.w >= kMinPooledRow && c.form != kTiles;
     return w.h * w.w <= kMaxFusedWindow && (tiles(w) || (rows && covers(w)));
   }
 
