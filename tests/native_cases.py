@@ -15,7 +15,7 @@ from packed_networks import Builder
 
 BITS = (1, 2, 3)
 FLOATS = ("float8_e4m3fn", "float16", "bfloat16", "float32")
-CHANNELS = (1, 3, 63, 65, 128, 130)
+CHANNELS = (1, 32, 63, 65, 96, 128, 130)
 PADS = (-3, -1, 0, 1, 3)
 GROUPS = (  # Groups, and the inputs and outputs of each.
     (1, 3, 5), (70, 1, 1), (33, 1, 3), (5, 3, 1), (3, 33, 5), (2, 5, 33), (2, 130, 64),
@@ -204,16 +204,18 @@ def floats(form: str) -> tuple[packed.Program, list[packed.Value]]:
   return b.end(x, form), b.values
 
 
-def wide_groups(activations: int, inputs: int) -> packed.Program:
-  """Weights of 1 bit, and channels that fill groups of 32; with few and many pixels."""
+def wide_groups(weights: int, activations: int, inputs: int) -> packed.Program:
+  """Channels that fill groups of 32, with few and many pixels."""
   b = Builder(np.random.default_rng(inputs), (33, 40, 3))
   x = b.threshold(b.conv(0, 1, inputs), activations)
-  x = b.threshold(b.conv(x, 1, 64), activations)  # Taps in the border are not skipped.
-  x = b.add(packed.Pool("max", b.conv(x, 1, 64), "max", (3, 3), (1, 1), (1, 1, 1, 1)))
+  x = b.conv(x, weights, 64)  # Taps in the border are not skipped.
+  x = b.conv(b.threshold(x, activations), weights, 64)
+  x = b.add(packed.Pool("max", x, "max", (3, 3), (1, 1), (1, 1, 1, 1)))
   x = b.threshold(x, activations)  # Pooled in the pass of its convolution.
   x = b.add(packed.Pool("max", x, "max", (5, 5), (5, 5)))
-  y = b.threshold(b.conv(x, 1, 96), 2)
-  return b.end(b.threshold(b.conv(y, 1, 96, (5, 2), (1, 1), (2, 2, 1, 0)), 1, y))
+  y = b.threshold(b.conv(x, weights, 96), 2)
+  x = b.conv(y, weights, 96, (5, 2), (1, 1), (2, 2, 1, 0))
+  return b.end(b.threshold(x, 1, y))
 
 
 def pools(
@@ -262,8 +264,8 @@ def every() -> Iterator[tuple[str, packed.Program]]:
             for pad in PADS if abs(pad) <= packed.max_code(bits)]
   calls += [(packed_networks.residual_and_dense, bits) for bits in BITS]
   calls += [(image, *sizes, count) for sizes in IMAGES for count in (1, 3, 4, 5)]
-  calls += [(wide_groups, activations, inputs) for activations in BITS
-            for inputs in (64, 128)]
+  calls += [(wide_groups, weights, activations, inputs) for weights in BITS
+            for activations in BITS for inputs in (64, 128)]
   calls += [(pools, weights, activations, *POOLS[0]) for weights in BITS
             for activations in BITS]
   calls += [(pools, 1, 2, *case) for case in POOLS]

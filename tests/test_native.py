@@ -248,8 +248,9 @@ def test_image_is_read_by_other_operations(isa):
 
 @pytest.mark.parametrize("inputs", (64, 128))
 @pytest.mark.parametrize("activations", native_cases.BITS)
-def test_wide_groups(isa, activations, inputs):
-  check(native_cases.wide_groups(activations, inputs))
+@pytest.mark.parametrize("weights", native_cases.BITS)
+def test_wide_groups(isa, weights, activations, inputs):
+  check(native_cases.wide_groups(weights, activations, inputs))
 
 
 @pytest.mark.parametrize("activations", native_cases.BITS)
