@@ -538,10 +538,9 @@ def test_peak_counts_products(isa, weights, activations, outputs):
     pixels = {64: 6, 32: 4}[vector]
     step = pixels * 2 * vector // 4 * 4
   elif kernel.endswith("popcount"):
-    bits = (weights, activations)
-    pixels = {64: 6 if bits in ((1, 2), (2, 1)) else 4,
-              32: 3 if bits in ((1, 2), (2, 1)) else 2, 16: 2}[vector]
-    inputs = 64 if bits == (1, 1) else 32
+    one_and_two = weights + activations == 3
+    pixels = {64: (4, 6), 32: (2, 3), 16: (2, 2)}[vector][one_and_two]
+    inputs = 64 if weights == activations == 1 else 32
     channels = vector // 4 * (1 if vector == 64 and outputs == 70 else 2)
     step = pixels * inputs * channels
   else:

@@ -62,6 +62,9 @@ enum Form : uint8_t {
   kWinograd,  // Sums of pixels, as floats; see winograd.h.
 };
 
+// Input channels of a word of bit planes.
+constexpr int kWordBits = 32;
+
 // Pixels that are convolved and then finished at a time. Their sums for one group of
 // output channels stay in the cache.
 constexpr int kChunk = 192;

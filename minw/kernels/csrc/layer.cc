@@ -16,9 +16,6 @@
 namespace minw {
 namespace {
 
-// Input channels of a word of bit planes.
-constexpr int kWordBits = 32;
-
 // Output channels of a group. Few of them keep a group's sums for a chunk of pixels in
 // the cache.
 constexpr int kInt16Width = 64, kInt32Width = 32;
